@@ -1,0 +1,24 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+
+class ModuleDocFragment:
+    """The attributes of this collection's modules: each module says only how it supports them."""
+
+    DOCUMENTATION = r"""
+options: {}
+attributes:
+  check_mode:
+    description: Can run in C(check_mode) and foretell what it would change without changing anything.
+  diff_mode:
+    description: Returns what has changed, or in check mode would change, when in diff mode.
+  idempotent:
+    description: A second run with the same options does nothing.
+  platform:
+    description: The operating systems that the module runs on.
+    platforms: linux
+    support: full
+"""

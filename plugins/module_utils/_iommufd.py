@@ -1,0 +1,284 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: one iommufd. Get and set an option; from the kernel's errno to an outcome.
+
+What to do is decided by `decide` and judged by `judge`, which touch nothing; `IommuFd.change` carries it out. Check
+mode takes the same way and stops before the one call that changes something.
+
+The meaning of each errno was read in drivers/iommu/iommufd (main.c, ioas.c) and measured on Linux 6.12 and 7.x.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Union
+
+from ._errors import error_text
+from ._uapi import (
+    IOMMU_OPTION,
+    IOMMU_OPTION_HUGE_PAGES,
+    IOMMU_OPTION_OP_GET,
+    IOMMU_OPTION_OP_SET,
+    IOMMU_OPTION_RLIMIT_MODE,
+    IommuOption,
+)
+
+__all__ = (
+    "BUSY",
+    "CHANGED",
+    "DENIED",
+    "FAILED",
+    "HUGE_PAGES",
+    "RACED",
+    "RLIMIT_MODE",
+    "UNCHANGED",
+    "UNSUPPORTED",
+    "Answer",
+    "IommuFd",
+    "Option",
+    "Result",
+    "decide",
+    "explain",
+    "iommufd_rdevs",
+    "judge",
+)
+
+Value = Union[str, bool]  # at run time: Python 3.9 has no str | bool
+
+# Outcomes. The first two are success.
+CHANGED = "changed"
+UNCHANGED = "unchanged"
+UNSUPPORTED = "unsupported"
+DENIED = "denied"
+BUSY = "busy"
+RACED = "raced"
+FAILED = "failed"
+
+# A value that no option has. See IommuFd.probe.
+_NO_VALUE = 2**64 - 1
+
+_VFIO_CONTAINER = "/dev/vfio/vfio"
+_VFIO_CONTAINER_RDEV = os.makedev(10, 196)
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option as the kernel numbers it and as users call it: `values[n]` is the name of the kernel's value n."""
+
+    name: str
+    option_id: int
+    values: tuple[Value, ...]
+    # Whether the kernel looks at privilege and objects before it looks at the value, so that a probe tells.
+    probeable: bool
+
+    def value(self, number: int) -> Value:
+        """The name of the kernel's value; one that this collection does not know is given as a number's text."""
+        return self.values[number] if number < len(self.values) else str(number)
+
+    def number(self, value: Value) -> int:
+        """The kernel's number of a value. Raises ValueError where the option has no such value."""
+        return self.values.index(value)
+
+
+RLIMIT_MODE = Option("rlimit_mode", IOMMU_OPTION_RLIMIT_MODE, ("user", "process"), probeable=True)
+HUGE_PAGES = Option("huge_pages", IOMMU_OPTION_HUGE_PAGES, (False, True), probeable=False)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the kernel said to one IOMMU_OPTION: an errno, 0 if it did as asked, and for GET the value."""
+
+    errno: int = 0
+    value: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one option of one iommufd. `errno` is the one that led to the outcome, 0 if none did.
+
+    `before` and `after` are the kernel's numbers, None where they could not be read. In a dry run, `after` is what a
+    real run would have left.
+    """
+
+    outcome: str
+    before: int | None
+    after: int | None
+    errno: int = 0
+
+
+def _refusal(error: int) -> str:
+    """The outcome that an errno of SET means."""
+    return {
+        errno.ENOTTY: UNSUPPORTED,
+        errno.EOPNOTSUPP: UNSUPPORTED,
+        errno.EPERM: DENIED,
+        errno.EBUSY: BUSY,
+    }.get(error, FAILED)
+
+
+def decide(before: Answer, wanted: int | None, probe: Answer) -> Result:
+    """What is to be done about an option, and so what check mode foretells. CHANGED stands for "send the SET".
+
+    `before` is the answer to GET, `wanted` the kernel's number of the value, None for a query. `probe` is the answer
+    to `IommuFd.probe`: EINVAL, or 0 where the option cannot be probed, says nothing against a SET.
+    """
+    if before.errno:
+        # Reading takes no privilege, so EPERM here is somebody's filter and says nothing of CAP_SYS_RESOURCE.
+        outcome = _refusal(before.errno)
+        return Result(outcome if outcome == UNSUPPORTED else FAILED, None, None, before.errno)
+    if wanted is None or before.value == wanted:
+        return Result(UNCHANGED, before.value, before.value)
+    if probe.errno in (0, errno.EINVAL):
+        return Result(CHANGED, before.value, wanted)
+    return Result(_refusal(probe.errno), before.value, before.value, probe.errno)
+
+
+def judge(before: Answer, wanted: int, refusal: int, after: Answer) -> Result:
+    """What a change came to: `refusal` is the errno that stopped it, 0 if SET succeeded; `after` is a GET after it.
+
+    The reading decides, not the SET: whoever else sets the same iommufd at the same time may have been quicker.
+    """
+    if after.errno:
+        return Result(FAILED, before.value, None, after.errno)
+    if after.value == wanted:
+        return Result(UNCHANGED if refusal else CHANGED, before.value, after.value)
+    return Result(_refusal(refusal) if refusal else RACED, before.value, after.value, refusal)
+
+
+class IommuFd:
+    """An iommufd behind a descriptor of this process, its own or a borrowed one. It neither opens nor closes it.
+
+    Whoever makes one has checked that the descriptor is an iommufd (`iommufd_rdevs`): other drivers answer the same
+    ioctl number with errors that would be taken for the kernel's word on iommufd.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def _send(self, option: Option, op: int, value: int, object_id: int) -> Answer:
+        argument = IommuOption(
+            size=ctypes.sizeof(IommuOption), option_id=option.option_id, op=op, object_id=object_id, val64=value
+        )
+        try:
+            fcntl.ioctl(self._fd, IOMMU_OPTION, argument)
+        except OSError as exc:
+            return Answer(errno=exc.errno or errno.EIO)
+        return Answer(value=argument.val64)
+
+    def get(self, option: Option, object_id: int = 0) -> Answer:
+        """The option's value. `object_id` is the IOAS's id for an option that each IOAS has of its own."""
+        return self._send(option, IOMMU_OPTION_OP_GET, 0, object_id)
+
+    def set(self, option: Option, value: int, object_id: int = 0) -> Answer:
+        """Sets the option to the kernel's number of a value."""
+        return self._send(option, IOMMU_OPTION_OP_SET, value, object_id)
+
+    def probe(self, option: Option) -> Answer:
+        """Whether the option could be set now, without setting it; 0 where the kernel gives no way to tell.
+
+        For the rlimit mode the kernel checks privilege, then objects, then the value. A SET of a value that does not
+        exist is therefore refused with EPERM where this caller may not, with EBUSY where the iommufd holds objects, and
+        with EINVAL where only the value was wrong. Source: iommufd_option_rlimit_mode() in ioas.c.
+        """
+        return self.set(option, _NO_VALUE) if option.probeable else Answer()
+
+    def change(self, option: Option, wanted: int | None, object_id: int = 0, dry_run: bool = False) -> Result:
+        """Queries the option (`wanted` None) or brings it to the wanted value; a dry run foretells what that would do.
+
+        GET comes first, and there is no SET of the value already in force: a busy iommufd answers EBUSY even to that.
+        """
+        before = self.get(option, object_id)
+        if before.errno or wanted is None or before.value == wanted:
+            return decide(before, wanted, Answer())
+        foretold = decide(before, wanted, self.probe(option))
+        if dry_run and foretold.outcome == CHANGED:
+            return foretold
+        refusal = foretold.errno or self.set(option, wanted, object_id).errno
+        return judge(before, wanted, refusal, self.get(option, object_id))
+
+
+def explain(result: Result, subject: str, option: Option, wanted: int | None) -> str:
+    """The sentence that tells a user what kept the option from being read or set, and what to do; "" for success.
+
+    `subject` names what was looked at, such as "iommufd 30 of qemu-system-x86 (pid 4242)".
+    """
+    if result.outcome in (CHANGED, UNCHANGED):
+        return ""
+    error = error_text(result.errno)
+    asked = option.name if wanted is None else f"{option.name}={option.value(wanted)}"
+    stays = "" if result.after is None else f" It stays with {option.name}={option.value(result.after)}."
+    if result.outcome == UNSUPPORTED:
+        missing = "the ioctl IOMMU_OPTION" if result.errno == errno.ENOTTY else f"the option {option.name}"
+        consequence = ": its pinned memory is accounted per user" if option is RLIMIT_MODE else ""
+        return f"{subject}: this kernel does not have {missing} ({error}){consequence}."
+    if result.outcome == DENIED:
+        return (
+            f"{subject}: {asked} takes CAP_SYS_RESOURCE in the initial user namespace, which this caller lacks"
+            f" ({error}).{stays} Run the task as root outside of any container; or grant CAP_IPC_LOCK to the VMM, which"
+            " lifts its limit on pinned memory altogether."
+        )
+    if result.outcome == BUSY:
+        return (
+            f"{subject} holds objects already, so its accounting cannot change any more ({error}).{stays} Set it"
+            " before the first device is attached, or restart the VM with the cure in place."
+        )
+    if result.outcome == RACED and result.after is not None:
+        return (
+            f"{subject}: {asked} was set, but {option.name}={option.value(result.after)} is in force now: someone else"
+            " set it in between. Make sure that only one of you does."
+        )
+    return f"{subject}: {asked} failed ({error}).{stays}"
+
+
+def iommufd_rdevs(seen: Iterable[int]) -> set[int]:
+    """Which of the device numbers of open character devices are those of an iommufd, on the running kernel.
+
+    The node's name proves nothing, since anybody's container may have one of its own making. The number of the misc
+    device is dynamic and stands in sysfs. /dev/vfio/vfio is an iommufd where the kernel was built so
+    (CONFIG_IOMMUFD_VFIO_CONTAINER) and the legacy container elsewhere; nothing but a try on one of our own tells, which
+    is made only when that number was seen.
+    """
+    numbers = {rdev for rdev in (_misc_rdev(),) if rdev is not None}
+    if _VFIO_CONTAINER_RDEV in seen and _vfio_container_is_iommufd():
+        numbers.add(_VFIO_CONTAINER_RDEV)
+    return numbers.intersection(seen)
+
+
+def _misc_rdev() -> int | None:
+    """The device number of /dev/iommu as the kernel gives it, None while the module is not loaded."""
+    try:
+        with open("/sys/class/misc/iommu/dev", encoding="ascii") as stream:
+            major, minor = stream.read().split(":")
+            return os.makedev(int(major), int(minor))
+    except FileNotFoundError:
+        pass
+    # A sandbox without sysfs has procfs all the same, or nothing here could look at another process.
+    with open("/proc/misc", encoding="ascii") as stream:
+        for line in stream:
+            number, name = line.split()
+            if name == "iommu":
+                return os.makedev(10, int(number))
+    return None
+
+
+def _vfio_container_is_iommufd() -> bool:
+    """Whether a VFIO container that we open ourselves answers as an iommufd does."""
+    try:
+        fd = os.open(_VFIO_CONTAINER, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISCHR(status.st_mode) or status.st_rdev != _VFIO_CONTAINER_RDEV:
+            return False
+        return not IommuFd(fd).get(RLIMIT_MODE).errno
+    finally:
+        os.close(fd)

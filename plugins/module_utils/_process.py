@@ -1,0 +1,289 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: one process, held so that its pid cannot come to mean another, and its descriptors.
+
+What is shared with a process here is shared by pidfd_getfd(2) and by nothing else. To open /proc/PID/fd/N of a device
+node makes a *new* open file: an option set on that is set with success and changes nothing for the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import pwd
+import select
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ._errors import AccessRefused, DescriptorGone, HostLacks, IommufdError, ProcessGone, error_text
+
+__all__ = (
+    "Process",
+    "character_device",
+    "is_path_only",
+    "printable",
+)
+
+# The same on every architecture that Linux added after 2019's unification of system call numbers, and on those before
+# it but alpha. Python's os has no pidfd_getfd, and pidfd_open only where it was built against recent headers.
+_SYS_PIDFD_OPEN = 434
+_SYS_PIDFD_GETFD = 438
+
+_AT_FDCWD = -100
+_AT_STATX_DONT_SYNC = 0x4000
+_STATX_TYPE = 0x1
+
+# The largest C int: a pid or descriptor beyond it would reach the kernel cut to another one.
+_INT_MAX = 2**31 - 1
+
+
+class Statx(ctypes.Structure):
+    """`struct statx` of linux/stat.h, as far as it is read here, and room for the rest of its 256 bytes."""
+
+    _fields_ = (
+        ("stx_mask", ctypes.c_uint32),
+        ("_to_mode", ctypes.c_uint8 * 24),
+        ("stx_mode", ctypes.c_uint16),
+        ("_to_rdev", ctypes.c_uint8 * 98),
+        ("stx_rdev_major", ctypes.c_uint32),
+        ("stx_rdev_minor", ctypes.c_uint32),
+        ("_to_end", ctypes.c_uint8 * 120),
+    )
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def _checked(result: int) -> int:
+    """The result of a C function that returns -1 and sets errno. Raises OSError in that case."""
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def _pidfd_open(pid: int) -> int:
+    return _checked(_libc.syscall(ctypes.c_long(_SYS_PIDFD_OPEN), ctypes.c_long(pid), ctypes.c_long(0)))
+
+
+def _pidfd_getfd(pidfd: int, fd: int) -> int:
+    """Shares descriptor `fd` of the process; the new one is close-on-exec, says pidfd_getfd(2)."""
+    return _checked(
+        _libc.syscall(ctypes.c_long(_SYS_PIDFD_GETFD), ctypes.c_long(pidfd), ctypes.c_long(fd), ctypes.c_long(0))
+    )
+
+
+def character_device(path: str) -> int | None:
+    """The device number of the character device that path leads to, None where it is something else.
+
+    stat(2) of a descriptor on a FUSE or network mount asks that mount's server and may wait for it for ever.
+    AT_STATX_DONT_SYNC makes do with what the kernel knows, and a file's type and device number never change.
+    """
+    status = Statx()
+    _checked(_libc.statx(_AT_FDCWD, path.encode(), _AT_STATX_DONT_SYNC, _STATX_TYPE, ctypes.byref(status)))
+    if not stat.S_ISCHR(status.stx_mode):
+        return None
+    return os.makedev(status.stx_rdev_major, status.stx_rdev_minor)
+
+
+def printable(raw: bytes) -> str:
+    """Text of any bytes that is safe on one line of a terminal: what is no printable ASCII or UTF-8 is escaped."""
+    text = raw.decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read()
+
+
+def _status_fields(pid: int) -> dict[str, str]:
+    """The lines of /proc/PID/status, by their names. The name of the process is escaped there by the kernel."""
+    lines = _read(f"/proc/{pid}/status").decode("ascii", "backslashreplace").splitlines()
+    return {key: value.strip() for key, _colon, value in (line.partition(":") for line in lines)}
+
+
+def _yama() -> str:
+    try:
+        return "kernel.yama.ptrace_scope is " + _read("/proc/sys/kernel/yama/ptrace_scope").decode("ascii").strip()
+    except OSError:
+        return "Yama is not in this kernel"
+
+
+@dataclass(frozen=True)
+class Process:
+    """A running process, held by a pidfd from `Process.hold` on.
+
+    `uid` is the real user id, whose counter the kernel charges under per-user accounting (current_user() at
+    iopt_alloc_pages() in drivers/iommu/iommufd/pages.c); `user` is its name here, None where it has none. `comm` is
+    escaped to be printable.
+    """
+
+    pid: int
+    comm: str
+    uid: int
+    user: str | None
+    _pidfd: int
+
+    def __str__(self) -> str:
+        return f"{self.comm} (pid {self.pid})"
+
+    @classmethod
+    @contextlib.contextmanager
+    def hold(cls, pid: int) -> Iterator[Process]:
+        """Holds the process `pid` by a pidfd while the context lasts.
+
+        Raises ProcessGone where there is none or it has ended, HostLacks where the system call is not to be had,
+        AccessRefused where it is forbidden, and IommufdError where the number is not that of a process.
+        """
+        if not 0 < pid <= _INT_MAX:
+            raise IommufdError(f"{pid} is not the id of a process: ids count from 1.")
+        try:
+            pidfd = _pidfd_open(pid)
+        except OSError as exc:
+            raise _cannot_hold(pid, exc) from exc
+        try:
+            yield cls._look_at(pid, pidfd)
+        finally:
+            os.close(pidfd)
+
+    @classmethod
+    def _look_at(cls, pid: int, pidfd: int) -> Process:
+        try:
+            uid = int(_status_fields(pid)["Uid"].split()[0])
+            comm = printable(_read(f"/proc/{pid}/comm").rstrip(b"\n"))
+        except (FileNotFoundError, ProcessLookupError) as exc:
+            raise ProcessGone(_gone(pid)) from exc
+        try:
+            user: str | None = pwd.getpwuid(uid).pw_name
+        except KeyError:
+            user = None
+        process = cls(pid, comm, uid, user, pidfd)
+        process.check_alive()
+        return process
+
+    def check_alive(self) -> None:
+        """Raises ProcessGone once the process has ended; before that, whatever was read by its pid was its own."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        if poll.poll(0):
+            raise ProcessGone(_gone(self.pid, self.comm))
+
+    def character_devices(self) -> dict[int, int]:
+        """The descriptors that are open on character devices: their numbers, and the device numbers behind them.
+
+        A descriptor that is closed while this looks is left out. Raises AccessRefused or ProcessGone.
+        """
+        try:
+            fds = sorted(map(int, os.listdir(f"/proc/{self.pid}/fd")))
+        except PermissionError as exc:
+            raise AccessRefused(self._refused("look at its descriptors", exc)) from exc
+        except (FileNotFoundError, ProcessLookupError) as exc:
+            raise ProcessGone(_gone(self.pid, self.comm)) from exc
+        found = {}
+        for fd in fds:
+            with contextlib.suppress(DescriptorGone):
+                rdev = self.character_device(fd)
+                if rdev is not None:
+                    found[fd] = rdev
+        self.check_alive()
+        return found
+
+    def character_device(self, fd: int) -> int | None:
+        """The device number behind descriptor `fd`, None where it is no character device. Never waits for a server.
+
+        Raises DescriptorGone, AccessRefused or ProcessGone.
+        """
+        try:
+            return character_device(f"/proc/{self.pid}/fd/{fd}")
+        except PermissionError as exc:
+            raise AccessRefused(self._refused("look at its descriptors", exc)) from exc
+        except (FileNotFoundError, ProcessLookupError) as exc:
+            self.check_alive()
+            raise DescriptorGone(self._no_descriptor(fd)) from exc
+
+    def link(self, fd: int) -> str:
+        """What descriptor `fd` is open on, as the kernel names it, escaped to be printable."""
+        try:
+            return printable(os.fsencode(os.readlink(f"/proc/{self.pid}/fd/{fd}")))
+        except OSError:
+            return "closed by now"
+
+    @contextlib.contextmanager
+    def borrow(self, fd: int) -> Iterator[int]:
+        """A descriptor of ours that shares the open file behind the process's `fd`, closed when the context ends.
+
+        While it is open it keeps what the file holds alive, pinned memory included, even if the process ends.
+        Raises DescriptorGone, ProcessGone, AccessRefused, HostLacks, or IommufdError for what none of these says.
+        """
+        if not 0 <= fd <= _INT_MAX:
+            raise DescriptorGone(f"{fd} is not the number of a descriptor: they count from 0.")
+        try:
+            borrowed = _pidfd_getfd(self._pidfd, fd)
+        except OSError as exc:
+            raise self._cannot_borrow(fd, exc) from exc
+        try:
+            yield borrowed
+        finally:
+            os.close(borrowed)
+
+    def _cannot_borrow(self, fd: int, exc: OSError) -> IommufdError:
+        if exc.errno in (errno.EPERM, errno.EACCES):
+            return AccessRefused(self._refused(f"share its descriptor {fd}", exc))
+        if exc.errno == errno.EBADF:
+            return DescriptorGone(self._no_descriptor(fd))
+        if exc.errno == errno.ESRCH:
+            return ProcessGone(_gone(self.pid, self.comm))
+        if exc.errno == errno.ENOSYS:
+            return HostLacks(_no_system_call("pidfd_getfd", "5.6"))
+        return IommufdError(f"pidfd_getfd of descriptor {fd} of {self} failed ({error_text(exc.errno)}).")
+
+    def _no_descriptor(self, fd: int) -> str:
+        return f"{self} has no descriptor {fd}: `ls -l /proc/{self.pid}/fd` shows those it has."
+
+    def _refused(self, what: str, exc: OSError) -> str:
+        return (
+            f"{self} does not let this caller (uid {os.geteuid()}) {what} ({error_text(exc.errno)}). That takes what ptrace takes:"
+            f" root with CAP_SYS_PTRACE (become: true), Yama below 3 ({_yama()}), and neither an LSM such as AppArmor"
+            " or SELinux nor a seccomp filter or container around Ansible that forbids it."
+        )
+
+
+def is_path_only(fd: int) -> bool:
+    """Whether a descriptor of ours was opened with O_PATH: it names a file but cannot reach its driver."""
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH)
+
+
+def _gone(pid: int, comm: str = "") -> str:
+    if comm:
+        return f"{comm} (pid {pid}) has ended."
+    return f"There is no process with the id {pid}: it has ended, or belongs to another pid namespace."
+
+
+def _no_system_call(name: str, since: str) -> str:
+    return (
+        f"The system call {name} is not to be had (ENOSYS): it takes Linux {since}, or a seccomp filter (of a container"
+        " or a service) hides it. Run the task on the host itself."
+    )
+
+
+def _cannot_hold(pid: int, exc: OSError) -> IommufdError:
+    if exc.errno == errno.ESRCH:
+        return ProcessGone(_gone(pid))
+    if exc.errno in (errno.EINVAL, errno.ENOENT):
+        return IommufdError(f"{pid} is a thread, not a process: give its process, Tgid in /proc/{pid}/status.")
+    if exc.errno == errno.ENOSYS:
+        return HostLacks(_no_system_call("pidfd_open", "5.3"))
+    if exc.errno in (errno.EPERM, errno.EACCES):
+        return AccessRefused(
+            f"pidfd_open of process {pid} is refused ({error_text(exc.errno)}): look for a seccomp filter of a container or a"
+            " service around Ansible. Run the task on the host itself."
+        )
+    return IommufdError(f"pidfd_open of process {pid} failed ({error_text(exc.errno)}).")

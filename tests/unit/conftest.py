@@ -1,0 +1,66 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A process to look at, and a kernel that answers for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import PIPE, STDOUT
+
+import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd
+from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
+from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
+
+# Opens what the tests look for under numbers that they know, says so, and waits until its standard input is closed.
+CHILD = """
+import os, sys
+os.dup2(os.open("/dev/null", os.O_RDONLY), 50)
+os.dup2(os.open("/dev/null", os.O_PATH), 51)
+os.dup2(os.pipe()[0], 52)
+os.dup2(os.open(sys.argv[1], os.O_RDONLY), 53)
+os.closerange(3, 50)
+os.write(1, b"ready")
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A running process. Its descriptors: 50 /dev/null, 51 the same with O_PATH, 52 a pipe, 53 a file of ten bytes."""
+    (tmp_path / "ten").write_bytes(b"0123456789")
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "ten")]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=STDOUT) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(5) == b"ready"
+        yield process
+        if process.stdin is not None:
+            process.stdin.close()
+
+
+@pytest.fixture
+def held(child: subprocess.Popen[bytes]) -> Iterator[Process]:
+    """The child, held by a pidfd."""
+    with Process.hold(child.pid) as process:
+        yield process
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
+    """Answers every ioctl."""
+    fake = FakeKernel()
+    monkeypatch.setattr(_iommufd.fcntl, "ioctl", lambda *args: fake.ioctl(*args))
+    return fake
+
+
+@pytest.fixture
+def null_is_iommufd(monkeypatch: pytest.MonkeyPatch, kernel: FakeKernel) -> FakeKernel:
+    """Makes /dev/null pass for an iommufd, which the kernel answers for."""
+    monkeypatch.setattr(_iommufd, "_misc_rdev", lambda: os.stat(os.devnull).st_rdev)
+    return kernel

@@ -1,0 +1,180 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The processes here are real ones, of this machine; only what this machine's kernel does not refuse is put in its mouth."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _process
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
+    AccessRefused,
+    DescriptorGone,
+    HostLacks,
+    IommufdError,
+    ProcessGone,
+)
+from ansible_collections.virt.iommufd.plugins.module_utils._process import Process, is_path_only, printable
+
+NULL = os.stat(os.devnull).st_rdev
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    child.kill()
+    child.wait()
+
+
+def refuse(number: int) -> object:
+    def system_call(*_args: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    return system_call
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_process_is_described(held: Process, child: subprocess.Popen[bytes]) -> None:
+    assert held.pid == child.pid
+    assert held.uid == os.getuid()
+    assert held.comm.startswith("python")
+    assert str(held) == f"{held.comm} (pid {child.pid})"
+
+
+@pytest.mark.parametrize("pid", [0, -1, 2**31, 2**32 + 1])
+def test_a_number_that_is_no_process_id_is_refused(pid: int) -> None:
+    with pytest.raises(IommufdError, match=f"{pid} is not the id of a process"), Process.hold(pid):
+        pass
+
+
+def test_a_process_that_has_ended_is_gone(child: subprocess.Popen[bytes]) -> None:
+    end(child)
+    with pytest.raises(ProcessGone, match=f"no process with the id {child.pid}"), Process.hold(child.pid):
+        pass
+
+
+def test_a_process_that_ends_while_it_is_held_is_gone(held: Process, child: subprocess.Popen[bytes]) -> None:
+    end(child)
+    with pytest.raises(ProcessGone, match="has ended"):
+        held.check_alive()
+    with pytest.raises(ProcessGone, match="has ended"):
+        held.character_devices()
+    with pytest.raises(ProcessGone, match="has ended"):
+        held.character_device(50)
+    with pytest.raises(ProcessGone, match="has ended"), held.borrow(50):
+        pass
+
+
+def test_character_devices_are_found_by_number(held: Process) -> None:
+    devices = held.character_devices()
+    assert devices[50] == devices[51] == NULL
+    assert 52 not in devices
+    assert held.character_device(50) == NULL
+    assert held.character_device(52) is None
+    assert held.link(50) == "/dev/null"
+    assert held.link(60) == "closed by now"
+
+
+def test_a_borrowed_descriptor_shares_the_open_file(held: Process) -> None:
+    # An open of /proc/PID/fd/53 would bring the same file, but another position in it.
+    with held.borrow(53) as borrowed:
+        os.lseek(borrowed, 4, os.SEEK_SET)
+        assert "pos:\t4\n" in Path(f"/proc/{held.pid}/fdinfo/53").read_text()
+        assert not os.get_inheritable(borrowed)
+
+
+def test_a_borrowed_descriptor_is_closed_on_every_path(held: Process) -> None:
+    before = open_descriptors()
+    with held.borrow(50):
+        assert open_descriptors() == before + 1
+    with pytest.raises(ZeroDivisionError), held.borrow(50):
+        raise ZeroDivisionError
+    assert open_descriptors() == before
+
+
+def test_a_descriptor_opened_with_o_path_is_known(held: Process) -> None:
+    with held.borrow(50) as plain, held.borrow(51) as path_only:
+        assert not is_path_only(plain)
+        assert is_path_only(path_only)
+
+
+def test_holding_a_process_leaves_no_descriptor(child: subprocess.Popen[bytes]) -> None:
+    before = open_descriptors()
+    with pytest.raises(ZeroDivisionError), Process.hold(child.pid):
+        raise ZeroDivisionError
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("fd", [60, -1, 2**31, 2**32 + 50])
+def test_a_descriptor_that_is_not_there_is_gone(held: Process, fd: int) -> None:
+    with pytest.raises(DescriptorGone, match=str(fd)), held.borrow(fd):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("number", "exception", "words"),
+    [
+        (errno.EPERM, AccessRefused, ["CAP_SYS_PTRACE", "ptrace_scope|Yama is not", "AppArmor", "seccomp", "EPERM"]),
+        (errno.EACCES, AccessRefused, ["CAP_SYS_PTRACE", "EACCES"]),
+        (errno.ESRCH, ProcessGone, ["has ended"]),
+        (errno.EBADF, DescriptorGone, ["no descriptor 50", "ls -l /proc/"]),
+        (errno.ENOSYS, HostLacks, ["pidfd_getfd", "5.6", "seccomp"]),
+        (errno.EMFILE, IommufdError, ["EMFILE", "descriptor 50"]),
+    ],
+)
+def test_what_pidfd_getfd_refuses(
+    held: Process, monkeypatch: pytest.MonkeyPatch, number: int, exception: type[Exception], words: list[str]
+) -> None:
+    monkeypatch.setattr(_process, "_pidfd_getfd", refuse(number))
+    for word in words:
+        with pytest.raises(exception, match=word), held.borrow(50):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("number", "exception", "words"),
+    [
+        (errno.EINVAL, IommufdError, ["42 is a thread"]),
+        (errno.ENOENT, IommufdError, ["42 is a thread"]),
+        (errno.ENOSYS, HostLacks, ["pidfd_open", "5.3"]),
+        (errno.EPERM, AccessRefused, ["seccomp", "EPERM"]),
+        (errno.EMFILE, IommufdError, ["process 42", "EMFILE"]),
+    ],
+)
+def test_what_pidfd_open_refuses(
+    monkeypatch: pytest.MonkeyPatch, number: int, exception: type[Exception], words: list[str]
+) -> None:
+    monkeypatch.setattr(_process, "_pidfd_open", refuse(number))
+    for word in words:
+        with pytest.raises(exception, match=word), Process.hold(42):
+            pass
+
+
+@pytest.mark.parametrize("method", ["character_devices", "character_device"])
+def test_what_proc_refuses(held: Process, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    monkeypatch.setattr(_process.os, "listdir", refuse(errno.EACCES))
+    monkeypatch.setattr(_process, "character_device", refuse(errno.EACCES))
+    with pytest.raises(AccessRefused, match="CAP_SYS_PTRACE"):
+        getattr(held, method)(*([] if method == "character_devices" else [50]))
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"qemu-system-x86", "qemu-system-x86"),
+        ("vm-æøå".encode(), "vm-æøå"),
+        (b"two\nlines", "two\\nlines"),
+        (b"\x1b[2J", "\\x1b[2J"),
+        (b"\xff)", "\\xff)"),
+        ("\u202etxt".encode(), "\\u202etxt"),
+    ],
+)
+def test_printable(raw: bytes, text: str) -> None:
+    assert printable(raw) == text

@@ -1,0 +1,124 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import subprocess
+from typing import Any, Callable
+
+import pytest
+from ansible.module_utils import basic
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
+from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
+
+Run = Callable[..., "dict[str, Any]"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], child: subprocess.Popen[bytes]) -> Run:
+    """Runs the module on the child; the answer is the JSON that it prints."""
+
+    def run_module(**options: Any) -> dict[str, Any]:
+        arguments = {"pid": child.pid, **options}
+        monkeypatch.setattr(basic, "_ANSIBLE_ARGS", json.dumps({"ANSIBLE_MODULE_ARGS": arguments}).encode())
+        monkeypatch.setattr(basic, "_ANSIBLE_PROFILE", "legacy", raising=False)
+        with pytest.raises(SystemExit):
+            iommufd_option.main()
+        answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return answer
+
+    return run_module
+
+
+def test_query(run: Run, null_is_iommufd: FakeKernel, child: subprocess.Popen[bytes]) -> None:
+    answer = run(fd=50)
+    assert not answer["changed"]
+    assert answer["option"] == "rlimit_mode"
+    assert answer["value"] == "user"
+    assert answer["process"]["pid"] == child.pid
+    assert answer["iommufds"] == [
+        {"fd": 50, "ioas_id": None, "before": "user", "after": "user", "outcome": "unchanged", "msg": ""}
+    ]
+    assert "diff" not in answer
+
+
+def test_every_iommufd_is_worked_on_and_what_is_not_one_is_passed_over(run: Run, null_is_iommufd: FakeKernel) -> None:
+    # 51 is the same device, opened with O_PATH.
+    answer = run(value="process")
+    assert [each["fd"] for each in answer["iommufds"]] == [50]
+    assert answer["changed"]
+    assert answer["value"] == "process"
+    assert null_is_iommufd.mode == 1
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_set_in_real_mode_and_in_check_mode(run: Run, null_is_iommufd: FakeKernel, check: bool) -> None:
+    answer = run(fd=50, value="process", _ansible_check_mode=check, _ansible_diff=True)
+    assert answer["changed"]
+    assert answer["diff"] == {"before": {"iommufd 50": "user"}, "after": {"iommufd 50": "process"}}
+    assert null_is_iommufd.mode == (0 if check else 1)
+
+
+@pytest.mark.parametrize(
+    ("state", "outcome", "tolerated"),
+    [
+        ({"without": errno.ENOTTY}, "unsupported", True),
+        ({"privileged": False}, "denied", True),
+        ({"ioases": {1: 1}}, "busy", False),
+    ],
+)
+def test_tolerate(run: Run, null_is_iommufd: FakeKernel, state: dict[str, Any], outcome: str, tolerated: bool) -> None:
+    for name, value in state.items():
+        setattr(null_is_iommufd, name, value)
+    answer = run(fd=50, value="process")
+    assert answer.get("failed", False) is not tolerated
+    assert not answer.get("changed")
+    assert answer["iommufds"][0]["outcome"] == outcome
+    answer = run(fd=50, value="process", tolerate=[outcome])
+    assert "failed" not in answer
+    assert answer["iommufds"][0]["outcome"] == outcome
+    assert answer["iommufds"][0]["msg"] in str(answer["warnings"])
+    answer = run(fd=50, value="process", tolerate=[])
+    assert answer["failed"]
+    assert answer["msg"] == answer["iommufds"][0]["msg"]
+
+
+def test_a_failure_names_what_was_changed_all_the_same(
+    run: Run, null_is_iommufd: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(iommufd_option, "find_iommufds", lambda _process: [50, 0])
+    monkeypatch.setattr(iommufd_option, "NotAnIommufd", KeyError)  # so that 0, a pipe, counts as trouble
+    answer = run(value="process")
+    assert answer["failed"]
+    assert answer["changed"]
+    assert answer["msg"].endswith("Changed all the same: iommufd 50.")
+    assert [each["outcome"] for each in answer["iommufds"]] == ["changed", "failed"]
+    assert answer["value"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pid": 0}, "0 is not the id of a process"),
+        ({"pid": -5}, "-5 is not the id of a process"),
+        ({"fd": 52}, "Descriptor 52 .* is not an iommufd. It is pipe:"),
+        ({"fd": 51}, "O_PATH"),
+        ({"fd": 60}, "has no descriptor 60"),
+        ({"fd": 50, "value": "bogus"}, "value of value must be one of: user, process"),
+    ],
+)
+def test_bad_input(run: Run, null_is_iommufd: FakeKernel, options: dict[str, Any], words: str) -> None:
+    answer = run(**options)
+    assert answer["failed"]
+    assert re.search(words, answer["msg"])
+    assert null_is_iommufd.calls == []
+
+
+def test_a_process_without_an_iommufd(run: Run) -> None:
+    answer = run()
+    assert answer["failed"]
+    assert "holds no iommufd" in answer["msg"]
