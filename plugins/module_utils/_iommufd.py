@@ -16,12 +16,13 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Union
 
-from ._errors import error_text
+from ._errors import HostLacks, error_text
 from ._uapi import (
     IOMMU_OPTION,
     IOMMU_OPTION_HUGE_PAGES,
@@ -49,6 +50,9 @@ __all__ = (
     "explain",
     "iommufd_rdevs",
     "judge",
+    "misc_rdev",
+    "parse_dev",
+    "parse_misc",
 )
 
 Value = Union[str, bool]  # at run time: Python 3.9 has no str | bool
@@ -66,17 +70,26 @@ FAILED = "failed"
 _NO_VALUE = 2**64 - 1
 
 _VFIO_CONTAINER = "/dev/vfio/vfio"
-_VFIO_CONTAINER_RDEV = os.makedev(10, 196)
+_MISC_MAJOR = 10
+_VFIO_CONTAINER_RDEV = os.makedev(_MISC_MAJOR, 196)
+
+# The highest id that is asked for when IOASes are looked for. Ids are the lowest free ones (xa_alloc() in
+# _iommufd_object_alloc()), and a VM has a few objects for each of its devices.
+_IOAS_ID_MAX = 1024
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option as the kernel numbers it and as users call it: `values[n]` is the name of the kernel's value n."""
+    """An option as the kernel numbers it and as users call it: `values[n]` is the name of the kernel's value n.
+
+    `per_ioas`: each IOAS has it of its own, so that its calls name one. `probeable`: the kernel looks at privilege and
+    objects before it looks at the value, so that a probe tells.
+    """
 
     name: str
     option_id: int
     values: tuple[Value, ...]
-    # Whether the kernel looks at privilege and objects before it looks at the value, so that a probe tells.
+    per_ioas: bool
     probeable: bool
 
     def value(self, number: int) -> Value:
@@ -88,8 +101,8 @@ class Option:
         return self.values.index(value)
 
 
-RLIMIT_MODE = Option("rlimit_mode", IOMMU_OPTION_RLIMIT_MODE, ("user", "process"), probeable=True)
-HUGE_PAGES = Option("huge_pages", IOMMU_OPTION_HUGE_PAGES, (False, True), probeable=False)
+RLIMIT_MODE = Option("rlimit_mode", IOMMU_OPTION_RLIMIT_MODE, ("user", "process"), per_ioas=False, probeable=True)
+HUGE_PAGES = Option("huge_pages", IOMMU_OPTION_HUGE_PAGES, (False, True), per_ioas=True, probeable=False)
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,18 @@ class Result:
     outcome: str
     before: int | None
     after: int | None
+    errno: int = 0
+
+
+@dataclass(frozen=True)
+class Ioases:
+    """The ids of an iommufd's IOASes. `errno` is what kept them from being listed, 0 if nothing did.
+
+    `truncated`: there may be more, since the ids in use come near the last one that was tried.
+    """
+
+    ids: list[int]
+    truncated: bool
     errno: int = 0
 
 
@@ -190,6 +215,17 @@ class IommuFd:
         """
         return self.set(option, _NO_VALUE) if option.probeable else Answer()
 
+    def ioases(self) -> Ioases:
+        """The IOASes, found by asking for an option that each has, from the id 1 up. It takes a millisecond or two."""
+        ids = []
+        for object_id in range(1, _IOAS_ID_MAX + 1):
+            answer = self.get(HUGE_PAGES, object_id)
+            if not answer.errno:
+                ids.append(object_id)
+            elif answer.errno != errno.ENOENT:
+                return Ioases([], False, answer.errno)
+        return Ioases(ids, any(object_id > _IOAS_ID_MAX // 2 for object_id in ids))
+
     def change(self, option: Option, wanted: int | None, object_id: int = 0, dry_run: bool = False) -> Result:
         """Queries the option (`wanted` None) or brings it to the wanted value; a dry run foretells what that would do.
 
@@ -203,6 +239,15 @@ class IommuFd:
             return foretold
         refusal = foretold.errno or self.set(option, wanted, object_id).errno
         return judge(before, wanted, refusal, self.get(option, object_id))
+
+
+_HINTS = {
+    ("huge_pages", errno.ENOENT): (" It has no IOAS of this id: a query without ioas_id lists those it has."),
+    ("huge_pages", errno.EINVAL): (
+        " The kernel turns huge pages off only while no memory is mapped in the IOAS: do it before the VM maps any,"
+        " or restart the VM."
+    ),
+}
 
 
 def explain(result: Result, subject: str, option: Option, wanted: int | None) -> str:
@@ -235,7 +280,8 @@ def explain(result: Result, subject: str, option: Option, wanted: int | None) ->
             f"{subject}: {asked} was set, but {option.name}={option.value(result.after)} is in force now: someone else"
             " set it in between. Make sure that only one of you does."
         )
-    return f"{subject}: {asked} failed ({error}).{stays}"
+    hint = _HINTS.get((option.name, result.errno), "")
+    return f"{subject}: {asked} failed ({error}).{stays}{hint}"
 
 
 def iommufd_rdevs(seen: Iterable[int]) -> set[int]:
@@ -246,27 +292,36 @@ def iommufd_rdevs(seen: Iterable[int]) -> set[int]:
     (CONFIG_IOMMUFD_VFIO_CONTAINER) and the legacy container elsewhere; nothing but a try on one of our own tells, which
     is made only when that number was seen.
     """
-    numbers = {rdev for rdev in (_misc_rdev(),) if rdev is not None}
+    numbers = {rdev for rdev in (misc_rdev(),) if rdev is not None}
     if _VFIO_CONTAINER_RDEV in seen and _vfio_container_is_iommufd():
         numbers.add(_VFIO_CONTAINER_RDEV)
     return numbers.intersection(seen)
 
 
-def _misc_rdev() -> int | None:
-    """The device number of /dev/iommu as the kernel gives it, None while the module is not loaded."""
+def misc_rdev() -> int | None:
+    """The device number of /dev/iommu as the kernel gives it; None where it has none, as without the module iommufd."""
     try:
-        with open("/sys/class/misc/iommu/dev", encoding="ascii") as stream:
-            major, minor = stream.read().split(":")
-            return os.makedev(int(major), int(minor))
+        with open("/sys/class/misc/iommu/dev", "rb") as stream:
+            return parse_dev(stream.read())
     except FileNotFoundError:
         pass
     # A sandbox without sysfs has procfs all the same, or nothing here could look at another process.
-    with open("/proc/misc", encoding="ascii") as stream:
-        for line in stream:
-            number, name = line.split()
-            if name == "iommu":
-                return os.makedev(10, int(number))
-    return None
+    with open("/proc/misc", "rb") as stream:
+        return parse_misc(stream.read())
+
+
+def parse_dev(text: bytes) -> int:
+    """The device number in a file `dev` of sysfs, such as "10:123". Raises HostLacks for any other text."""
+    found = re.fullmatch(rb"([0-9]{1,7}):([0-9]{1,7})\n?", text)
+    if not found:
+        raise HostLacks(f"sysfs gives {text[:40]!r} as the device number of /dev/iommu, which is none.")
+    return os.makedev(int(found.group(1)), int(found.group(2)))
+
+
+def parse_misc(text: bytes) -> int | None:
+    """The device number of iommu in the text of /proc/misc, whose lines are a minor number and a name; None without."""
+    found = re.search(rb"^ *([0-9]{1,7}) iommu$", text, re.MULTILINE)
+    return os.makedev(_MISC_MAJOR, int(found.group(1))) if found else None
 
 
 def _vfio_container_is_iommufd() -> bool:

@@ -18,6 +18,7 @@ import os
 import pwd
 import select
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ __all__ = (
     "Process",
     "character_device",
     "is_path_only",
+    "parse_start_ticks",
+    "parse_status",
     "printable",
 )
 
@@ -104,10 +107,41 @@ def _read(path: str) -> bytes:
         return stream.read()
 
 
-def _status_fields(pid: int) -> dict[str, str]:
-    """The lines of /proc/PID/status, by their names. The name of the process is escaped there by the kernel."""
-    lines = _read(f"/proc/{pid}/status").decode("ascii", "backslashreplace").splitlines()
-    return {key: value.strip() for key, _colon, value in (line.partition(":") for line in lines)}
+@dataclass(frozen=True)
+class Status:
+    """What /proc/PID/status says: real user id, state letter, whether there is memory (kernel threads have none)."""
+
+    uid: int
+    state: str
+    has_memory: bool
+
+
+def parse_status(text: bytes) -> Status:
+    """Reads the text of /proc/PID/status, in which the kernel escapes the process's name. See proc_pid_status(5).
+
+    Raises IommufdError where that is not what it is.
+    """
+    fields = {key: value.split() for key, _colon, value in (line.partition(b":") for line in text.split(b"\n"))}
+    try:
+        return Status(
+            uid=int(fields[b"Uid"][0]),
+            state=fields[b"State"][0].decode("ascii"),
+            has_memory=b"VmSize" in fields,
+        )
+    except (KeyError, IndexError, ValueError) as exc:
+        raise IommufdError(f"/proc/PID/status cannot be read: no valid {exc} in {printable(text[:200])!r}.") from exc
+
+
+def parse_start_ticks(text: bytes) -> int:
+    """The start of the process, in clock ticks since boot, from /proc/PID/stat: field 22 of proc_pid_stat(5).
+
+    The name in parentheses may hold anything, parentheses too; behind the last one nothing is the process's to choose.
+    Raises IommufdError where the text is something else.
+    """
+    try:
+        return int(text.rpartition(b")")[2].split()[19])
+    except (IndexError, ValueError) as exc:
+        raise IommufdError(f"/proc/PID/stat cannot be read: no start time in {printable(text[:200])!r}.") from exc
 
 
 def _yama() -> str:
@@ -157,24 +191,52 @@ class Process:
     @classmethod
     def _look_at(cls, pid: int, pidfd: int) -> Process:
         try:
-            uid = int(_status_fields(pid)["Uid"].split()[0])
+            status = parse_status(_read(f"/proc/{pid}/status"))
             comm = printable(_read(f"/proc/{pid}/comm").rstrip(b"\n"))
         except (FileNotFoundError, ProcessLookupError) as exc:
-            raise ProcessGone(_gone(pid)) from exc
+            if _has_ended(pidfd):
+                raise ProcessGone(_gone(pid)) from exc
+            raise AccessRefused(
+                f"/proc hides process {pid} from this caller (uid {os.geteuid()}): it is mounted with hidepid, or for"
+                " another pid namespace. Run the task as root with CAP_SYS_PTRACE, on the host itself."
+            ) from exc
         try:
-            user: str | None = pwd.getpwuid(uid).pw_name
+            user: str | None = pwd.getpwuid(status.uid).pw_name
         except KeyError:
             user = None
-        process = cls(pid, comm, uid, user, pidfd)
+        process = cls(pid, comm, status.uid, user, pidfd)
         process.check_alive()
+        if status.state == "Z":
+            raise IommufdError(
+                f"The first thread of {process} has ended while others run on: its descriptors are out of reach."
+            )
+        if not status.has_memory:
+            raise IommufdError(f"{process} is a kernel thread: it has no descriptors.")
         return process
 
     def check_alive(self) -> None:
         """Raises ProcessGone once the process has ended; before that, whatever was read by its pid was its own."""
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        if poll.poll(0):
+        if _has_ended(self._pidfd):
             raise ProcessGone(_gone(self.pid, self.comm))
+
+    def started(self) -> float:
+        """When the process started, in seconds since the epoch, by the clock as it is set now. Raises ProcessGone."""
+        try:
+            ticks = parse_start_ticks(_read(f"/proc/{self.pid}/stat"))
+        except (FileNotFoundError, ProcessLookupError) as exc:
+            raise ProcessGone(_gone(self.pid, self.comm)) from exc
+        self.check_alive()
+        booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        return booted + ticks / os.sysconf("SC_CLK_TCK")
+
+    def arguments(self) -> list[bytes]:
+        """The command line that the process shows. It may have changed that. Raises ProcessGone."""
+        try:
+            text = _read(f"/proc/{self.pid}/cmdline")
+        except (FileNotFoundError, ProcessLookupError) as exc:
+            raise ProcessGone(_gone(self.pid, self.comm)) from exc
+        self.check_alive()
+        return text.split(b"\0")[:-1]
 
     def character_devices(self) -> dict[int, int]:
         """The descriptors that are open on character devices: their numbers, and the device numbers behind them.
@@ -250,15 +312,22 @@ class Process:
 
     def _refused(self, what: str, exc: OSError) -> str:
         return (
-            f"{self} does not let this caller (uid {os.geteuid()}) {what} ({error_text(exc.errno)}). That takes what ptrace takes:"
-            f" root with CAP_SYS_PTRACE (become: true), Yama below 3 ({_yama()}), and neither an LSM such as AppArmor"
-            " or SELinux nor a seccomp filter or container around Ansible that forbids it."
+            f"{self} does not let this caller (uid {os.geteuid()}) {what} ({error_text(exc.errno)}). That takes"
+            f" what ptrace takes: root with CAP_SYS_PTRACE (become: true), Yama below 3 ({_yama()}), and neither an LSM"
+            " such as AppArmor or SELinux nor a seccomp filter or container around Ansible that forbids it."
         )
 
 
 def is_path_only(fd: int) -> bool:
     """Whether a descriptor of ours was opened with O_PATH: it names a file but cannot reach its driver."""
     return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH)
+
+
+def _has_ended(pidfd: int) -> bool:
+    """Whether the process has ended, be it a zombie still: that is when a pidfd becomes readable (pidfd_open(2))."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _gone(pid: int, comm: str = "") -> str:
@@ -283,7 +352,7 @@ def _cannot_hold(pid: int, exc: OSError) -> IommufdError:
         return HostLacks(_no_system_call("pidfd_open", "5.3"))
     if exc.errno in (errno.EPERM, errno.EACCES):
         return AccessRefused(
-            f"pidfd_open of process {pid} is refused ({error_text(exc.errno)}): look for a seccomp filter of a container or a"
-            " service around Ansible. Run the task on the host itself."
+            f"pidfd_open of process {pid} is refused ({error_text(exc.errno)}): look for a seccomp filter of a"
+            " container or a service around Ansible. Run the task on the host itself."
         )
     return IommufdError(f"pidfd_open of process {pid} failed ({error_text(exc.errno)}).")

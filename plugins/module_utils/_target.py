@@ -7,16 +7,232 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import re
+import stat
+import subprocess
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Union
 
-from ._errors import NotAnIommufd
+from ._errors import IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import IommuFd, iommufd_rdevs
-from ._process import Process, character_device, is_path_only
+from ._process import Process, character_device, is_path_only, printable
 
 __all__ = (
+    "DomainTarget",
+    "PidTarget",
+    "PidfileTarget",
+    "Target",
+    "UnitTarget",
     "borrow_iommufd",
     "find_iommufds",
+    "hold_target",
 )
+
+_PIDFILE_MAX = 64
+_SYMLINKS_MAX = 40
+
+# Where the system libvirt keeps the pidfile and the status of every domain that runs. Only root may write there.
+_LIBVIRT_STATE = "/run/libvirt/qemu"
+
+_SYSTEMCTL_TIMEOUT = 30
+
+
+def parse_pid(text: bytes) -> int:
+    """The number that a pidfile holds: decimal digits, with white space around them at most.
+
+    Raises IommufdError, whose text continues a sentence about the file.
+    """
+    if not text.strip():
+        raise IommufdError("is empty")
+    if not re.fullmatch(rb"\s*[0-9]{1,10}\s*", text):
+        raise IommufdError(f"does not hold the id of a process but {printable(text[:_PIDFILE_MAX])!r}")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class PidTarget:
+    """A process by its id."""
+
+    pid: int
+
+    def __str__(self) -> str:
+        return f"Process {self.pid}"
+
+    def resolve(self) -> int:
+        """The id."""
+        return self.pid
+
+    def check(self, process: Process) -> None:
+        """Any process will do."""
+
+
+@dataclass(frozen=True)
+class PidfileTarget:
+    """A process by a file that holds its id, and that only root or the process's own user can have written."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"Pidfile {self.path}"
+
+    def resolve(self) -> int:
+        """The id in the file. Raises IommufdError for any file that is not a pidfile."""
+        return self._read()[0]
+
+    def check(self, process: Process) -> None:
+        """Raises IommufdError where the file does not speak for the process: it is older, or somebody else's."""
+        _pid, changed = self._read()
+        # A process writes the file after it has started. The clock's steps and a tick's length are worth a second.
+        if changed < process.started() - 1:
+            raise IommufdError(
+                f"{self} is stale: it was written before {process} started, so it meant another process."
+                " Give the process by pid or unit if it is the one you mean."
+            )
+        for uid, place in sorted(writers(self.path).items()):
+            if uid not in (0, process.uid):
+                who = f"uid {uid}" if uid >= 0 else "a group or everybody"
+                raise IommufdError(
+                    f"{self} cannot be trusted: {place} can be written by {who}, but {process} belongs to"
+                    f" uid {process.uid}. Keep the file where only root can write, or give the process by pid or unit."
+                )
+
+    def _read(self) -> tuple[int, float]:
+        """The id in the file, and the time of the file's last change."""
+        if not os.path.isabs(self.path):
+            raise IommufdError(f"{self} is not an absolute path.")
+        try:
+            # Not to be led elsewhere by a link, and not to wait for the other end of a FIFO.
+            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as exc:
+            if exc.errno == errno.ELOOP:
+                raise IommufdError(f"{self} is a symbolic link: give the file that it leads to.") from exc
+            raise IommufdError(f"{self} cannot be opened ({error_text(exc.errno)}).") from exc
+        except ValueError as exc:
+            raise IommufdError(f"Pidfile {self.path!r} is no path: {exc}.") from exc
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise IommufdError(f"{self} is not a regular file but {_kind(status.st_mode)}.")
+            if status.st_size > _PIDFILE_MAX:
+                raise IommufdError(
+                    f"{self} is no pidfile: it holds {status.st_size} bytes, and {_PIDFILE_MAX} at most are read."
+                )
+            text = os.read(fd, _PIDFILE_MAX)
+        finally:
+            os.close(fd)
+        try:
+            return parse_pid(text), status.st_mtime
+        except IommufdError as exc:
+            raise IommufdError(f"{self} {exc}.") from exc
+
+
+@dataclass(frozen=True)
+class DomainTarget:
+    """The emulator of a running domain of the system libvirt."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"Domain {self.name}"
+
+    def resolve(self) -> int:
+        """The id in libvirt's pidfile. Raises IommufdError where there is no such domain, or it is shut off."""
+        if not self.name or "/" in self.name or "\0" in self.name or self.name in (".", ".."):
+            raise IommufdError(f"{self.name!r} is not the name of a domain: it is a name, not a path.")
+        try:
+            return PidfileTarget(self._file("pid")).resolve()
+        except IommufdError as exc:
+            if isinstance(exc.__cause__, FileNotFoundError):
+                raise IommufdError(
+                    f"No domain {self.name} is running under the system libvirt: there is no {self._file('pid')}."
+                    " It is shut off, or not defined, or belongs to a user's session (`virsh list --all` tells; for a"
+                    " session give pid or pidfile)."
+                ) from exc
+            raise
+
+    def check(self, process: Process) -> None:
+        """Raises IommufdError where the process is not the emulator that libvirt started for the domain."""
+        guest = guest_name(process.arguments())
+        if guest != os.fsencode(self.name):
+            shown = "none" if guest is None else printable(guest)
+            raise IommufdError(
+                f"{process} is not the emulator of domain {self.name}: the guest on its command line is {shown}."
+                f" {self._file('pid')} is stale."
+            )
+        try:
+            with open(self._file("xml"), "rb") as stream:
+                uid = emulator_uid(stream.read())
+        except OSError as exc:
+            raise IommufdError(
+                f"{self._file('xml')}, libvirt's record of the domain, cannot be read ({error_text(exc.errno)})."
+            ) from exc
+        if uid is not None and uid != process.uid:
+            raise IommufdError(
+                f"{process} is not the emulator of domain {self.name}: libvirt runs that as uid {uid}, and this is"
+                f" uid {process.uid}."
+            )
+
+    def _file(self, suffix: str) -> str:
+        return f"{_LIBVIRT_STATE}/{self.name}.{suffix}"
+
+
+@dataclass(frozen=True)
+class UnitTarget:
+    """The main process of a systemd unit of the system."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"Unit {self.name}"
+
+    def resolve(self) -> int:
+        """The main process's id. Raises IommufdError where systemd knows none."""
+        name = self.name
+        if not re.fullmatch(r"[A-Za-z0-9:_.\\@-]+", name) or name.startswith("-"):
+            raise IommufdError(f"{name!r} is not the name of a systemd unit.")
+        if re.search(r"@(\.\w+)?$", name):
+            raise IommufdError(f"{self} is a template and has no process: name an instance, such as vm@1.service.")
+        shown = _systemctl_show(name, ("LoadState", "ActiveState", "SubState", "MainPID"))
+        if shown.get("LoadState") == "not-found":
+            raise IommufdError(
+                f"systemd knows no unit {name}: `systemctl list-units --all` tells those that there are."
+            )
+        state = f"{shown.get('ActiveState')} ({shown.get('SubState')})"
+        main_pid = shown.get("MainPID", "")
+        if not re.fullmatch(r"[0-9]{1,10}", main_pid):
+            raise IommufdError(f"{self} is of a kind that has no main process; it is {state}. Name a service.")
+        if main_pid == "0":
+            raise IommufdError(f"{self} has no main process now: it is {state}.")
+        return int(main_pid)
+
+    def check(self, process: Process) -> None:
+        """Systemd answers for it."""
+
+
+Target = Union[PidTarget, PidfileTarget, DomainTarget, UnitTarget]
+
+
+@contextlib.contextmanager
+def hold_target(target: Target) -> Iterator[Process]:
+    """Holds the process that the target names, while the context lasts.
+
+    A process that ends between the answer and the pidfd leaves its id to another one. So the question is asked again
+    once the pidfd is there: while that stands for a process that lives, its id means nobody else.
+    Raises what Process.hold and the target's methods do, ProcessGone where the second answer differs from the first.
+    """
+    pid = target.resolve()
+    with Process.hold(pid) as process:
+        again = target.resolve()
+        if again != pid:
+            raise ProcessGone(f"{target} named process {pid}, and a moment later {again}. Run the task again.")
+        target.check(process)
+        # What check learned by the process's id was about this process only if it still lives.
+        process.check_alive()
+        yield process
 
 
 def find_iommufds(process: Process) -> list[int]:
@@ -52,3 +268,101 @@ def borrow_iommufd(process: Process, fd: int) -> Iterator[IommuFd]:
 def _check_is_iommufd(process: Process, fd: int, rdev: int | None) -> None:
     if rdev is None or not iommufd_rdevs({rdev}):
         raise NotAnIommufd(f"Descriptor {fd} of {process} is not an iommufd. It is {process.link(fd)}.")
+
+
+def writers(path: str) -> dict[int, str]:
+    """Who can decide what the file at path says: user ids, -1 for a group or everybody, each with a place to write.
+
+    That is whoever can write the file, or any folder in which a part of the path is looked up, also on the way through
+    symbolic links. In a sticky folder such as /tmp only a file's owner can replace it, so that adds nobody.
+    Raises IommufdError where the path leads nowhere.
+    """
+    found: dict[int, str] = {}
+    folder, parts = "/", _parts(path)
+    links = 0
+    try:
+        _add_writers(found, "/")
+        while parts:
+            part = parts.pop(0)
+            here = os.path.dirname(folder) if part == ".." else os.path.join(folder, part)
+            status = os.lstat(here)
+            if stat.S_ISLNK(status.st_mode):
+                links += 1
+                if links > _SYMLINKS_MAX:
+                    raise IommufdError(f"{path} goes through too many symbolic links.")
+                # Not its mode, which is always 0777, but its owner can replace it, even in a sticky folder.
+                found.setdefault(status.st_uid, here)
+                lead = os.readlink(here)
+                folder = "/" if lead.startswith("/") else folder
+                parts = _parts(lead) + parts
+            else:
+                folder = here
+                _add_writers(found, here)
+    except OSError as exc:
+        raise IommufdError(f"{path} cannot be looked up ({error_text(exc.errno)}).") from exc
+    return found
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in path.split("/") if part not in ("", ".")]
+
+
+def _add_writers(found: dict[int, str], path: str) -> None:
+    status = os.lstat(path)
+    found.setdefault(status.st_uid, path)
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
+        found.setdefault(-1, path)
+
+
+def guest_name(arguments: list[bytes]) -> bytes | None:
+    """The guest's name in QEMU's `-name guest=NAME,...`, where a comma is written twice; None where there is none."""
+    for option, value in zip(arguments, arguments[1:]):
+        if option in (b"-name", b"--name"):
+            for part in value.replace(b",,", b"\0").split(b","):
+                key, equals, name = part.partition(b"=")
+                if key == b"guest" and equals:
+                    return name.replace(b"\0", b",")
+    return None
+
+
+def emulator_uid(status_xml: bytes) -> int | None:
+    """The user id that libvirt runs the emulator as, from its status file; None where it did not choose one.
+
+    It is in the label of the security model `dac`, such as `+64055:+64055`. Raises IommufdError for any other text.
+    """
+    try:
+        root = ET.fromstring(status_xml)
+    except (ET.ParseError, ValueError, LookupError) as exc:
+        raise IommufdError(f"libvirt's record of the domain is no XML: {exc}.") from exc
+    label = root.findtext("domain/seclabel[@model='dac']/label")
+    found = re.match(r"\+?([0-9]{1,10}):", label or "")
+    return int(found.group(1)) if found else None
+
+
+def _systemctl_show(unit: str, properties: tuple[str, ...]) -> dict[str, str]:
+    """Some properties of a unit, as `systemctl show` gives them; one that the unit's kind does not have is left out."""
+    command = ["systemctl", "show", "--no-pager", *(f"--property={name}" for name in properties), "--", unit]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, check=False, timeout=_SYSTEMCTL_TIMEOUT, stdin=subprocess.DEVNULL
+        )
+    except FileNotFoundError as exc:
+        raise IommufdError(f"Unit {unit} cannot be asked for: systemctl is not on this host.") from exc
+    except subprocess.TimeoutExpired as exc:
+        raise IommufdError(f"systemd did not tell about unit {unit} within {_SYSTEMCTL_TIMEOUT} s.") from exc
+    if done.returncode:
+        raise IommufdError(f"systemctl cannot tell about unit {unit}: {printable(done.stderr.strip())}")
+    lines = done.stdout.decode("utf-8", "backslashreplace").splitlines()
+    return {key: value for key, _equals, value in (line.partition("=") for line in lines)}
+
+
+def _kind(mode: int) -> str:
+    for test, name in (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISCHR, "a character device"),
+        (stat.S_ISBLK, "a block device"),
+    ):
+        if test(mode):
+            return name
+    return "a socket"

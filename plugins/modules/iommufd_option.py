@@ -23,9 +23,27 @@ author:
 options:
   pid:
     description:
-      - The process that holds the iommufd.
+      - The id of the process that holds the iommufd.
+      - Exactly one of O(pid), O(pidfile), O(domain) and O(unit) is required.
     type: int
-    required: true
+  pidfile:
+    description:
+      - A file that holds the id of the process, as an absolute path.
+      - It must be a regular file, not a symbolic link, of 64 bytes at most, written after the process started.
+      - Where somebody other than root can write the file, or any folder on the way to it, the process must belong to
+        that user.
+    type: path
+  domain:
+    description:
+      - The name of a running domain of the system libvirt (C(qemu:///system)). The process is its emulator.
+      - The libvirt daemon is not asked, and so not woken.
+      - For a domain of a user's session, give O(pidfile) or O(pid).
+    type: str
+  unit:
+    description:
+      - The name of a systemd unit of the system. The process is its main process.
+      - A unit without a main process, such as a scope or a slice, cannot be given, nor a template without an instance.
+    type: str
   fd:
     description:
       - The number of the descriptor in the process, as C(ls -l /proc/PID/fd) shows it.
@@ -35,19 +53,23 @@ options:
     description:
       - The option, by the kernel's name for it in lower case.
       - V(rlimit_mode) is how the memory that the iommufd pins is accounted.
+      - V(huge_pages) is whether an IOAS may map memory in pages larger than the smallest. Each IOAS has it of its own.
     type: str
     choices:
       - rlimit_mode
+      - huge_pages
     default: rlimit_mode
   value:
     description:
       - The value that the option is to have. If not given, the option is only queried.
-      - V(user) charges the user, over all of the user's processes. It is what the kernel starts with.
-      - V(process) charges the process, which shows as C(VmLck) in C(/proc/PID/status).
+      - For O(option=rlimit_mode), V(user) charges the user, over all of the user's processes, which is what the kernel
+        starts with; V(process) charges the process, which shows as C(VmLck) in C(/proc/PID/status).
+      - For O(option=huge_pages), a boolean. The kernel starts with V(true), and refuses V(false) once memory is mapped.
     type: str
-    choices:
-      - user
-      - process
+  ioas_id:
+    description:
+      - The id of the IOAS whose O(option=huge_pages) is meant. If not given, every IOAS of the iommufd is worked on.
+    type: int
   tolerate:
     description:
       - Outcomes that are reported with a warning instead of a failure. The iommufd stays as it is.
@@ -69,8 +91,10 @@ attributes:
   check_mode:
     support: full
     details:
-      - Whether the mode could be set is asked of the kernel with a value that it is sure to reject, which changes
-        nothing.
+      - Whether the rlimit mode could be set is asked of the kernel with a value that it is sure to reject, which
+        changes nothing.
+      - The kernel gives no such way to ask whether huge pages could be turned off, so check mode foretells that they
+        can.
   diff_mode:
     support: full
   idempotent:
@@ -79,14 +103,21 @@ requirements:
   - Linux 6.2 or later for iommufd, with the module C(iommufd) loaded.
   - Python's C(ctypes) on the host; Debian's package C(python3) has it, C(python3-minimal) has not.
 notes:
-  - To share a descriptor takes ptrace access to the process, that is, root with CAP_SYS_PTRACE for any process but
-    one's own, and C(kernel.yama.ptrace_scope) below 3.
-  - To set the mode also takes CAP_SYS_RESOURCE in the initial user namespace. To query it does not.
-  - An iommufd that holds an object, be it a bound device or an IOAS, answers EBUSY to every change, and VMMs that open
-    C(/dev/iommu) themselves bind their first device at once. Such a VM has to be restarted with an iommufd that was set
-    before. The value already in force is never set again, so asking for it is fine at any time.
-  - While this module holds the descriptor, the memory pinned through it outlives the process, if that ends just then.
-    It is held for one or a few ioctls.
+  - B(Privilege.) To share a descriptor takes ptrace access to the process, that is, root with CAP_SYS_PTRACE for any
+    process but one's own, and C(kernel.yama.ptrace_scope) below 3. To set the rlimit mode also takes CAP_SYS_RESOURCE
+    in the initial user namespace. To query it does not.
+  - B(EBUSY.) An iommufd that holds an object, be it a bound device or an IOAS, answers EBUSY to every change of its
+    rlimit mode, and VMMs that open C(/dev/iommu) themselves bind their first device at once. Such a VM has to be
+    restarted, either with an iommufd that was opened and set before it had it, or started without its VFIO devices, set
+    with this module, and given the devices by hot-plug. Or grant CAP_IPC_LOCK to the VMM, which lifts its limit. The
+    value already in force is never set again, so asking for it is fine at any time.
+  - B(Borrowed descriptors.) While this module holds the descriptor, the memory pinned through it outlives the process,
+    if that ends just then. It is held for one or a few ioctls, and closed on every path.
+  - B(Containers.) A process in a container is reached from the host, by its pid there, and whatever its device node is
+    called. From inside a container the module sees only that container's processes, and root of a user namespace does
+    not have the privilege to set the rlimit mode.
+  - B(Several descriptors.) Two descriptors of a process can lead to one iommufd. In check mode both are foretold to
+    change; in real mode the second is found unchanged.
 seealso:
   - name: IOMMUFD in the kernel's documentation
     description: What an iommufd, an IOAS and the other objects are.
@@ -102,17 +133,43 @@ EXAMPLES = r"""
     pid: 4242
     value: process
 
-- name: Read how a process is accounted
+- name: Charge a QEMU that was started with -pidfile for itself
   virt.iommufd.iommufd_option:
-    pid: 4242
-  register: accounting
+    pidfile: /run/vm1.pid
+    value: process
 
-- name: Set the mode, and fail wherever that cannot be done
+- name: Charge the main process of a systemd unit for itself, and fail wherever that cannot be done
   virt.iommufd.iommufd_option:
-    pid: 4242
-    fd: 9
+    unit: vm1.service
     value: process
     tolerate: []
+
+- name: Check that a libvirt domain is charged for itself
+  virt.iommufd.iommufd_option:
+    domain: vm1
+  register: accounting
+  failed_when: accounting is failed or accounting.value != 'process'
+
+- name: Keep small pages in every IOAS of a process that has not mapped its memory yet
+  virt.iommufd.iommufd_option:
+    unit: vm1.service
+    option: huge_pages
+    value: false
+
+- name: Find the running domains of the system libvirt
+  ansible.builtin.find:
+    paths: /run/libvirt/qemu
+    patterns: '*.pid'
+    excludes: driver.pid
+  register: pidfiles
+
+- name: Read how each of them is accounted
+  virt.iommufd.iommufd_option:
+    domain: "{{ item.path | basename | splitext | first }}"
+  loop: "{{ pidfiles.files }}"
+  loop_control:
+    label: "{{ item.path }}"
+  register: all_domains
 """
 
 RETURN = r"""
@@ -144,14 +201,21 @@ option:
   sample: rlimit_mode
 value:
   description:
-    - The value that is in force now, in check mode the one that would be.
+    - The value that is in force now, in check mode the one that would be. A boolean for O(option=huge_pages).
     - V(null) where the iommufds of the process differ, or where it could not be read.
-  returned: when there is such a process
-  type: str
+  returned: when there is an iommufd
+  type: raw
   sample: process
+truncated:
+  description:
+    - Whether there may be IOASes that were not found. Their ids are tried from 1 to 1024, and the kernel gives out the
+      lowest free ones, so it is V(true) where one was found in the upper half.
+  returned: when O(option=huge_pages)
+  type: bool
+  sample: false
 iommufds:
-  description: What became of each iommufd, in the order of their descriptors.
-  returned: when there is such a process
+  description: What became of each iommufd, or of each IOAS, in the order of the descriptors and of the ids.
+  returned: when there is an iommufd
   type: list
   elements: dict
   contains:
@@ -164,16 +228,17 @@ iommufds:
       type: int
       sample: null
     before:
-      description: The value before; V(null) where it could not be read.
-      type: str
+      description: The value before; V(null) where it could not be read. A boolean for O(option=huge_pages).
+      type: raw
       sample: user
     after:
       description: The value now, in check mode the one that it would be; V(null) where it could not be read.
-      type: str
+      type: raw
       sample: process
     outcome:
       description:
-        - V(changed), or V(unchanged) also for a query.
+        - V(changed) where this module set the value.
+        - V(unchanged) for a query, where the value was in force, and where somebody else set it first.
         - V(unsupported), V(denied) and V(busy), which O(tolerate) explains.
         - V(raced) where the value was set, but somebody else then set another one.
         - V(failed) for everything else.
@@ -185,9 +250,11 @@ iommufds:
       sample: ""
 """
 
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     DescriptorGone,
     IommufdError,
@@ -196,29 +263,67 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     CHANGED,
     FAILED,
+    HUGE_PAGES,
     RLIMIT_MODE,
     UNCHANGED,
+    Answer,
+    IommuFd,
     Option,
     Result,
+    decide,
     explain,
+    misc_rdev,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
-from ansible_collections.virt.iommufd.plugins.module_utils._target import borrow_iommufd, find_iommufds
+from ansible_collections.virt.iommufd.plugins.module_utils._target import (
+    DomainTarget,
+    PidfileTarget,
+    PidTarget,
+    Target,
+    UnitTarget,
+    borrow_iommufd,
+    find_iommufds,
+    hold_target,
+)
 
-OPTIONS = {option.name: option for option in (RLIMIT_MODE,)}
+UINT32_MAX = 2**32 - 1
+
+OPTIONS = {option.name: option for option in (RLIMIT_MODE, HUGE_PAGES)}
 
 Row = dict[str, Any]
 
 
-def row(fd: int, option: Option, result: Result, msg: str) -> Row:
-    """One descriptor's part of the return value."""
+def target_of(params: dict[str, Any]) -> Target:
+    """The target that the task names, by the one option of four that it gave."""
+    if params["pid"] is not None:
+        return PidTarget(params["pid"])
+    if params["pidfile"] is not None:
+        return PidfileTarget(params["pidfile"])
+    if params["domain"] is not None:
+        return DomainTarget(params["domain"])
+    return UnitTarget(params["unit"])
+
+
+def number_of(option: Option, value: str | None) -> int | None:
+    """The kernel's number of the value, None for a query. Raises IommufdError where the option has no such value."""
+    if value is None:
+        return None
+    try:
+        return option.number(boolean(value) if option is HUGE_PAGES else value)
+    except (TypeError, ValueError) as exc:
+        choices = "a boolean" if option is HUGE_PAGES else " or ".join(str(each) for each in option.values)
+        raise IommufdError(f"value {value!r} is not one of {option.name}: give {choices}.") from exc
+
+
+def row(fd: int, ioas_id: int | None, option: Option, result: Result, msg: str) -> Row:
+    """One descriptor's part of the return value, or one IOAS's."""
 
     def name(number: int | None) -> Any:
         return None if number is None else option.value(number)
 
     return {
         "fd": fd,
-        "ioas_id": None,
+        "ioas_id": ioas_id,
         "before": name(result.before),
         "after": name(result.after),
         "outcome": result.outcome,
@@ -226,29 +331,83 @@ def row(fd: int, option: Option, result: Result, msg: str) -> Row:
     }
 
 
-def work(process: Process, fd: int | None, option: Option, wanted: int | None, dry_run: bool) -> list[Row]:
-    """Queries or changes the option of the descriptor that was asked for, or of each iommufd of the process.
+@dataclass(frozen=True)
+class Job:
+    """What is to be done with each iommufd: `wanted` is the kernel's number of the value, None for a query."""
 
-    What goes wrong with one is told in its row and keeps nobody from the next. Raises IommufdError where there is no
-    iommufd to work on.
+    option: Option
+    ioas_id: int | None
+    wanted: int | None
+    dry_run: bool
+
+    def on(self, iommufd: IommuFd, fd: int, subject: str) -> tuple[list[Row], bool]:
+        """Does it on one iommufd, or on its IOASes; a row for each, and whether there may be more IOASes."""
+        if not self.option.per_ioas:
+            return [self._row(iommufd, fd, None, subject)], False
+        if self.ioas_id is not None:
+            return [self._row(iommufd, fd, self.ioas_id, f"IOAS {self.ioas_id} of {subject}")], False
+        ioases = iommufd.ioases()
+        if ioases.errno:
+            result = decide(Answer(ioases.errno), self.wanted, Answer())
+            return [row(fd, None, self.option, result, explain(result, subject, self.option, self.wanted))], False
+        return [self._row(iommufd, fd, each, f"IOAS {each} of {subject}") for each in ioases.ids], ioases.truncated
+
+    def _row(self, iommufd: IommuFd, fd: int, ioas_id: int | None, subject: str) -> Row:
+        result = iommufd.change(self.option, self.wanted, ioas_id or 0, self.dry_run)
+        return row(fd, ioas_id, self.option, result, explain(result, subject, self.option, self.wanted))
+
+
+def job_of(params: dict[str, Any], dry_run: bool) -> Job:
+    """What the task asks for. Raises IommufdError where its options do not go together."""
+    option = OPTIONS[params["option"]]
+    ioas_id = params["ioas_id"]
+    if ioas_id is not None and not option.per_ioas:
+        raise IommufdError(f"ioas_id goes with option=huge_pages: {option.name} is an option of the whole iommufd.")
+    if ioas_id is not None and not 0 < ioas_id <= UINT32_MAX:
+        raise IommufdError(f"{ioas_id} is not the id of an IOAS: ids count from 1.")
+    return Job(option, ioas_id, number_of(option, params["value"]), dry_run)
+
+
+def work(process: Process, fd: int | None, job: Job) -> tuple[list[Row], bool]:
+    """Does the job on the descriptor that was asked for, or on each iommufd of the process.
+
+    What goes wrong with one is told in its row and keeps nobody from the next. Raises IommufdError where there is
+    nothing to work on.
     """
     rows: list[Row] = []
-    for each in find_iommufds(process) if fd is None else [fd]:
+    truncated = False
+    fds = find_iommufds(process) if fd is None else [fd]
+    for each in fds:
         try:
             with borrow_iommufd(process, each) as iommufd:
-                result = iommufd.change(option, wanted, dry_run=dry_run)
+                some, more = job.on(iommufd, each, f"iommufd {each} of {process}")
+            rows += some
+            truncated |= more
         except IommufdError as exc:
             # A process may well close one of its descriptors while we look, unless it is the one that was asked for.
             if fd is not None or not isinstance(exc, (DescriptorGone, NotAnIommufd)):
-                rows.append(row(each, option, Result(FAILED, None, None), str(exc)))
-        else:
-            rows.append(row(each, option, result, explain(result, f"iommufd {each} of {process}", option, wanted)))
+                rows.append(row(each, job.ioas_id, job.option, Result(FAILED, None, None), str(exc)))
     if not rows:
-        raise IommufdError(
-            f"{process} holds no iommufd. A VMM opens one no earlier than its first VFIO device needs it, and only if"
-            " it was told to use iommufd instead of the VFIO container."
+        raise IommufdError(nothing_to_work_on(process, fds))
+    return rows, truncated
+
+
+def nothing_to_work_on(process: Process, fds: list[int]) -> str:
+    """Why no row came of the process."""
+    if fds:
+        return (
+            f"The iommufds of {process} hold no IOAS, and huge_pages belongs to an IOAS. A VMM makes one when it"
+            " attaches its first device."
         )
-    return rows
+    if misc_rdev() is None:
+        return (
+            f"{process} cannot hold an iommufd, because this host's kernel offers none: load its module (modprobe"
+            " iommufd), or boot a kernel that has it (CONFIG_IOMMUFD, since Linux 6.2)."
+        )
+    return (
+        f"{process} holds no iommufd. A VMM opens one no earlier than its first VFIO device needs it, and only if it"
+        " was told to use iommufd instead of the VFIO container."
+    )
 
 
 def report(rows: list[Row], tolerate: list[str]) -> dict[str, Any]:
@@ -261,22 +420,49 @@ def report(rows: list[Row], tolerate: list[str]) -> dict[str, Any]:
         "changed": bool(changed),
         "value": values.pop() if len(values) == 1 else None,
         "iommufds": rows,
-        "diff": {side: {f"iommufd {each['fd']}": each[side] for each in rows} for side in ("before", "after")},
+        "diff": {side: {label(each): each[side] for each in rows} for side in ("before", "after")},
         "warnings": [each["msg"] for each in troubled if each not in failed],
     }
     if failed:
-        done = f" Changed all the same: iommufd {', '.join(str(each['fd']) for each in changed)}." if changed else ""
+        done = f" Changed all the same: {', '.join(label(each) for each in changed)}." if changed else ""
         result["msg"] = " ".join(each["msg"] for each in failed) + done
     return result
+
+
+def label(each: Row) -> str:
+    """What a row is about, in a few words."""
+    ioas = "" if each["ioas_id"] is None else f"IOAS {each['ioas_id']} of "
+    return f"{ioas}iommufd {each['fd']}"
+
+
+def run(module: AnsibleModule, result: dict[str, Any]) -> None:
+    """Does what the task asks for, and fills in the return value. Raises IommufdError."""
+    params = module.params
+    job = job_of(params, module.check_mode)
+    with hold_target(target_of(params)) as process:
+        result["process"] = {
+            "pid": process.pid,
+            "comm": process.comm,
+            "uid": process.uid,
+            "user": process.user,
+        }
+        rows, truncated = work(process, params["fd"], job)
+    if job.option.per_ioas:
+        result["truncated"] = truncated
+    result.update(report(rows, params["tolerate"]))
 
 
 def main() -> NoReturn:
     module = AnsibleModule(
         argument_spec={
-            "pid": {"type": "int", "required": True},
+            "pid": {"type": "int"},
+            "pidfile": {"type": "path"},
+            "domain": {"type": "str"},
+            "unit": {"type": "str"},
             "fd": {"type": "int"},
             "option": {"type": "str", "choices": list(OPTIONS), "default": RLIMIT_MODE.name},
-            "value": {"type": "str", "choices": list(RLIMIT_MODE.values)},
+            "value": {"type": "str"},
+            "ioas_id": {"type": "int"},
             "tolerate": {
                 "type": "list",
                 "elements": "str",
@@ -284,28 +470,19 @@ def main() -> NoReturn:
                 "default": ["unsupported", "denied"],
             },
         },
+        mutually_exclusive=[("pid", "pidfile", "domain", "unit")],
+        required_one_of=[("pid", "pidfile", "domain", "unit")],
         supports_check_mode=True,
     )
-    option = OPTIONS[module.params["option"]]
-    value = module.params["value"]
-    wanted = None if value is None else option.number(value)
-    result: dict[str, Any] = {"option": option.name}
+    result: dict[str, Any] = {"option": module.params["option"]}
     try:
-        with Process.hold(module.params["pid"]) as process:
-            result["process"] = {
-                "pid": process.pid,
-                "comm": process.comm,
-                "uid": process.uid,
-                "user": process.user,
-            }
-            rows = work(process, module.params["fd"], option, wanted, module.check_mode)
+        run(module, result)
     except IommufdError as exc:
-        module.fail_json(msg=str(exc), **result)
-    result.update(report(rows, module.params["tolerate"]))
-    for warning in result.pop("warnings"):
+        result["msg"] = str(exc)
+    for warning in result.pop("warnings", []):
         module.warn(warning)
     if not module._diff:
-        del result["diff"]
+        result.pop("diff", None)
     if "msg" in result:
         module.fail_json(**result)
     module.exit_json(**result)

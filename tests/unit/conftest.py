@@ -62,5 +62,5 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
 @pytest.fixture
 def null_is_iommufd(monkeypatch: pytest.MonkeyPatch, kernel: FakeKernel) -> FakeKernel:
     """Makes /dev/null pass for an iommufd, which the kernel answers for."""
-    monkeypatch.setattr(_iommufd, "_misc_rdev", lambda: os.stat(os.devnull).st_rdev)
+    monkeypatch.setattr(_iommufd, "misc_rdev", lambda: os.stat(os.devnull).st_rdev)
     return kernel

@@ -175,7 +175,7 @@ def test_other_devices_are_not_iommufds(rdev: int) -> None:
 
 
 def test_the_number_of_the_misc_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_iommufd, "_misc_rdev", lambda: os.makedev(10, 123))
+    monkeypatch.setattr(_iommufd, "misc_rdev", lambda: os.makedev(10, 123))
     assert _iommufd.iommufd_rdevs({os.makedev(1, 3), os.makedev(10, 123)}) == {os.makedev(10, 123)}
 
 

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import subprocess
 from typing import Any, Callable
 
 import pytest
 from ansible.module_utils import basic
+from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -23,7 +25,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], chi
     """Runs the module on the child; the answer is the JSON that it prints."""
 
     def run_module(**options: Any) -> dict[str, Any]:
-        arguments = {"pid": child.pid, **options}
+        arguments = {key: value for key, value in {"pid": child.pid, **options}.items() if value is not None}
         monkeypatch.setattr(basic, "_ANSIBLE_ARGS", json.dumps({"ANSIBLE_MODULE_ARGS": arguments}).encode())
         monkeypatch.setattr(basic, "_ANSIBLE_PROFILE", "legacy", raising=False)
         with pytest.raises(SystemExit):
@@ -105,10 +107,19 @@ def test_a_failure_names_what_was_changed_all_the_same(
     [
         ({"pid": 0}, "0 is not the id of a process"),
         ({"pid": -5}, "-5 is not the id of a process"),
+        ({"option": "huge_pages", "value": "process"}, "value 'process' is not one of huge_pages: give a boolean"),
+        ({"ioas_id": 1}, "ioas_id goes with option=huge_pages"),
+        ({"option": "huge_pages", "ioas_id": 0}, "0 is not the id of an IOAS"),
+        ({"option": "huge_pages", "ioas_id": 2**32 + 1}, "4294967297 is not the id of an IOAS"),
+        ({"unit": "a.service"}, "mutually exclusive"),
+        ({"pid": None}, "one of the following is required"),
+        ({"pid": None, "pidfile": "/dev/null"}, "Pidfile /dev/null is not a regular file"),
+        ({"pid": None, "domain": "../x"}, "a name, not a path"),
+        ({"pid": None, "unit": "vm@.service"}, "is a template"),
         ({"fd": 52}, "Descriptor 52 .* is not an iommufd. It is pipe:"),
         ({"fd": 51}, "O_PATH"),
         ({"fd": 60}, "has no descriptor 60"),
-        ({"fd": 50, "value": "bogus"}, "value of value must be one of: user, process"),
+        ({"fd": 50, "value": "bogus"}, "value 'bogus' is not one of rlimit_mode: give user or process"),
     ],
 )
 def test_bad_input(run: Run, null_is_iommufd: FakeKernel, options: dict[str, Any], words: str) -> None:
@@ -118,7 +129,60 @@ def test_bad_input(run: Run, null_is_iommufd: FakeKernel, options: dict[str, Any
     assert null_is_iommufd.calls == []
 
 
-def test_a_process_without_an_iommufd(run: Run) -> None:
+@pytest.mark.parametrize(("rdev", "words"), [(os.makedev(10, 123), "holds no iommufd"), (None, "modprobe iommufd")])
+def test_a_process_without_an_iommufd(run: Run, monkeypatch: pytest.MonkeyPatch, rdev: int | None, words: str) -> None:
+    for module in (_iommufd, iommufd_option):
+        monkeypatch.setattr(module, "misc_rdev", lambda: rdev)
     answer = run()
     assert answer["failed"]
-    assert "holds no iommufd" in answer["msg"]
+    assert words in answer["msg"]
+    assert answer["process"]["comm"].startswith("python")
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_huge_pages_of_every_ioas(run: Run, null_is_iommufd: FakeKernel, check: bool) -> None:
+    null_is_iommufd.ioases = {1: 1, 3: 0, 4: 1}
+    null_is_iommufd.mapped = {4}
+    answer = run(fd=50, option="huge_pages", value="no", _ansible_check_mode=check, _ansible_diff=True)
+    assert answer["changed"]
+    assert answer["truncated"] is False
+    assert [(each["ioas_id"], each["before"], each["outcome"]) for each in answer["iommufds"]] == [
+        (1, True, "changed"),
+        (3, False, "unchanged"),
+        (4, True, "changed" if check else "failed"),
+    ]
+    if check:
+        assert null_is_iommufd.ioases == {1: 1, 3: 0, 4: 1}
+        assert answer["value"] is False
+        assert answer["diff"]["before"]["IOAS 1 of iommufd 50"] is True
+    else:
+        assert answer["failed"]
+        assert "no memory is mapped" in answer["msg"]
+        assert answer["msg"].endswith("Changed all the same: IOAS 1 of iommufd 50.")
+        assert null_is_iommufd.ioases == {1: 0, 3: 0, 4: 1}
+
+
+def test_huge_pages_of_one_ioas(run: Run, null_is_iommufd: FakeKernel) -> None:
+    null_is_iommufd.ioases = {1: 1, 2: 1}
+    answer = run(fd=50, option="huge_pages", ioas_id=2, value=False)
+    assert answer["changed"]
+    assert answer["value"] is False
+    assert null_is_iommufd.ioases == {1: 1, 2: 0}
+    answer = run(fd=50, option="huge_pages", ioas_id=7)
+    assert answer["failed"]
+    assert "IOAS 7 of iommufd 50" in answer["msg"]
+    assert "no IOAS of this id" in answer["msg"]
+
+
+def test_huge_pages_without_an_ioas(run: Run, null_is_iommufd: FakeKernel) -> None:
+    answer = run(fd=50, option="huge_pages")
+    assert answer["failed"]
+    assert "hold no IOAS" in answer["msg"]
+
+
+def test_huge_pages_on_a_kernel_without_the_option(run: Run, null_is_iommufd: FakeKernel) -> None:
+    null_is_iommufd.without = errno.EOPNOTSUPP
+    answer = run(fd=50, option="huge_pages", value=True)
+    assert "failed" not in answer
+    assert answer["iommufds"][0]["outcome"] == "unsupported"
+    assert "the option huge_pages" in answer["warnings"][0]
