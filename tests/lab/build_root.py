@@ -1,0 +1,151 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Root file systems, made by mmdebstrap, and the SSH key that opens them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import store
+from build_kernel import archive_options
+from guests import Root
+from progress import LabError, Progress, environment, run
+
+_HERE = Path(__file__).parent
+_OVERLAY = _HERE / "root" / "overlay"
+_CUSTOMIZE = _HERE / "root" / "customize.sh"
+# To be raised with every change below that makes something else from the same inputs.
+_RECIPE = 1
+# The guests' name in their known_hosts, whatever the port.
+HOST_ALIAS = "virt-iommufd-lab"
+# Versions that are worth a place in the manifest
+_NOTED = ("libvirt-daemon-system", "qemu-system-x86", "systemd", "openssh-server", "python3")
+
+_key_artifact = store.Artifact("key", "ssh", {"type": "ed25519"})
+
+
+def make_key() -> Path:
+    """The private key that logs in to every guest; the public one is beside it, with .pub."""
+    return store.make(_key_artifact, _generate_key) / "id_ed25519"
+
+
+def root_artifact(root: Root) -> store.Artifact:
+    """The root file system: root.img (ext4, sparse) and known_hosts. Makes the SSH key if there is none."""
+    inputs = {
+        "suite": root.suite.name,
+        "packages": root.packages,
+        "size_mib": root.size_mib,
+        "overlay": {name: hashlib.sha256(content).hexdigest() for name, content in _overlay().items()},
+        "customize": _CUSTOMIZE.read_text(encoding="utf-8"),
+        "recipe": _RECIPE,
+    }
+    return store.Artifact("root", root.name, inputs)
+
+
+def make_root(root: Root) -> Path:
+    """The folder of the built root file system."""
+    return store.make(root_artifact(root), partial(_build, root))
+
+
+def _generate_key(work: Path) -> Mapping[str, Any]:
+    command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", HOST_ALIAS, "-f", str(work / "id_ed25519")]
+    made = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment(), check=False
+    )
+    if made.returncode != 0:
+        raise LabError(f"ssh-keygen failed: {made.stderr.strip()}")
+    return {}
+
+
+def _overlay() -> dict[str, bytes]:
+    """The files that are put over the packages' own, by path."""
+    files = {
+        str(path.relative_to(_OVERLAY)): path.read_bytes() for path in sorted(_OVERLAY.rglob("*")) if path.is_file()
+    }
+    files["root/.ssh/authorized_keys"] = make_key().with_suffix(".pub").read_bytes()
+    return files
+
+
+def _write_overlay(archive: Path) -> None:
+    """Writes the overlay and the customizing script as a tar file in which everything belongs to root."""
+    with tarfile.open(archive, "w") as tar:
+        folder = tarfile.TarInfo("root/.ssh")
+        folder.type, folder.mode = tarfile.DIRTYPE, 0o700
+        tar.addfile(folder)
+        for name, content in {**_overlay(), "customize.sh": _CUSTOMIZE.read_bytes()}.items():
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = len(content), 0o600 if ".ssh" in name else 0o644
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def _build(root: Root, work: Path) -> Mapping[str, Any]:
+    log = work / "build.log"
+    progress = Progress(f"root {root.name}: installing {len(root.packages)} packages and what they need")
+    overlay = work / "overlay.tar"
+    _write_overlay(overlay)
+    archive = work / "root.tar"
+    command = [
+        "mmdebstrap",
+        "--variant=minbase",
+        f"--include={','.join(root.packages)}",
+        *archive_options(root.suite),
+        f'--customize-hook=tar-in "{overlay}" /',
+        '--customize-hook=chroot "$1" sh /customize.sh',
+        '--customize-hook=rm "$1/customize.sh"',
+        root.suite.name,
+        str(archive),
+    ]
+    run(command, log, progress, _last_step)
+    progress.done()
+
+    facts = _look_into(archive, work)
+
+    # fakeroot keeps owners and modes that an ordinary user cannot give; both steps must share it.
+    progress = Progress(f"root {root.name}: making the disk")
+    tree = work / "tree"
+    script = (
+        # What devtmpfs will hold is left out.
+        'mkdir "$2" && tar -xf "$1" -C "$2" --numeric-owner --xattrs --xattrs-include="*" --exclude="./dev/*" && '
+        # No tables are left for the guest to fill in while it boots.
+        'mke2fs -q -t ext4 -L root -m 0 -N 131072 -E lazy_itable_init=0,lazy_journal_init=0 -d "$2" "$3" "$4"'
+    )
+    image = ["sh", "-c", script, "sh", str(archive), str(tree), str(work / "root.img"), f"{root.size_mib}M"]
+    run(["fakeroot", *image], log, progress)
+    archive.unlink()
+    overlay.unlink()
+    shutil.rmtree(tree)
+    progress.done()
+    return facts
+
+
+def _last_step(line: str) -> str:
+    """What mmdebstrap or apt says it does, cut to the width of a progress line."""
+    return line.strip()[:60] or "working"
+
+
+def _look_into(archive: Path, work: Path) -> Mapping[str, Any]:
+    """Reads the host key, for known_hosts, and the installed versions from the new file system."""
+    with tarfile.open(archive) as tar:
+        members = {member.name: member for member in tar}
+
+        def text(name: str) -> str:
+            content = tar.extractfile(members[name])
+            assert content is not None, f"{name} is a regular file"
+            return content.read().decode()
+
+        kind, key = text("./etc/ssh/ssh_host_ed25519_key.pub").split()[:2]
+        status = text("./var/lib/dpkg/status")
+    (work / "known_hosts").write_text(f"{HOST_ALIAS} {kind} {key}\n", encoding="utf-8")
+    versions = dict(re.findall(r"^Package: (\S+)\n(?:.+\n)*?Version: (\S+)$", status, re.MULTILINE))
+    return {"versions": {name: versions[name] for name in _NOTED if name in versions}}

@@ -1,0 +1,111 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What the lab can be: the guests, and the kernels and root file systems that they are put together from.
+
+Nothing here acts. To add a guest, add an entry; to add a kernel option, add it to a fragment in kernel/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from progress import LabError
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite of the Debian archive. may_be_expired: its Release file may be past Valid-Until, but must be signed."""
+
+    name: str
+    may_be_expired: bool = False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel: the source package it is built from, and the fragments, kernel/NAME.config, that configure it."""
+
+    name: str
+    suite: Suite
+    package: str
+    fragments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Root:
+    """A root file system: what is installed from which suite, and the size of its (sparse) disk."""
+
+    name: str
+    suite: Suite
+    packages: tuple[str, ...]
+    size_mib: int = 4096
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A machine: a kernel, a root file system, and its memory."""
+
+    name: str
+    kernel: Kernel
+    root: Root
+    memory_mib: int = 2048
+    purpose: str = ""
+
+
+TRIXIE = Suite("trixie")
+SID = Suite("sid", may_be_expired=True)
+
+_FRAGMENTS = ("machine", "userland", "observed", "iommufd")
+
+_PACKAGES = (
+    # the system
+    "systemd-sysv",
+    "udev",
+    "dbus",
+    "libpam-systemd",
+    "kmod",
+    "iproute2",
+    "openssh-server",
+    # python3-minimal has no ctypes
+    "python3",
+    "sudo",
+    # tests change users, capabilities, namespaces and ACLs, and look at processes
+    "libcap2-bin",
+    "acl",
+    "attr",
+    "procps",
+    "lsof",
+    "strace",
+    "fuse3",
+    # the virtualization host
+    "apparmor",
+    "qemu-system-x86",
+    "libvirt-daemon-system",
+    "libvirt-clients",
+    "python3-libvirt",
+)
+
+KERNEL_6_12 = Kernel("6.12", TRIXIE, "linux-source-6.12", (*_FRAGMENTS, "container-legacy"))
+KERNEL_7 = Kernel("7", SID, "linux-source", (*_FRAGMENTS, "container-iommufd"))
+
+ROOT_TRIXIE = Root("trixie", TRIXIE, _PACKAGES)
+ROOT_SID = Root("sid", SID, _PACKAGES)
+
+DEFAULT_GUEST = "fallback"
+
+GUESTS: dict[str, Guest] = {
+    guest.name: guest
+    for guest in (
+        Guest("fallback", KERNEL_6_12, ROOT_TRIXIE, purpose="libvirt leaves the mode alone: the failure and its cures"),
+        Guest("native", KERNEL_7, ROOT_SID, purpose="libvirt sets the mode itself"),
+    )
+}
+
+
+def guest_named(name: str) -> Guest:
+    """The guest of that name. Raises LabError, naming those that exist, if there is none."""
+    try:
+        return GUESTS[name]
+    except KeyError:
+        raise LabError(f"no guest is called {name!r}: there are {', '.join(GUESTS)}") from None

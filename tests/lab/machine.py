@@ -1,0 +1,405 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Running guests: starting one under QEMU, telling what became of it, and ending it.
+
+A guest's folder is runs/CHECKOUT/GUEST in the cache, so that two checkouts do not disturb one another. It holds
+state.json from the moment that QEMU runs until `down`; with it there and its process gone, the guest has died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import store
+from build_kernel import make_kernel
+from build_root import HOST_ALIAS, make_key, make_root
+from guests import GUESTS, Guest
+from progress import LabError, Progress, end_group, environment, tail
+
+# A loaded machine emulates slowly; a guest that is broken mostly ends by itself, since a panic ends QEMU.
+BOOT_TIMEOUT = 300.0
+_QMP_TIMEOUT = 30.0
+_PORT_ATTEMPTS = 5
+# unix(7): sun_path has 108 bytes, one of them for the end.
+_SOCKET_PATH_MAX = 107
+# Two devices with a driver of their own to take from: 1234:11e8, which nothing in the kernel claims.
+_PASSTHROUGH_DEVICES = 2
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of a started guest. start_time: of its process, in ticks since boot `boot_id`: pids come again."""
+
+    pid: int
+    start_time: int
+    boot_id: str
+    port: int
+    kernel: str
+    kernel_release: str
+    root: str
+
+
+class Machine:
+    """One guest of this checkout."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+        self.name = guest.name
+        self.folder = _runs() / guest.name
+        self.ssh_config = self.folder / "ssh_config"
+        self.console = self.folder / "console.log"
+        self.private_key = self.folder / "id_ed25519"
+        self._state_file = self.folder / "state.json"
+        self._qemu_log = self.folder / "qemu.log"
+
+    @property
+    def state(self) -> State | None:
+        """What was written down when it was started; None if it was not, or was taken down."""
+        try:
+            return State(**json.loads(self._state_file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    @property
+    def condition(self) -> str:
+        """`running`, `died` or `down`."""
+        state = self.state
+        if state is None:
+            return "down"
+        return "running" if _is_alive(state) else "died"
+
+    def running(self) -> State:
+        """The state of a guest that must be running. Raises LabError, with the end of its console log if it died."""
+        state = self.state
+        if state is None:
+            raise LabError(f"guest {self.name} is not up: bring it up with `up {self.name}`")
+        if not _is_alive(state):
+            raise LabError(f"guest {self.name} has died{self._last_words()}")
+        return state
+
+    def build(self) -> None:
+        """Makes what it is booted from, if it is missing."""
+        make_kernel(self.guest.kernel)
+        make_root(self.guest.root)
+
+    def up(self) -> bool:
+        """Boots it and waits until SSH answers. False if it was up already.
+
+        Raises LabError if it dies or does not answer in time. Unless the wait ends well, the guest is ended too.
+        """
+        kernel, root = make_kernel(self.guest.kernel), make_root(self.guest.root)
+        with self._lock():
+            state = self.state
+            if state is not None and _is_alive(state):
+                # Perhaps whoever booted it was killed before it was done.
+                self._wait_for_ssh(state, Progress(f"guest {self.name}: runs already"))
+                return False
+            self._prepare(root)
+            progress = Progress(f"guest {self.name}: booting")
+            state = self._start(kernel, root)
+            try:
+                self._wait_for_ssh(state, progress)
+            except BaseException:
+                self._end(state)
+                self._state_file.unlink()
+                raise
+            return True
+
+    def down(self) -> bool:
+        """Ends it and removes all that belongs to this run. False if it was down already."""
+        with self._lock():
+            state = self.state
+            if state is not None and _is_alive(state):
+                self._end(state)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return state is not None
+
+    def ssh_command(self, words: Sequence[str] = ()) -> list[str]:
+        """The ssh command that logs in, or runs a command line: one word is the shell's to read, several are quoted."""
+        remote = list(words) if len(words) < 2 else [shlex.join(words)]
+        return ["ssh", "-F", str(self.ssh_config), self.name, *(["--", *remote] if remote else [])]
+
+    def inventory(self) -> dict[str, str | int]:
+        """The variables that Ansible reaches a running guest with."""
+        return {
+            "ansible_host": "127.0.0.1",
+            "ansible_port": self.running().port,
+            "ansible_user": "root",
+            "ansible_ssh_private_key_file": str(self.private_key),
+            "ansible_ssh_common_args": f"-F {shlex.quote(str(self.ssh_config))}",
+            "ansible_python_interpreter": "/usr/bin/python3",
+        }
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        name = f"run-{self.folder.parent.name}-{self.name}"
+        with store.lock(name, f"guest {self.name} is being brought up or down by another run"):
+            yield
+
+    def _prepare(self, root: Path) -> None:
+        """Makes the run's folder: a throw-away disk over the cached one, and what SSH needs."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, mode=0o700)
+        image = root / "root.img"
+        command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(image)]
+        command.append(str(self.folder / "disk.qcow2"))
+        made = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+        if made.returncode != 0:
+            raise LabError(f"cannot make the disk of guest {self.name}: {made.stderr.strip()}")
+        # Copies: what a run needs must outlast a rebuild of the cache.
+        shutil.copy(root / "known_hosts", self.folder)
+        shutil.copy(make_key(), self.private_key)
+
+    def _start(self, kernel: Path, root: Path) -> State:
+        """Starts QEMU on a free port and writes down its state."""
+        for _ in range(_PORT_ATTEMPTS):
+            port = _free_port()
+            self._write_ssh_config(port)
+            with self._qemu_log.open("wb") as log:
+                process = subprocess.Popen(
+                    self._qemu(kernel, port),
+                    # The monitor's socket is named relative to this folder, as its path may be too long for a socket.
+                    cwd=self.folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment(),
+                    # It outlives this process, and an interrupt from the terminal.
+                    start_new_session=True,
+                )
+            try:
+                # QMP answers only once QEMU has the port.
+                if self._wait_for_qmp(process):
+                    return self._write_state(process.pid, port, kernel, root)
+            except BaseException:
+                end_group(process)
+                raise
+            # Somebody else may have taken the port between our looking and QEMU's binding.
+            if "host forwarding" not in self._qemu_log.read_text(errors="replace"):
+                break
+        raise LabError(f"QEMU did not start guest {self.name}:\n{tail(self._qemu_log)}")
+
+    def _qemu(self, kernel: Path, port: int) -> list[str]:
+        # Software emulation unless told otherwise: a /dev/kvm that exists need not be able to boot this.
+        accel = os.environ.get("LAB_ACCEL", "tcg")
+        devices = ["intel-iommu,intremap=on,device-iotlb=on", "virtio-rng-pci"]
+        devices += ["virtio-blk-pci,drive=root", "virtio-blk-pci,drive=modules", "virtio-net-pci,netdev=net,romfile="]
+        devices += ["edu"] * _PASSTHROUGH_DEVICES
+        command = [
+            "qemu-system-x86_64",
+            *("-name", f"lab-{self.name}"),
+            *("-machine", "q35,kernel-irqchip=split"),
+            *("-accel", "tcg,thread=multi" if accel == "tcg" else accel),
+            *("-cpu", "max" if accel == "tcg" else "host"),
+            *("-smp", "2", "-m", f"{self.guest.memory_mib}M"),
+            *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+            *("-serial", "file:console.log"),
+            *("-qmp", "unix:qmp,server=on,wait=off"),
+            *("-kernel", str(kernel / "bzImage")),
+            # panic=-1 reboots at once, which -no-reboot turns into the end of QEMU.
+            # A dumb terminal is not asked for its size, whose answer would be waited for.
+            *("-append", "root=/dev/vda rw console=ttyS0 loglevel=5 panic=-1 systemd.show_status=auto TERM=dumb"),
+            *("-drive", "if=none,id=root,file=disk.qcow2,format=qcow2,cache=unsafe"),
+            *("-drive", f"if=none,id=modules,file={_comma(kernel / 'modules.img')},format=raw,readonly=on"),
+            *("-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:22"),
+        ]
+        for device in devices:
+            command += ["-device", device]
+        return command
+
+    def _wait_for_qmp(self, process: subprocess.Popen[bytes]) -> bool:
+        """Waits until QEMU's monitor answers; False if QEMU ends instead."""
+        deadline = time.monotonic() + _QMP_TIMEOUT
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                end_group(process)
+                raise LabError(f"QEMU did not answer within {_QMP_TIMEOUT:.0f} s:\n{tail(self._qemu_log)}")
+            with contextlib.suppress(OSError):
+                self._qmp("query-status")
+                return True
+            time.sleep(0.1)
+        return False
+
+    def _qmp(self, command: str) -> None:
+        """Sends one command to QEMU's monitor. Raises OSError if there is none."""
+        folder = os.open(self.folder, os.O_PATH | os.O_DIRECTORY)
+        try:
+            with socket.socket(socket.AF_UNIX) as monitor:
+                monitor.settimeout(5)
+                # The short name of a path that may be too long for a socket's address
+                monitor.connect(f"/proc/self/fd/{folder}/qmp")
+                with monitor.makefile("rw", encoding="utf-8") as stream:
+                    stream.readline()
+                    for execute in ("qmp_capabilities", command):
+                        stream.write(json.dumps({"execute": execute}) + "\n")
+                        stream.flush()
+                        if not stream.readline():
+                            raise ConnectionError("QEMU's monitor closed the connection")
+        finally:
+            os.close(folder)
+
+    def _wait_for_ssh(self, state: State, progress: Progress) -> None:
+        answer = "waiting for SSH"
+        while True:
+            if not _is_alive(state):
+                raise LabError(f"guest {self.name} died while it booted{self._last_words()}")
+            if progress.seconds > BOOT_TIMEOUT:
+                raise LabError(
+                    f"guest {self.name} did not answer by SSH within {BOOT_TIMEOUT:.0f} s{self._last_words()}"
+                )
+            progress.show(answer)
+            if _greets(state.port):
+                refusal = self._try_ssh()
+                if refusal is None:
+                    progress.done("SSH answers")
+                    return
+                answer = refusal
+            time.sleep(0.2)
+
+    def _try_ssh(self) -> str | None:
+        """Logs in once; None if that works, else what ssh says."""
+        try:
+            tried = subprocess.run(
+                self.ssh_command(["true"]),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                env=environment(),
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return "ssh does not come back"
+        return None if tried.returncode == 0 else tried.stderr.strip().replace("\n", "; ")
+
+    def _write_ssh_config(self, port: int) -> None:
+        """For `ssh -F`: everything about this one guest, and nothing of the user's own configuration."""
+        options = {
+            "HostName": "127.0.0.1",
+            "Port": str(port),
+            "User": "root",
+            "IdentityFile": _quoted(self.private_key),
+            "IdentitiesOnly": "yes",
+            "HostKeyAlias": HOST_ALIAS,
+            "UserKnownHostsFile": _quoted(self.folder / "known_hosts"),
+            "GlobalKnownHostsFile": "/dev/null",
+            "StrictHostKeyChecking": "yes",
+            "BatchMode": "yes",
+            "LogLevel": "ERROR",
+            # A guest that hangs is noticed.
+            "ServerAliveInterval": "15",
+            "ServerAliveCountMax": "8",
+        }
+        control = str(self.folder / "ssh")
+        # A login takes a second or more under emulation. ssh adds 17 bytes to the name while it makes the socket.
+        if len(os.fsencode(control)) + 17 <= _SOCKET_PATH_MAX:
+            options |= {"ControlMaster": "auto", "ControlPersist": "60", "ControlPath": _quoted(Path(control))}
+        text = "Host *\n" + "".join(f"    {name} {value}\n" for name, value in options.items())
+        self.ssh_config.write_text(text, encoding="utf-8")
+
+    def _write_state(self, pid: int, port: int, kernel: Path, root: Path) -> State:
+        start_time = _start_time(pid)
+        if start_time is None:
+            raise LabError(f"QEMU of guest {self.name} ended{self._last_words()}")
+        release = store.manifest(kernel).get("kernel_release", "unknown")
+        state = State(pid, start_time, _boot_id(), port, kernel.name, release, root.name)
+        new = self._state_file.with_suffix(".new")
+        new.write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
+        new.replace(self._state_file)
+        return state
+
+    def _end(self, state: State) -> None:
+        """Ends QEMU: its disk is thrown away, so the guest is not asked."""
+        with contextlib.suppress(OSError):
+            self._qmp("quit")
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            deadline = time.monotonic() + 5
+            while time.monotonic() < deadline:
+                if not _is_alive(state):
+                    return
+                time.sleep(0.05)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(state.pid, number)
+
+    def _last_words(self) -> str:
+        words = "".join(f"\n{text}" for text in (tail(self._qemu_log, 5), tail(self.console)) if text)
+        return f", the end of {self.console}:{words}" if words else f" without a word in {self.console}"
+
+
+def machines() -> list[Machine]:
+    """Every guest of this checkout, up or not."""
+    return [Machine(guest) for guest in GUESTS.values()]
+
+
+def running_anywhere() -> list[str]:
+    """The folders of the guests that run, whatever checkout they belong to."""
+    found = []
+    for file in (store.root() / "runs").glob("*/*/state.json"):
+        if _is_alive(State(**json.loads(file.read_text(encoding="utf-8")))):
+            found.append(str(file.parent))
+    return found
+
+
+def _runs() -> Path:
+    checkout = hashlib.sha256(str(Path(__file__).resolve().parents[2]).encode()).hexdigest()[:8]
+    return store.root() / "runs" / checkout
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _greets(port: int) -> bool:
+    """Whether an SSH server greets on that port. QEMU itself accepts any connection, long before the guest does."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), 2) as connection:
+            connection.settimeout(5)
+            return connection.recv(4) == b"SSH-"
+    except OSError:
+        return False
+
+
+def _comma(path: Path) -> str:
+    """A path as QEMU's option parser wants it."""
+    return str(path).replace(",", ",,")
+
+
+def _quoted(path: Path) -> str:
+    """A path as ssh_config wants it."""
+    return '"' + str(path).replace("%", "%%") + '"'
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def _start_time(pid: int) -> int | None:
+    """When the process began, in clock ticks since boot (proc(5), stat, field 22); None if it is gone or a zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The name before it may hold anything, also parentheses.
+    fields = stat[stat.rindex(")") + 2 :].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _is_alive(state: State) -> bool:
+    return state.boot_id == _boot_id() and _start_time(state.pid) == state.start_time
