@@ -11,11 +11,10 @@ import errno
 import os
 import re
 import stat
-import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Union
+from dataclasses import dataclass, field
+from typing import Callable, Union
 
 from ._errors import IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import IommuFd, iommufd_rdevs
@@ -37,8 +36,6 @@ _SYMLINKS_MAX = 40
 
 # Where the system libvirt keeps the pidfile and the status of every domain that runs. Only root may write there.
 _LIBVIRT_STATE = "/run/libvirt/qemu"
-
-_SYSTEMCTL_TIMEOUT = 30
 
 
 def parse_pid(text: bytes) -> int:
@@ -182,9 +179,13 @@ class DomainTarget:
 
 @dataclass(frozen=True)
 class UnitTarget:
-    """The main process of a systemd unit of the system."""
+    """The main process of a systemd unit of the system.
+
+    `run` runs a command and gives its exit code, output and errors, as AnsibleModule.run_command does.
+    """
 
     name: str
+    run: Callable[[list[str]], tuple[int, str, str]] = field(repr=False)
 
     def __str__(self) -> str:
         return f"Unit {self.name}"
@@ -196,7 +197,7 @@ class UnitTarget:
             raise IommufdError(f"{name!r} is not the name of a systemd unit.")
         if re.search(r"@(\.\w+)?$", name):
             raise IommufdError(f"{self} is a template and has no process: name an instance, such as vm@1.service.")
-        shown = _systemctl_show(name, ("LoadState", "ActiveState", "SubState", "MainPID"))
+        shown = self._show("LoadState", "ActiveState", "SubState", "MainPID")
         if shown.get("LoadState") == "not-found":
             raise IommufdError(
                 f"systemd knows no unit {name}: `systemctl list-units --all` tells those that there are."
@@ -211,6 +212,21 @@ class UnitTarget:
 
     def check(self, process: Process) -> None:
         """Systemd answers for it."""
+
+    def _show(self, *properties: str) -> dict[str, str]:
+        """Some properties, as `systemctl show` gives them; one that a unit of this kind does not have is left out."""
+        command = ["systemctl", "show", "--no-pager", *(f"--property={name}" for name in properties), "--", self.name]
+        try:
+            code, output, errors = self.run(command)
+        except OSError as exc:
+            raise IommufdError(
+                f"{self} cannot be asked for: systemctl does not run ({error_text(exc.errno)})."
+            ) from exc
+        if code:
+            raise IommufdError(
+                f"systemctl cannot tell about unit {self.name}: {printable(os.fsencode(errors.strip()))}"
+            )
+        return {key: value for key, _equals, value in (line.partition("=") for line in output.splitlines())}
 
 
 Target = Union[PidTarget, PidfileTarget, DomainTarget, UnitTarget]
@@ -337,23 +353,6 @@ def emulator_uid(status_xml: bytes) -> int | None:
     label = root.findtext("domain/seclabel[@model='dac']/label")
     found = re.match(r"\+?([0-9]{1,10}):", label or "")
     return int(found.group(1)) if found else None
-
-
-def _systemctl_show(unit: str, properties: tuple[str, ...]) -> dict[str, str]:
-    """Some properties of a unit, as `systemctl show` gives them; one that the unit's kind does not have is left out."""
-    command = ["systemctl", "show", "--no-pager", *(f"--property={name}" for name in properties), "--", unit]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, check=False, timeout=_SYSTEMCTL_TIMEOUT, stdin=subprocess.DEVNULL
-        )
-    except FileNotFoundError as exc:
-        raise IommufdError(f"Unit {unit} cannot be asked for: systemctl is not on this host.") from exc
-    except subprocess.TimeoutExpired as exc:
-        raise IommufdError(f"systemd did not tell about unit {unit} within {_SYSTEMCTL_TIMEOUT} s.") from exc
-    if done.returncode:
-        raise IommufdError(f"systemctl cannot tell about unit {unit}: {printable(done.stderr.strip())}")
-    lines = done.stdout.decode("utf-8", "backslashreplace").splitlines()
-    return {key: value for key, _equals, value in (line.partition("=") for line in lines)}
 
 
 def _kind(mode: int) -> str:

@@ -152,7 +152,7 @@ EXAMPLES = r"""
 
 - name: Keep small pages in every IOAS of a process that has not mapped its memory yet
   virt.iommufd.iommufd_option:
-    unit: vm1.service
+    unit: vm2.service
     option: huge_pages
     value: false
 
@@ -251,6 +251,7 @@ iommufds:
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
@@ -293,15 +294,16 @@ OPTIONS = {option.name: option for option in (RLIMIT_MODE, HUGE_PAGES)}
 Row = dict[str, Any]
 
 
-def target_of(params: dict[str, Any]) -> Target:
+def target_of(module: AnsibleModule) -> Target:
     """The target that the task names, by the one option of four that it gave."""
+    params = module.params
     if params["pid"] is not None:
         return PidTarget(params["pid"])
     if params["pidfile"] is not None:
         return PidfileTarget(params["pidfile"])
     if params["domain"] is not None:
         return DomainTarget(params["domain"])
-    return UnitTarget(params["unit"])
+    return UnitTarget(params["unit"], partial(module.run_command, handle_exceptions=False))
 
 
 def number_of(option: Option, value: str | None) -> int | None:
@@ -376,25 +378,29 @@ def work(process: Process, fd: int | None, job: Job) -> tuple[list[Row], bool]:
     """
     rows: list[Row] = []
     truncated = False
+    without_ioas = 0
     fds = find_iommufds(process) if fd is None else [fd]
     for each in fds:
         try:
             with borrow_iommufd(process, each) as iommufd:
                 some, more = job.on(iommufd, each, f"iommufd {each} of {process}")
+                # While we share it, it outlives the process, and what was done to it then was done for nobody.
+                process.check_alive()
             rows += some
             truncated |= more
+            without_ioas += not some
         except IommufdError as exc:
             # A process may well close one of its descriptors while we look, unless it is the one that was asked for.
             if fd is not None or not isinstance(exc, (DescriptorGone, NotAnIommufd)):
                 rows.append(row(each, job.ioas_id, job.option, Result(FAILED, None, None), str(exc)))
     if not rows:
-        raise IommufdError(nothing_to_work_on(process, fds))
+        raise IommufdError(nothing_to_work_on(process, bool(without_ioas)))
     return rows, truncated
 
 
-def nothing_to_work_on(process: Process, fds: list[int]) -> str:
-    """Why no row came of the process."""
-    if fds:
+def nothing_to_work_on(process: Process, without_ioas: bool) -> str:
+    """Why no row came of the process. `without_ioas`: it has iommufds, but they hold no IOAS."""
+    if without_ioas:
         return (
             f"The iommufds of {process} hold no IOAS, and huge_pages belongs to an IOAS. A VMM makes one when it"
             " attaches its first device."
@@ -439,7 +445,7 @@ def run(module: AnsibleModule, result: dict[str, Any]) -> None:
     """Does what the task asks for, and fills in the return value. Raises IommufdError."""
     params = module.params
     job = job_of(params, module.check_mode)
-    with hold_target(target_of(params)) as process:
+    with hold_target(target_of(module)) as process:
         result["process"] = {
             "pid": process.pid,
             "comm": process.comm,

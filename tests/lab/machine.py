@@ -166,7 +166,7 @@ class Machine:
 
     def _start(self, kernel: Path, root: Path) -> State:
         """Starts QEMU on a free port and writes down its state."""
-        for _ in range(_PORT_ATTEMPTS):
+        for _attempt in range(_PORT_ATTEMPTS):
             port = _free_port()
             self._write_ssh_config(port)
             with self._qemu_log.open("wb") as log:

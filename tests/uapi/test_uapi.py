@@ -31,9 +31,11 @@ def as_we_see_it() -> dict[str, int]:
     for struct, name in STRUCTS:
         seen[f"sizeof({name})"] = ctypes.sizeof(struct)
         for field, _type in ((entry[0], entry[1]) for entry in struct._fields_):
-            if not field.startswith("_"):
-                seen[f"offsetof({name}, {field})"] = getattr(struct, field).offset
-                seen[f"sizeof((({name} *)0)->{field})"] = getattr(struct, field).size
+            if not field.startswith("_to_"):
+                # Two underscores would make a name of Python's that is private to its class.
+                member = "__reserved" if field == "reserved" else field
+                seen[f"offsetof({name}, {member})"] = getattr(struct, field).offset
+                seen[f"sizeof((({name} *)0)->{member})"] = getattr(struct, field).size
     return seen
 
 
@@ -55,5 +57,5 @@ def as_compiled(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, int
 
 
 def test_numbers_and_layouts_are_those_of_the_header(as_compiled: dict[str, int]) -> None:
-    assert len(as_compiled) > 20
+    assert len(as_compiled) > 15
     assert as_we_see_it() == as_compiled

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def held(child: subprocess.Popen[bytes]) -> Iterator[Process]:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     """Answers every ioctl."""
     fake = FakeKernel()
-    monkeypatch.setattr(_iommufd.fcntl, "ioctl", lambda *args: fake.ioctl(*args))
+    monkeypatch.setattr(fcntl, "ioctl", fake.ioctl)
     return fake
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from dataclasses import dataclass, field
 
@@ -17,9 +18,9 @@ from ansible_collections.virt.iommufd.plugins.module_utils import _uapi
 class FakeKernel:
     """One iommufd as the kernel sees it. Put `ioctl` in place of fcntl.ioctl.
 
-    `without` is the errno of a kernel that lacks the ioctl (ENOTTY) or the option (EOPNOTSUPP). `calls` has every
-    (op, value) that was sent. `before_set` is called before a SET of a value that exists, `after_set` after it, for
-    tests in which somebody else is at work.
+    `mapped` has the IOASes in which memory is mapped for a device. `without` is the errno of a kernel that lacks the
+    ioctl (ENOTTY) or the option (EOPNOTSUPP). `calls` has every (op, value) that was sent. `before_set` is called
+    before a SET of a value that exists, `after_set` after it, for tests in which somebody else is at work.
     """
 
     mode: int = 0
@@ -31,8 +32,10 @@ class FakeKernel:
     before_set: object = None
     after_set: object = None
 
-    def ioctl(self, _fd: int, request: int, argument: _uapi.IommuOption) -> int:
+    def ioctl(self, fd: int, request: int, argument: _uapi.IommuOption) -> int:
         assert request == _uapi.IOMMU_OPTION
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         self.calls.append((argument.op, argument.val64))
         setting = argument.op == _uapi.IOMMU_OPTION_OP_SET and argument.val64 in (0, 1)
         if setting and callable(self.before_set):
@@ -80,7 +83,8 @@ class FakeKernel:
             return 0
         if argument.op != _uapi.IOMMU_OPTION_OP_SET:
             return errno.EOPNOTSUPP
-        if argument.val64 not in (0, 1) or (argument.val64 == 0 and argument.object_id in self.mapped):
+        on = self.ioases[argument.object_id]
+        if argument.val64 not in (0, 1) or (argument.val64 < on and argument.object_id in self.mapped):
             return errno.EINVAL
         self.ioases[argument.object_id] = argument.val64
         return 0

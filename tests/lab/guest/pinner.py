@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # Copyright: the virt.iommufd contributors
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
@@ -157,6 +156,7 @@ def answer(pinner: Pinner, words: list[str]) -> dict[str, Any]:
 
 def serve(name: str) -> NoReturn:
     pinner = Pinner()
+    (SOCKETS / name).unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(SOCKETS / name))
         listener.listen()

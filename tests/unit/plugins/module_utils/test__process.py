@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The processes here are real ones, of this machine; only what this machine's kernel does not refuse is put in its mouth."""
+"""The processes here are real ones of this machine; only refusals that its kernel does not utter are made up."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_what_pidfd_open_refuses(
 
 @pytest.mark.parametrize("method", ["character_devices", "character_device"])
 def test_what_proc_refuses(held: Process, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    monkeypatch.setattr(_process.os, "listdir", refuse(errno.EACCES))
+    monkeypatch.setattr(os, "listdir", refuse(errno.EACCES))
     monkeypatch.setattr(_process, "character_device", refuse(errno.EACCES))
     with pytest.raises(AccessRefused, match="CAP_SYS_PTRACE"):
         getattr(held, method)(*([] if method == "character_devices" else [50]))

@@ -1,0 +1,69 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+# A Python that runs the tools; 'make PYTHON=python3.13' takes another. The first that really starts, as a shim may not.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+    $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+# Where Ansible finds the collection, whatever the name of this folder.
+TREE := $(CURDIR)/$(VENV)/tree
+RESULTS := .nox/results
+LAB := $(BIN)/python tests/lab
+export ANSIBLE_COLLECTIONS_PATH := $(TREE)
+# With it the formatter only checks; 'make format' rewrites.
+NOX := CI=true PATH="$(BIN):$$PATH" $(BIN)/nox
+
+.PHONY: help demo test check format clean lab-tools
+
+help:  ## show this list
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(VENV)/stamp lab-tools  ## show the failure and the cure on a real kernel, in a disposable VM
+	$(LAB) up fallback
+	$(LAB) inventory fallback > $(VENV)/inventory
+	$(BIN)/ansible-playbook -i $(VENV)/inventory tests/demo/demo.yml
+	@echo "The VM is still up. To stop it: $(VENV)/bin/python tests/lab down fallback"
+
+check: $(VENV)/stamp  ## check quickly: lint, and the unit tests on one Python (2 minutes)
+	@rm -rf $(RESULTS)
+	$(NOX) --stop-on-first-error -s lint types license-check ansible-lint \
+	    "units-$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+
+# Everything runs, whatever fails before it; the report at the end decides.
+test: $(VENV)/stamp lab-tools  ## run all tests, as CI does, and report what ran and what could not
+	@rm -rf $(RESULTS)
+	@mkdir -p $(RESULTS)
+	@$(NOX) --list --json > $(RESULTS)/planned.json
+	@status=0; $(NOX) --report $(RESULTS)/ran.json || status=$$?; \
+	    $(BIN)/python tests/tooling/report.py $(RESULTS) $$status
+
+format: $(VENV)/stamp  ## lay out the Python files as 'make check' wants them
+	CI= PATH="$(BIN):$$PATH" $(BIN)/nox -s formatters
+
+clean:  ## remove everything that was made here (not the lab's cache: 'tests/lab clean')
+	rm -rf $(VENV) .nox .ansible .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache tests/output
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+lab-tools: $(VENV)/stamp
+	@$(LAB) tools --install
+
+$(VENV)/stamp: $(wildcard tests/requirements/*.txt) Makefile
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed: apt-get install python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    package="python$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"; \
+	    if [ "$$(id -u)" = 0 ]; then sudo=; elif sudo -n true 2>/dev/null; then sudo="sudo -n"; \
+	    else echo "Python's venv module is missing: sudo apt-get install $$package" >&2; exit 1; fi; \
+	    $$sudo apt-get update -q && $$sudo apt-get install -q -y --no-install-recommends "$$package"; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --disable-pip-version-check install -q -r tests/requirements/dev.txt
+	@mkdir -p $(TREE)/ansible_collections/virt
+	@ln -s $(CURDIR) $(TREE)/ansible_collections/virt/iommufd
+	@touch $@

