@@ -34,8 +34,10 @@ __all__ = (
 _PIDFILE_MAX = 64
 _SYMLINKS_MAX = 40
 
-# Where the system libvirt keeps the pidfile and the status of every domain that runs. Only root may write there.
+# Where the system libvirt keeps the pidfile and the record of every domain that runs. The folder may belong to the user
+# of the emulators, who could put files of their own there, but none of root's.
 _LIBVIRT_STATE = "/run/libvirt/qemu"
+_LIBVIRT_UID = 0
 
 
 def parse_pid(text: bytes) -> int:
@@ -78,13 +80,13 @@ class PidfileTarget:
 
     def resolve(self) -> int:
         """The id in the file. Raises IommufdError for any file that is not a pidfile."""
-        return self._read()[0]
+        return self.read()[0]
 
     def check(self, process: Process) -> None:
         """Raises IommufdError where the file does not speak for the process: it is older, or somebody else's."""
-        _pid, changed = self._read()
+        _pid, status = self.read()
         # A process writes the file after it has started. The clock's steps and a tick's length are worth a second.
-        if changed < process.started() - 1:
+        if status.st_mtime < process.started() - 1:
             raise IommufdError(
                 f"{self} is stale: it was written before {process} started, so it meant another process."
                 " Give the process by pid or unit if it is the one you mean."
@@ -97,13 +99,12 @@ class PidfileTarget:
                     f" uid {process.uid}. Keep the file where only root can write, or give the process by pid or unit."
                 )
 
-    def _read(self) -> tuple[int, float]:
-        """The id in the file, and the time of the file's last change."""
+    def read(self) -> tuple[int, os.stat_result]:
+        """The id in the file, and the status of the very file that it was read from. Raises as resolve does."""
         if not os.path.isabs(self.path):
             raise IommufdError(f"{self} is not an absolute path.")
         try:
-            # Not to be led elsewhere by a link, and not to wait for the other end of a FIFO.
-            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = _no_link(self.path, os.O_RDONLY)
         except OSError as exc:
             if exc.errno == errno.ELOOP:
                 raise IommufdError(f"{self} is a symbolic link: give the file that it leads to.") from exc
@@ -122,7 +123,7 @@ class PidfileTarget:
         finally:
             os.close(fd)
         try:
-            return parse_pid(text), status.st_mtime
+            return parse_pid(text), status
         except IommufdError as exc:
             raise IommufdError(f"{self} {exc}.") from exc
 
@@ -141,7 +142,7 @@ class DomainTarget:
         if not self.name or "/" in self.name or "\0" in self.name or self.name in (".", ".."):
             raise IommufdError(f"{self.name!r} is not the name of a domain: it is a name, not a path.")
         try:
-            return PidfileTarget(self._file("pid")).resolve()
+            pid, status = PidfileTarget(self._file("pid")).read()
         except IommufdError as exc:
             if isinstance(exc.__cause__, FileNotFoundError):
                 raise IommufdError(
@@ -150,6 +151,8 @@ class DomainTarget:
                     " session give pid or pidfile)."
                 ) from exc
             raise
+        self._check_owner("pid", status)
+        return pid
 
     def check(self, process: Process) -> None:
         """Raises IommufdError where the process is not the emulator that libvirt started for the domain."""
@@ -161,7 +164,8 @@ class DomainTarget:
                 f" {self._file('pid')} is stale."
             )
         try:
-            with open(self._file("xml"), "rb") as stream:
+            with open(self._file("xml"), "rb", opener=_no_link) as stream:
+                self._check_owner("xml", os.fstat(stream.fileno()))
                 uid = emulator_uid(stream.read())
         except OSError as exc:
             raise IommufdError(
@@ -171,6 +175,12 @@ class DomainTarget:
             raise IommufdError(
                 f"{process} is not the emulator of domain {self.name}: libvirt runs that as uid {uid}, and this is"
                 f" uid {process.uid}."
+            )
+
+    def _check_owner(self, suffix: str, status: os.stat_result) -> None:
+        if status.st_uid != _LIBVIRT_UID:
+            raise IommufdError(
+                f"{self._file(suffix)} is not libvirt's: it belongs to uid {status.st_uid}, not to root."
             )
 
     def _file(self, suffix: str) -> str:
@@ -353,6 +363,11 @@ def emulator_uid(status_xml: bytes) -> int | None:
     label = root.findtext("domain/seclabel[@model='dac']/label")
     found = re.match(r"\+?([0-9]{1,10}):", label or "")
     return int(found.group(1)) if found else None
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Opens a file without being led elsewhere by a link in its place, or waiting for the other end of a FIFO."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _kind(mode: int) -> str:

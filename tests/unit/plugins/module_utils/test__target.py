@@ -260,8 +260,9 @@ def test_a_record_that_is_no_xml_is_refused() -> None:
 
 @pytest.fixture
 def libvirt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Libvirt's state folder."""
+    """Libvirt's state folder, which counts as root's."""
     monkeypatch.setattr(_target, "_LIBVIRT_STATE", str(tmp_path))
+    monkeypatch.setattr(_target, "_LIBVIRT_UID", os.getuid())
     return tmp_path
 
 
@@ -291,6 +292,23 @@ def test_a_domains_emulator_is_held(libvirt: Path, emulator: subprocess.Popen[by
     (libvirt / "vm3.pid").write_text(str(os.getpid()))
     with pytest.raises(IommufdError, match="on its command line is none"):
         holds(DomainTarget("vm3"))
+
+
+@pytest.mark.parametrize("suffix", ["pid", "xml"])
+def test_a_record_that_is_not_libvirts_does_not_count(
+    libvirt: Path, emulator: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    (libvirt / "vm1.pid").write_text(str(emulator.pid))
+    (libvirt / "vm1.xml").write_text(STATUS % (emulator.pid, f"+{os.getuid()}:+{os.getgid()}"))
+    real, theirs = os.fstat, os.stat(libvirt / f"vm1.{suffix}").st_ino
+
+    def somebody_elses(fd: int) -> os.stat_result:
+        status = real(fd)
+        return os.stat_result([*status[:4], 4711, *status[5:]]) if status.st_ino == theirs else status
+
+    monkeypatch.setattr(os, "fstat", somebody_elses)
+    with pytest.raises(IommufdError, match=f"vm1.{suffix} is not libvirt's: it belongs to uid 4711"):
+        holds(DomainTarget("vm1"))
 
 
 def test_a_domain_that_is_shut_off_is_refused(libvirt: Path) -> None:
