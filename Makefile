@@ -27,7 +27,8 @@ help:  ## show this list
 demo: $(VENV)/stamp lab-tools  ## show the failure and the cure on a real kernel, in a disposable VM
 	$(LAB) up fallback
 	$(LAB) inventory fallback > $(VENV)/inventory
-	$(BIN)/ansible-playbook -i $(VENV)/inventory tests/demo/demo.yml
+	ANSIBLE_PIPELINING=true ANSIBLE_CALLBACK_RESULT_FORMAT=yaml \
+	    $(BIN)/ansible-playbook -i $(VENV)/inventory tests/demo/demo.yml
 	@echo "The VM is still up. To stop it: $(VENV)/bin/python tests/lab down fallback"
 
 check: $(VENV)/stamp  ## check quickly: lint, and the unit tests on one Python (2 minutes)
