@@ -27,7 +27,9 @@ REQUIRED = (
     "extra-checks",
     "license-check",
     "lint",
-    "molecule",
+    "molecule-examples",
+    "molecule-kernel",
+    "molecule-option",
     "sanity-newest",
     "sanity-oldest",
     "tooling",
@@ -38,7 +40,7 @@ REQUIRED = (
 
 
 # Sessions that leave the results of single tests; one that leaves none has tested nothing.
-COUNTED = ("molecule", "sanity-", "tooling", "uapi", "units-")
+COUNTED = ("molecule-kernel", "sanity-", "tooling", "uapi", "units-")
 
 
 @dataclass
@@ -80,9 +82,6 @@ def _sort_skip(count: Count, name: str, reason: str, pythons: set[str]) -> None:
 
 def count_session(results: Path, session: str, ok: bool, pythons: set[str]) -> Count:
     """Count the tests of a session from what it left in results; one that tells nothing counts as one test."""
-    passed = results / "molecule.passed"
-    if session == "molecule" and ok and passed.is_file():
-        return Count(passed=len(passed.read_text(encoding="utf-8").split()))
     folder, single = results / session, results / f"{session}.xml"
     files = sorted(folder.glob("*.xml")) if folder.is_dir() else [single] if single.is_file() else []
     count = count_junit(files, pythons) if files else Count(passed=int(ok))
