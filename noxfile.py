@@ -49,7 +49,7 @@ def types(session: nox.Session) -> None:
     """Check types, strictly, in plugins, unit tests, the lab and the tools."""
     session.install("-r", f"{REQUIREMENTS}/types.txt")
     tree = sandbox.link_tree(ROOT, Path(session.create_tmp()))
-    plugins = sandbox.python_files(ROOT, "plugins", "tests/unit", "tests/uapi")
+    plugins = sandbox.python_files(ROOT, "plugins", "tests/unit", "tests/uapi", "tests/kernel")
     session.run("mypy", *(str(sandbox.in_tree(tree) / path) for path in plugins), env={"MYPYPATH": str(tree)})
     # These two are programs, whose modules import one another by their bare names.
     for folder, *files in (("tests/lab",), ("tests/tooling", "noxfile.py")):

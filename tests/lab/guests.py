@@ -78,6 +78,7 @@ _PACKAGES = (
     "lsof",
     "strace",
     "fuse3",
+    "python3-pytest",
     # the virtualization host
     "apparmor",
     "qemu-system-x86",
