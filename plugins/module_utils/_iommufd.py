@@ -12,6 +12,7 @@ The meaning of each errno was read in drivers/iommu/iommufd (main.c, ioas.c) and
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -131,7 +132,7 @@ class Result:
 class Ioases:
     """The ids of an iommufd's IOASes. `errno` is what kept them from being listed, 0 if nothing did.
 
-    `truncated`: there may be more, since the ids in use come near the last one that was tried.
+    `truncated`: there may well be more, since the ids in use come near the last one that was tried.
     """
 
     ids: list[int]
@@ -267,12 +268,12 @@ def explain(result: Result, subject: str, option: Option, wanted: int | None) ->
     if result.outcome == DENIED:
         return (
             f"{subject}: {asked} takes CAP_SYS_RESOURCE in the initial user namespace, which this caller lacks"
-            f" ({error}).{stays} Run the task as root outside of any container; or grant CAP_IPC_LOCK to the VMM, which"
-            " lifts its limit on pinned memory altogether."
+            f" ({error}).{stays} Run the task as root with that capability, outside of any container; or grant"
+            " CAP_IPC_LOCK to the VMM, which lifts its limit on pinned memory altogether."
         )
     if result.outcome == BUSY:
         return (
-            f"{subject} holds objects already, so its accounting cannot change any more ({error}).{stays} Set it"
+            f"{subject} holds objects already, and while it does its accounting cannot change ({error}).{stays} Set it"
             " before the first device is attached, or restart the VM with the cure in place."
         )
     if result.outcome == RACED and result.after is not None:
@@ -300,14 +301,17 @@ def iommufd_rdevs(seen: Iterable[int]) -> set[int]:
 
 def misc_rdev() -> int | None:
     """The device number of /dev/iommu as the kernel gives it; None where it has none, as without the module iommufd."""
+    with contextlib.suppress(OSError), open("/sys/class/misc/iommu/dev", "rb") as stream:
+        return parse_dev(stream.read())
+    # A sandbox may hide either.
     try:
-        with open("/sys/class/misc/iommu/dev", "rb") as stream:
-            return parse_dev(stream.read())
-    except FileNotFoundError:
-        pass
-    # A sandbox without sysfs has procfs all the same, or nothing here could look at another process.
-    with open("/proc/misc", "rb") as stream:
-        return parse_misc(stream.read())
+        with open("/proc/misc", "rb") as stream:
+            return parse_misc(stream.read())
+    except OSError as exc:
+        raise HostLacks(
+            f"The device number of /dev/iommu is not to be had: there is none in sysfs, and /proc/misc cannot be read"
+            f" ({error_text(exc.errno)}). Run the task on the host itself."
+        ) from exc
 
 
 def parse_dev(text: bytes) -> int:

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import os
 import pwd
+import re
 import select
 import stat
 import time
@@ -28,13 +29,15 @@ __all__ = (
     "Process",
     "character_device",
     "is_path_only",
-    "parse_start_ticks",
+    "own_character_device",
+    "parse_pidfd",
+    "parse_stat",
     "parse_status",
     "printable",
 )
 
-# The same on every architecture that Linux added after 2019's unification of system call numbers, and on those before
-# it but alpha. Python's os has no pidfd_getfd, and pidfd_open only where it was built against recent headers.
+# The same on all architectures that KVM runs on but mips. Python's os has no pidfd_getfd, and pidfd_open only where it
+# was built against recent headers.
 _SYS_PIDFD_OPEN = 434
 _SYS_PIDFD_GETFD = 438
 
@@ -44,6 +47,9 @@ _STATX_TYPE = 0x1
 
 # The largest C int: a pid or descriptor beyond it would reach the kernel cut to another one.
 _INT_MAX = 2**31 - 1
+
+# include/linux/sched.h. Kernel threads have no memory, but neither has a process that is about to end.
+_PF_KTHREAD = 0x00200000
 
 
 class Statx(ctypes.Structure):
@@ -109,10 +115,9 @@ def _read(path: str) -> bytes:
 
 @dataclass(frozen=True)
 class Status:
-    """What /proc/PID/status says: real user id, state letter, whether there is memory (kernel threads have none)."""
+    """What /proc/PID/status says: the real user id, and whether there is memory, which is given up early at the end."""
 
     uid: int
-    state: str
     has_memory: bool
 
 
@@ -123,25 +128,42 @@ def parse_status(text: bytes) -> Status:
     """
     fields = {key: value.split() for key, _colon, value in (line.partition(b":") for line in text.split(b"\n"))}
     try:
-        return Status(
-            uid=int(fields[b"Uid"][0]),
-            state=fields[b"State"][0].decode("ascii"),
-            has_memory=b"VmSize" in fields,
-        )
+        return Status(uid=int(fields[b"Uid"][0]), has_memory=b"VmSize" in fields)
     except (KeyError, IndexError, ValueError) as exc:
-        raise IommufdError(f"/proc/PID/status cannot be read: no valid {exc} in {printable(text[:200])!r}.") from exc
+        raise IommufdError(f"/proc/PID/status cannot be read: no user id in {printable(text[:200])!r}.") from exc
 
 
-def parse_start_ticks(text: bytes) -> int:
-    """The start of the process, in clock ticks since boot, from /proc/PID/stat: field 22 of proc_pid_stat(5).
+@dataclass(frozen=True)
+class Stat:
+    """What /proc/PID/stat says: the state's letter, the kernel's flags, and the start in clock ticks since boot."""
+
+    state: str
+    flags: int
+    start_ticks: int
+
+
+def parse_stat(text: bytes) -> Stat:
+    """Reads the text of /proc/PID/stat: fields 3, 9 and 22 of proc_pid_stat(5).
 
     The name in parentheses may hold anything, parentheses too; behind the last one nothing is the process's to choose.
     Raises IommufdError where the text is something else.
     """
+    fields = text.rpartition(b")")[2].split()
     try:
-        return int(text.rpartition(b")")[2].split()[19])
+        return Stat(fields[0].decode("ascii"), int(fields[6]), int(fields[19]))
     except (IndexError, ValueError) as exc:
-        raise IommufdError(f"/proc/PID/stat cannot be read: no start time in {printable(text[:200])!r}.") from exc
+        raise IommufdError(f"/proc/PID/stat cannot be read: {printable(text[:200])!r}.") from exc
+
+
+def parse_pidfd(text: bytes) -> int:
+    """The process that a pidfd stands for, from /proc/self/fdinfo: -1 once it was reaped.
+
+    It is numbered as in the pid namespace that /proc is mounted for, 0 where it is not in that. Raises IommufdError.
+    """
+    found = re.search(rb"^Pid:\s*(-?[0-9]{1,10})$", text, re.MULTILINE)
+    if not found:
+        raise IommufdError(f"/proc/self/fdinfo of a pidfd cannot be read: no Pid in {printable(text[:200])!r}.")
+    return int(found.group(1))
 
 
 def _yama() -> str:
@@ -164,6 +186,7 @@ class Process:
     comm: str
     uid: int
     user: str | None
+    _start_ticks: int
     _pidfd: int
 
     def __str__(self) -> str:
@@ -190,28 +213,26 @@ class Process:
 
     @classmethod
     def _look_at(cls, pid: int, pidfd: int) -> Process:
-        try:
-            status = parse_status(_read(f"/proc/{pid}/status"))
-            comm = printable(_read(f"/proc/{pid}/comm").rstrip(b"\n"))
-        except (FileNotFoundError, ProcessLookupError) as exc:
-            if _has_ended(pidfd):
-                raise ProcessGone(_gone(pid)) from exc
-            raise AccessRefused(
-                f"/proc hides process {pid} from this caller (uid {os.geteuid()}): it is mounted with hidepid, or for"
-                " another pid namespace. Run the task as root with CAP_SYS_PTRACE, on the host itself."
-            ) from exc
+        # System calls count pids in the caller's namespace, /proc in the one that it was mounted for.
+        if parse_pidfd(_read(f"/proc/self/fdinfo/{pidfd}")) not in (pid, -1):
+            raise AccessRefused(_hidden(pid))
+        status = parse_status(_read_of(pid, pidfd, "status"))
+        stat_ = parse_stat(_read_of(pid, pidfd, "stat"))
+        comm = printable(_read_of(pid, pidfd, "comm").rstrip(b"\n"))
         try:
             user: str | None = pwd.getpwuid(status.uid).pw_name
         except KeyError:
             user = None
-        process = cls(pid, comm, status.uid, user, pidfd)
+        process = cls(pid, comm, status.uid, user, stat_.start_ticks, pidfd)
         process.check_alive()
-        if status.state == "Z":
+        if stat_.state == "Z":
             raise IommufdError(
                 f"The first thread of {process} has ended while others run on: its descriptors are out of reach."
             )
-        if not status.has_memory:
+        if stat_.flags & _PF_KTHREAD:
             raise IommufdError(f"{process} is a kernel thread: it has no descriptors.")
+        if not status.has_memory:
+            raise ProcessGone(f"{process} is about to end.")
         return process
 
     def check_alive(self) -> None:
@@ -220,21 +241,13 @@ class Process:
             raise ProcessGone(_gone(self.pid, self.comm))
 
     def started(self) -> float:
-        """When the process started, in seconds since the epoch, by the clock as it is set now. Raises ProcessGone."""
-        try:
-            ticks = parse_start_ticks(_read(f"/proc/{self.pid}/stat"))
-        except (FileNotFoundError, ProcessLookupError) as exc:
-            raise ProcessGone(_gone(self.pid, self.comm)) from exc
-        self.check_alive()
+        """When the process started, in seconds since the epoch, by the clock as it is set now."""
         booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        return booted + ticks / os.sysconf("SC_CLK_TCK")
+        return booted + self._start_ticks / os.sysconf("SC_CLK_TCK")
 
     def arguments(self) -> list[bytes]:
-        """The command line that the process shows. It may have changed that. Raises ProcessGone."""
-        try:
-            text = _read(f"/proc/{self.pid}/cmdline")
-        except (FileNotFoundError, ProcessLookupError) as exc:
-            raise ProcessGone(_gone(self.pid, self.comm)) from exc
+        """The command line that the process shows. It may have changed that. Raises ProcessGone or AccessRefused."""
+        text = _read_of(self.pid, self._pidfd, "cmdline")
         self.check_alive()
         return text.split(b"\0")[:-1]
 
@@ -261,15 +274,25 @@ class Process:
     def character_device(self, fd: int) -> int | None:
         """The device number behind descriptor `fd`, None where it is no character device. Never waits for a server.
 
-        Raises DescriptorGone, AccessRefused or ProcessGone.
+        Raises DescriptorGone, AccessRefused, HostLacks or ProcessGone.
         """
+        path = f"/proc/{self.pid}/fd/{fd}"
         try:
-            return character_device(f"/proc/{self.pid}/fd/{fd}")
-        except PermissionError as exc:
-            raise AccessRefused(self._refused("look at its descriptors", exc)) from exc
+            return character_device(path)
         except (FileNotFoundError, ProcessLookupError) as exc:
             self.check_alive()
             raise DescriptorGone(self._no_descriptor(fd)) from exc
+        except PermissionError as exc:
+            # A FUSE mount refuses everybody but its owner, root too. Where the link can be read, it was not ptrace.
+            with contextlib.suppress(OSError):
+                os.readlink(path)
+                return None
+            raise AccessRefused(self._refused("look at its descriptors", exc)) from exc
+        except OSError as exc:
+            if exc.errno == errno.ENOSYS:
+                raise HostLacks(_no_system_call("statx", "4.11")) from exc
+            # A file on a network mount that is no more, for one: whatever it is, it is no device.
+            return None
 
     def link(self, fd: int) -> str:
         """What descriptor `fd` is open on, as the kernel names it, escaped to be printable."""
@@ -318,9 +341,33 @@ class Process:
         )
 
 
+def own_character_device(fd: int) -> int | None:
+    """The device number behind a descriptor of ours, None where it is no character device. Never waits for a server."""
+    with contextlib.suppress(OSError):
+        return character_device(f"/proc/self/fd/{fd}")
+    return None
+
+
 def is_path_only(fd: int) -> bool:
     """Whether a descriptor of ours was opened with O_PATH: it names a file but cannot reach its driver."""
     return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH)
+
+
+def _read_of(pid: int, pidfd: int, name: str) -> bytes:
+    """A file of the process in /proc. Raises ProcessGone, or AccessRefused where /proc hides the process."""
+    try:
+        return _read(f"/proc/{pid}/{name}")
+    except (FileNotFoundError, ProcessLookupError, PermissionError) as exc:
+        if _has_ended(pidfd):
+            raise ProcessGone(_gone(pid)) from exc
+        raise AccessRefused(_hidden(pid)) from exc
+
+
+def _hidden(pid: int) -> str:
+    return (
+        f"/proc hides process {pid} from this caller (uid {os.geteuid()}): it is mounted with hidepid, or for another"
+        " pid namespace. Run the task as root with CAP_SYS_PTRACE, on the host itself."
+    )
 
 
 def _has_ended(pidfd: int) -> bool:

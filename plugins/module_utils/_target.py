@@ -18,7 +18,7 @@ from typing import Callable, Union
 
 from ._errors import IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import IommuFd, iommufd_rdevs
-from ._process import Process, character_device, is_path_only, printable
+from ._process import Process, is_path_only, own_character_device, printable
 
 __all__ = (
     "DomainTarget",
@@ -84,14 +84,19 @@ class PidfileTarget:
 
     def check(self, process: Process) -> None:
         """Raises IommufdError where the file does not speak for the process: it is older, or somebody else's."""
-        _pid, status = self.read()
-        # A process writes the file after it has started. The clock's steps and a tick's length are worth a second.
+        found = writers(self.path)
+        pid, status = self.read()
+        if pid != process.pid:
+            raise ProcessGone(f"{self} named process {process.pid}, and a moment later {pid}. Run the task again.")
+        # Of the very file that was read, too, whatever lies at the path by now.
+        _add_writers(found, self.path, status)
+        # A process writes the file after it has started; the second is for the clock's slewing and a tick's length.
         if status.st_mtime < process.started() - 1:
             raise IommufdError(
-                f"{self} is stale: it was written before {process} started, so it meant another process."
-                " Give the process by pid or unit if it is the one you mean."
+                f"{self} is stale: it was written before {process} started, so it meant another process, unless the"
+                " clock was set in between. Give the process by pid or unit if it is the one you mean."
             )
-        for uid, place in sorted(writers(self.path).items()):
+        for uid, place in sorted(found.items()):
             if uid not in (0, process.uid):
                 who = f"uid {uid}" if uid >= 0 else "a group or everybody"
                 raise IommufdError(
@@ -282,13 +287,16 @@ def borrow_iommufd(process: Process, fd: int) -> Iterator[IommuFd]:
     _check_is_iommufd(process, fd, process.character_device(fd))
     with process.borrow(fd) as borrowed:
         # The check that counts: nobody but us can swap what is behind a descriptor of ours.
-        _check_is_iommufd(process, fd, character_device(f"/proc/self/fd/{borrowed}"))
+        _check_is_iommufd(process, fd, own_character_device(borrowed))
         if is_path_only(borrowed):
             raise NotAnIommufd(
                 f"Descriptor {fd} of {process} was opened with O_PATH: it names {process.link(fd)}, but has no iommufd"
                 " behind it."
             )
         yield IommuFd(borrowed)
+        # While we share it, it outlives the process and its descriptor: what was done to it then was done for nobody.
+        process.check_alive()
+        _check_is_iommufd(process, fd, process.character_device(fd))
 
 
 def _check_is_iommufd(process: Process, fd: int, rdev: int | None) -> None:
@@ -307,7 +315,7 @@ def writers(path: str) -> dict[int, str]:
     folder, parts = "/", _parts(path)
     links = 0
     try:
-        _add_writers(found, "/")
+        _add_writers(found, "/", os.lstat("/"))
         while parts:
             part = parts.pop(0)
             here = os.path.dirname(folder) if part == ".." else os.path.join(folder, part)
@@ -323,7 +331,7 @@ def writers(path: str) -> dict[int, str]:
                 parts = _parts(lead) + parts
             else:
                 folder = here
-                _add_writers(found, here)
+                _add_writers(found, here, status)
     except OSError as exc:
         raise IommufdError(f"{path} cannot be looked up ({error_text(exc.errno)}).") from exc
     return found
@@ -333,10 +341,10 @@ def _parts(path: str) -> list[str]:
     return [part for part in path.split("/") if part not in ("", ".")]
 
 
-def _add_writers(found: dict[int, str], path: str) -> None:
-    status = os.lstat(path)
+def _add_writers(found: dict[int, str], path: str, status: os.stat_result) -> None:
     found.setdefault(status.st_uid, path)
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
+    sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
         found.setdefault(-1, path)
 
 

@@ -29,14 +29,16 @@ options:
   pidfile:
     description:
       - A file that holds the id of the process, as an absolute path.
-      - It must be a regular file, not a symbolic link, of 64 bytes at most, written after the process started.
-      - Where somebody other than root can write the file, or any folder on the way to it, the process must belong to
-        that user.
+      - It must be a regular file, not a symbolic link, of 64 bytes at most, written after the process started. A clock
+        that was set in between can make a right one look stale.
+      - Where a user other than root owns the file, or any folder on the way to it, the process must belong to that
+        user. What a group or everybody can write is refused, except for folders with the sticky bit, such as C(/tmp).
     type: path
   domain:
     description:
       - The name of a running domain of the system libvirt (C(qemu:///system)). The process is its emulator.
-      - The libvirt daemon is not asked, and so not woken.
+      - The libvirt daemon is not asked, and so not woken. Its pidfile and its record of the domain under
+        C(/run/libvirt/qemu) are read, and must belong to root.
       - For a domain of a user's session, give O(pidfile) or O(pid).
     type: str
   unit:
@@ -108,9 +110,10 @@ notes:
     in the initial user namespace. To query it does not.
   - B(EBUSY.) An iommufd that holds an object, be it a bound device or an IOAS, answers EBUSY to every change of its
     rlimit mode, and VMMs that open C(/dev/iommu) themselves bind their first device at once. Such a VM has to be
-    restarted, either with an iommufd that was opened and set before it had it, or started without its VFIO devices, set
-    with this module, and given the devices by hot-plug. Or grant CAP_IPC_LOCK to the VMM, which lifts its limit. The
-    value already in force is never set again, so asking for it is fine at any time.
+    restarted, either with an iommufd that was opened and set before it had it, or with one but without its VFIO devices
+    (QEMU's C(-object iommufd,id=iommufd0,fd=9)), which are hot-plugged once this module has set it. Or grant
+    CAP_IPC_LOCK to the VMM, which lifts its limit. The value already in force is never set again, so asking for it is
+    fine at any time.
   - B(Borrowed descriptors.) While this module holds the descriptor, the memory pinned through it outlives the process,
     if that ends just then. It is held for one or a few ioctls, and closed on every path.
   - B(Containers.) A process in a container is reached from the host, by its pid there, and whatever its device node is
@@ -163,13 +166,14 @@ EXAMPLES = r"""
     excludes: driver.pid
   register: pidfiles
 
-- name: Read how each of them is accounted
+- name: Read how each of them is accounted, those without an iommufd left out
   virt.iommufd.iommufd_option:
     domain: "{{ item.path | basename | splitext | first }}"
   loop: "{{ pidfiles.files }}"
   loop_control:
     label: "{{ item.path }}"
   register: all_domains
+  failed_when: all_domains is failed and 'holds no iommufd' not in all_domains.msg
 """
 
 RETURN = r"""
@@ -208,8 +212,8 @@ value:
   sample: process
 truncated:
   description:
-    - Whether there may be IOASes that were not found. Their ids are tried from 1 to 1024, and the kernel gives out the
-      lowest free ones, so it is V(true) where one was found in the upper half.
+    - Whether there may well be IOASes that were not found. Their ids are tried from 1 to 1024, and the kernel gives out
+      the lowest free ones to objects of all kinds. It is V(true) where one was found in the upper half.
   returned: when O(option=huge_pages)
   type: bool
   sample: false
@@ -384,8 +388,6 @@ def work(process: Process, fd: int | None, job: Job) -> tuple[list[Row], bool]:
         try:
             with borrow_iommufd(process, each) as iommufd:
                 some, more = job.on(iommufd, each, f"iommufd {each} of {process}")
-                # While we share it, it outlives the process, and what was done to it then was done for nobody.
-                process.check_alive()
             rows += some
             truncated |= more
             without_ioas += not some

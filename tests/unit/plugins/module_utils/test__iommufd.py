@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd, _uapi
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     BUSY,
     CHANGED,
@@ -172,6 +173,25 @@ def test_a_value_that_no_one_knows_is_given_as_it_is() -> None:
 @pytest.mark.parametrize("rdev", [os.makedev(1, 3), os.makedev(10, 0), os.makedev(0, 0)])
 def test_other_devices_are_not_iommufds(rdev: int) -> None:
     assert _iommufd.iommufd_rdevs({rdev}) == set()
+
+
+def test_the_number_of_the_misc_device_is_asked_of_sysfs_then_of_proc(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "misc").write_text("229 fuse\n123 iommu\n")
+    (tmp_path / "dev").write_text("10:124\n")
+    real, hidden = open, set()
+
+    def somewhere_else(path: str, mode: str) -> object:
+        return real(tmp_path / ("missing" if path in hidden else path.rpartition("/")[2]), mode)
+
+    monkeypatch.setattr(_iommufd, "open", somewhere_else, raising=False)
+    assert _iommufd.misc_rdev() == os.makedev(10, 124)
+    hidden.add("/sys/class/misc/iommu/dev")
+    assert _iommufd.misc_rdev() == os.makedev(10, 123)
+    hidden.add("/proc/misc")
+    with pytest.raises(HostLacks, match=r"not to be had.*ENOENT"):
+        _iommufd.misc_rdev()
 
 
 def test_the_number_of_the_misc_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:

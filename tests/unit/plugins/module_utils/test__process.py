@@ -20,7 +20,12 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     IommufdError,
     ProcessGone,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Process, is_path_only, printable
+from ansible_collections.virt.iommufd.plugins.module_utils._process import (
+    Process,
+    is_path_only,
+    own_character_device,
+    printable,
+)
 
 NULL = os.stat(os.devnull).st_rdev
 
@@ -159,10 +164,66 @@ def test_what_pidfd_open_refuses(
 
 @pytest.mark.parametrize("method", ["character_devices", "character_device"])
 def test_what_proc_refuses(held: Process, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    monkeypatch.setattr(os, "listdir", refuse(errno.EACCES))
+    for name in ("listdir", "readlink"):
+        monkeypatch.setattr(os, name, refuse(errno.EACCES))
     monkeypatch.setattr(_process, "character_device", refuse(errno.EACCES))
     with pytest.raises(AccessRefused, match="CAP_SYS_PTRACE"):
         getattr(held, method)(*([] if method == "character_devices" else [50]))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ESTALE, errno.EIO, errno.ENOTCONN])
+def test_a_descriptor_that_its_file_system_refuses_to_tell_of_is_no_device(
+    held: Process, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(_process, "character_device", refuse(number))
+    assert held.character_devices() == {}
+    assert held.character_device(50) is None
+    assert own_character_device(0) is None
+
+
+def test_statx_may_be_hidden(held: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_process, "character_device", refuse(errno.ENOSYS))
+    with pytest.raises(HostLacks, match="statx"):
+        held.character_devices()
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EPERM])
+def test_proc_may_hide_the_process(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    real = _process._read
+
+    def read(path: str) -> bytes:
+        if path.startswith(f"/proc/{child.pid}/"):
+            raise OSError(number, os.strerror(number))
+        return real(path)
+
+    monkeypatch.setattr(_process, "_read", read)
+    with pytest.raises(AccessRefused, match=f"/proc hides process {child.pid}"), Process.hold(child.pid):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "exception", "words"),
+    [
+        ("fdinfo", b"Pid:\t7\n", AccessRefused, "for another pid namespace"),
+        ("stat", b"1 (a) Z " + b"0 " * 40, IommufdError, "first thread of .* has ended"),
+        ("stat", b"1 (a) S 0 0 0 0 0 2129984 " + b"0 " * 40, IommufdError, "is a kernel thread"),
+        ("status", b"Uid:\t1\t1\t1\t1\n", ProcessGone, "is about to end"),
+    ],
+)
+def test_processes_that_cannot_hold_an_iommufd(
+    child: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    text: bytes,
+    exception: type[Exception],
+    words: str,
+) -> None:
+    real = _process._read
+    monkeypatch.setattr(_process, "_read", lambda path: text if name in path.split("/") else real(path))
+    with pytest.raises(exception, match=words), Process.hold(child.pid):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,14 @@ def test_a_descriptor_that_is_swapped_before_it_is_borrowed_is_sent_nothing(
     assert null_is_iommufd.calls == []
 
 
+def test_a_descriptor_that_is_closed_while_it_is_shared_was_set_for_nobody(
+    held: Process, null_is_iommufd: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert null_is_iommufd
+    with pytest.raises(NotAnIommufd), borrow_iommufd(held, 50):
+        monkeypatch.setattr(Process, "character_device", lambda *_args: None)
+
+
 def test_a_device_that_is_no_iommufd_is_not_even_borrowed(held: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_target, "iommufd_rdevs", lambda _seen: set())
     monkeypatch.setattr(Process, "borrow", lambda *_args: pytest.fail("borrowed"))
@@ -182,6 +190,26 @@ def test_a_pidfile_that_somebody_else_can_write_does_not_count(
         holds(PidfileTarget(str(pidfile)))
 
 
+@pytest.mark.usefixtures("only_mine")
+def test_a_pidfile_that_changes_before_it_is_checked_does_not_count(
+    pidfile: Path, child: subprocess.Popen[bytes]
+) -> None:
+    target = PidfileTarget(str(pidfile))
+    with Process.hold(child.pid) as process:
+        pidfile.write_text("1\n")
+        with pytest.raises(ProcessGone, match=f"named process {child.pid}, and a moment later 1"):
+            target.check(process)
+
+
+def test_the_file_that_was_read_is_judged_and_not_what_lies_there(
+    pidfile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_target, "writers", lambda _path: {0: "/"})
+    pidfile.chmod(0o666)
+    with pytest.raises(IommufdError, match="can be written by a group or everybody"):
+        holds(PidfileTarget(str(pidfile)))
+
+
 class Changing:
     """A target that names another process each time it is asked."""
 
@@ -215,7 +243,7 @@ def test_writers_are_whoever_can_decide_what_the_file_says(tmp_path: Path) -> No
     assert writers(f"{tmp_path}/sticky/pid").get(-1) is None
     for path in ("shared/pid", "way/pid", "absolute/pid", "shared/../mine/pid", "way/../mine/./pid"):
         assert writers(f"{tmp_path}/{path}")[-1] == f"{tmp_path}/shared"
-    (tmp_path / "mine" / "pid").chmod(0o666)
+    (tmp_path / "mine" / "pid").chmod(0o1666)
     assert writers(f"{tmp_path}/mine/pid")[-1] == f"{tmp_path}/mine/pid"
     with pytest.raises(IommufdError, match="too many symbolic links"):
         writers(f"{tmp_path}/loop/pid")

@@ -11,7 +11,13 @@ from typing import Any, Callable
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import parse_dev, parse_misc
-from ansible_collections.virt.iommufd.plugins.module_utils._process import parse_start_ticks, parse_status, printable
+from ansible_collections.virt.iommufd.plugins.module_utils._process import (
+    Stat,
+    parse_pidfd,
+    parse_stat,
+    parse_status,
+    printable,
+)
 from ansible_collections.virt.iommufd.plugins.module_utils._target import (
     UnitTarget,
     emulator_uid,
@@ -24,7 +30,8 @@ from hypothesis import strategies as st
 PARSERS: list[Callable[[bytes], Any]] = [
     parse_pid,
     parse_status,
-    parse_start_ticks,
+    parse_stat,
+    parse_pidfd,
     parse_dev,
     parse_misc,
     emulator_uid,
@@ -37,7 +44,17 @@ PIECES = [
     *(b"Uid:\t", b"State:\t", b"Z (zombie)\n", b"VmSize:", b"1000\t1000\n", b"42", b":", b"\n", b" ", b"\0", b"\xff"),
     *(b"42 (a) b) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20", b" iommu", b"10:123", b"9999999999999999999"),
     *(b"<domstatus>", b"<domain>", b"<seclabel model='dac'><label>", b"+1:+1", b"</label></seclabel>", b"</domain>"),
-    *(b"<?xml version='1.0' encoding='", b"utf-16", b"no-such", b"'?>", b"-name\0", b"guest=", b",,", b"&lol;"),
+    *(
+        b"Pid:\t",
+        b"<?xml version='1.0' encoding='",
+        b"utf-16",
+        b"no-such",
+        b"'?>",
+        b"-name\0",
+        b"guest=",
+        b",,",
+        b"&lol;",
+    ),
 ]
 TEXTS = st.one_of(st.binary(), st.lists(st.sampled_from(PIECES)).map(b"".join))
 
@@ -68,14 +85,18 @@ def test_any_answer_of_systemctl(output: bytes, errors: bytes, code: int) -> Non
 def test_status_of_a_real_process() -> None:
     with open("/proc/self/status", "rb") as stream:
         status = parse_status(stream.read())
-    assert status.state == "R"
     assert status.has_memory
 
 
-def test_start_of_a_real_process_and_of_a_hostile_name() -> None:
+def test_stat_of_a_real_process_and_of_a_hostile_name() -> None:
     with open("/proc/self/stat", "rb") as stream:
-        assert parse_start_ticks(stream.read()) > 0
-    assert parse_start_ticks(b"42 (a) S 1) R " + b" ".join(b"%d" % n for n in range(4, 30))) == 22
+        assert parse_stat(stream.read()).state == "R"
+    assert parse_stat(b"42 (a) S 1) R " + b" ".join(b"%d" % n for n in range(4, 30))) == Stat("R", 9, 22)
+
+
+def test_the_process_behind_a_pidfd() -> None:
+    assert parse_pidfd(b"pos:\t0\nmnt_id:\t15\nPid:\t42\nNSpid:\t42\n") == 42
+    assert parse_pidfd(b"Pid:\t-1\n") == -1
 
 
 def test_device_numbers() -> None:

@@ -1,0 +1,50 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Processes to try the module on, ended with the test, and the list of what users get to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Callable
+
+import pytest
+from ansible_collections.virt.iommufd.tests.kernel.harness import VM, Answer, Vmm
+
+Start = Callable[..., Vmm]
+Told = Callable[[Answer], str]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts processes, each of an ordinary user unless told otherwise."""
+    started: list[Vmm] = []
+
+    def start_one(user: int = VM) -> Vmm:
+        started.append(Vmm(user))
+        return started[-1]
+
+    yield start_one
+    for vmm in started:
+        vmm.end()
+
+
+@pytest.fixture
+def vmm(start: Start) -> Vmm:
+    """A process with a fresh iommufd."""
+    started = start()
+    started.open()
+    return started
+
+
+@pytest.fixture
+def told(record_property: Callable[[str, object], None]) -> Told:
+    """What a user reads of an answer: the failure, or else the warnings. It goes into the report."""
+
+    def message(answered: Answer) -> str:
+        text = str(answered["msg"] if answered.get("failed") else " ".join(answered["warnings"]))
+        record_property("message", text)
+        return text
+
+    return message
