@@ -117,7 +117,7 @@ def test_a_pidfile_that_the_caller_may_not_read(vmm: Vmm, place: Callable[..., P
     [
         (lambda path: path.symlink_to("/proc/self/fd/0"), "is a symbolic link"),
         (lambda path: os.mkfifo(path), "is not a regular file but a FIFO"),
-        (lambda path: None, "cannot be opened (ENOENT"),
+        (lambda path: None, "(ENOENT: No such file or directory)"),
     ],
 )
 def test_a_pidfile_that_is_swapped_between_the_readings(
