@@ -47,7 +47,7 @@ test: $(VENV)/stamp lab-tools  ## run all tests, as CI does, and report what ran
 format: $(VENV)/stamp  ## lay out the Python files as 'make check' wants them
 	CI= PATH="$(BIN):$$PATH" $(BIN)/nox -s formatters
 
-clean:  ## remove everything that was made here (not the lab's cache: 'tests/lab clean')
+clean:  ## remove everything that was made here (not the lab's cache: 'python3 tests/lab clean')
 	rm -rf $(VENV) .nox .ansible .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache tests/output
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

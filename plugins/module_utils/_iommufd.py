@@ -274,12 +274,13 @@ def explain(result: Result, subject: str, option: Option, wanted: int | None) ->
     if result.outcome == BUSY:
         return (
             f"{subject} holds objects already, and while it does its accounting cannot change ({error}).{stays} Set it"
-            " before the first device is attached, or restart the VM with the cure in place."
+            " before the first device is attached: restart the VM with an iommufd that is set beforehand; or grant"
+            " CAP_IPC_LOCK to the VMM, which lifts its limit on pinned memory altogether."
         )
     if result.outcome == RACED and result.after is not None:
         return (
             f"{subject}: {asked} was set, but {option.name}={option.value(result.after)} is in force now: someone else"
-            " set it in between. Make sure that only one of you does."
+            " set it in between. Make sure that only one program sets it."
         )
     hint = _HINTS.get((option.name, result.errno), "")
     return f"{subject}: {asked} failed ({error}).{stays}{hint}"

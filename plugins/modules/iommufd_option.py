@@ -14,7 +14,8 @@ description:
     the sum over all processes of that user against the RLIMIT_MEMLOCK of the one process that maps, so the second VM
     of a user whose VMs each have a limit of their own fails with C(-12 (Cannot allocate memory)).
   - With O(option=rlimit_mode) set to V(process), each process is charged for itself.
-  - The mode can be set only while the iommufd holds no object, that is, before the first device is bound to it.
+  - The mode can be set only while the iommufd holds no object, that is, before the first device is bound to it. It ends
+    with the iommufd, so a VM that is started again has to be set again.
   - The descriptor is shared with the process by C(pidfd_getfd), used and closed at once. Nothing else in the process is
     touched, and it is not stopped.
 version_added: 0.1.0
@@ -37,6 +38,7 @@ options:
   domain:
     description:
       - The name of a running domain of the system libvirt (C(qemu:///system)). The process is its emulator.
+      - Good for a query. libvirt binds the devices before the domain runs, so a change is refused as busy.
       - The libvirt daemon is not asked, and so not woken. Its pidfile and its record of the domain under
         C(/run/libvirt/qemu) are read, and must belong to root.
       - For a domain of a user's session, give O(pidfile) or O(pid).
@@ -74,7 +76,8 @@ options:
     type: int
   tolerate:
     description:
-      - Outcomes that are reported with a warning instead of a failure. The iommufd stays as it is.
+      - Outcomes that are reported with a warning instead of a failure. The iommufd stays as it is, so RV(value) can
+        differ from O(value). An empty list makes every one of them a failure.
       - V(unsupported) is a kernel without the ioctl or without the option.
       - V(denied) is a caller without CAP_SYS_RESOURCE in the initial user namespace.
       - V(busy) is an iommufd that holds objects already.
@@ -102,8 +105,8 @@ attributes:
   idempotent:
     support: full
 requirements:
-  - Linux 6.2 or later for iommufd, with the module C(iommufd) loaded.
-  - Python's C(ctypes) on the host; Debian's package C(python3) has it, C(python3-minimal) has not.
+  - Linux 6.2 or later, built with CONFIG_IOMMUFD, with the module C(iommufd) loaded.
+  - Python 3.9 or later with C(ctypes) on the host; Debian's package C(python3) has it, C(python3-minimal) has not.
 notes:
   - B(Privilege.) To share a descriptor takes ptrace access to the process, that is, root with CAP_SYS_PTRACE for any
     process but one's own, and C(kernel.yama.ptrace_scope) below 3. To set the rlimit mode also takes CAP_SYS_RESOURCE
@@ -119,6 +122,9 @@ notes:
   - B(Containers.) A process in a container is reached from the host, by its pid there, and whatever its device node is
     called. From inside a container the module sees only that container's processes, and root of a user namespace does
     not have the privilege to set the rlimit mode.
+  - B(Ad hoc.) C(ansible hypervisors --become -m virt.iommufd.iommufd_option -a 'unit=vm1.service value=process'). The
+    short name C(iommufd_option) takes the setting C(library) in C(ansible.cfg), with the folder C(plugins/modules) of
+    the installed collection.
   - B(Several descriptors.) Two descriptors of a process can lead to one iommufd. In check mode both are foretold to
     change; in real mode the second is found unchanged.
 seealso:
@@ -173,7 +179,7 @@ EXAMPLES = r"""
   loop_control:
     label: "{{ item.path }}"
   register: all_domains
-  failed_when: all_domains is failed and 'holds no iommufd' not in all_domains.msg
+  failed_when: all_domains is failed and all_domains.msg is not search('holds no iommufd|cannot hold an iommufd')
 """
 
 RETURN = r"""

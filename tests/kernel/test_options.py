@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+from pathlib import Path
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _process
@@ -15,7 +17,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import RLIMI
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget, hold_target
 from ansible_collections.virt.iommufd.plugins.modules.iommufd_option import Job, work
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
-from ansible_collections.virt.iommufd.tests.kernel.harness import Vmm
+from ansible_collections.virt.iommufd.tests.kernel.harness import CONTAINER, Vmm
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 DEVICE = "/dev/vfio/devices/vfio0"
@@ -120,3 +122,17 @@ def test_the_process_itself_tells_a_shared_descriptor_from_a_new_one(vmm: Vmm, m
     assert vmm.mode == "user"
     assert run(pid=vmm.pid, value="process")["changed"]
     assert vmm.mode == "process"
+
+
+def test_a_vfio_container_counts_where_iommufd_provides_it(start: Start, told: Told) -> None:
+    # That is for the kernel's configuration to say; the module has nothing but what its own open of it answers.
+    provided = b"CONFIG_IOMMUFD_VFIO_CONTAINER=y" in gzip.decompress(Path("/proc/config.gz").read_bytes())
+    vmm = start(0)
+    fd = vmm.open(CONTAINER)
+    if provided:
+        assert run(pid=vmm.pid)["value"] == vmm.mode == "process"
+        assert run(pid=vmm.pid, fd=fd, value="user")["changed"]
+        assert vmm.mode == "user"
+    else:
+        assert f"Descriptor {fd} of " in told(run(pid=vmm.pid, fd=fd, value="process"))
+        assert "holds no iommufd" in run(pid=vmm.pid, value="process")["msg"]

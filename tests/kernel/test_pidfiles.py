@@ -86,7 +86,7 @@ def make_huge(path: Path) -> None:
         (lambda path: path.write_text("1 2\n"), "does not hold the id of a process"),
         (lambda path: path.write_text("-1\n"), "does not hold the id of a process"),
         (lambda path: path.mkdir(), "is not a regular file but a folder"),
-        (lambda path: os.mkfifo(path), "is not a regular file but a FIFO"),
+        (os.mkfifo, "is not a regular file but a FIFO"),
         (lambda path: path.symlink_to("/run/vmm.pid"), "is a symbolic link"),
         (make_huge, "it holds 1073741824 bytes, and 64 at most are read"),
         (lambda path: None, "cannot be opened (ENOENT: No such file or directory)"),
@@ -116,7 +116,7 @@ def test_a_pidfile_that_the_caller_may_not_read(vmm: Vmm, place: Callable[..., P
     ("swap", "words"),
     [
         (lambda path: path.symlink_to("/proc/self/fd/0"), "is a symbolic link"),
-        (lambda path: os.mkfifo(path), "is not a regular file but a FIFO"),
+        (os.mkfifo, "is not a regular file but a FIFO"),
         (lambda path: None, "(ENOENT: No such file or directory)"),
     ],
 )
