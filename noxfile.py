@@ -63,16 +63,19 @@ def units(session: nox.Session) -> None:
     session.install(f"ansible-core=={UNIT_CORES[session.python]}", "-r", f"{REQUIREMENTS}/units.txt")
     note(session, UNIT_CORES[session.python])
     tree = sandbox.link_tree(ROOT, Path(session.create_tmp()))
-    session.run(
-        "pytest",
-        f"--junitxml={RESULTS}/{session.name}.xml",
-        f"--cov={ROOT}/plugins",
-        "--cov-branch",
-        "--cov-fail-under=95",
+    env = {"PYTHONPATH": str(tree), "COVERAGE_FILE": str(Path(session.create_tmp()) / "coverage")}
+    pytest = ("pytest", f"--cov={ROOT}/plugins", "--cov-branch")
+    # Once the controller's part of Ansible is imported, as a filter does, a module's warnings go to the controller. On a
+    # managed host there is none.
+    filters = "tests/unit/plugins/filter"
+    first = (f"--junitxml={RESULTS}/{session.name}/modules.xml", "--cov-report=", "tests/unit", f"--ignore={filters}")
+    second = (
+        f"--junitxml={RESULTS}/{session.name}/filters.xml",
+        "--cov-append",
         "--cov-report=term-missing:skip-covered",
-        *(session.posargs or ["tests/unit"]),
-        env={"PYTHONPATH": str(tree), "COVERAGE_FILE": str(Path(session.create_tmp()) / "coverage")},
     )
+    session.run(*pytest, *first, env=env)
+    session.run(*pytest, *second, "--cov-fail-under=95", filters, env=env)
 
 
 @nox.session

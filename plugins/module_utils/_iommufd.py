@@ -47,6 +47,7 @@ __all__ = (
     "IommuFd",
     "Option",
     "Result",
+    "can_be_set",
     "decide",
     "explain",
     "iommufd_rdevs",
@@ -179,6 +180,11 @@ def judge(before: Answer, wanted: int, refusal: int, after: Answer) -> Result:
     return Result(_refusal(refusal) if refusal else RACED, before.value, after.value, refusal)
 
 
+def can_be_set(probe: Answer) -> bool | None:
+    """Whether the answer to `IommuFd.probe` says that the option can be set now; None where it does not tell."""
+    return {errno.EINVAL: True, errno.EBUSY: False}.get(probe.errno)
+
+
 class IommuFd:
     """An iommufd behind a descriptor of this process, its own or a borrowed one. It neither opens nor closes it.
 
@@ -216,15 +222,20 @@ class IommuFd:
         """
         return self.set(option, _NO_VALUE) if option.probeable else Answer()
 
-    def ioases(self) -> Ioases:
-        """The IOASes, found by asking for an option that each has, from the id 1 up. It takes a millisecond or two."""
-        ids = []
+    def ioases(self, gap: int = _IOAS_ID_MAX) -> Ioases:
+        """The IOASes, found by asking for an option that each has, from the id 1 up. It takes a millisecond or two.
+
+        `gap`: so many ids in a row that are none end the search.
+        """
+        ids: list[int] = []
         for object_id in range(1, _IOAS_ID_MAX + 1):
             answer = self.get(HUGE_PAGES, object_id)
             if not answer.errno:
                 ids.append(object_id)
             elif answer.errno != errno.ENOENT:
                 return Ioases([], False, answer.errno)
+            elif object_id - max(ids, default=0) >= gap:
+                break
         return Ioases(ids, any(object_id > _IOAS_ID_MAX // 2 for object_id in ids))
 
     def change(self, option: Option, wanted: int | None, object_id: int = 0, dry_run: bool = False) -> Result:

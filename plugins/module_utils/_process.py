@@ -22,18 +22,27 @@ import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 
 from ._errors import AccessRefused, DescriptorGone, HostLacks, IommufdError, ProcessGone, error_text
 
 __all__ = (
+    "Limit",
     "Process",
+    "Status",
     "character_device",
+    "character_devices_in",
+    "in_initial_namespace",
     "is_path_only",
     "own_character_device",
+    "own_status",
+    "parse_cgroup",
+    "parse_memlock",
     "parse_pidfd",
     "parse_stat",
     "parse_status",
     "printable",
+    "user_name",
 )
 
 # The same on all architectures that KVM runs on but mips. Python's os has no pidfd_getfd, and pidfd_open only where it
@@ -47,6 +56,13 @@ _STATX_TYPE = 0x1
 
 # The largest C int: a pid or descriptor beyond it would reach the kernel cut to another one.
 _INT_MAX = 2**31 - 1
+
+_STATUS_FIELDS = re.compile(
+    rb"^(Uid|VmSize|VmPin|VmLck|CapEff|CapPrm|CapBnd|NoNewPrivs):[ \t]*([0-9a-f]{1,20})", re.MULTILINE
+)
+
+# linux/nsfs.h, and include/linux/proc_ns.h before: the inodes of the namespaces that the system began with.
+_INITIAL = {"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}
 
 # include/linux/sched.h. Kernel threads have no memory, but neither has a process that is about to end.
 _PF_KTHREAD = 0x00200000
@@ -89,17 +105,45 @@ def _pidfd_getfd(pidfd: int, fd: int) -> int:
     )
 
 
-def character_device(path: str) -> int | None:
+def character_device(path: str, folder: int = _AT_FDCWD) -> int | None:
     """The device number of the character device that path leads to, None where it is something else.
 
     stat(2) of a descriptor on a FUSE or network mount asks that mount's server and may wait for it for ever.
     AT_STATX_DONT_SYNC makes do with what the kernel knows, and a file's type and device number never change.
     """
     status = Statx()
-    _checked(_libc.statx(_AT_FDCWD, path.encode(), _AT_STATX_DONT_SYNC, _STATX_TYPE, ctypes.byref(status)))
+    _checked(_libc.statx(folder, path.encode(), _AT_STATX_DONT_SYNC, _STATX_TYPE, ctypes.byref(status)))
     if not stat.S_ISCHR(status.stx_mode):
         return None
     return os.makedev(status.stx_rdev_major, status.stx_rdev_minor)
+
+
+def character_devices_in(folder: int) -> dict[int, int]:
+    """The descriptors of a process that are open on character devices, by its folder /proc/PID/fd, which is open here.
+
+    Gives their numbers, in rising order, and the device numbers behind them. A descriptor that is closed while this
+    looks is left out. Raises PermissionError, HostLacks, or FileNotFoundError where the process has ended.
+    """
+    found = {}
+    for name in os.listdir(folder):
+        try:
+            link = os.readlink(name, dir_fd=folder)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        # What is on no file system (a socket, a pipe, an eventfd) is called `type:[...]`, and is no device.
+        if link[0] not in "/(":
+            continue
+        try:
+            rdev = character_device(name, folder)
+        except OSError as exc:
+            if exc.errno == errno.ENOSYS:
+                raise HostLacks(_no_system_call("statx", "4.11")) from exc
+            # On a FUSE mount, which refuses everybody but its owner, root too; on a network mount that is no more; or
+            # closed by now. Whatever it is, it is no device.
+            continue
+        if rdev is not None:
+            found[int(name)] = rdev
+    return dict(sorted(found.items()))
 
 
 def printable(raw: bytes) -> str:
@@ -109,16 +153,30 @@ def printable(raw: bytes) -> str:
 
 
 def _read(path: str) -> bytes:
-    with open(path, "rb") as stream:
-        return stream.read()
+    # A file object costs several times what the kernel takes for a file of /proc, and there are many to read.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return b"".join(iter(partial(os.read, fd, 16384), b""))
+    finally:
+        os.close(fd)
 
 
 @dataclass(frozen=True)
 class Status:
-    """What /proc/PID/status says: the real user id, and whether there is memory, which is given up early at the end."""
+    """What /proc/PID/status says.
+
+    `uid` is the real user id. `has_memory`: memory is given up early at the end. `pinned_bytes` and `locked_bytes` are
+    VmPin and VmLck. The capability sets are those of the first thread, as numbers of which each bit is one capability.
+    """
 
     uid: int
     has_memory: bool
+    pinned_bytes: int
+    locked_bytes: int
+    effective: int
+    permitted: int
+    bounding: int
+    no_new_privs: bool
 
 
 def parse_status(text: bytes) -> Status:
@@ -126,31 +184,73 @@ def parse_status(text: bytes) -> Status:
 
     Raises IommufdError where that is not what it is.
     """
-    fields = {key: value.split() for key, _colon, value in (line.partition(b":") for line in text.split(b"\n"))}
+    fields = dict(_STATUS_FIELDS.findall(text))
     try:
-        return Status(uid=int(fields[b"Uid"][0]), has_memory=b"VmSize" in fields)
-    except (KeyError, IndexError, ValueError) as exc:
-        raise IommufdError(f"/proc/PID/status cannot be read: no user id in {printable(text[:200])!r}.") from exc
+        return Status(
+            uid=int(fields[b"Uid"]),
+            has_memory=b"VmSize" in fields,
+            # A process without memory has no such lines.
+            pinned_bytes=int(fields.get(b"VmPin", 0)) * 1024,
+            locked_bytes=int(fields.get(b"VmLck", 0)) * 1024,
+            effective=int(fields[b"CapEff"], 16),
+            permitted=int(fields[b"CapPrm"], 16),
+            bounding=int(fields[b"CapBnd"], 16),
+            no_new_privs=fields.get(b"NoNewPrivs") == b"1",
+        )
+    except (KeyError, ValueError) as exc:
+        raise IommufdError(f"/proc/PID/status cannot be read: {printable(text[:200])!r}.") from exc
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A resource limit in bytes, soft and hard; None stands for unlimited."""
+
+    soft: int | None
+    hard: int | None
+
+
+def parse_memlock(text: bytes) -> Limit:
+    """Reads RLIMIT_MEMLOCK in the text of /proc/PID/limits. Raises IommufdError where it is not there."""
+    found = re.search(rb"^Max locked memory +([0-9]{1,20}|unlimited) +([0-9]{1,20}|unlimited) ", text, re.MULTILINE)
+    if not found:
+        raise IommufdError(f"/proc/PID/limits cannot be read: {printable(text[:200])!r}.")
+    soft, hard = (None if each == b"unlimited" else int(each) for each in found.groups())
+    return Limit(soft, hard)
+
+
+def parse_cgroup(text: bytes) -> tuple[str | None, str | None]:
+    """The unit of the system's service manager, and that of a user's, in the text of /proc/PID/cgroup; None without.
+
+    systemd names a unit's control group after it, below those of its slices. A name that could be taken for one of the
+    kernel's own files begins with an underscore more (systemd.io, CONTROL_GROUP_INTERFACE).
+    """
+    found = re.search(rb"^(?:0:|[0-9]+:name=systemd):(/.*)$", text, re.MULTILINE)
+    parts = found.group(1).split(b"/") if found else []
+    units = [printable(part[part[:1] == b"_" :]) for part in parts if part.endswith((b".service", b".scope"))]
+    unit = units[0] if units else None
+    return unit, units[1] if unit and re.match(r"user@[0-9]+\.service$", unit) and len(units) > 1 else None
 
 
 @dataclass(frozen=True)
 class Stat:
-    """What /proc/PID/stat says: the state's letter, the kernel's flags, and the start in clock ticks since boot."""
+    """What /proc/PID/stat says: name, state's letter, the kernel's flags, and the start in clock ticks since boot."""
 
+    comm: bytes
     state: str
     flags: int
     start_ticks: int
 
 
 def parse_stat(text: bytes) -> Stat:
-    """Reads the text of /proc/PID/stat: fields 3, 9 and 22 of proc_pid_stat(5).
+    """Reads the text of /proc/PID/stat: fields 2, 3, 9 and 22 of proc_pid_stat(5).
 
     The name in parentheses may hold anything, parentheses too; behind the last one nothing is the process's to choose.
     Raises IommufdError where the text is something else.
     """
-    fields = text.rpartition(b")")[2].split()
+    before, _parenthesis, after = text.rpartition(b")")
+    comm, fields = before.partition(b"(")[2], after.split()
     try:
-        return Stat(fields[0].decode("ascii"), int(fields[6]), int(fields[19]))
+        return Stat(comm, fields[0].decode("ascii"), int(fields[6]), int(fields[19]))
     except (IndexError, ValueError) as exc:
         raise IommufdError(f"/proc/PID/stat cannot be read: {printable(text[:200])!r}.") from exc
 
@@ -177,20 +277,27 @@ def _yama() -> str:
 class Process:
     """A running process, held by a pidfd from `Process.hold` on.
 
-    `uid` is the real user id, whose counter the kernel charges under per-user accounting (current_user() at
-    iopt_alloc_pages() in drivers/iommu/iommufd/pages.c); `user` is its name here, None where it has none. `comm` is
-    escaped to be printable.
+    `status` is what it was when the process was held; `user` is the name of its user here, None where it has none.
+    `comm` is escaped to be printable.
     """
 
     pid: int
     comm: str
-    uid: int
     user: str | None
+    status: Status
     _start_ticks: int
     _pidfd: int
 
     def __str__(self) -> str:
         return f"{self.comm} (pid {self.pid})"
+
+    @property
+    def uid(self) -> int:
+        """The real user id, whose counter the kernel charges under per-user accounting.
+
+        See current_user() at iopt_alloc_pages() in drivers/iommu/iommufd/pages.c.
+        """
+        return self.status.uid
 
     @classmethod
     @contextlib.contextmanager
@@ -218,12 +325,7 @@ class Process:
             raise AccessRefused(_hidden(pid))
         status = parse_status(_read_of(pid, pidfd, "status"))
         stat_ = parse_stat(_read_of(pid, pidfd, "stat"))
-        comm = printable(_read_of(pid, pidfd, "comm").rstrip(b"\n"))
-        try:
-            user: str | None = pwd.getpwuid(status.uid).pw_name
-        except KeyError:
-            user = None
-        process = cls(pid, comm, status.uid, user, stat_.start_ticks, pidfd)
+        process = cls(pid, printable(stat_.comm), user_name(status.uid), status, stat_.start_ticks, pidfd)
         process.check_alive()
         if stat_.state == "Z":
             raise IommufdError(
@@ -247,9 +349,27 @@ class Process:
 
     def arguments(self) -> list[bytes]:
         """The command line that the process shows. It may have changed that. Raises ProcessGone or AccessRefused."""
-        text = _read_of(self.pid, self._pidfd, "cmdline")
+        return self.read("cmdline").split(b"\0")[:-1]
+
+    def memlock(self) -> Limit:
+        """Its RLIMIT_MEMLOCK. Raises ProcessGone or AccessRefused."""
+        return parse_memlock(self.read("limits"))
+
+    def units(self) -> tuple[str | None, str | None]:
+        """The unit of the system's service manager that it belongs to, and that of its user's; None without."""
+        return parse_cgroup(self.read("cgroup"))
+
+    def in_initial_user_namespace(self) -> bool | None:
+        """Whether it is in the initial user namespace; None where this caller may not look. Raises ProcessGone."""
+        initial = in_initial_namespace("user", self.pid)
         self.check_alive()
-        return text.split(b"\0")[:-1]
+        return initial
+
+    def read(self, name: str) -> bytes:
+        """A file of the process in /proc. Raises ProcessGone or AccessRefused."""
+        text = _read_of(self.pid, self._pidfd, name)
+        self.check_alive()
+        return text
 
     def character_devices(self) -> dict[int, int]:
         """The descriptors that are open on character devices: their numbers, and the device numbers behind them.
@@ -257,17 +377,15 @@ class Process:
         A descriptor that is closed while this looks is left out. Raises AccessRefused or ProcessGone.
         """
         try:
-            fds = sorted(map(int, os.listdir(f"/proc/{self.pid}/fd")))
+            folder = os.open(f"/proc/{self.pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                found = character_devices_in(folder)
+            finally:
+                os.close(folder)
         except PermissionError as exc:
             raise AccessRefused(self._refused("look at its descriptors", exc)) from exc
         except (FileNotFoundError, ProcessLookupError) as exc:
             raise ProcessGone(_gone(self.pid, self.comm)) from exc
-        found = {}
-        for fd in fds:
-            with contextlib.suppress(DescriptorGone):
-                rdev = self.character_device(fd)
-                if rdev is not None:
-                    found[fd] = rdev
         self.check_alive()
         return found
 
@@ -339,6 +457,28 @@ class Process:
             f" what ptrace takes: root with CAP_SYS_PTRACE (become: true), Yama below 3 ({_yama()}), and neither an LSM"
             " such as AppArmor or SELinux nor a seccomp filter or container around Ansible that forbids it."
         )
+
+
+@cache
+def user_name(uid: int) -> str | None:
+    """The name that this host has for a user; None where it has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return None
+
+
+def own_status() -> Status:
+    """What /proc says of this process."""
+    return parse_status(_read("/proc/self/status"))
+
+
+def in_initial_namespace(kind: str, pid: int | str = "self") -> bool | None:
+    """Whether a process is in the initial namespace of a kind, `pid` or `user`; None where this caller may not look."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/{kind}") == f"{kind}:[{_INITIAL[kind]}]"
+    except OSError:
+        return None
 
 
 def own_character_device(fd: int) -> int | None:

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Callable, Union
 
-from ._errors import IommufdError, NotAnIommufd, ProcessGone, error_text
+from ._errors import AccessRefused, IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import IommuFd, iommufd_rdevs
 from ._process import Process, is_path_only, own_character_device, printable
+from ._qemu import guest_name
 
 __all__ = (
     "DomainTarget",
@@ -29,6 +30,7 @@ __all__ = (
     "borrow_iommufd",
     "find_iommufds",
     "hold_target",
+    "running_domains",
 )
 
 _PIDFILE_MAX = 64
@@ -244,6 +246,31 @@ class UnitTarget:
         return {key: value for key, _equals, value in (line.partition("=") for line in output.splitlines())}
 
 
+def running_domains() -> dict[int, str]:
+    """The emulators of the system libvirt's running domains, by libvirt's own pidfiles: ids and the domains' names.
+
+    Raises AccessRefused where this caller may not look. A file that is not root's is not libvirt's, and left out.
+    """
+    found = {}
+    try:
+        files = [name for name in os.listdir(_LIBVIRT_STATE) if name.endswith(".pid") and name != "driver.pid"]
+    except FileNotFoundError:
+        return {}
+    except OSError as exc:
+        raise AccessRefused(f"{_LIBVIRT_STATE} cannot be looked at ({error_text(exc.errno)}).") from exc
+    for name in files:
+        try:
+            pid, status = PidfileTarget(f"{_LIBVIRT_STATE}/{name}").read()
+        except IommufdError as exc:
+            if isinstance(exc.__cause__, PermissionError):
+                raise AccessRefused(str(exc)) from exc
+            # A domain that has just ended, or something else.
+            continue
+        if status.st_uid == _LIBVIRT_UID:
+            found[pid] = printable(os.fsencode(name[: -len(".pid")]))
+    return found
+
+
 Target = Union[PidTarget, PidfileTarget, DomainTarget, UnitTarget]
 
 
@@ -277,17 +304,20 @@ def find_iommufds(process: Process) -> list[int]:
 
 
 @contextlib.contextmanager
-def borrow_iommufd(process: Process, fd: int) -> Iterator[IommuFd]:
-    """The process's iommufd `fd`, shared while the context lasts.
+def borrow_iommufd(process: Process, fd: int, rdevs: set[int] | None = None) -> Iterator[IommuFd]:
+    """The process's iommufd `fd`, shared while the context lasts. `rdevs`: the device numbers of an iommufd, if known.
 
     Raises NotAnIommufd where it is something else, also if the process puts that in its place between one look and the
     next. Raises what Process.borrow and Process.character_device do.
     """
     # Before it is borrowed, because closing a descriptor on a dead mount may wait for its server for ever.
-    _check_is_iommufd(process, fd, process.character_device(fd))
+    rdev = process.character_device(fd)
+    if rdevs is None:
+        rdevs = set() if rdev is None else iommufd_rdevs({rdev})
+    _check_is_iommufd(process, fd, rdev, rdevs)
     with process.borrow(fd) as borrowed:
         # The check that counts: nobody but us can swap what is behind a descriptor of ours.
-        _check_is_iommufd(process, fd, own_character_device(borrowed))
+        _check_is_iommufd(process, fd, own_character_device(borrowed), rdevs)
         if is_path_only(borrowed):
             raise NotAnIommufd(
                 f"Descriptor {fd} of {process} was opened with O_PATH: it names {process.link(fd)}, but has no iommufd"
@@ -296,11 +326,11 @@ def borrow_iommufd(process: Process, fd: int) -> Iterator[IommuFd]:
         yield IommuFd(borrowed)
         # While we share it, it outlives the process and its descriptor: what was done to it then was done for nobody.
         process.check_alive()
-        _check_is_iommufd(process, fd, process.character_device(fd))
+        _check_is_iommufd(process, fd, process.character_device(fd), rdevs)
 
 
-def _check_is_iommufd(process: Process, fd: int, rdev: int | None) -> None:
-    if rdev is None or not iommufd_rdevs({rdev}):
+def _check_is_iommufd(process: Process, fd: int, rdev: int | None, rdevs: set[int]) -> None:
+    if rdev not in rdevs:
         raise NotAnIommufd(f"Descriptor {fd} of {process} is not an iommufd. It is {process.link(fd)}.")
 
 
@@ -346,17 +376,6 @@ def _add_writers(found: dict[int, str], path: str, status: os.stat_result) -> No
     sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
         found.setdefault(-1, path)
-
-
-def guest_name(arguments: list[bytes]) -> bytes | None:
-    """The guest's name in QEMU's `-name guest=NAME,...`, where a comma is written twice; None where there is none."""
-    for option, value in zip(arguments, arguments[1:]):
-        if option in (b"-name", b"--name"):
-            for part in value.replace(b",,", b"\0").split(b","):
-                key, equals, name = part.partition(b"=")
-                if key == b"guest" and equals:
-                    return name.replace(b"\0", b",")
-    return None
 
 
 def emulator_uid(status_xml: bytes) -> int | None:

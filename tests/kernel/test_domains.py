@@ -44,7 +44,7 @@ def virsh(*words: str) -> str:
 
 
 def hostdev() -> str:
-    """The first of the guest's two devices that are there to be passed through."""
+    """The first of the guest's devices that are there to be passed through."""
     for device in sorted(Path("/sys/bus/pci/devices").iterdir()):
         if (device / "device").read_text().strip() == "0x11e8":
             domain, bus, rest = device.name.split(":")

@@ -36,8 +36,8 @@ _QMP_TIMEOUT = 30.0
 _PORT_ATTEMPTS = 5
 # unix(7): sun_path has 108 bytes, one of them for the end.
 _SOCKET_PATH_MAX = 107
-# Two devices with a driver of their own to take from: 1234:11e8, which nothing in the kernel claims.
-_PASSTHROUGH_DEVICES = 2
+# Three devices with a driver of their own to take from: 1234:11e8, which nothing in the kernel claims.
+_PASSTHROUGH_DEVICES = 3
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd
+from ansible_collections.virt.iommufd.plugins.module_utils import _holders, _iommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -65,3 +65,11 @@ def null_is_iommufd(monkeypatch: pytest.MonkeyPatch, kernel: FakeKernel) -> Fake
     """Makes /dev/null pass for an iommufd, which the kernel answers for."""
     monkeypatch.setattr(_iommufd, "misc_rdev", lambda: os.stat(os.devnull).st_rdev)
     return kernel
+
+
+@pytest.fixture
+def alone(null_is_iommufd: FakeKernel, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
+    """The child is the only process of the host, and what it has open on /dev/null an iommufd."""
+    monkeypatch.setattr(_holders, "misc_rdev", _iommufd.misc_rdev)
+    monkeypatch.setattr(_holders, "_pids", lambda: iter([child.pid]))
+    return null_is_iommufd

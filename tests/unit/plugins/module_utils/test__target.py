@@ -30,7 +30,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._target import (
     borrow_iommufd,
     emulator_uid,
     find_iommufds,
-    guest_name,
     hold_target,
     parse_pid,
     writers,
@@ -249,21 +248,6 @@ def test_writers_are_whoever_can_decide_what_the_file_says(tmp_path: Path) -> No
         writers(f"{tmp_path}/loop/pid")
     with pytest.raises(IommufdError, match=r"cannot be looked up .ENOENT"):
         writers(f"{tmp_path}/missing/pid")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        ([b"qemu", b"-name", b"guest=vm1,debug-threads=on"], b"vm1"),
-        ([b"qemu", b"--name", b"debug-threads=on,guest=vm1"], b"vm1"),
-        ([b"qemu", b"-name", b"guest=a,,b,debug-threads=on"], b"a,b"),
-        ([b"qemu", b"-name", b"vm1"], None),
-        ([b"qemu", b"-S", b"-name"], None),
-        ([], None),
-    ],
-)
-def test_the_guests_name_is_read_from_the_command_line(arguments: list[bytes], name: bytes | None) -> None:
-    assert guest_name(arguments) == name
 
 
 STATUS = """

@@ -6,22 +6,28 @@
 
 from __future__ import annotations
 
+import resource
 from typing import Any, Callable
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import parse_file_capabilities
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import parse_dev, parse_misc
+from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import library_version, offers_iommufd, parse_units
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
+    Limit,
     Stat,
+    parse_cgroup,
+    parse_memlock,
     parse_pidfd,
     parse_stat,
     parse_status,
     printable,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_memory, guest_name
 from ansible_collections.virt.iommufd.plugins.module_utils._target import (
     UnitTarget,
     emulator_uid,
-    guest_name,
     parse_pid,
 )
 from hypothesis import example, given
@@ -36,8 +42,17 @@ PARSERS: list[Callable[[bytes], Any]] = [
     parse_misc,
     emulator_uid,
     printable,
+    parse_memlock,
+    parse_cgroup,
+    parse_file_capabilities,
+    library_version,
     lambda text: guest_name(text.split(b"\0")),
+    lambda text: guest_memory(text.split(b"\0")),
+    lambda text: parse_units(text.decode("utf-8", "backslashreplace")),
+    lambda text: offers_iommufd(text.decode("utf-8", "surrogateescape")),
 ]
+
+LIMITS = resource.getrlimit(resource.RLIMIT_MEMLOCK)
 
 # Bytes at random hardly ever come near what a parser expects, so some are made of pieces of that.
 PIECES = [
@@ -54,6 +69,14 @@ PIECES = [
         b"guest=",
         b",,",
         b"&lol;",
+        b"-m\0",
+        b"CapEff:\t0\nCapPrm:\t0\nCapBnd:\t1ff\n",
+        b"VmPin:\t 8 kB\n",
+        b"Max locked memory         8388608              unlimited            bytes\n",
+        b"0::/a/b.service",
+        b"/libvirt.so.0.12008.0",
+        b"Id=a\n",
+        b"MainPID=7\n",
     ),
 ]
 TEXTS = st.one_of(st.binary(), st.lists(st.sampled_from(PIECES)).map(b"".join))
@@ -91,7 +114,7 @@ def test_status_of_a_real_process() -> None:
 def test_stat_of_a_real_process_and_of_a_hostile_name() -> None:
     with open("/proc/self/stat", "rb") as stream:
         assert parse_stat(stream.read()).state == "R"
-    assert parse_stat(b"42 (a) S 1) R " + b" ".join(b"%d" % n for n in range(4, 30))) == Stat("R", 9, 22)
+    assert parse_stat(b"42 (a) S 1) R " + b" ".join(b"%d" % n for n in range(4, 30))) == Stat(b"a) S 1", "R", 9, 22)
 
 
 def test_the_process_behind_a_pidfd() -> None:
@@ -102,3 +125,35 @@ def test_the_process_behind_a_pidfd() -> None:
 def test_device_numbers() -> None:
     assert parse_dev(b"10:123\n") == parse_misc(b"229 fuse\n123 iommu\n 60 iommufoo\n")
     assert parse_misc(b"229 fuse\n") is None
+
+
+def test_the_limit_on_locked_memory() -> None:
+    with open("/proc/self/limits", "rb") as stream:
+        assert parse_memlock(stream.read()) == Limit(*(None if each < 0 else each for each in LIMITS))
+    line = b"Max locked memory         unlimited            8388608              bytes     \n"
+    assert parse_memlock(line) == Limit(None, 8388608)
+
+
+@pytest.mark.parametrize(
+    ("text", "units"),
+    [
+        (b"0::/system.slice/vm1.service\n", ("vm1.service", None)),
+        (
+            rb"0::/machine.slice/machine-qemu\x2d1\x2dvm1.scope/libvirt/emulator",
+            (r"machine-qemu\x2d1\x2dvm1.scope", None),
+        ),
+        (b"0::/user.slice/user-1001.slice/session-3.scope\n", ("session-3.scope", None)),
+        (
+            b"0::/user.slice/user-1001.slice/user@1001.service/app.slice/vm.service\n",
+            ("user@1001.service", "vm.service"),
+        ),
+        (b"0::/user.slice/user-1001.slice/user@1001.service\n", ("user@1001.service", None)),
+        (b"12:memory:/x.service\n1:name=systemd:/system.slice/vm1.service\n", ("vm1.service", None)),
+        (b"0::/system.slice/_memory.max.service\n", ("memory.max.service", None)),
+        (b"0::/system.slice/a\x1b[1m.service\n", (r"a\x1b[1m.service", None)),
+        (b"0::/\n", (None, None)),
+        (b"", (None, None)),
+    ],
+)
+def test_the_units_of_a_process(text: bytes, units: tuple[str | None, str | None]) -> None:
+    assert parse_cgroup(text) == units

@@ -1,0 +1,87 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: capabilities by their names, those of a process and those that a file gives."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from ._errors import IommufdError
+
+__all__ = (
+    "CAP_IPC_LOCK",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_RESOURCE",
+    "FileCapabilities",
+    "names",
+    "parse_file_capabilities",
+)
+
+# linux/capability.h, from 0 up.
+# fmt: off
+_NAMES = (
+    "cap_chown", "cap_dac_override", "cap_dac_read_search", "cap_fowner", "cap_fsetid", "cap_kill", "cap_setgid",
+    "cap_setuid", "cap_setpcap", "cap_linux_immutable", "cap_net_bind_service", "cap_net_broadcast", "cap_net_admin",
+    "cap_net_raw", "cap_ipc_lock", "cap_ipc_owner", "cap_sys_module", "cap_sys_rawio", "cap_sys_chroot",
+    "cap_sys_ptrace", "cap_sys_pacct", "cap_sys_admin", "cap_sys_boot", "cap_sys_nice", "cap_sys_resource",
+    "cap_sys_time", "cap_sys_tty_config", "cap_mknod", "cap_lease", "cap_audit_write", "cap_audit_control",
+    "cap_setfcap", "cap_mac_override", "cap_mac_admin", "cap_syslog", "cap_wake_alarm", "cap_block_suspend",
+    "cap_audit_read", "cap_perfmon", "cap_bpf", "cap_checkpoint_restore",
+)
+# fmt: on
+
+# It lifts every limit on pinned and locked memory.
+CAP_IPC_LOCK = "cap_ipc_lock"
+# It takes this one to look into another process.
+CAP_SYS_PTRACE = "cap_sys_ptrace"
+# It takes this one to set the rlimit mode.
+CAP_SYS_RESOURCE = "cap_sys_resource"
+
+# linux/capability.h: the revision is in the first word's highest byte, and says how many pairs of words follow.
+_REVISION_MASK = 0xFF000000
+_PAIRS = {0x01000000: 1, 0x02000000: 2, 0x03000000: 2}
+_WITH_ROOT_UID = 0x03000000
+_EFFECTIVE = 0x1
+
+
+def names(mask: int) -> list[str]:
+    """The names of the capabilities in a set, in the kernel's order. One that has no name here is given by number."""
+    numbers = (number for number in range(mask.bit_length()) if mask >> number & 1)
+    return [_NAMES[number] if number < len(_NAMES) else f"cap_{number}" for number in numbers]
+
+
+@dataclass(frozen=True)
+class FileCapabilities:
+    """What a file gives to whoever executes it. `root_uid`: root of the user namespace that it is meant for."""
+
+    permitted: list[str]
+    inheritable: list[str]
+    effective: bool
+    root_uid: int
+
+    @property
+    def lifts_memlock(self) -> bool:
+        """Whether a process that executes the file has CAP_IPC_LOCK at once, where the kernel asks for it."""
+        return self.effective and CAP_IPC_LOCK in self.permitted and self.root_uid == 0
+
+
+def parse_file_capabilities(xattr: bytes) -> FileCapabilities:
+    """Reads the extended attribute `security.capability`, `struct vfs_ns_cap_data` of linux/capability.h.
+
+    An empty one, which some tools leave, gives nothing. Raises IommufdError where it is something else.
+    """
+    if not xattr:
+        return FileCapabilities([], [], False, 0)
+    try:
+        magic = struct.unpack_from("<I", xattr)[0]
+        revision = magic & _REVISION_MASK
+        words = struct.unpack_from(f"<{2 * _PAIRS[revision]}I", xattr, 4)
+        root_uid = struct.unpack_from("<I", xattr, 20)[0] if revision == _WITH_ROOT_UID else 0
+    except (KeyError, struct.error) as exc:
+        raise IommufdError(f"security.capability has a form that is not known: {xattr[:24].hex()}.") from exc
+    permitted = sum(word << 32 * index for index, word in enumerate(words[::2]))
+    inheritable = sum(word << 32 * index for index, word in enumerate(words[1::2]))
+    return FileCapabilities(names(permitted), names(inheritable), bool(magic & _EFFECTIVE), root_uid)

@@ -1,0 +1,243 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: what a host offers, read without waking, loading or starting anything."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import grp
+import os
+import re
+import stat
+from dataclasses import dataclass
+
+from ._capabilities import FileCapabilities, parse_file_capabilities
+from ._errors import IommufdError, error_text
+from ._iommufd import RLIMIT_MODE, IommuFd, can_be_set, misc_rdev
+from ._process import user_name
+
+__all__ = (
+    "ABSENT",
+    "BUILTIN",
+    "DEVICE",
+    "LOADABLE",
+    "LOADED",
+    "Emulator",
+    "Node",
+    "Scratch",
+    "VfioNode",
+    "emulators",
+    "iommu_groups",
+    "iommus",
+    "module_state",
+    "node",
+    "proc_hides",
+    "scratch",
+    "vfio_nodes",
+    "yama_ptrace_scope",
+)
+
+DEVICE = "/dev/iommu"
+
+BUILTIN = "builtin"
+LOADED = "loaded"
+LOADABLE = "loadable"
+ABSENT = "absent"
+
+_SYS = "/sys"
+_MODULES = "/lib/modules"
+_YAMA = "/proc/sys/kernel/yama/ptrace_scope"
+_MOUNTINFO = "/proc/self/mountinfo"
+_EMULATORS = ("/usr/bin/qemu-system-*", "/usr/libexec/qemu-kvm")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A device node: its device number, and its permissions with the names of those that they are for."""
+
+    rdev: int
+    mode: str
+    owner: str
+    group: str
+
+
+def node(path: str) -> Node | None:
+    """The character device at path; None where there is none."""
+    try:
+        # In /dev, which the kernel itself keeps: nobody's server is waited for.
+        status = os.stat(path)
+    except OSError:
+        return None
+    if not stat.S_ISCHR(status.st_mode):
+        return None
+    return Node(status.st_rdev, f"{stat.S_IMODE(status.st_mode):04o}", _name(status.st_uid), _group_name(status.st_gid))
+
+
+def _name(uid: int) -> str:
+    return user_name(uid) or str(uid)
+
+
+def _group_name(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
+
+
+def module_state(release: str) -> str | None:
+    """Where iommufd is: BUILTIN, LOADED, LOADABLE or ABSENT; None where the modules' folder of the kernel is not here.
+
+    `release` is the running kernel's. The lists in the folder are depmod's, see modules.builtin(5) and modules.dep(5).
+    """
+    if os.path.exists(f"{_SYS}/module/iommufd/initstate"):
+        # What is built in has a folder there at most for its parameters.
+        return LOADED
+    if misc_rdev() is not None:
+        return BUILTIN
+    folder = f"{_MODULES}/{release}"
+    for name, state in (("modules.builtin", BUILTIN), ("modules.dep", LOADABLE)):
+        with contextlib.suppress(OSError), open(f"{folder}/{name}", "rb") as stream:
+            if re.search(rb"^\S*/iommufd\.ko(\.\w+)?(:|$)", stream.read(), re.MULTILINE):
+                return state
+    return ABSENT if os.path.exists(f"{folder}/modules.dep") else None
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What an iommufd of our own answers. None where it could not be opened, for the reason in `msg`."""
+
+    readable: bool | None
+    settable: bool | None
+    msg: str
+
+
+def scratch() -> Scratch:
+    """Opens an iommufd and asks for its rlimit mode, and whether this caller may set that. It is closed at once.
+
+    Opened is only the node of the device that the kernel has now: another one could have it load a module.
+    """
+    rdev = misc_rdev()
+    if rdev is None:
+        return Scratch(None, None, "This kernel has no iommufd, or its module is not loaded.")
+    there = node(DEVICE)
+    if there is None or there.rdev != rdev:
+        return Scratch(None, None, f"{DEVICE} is not the node of the device that this kernel has for iommufd.")
+    try:
+        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        return Scratch(
+            None,
+            None,
+            f"{DEVICE} cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)}). Run the task as root"
+            " (become: true), outside of any container.",
+        )
+    try:
+        iommufd = IommuFd(fd)
+        readable = not iommufd.get(RLIMIT_MODE).errno
+        return Scratch(readable, readable and bool(can_be_set(iommufd.probe(RLIMIT_MODE))), "")
+    finally:
+        os.close(fd)
+
+
+def yama_ptrace_scope() -> int | None:
+    """The setting kernel.yama.ptrace_scope; None where the kernel has no Yama."""
+    with contextlib.suppress(OSError, ValueError), open(_YAMA, "rb") as stream:
+        return int(stream.read())
+    return None
+
+
+def proc_hides() -> str | None:
+    """The option of the mount at /proc that hides other users' processes, such as `hidepid=invisible`; None without."""
+    # proc(5): 0 and off hide nothing.
+    with contextlib.suppress(OSError), open(_MOUNTINFO, "rb") as stream:
+        found = re.search(rb"^\S+ \S+ \S+ / /proc .* - proc .*\b(hidepid=(?!0|off)\w+)", stream.read(), re.MULTILINE)
+        return found.group(1).decode("ascii") if found else None
+    return None
+
+
+def iommus() -> list[str]:
+    """The names of the IOMMUs that the kernel drives."""
+    return _entries(f"{_SYS}/class/iommu")
+
+
+def iommu_groups() -> dict[int, list[str]]:
+    """The devices of each IOMMU group, by their addresses."""
+    folder = f"{_SYS}/kernel/iommu_groups"
+    return {int(each): _entries(f"{folder}/{each}/devices") for each in sorted(_entries(folder), key=int)}
+
+
+def _entries(folder: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return sorted(os.listdir(folder))
+    return []
+
+
+@dataclass(frozen=True)
+class VfioNode:
+    """A device node of VFIO: of one device, or of a group under the older interface. `iommu_group` None: has none."""
+
+    path: str
+    addresses: list[str]
+    iommu_group: int | None
+    of_group: bool
+
+
+def vfio_nodes() -> dict[int, VfioNode]:
+    """The device nodes that VFIO has made, by their device numbers. See drivers/vfio/{device_cdev,group}.c."""
+    found = {}
+    groups = iommu_groups()
+    for name in _entries(f"{_SYS}/class/vfio-dev"):
+        address = os.path.basename(os.path.realpath(f"{_SYS}/class/vfio-dev/{name}/device"))
+        group = next((number for number, devices in groups.items() if address in devices), None)
+        rdev = _rdev(f"{_SYS}/class/vfio-dev/{name}/dev")
+        if rdev is not None:
+            found[rdev] = VfioNode(f"/dev/vfio/devices/{name}", [address], group, of_group=False)
+    for name in _entries(f"{_SYS}/class/vfio"):
+        rdev = _rdev(f"{_SYS}/class/vfio/{name}/dev")
+        number = re.fullmatch(r"(?:noiommu-)?([0-9]+)", name)
+        if rdev is not None and number:
+            group = int(number.group(1))
+            found[rdev] = VfioNode(f"/dev/vfio/{name}", groups.get(group, []), group, of_group=True)
+    return found
+
+
+def _rdev(path: str) -> int | None:
+    """The device number in a file `dev` of sysfs; None where a device is gone, or has no node."""
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as stream:
+        major, minor = map(int, stream.read().split(b":"))
+        return os.makedev(major, minor)
+    return None
+
+
+@dataclass(frozen=True)
+class Emulator:
+    """An emulator. `capabilities` are those that its file gives; None where it gives none, or `msg` tells why not."""
+
+    path: str
+    present: bool
+    capabilities: FileCapabilities | None = None
+    msg: str = ""
+
+
+def emulators(given: list[str]) -> list[Emulator]:
+    """The emulators at the usual places and those given, each file once. Nothing is executed."""
+    usual = [path for pattern in _EMULATORS for path in glob.glob(pattern)]
+    paths = dict.fromkeys(os.path.realpath(path) for path in sorted(usual) + given)
+    return [_emulator(path) for path in paths]
+
+
+def _emulator(path: str) -> Emulator:
+    if not (os.path.isfile(path) and os.access(path, os.X_OK)):
+        return Emulator(path, present=False)
+    try:
+        return Emulator(path, True, parse_file_capabilities(os.getxattr(path, "security.capability")))
+    except IommufdError as exc:
+        return Emulator(path, True, None, f"{path}: {exc}")
+    except OSError as exc:
+        if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return Emulator(path, True)
+        return Emulator(path, True, None, f"The capabilities of {path} cannot be read ({error_text(exc.errno)}).")

@@ -1,0 +1,202 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: the system libvirt, and whether it sets the rlimit mode of its domains.
+
+Nothing here connects to libvirt, whose daemon that would start.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from typing import Callable
+
+from ._capabilities import CAP_SYS_RESOURCE, names
+from ._errors import AccessRefused, IommufdError, error_text
+from ._process import Process, printable
+
+__all__ = (
+    "Libvirt",
+    "Run",
+    "Unit",
+    "library_version",
+    "look",
+    "offers_iommufd",
+    "parse_units",
+    "sets_rlimit_mode",
+    "version_text",
+)
+
+Run = Callable[["list[str]"], "tuple[int, str, str]"]
+Version = tuple[int, int, int]
+
+# libvirt's NEWS, and src/util/viriommufd.c.
+_SETS_SINCE = (12, 1, 0)
+
+# The daemon that drives QEMU, in the new arrangement and in the old one. Each is started by its socket.
+_DAEMONS = ("virtqemud", "libvirtd")
+_PROPERTIES = (
+    "Id",
+    "LoadState",
+    "ActiveState",
+    "MainPID",
+    "User",
+    "CapabilityBoundingSet",
+    "AmbientCapabilities",
+    "PrivateUsers",
+)
+
+_LIBRARIES = ("/usr/lib/*/libvirt.so.0.*", "/usr/lib64/libvirt.so.0.*", "/usr/lib/libvirt.so.0.*")
+
+
+def version_text(version: Version | None) -> str | None:
+    """A version as libvirt writes it."""
+    return None if version is None else ".".join(map(str, version))
+
+
+def library_version(text: bytes) -> Version | None:
+    """The version in the highest file name of libvirt's library, `libvirt.so.0.MAJOR * 1000 + MINOR.MICRO`, in a text.
+
+    See so_version in libvirt's meson.build.
+    """
+    found = re.findall(rb"/libvirt\.so\.0\.([0-9]{4,7})\.([0-9]{1,4})\b", text)
+    return max(((*divmod(int(first), 1000), int(micro)) for first, micro in found), default=None)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What systemd says of a unit: `may` is whether it would run with CAP_SYS_RESOURCE, None where that is not said."""
+
+    name: str
+    there: bool
+    active: bool
+    pid: int
+    initial: bool
+    may: bool | None
+
+
+def parse_units(text: str) -> list[Unit]:
+    """Reads the output of `systemctl show` for several units, which are set apart by empty lines."""
+    units = []
+    for block in text.split("\n\n"):
+        shown = {key: value for key, equals, value in (line.partition("=") for line in block.splitlines()) if equals}
+        pid = shown.get("MainPID", "0")
+        bounding = shown.get("CapabilityBoundingSet")
+        # Root gets all of the bounding set; anybody else what is ambient.
+        given = bounding if shown.get("User", "") in ("", "root", "0") else shown.get("AmbientCapabilities")
+        initial = shown.get("PrivateUsers", "no") == "no"
+        units.append(
+            Unit(
+                name=shown.get("Id", ""),
+                there=shown.get("LoadState") == "loaded",
+                active=shown.get("ActiveState") == "active",
+                pid=int(pid) if re.fullmatch(r"[0-9]{1,10}", pid) else 0,
+                initial=initial,
+                may=None if given is None else initial and CAP_SYS_RESOURCE in given.split(),
+            )
+        )
+    return units
+
+
+@dataclass(frozen=True)
+class Libvirt:
+    """The system libvirt. `installed` is the version of the library on disk, `version` that of the running daemon.
+
+    Where the daemon does not run, or its memory map may not be read, they are the same. None is what cannot be told,
+    and `msg` tells why; `pid` is None where it does not run, and `unit` where there is none.
+    """
+
+    version: Version | None
+    installed: Version | None
+    unit: str | None
+    pid: int | None
+    may: bool | None
+    msg: str = ""
+
+
+def look(run: Run) -> Libvirt:
+    """Looks at the library and the daemon. `run` runs a command and gives its exit code, output and errors.
+
+    It is asked of systemd's manager, which is awake: systemctl shows a unit without starting it.
+    """
+    files = (path.encode("utf-8", "surrogateescape") for pattern in _LIBRARIES for path in glob.glob(pattern))
+    installed = library_version(b"\n".join(files))
+    names_ = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("service", "socket")]
+    command = ["systemctl", "show", "--no-pager", f"--property={','.join(_PROPERTIES)}", "--", *names_]
+    try:
+        code, output, errors = run(command)
+    except OSError as exc:
+        code, output, errors = 1, "", error_text(exc.errno)
+    if code:
+        why = printable(errors.strip().encode("utf-8", "surrogateescape"))
+        return Libvirt(installed, installed, None, None, None, f"systemd cannot be asked for libvirt's daemon: {why}.")
+    unit = _choose(parse_units(output))
+    if unit is None:
+        return Libvirt(installed, installed, None, None, None)
+    if not unit.pid:
+        return Libvirt(installed, installed, unit.name, None, unit.may)
+    try:
+        with Process.hold(unit.pid) as daemon:
+            initial = daemon.in_initial_user_namespace()
+            may = CAP_SYS_RESOURCE in names(daemon.status.effective)
+            may = may and (unit.initial if initial is None else initial)
+            running, msg = installed, ""
+            try:
+                running = library_version(daemon.read("maps")) or installed
+            except AccessRefused as exc:
+                msg = f"The version that the running daemon has mapped: {exc}"
+            return Libvirt(running, installed, unit.name, unit.pid, may, msg)
+    except IommufdError as exc:
+        return Libvirt(installed, installed, unit.name, None, unit.may, str(exc))
+
+
+def _choose(units: list[Unit]) -> Unit | None:
+    """The daemon's unit: the one that runs, or else whose socket waits, or else the first that is there."""
+    sockets = {unit.name.rpartition(".")[0] for unit in units if unit.active and unit.name.endswith(".socket")}
+    services = [unit for unit in units if unit.there and unit.name.endswith(".service")]
+
+    def rank(unit: Unit) -> tuple[bool, bool]:
+        return unit.pid == 0, unit.name.rpartition(".")[0] not in sockets
+
+    return min(services, key=rank, default=None)
+
+
+def sets_rlimit_mode(libvirt: Libvirt, offers: bool | None) -> tuple[bool | None, str]:
+    """Whether libvirt sets per-process accounting for its domains, None where that cannot be told; and why.
+
+    `offers` is whether it offers iommufd for a domain's devices, None where it was not asked.
+    """
+    version = version_text(libvirt.version)
+    behind = ""
+    if libvirt.installed and libvirt.installed != libvirt.version:
+        behind = f" {version_text(libvirt.installed)} is installed, but its daemon was not restarted since."
+    if libvirt.unit is None:
+        if libvirt.msg:
+            return None, libvirt.msg
+        return False, "There is no system libvirt that drives QEMU here."
+    if libvirt.version is None:
+        return None, "The version of libvirt cannot be told: its library, libvirt.so.0, is not at a usual place."
+    since = version_text(_SETS_SINCE)
+    if libvirt.version < _SETS_SINCE:
+        return False, f"libvirt {version} does not: {since} is the first that does.{behind}"
+    if offers is False:
+        return False, f"libvirt {version} could, but does not offer iommufd for the devices of a domain here.{behind}"
+    if libvirt.may is None:
+        return None, f"libvirt {version} does if its daemon has CAP_SYS_RESOURCE, which cannot be told.{behind}"
+    who = "its daemon runs" if libvirt.pid else f"{libvirt.unit}, which does not run now, would run"
+    if not libvirt.may:
+        return False, f"libvirt {version} cannot: {who} without CAP_SYS_RESOURCE in the initial user namespace.{behind}"
+    return True, f"libvirt {version} does, as all since {since}, and {who} with CAP_SYS_RESOURCE.{behind}"
+
+
+def offers_iommufd(domain_capabilities: str) -> bool | None:
+    """Whether the text of `virsh domcapabilities` offers iommufd for a device; None where it is no such text."""
+    try:
+        root = ET.fromstring(domain_capabilities)
+    except (ET.ParseError, ValueError):
+        return None
+    return "yes" in [value.text for value in root.iterfind("devices/hostdev/enum[@name='iommufd']/value")]

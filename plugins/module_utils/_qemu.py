@@ -1,0 +1,46 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: what QEMU's command line says of its guest. Whoever started it chose that text."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ("guest_memory", "guest_name", "is_session_domain")
+
+_UNITS = {b"b": 1, b"k": 2**10, b"m": 2**20, b"g": 2**30, b"t": 2**40}
+
+
+def _properties(arguments: list[bytes], option: bytes, implied: bytes) -> dict[bytes, bytes]:
+    """The properties that were given with an option, however often: `-option implied,key=value,...`.
+
+    A comma in a value is written twice; the first property may be given without its key. Later ones win.
+    """
+    found = {}
+    for each, value in zip(arguments, arguments[1:]):
+        if each in (b"-" + option, b"--" + option):
+            for position, part in enumerate(value.replace(b",,", b"\0").split(b",")):
+                key, equals, text = part.partition(b"=")
+                if not equals and position == 0:
+                    key, text = implied, part
+                found[key] = text.replace(b"\0", b",")
+    return found
+
+
+def guest_name(arguments: list[bytes]) -> bytes | None:
+    """The guest's name in `-name guest=NAME,...`; None where there is none."""
+    return _properties(arguments, b"name", b"guest").get(b"guest")
+
+
+def guest_memory(arguments: list[bytes]) -> int | None:
+    """The guest's memory in bytes, from `-m size=SIZE,...`, which counts MiB without a suffix; None without."""
+    size = _properties(arguments, b"m", b"size").get(b"size", b"")
+    found = re.fullmatch(rb"([0-9]{1,18})([bkmgt]?)", size.lower())
+    return int(found.group(1)) * _UNITS[found.group(2) or b"m"] if found else None
+
+
+def is_session_domain(arguments: list[bytes]) -> bool:
+    """Whether a user's own libvirt seems to have started it: the folder it keeps for the guest is in a home."""
+    return any(re.search(rb"/libvirt/qemu/lib/domain-[0-9]+-", each) for each in arguments)

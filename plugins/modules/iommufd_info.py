@@ -1,0 +1,1005 @@
+#!/usr/bin/python
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: iommufd_info
+short_description: Tell who holds an iommufd, how it is accounted, and what the host supports
+description:
+  - Tells which processes of a host hold an iommufd, to whom the memory that they pin is charged, against which limit,
+    and what is left of that limit.
+  - Memory that devices reach through an iommufd is charged in one of three ways, which is decided when it is mapped.
+    Under B(user) accounting, with which the kernel starts, the sum over all processes of a user is checked against the
+    RLIMIT_MEMLOCK of the one process that maps. Under B(process) accounting, each process is charged for itself. With
+    B(none), nobody is charged and nothing is checked, because the process has CAP_IPC_LOCK in the initial user
+    namespace.
+  - Also tells what the host supports, which VMMs it has and with which capabilities, and whether its libvirt sets
+    per-process accounting by itself.
+  - The filter P(virt.iommufd.memlock_fit#filter) tells from this module's return value whether one more VM would start.
+version_added: 0.1.0
+author:
+  - The virt.iommufd contributors (@virt-iommufd)
+options:
+  gather_subset:
+    description:
+      - What to tell about.
+      - V(host) is what the host supports.
+      - V(processes) are the processes that hold an iommufd.
+      - V(users) are the users that per-user accounting charges.
+      - V(emulators) adds to V(host) what takes seconds or wakes a service, each at most 30 seconds long. Every emulator
+        is asked for its version, and the system libvirt, whose daemon that may start, for the capabilities of a domain.
+    type: list
+    elements: str
+    choices:
+      - host
+      - processes
+      - users
+      - emulators
+    default:
+      - host
+      - processes
+      - users
+  pids:
+    description:
+      - Return only these processes in RV(processes). One that has ended, or holds no iommufd, is left out.
+      - RV(users) is not affected, since a sum over some of a user's processes would be wrong.
+    type: list
+    elements: int
+  users:
+    description:
+      - Return only these users, and only their processes. Each is a name or an id.
+      - They are in RV(users) even if nothing is charged to them.
+    type: list
+    elements: str
+  emulators:
+    description:
+      - Emulators to look at in RV(host.qemu), as absolute paths, beside C(/usr/bin/qemu-system-*) and
+        C(/usr/libexec/qemu-kvm).
+      - With V(emulators) in O(gather_subset) they are B(executed) with C(--version), as the user that the task runs as.
+    type: list
+    elements: path
+    default: []
+extends_documentation_fragment:
+  - virt.iommufd.attributes
+attributes:
+  check_mode:
+    support: full
+    details:
+      - This module changes nothing.
+  diff_mode:
+    support: none
+    details:
+      - There is nothing to differ.
+  idempotent:
+    support: full
+requirements:
+  - Python 3.9 or later with C(ctypes) on the host; Debian's package C(python3) has it, C(python3-minimal) has not.
+notes:
+  - B(Privilege.) Any user can run this module and is told what that user may see. RV(host.limits_of_view) lists the
+    rest with the reason. To see every process takes root with CAP_SYS_PTRACE in the initial user and pid namespaces,
+    that is, on the host itself, and C(kernel.yama.ptrace_scope) below 3.
+  - B(Nothing is woken.) No service is started or asked but systemd's manager, no module is loaded, no emulator is run
+    and no device is opened but C(/dev/iommu) and, where a process has it open, C(/dev/vfio/vfio). The subset
+    V(emulators) of O(gather_subset) is the exception.
+  - B(Estimate.) The kernel does not publish what it has charged to a user. RV(users[].charged_bytes) is the pinned
+    memory of the user's processes under per-user accounting. The kernel's counter also holds what io_uring, AF_XDP and
+    perf have charged to that user, and no file shows it.
+  - B(Threads.) Limits and capabilities are those of a process's first thread.
+seealso:
+  - plugin: virt.iommufd.memlock_fit
+    plugin_type: filter
+    description: Tells from this module's return value whether one more VM would start.
+  - module: virt.iommufd.iommufd_option
+    description: Sets or queries the accounting of one process.
+  - name: IOMMUFD in the kernel's documentation
+    description: What an iommufd, an IOAS and the other objects are.
+    link: https://docs.kernel.org/userspace-api/iommufd.html
+"""
+
+EXAMPLES = r"""
+- name: Look at everything
+  virt.iommufd.iommufd_info:
+  register: info
+
+- name: Report the VMs whose memory is charged to their user
+  ansible.builtin.debug:
+    msg: "{{ info.processes | selectattr('accounting', 'equalto', 'user') | map(attribute='name') }}"
+
+- name: Fail where another VM as large as the largest one would not start
+  ansible.builtin.assert:
+    that: info.users | selectattr('at_risk') | length == 0
+
+- name: Look at one user's VMs only
+  virt.iommufd.iommufd_info:
+    gather_subset: [processes, users]
+    users: [libvirt-qemu]
+
+- name: Look at the host, with the versions of its emulators
+  virt.iommufd.iommufd_info:
+    gather_subset: [host, emulators]
+  register: info
+"""
+
+RETURN = r"""
+host:
+  description:
+    - What the host supports.
+    - Without the subset V(host), it holds RV(host.limits_of_view) alone.
+  returned: always
+  type: dict
+  contains:
+    limits_of_view:
+      description: What this caller could not see, and why; empty where it saw everything.
+      type: list
+      elements: dict
+      sample:
+        - what: descriptors
+          why: >-
+            The descriptors of 12 processes of other users cannot be looked at by uid 1000 (EACCES: Permission denied).
+            Run the task as root (become: true).
+      contains:
+        what:
+          description:
+            - V(processes) where there may be processes that are not seen at all.
+            - V(descriptors) where there are processes of which it cannot be told whether they hold an iommufd.
+            - V(iommufds) where an iommufd was found but could not be asked.
+            - V(domains) where the domains of the system libvirt cannot be told.
+            - V(options), V(module), V(emulators) and V(libvirt) where that part of RV(host) is incomplete.
+          type: str
+          sample: descriptors
+        why:
+          description: The reason, and what to do to see it.
+          type: str
+    kernel:
+      description: The release of the running kernel.
+      returned: when O(gather_subset) has V(host), as are all below
+      type: str
+      sample: 6.12.117
+    module:
+      description:
+        - Where the kernel's iommufd is. V(builtin) and V(loaded) can be used, V(loadable) once its module is loaded;
+          V(absent) is a kernel without it.
+        - V(null) where that cannot be told, for lack of C(/lib/modules).
+      type: str
+      sample: loaded
+    device:
+      description: The device node C(/dev/iommu).
+      type: dict
+      contains:
+        path:
+          description: Its path.
+          type: str
+          sample: /dev/iommu
+        present:
+          description: Whether the path leads to the device that the running kernel has for iommufd.
+          type: bool
+          sample: true
+        rdev:
+          description: The device's numbers as the kernel gives them; V(null) where it has none.
+          type: str
+          sample: "10:125"
+        mode:
+          description: The permissions of the node; V(null) where there is none, as for the two below.
+          type: str
+          sample: "0660"
+        owner:
+          description: The name of its owner, or the id where that has none.
+          type: str
+          sample: root
+        group:
+          description: The name of its group, or the id where that has none.
+          type: str
+          sample: root
+    options:
+      description: What an iommufd that this caller opens answers.
+      type: dict
+      contains:
+        rlimit_mode:
+          description: The option that decides between per-user and per-process accounting.
+          type: dict
+          contains:
+            readable:
+              description: Whether this kernel has it; V(null) where C(/dev/iommu) cannot be opened.
+              type: bool
+              sample: true
+            settable:
+              description: Whether B(this caller) could set it, on an iommufd without objects; V(null) as above.
+              type: bool
+              sample: true
+    caller:
+      description: Who asks.
+      type: dict
+      contains:
+        uid:
+          description: The effective user id of this module.
+          type: int
+          sample: 0
+        initial_user_namespace:
+          description: Whether it is in the initial user namespace, without which capabilities do not count for iommufd.
+          type: bool
+          sample: true
+        capabilities:
+          description: Those of its effective capabilities that matter to iommufd.
+          type: list
+          elements: str
+          sample: [cap_ipc_lock, cap_sys_ptrace, cap_sys_resource]
+    yama_ptrace_scope:
+      description: The setting C(kernel.yama.ptrace_scope); V(null) where the kernel has no Yama.
+      type: int
+      sample: 1
+    iommus:
+      description: The names of the IOMMUs that the kernel drives.
+      type: list
+      elements: str
+      sample: [dmar0]
+    iommu_groups:
+      description: The IOMMU groups, each of which is passed through as a whole.
+      type: list
+      elements: dict
+      contains:
+        id:
+          description: The group's number.
+          type: int
+          sample: 3
+        devices:
+          description: The addresses of its devices.
+          type: list
+          elements: str
+          sample: ["0000:00:03.0"]
+    vfio_devices:
+      description: The devices that VFIO offers to iommufd, which need Linux 6.6 with CONFIG_VFIO_DEVICE_CDEV.
+      type: list
+      elements: dict
+      contains:
+        node:
+          description: The path of the device node.
+          type: str
+          sample: /dev/vfio/devices/vfio0
+        address:
+          description: The device's address on its bus.
+          type: str
+          sample: "0000:00:03.0"
+        iommu_group:
+          description: The number of its IOMMU group; V(null) where it has none.
+          type: int
+          sample: 3
+        mode:
+          description: The permissions of the node; V(null) where there is no node, as for the two below.
+          type: str
+          sample: "0600"
+        owner:
+          description: The name of the node's owner, or the id where that has none.
+          type: str
+          sample: root
+        group:
+          description: The name of the node's group, or the id where that has none.
+          type: str
+          sample: root
+    qemu:
+      description: The emulators C(/usr/bin/qemu-system-*) and C(/usr/libexec/qemu-kvm), and those of O(emulators).
+      type: list
+      elements: dict
+      contains:
+        path:
+          description: The path, with symbolic links followed.
+          type: str
+          sample: /usr/bin/qemu-system-x86_64
+        present:
+          description: Whether there is an executable file. What is not there can only come from O(emulators).
+          type: bool
+          sample: true
+        file_capabilities:
+          description:
+            - The capabilities that the file gives to whoever executes it.
+            - V(null) where it has none, or cannot be looked at.
+          type: dict
+          contains:
+            permitted:
+              description: The names of the permitted ones.
+              type: list
+              elements: str
+              sample: [cap_ipc_lock]
+            inheritable:
+              description: The names of the inheritable ones.
+              type: list
+              elements: str
+              sample: []
+            effective:
+              description: Whether the process has them in its effective set from the start.
+              type: bool
+              sample: true
+            root_uid:
+              description: The root user of the user namespace that they are for; 0 stands for the initial one.
+              type: int
+              sample: 0
+        cap_ipc_lock:
+          description:
+            - Whether these capabilities lift the limit on pinned memory, that is, hold CAP_IPC_LOCK for the initial
+              user namespace, effective from the start.
+            - V(null) where they could not be read.
+          type: bool
+          sample: false
+        version:
+          description: The version it gives; V(null) where it gives none, or V(emulators) was not asked for.
+          type: str
+          sample: 10.0.13
+    libvirt:
+      description: The system libvirt, whose domains run under C(qemu:///system).
+      type: dict
+      contains:
+        version:
+          description:
+            - The version, by the name of the library that the running daemon has mapped, or of the installed one.
+            - V(null) where there is none, or it cannot be told.
+          type: str
+          sample: 12.8.0
+        unit:
+          description: The systemd unit of the daemon that drives QEMU; V(null) without one.
+          type: str
+          sample: virtqemud.service
+        pid:
+          description: The daemon's process; V(null) where it does not run, as it does only when it is needed.
+          type: int
+          sample: null
+        cap_sys_resource:
+          description:
+            - Whether the daemon has CAP_SYS_RESOURCE, without which it cannot set the mode. Of the running daemon, else
+              what its unit would give it.
+            - V(null) where that cannot be told.
+          type: bool
+          sample: true
+        domain_capabilities_iommufd:
+          description:
+            - Whether libvirt offers iommufd for a domain's devices, with its default emulator.
+            - V(null) where it does not say so, or V(emulators) was not asked for.
+          type: bool
+          sample: null
+        sets_rlimit_mode:
+          description:
+            - Whether it sets per-process accounting for its domains, those whose devices have C(<driver name='vfio'
+              iommufd='yes'/>). It does since 12.1 in the source of libvirt, C(viriommufd.c).
+            - V(null) where that cannot be told.
+          type: bool
+          sample: true
+        reason:
+          description: Why RV(host.libvirt.sets_rlimit_mode) is what it is.
+          type: str
+          sample: libvirt 12.8.0 does since 12.1, and its daemon has CAP_SYS_RESOURCE.
+processes:
+  description:
+    - The processes that hold an iommufd, in the order of their ids.
+    - Also processes with pinned memory that do not let this caller look at their descriptors, since they may hold one.
+  returned: when O(gather_subset) has V(processes)
+  type: list
+  elements: dict
+  contains:
+    pid:
+      description: Its process id, as seen by this module.
+      type: int
+      sample: 4242
+    comm:
+      description: Its name. What is not printable in it is escaped, as in all texts here.
+      type: str
+      sample: qemu-system-x86
+    uid:
+      description: Its real user id, which is the user that per-user accounting charges.
+      type: int
+      sample: 64055
+    user:
+      description: The name of that user; V(null) where the host knows none.
+      type: str
+      sample: libvirt-qemu
+    started:
+      description: When it started, in ISO 8601 and UTC, by the clock as it is set now.
+      type: str
+      sample: "2026-11-22T09:41:07Z"
+    name:
+      description:
+        - What it calls its guest on its command line (C(-name)); V(null) where it says nothing. Nobody vouches for it.
+      type: str
+      sample: vm1
+    domain:
+      description:
+        - The libvirt domain whose emulator it is, by libvirt's own pidfile; V(null) where there is none or it cannot
+          be read.
+      type: str
+      sample: vm1
+    domain_uri:
+      description: Whose domain that is, V(qemu:///system), or V(qemu:///session) of the process's user; else V(null).
+      type: str
+      sample: qemu:///system
+    unit:
+      description: The unit of the system's service manager that it belongs to; V(null) where there is none.
+      type: str
+      sample: machine-qemu\x2d1\x2dvm1.scope
+    user_unit:
+      description: The unit of the user's service manager that it belongs to; V(null) where there is none.
+      type: str
+      sample: null
+    initial_user_namespace:
+      description: Whether it is in the initial user namespace; V(null) where this caller may not look.
+      type: bool
+      sample: true
+    memory_bytes:
+      description: The guest's memory by QEMU's option C(-m); V(null) where there is none or it cannot be read.
+      type: int
+      sample: 67108864
+    pinned_bytes:
+      description: The memory that it has pinned (C(VmPin) in C(/proc/PID/status)), by whatever means.
+      type: int
+      sample: 67371008
+    locked_bytes:
+      description: The memory that is charged to it as locked (C(VmLck)), by whatever means.
+      type: int
+      sample: 0
+    memlock_bytes:
+      description: The soft limit RLIMIT_MEMLOCK, which the kernel checks against; V(null) where it is unlimited.
+      type: int
+      sample: 104857600
+    memlock_unlimited:
+      description: Whether the soft limit is unlimited.
+      type: bool
+      sample: false
+    memlock_hard_bytes:
+      description: The hard limit; V(null) where it is unlimited.
+      type: int
+      sample: 104857600
+    memlock_hard_unlimited:
+      description: Whether the hard limit is unlimited.
+      type: bool
+      sample: false
+    capabilities:
+      description: Those of its capabilities that matter to iommufd, CAP_IPC_LOCK and CAP_SYS_RESOURCE.
+      type: dict
+      contains:
+        effective:
+          description: Those in its effective set.
+          type: list
+          elements: str
+          sample: []
+        permitted:
+          description: Those in its permitted set.
+          type: list
+          elements: str
+          sample: []
+        bounding:
+          description: Those in its bounding set. What is not in it cannot be had by executing a file either.
+          type: list
+          elements: str
+          sample: [cap_ipc_lock, cap_sys_resource]
+    no_new_privs:
+      description: Whether file capabilities are ignored when it executes a program.
+      type: bool
+      sample: false
+    iommufds:
+      description: Its iommufds, in the order of the descriptors; V(null) where this caller may not look.
+      type: list
+      elements: dict
+      contains:
+        fd:
+          description: The number of the descriptor in the process.
+          type: int
+          sample: 30
+        rlimit_mode:
+          description: V(user) or V(process), as the kernel gives it; V(null) where it could not be read.
+          type: str
+          sample: user
+        settable:
+          description:
+            - Whether the mode can be set now. It can while the iommufd holds no object.
+            - V(null) where this caller lacks the privilege that would tell.
+          type: bool
+          sample: false
+        ioases:
+          description: Its IOASes, the address spaces that its devices share.
+          type: list
+          elements: dict
+          contains:
+            ioas_id:
+              description: The id of the IOAS.
+              type: int
+              sample: 2
+            huge_pages:
+              description: Whether it may map memory in pages larger than the smallest.
+              type: bool
+              sample: true
+        msg:
+          description: What kept it from being read; empty if nothing did.
+          type: str
+          sample: ""
+    vfio_devices:
+      description: The VFIO devices and groups that it holds by a device node, in the order of the descriptors.
+      type: list
+      elements: dict
+      contains:
+        fd:
+          description: The number of the descriptor in the process.
+          type: int
+          sample: 31
+        node:
+          description: The path that the host has for it.
+          type: str
+          sample: /dev/vfio/devices/vfio0
+        addresses:
+          description: The addresses of the devices behind it, one, or those of a group.
+          type: list
+          elements: str
+          sample: ["0000:00:03.0"]
+    accounting:
+      description:
+        - Who is charged for what it pins from now on, V(user), V(process) or V(none).
+        - V(null) where that cannot be told, which RV(processes[].notes) explains.
+      type: str
+      sample: user
+    charged_bytes:
+      description:
+        - What it contributes to the charge. Under V(user) that is what it has pinned, under V(process) what is charged
+          to it as locked, and 0 for V(none).
+        - V(null) where RV(processes[].accounting) is.
+      type: int
+      sample: 67371008
+    headroom_bytes:
+      description:
+        - How much more it could pin. Under V(user) the charge of all of the user's processes counts.
+        - Less than 0 where more is charged than the limit allows. V(null) where nothing limits it, or where
+          RV(processes[].accounting) is V(null).
+      type: int
+      sample: 37486592
+    notes:
+      description: What contradicts the above or makes it uncertain, in sentences.
+      type: list
+      elements: str
+      sample: []
+users:
+  description:
+    - The users that per-user accounting charges, or may charge, and those of O(users), in the order of their ids.
+  returned: when O(gather_subset) has V(users)
+  type: list
+  elements: dict
+  contains:
+    uid:
+      description: The user's id.
+      type: int
+      sample: 64055
+    user:
+      description: The user's name; V(null) where the host knows none.
+      type: str
+      sample: libvirt-qemu
+    pids:
+      description: The user's processes with an iommufd that is accounted per user.
+      type: list
+      elements: int
+      sample: [4242]
+    charged_bytes:
+      description: The pinned memory of these processes, an estimate of what the kernel has charged to the user.
+      type: int
+      sample: 67371008
+    uncertain_bytes:
+      description:
+        - What the user's other processes have pinned of which it cannot be told whether it is charged to the user,
+          since their iommufds cannot be looked at, or since it was pinned by other means, such as io_uring or RDMA.
+      type: int
+      sample: 0
+    largest_bytes:
+      description: The pinned memory of the largest of these processes.
+      type: int
+      sample: 67371008
+    memlock_bytes:
+      description:
+        - The smallest soft limit RLIMIT_MEMLOCK of these processes; V(null) where it is unlimited or there are none.
+      type: int
+      sample: 104857600
+    memlock_unlimited:
+      description: Whether all of them are unlimited.
+      type: bool
+      sample: false
+    headroom_bytes:
+      description:
+        - How much more the one with the smallest limit could pin; less than 0 where more is charged than that allows.
+        - V(null) where RV(users[].memlock_bytes) is.
+      type: int
+      sample: 37486592
+    at_risk:
+      description: Whether another VM as large as the largest, with the smallest limit, would not fit.
+      type: bool
+      sample: true
+narrowed:
+  description: What O(pids) and O(users) have narrowed this to.
+  returned: always
+  type: dict
+  contains:
+    pids:
+      description: The ids of processes; V(null) where O(pids) was not given.
+      type: list
+      elements: int
+      sample: null
+    uids:
+      description: The ids of users; V(null) where O(users) was not given.
+      type: list
+      elements: int
+      sample: null
+"""
+
+import datetime
+import os
+import pwd
+import re
+from functools import partial
+from typing import Any, NoReturn
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.virt.iommufd.plugins.module_utils import _host, _libvirt
+from ansible_collections.virt.iommufd.plugins.module_utils._budget import (
+    Account,
+    Total,
+    account_notes,
+    accounting,
+    charged,
+    headroom,
+    largest_limit,
+    total,
+)
+from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import (
+    CAP_IPC_LOCK,
+    CAP_SYS_PTRACE,
+    CAP_SYS_RESOURCE,
+    names,
+)
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, Survey, survey
+from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import misc_rdev
+from ansible_collections.virt.iommufd.plugins.module_utils._process import (
+    in_initial_namespace,
+    own_status,
+    printable,
+    user_name,
+)
+from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_memory, guest_name, is_session_domain
+from ansible_collections.virt.iommufd.plugins.module_utils._target import running_domains
+
+Row = dict[str, Any]
+Run = _libvirt.Run
+
+# What is slow gets so long, and then some seconds to end by itself.
+PATIENCE = ["timeout", "-k", "5", "30"]
+
+
+class View:
+    """What this caller could not see. Each entry is one kind of thing, and why."""
+
+    def __init__(self) -> None:
+        self.limits: list[Row] = []
+
+    def limit(self, what: str, why: str) -> None:
+        """Notes that a kind of thing could not be seen."""
+        self.limits.append({"what": what, "why": why})
+
+
+def uids_of(users: list[str] | None) -> set[int] | None:
+    """The ids of users given by name or id. Raises IommufdError where the host has no such user."""
+    if users is None:
+        return None
+    found = set()
+    for user in users:
+        try:
+            # A name of digits is not a name: useradd(8) refuses it, and systemd too.
+            found.add(int(user) if re.fullmatch("[0-9]{1,10}", user) else pwd.getpwnam(user).pw_uid)
+        except (KeyError, ValueError) as exc:
+            raise IommufdError(f"This host has no user {user!r}: give users by the names or ids that it has.") from exc
+    return found
+
+
+def host_row(view: View, paths: list[str], slow: bool, run: Run) -> Row:
+    """What the host supports; `slow` with what takes seconds or wakes a service."""
+    release = os.uname().release
+    module = _host.module_state(release)
+    if module is None:
+        view.limit("module", f"/lib/modules/{release} is not here: whether a module could be loaded cannot be told.")
+    groups = _host.iommu_groups()
+    return {
+        "kernel": printable(os.fsencode(release)),
+        "module": module,
+        "device": device_row(),
+        "options": {"rlimit_mode": option_row(view, module)},
+        "caller": caller_row(),
+        "yama_ptrace_scope": _host.yama_ptrace_scope(),
+        "iommus": _host.iommus(),
+        "iommu_groups": [{"id": number, "devices": devices} for number, devices in groups.items()],
+        "vfio_devices": [vfio_row(each) for each in _host.vfio_nodes().values() if not each.of_group],
+        "qemu": [emulator_row(view, each, slow, run) for each in _host.emulators(paths)],
+        "libvirt": libvirt_row(view, slow, run),
+    }
+
+
+def device_row() -> Row:
+    """The node /dev/iommu."""
+    rdev = misc_rdev()
+    node = _host.node(_host.DEVICE)
+    return {
+        "path": _host.DEVICE,
+        "present": node is not None and node.rdev == rdev,
+        "rdev": None if rdev is None else f"{os.major(rdev)}:{os.minor(rdev)}",
+        **node_row(node),
+    }
+
+
+def node_row(node: _host.Node | None) -> Row:
+    """The permissions of a device node."""
+    return {name: node and getattr(node, name) for name in ("mode", "owner", "group")}
+
+
+def option_row(view: View, module: str | None) -> Row:
+    """What an iommufd of our own answers."""
+    scratch = _host.scratch()
+    if scratch.msg and module in (_host.BUILTIN, _host.LOADED):
+        view.limit("options", scratch.msg)
+    return {"readable": scratch.readable, "settable": scratch.settable}
+
+
+def caller_row() -> Row:
+    """Who asks."""
+    mine = names(own_status().effective)
+    return {
+        "uid": os.geteuid(),
+        "initial_user_namespace": bool(in_initial_namespace("user")),
+        "capabilities": [each for each in (CAP_IPC_LOCK, CAP_SYS_PTRACE, CAP_SYS_RESOURCE) if each in mine],
+    }
+
+
+def vfio_row(vfio: _host.VfioNode) -> Row:
+    """A device that VFIO offers to iommufd."""
+    return {
+        "node": vfio.path,
+        "address": vfio.addresses[0],
+        "iommu_group": vfio.iommu_group,
+        **node_row(_host.node(vfio.path)),
+    }
+
+
+def emulator_row(view: View, emulator: _host.Emulator, slow: bool, run: Run) -> Row:
+    """An emulator, asked for its version where that is wanted."""
+    given = emulator.capabilities
+    if emulator.msg:
+        view.limit("emulators", emulator.msg)
+    return {
+        "path": printable(os.fsencode(emulator.path)),
+        "present": emulator.present,
+        "file_capabilities": given and dict(vars(given)),
+        "cap_ipc_lock": None if emulator.msg else given is not None and given.lifts_memlock,
+        "version": emulator_version(view, emulator.path, run) if slow and emulator.present else None,
+    }
+
+
+def emulator_version(view: View, path: str, run: Run) -> str | None:
+    """The version that an emulator gives when it is executed."""
+    code, output, errors = run([*PATIENCE, path, "--version"])
+    found = re.search(r"version (\S+)", output)
+    if code or not found:
+        view.limit("emulators", f"{path} --version gives no version: {said(code, output, errors)}")
+        return None
+    return printable(os.fsencode(found.group(1)))
+
+
+def said(code: int, output: str, errors: str) -> str:
+    """What a command that failed has said, on one line."""
+    text = (errors or output).strip().replace("\n", " ")
+    return f"exit code {code}" + (f", {printable(os.fsencode(text[:400]))}" if text else "")
+
+
+def libvirt_row(view: View, slow: bool, run: Run) -> Row:
+    """The system libvirt, asked for a domain's capabilities where that is wanted."""
+    libvirt = _libvirt.look(run)
+    if libvirt.msg:
+        view.limit("libvirt", libvirt.msg)
+    offers = None
+    if slow and libvirt.unit is not None:
+        code, output, errors = run([*PATIENCE, "virsh", "--readonly", "--connect=qemu:///system", "domcapabilities"])
+        offers = None if code else _libvirt.offers_iommufd(output)
+        if offers is None:
+            view.limit("libvirt", f"virsh domcapabilities gives none: {said(code, output, errors)}")
+    sets, reason = _libvirt.sets_rlimit_mode(libvirt, offers)
+    return {
+        "version": _libvirt.version_text(libvirt.version),
+        "unit": libvirt.unit,
+        "pid": libvirt.pid,
+        "cap_sys_resource": libvirt.may,
+        "domain_capabilities_iommufd": offers,
+        "sets_rlimit_mode": sets,
+        "reason": reason,
+    }
+
+
+def look_at_processes(view: View) -> Survey:
+    """All processes that hold an iommufd, and what this caller was kept from."""
+    if not in_initial_namespace("pid"):
+        view.limit("processes", "This is not the initial pid namespace. Run the task on the host itself.")
+    hides = _host.proc_hides()
+    if hides and CAP_SYS_PTRACE not in names(own_status().effective):
+        view.limit("processes", f"/proc is mounted with {hides}. Run the task as root (become: true).")
+    seen = survey()
+    for what, thing, reasons, cure in (
+        ("processes", "", seen.hidden, "That takes root with CAP_SYS_PTRACE (become: true), on the host itself."),
+        ("descriptors", "the descriptors of ", seen.closed, "That takes root with CAP_SYS_PTRACE (become: true)."),
+        (
+            "iommufds",
+            "the iommufds of ",
+            seen.refused,
+            "That takes root with CAP_SYS_PTRACE (become: true), and kernel.yama.ptrace_scope below 3.",
+        ),
+    ):
+        for reason, pids in reasons.items():
+            some = ", ".join(map(str, sorted(pids)[:5])) + (", ..." if len(pids) > 5 else "")
+            view.limit(
+                what, f"uid {os.geteuid()} cannot look at {thing}{len(pids)} processes ({some}): {reason} {cure}"
+            )
+    return seen
+
+
+def process_row(holder: Holder, account: Account, of_user: Total, largest_limit: int | None, names_: Names) -> Row:
+    """A process that holds an iommufd."""
+    guest = guest_name(holder.arguments)
+    domain, uri = names_.domain(holder, guest)
+    soft, hard = holder.memlock.soft, holder.memlock.hard
+    status = holder.status
+    return {
+        "pid": holder.pid,
+        "comm": holder.comm,
+        "uid": status.uid,
+        "user": holder.user,
+        "started": iso8601(holder.started),
+        "name": None if guest is None else printable(guest),
+        "domain": domain,
+        "domain_uri": uri,
+        "unit": holder.units[0],
+        "user_unit": holder.units[1],
+        "initial_user_namespace": holder.initial,
+        "memory_bytes": guest_memory(holder.arguments),
+        "pinned_bytes": status.pinned_bytes,
+        "locked_bytes": status.locked_bytes,
+        "memlock_bytes": soft,
+        "memlock_unlimited": soft is None,
+        "memlock_hard_bytes": hard,
+        "memlock_hard_unlimited": hard is None,
+        "capabilities": {
+            "effective": those_that_matter(status.effective),
+            "permitted": those_that_matter(status.permitted),
+            "bounding": those_that_matter(status.bounding),
+        },
+        "no_new_privs": status.no_new_privs,
+        "iommufds": None if holder.iommufds is None else [iommufd_row(each) for each in holder.iommufds],
+        "vfio_devices": names_.vfio_devices(holder),
+        "accounting": accounting(account),
+        "charged_bytes": charged(account),
+        "headroom_bytes": headroom(account, of_user),
+        "notes": account_notes(account, of_user, largest_limit),
+    }
+
+
+def iommufd_row(iommufd: HeldIommufd) -> Row:
+    """An iommufd of a process."""
+    return {
+        "fd": iommufd.fd,
+        "rlimit_mode": iommufd.rlimit_mode,
+        "settable": iommufd.settable,
+        "ioases": [{"ioas_id": ioas_id, "huge_pages": huge_pages} for ioas_id, huge_pages in iommufd.ioases],
+        "msg": iommufd.msg,
+    }
+
+
+def those_that_matter(mask: int) -> list[str]:
+    """Those of a process's capabilities that matter to how it is accounted."""
+    return [each for each in names(mask) if each in (CAP_IPC_LOCK, CAP_SYS_RESOURCE)]
+
+
+def iso8601(seconds: float) -> str:
+    """A time in seconds since the epoch, in UTC."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Names:
+    """What this host calls things: its system libvirt's domains, by process, and VFIO's nodes, by device number."""
+
+    def __init__(self, view: View) -> None:
+        self._nodes = _host.vfio_nodes()
+        self._domains: dict[int, str] = {}
+        try:
+            self._domains = running_domains()
+        except AccessRefused as exc:
+            view.limit("domains", f"The domains of the system libvirt cannot be told: {exc}")
+
+    def domain(self, holder: Holder, guest: bytes | None) -> tuple[str | None, str | None]:
+        """The domain whose emulator a process is, and the URI of the libvirt that it belongs to; None, None without."""
+        name = None if guest is None else printable(guest)
+        if name is not None and self._domains.get(holder.pid) == name:
+            return name, "qemu:///system"
+        if name is not None and is_session_domain(holder.arguments):
+            return name, "qemu:///session"
+        return None, None
+
+    def vfio_devices(self, holder: Holder) -> list[Row]:
+        """The devices of VFIO that a process has open."""
+        held = ((fd, self._nodes[rdev]) for fd, rdev in holder.devices.items() if rdev in self._nodes)
+        return [{"fd": fd, "node": node.path, "addresses": node.addresses} for fd, node in held]
+
+
+def user_row(uid: int, of_user: Total) -> Row:
+    """A user that per-user accounting charges."""
+    return {
+        "uid": uid,
+        "user": user_name(uid),
+        "pids": of_user.pids,
+        "charged_bytes": of_user.charged,
+        "uncertain_bytes": of_user.uncertain,
+        "largest_bytes": of_user.largest,
+        "memlock_bytes": of_user.limit,
+        "memlock_unlimited": bool(of_user.pids) and of_user.limit is None,
+        "headroom_bytes": None if of_user.limit is None else of_user.limit - of_user.charged,
+        "at_risk": of_user.at_risk,
+    }
+
+
+def process_and_user_rows(view: View, pids: list[int] | None, uids: set[int] | None) -> tuple[list[Row], list[Row]]:
+    """The processes that hold an iommufd, and the users that are charged."""
+    seen = look_at_processes(view)
+    names_ = Names(view)
+    accounts: dict[int, list[Account]] = {uid: [] for uid in uids or ()}
+    for holder in seen.holders:
+        accounts.setdefault(holder.status.uid, []).append(holder.account())
+    totals = {uid: total(some, seen.others_pinned.get(uid, 0)) for uid, some in accounts.items()}
+    largest = {uid: largest_limit(some) for uid, some in accounts.items()}
+    processes = []
+    for holder in seen.holders:
+        uid = holder.status.uid
+        if (pids is None or holder.pid in pids) and (uids is None or uid in uids):
+            processes.append(process_row(holder, holder.account(), totals[uid], largest[uid], names_))
+    users = [
+        user_row(uid, of_user)
+        for uid, of_user in sorted(totals.items())
+        if (of_user.pids or of_user.uncertain if uids is None else uid in uids)
+    ]
+    return processes, users
+
+
+def gather(params: Row, run: Run) -> Row:
+    """All that the task asks for. Raises IommufdError where it asks for a user that is not there."""
+    subsets = set(params["gather_subset"])
+    uids = uids_of(params["users"])
+    view = View()
+    host: Row = {"limits_of_view": view.limits}
+    result: Row = {
+        "host": host,
+        "narrowed": {"pids": params["pids"], "uids": None if uids is None else sorted(uids)},
+    }
+    if subsets & {"host", "emulators"}:
+        host.update(host_row(view, params["emulators"], "emulators" in subsets, run))
+    if subsets & {"processes", "users"}:
+        processes, users = process_and_user_rows(view, params["pids"], uids)
+        found = {"processes": processes, "users": users}
+        result.update({name: found[name] for name in found if name in subsets})
+    return result
+
+
+def main() -> NoReturn:
+    subsets = ["host", "processes", "users", "emulators"]
+    module = AnsibleModule(
+        argument_spec={
+            "gather_subset": {"type": "list", "elements": "str", "choices": subsets, "default": subsets[:3]},
+            "pids": {"type": "list", "elements": "int"},
+            "users": {"type": "list", "elements": "str"},
+            "emulators": {"type": "list", "elements": "path", "default": []},
+        },
+        supports_check_mode=True,
+    )
+    run = partial(module.run_command, handle_exceptions=False, environ_update={"LC_ALL": "C"})
+    try:
+        result = gather(module.params, run)
+    except IommufdError as exc:
+        module.fail_json(msg=str(exc))
+    module.exit_json(changed=False, **result)
+
+
+if __name__ == "__main__":
+    main()

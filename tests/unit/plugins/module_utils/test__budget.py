@@ -1,0 +1,113 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils._budget import (
+    Account,
+    account_notes,
+    accounting,
+    charged,
+    headroom,
+    largest_limit,
+    total,
+)
+
+MIB = 2**20
+
+
+def account(*modes: str | None, **other: Any) -> Account:
+    known = {"pid": 1, "uid": 1001, "ipc_lock": False, "initial": True, "pinned": 24 * MIB, "locked": 0}
+    return Account(**{"modes": frozenset(modes), "limit": 40 * MIB, **known, **other})
+
+
+@pytest.mark.parametrize(
+    ("who", "how", "charge"),
+    [
+        (account("user"), "user", 24 * MIB),
+        (account("process", locked=25 * MIB), "process", 25 * MIB),
+        (account("user", ipc_lock=True), "none", 0),
+        (account("process", ipc_lock=True), "none", 0),
+        # Root of a container without privilege: its capabilities count in there only.
+        (account("user", ipc_lock=True, initial=False), "user", 24 * MIB),
+        (account("process", ipc_lock=True, initial=False), "process", 0),
+        (account("user", ipc_lock=True, initial=None), None, None),
+        (account("user", initial=None), "user", 24 * MIB),
+        (account("user", "process"), None, None),
+        (account(None), None, None),
+        (account(None, ipc_lock=True), "none", 0),
+        (account(modes=None), None, None),
+        (account(modes=None, ipc_lock=True), None, None),
+    ],
+)
+def test_who_is_charged(who: Account, how: str | None, charge: int | None) -> None:
+    assert accounting(who) == how
+    assert charged(who) == charge
+
+
+def test_the_users_total() -> None:
+    some = [
+        account("user", pid=1),
+        account("user", pid=2, pinned=8 * MIB, limit=64 * MIB),
+        account("user", pid=3, pinned=MIB, limit=None),
+        account("process", pid=4, locked=24 * MIB, limit=MIB),
+        account("user", pid=5, ipc_lock=True, limit=MIB),
+        account(modes=None, pid=6, pinned=3 * MIB),
+    ]
+    of_user = total(some, others_pinned=MIB)
+    assert of_user.pids == [1, 2, 3]
+    assert (of_user.charged, of_user.uncertain, of_user.largest) == (33 * MIB, 4 * MIB, 24 * MIB)
+    assert of_user.limit == 40 * MIB
+    assert of_user.at_risk
+    assert [headroom(each, of_user) for each in some] == [7 * MIB, 31 * MIB, None, -23 * MIB, None, None]
+    assert largest_limit(some[:2]) == 64 * MIB
+    assert largest_limit(some) is None
+    assert largest_limit([]) is None
+
+
+def test_nobody_is_charged() -> None:
+    of_user = total([])
+    assert (of_user.pids, of_user.charged, of_user.largest, of_user.limit) == ([], 0, 0, None)
+    assert not of_user.at_risk
+
+
+@pytest.mark.parametrize(("limit", "risk"), [(48 * MIB, False), (48 * MIB - 1, True), (None, False)])
+def test_another_one_as_large_just_fits_or_does_not(limit: int | None, risk: bool) -> None:
+    assert total([account("user", limit=limit)]).at_risk is risk
+
+
+@pytest.mark.parametrize(
+    ("who", "note"),
+    [
+        (account("user"), ""),
+        (account("user", pinned=0, locked=4096), ""),
+        (account("user", locked=24 * MIB - 1), ""),
+        (account("user", locked=24 * MIB), "has locked memory by other means, such as mlock"),
+        (account("user", pinned=41 * MIB), "more than its limit of 41943040 bytes: it had CAP_IPC_LOCK or a larger"),
+        (account("process", locked=24 * MIB), ""),
+        (account("process", locked=30 * MIB), ""),
+        (account("process", locked=MIB), "the rest was pinned while it had CAP_IPC_LOCK"),
+        (account("user", ipc_lock=True), ""),
+        (account("user", ipc_lock=True, locked=24 * MIB), ""),
+        (account("process", ipc_lock=True, locked=MIB), "VmLck is 1048576 bytes: it was charged for them before"),
+        (account("user", ipc_lock=True, initial=None), "this caller may not see in which it is"),
+        (account("user", "process"), "Its iommufds differ in their rlimit mode"),
+        (account(None), "The rlimit mode of an iommufd of it could not be read"),
+        (account(modes=None), "this caller may not look at its descriptors"),
+    ],
+)
+def test_what_contradicts_the_accounting(who: Account, note: str) -> None:
+    notes = account_notes(who, total([who]), largest_limit([who]))
+    assert len(notes) == (1 if note else 0)
+    assert note in "".join(notes)
+
+
+def test_more_is_pinned_together_than_any_of_them_may() -> None:
+    two = [account("user", pid=1), account("user", pid=2)]
+    for each in two:
+        (note,) = account_notes(each, total(two), largest_limit(two))
+        assert "have pinned 50331648 bytes together, more than the limit of any of them" in note

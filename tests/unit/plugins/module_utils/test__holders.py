@@ -1,0 +1,151 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from typing import Any, Callable
+
+import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _holders
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
+    AccessRefused,
+    DescriptorGone,
+    IommufdError,
+    ProcessGone,
+)
+from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, survey
+from ansible_collections.virt.iommufd.plugins.module_utils._process import Process, parse_status
+from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
+
+STATUS = b"Uid:\t7\t7\t7\t7\nVmSize:\t9 kB\nVmPin:\t%d kB\nCapPrm:\t0\nCapEff:\t4000\nCapBnd:\t0\n"
+
+
+def refuse(exception: Exception) -> Callable[..., Any]:
+    def call(*_arguments: object) -> Any:
+        raise exception
+
+    return call
+
+
+def test_a_process_with_an_iommufd(alone: FakeKernel, child: subprocess.Popen[bytes]) -> None:
+    alone.ioases = {2: 1, 3: 0}
+    (holder,) = survey().holders
+    assert holder.pid == child.pid
+    # 51 is the same device, opened with O_PATH.
+    assert holder.iommufds == [HeldIommufd(50, "user", False, [(2, True), (3, False)])]
+    assert set(holder.devices) >= {50, 51}
+    account = holder.account()
+    assert (account.pid, account.uid, account.modes) == (child.pid, os.getuid(), frozenset({"user"}))
+    assert alone.mode == 0
+
+
+def test_one_without_objects_can_be_set(alone: FakeKernel) -> None:
+    (holder,) = survey().holders
+    assert holder.iommufds == [HeldIommufd(50, "user", True, [])]
+    alone.privileged = False
+    (holder,) = survey().holders
+    assert holder.iommufds == [HeldIommufd(50, "user", None, [])]
+
+
+def test_a_kernel_without_the_option_charges_the_user(alone: FakeKernel) -> None:
+    alone.without = errno.EOPNOTSUPP
+    (holder,) = survey().holders
+    assert holder.iommufds is not None
+    assert holder.iommufds[0].rlimit_mode == "user"
+    assert "this kernel does not have the option rlimit_mode" in holder.iommufds[0].msg
+
+
+def test_an_iommufd_that_does_not_answer(alone: FakeKernel) -> None:
+    alone.without = errno.EIO
+    (holder,) = survey().holders
+    assert holder.iommufds is not None
+    assert holder.iommufds[0].rlimit_mode is None
+    assert "EIO" in holder.iommufds[0].msg
+    assert holder.account().modes == frozenset({None})
+
+
+def test_an_iommufd_with_an_ioas_decides(alone: FakeKernel) -> None:
+    (holder,) = survey().holders
+    empty, used = HeldIommufd(3, "process", True, []), HeldIommufd(4, "user", False, [(2, True)])
+    both = Holder(**{**vars(holder), "iommufds": [empty, used]})
+    assert both.account().modes == frozenset({"user"})
+    neither = Holder(**{**vars(holder), "iommufds": None})
+    assert neither.account().modes is None
+
+
+def test_no_iommufd_in_the_kernel(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_holders, "misc_rdev", lambda: None)
+    monkeypatch.setattr(_holders, "_pids", refuse(AssertionError()))
+    assert survey().holders == []
+
+
+def test_an_iommufd_that_may_not_be_shared(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Process, "borrow", refuse(AccessRefused("refused by somebody")))
+    result = survey()
+    (holder,) = result.holders
+    assert holder.iommufds == [HeldIommufd(fd, None, None, [], "refused by somebody") for fd in (50, 51)]
+    assert list(result.refused) == ["refused by somebody"]
+
+
+def test_a_process_that_ends(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Process, "borrow", refuse(ProcessGone("It has ended.")))
+    assert survey().holders == []
+    monkeypatch.setattr(_holders, "_character_devices", refuse(FileNotFoundError(errno.ENOENT, "gone")))
+    assert survey().holders == []
+
+
+def test_a_process_that_closes_it(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Process, "character_device", refuse(DescriptorGone("It is closed.")))
+    monkeypatch.setattr(_holders, "_status", lambda _pid: parse_status(STATUS % 8))
+    result = survey()
+    assert result.holders == []
+    assert result.others_pinned == {7: 8192}
+
+
+def test_a_process_that_cannot_be_held(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    exc = IommufdError("It is hidden.")
+    exc.__cause__ = PermissionError(errno.EPERM, "no")
+    monkeypatch.setattr(Process, "hold", refuse(exc))
+    assert list(survey().hidden) == ["EPERM: Operation not permitted."]
+
+
+@pytest.fixture
+def closed(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose descriptors this caller may not look at."""
+    monkeypatch.setattr(_holders, "_character_devices", refuse(PermissionError(errno.EACCES, "no")))
+
+
+@pytest.mark.parametrize(("pinned", "count"), [(0, 0), (8, 1)])
+def test_closed(
+    closed: None, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, pinned: int, count: int
+) -> None:
+    monkeypatch.setattr(_holders, "_status", lambda _pid: parse_status(STATUS % pinned))
+    result = survey()
+    assert result.closed == {"EACCES: Permission denied.": [child.pid]}
+    assert [holder.iommufds for holder in result.holders] == [None] * count
+
+
+def test_a_kernel_thread_has_no_descriptors(closed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_holders, "_status", lambda _pid: parse_status(STATUS.replace(b"VmSize", b"VmNone") % 0))
+    assert survey().closed == {}
+
+
+@pytest.mark.parametrize(
+    ("exception", "hidden"),
+    [
+        (ProcessGone("It has ended."), []),
+        (PermissionError(errno.EACCES, "no"), ["EACCES: Permission denied."]),
+        (IommufdError("It is no status."), ["It is no status."]),
+    ],
+)
+def test_hidden(closed: None, monkeypatch: pytest.MonkeyPatch, exception: Exception, hidden: list[str]) -> None:
+    monkeypatch.setattr(_holders, "_status", refuse(exception))
+    assert list(survey().hidden) == hidden
+
+
+def test_a_status_of_nobody() -> None:
+    assert _holders._status(2**31 - 1) is None

@@ -1,0 +1,187 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _host
+from ansible_collections.virt.iommufd.plugins.module_utils._host import Emulator, Node, VfioNode
+from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
+
+NULL = os.stat(os.devnull).st_rdev
+
+
+@pytest.fixture
+def sys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands in for /sys, and beside it `modules` for /lib/modules."""
+    monkeypatch.setattr(_host, "_SYS", str(tmp_path / "sys"))
+    monkeypatch.setattr(_host, "_MODULES", str(tmp_path / "modules"))
+    return tmp_path / "sys"
+
+
+def write(path: Path, text: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("files", "rdev", "state"),
+    [
+        ({"sys/module/iommufd/initstate": "live"}, NULL, "loaded"),
+        ({"sys/module/iommufd/parameters/x": ""}, NULL, "builtin"),
+        ({"modules/6/modules.builtin": "kernel/drivers/iommu/iommufd/iommufd.ko\n"}, None, "builtin"),
+        ({"modules/6/modules.dep": "kernel/drivers/iommu/iommufd/iommufd.ko.xz: a.ko\n"}, None, "loadable"),
+        ({"modules/6/modules.dep": "kernel/drivers/iommu/iommufd/iommufd.ko:\n"}, None, "loadable"),
+        ({"modules/6/modules.dep": "kernel/a/my-iommufd.ko:\nb.ko: kernel/iommufd.ko\n"}, None, "absent"),
+        ({"modules/7/modules.dep": "iommufd.ko:\n"}, None, None),
+    ],
+)
+def test_where_iommufd_is(
+    sys: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], rdev: int | None, state: str | None
+) -> None:
+    monkeypatch.setattr(_host, "misc_rdev", lambda: rdev)
+    for name, text in files.items():
+        write(sys.parent / name, text)
+    assert _host.module_state("6") == state
+
+
+def test_a_node() -> None:
+    status = os.stat(os.devnull)
+    assert _host.node(os.devnull) == Node(NULL, f"{status.st_mode & 0o7777:04o}", "root", "root")
+    assert _host.node("/") is None
+    assert _host.node("/nowhere") is None
+
+
+def test_ids_without_a_name() -> None:
+    assert _host._name(2**31) == _host._group_name(2**31) == str(2**31)
+
+
+def test_what_an_iommufd_of_our_own_answers(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_host, "DEVICE", os.devnull)
+    monkeypatch.setattr(_host, "misc_rdev", lambda: NULL)
+    assert (_host.scratch().readable, _host.scratch().settable) == (True, True)
+    kernel.privileged = False
+    assert (_host.scratch().readable, _host.scratch().settable) == (True, False)
+    kernel.without = errno.EOPNOTSUPP
+    assert (_host.scratch().readable, _host.scratch().settable) == (False, False)
+    assert kernel.mode == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "rdev", "words"),
+    [
+        (os.devnull, None, "or its module is not loaded"),
+        ("/dev/zero", NULL, "/dev/zero is not the node of the device"),
+        ("/nowhere", NULL, "/nowhere is not the node of the device"),
+    ],
+)
+def test_nothing_else_is_opened(
+    kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, device: str, rdev: int | None, words: str
+) -> None:
+    monkeypatch.setattr(_host, "DEVICE", device)
+    monkeypatch.setattr(_host, "misc_rdev", lambda: rdev)
+    scratch = _host.scratch()
+    assert (scratch.readable, scratch.settable) == (None, None)
+    assert words in scratch.msg
+    assert kernel.calls == []
+
+
+def test_it_may_not_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object) -> int:
+        raise PermissionError(errno.EACCES, "no")
+
+    monkeypatch.setattr(_host, "DEVICE", os.devnull)
+    monkeypatch.setattr(_host, "misc_rdev", lambda: NULL)
+    monkeypatch.setattr(os, "open", refuse)
+    assert "cannot be opened by uid" in _host.scratch().msg
+
+
+@pytest.mark.parametrize(("text", "scope"), [("2\n", 2), ("two", None), (None, None)])
+def test_yama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, scope: int | None) -> None:
+    if text is not None:
+        write(tmp_path / "ptrace_scope", text)
+    monkeypatch.setattr(_host, "_YAMA", str(tmp_path / "ptrace_scope"))
+    assert _host.yama_ptrace_scope() == scope
+
+
+@pytest.mark.parametrize(
+    ("options", "hides"),
+    [
+        ("rw", None),
+        ("rw,hidepid=0", None),
+        ("rw,hidepid=off", None),
+        ("rw,gid=4,hidepid=invisible", "hidepid=invisible"),
+        ("rw,hidepid=2", "hidepid=2"),
+    ],
+)
+def test_proc_may_hide_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, hides: str | None
+) -> None:
+    line = "22 28 0:21 / {} rw,nosuid shared:5 - {} proc {}\n"
+    lines = line.format("/sys", "sysfs", "hidepid=2") + line.format("/proc", "proc", options)
+    write(tmp_path / "mountinfo", lines)
+    monkeypatch.setattr(_host, "_MOUNTINFO", str(tmp_path / "mountinfo"))
+    assert _host.proc_hides() == hides
+    monkeypatch.setattr(_host, "_MOUNTINFO", str(tmp_path / "nowhere"))
+    assert _host.proc_hides() is None
+
+
+def test_the_nodes_of_vfio(sys: Path) -> None:
+    device = sys / "devices/pci0000:00/0000:00:05.0"
+    (sys / "kernel/iommu_groups/5/devices").mkdir(parents=True)
+    (sys / "kernel/iommu_groups/12/devices/0000:00:1f.0").mkdir(parents=True)
+    (sys / "kernel/iommu_groups/5/devices/0000:00:05.0").touch()
+    for name, rdev in (("vfio-dev/vfio0", "511:0\n"), ("vfio/5", "242:0\n"), ("vfio/noiommu-0", "242:1\n")):
+        write(sys / "class" / name / "dev", rdev)
+    write(sys / "class/vfio-dev/vfio1/dev", "gone")
+    write(sys / "class/vfio/vfio/dev", "10:196\n")
+    device.mkdir(parents=True)
+    (sys / "class/vfio-dev/vfio0/device").symlink_to(device)
+    assert _host.iommu_groups() == {5: ["0000:00:05.0"], 12: ["0000:00:1f.0"]}
+    assert _host.vfio_nodes() == {
+        os.makedev(511, 0): VfioNode("/dev/vfio/devices/vfio0", ["0000:00:05.0"], 5, of_group=False),
+        os.makedev(242, 0): VfioNode("/dev/vfio/5", ["0000:00:05.0"], 5, of_group=True),
+        os.makedev(242, 1): VfioNode("/dev/vfio/noiommu-0", [], 0, of_group=True),
+    }
+    assert _host.iommus() == []
+
+
+def test_emulators_are_named_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = tmp_path / "qemu-system-a"
+    write(usual)
+    usual.chmod(0o755)
+    (tmp_path / "qemu-system-b").symlink_to(usual)
+    monkeypatch.setattr(_host, "_EMULATORS", (f"{tmp_path}/qemu-system-*",))
+    assert _host.emulators([f"{tmp_path}/mine", str(usual)]) == [
+        Emulator(str(usual), present=True),
+        Emulator(f"{tmp_path}/mine", present=False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (PermissionError(errno.EACCES, "no"), "The capabilities of {} cannot be read (EACCES"),
+        (b"junk", "{}: security.capability has a form that is not known"),
+    ],
+)
+def test_capabilities_that_cannot_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes | OSError, words: str
+) -> None:
+    write(tmp_path / "qemu")
+    (tmp_path / "qemu").chmod(0o755)
+
+    def getxattr(_path: str, _name: str) -> bytes:
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(os, "getxattr", getxattr)
+    found = _host._emulator(str(tmp_path / "qemu"))
+    assert found.capabilities is None
+    assert words.format(tmp_path / "qemu") in found.msg

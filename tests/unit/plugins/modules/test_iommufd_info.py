@@ -1,0 +1,165 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+import yaml
+from ansible.module_utils import basic
+from ansible_collections.virt.iommufd.plugins.module_utils import _host
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused
+from ansible_collections.virt.iommufd.plugins.module_utils._holders import Holder, survey
+from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_name
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
+from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
+
+Run = Callable[..., "dict[str, Any]"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the module; the answer is the JSON that it prints."""
+
+    def run_module(**options: Any) -> dict[str, Any]:
+        monkeypatch.setattr(basic, "_ANSIBLE_ARGS", json.dumps({"ANSIBLE_MODULE_ARGS": options}).encode())
+        monkeypatch.setattr(basic, "_ANSIBLE_PROFILE", "legacy", raising=False)
+        with pytest.raises(SystemExit):
+            iommufd_info.main()
+        answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return answer
+
+    return run_module
+
+
+def shape(documented: dict[str, Any], value: Any, path: str) -> None:
+    """Fails where a value is not as RETURN says: its keys, all of them and no others, and the types."""
+    if value is None:
+        return
+    rows: list[dict[str, Any]] = value if isinstance(value, list) else [value]
+    kinds: dict[str, type] = {"dict": dict, "list": list, "str": str, "int": int, "bool": bool}
+    assert type(value) is kinds[documented["type"]], path
+    if "contains" not in documented:
+        return
+    for each in rows:
+        assert set(each) == set(documented["contains"]), path
+        for key, inner in documented["contains"].items():
+            shape(inner, each[key], f"{path}.{key}")
+
+
+def test_every_field_is_documented_and_there(
+    run: Run, alone: FakeKernel, child: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    alone.ioases = {2: 1}
+    answer = run(emulators=[str(tmp_path / "qemu")])
+    documented = yaml.safe_load(iommufd_info.RETURN)
+    for name, value in documented.items():
+        shape(value, answer[name], name)
+    assert [each["pid"] for each in answer["processes"]] == [child.pid]
+    assert [each["uid"] for each in answer["users"]] in ([os.getuid()], [])
+    assert not answer["changed"]
+
+
+def test_narrowed_to_users(run: Run, alone: FakeKernel, child: subprocess.Popen[bytes]) -> None:
+    answer = run(gather_subset=["processes", "users"], users=["root", "4294967294"])
+    assert answer["narrowed"] == {"pids": None, "uids": [0, 4294967294]}
+    assert [each["uid"] for each in answer["users"]] == [0, 4294967294]
+    assert answer["users"][1]["memlock_unlimited"] is False
+    assert len(answer["processes"]) == (os.getuid() == 0)
+    assert set(answer["host"]) == {"limits_of_view"}
+
+
+def test_narrowed_to_processes(run: Run, alone: FakeKernel, child: subprocess.Popen[bytes]) -> None:
+    assert run(gather_subset=["processes"], pids=[os.getpid()])["processes"] == []
+    answer = run(gather_subset=["processes"], pids=[child.pid])
+    assert [each["pid"] for each in answer["processes"]] == [child.pid]
+    assert "users" not in answer
+
+
+def test_no_such_user(run: Run) -> None:
+    answer = run(users=["nobody-of-this-name"])
+    assert answer["failed"]
+    assert answer["msg"].startswith("This host has no user 'nobody-of-this-name'")
+
+
+def test_what_takes_seconds_is_asked_on_demand(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulator = tmp_path / "qemu"
+    emulator.write_text("#!/bin/sh\necho QEMU emulator version 11.1.3 of '(Debian)'\n")
+    emulator.chmod(0o755)
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\nprintf 'no \\033[1m' >&2; exit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(_host, "_EMULATORS", ())
+    paths = [str(emulator), str(broken)]
+    assert [each["version"] for each in run(gather_subset=["host"], emulators=paths)["host"]["qemu"]] == [None, None]
+    host = run(gather_subset=["emulators"], emulators=paths)["host"]
+    assert [each["version"] for each in host["qemu"]] == ["11.1.3", None]
+    (why,) = [each["why"] for each in host["limits_of_view"] if each["what"] == "emulators"]
+    assert why == f"{broken} --version gives no version: exit code 3, no \\x1b[1m"
+
+
+@pytest.mark.parametrize(("code", "offers"), [(0, False), (1, None)])
+def test_the_domain_capabilities(monkeypatch: pytest.MonkeyPatch, code: int, offers: bool | None) -> None:
+    unit = "Id=virtqemud.service\nLoadState=loaded\nCapabilityBoundingSet=cap_sys_resource\n"
+
+    def answer(command: list[str]) -> tuple[int, str, str]:
+        return (code, "<domainCapabilities/>", "no") if "virsh" in command else (0, unit, "")
+
+    view = iommufd_info.View()
+    row = iommufd_info.libvirt_row(view, True, answer)
+    assert row["domain_capabilities_iommufd"] is offers
+    assert bool(view.limits) is (offers is None)
+    assert row["cap_sys_resource"] is True
+
+
+def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> dict[int, str]:
+        raise AccessRefused("/run/libvirt/qemu is closed.")
+
+    monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: False)
+    monkeypatch.setattr(iommufd_info, "running_domains", refuse)
+    monkeypatch.setattr(_host, "proc_hides", lambda: "hidepid=2")
+    monkeypatch.setattr(iommufd_info, "names", lambda _mask: [])
+    seen = survey()
+    seen.closed = {"EACCES: Permission denied.": [1, 2, 3, 4, 5, 6]}
+    monkeypatch.setattr(iommufd_info, "survey", lambda: seen)
+    limits = run(gather_subset=["processes"])["host"]["limits_of_view"]
+    assert [each["what"] for each in limits] == ["processes", "processes", "descriptors", "domains"]
+    assert (
+        "the descriptors of 6 processes (1, 2, 3, 4, 5, ...): EACCES: Permission denied. That takes" in limits[2]["why"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "running", "domain"),
+    [
+        ([b"qemu", b"-name", b"guest=vm1"], "vm1", ("vm1", "qemu:///system")),
+        ([b"qemu", b"-name", b"guest=vm1"], "vm2", (None, None)),
+        ([b"qemu", b"-name", b"vm1", b"file=/h/libvirt/qemu/lib/domain-1-vm1/key"], "", ("vm1", "qemu:///session")),
+        ([b"qemu"], "vm1", (None, None)),
+    ],
+)
+def test_whose_domain(
+    alone: FakeKernel,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[bytes],
+    running: str,
+    domain: tuple[str | None, str | None],
+) -> None:
+    (holder,) = survey().holders
+    monkeypatch.setattr(iommufd_info, "running_domains", lambda: {holder.pid: running})
+    names = iommufd_info.Names(iommufd_info.View())
+    holder = Holder(**{**vars(holder), "arguments": arguments})
+    assert names.domain(holder, guest_name(arguments)) == domain
+    monkeypatch.setattr(names, "_nodes", {os.stat(os.devnull).st_rdev: _host.VfioNode("/dev/vfio/5", ["a"], 5, True)})
+    assert {"fd": 50, "node": "/dev/vfio/5", "addresses": ["a"]} in names.vfio_devices(holder)
+
+
+def test_times() -> None:
+    assert iommufd_info.iso8601(0.5) == "1970-01-01T00:00:00Z"
