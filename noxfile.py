@@ -49,7 +49,8 @@ def types(session: nox.Session) -> None:
     """Check types, strictly, in plugins, unit tests, the lab and the tools."""
     session.install("-r", f"{REQUIREMENTS}/types.txt")
     tree = sandbox.link_tree(ROOT, Path(session.create_tmp()))
-    plugins = sandbox.python_files(ROOT, "plugins", "tests/unit", "tests/uapi", "tests/kernel")
+    folders = ("plugins", "tests/unit", "tests/uapi", "tests/kernel", "tests/bench")
+    plugins = sandbox.python_files(ROOT, *folders)
     session.run("mypy", *(str(sandbox.in_tree(tree) / path) for path in plugins), env={"MYPYPATH": str(tree)})
     # These two are programs, whose modules import one another by their bare names.
     for folder, *files in (("tests/lab",), ("tests/tooling", "noxfile.py")):
@@ -65,7 +66,7 @@ def units(session: nox.Session) -> None:
     tree = sandbox.link_tree(ROOT, Path(session.create_tmp()))
     env = {"PYTHONPATH": str(tree), "COVERAGE_FILE": str(Path(session.create_tmp()) / "coverage")}
     pytest = ("pytest", f"--cov={ROOT}/plugins", "--cov-branch")
-    # Once the controller's part of Ansible is imported, as a filter does, a module's warnings go to the controller. On a
+    # Once the controller's part of Ansible is imported, as by a filter, a module's warnings go to the controller. On a
     # managed host there is none.
     filters = "tests/unit/plugins/filter"
     first = (f"--junitxml={RESULTS}/{session.name}/modules.xml", "--cov-report=", "tests/unit", f"--ignore={filters}")

@@ -75,7 +75,7 @@ options:
       - V(cap_ipc_lock) is a VMM that has CAP_IPC_LOCK.
       - V(auto) finds out. If all emulators of the host have CAP_IPC_LOCK, so has the VM. If O(user) is libvirt's,
         C(libvirt-qemu) or C(qemu), and libvirt sets per-process accounting, the VM gets that. Otherwise it will be as
-        all running VMs of O(user) are, or per user if they differ or there are none.
+        all running VMs of O(user) are, or per user if there are none. If they differ, it may be as any of them is.
       - Where that leaves several possibilities open, all are looked at, and the answer is definite if they agree.
     type: str
     choices:
@@ -373,7 +373,11 @@ def from_processes(info: Info, user: User) -> tuple[list[str], str]:
         how = {"user": "are accounted per user", "process": "are accounted per process", "none": "have CAP_IPC_LOCK"}
         return [accounting], f"The running VMs of {user.name} {how[accounting]}."
     if shown:
-        return ["user"], f"The running VMs of {user.name} differ in accounting, and the kernel's default is per user."
+        accountings = [each for each in STRATEGIES.values() if each in {*shown, "user"}]
+        return (
+            accountings,
+            f"The running VMs of {user.name} differ in accounting, and the kernel's default is per user.",
+        )
     if user.uid == 0 or user.name == "root":
         return ["user", "none"], "What root starts has CAP_IPC_LOCK, unless it is taken away, which libvirt does."
     return ["user"], f"No running VM of {user.name} shows its accounting, and the kernel's default is per user."

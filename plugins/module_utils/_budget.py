@@ -78,7 +78,8 @@ def accounting(account: Account) -> str | None:
         return NONE
     if account.ipc_lock and account.initial is None:
         return None
-    return next(iter(account.modes)) if len(account.modes) == 1 else None
+    # A mode that this collection does not know is like one that could not be read.
+    return next(iter(account.modes)) if account.modes in ({USER}, {PROCESS}) else None
 
 
 def charged(account: Account) -> int | None:
@@ -150,7 +151,7 @@ def _why_unknown(account: Account) -> str:
             "It has CAP_IPC_LOCK, which counts in the initial user namespace only, and this caller may not see in which"
             " it is."
         )
-    if None in account.modes:
+    if account.modes - {USER, PROCESS}:
         return "The rlimit mode of an iommufd of it could not be read."
     return "Its iommufds differ in their rlimit mode, and the kernel does not tell what was pinned through which."
 

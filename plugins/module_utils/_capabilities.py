@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import cache
 
 from ._errors import IommufdError
 
@@ -47,10 +48,11 @@ _WITH_ROOT_UID = 0x03000000
 _EFFECTIVE = 0x1
 
 
-def names(mask: int) -> list[str]:
+@cache
+def names(mask: int) -> tuple[str, ...]:
     """The names of the capabilities in a set, in the kernel's order. One that has no name here is given by number."""
     numbers = (number for number in range(mask.bit_length()) if mask >> number & 1)
-    return [_NAMES[number] if number < len(_NAMES) else f"cap_{number}" for number in numbers]
+    return tuple(_NAMES[number] if number < len(_NAMES) else f"cap_{number}" for number in numbers)
 
 
 @dataclass(frozen=True)
@@ -84,4 +86,4 @@ def parse_file_capabilities(xattr: bytes) -> FileCapabilities:
         raise IommufdError(f"security.capability has a form that is not known: {xattr[:24].hex()}.") from exc
     permitted = sum(word << 32 * index for index, word in enumerate(words[::2]))
     inheritable = sum(word << 32 * index for index, word in enumerate(words[1::2]))
-    return FileCapabilities(names(permitted), names(inheritable), bool(magic & _EFFECTIVE), root_uid)
+    return FileCapabilities(list(names(permitted)), list(names(inheritable)), bool(magic & _EFFECTIVE), root_uid)

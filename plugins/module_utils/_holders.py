@@ -35,6 +35,10 @@ __all__ = ("HeldIommufd", "Holder", "Survey", "survey")
 _IOAS_GAP = 32
 
 
+_CURE = "That takes root with CAP_SYS_PTRACE (become: true) on the host itself, and kernel.yama.ptrace_scope below 3."
+_LEADERLESS = "The first thread has ended while others run on, which puts the descriptors out of reach."
+
+
 @dataclass(frozen=True)
 class HeldIommufd:
     """An iommufd of a process. `ioases` are pairs of an id and whether that uses huge pages, None if unknown.
@@ -72,7 +76,7 @@ class Holder:
         """What matters for what it is charged. Memory is pinned through an IOAS, so iommufds with one decide."""
         modes = None
         if self.iommufds is not None:
-            used = [each for each in self.iommufds if each.ioases] or self.iommufds
+            used = [each for each in self.iommufds if each.ioases or each.rlimit_mode is None] or self.iommufds
             modes = frozenset(each.rlimit_mode for each in used)
         return Account(
             pid=self.pid,
@@ -194,7 +198,7 @@ def _ask(iommufd: IommuFd, fd: int, subject: str) -> HeldIommufd:
     mode = None if number is None else str(RLIMIT_MODE.value(number))
     settable = can_be_set(iommufd.probe(RLIMIT_MODE))
     # What can be set holds no object, and so no IOAS.
-    ids = [] if settable else iommufd.ioases(_IOAS_GAP).ids
+    ids = [] if settable else iommufd.ioases(_IOAS_GAP).ids or iommufd.ioases().ids
     pages = [iommufd.get(HUGE_PAGES, each) for each in ids]
     ioases = [(ioas_id, None if each.errno else bool(each.value)) for ioas_id, each in zip(ids, pages)]
     return HeldIommufd(fd, mode, settable, ioases, explain(result, subject, RLIMIT_MODE, None))
@@ -218,7 +222,13 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
 
 def _add_other(result: Survey, pid: int) -> None:
     """Counts what a process without an iommufd has pinned."""
-    status = _status(pid)
+    try:
+        status = _status(pid)
+    except (PermissionError, IommufdError) as exc:
+        result.hidden.setdefault(_reason(exc), []).append(pid)
+        return
+    if status and status.leaderless:
+        result.closed.setdefault(_LEADERLESS, []).append(pid)
     if status and status.pinned_bytes:
         result.others_pinned[status.uid] = result.others_pinned.get(status.uid, 0) + status.pinned_bytes
 
@@ -227,6 +237,8 @@ def _add_closed(result: Survey, pid: int, error: str) -> None:
     """Counts a process whose descriptors this caller may not look at, and adds it if it has pinned memory."""
     try:
         status = _status(pid)
+        if status and status.leaderless:
+            result.closed.setdefault(_LEADERLESS, []).append(pid)
         # Kernel threads, and what is about to end, have no descriptors.
         if not status or not status.has_memory:
             return
@@ -250,6 +262,6 @@ def _status(pid: int) -> Status | None:
 
 
 def _reason(exc: Exception) -> str:
-    """The kernel's word where there is one, which is the same for many processes."""
+    """The kernel's word where there is one, which is the same for many processes, and the way out."""
     cause = exc if isinstance(exc, OSError) else exc.__cause__
-    return f"{error_text(cause.errno)}." if isinstance(cause, OSError) else str(exc)
+    return f"{error_text(cause.errno)}. {_CURE}" if isinstance(cause, OSError) else str(exc)

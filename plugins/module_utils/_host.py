@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ._capabilities import FileCapabilities, parse_file_capabilities
 from ._errors import IommufdError, error_text
 from ._iommufd import RLIMIT_MODE, IommuFd, can_be_set, misc_rdev
-from ._process import user_name
+from ._process import printable, user_name
 
 __all__ = (
     "ABSENT",
@@ -35,6 +35,7 @@ __all__ = (
     "iommus",
     "module_state",
     "node",
+    "overflow_uid",
     "proc_hides",
     "scratch",
     "vfio_nodes",
@@ -159,6 +160,13 @@ def proc_hides() -> str | None:
     return None
 
 
+def overflow_uid() -> int:
+    """The user id that the kernel shows for users that a user namespace has no number for."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/sys/kernel/overflowuid", "rb") as stream:
+        return int(stream.read())
+    return 65534
+
+
 def iommus() -> list[str]:
     """The names of the IOMMUs that the kernel drives."""
     return _entries(f"{_SYS}/class/iommu")
@@ -190,12 +198,12 @@ def vfio_nodes() -> dict[int, VfioNode]:
     """The device nodes that VFIO has made, by their device numbers. See drivers/vfio/{device_cdev,group}.c."""
     found = {}
     groups = iommu_groups()
+    group_of = {address: number for number, devices in groups.items() for address in devices}
     for name in _entries(f"{_SYS}/class/vfio-dev"):
         address = os.path.basename(os.path.realpath(f"{_SYS}/class/vfio-dev/{name}/device"))
-        group = next((number for number, devices in groups.items() if address in devices), None)
         rdev = _rdev(f"{_SYS}/class/vfio-dev/{name}/dev")
         if rdev is not None:
-            found[rdev] = VfioNode(f"/dev/vfio/devices/{name}", [address], group, of_group=False)
+            found[rdev] = VfioNode(f"/dev/vfio/devices/{name}", [address], group_of.get(address), of_group=False)
     for name in _entries(f"{_SYS}/class/vfio"):
         rdev = _rdev(f"{_SYS}/class/vfio/{name}/dev")
         number = re.fullmatch(r"(?:noiommu-)?([0-9]+)", name)
@@ -230,14 +238,26 @@ def emulators(given: list[str]) -> list[Emulator]:
     return [_emulator(path) for path in paths]
 
 
+def _shown(path: str) -> str:
+    return printable(os.fsencode(path))
+
+
 def _emulator(path: str) -> Emulator:
+    try:
+        os.stat(path)
+    except PermissionError as exc:
+        return Emulator(path, False, None, f"{_shown(path)} cannot be looked at ({error_text(exc.errno)}).")
+    except OSError:
+        return Emulator(path, present=False)
     if not (os.path.isfile(path) and os.access(path, os.X_OK)):
         return Emulator(path, present=False)
     try:
         return Emulator(path, True, parse_file_capabilities(os.getxattr(path, "security.capability")))
     except IommufdError as exc:
-        return Emulator(path, True, None, f"{path}: {exc}")
+        return Emulator(path, True, None, f"{_shown(path)}: {exc}")
     except OSError as exc:
         if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
             return Emulator(path, True)
-        return Emulator(path, True, None, f"The capabilities of {path} cannot be read ({error_text(exc.errno)}).")
+        return Emulator(
+            path, True, None, f"The capabilities of {_shown(path)} cannot be read ({error_text(exc.errno)})."
+        )

@@ -10,6 +10,7 @@ Nothing here connects to libvirt, whose daemon that would start.
 from __future__ import annotations
 
 import glob
+import os
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
@@ -49,6 +50,9 @@ _PROPERTIES = (
     "AmbientCapabilities",
     "PrivateUsers",
 )
+
+# libvirt's QEMU driver keeps it while it runs, wherever that is.
+_DRIVER_PID = "/run/libvirt/qemu/driver.pid"
 
 _LIBRARIES = ("/usr/lib/*/libvirt.so.0.*", "/usr/lib64/libvirt.so.0.*", "/usr/lib/libvirt.so.0.*")
 
@@ -126,17 +130,33 @@ def look(run: Run) -> Libvirt:
     files = (path.encode("utf-8", "surrogateescape") for pattern in _LIBRARIES for path in glob.glob(pattern))
     installed = library_version(b"\n".join(files))
     names_ = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("service", "socket")]
-    command = ["systemctl", "show", "--no-pager", f"--property={','.join(_PROPERTIES)}", "--", *names_]
+    command = [
+        "timeout",
+        "-k",
+        "5",
+        "30",
+        "systemctl",
+        "show",
+        "--no-pager",
+        f"--property={','.join(_PROPERTIES)}",
+        "--",
+        *names_,
+    ]
     try:
         code, output, errors = run(command)
     except OSError as exc:
         code, output, errors = 1, "", error_text(exc.errno)
     if code:
-        why = printable(errors.strip().encode("utf-8", "surrogateescape"))
+        why = printable(" ".join(errors.split()).encode("utf-8", "surrogateescape")) or f"exit code {code}"
         return Libvirt(installed, installed, None, None, None, f"systemd cannot be asked for libvirt's daemon: {why}.")
-    unit = _choose(parse_units(output))
+    units = parse_units(output)
+    unit = _choose(units)
     if unit is None:
-        return Libvirt(installed, installed, None, None, None)
+        # In a chroot it says nothing and succeeds.
+        msg = "" if all(each.name for each in units) else "systemd tells nothing of libvirt's daemon."
+        if os.path.exists(_DRIVER_PID):
+            msg = f"libvirt runs in no unit of this host, perhaps in a container: there is {_DRIVER_PID}."
+        return Libvirt(installed, installed, None, None, None, msg)
     if not unit.pid:
         return Libvirt(installed, installed, unit.name, None, unit.may)
     try:
@@ -181,6 +201,8 @@ def sets_rlimit_mode(libvirt: Libvirt, offers: bool | None) -> tuple[bool | None
     if libvirt.version is None:
         return None, "The version of libvirt cannot be told: its library, libvirt.so.0, is not at a usual place."
     since = version_text(_SETS_SINCE)
+    if libvirt.version < _SETS_SINCE and offers:
+        return None, f"libvirt {version} did not before {since}, but this one offers iommufd for a device.{behind}"
     if libvirt.version < _SETS_SINCE:
         return False, f"libvirt {version} does not: {since} is the first that does.{behind}"
     if offers is False:

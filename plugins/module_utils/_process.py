@@ -17,12 +17,14 @@ import fcntl
 import os
 import pwd
 import re
+import resource
 import select
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 from ._errors import AccessRefused, DescriptorGone, HostLacks, IommufdError, ProcessGone, error_text
 
@@ -54,11 +56,24 @@ _AT_FDCWD = -100
 _AT_STATX_DONT_SYNC = 0x4000
 _STATX_TYPE = 0x1
 
+# What is read of a command line. The longest of a VMM has some kilobytes and hundreds of arguments.
+_CMDLINE_MAX = 2**20
+_ARGUMENTS_MAX = 8192
+
 # The largest C int: a pid or descriptor beyond it would reach the kernel cut to another one.
 _INT_MAX = 2**31 - 1
 
-_STATUS_FIELDS = re.compile(
-    rb"^(Uid|VmSize|VmPin|VmLck|CapEff|CapPrm|CapBnd|NoNewPrivs):[ \t]*([0-9a-f]{1,20})", re.MULTILINE
+_STATUS_FIELDS = (
+    b"State",
+    b"Threads",
+    b"Uid",
+    b"VmSize",
+    b"VmPin",
+    b"VmLck",
+    b"CapEff",
+    b"CapPrm",
+    b"CapBnd",
+    b"NoNewPrivs",
 )
 
 # linux/nsfs.h, and include/linux/proc_ns.h before: the inodes of the namespaces that the system began with.
@@ -128,8 +143,14 @@ def character_devices_in(folder: int) -> dict[int, int]:
     for name in os.listdir(folder):
         try:
             link = os.readlink(name, dir_fd=folder)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
+        except PermissionError:
+            raise
+        except OSError as exc:
+            if exc.errno != errno.ENAMETOOLONG:
+                # It is closed, or the process has ended.
+                continue
+            # A path too long to be told may lead to a device all the same.
+            link = "/"
         # What is on no file system (a socket, a pipe, an eventfd) is called `type:[...]`, and is no device.
         if link[0] not in "/(":
             continue
@@ -149,14 +170,19 @@ def character_devices_in(folder: int) -> dict[int, int]:
 def printable(raw: bytes) -> str:
     """Text of any bytes that is safe on one line of a terminal: what is no printable ASCII or UTF-8 is escaped."""
     text = raw.decode("utf-8", "backslashreplace")
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
-def _read(path: str) -> bytes:
+def _read(path: str, most: int = sys.maxsize) -> bytes:
     # A file object costs several times what the kernel takes for a file of /proc, and there are many to read.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return b"".join(iter(partial(os.read, fd, 16384), b""))
+        text = b""
+        while len(text) < most and (more := os.read(fd, min(16384, most - len(text)))):
+            text += more
+        return text
     finally:
         os.close(fd)
 
@@ -165,12 +191,15 @@ def _read(path: str) -> bytes:
 class Status:
     """What /proc/PID/status says.
 
-    `uid` is the real user id. `has_memory`: memory is given up early at the end. `pinned_bytes` and `locked_bytes` are
-    VmPin and VmLck. The capability sets are those of the first thread, as numbers of which each bit is one capability.
+    `uid` is the real user id. `has_memory`: memory is given up early at the end. `leaderless`: the first thread has
+    ended while others run on, and the process shows neither descriptors nor memory. `pinned_bytes` and
+    `locked_bytes` are VmPin and VmLck. The capability sets are those of the first thread, as numbers with a bit
+    for each.
     """
 
     uid: int
     has_memory: bool
+    leaderless: bool
     pinned_bytes: int
     locked_bytes: int
     effective: int
@@ -184,11 +213,17 @@ def parse_status(text: bytes) -> Status:
 
     Raises IommufdError where that is not what it is.
     """
-    fields = dict(_STATUS_FIELDS.findall(text))
+    fields = {}
+    for name in _STATUS_FIELDS:
+        # This is asked of every process of a host, and a regular expression takes eight times as long.
+        words = text.partition(b"\n" + name + b":")[2][:100].split(None, 1)
+        if words:
+            fields[name] = words[0]
     try:
         return Status(
             uid=int(fields[b"Uid"]),
             has_memory=b"VmSize" in fields,
+            leaderless=fields.get(b"State") == b"Z" and int(fields.get(b"Threads", 1)) > 1,
             # A process without memory has no such lines.
             pinned_bytes=int(fields.get(b"VmPin", 0)) * 1024,
             locked_bytes=int(fields.get(b"VmLck", 0)) * 1024,
@@ -348,12 +383,21 @@ class Process:
         return booted + self._start_ticks / os.sysconf("SC_CLK_TCK")
 
     def arguments(self) -> list[bytes]:
-        """The command line that the process shows. It may have changed that. Raises ProcessGone or AccessRefused."""
-        return self.read("cmdline").split(b"\0")[:-1]
+        """The command line that the process shows, or its beginning. Raises ProcessGone or AccessRefused.
+
+        It may have changed that, and have it lead to gigabytes of its memory (prctl(2), PR_SET_MM_ARG_START).
+        """
+        return self.read("cmdline", _CMDLINE_MAX).split(b"\0", _ARGUMENTS_MAX)[:-1]
 
     def memlock(self) -> Limit:
         """Its RLIMIT_MEMLOCK. Raises ProcessGone or AccessRefused."""
-        return parse_memlock(self.read("limits"))
+        try:
+            limits = resource.prlimit(self.pid, resource.RLIMIT_MEMLOCK)
+        except OSError:
+            # It takes CAP_SYS_RESOURCE for another user's process. The text is for everybody, and takes far longer.
+            return parse_memlock(self.read("limits"))
+        self.check_alive()
+        return Limit(*(None if each == resource.RLIM_INFINITY else each for each in limits))
 
     def units(self) -> tuple[str | None, str | None]:
         """The unit of the system's service manager that it belongs to, and that of its user's; None without."""
@@ -365,9 +409,13 @@ class Process:
         self.check_alive()
         return initial
 
-    def read(self, name: str) -> bytes:
-        """A file of the process in /proc. Raises ProcessGone or AccessRefused."""
-        text = _read_of(self.pid, self._pidfd, name)
+    def read(self, name: str, most: int = sys.maxsize) -> bytes:
+        """A file of the process in /proc, or the beginning of it. Raises ProcessGone or AccessRefused."""
+        try:
+            text = _read(f"/proc/{self.pid}/{name}", most)
+        except OSError as exc:
+            self.check_alive()
+            raise AccessRefused(self._refused(f"read its {name}", exc)) from exc
         self.check_alive()
         return text
 
@@ -463,7 +511,7 @@ class Process:
 def user_name(uid: int) -> str | None:
     """The name that this host has for a user; None where it has none."""
     try:
-        return pwd.getpwuid(uid).pw_name
+        return printable(os.fsencode(pwd.getpwuid(uid).pw_name))
     except KeyError:
         return None
 

@@ -15,6 +15,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Callable, Union
+from xml.sax.saxutils import escape
 
 from ._errors import AccessRefused, IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import IommuFd, iommufd_rdevs
@@ -28,6 +29,7 @@ __all__ = (
     "Target",
     "UnitTarget",
     "borrow_iommufd",
+    "escaped",
     "find_iommufds",
     "hold_target",
     "running_domains",
@@ -191,7 +193,10 @@ class DomainTarget:
             )
 
     def _file(self, suffix: str) -> str:
-        return f"{_LIBVIRT_STATE}/{self.name}.{suffix}"
+        path = f"{_LIBVIRT_STATE}/{self.name}.{suffix}"
+        if suffix == "pid" and not os.path.lexists(path):
+            return f"{_LIBVIRT_STATE}/{escaped(self.name)}.{suffix}"
+        return path
 
 
 @dataclass(frozen=True)
@@ -246,12 +251,18 @@ class UnitTarget:
         return {key: value for key, _equals, value in (line.partition("=") for line in output.splitlines())}
 
 
+def escaped(domain: str) -> str:
+    """A domain's name as libvirt writes it into the name of its pidfile, as if that were XML (seen with 12.8)."""
+    return escape(domain, {"'": "&apos;", '"': "&quot;"})
+
+
 def running_domains() -> dict[int, str]:
-    """The emulators of the system libvirt's running domains, by libvirt's own pidfiles: ids and the domains' names.
+    """The emulators of the system libvirt's running domains, by libvirt's own pidfiles: ids, and the files' names.
 
     Raises AccessRefused where this caller may not look. A file that is not root's is not libvirt's, and left out.
     """
     found = {}
+    refused = ""
     try:
         files = [name for name in os.listdir(_LIBVIRT_STATE) if name.endswith(".pid") and name != "driver.pid"]
     except FileNotFoundError:
@@ -262,12 +273,14 @@ def running_domains() -> dict[int, str]:
         try:
             pid, status = PidfileTarget(f"{_LIBVIRT_STATE}/{name}").read()
         except IommufdError as exc:
+            # Else it is a domain that has just ended, or something that is not libvirt's.
             if isinstance(exc.__cause__, PermissionError):
-                raise AccessRefused(str(exc)) from exc
-            # A domain that has just ended, or something else.
+                refused = printable(os.fsencode(str(exc)))
             continue
         if status.st_uid == _LIBVIRT_UID:
             found[pid] = printable(os.fsencode(name[: -len(".pid")]))
+    if refused and not found:
+        raise AccessRefused(refused)
     return found
 
 

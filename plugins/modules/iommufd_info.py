@@ -138,14 +138,15 @@ host:
       sample:
         - what: descriptors
           why: >-
-            The descriptors of 12 processes of other users cannot be looked at by uid 1000 (EACCES: Permission denied).
-            Run the task as root (become: true).
+            uid 1000 cannot look at the descriptors of 12 processes (1, 2, 3, 4, 5, ...): EACCES: Permission denied.
+            That takes root with CAP_SYS_PTRACE (become: true) on the host itself, and kernel.yama.ptrace_scope below 3.
       contains:
         what:
           description:
             - V(processes) where there may be processes that are not seen at all.
             - V(descriptors) where there are processes of which it cannot be told whether they hold an iommufd.
             - V(iommufds) where an iommufd was found but could not be asked.
+            - V(users) where users of processes cannot be told apart.
             - V(domains) where the domains of the system libvirt cannot be told.
             - V(options), V(module), V(emulators) and V(libvirt) where that part of RV(host) is incomplete.
           type: str
@@ -155,7 +156,7 @@ host:
           type: str
     kernel:
       description: The release of the running kernel.
-      returned: when O(gather_subset) has V(host), as are all below
+      returned: when O(gather_subset) has V(host) or V(emulators), as are all below
       type: str
       sample: 6.12.117
     module:
@@ -367,7 +368,7 @@ host:
         reason:
           description: Why RV(host.libvirt.sets_rlimit_mode) is what it is.
           type: str
-          sample: libvirt 12.8.0 does since 12.1, and its daemon has CAP_SYS_RESOURCE.
+          sample: libvirt 12.8.0 does, as all since 12.1.0, and its daemon runs with CAP_SYS_RESOURCE.
 processes:
   description:
     - The processes that hold an iommufd, in the order of their ids.
@@ -403,8 +404,8 @@ processes:
       sample: vm1
     domain:
       description:
-        - The libvirt domain whose emulator it is, by libvirt's own pidfile; V(null) where there is none or it cannot
-          be read.
+        - The libvirt domain whose emulator it is; V(null) where there is none or it cannot be told. For the system
+          libvirt its own pidfile vouches for it, for a user's session nothing but the process's command line does.
       type: str
       sample: vm1
     domain_uri:
@@ -658,7 +659,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     user_name,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_memory, guest_name, is_session_domain
-from ansible_collections.virt.iommufd.plugins.module_utils._target import running_domains
+from ansible_collections.virt.iommufd.plugins.module_utils._target import escaped, running_domains
 
 Row = dict[str, Any]
 Run = _libvirt.Run
@@ -686,8 +687,10 @@ def uids_of(users: list[str] | None) -> set[int] | None:
     for user in users:
         try:
             # A name of digits is not a name: useradd(8) refuses it, and systemd too.
-            found.add(int(user) if re.fullmatch("[0-9]{1,10}", user) else pwd.getpwnam(user).pw_uid)
-        except (KeyError, ValueError) as exc:
+            uid = int(user) if re.fullmatch("[0-9]{1,10}", user) else pwd.getpwnam(user).pw_uid
+            # The last number stands for no user at all.
+            found.add(range(2**32 - 1)[uid])
+        except (IndexError, KeyError, ValueError) as exc:
             raise IommufdError(f"This host has no user {user!r}: give users by the names or ids that it has.") from exc
     return found
 
@@ -768,7 +771,7 @@ def emulator_row(view: View, emulator: _host.Emulator, slow: bool, run: Run) -> 
         "path": printable(os.fsencode(emulator.path)),
         "present": emulator.present,
         "file_capabilities": given and dict(vars(given)),
-        "cap_ipc_lock": None if emulator.msg else given is not None and given.lifts_memlock,
+        "cap_ipc_lock": None if emulator.msg or not emulator.present else given is not None and given.lifts_memlock,
         "version": emulator_version(view, emulator.path, run) if slow and emulator.present else None,
     }
 
@@ -776,6 +779,7 @@ def emulator_row(view: View, emulator: _host.Emulator, slow: bool, run: Run) -> 
 def emulator_version(view: View, path: str, run: Run) -> str | None:
     """The version that an emulator gives when it is executed."""
     code, output, errors = run([*PATIENCE, path, "--version"])
+    path = printable(os.fsencode(path))
     found = re.search(r"version (\S+)", output)
     if code or not found:
         view.limit("emulators", f"{path} --version gives no version: {said(code, output, errors)}")
@@ -796,7 +800,7 @@ def libvirt_row(view: View, slow: bool, run: Run) -> Row:
         view.limit("libvirt", libvirt.msg)
     offers = None
     if slow and libvirt.unit is not None:
-        code, output, errors = run([*PATIENCE, "virsh", "--readonly", "--connect=qemu:///system", "domcapabilities"])
+        code, output, errors = run([*PATIENCE, "virsh", "--connect=qemu:///system", "domcapabilities"])
         offers = None if code else _libvirt.offers_iommufd(output)
         if offers is None:
             view.limit("libvirt", f"virsh domcapabilities gives none: {said(code, output, errors)}")
@@ -820,21 +824,15 @@ def look_at_processes(view: View) -> Survey:
     if hides and CAP_SYS_PTRACE not in names(own_status().effective):
         view.limit("processes", f"/proc is mounted with {hides}. Run the task as root (become: true).")
     seen = survey()
-    for what, thing, reasons, cure in (
-        ("processes", "", seen.hidden, "That takes root with CAP_SYS_PTRACE (become: true), on the host itself."),
-        ("descriptors", "the descriptors of ", seen.closed, "That takes root with CAP_SYS_PTRACE (become: true)."),
-        (
-            "iommufds",
-            "the iommufds of ",
-            seen.refused,
-            "That takes root with CAP_SYS_PTRACE (become: true), and kernel.yama.ptrace_scope below 3.",
-        ),
+    for what, thing, reasons in (
+        ("processes", "", seen.hidden),
+        ("descriptors", "the descriptors of ", seen.closed),
+        ("iommufds", "the iommufds of ", seen.refused),
     ):
         for reason, pids in reasons.items():
             some = ", ".join(map(str, sorted(pids)[:5])) + (", ..." if len(pids) > 5 else "")
-            view.limit(
-                what, f"uid {os.geteuid()} cannot look at {thing}{len(pids)} processes ({some}): {reason} {cure}"
-            )
+            which = f"{thing}{len(pids)} {'processes' if len(pids) > 1 else 'process'} ({some})"
+            view.limit(what, f"uid {os.geteuid()} cannot look at {which}: {reason}")
     return seen
 
 
@@ -891,12 +889,17 @@ def iommufd_row(iommufd: HeldIommufd) -> Row:
 
 def those_that_matter(mask: int) -> list[str]:
     """Those of a process's capabilities that matter to how it is accounted."""
-    return [each for each in names(mask) if each in (CAP_IPC_LOCK, CAP_SYS_RESOURCE)]
+    return [each for each in (CAP_IPC_LOCK, CAP_SYS_RESOURCE) if each in names(mask)]
 
 
 def iso8601(seconds: float) -> str:
     """A time in seconds since the epoch, in UTC."""
     return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def pidfile_name(guest: bytes) -> str:
+    """What the system libvirt would call the pidfile of a guest, without the ending."""
+    return printable(os.fsencode(escaped(os.fsdecode(guest))))
 
 
 class Names:
@@ -913,7 +916,7 @@ class Names:
     def domain(self, holder: Holder, guest: bytes | None) -> tuple[str | None, str | None]:
         """The domain whose emulator a process is, and the URI of the libvirt that it belongs to; None, None without."""
         name = None if guest is None else printable(guest)
-        if name is not None and self._domains.get(holder.pid) == name:
+        if guest is not None and self._domains.get(holder.pid) in (name, pidfile_name(guest)):
             return name, "qemu:///system"
         if name is not None and is_session_domain(holder.arguments):
             return name, "qemu:///session"
@@ -945,16 +948,22 @@ def process_and_user_rows(view: View, pids: list[int] | None, uids: set[int] | N
     """The processes that hold an iommufd, and the users that are charged."""
     seen = look_at_processes(view)
     names_ = Names(view)
-    accounts: dict[int, list[Account]] = {uid: [] for uid in uids or ()}
-    for holder in seen.holders:
-        accounts.setdefault(holder.status.uid, []).append(holder.account())
+    accounts: dict[int, list[Account]] = {uid: [] for uid in (*(uids or ()), *seen.others_pinned)}
+    account_of = {holder.pid: holder.account() for holder in seen.holders}
+    for account in account_of.values():
+        accounts.setdefault(account.uid, []).append(account)
     totals = {uid: total(some, seen.others_pinned.get(uid, 0)) for uid, some in accounts.items()}
     largest = {uid: largest_limit(some) for uid, some in accounts.items()}
     processes = []
     for holder in seen.holders:
         uid = holder.status.uid
         if (pids is None or holder.pid in pids) and (uids is None or uid in uids):
-            processes.append(process_row(holder, holder.account(), totals[uid], largest[uid], names_))
+            processes.append(process_row(holder, account_of[holder.pid], totals[uid], largest[uid], names_))
+    # In a user namespace, the kernel shows all users that it has no number for there as this one.
+    nobody = None if in_initial_namespace("user") else _host.overflow_uid()
+    if nobody in totals:
+        view.limit("users", f"This is not the initial user namespace: uid {nobody} stands for any user outside of it.")
+        del totals[nobody]
     users = [
         user_row(uid, of_user)
         for uid, of_user in sorted(totals.items())
@@ -966,6 +975,9 @@ def process_and_user_rows(view: View, pids: list[int] | None, uids: set[int] | N
 def gather(params: Row, run: Run) -> Row:
     """All that the task asks for. Raises IommufdError where it asks for a user that is not there."""
     subsets = set(params["gather_subset"])
+    for path in params["emulators"]:
+        if not os.path.isabs(path) or "\0" in path:
+            raise IommufdError(f"{path!r} is not the absolute path of an emulator.")
     uids = uids_of(params["users"])
     view = View()
     host: Row = {"limits_of_view": view.limits}

@@ -21,7 +21,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldI
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process, parse_status
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
-STATUS = b"Uid:\t7\t7\t7\t7\nVmSize:\t9 kB\nVmPin:\t%d kB\nCapPrm:\t0\nCapEff:\t4000\nCapBnd:\t0\n"
+STATUS = b"Name:\tvm\nUid:\t7\t7\t7\t7\nVmSize:\t9 kB\nVmPin:\t%d kB\nCapPrm:\t0\nCapEff:\t4000\nCapBnd:\t0\n"
 
 
 def refuse(exception: Exception) -> Callable[..., Any]:
@@ -110,7 +110,7 @@ def test_a_process_that_cannot_be_held(alone: FakeKernel, monkeypatch: pytest.Mo
     exc = IommufdError("It is hidden.")
     exc.__cause__ = PermissionError(errno.EPERM, "no")
     monkeypatch.setattr(Process, "hold", refuse(exc))
-    assert list(survey().hidden) == ["EPERM: Operation not permitted."]
+    assert list(survey().hidden) == [f"EPERM: Operation not permitted. {_holders._CURE}"]
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_closed(
 ) -> None:
     monkeypatch.setattr(_holders, "_status", lambda _pid: parse_status(STATUS % pinned))
     result = survey()
-    assert result.closed == {"EACCES: Permission denied.": [child.pid]}
+    assert result.closed == {f"EACCES: Permission denied. {_holders._CURE}": [child.pid]}
     assert [holder.iommufds for holder in result.holders] == [None] * count
 
 
@@ -138,7 +138,7 @@ def test_a_kernel_thread_has_no_descriptors(closed: None, monkeypatch: pytest.Mo
     ("exception", "hidden"),
     [
         (ProcessGone("It has ended."), []),
-        (PermissionError(errno.EACCES, "no"), ["EACCES: Permission denied."]),
+        (PermissionError(errno.EACCES, "no"), [f"EACCES: Permission denied. {_holders._CURE}"]),
         (IommufdError("It is no status."), ["It is no status."]),
     ],
 )

@@ -209,7 +209,12 @@ def test_proc_may_hide_the_process(
         ("fdinfo", b"Pid:\t7\n", AccessRefused, "for another pid namespace"),
         ("stat", b"1 (a) Z " + b"0 " * 40, IommufdError, "first thread of .* has ended"),
         ("stat", b"1 (a) S 0 0 0 0 0 2129984 " + b"0 " * 40, IommufdError, "is a kernel thread"),
-        ("status", b"Uid:\t1\t1\t1\t1\nCapPrm:\t0\nCapEff:\t0\nCapBnd:\t0\n", ProcessGone, "is about to end"),
+        (
+            "status",
+            b"Name:\tvm\nUid:\t1\t1\t1\t1\nCapPrm:\t0\nCapEff:\t0\nCapBnd:\t0\n",
+            ProcessGone,
+            "is about to end",
+        ),
     ],
 )
 def test_processes_that_cannot_hold_an_iommufd(

@@ -131,9 +131,7 @@ def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.Monke
     monkeypatch.setattr(iommufd_info, "survey", lambda: seen)
     limits = run(gather_subset=["processes"])["host"]["limits_of_view"]
     assert [each["what"] for each in limits] == ["processes", "processes", "descriptors", "domains"]
-    assert (
-        "the descriptors of 6 processes (1, 2, 3, 4, 5, ...): EACCES: Permission denied. That takes" in limits[2]["why"]
-    )
+    assert "the descriptors of 6 processes (1, 2, 3, 4, 5, ...): EACCES: Permission denied." in limits[2]["why"]
 
 
 @pytest.mark.parametrize(
