@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Callable
 
 import pytest
@@ -36,6 +38,12 @@ def vmm(start: Start) -> Vmm:
     started = start()
     started.open()
     return started
+
+
+@pytest.fixture(scope="session")
+def container_is_iommufd() -> bool:
+    """Whether /dev/vfio/vfio is an iommufd, by the kernel's configuration."""
+    return b"CONFIG_IOMMUFD_VFIO_CONTAINER=y" in gzip.decompress(Path("/proc/config.gz").read_bytes())
 
 
 @pytest.fixture

@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
+import mmap
 import os
+import re
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ansible_collections.virt.iommufd.tests.lab.guest.pinner import Pinner, answer
+from ansible_collections.virt.iommufd.tests.lab.guest.pinner import (
+    IOMMU_IOAS_MAP,
+    IOMMU_IOAS_MAP_FIXED_READABLE_WRITEABLE,
+    Pinner,
+    answer,
+)
 
 TREE = Path(__file__).resolve().parents[5]
 RUN_MODULE = Path(__file__).resolve().with_name("run_module.py")
@@ -29,10 +38,40 @@ CONTAINER = "/dev/vfio/vfio"
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
+_PR_SET_KEEPCAPS = 8
 _SYS_EXIT = 60
+_SYS_CAPSET = 126
+_SYS_IO_URING_SETUP = 425
+_SYS_IO_URING_REGISTER = 427
 _CLONE_NEWUSER = 0x10000000
+_CLONE_NEWNS = 0x00020000
+_MS_BIND = 0x1000
+_MS_REC_PRIVATE = 0x4000 | 0x40000
+
+PAGE = mmap.PAGESIZE
+MIB = 2**20
+DEVICES = [f"/dev/vfio/devices/vfio{number}" for number in range(3)]
+# linux/capability.h
+CAPABILITIES = {"ipc_lock": 14, "sys_resource": 24}
 
 Answer = dict[str, Any]
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def _capset(permitted: int, effective: int) -> None:
+    """Sets the capabilities of this thread; the inheritable ones are none."""
+    low = struct.pack("=3I", effective & 0xFFFFFFFF, permitted & 0xFFFFFFFF, 0)
+    high = struct.pack("=3I", effective >> 32, permitted >> 32, 0)
+    _checked(_libc.syscall(_SYS_CAPSET, struct.pack("=Ii", 0x20080522, 0), low + high))
+
+
+def _mask(names: tuple[str, ...]) -> int:
+    return sum(1 << CAPABILITIES[name] for name in names)
 
 
 class Acts(Pinner):
@@ -43,7 +82,7 @@ class Acts(Pinner):
         self._control = control
 
     def dup(self, fd: str, times: str) -> Answer:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (65536, 65536))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (131072, 131072))
         return {"last": [os.dup(int(fd)) for _each in range(int(times))][-1]}
 
     def put(self, path: str, fd: str) -> Answer:
@@ -108,13 +147,73 @@ class Acts(Pinner):
 
     def enter_namespace(self) -> Answer:
         """Becomes root of a user namespace of its own."""
-        uid = os.getuid()
-        if _libc.unshare(_CLONE_NEWUSER):
-            raise OSError(ctypes.get_errno(), "unshare")
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
-        Path("/proc/self/gid_map").write_text(f"0 {uid} 1")
+        enter_user_namespace()
         return {}
+
+    def become(self, user: str, *capabilities: str) -> Answer:
+        """Becomes a user that keeps these capabilities, permitted and effective, and no others."""
+        _libc.prctl(_PR_SET_KEEPCAPS, 1)
+        os.setgroups([])
+        os.setgid(int(user))
+        os.setuid(int(user))
+        _capset(_mask(capabilities), _mask(capabilities))
+        return {}
+
+    def become_partly(self, real: str, effective: str) -> Answer:
+        """Takes a real and another effective user."""
+        os.setgroups([])
+        os.setresgid(int(real), int(effective), int(effective))
+        os.setresuid(int(real), int(effective), int(effective))
+        return {}
+
+    def undumpable(self) -> Answer:
+        """Keeps everybody but root from looking at it, as a file capability does."""
+        _libc.prctl(_PR_SET_DUMPABLE, 0)
+        return {}
+
+    def effective(self, *capabilities: str) -> Answer:
+        """Makes these of its permitted capabilities effective, and no others."""
+        found = re.search("^CapPrm:\t([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        assert found
+        _capset(int(found.group(1), 16), _mask(capabilities))
+        return {}
+
+    def pin(self, size: str) -> Answer:
+        """As `map`, but so many bytes."""
+        memory = mmap.mmap(-1, int(size))
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        flags = IOMMU_IOAS_MAP_FIXED_READABLE_WRITEABLE
+        argument = struct.pack("=IIIIQQQ", 40, flags, self._ioas_id, 0, address, len(memory), self._iova)
+        fcntl.ioctl(self._iommufd, IOMMU_IOAS_MAP, bytearray(argument))
+        self._memory.append(memory)
+        self._iova += len(memory)
+        return {}
+
+    def mlock(self, size: str) -> Answer:
+        """Locks so many bytes of memory, by no means of iommufd."""
+        memory = mmap.mmap(-1, int(size))
+        self._memory.append(memory)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        _checked(_libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(len(memory))))
+        return {}
+
+    def register_buffer(self, size: str) -> Answer:
+        """Pins so many bytes as a buffer of an io_uring of its own."""
+        ring = _checked(_libc.syscall(_SYS_IO_URING_SETUP, 1, bytes(120)))
+        memory = mmap.mmap(-1, int(size))
+        self._memory.append(memory)
+        vector = struct.pack("=QQ", ctypes.addressof(ctypes.c_char.from_buffer(memory)), len(memory))
+        _checked(_libc.syscall(_SYS_IO_URING_REGISTER, ring, 0, vector, 1))
+        return {"ring": ring}
+
+    def fork(self) -> Answer:
+        """Leaves a child that lives as long as this process, with all its descriptors, and says its id."""
+        child = os.fork()
+        if not child:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            while True:
+                signal.pause()
+        return {"child": child}
 
     def zombie(self) -> Answer:
         """Leaves a child that has ended unburied, and says its id."""
@@ -176,6 +275,10 @@ class Vmm:
         self._control.send(b'["execute"]')
         assert self._send(b"ping") == b"ping"
 
+    def limit(self, size: int) -> None:
+        """Sets its RLIMIT_MEMLOCK, soft and hard."""
+        resource.prlimit(self.pid, resource.RLIMIT_MEMLOCK, (size, size))
+
     def end(self) -> None:
         """Ends and buries it; once is enough."""
         if not self._ended:
@@ -183,6 +286,32 @@ class Vmm:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self._control.close()
+
+
+def change_user(user: int) -> None:
+    """Makes this process an ordinary user's, as a program that the user has started is."""
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+    # A change of user makes it one that its own user cannot look at.
+    _libc.prctl(_PR_SET_DUMPABLE, 1)
+
+
+def mount_privately(source: str, target: str, kind: str = "", options: str = "") -> None:
+    """Mounts something in a mount namespace of this process's own; without a kind it binds a path."""
+    _checked(_libc.unshare(_CLONE_NEWNS))
+    _checked(_libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None))
+    flags = 0 if kind else _MS_BIND
+    _checked(_libc.mount(source.encode(), target.encode(), kind.encode() or None, flags, options.encode() or None))
+
+
+def enter_user_namespace() -> None:
+    """Makes this process root of a user namespace of its own."""
+    uid = os.getuid()
+    _checked(_libc.unshare(_CLONE_NEWUSER))
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {uid} 1")
 
 
 def _become(user: int, control: socket.socket) -> None:
@@ -230,10 +359,10 @@ def as_user(user: int) -> list[str]:
     return ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
 
 
-def run_apart(prefix: list[str], **options: Any) -> Answer:
-    """The module's answer when a program of its own runs it, started by the commands in prefix."""
+def run_apart(prefix: list[str], module: str = "iommufd_option", /, **options: Any) -> Answer:
+    """A module's answer when a program of its own runs it, started by the commands in prefix."""
     python = ["env", f"PYTHONPATH={TREE}", "PYTHONDONTWRITEBYTECODE=1", "python3"]
-    command = [*prefix, *python, str(RUN_MODULE), json.dumps(options)]
+    command = [*prefix, *python, str(RUN_MODULE), json.dumps(options), module]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == 0, done.stderr

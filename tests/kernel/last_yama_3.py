@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Told
 from ansible_collections.virt.iommufd.tests.kernel.harness import Vmm
+from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, process
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 
@@ -19,3 +20,13 @@ def test_root_under_yama_3(vmm: Vmm, told: Told) -> None:
     assert "does not let this caller (uid 0) share its descriptor" in message
     assert "Yama below 3 (kernel.yama.ptrace_scope is 3)" in message
     assert vmm.mode == "user"
+
+
+def test_what_iommufd_info_tells_under_yama_3(vmm: Vmm) -> None:
+    Path("/proc/sys/kernel/yama/ptrace_scope").write_text("3")
+    answered = look("host processes users")
+    assert answered["host"]["yama_ptrace_scope"] == 3
+    row = process(answered, vmm.pid)
+    assert (row["accounting"], row["iommufds"][0]["rlimit_mode"]) == (None, None)
+    assert "kernel.yama.ptrace_scope is 3" in row["iommufds"][0]["msg"]
+    assert "kernel.yama.ptrace_scope below 3" in limits(answered)["iommufds"]

@@ -2,11 +2,12 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Runs the module iommufd_option: in this process by `run`, as a program of its own where the caller must be special.
+"""Runs a module: in this process by `run`, as a program of its own where the caller must be special.
 
     python3 run_module.py '{"pid": 4242, "value": "process"}'
+    python3 run_module.py '{"gather_subset": ["processes"]}' iommufd_info
 
-prints the answer. It takes no Ansible but its module_utils.
+prints the answer. It takes no Ansible but its module_utils. Without a name the module is iommufd_option.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ import contextlib
 import io
 import json
 import sys
+from types import ModuleType
 from typing import Any
 
 from ansible.module_utils import basic
 from ansible.module_utils.common import warnings
-from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_info, iommufd_option
 
 Answer = dict[str, Any]
 
 
-def run(**options: Any) -> Answer:
+MODULES = {"iommufd_info": iommufd_info, "iommufd_option": iommufd_option}
+
+
+def run(module: ModuleType = iommufd_option, /, **options: Any) -> Answer:
     """The module's answer to these options. Whatever it raises beside SystemExit comes through."""
     # Ansible runs one module in a process, and so keeps these for ever.
     warnings._global_warnings.clear()
@@ -32,7 +37,7 @@ def run(**options: Any) -> Answer:
     basic._ANSIBLE_PROFILE = "legacy"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        iommufd_option.main()
+        module.main()
     answer: Answer = json.loads(printed.getvalue())
     # Newer releases of ansible-core tell where a warning comes from, too.
     said = answer.get("warnings", [])
@@ -41,4 +46,4 @@ def run(**options: Any) -> Answer:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(**json.loads(sys.argv[1]))))
+    print(json.dumps(run(MODULES[(*sys.argv, "iommufd_option")[2]], **json.loads(sys.argv[1]))))

@@ -1,0 +1,170 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Where processes with an iommufd belong: units, namespaces, control groups. systemd's own library is asked too."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.virt.iommufd.tests.kernel.conftest import Start
+from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, DEVICES, MIB, Answer, as_user
+from ansible_collections.virt.iommufd.tests.kernel.info import check_process, look, look_at
+
+NAME = "kernel-test-info"
+HOLD = ["python3", "-I", "-S", "-c", "import os, time; os.open('/dev/iommu', os.O_RDWR); time.sleep(600)"]
+USER = [*as_user(ALICE), "env", f"XDG_RUNTIME_DIR=/run/user/{ALICE}"]
+
+
+def pinner(*words: str) -> Any:
+    """What the lab's program answers to its last step."""
+    done = subprocess.run(["pinner", *words], check=True, capture_output=True, timeout=120)
+    return json.loads(done.stdout or b"[null]")[-1]
+
+
+def units_by_systemd(pid: int) -> tuple[str | None, str | None]:
+    done = subprocess.run(["ps", "-o", "unit=,uunit=", "-p", str(pid)], check=True, capture_output=True, text=True)
+    unit, user_unit = (None if each == "-" else each for each in done.stdout.split())
+    return unit, user_unit
+
+
+def units(row: Answer) -> tuple[str | None, str | None]:
+    assert (row["unit"], row["user_unit"]) == units_by_systemd(row["pid"])
+    return row["unit"], row["user_unit"]
+
+
+def only_process() -> Answer:
+    """The row of the one process with an iommufd, once there is one."""
+    deadline = time.monotonic() + 60
+    while not (rows := look()["processes"]):
+        assert time.monotonic() < deadline
+    assert len(rows) == 1
+    row: Answer = rows[0]
+    check_process(row, row["pid"])
+    return row
+
+
+def test_by_hand(start: Start) -> None:
+    vmm = start()
+    vmm.open()
+    unit, user_unit = units(look_at(vmm))
+    assert unit
+    assert unit.endswith((".scope", ".service"))
+    assert user_unit is None
+
+
+@pytest.mark.parametrize("apart", [[], ["--apart"]])
+def test_a_service(apart: list[str]) -> None:
+    try:
+        steps = f"open + attach {DEVICES[0]} + map 2 + look"
+        itself = pinner("start", NAME, "--limit", "10M", *apart, steps)
+        row = only_process()
+        assert units(row) == (f"pinner-{NAME}.service", None)
+        assert (row["pid"], row["user"], row["comm"]) == (itself["pid"], "vm", "pinner")
+        assert (row["pinned_bytes"], row["locked_bytes"]) == (itself["vm_pin_kb"] * 1024, itself["vm_lck_kb"] * 1024)
+        assert (row["accounting"], row["charged_bytes"], row["headroom_bytes"]) == ("user", 2 * MIB, 8 * MIB)
+        apart_by_kernel = os.readlink(f"/proc/{row['pid']}/ns/pid") != os.readlink("/proc/self/ns/pid")
+        assert apart_by_kernel == bool(apart)
+        shown = subprocess.run(
+            ["systemctl", "show", "-P", "ActiveEnterTimestamp", "--timestamp=unix", row["unit"]],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        entered = int(shown.stdout.strip().lstrip("@"))
+        started = subprocess.run(["date", "--utc", f"--date={row['started']}", "+%s"], check=True, capture_output=True)
+        assert abs(int(started.stdout) - entered) <= 5
+    finally:
+        # The first process of a pid namespace is deaf to a polite end.
+        subprocess.run(["systemctl", "kill", "--signal=KILL", f"pinner-{NAME}.service"], check=False)
+        pinner("stop", NAME)
+
+
+def test_a_scope() -> None:
+    scope = ["systemd-run", "--quiet", "--scope", "--collect", f"--unit={NAME}.scope", "--slice=machine.slice"]
+    holding = subprocess.Popen([*scope, *HOLD])
+    try:
+        assert units(only_process()) == (f"{NAME}.scope", None)
+    finally:
+        holding.kill()
+        holding.wait()
+
+
+# Names that systemd has to escape, as control groups: its own escape with an underscore, and those of libvirt's scopes.
+@pytest.mark.parametrize("unit", ["_kernel-test.service", "cpu.kernel-test.service", r"machine-qemu\x2d1\x2dvm1.scope"])
+def test_a_unit_with_a_name_that_is_escaped(unit: str) -> None:
+    kind = ["--scope"] if unit.endswith(".scope") else []
+    holding = subprocess.Popen(["systemd-run", "--quiet", "--collect", *kind, f"--unit={unit}", *HOLD])
+    try:
+        row = only_process()
+        assert units(row) == (unit, None)
+    finally:
+        subprocess.run(["systemctl", "stop", unit], check=True)
+        holding.wait()
+
+
+@pytest.fixture(scope="module")
+def lingering() -> Iterator[None]:
+    """A service manager of a user who is not logged in."""
+    subprocess.run(["loginctl", "enable-linger", "alice"], check=True)
+    try:
+        subprocess.run(["systemctl", "start", f"user@{ALICE}.service"], check=True)
+        yield
+    finally:
+        subprocess.run(["loginctl", "disable-linger", "alice"], check=True)
+        subprocess.run(["systemctl", "stop", f"user@{ALICE}.service"], check=True)
+
+
+@pytest.mark.parametrize("kind", ["service", "scope"])
+def test_a_unit_of_a_users_manager(lingering: None, kind: str) -> None:
+    unit = f"{NAME}.{kind}"
+    how = ["--scope"] if kind == "scope" else []
+    holding = subprocess.Popen([*USER, "systemd-run", "--user", "--quiet", "--collect", *how, f"--unit={unit}", *HOLD])
+    try:
+        row = only_process()
+        assert units(row) == (f"user@{ALICE}.service", unit)
+        assert row["user"] == "alice"
+    finally:
+        subprocess.run([*USER, "systemctl", "--user", "stop", unit], check=True)
+        holding.wait()
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """Where a control group can be made by hand."""
+    top = Path("/sys/fs/cgroup/kernel-test")
+    top.mkdir()
+    yield top
+    for path in sorted(top.rglob("*"), reverse=True):
+        if path.is_dir():
+            path.rmdir()
+    top.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"no-unit", None),
+        (b"a\x1b[31mb\xe2\x80\xae\xff.service", r"a\x1b[31mb\u202e\xff.service"),
+        (b"a:b c\t.scope", r"a:b c\t.scope"),
+        (b"user@1002.service", "user@1002.service"),
+    ],
+)
+def test_a_control_group_of_a_strange_name(start: Start, group: Path, name: bytes, shown: str | None) -> None:
+    vmm = start()
+    vmm.open()
+    path = os.path.join(os.fsencode(group), name)
+    os.mkdir(path)
+    with open(os.path.join(path, b"cgroup.procs"), "w") as procs:
+        procs.write(str(vmm.pid))
+    row = look_at(vmm)
+    vmm.end()
+    assert (row["unit"], row["user_unit"]) == (shown, None)

@@ -1,0 +1,157 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Real VMs with passed-through devices: QEMU, paused, each a systemd unit with its own limit and accounting.
+
+    vmm only < VMS    ends every VM, then starts these and leaves them running
+    vmm try < VMS     starts and ends one after the other, beside those that run
+
+VMS is a JSON list of objects with the fields of the class Vm. Printed is a JSON list of what became of each, in the
+words of QEMU and of /proc. The numbers of the ioctl come from linux/iommufd.h: no line is shared with the collection.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+IOMMU_OPTION = 0x3B87
+RLIMIT_MODE, SET, PER_PROCESS = 0, 0, 1
+CAP_IPC_LOCK = 14
+
+FOLDER = Path("/run/vmm")
+UNIT = "vmm-{}.service"
+
+
+@dataclass(frozen=True)
+class Vm:
+    """A VM. `limit` is its RLIMIT_MEMLOCK in bytes, `accounting` as the collection calls it, `devices` of VFIO."""
+
+    name: str
+    limit: int
+    accounting: str
+    devices: tuple[str, ...]
+    user: str = "vm"
+    memory_mib: int = 64
+    viommu: bool = False
+    # Without it, CAP_IPC_LOCK has to come from the emulator's file.
+    ambient: bool = True
+
+    @property
+    def pidfile(self) -> Path:
+        return FOLDER / f"{self.name}.pid"
+
+    @property
+    def log(self) -> Path:
+        return FOLDER / f"{self.name}.log"
+
+    def emulator(self) -> list[str]:
+        """QEMU's command line. Its parent ends once all devices are there, or with the reason why they are not."""
+        # The host's own emulated IOMMU has 39 bits, and the VM's may have no more.
+        iommu = ["-device", "intel-iommu,caching-mode=on,aw-bits=39"] if self.viommu else []
+        vfio = [
+            word for each in self.devices for word in ("-device", f"vfio-pci,host={address(each)},iommufd=iommufd0")
+        ]
+        return [
+            *("qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-m", str(self.memory_mib)),
+            *("-name", f"guest={self.name}", "-display", "none", "-nodefaults", "-S"),
+            *("-daemonize", "-pidfile", str(self.pidfile)),
+            *iommu,
+            # Who sets the mode has opened the iommufd, too; otherwise QEMU does.
+            *("-object", "iommufd,id=iommufd0" + (",fd=3" if self.accounting == "process" else "")),
+            *vfio,
+        ]
+
+    def unit(self) -> list[str]:
+        """The command that starts it, and ends once that has worked or failed."""
+        settings = {"PIDFile": self.pidfile, "StandardError": f"truncate:{self.log}", "LimitMEMLOCK": self.limit}
+        words = self.emulator()
+        if self.accounting == "process":
+            # Only root may set the mode.
+            words = [sys.argv[0], "become", self.user, *words]
+        else:
+            settings["User"] = self.user
+        if self.accounting == "none" and self.ambient:
+            settings["AmbientCapabilities"] = "CAP_IPC_LOCK"
+        return [
+            *("systemd-run", "--quiet", "--collect", "--service-type=forking", f"--unit={UNIT.format(self.name)}"),
+            *(f"--property={name}={value}" for name, value in settings.items()),
+            "--",
+            *words,
+        ]
+
+
+def address(device: str) -> str:
+    """Where a device of VFIO, such as vfio0, is on its bus."""
+    return Path(f"/sys/class/vfio-dev/{device}/device").resolve().name
+
+
+def become(user: str, words: list[str]) -> NoReturn:
+    """Opens an iommufd as descriptor 3, has the kernel charge the process, gives up root and turns into the VMM."""
+    os.dup2(os.open("/dev/iommu", os.O_RDWR), 3)
+    os.set_inheritable(3, True)
+    fcntl.ioctl(3, IOMMU_OPTION, bytearray(struct.pack("=IIHHIQ", 24, RLIMIT_MODE, SET, 0, 0, PER_PROCESS)))
+    os.execvp("setpriv", ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", *words])
+
+
+def start(vm: Vm) -> dict[str, Any]:
+    """Starts a VM; what became of it, beside which other VMs."""
+    beside = sorted(file.stem for file in FOLDER.glob("*.pid") if Path("/proc", file.read_text().strip()).exists())
+    vm.pidfile.unlink(missing_ok=True)
+    vm.log.unlink(missing_ok=True)
+    done = subprocess.run(vm.unit(), capture_output=True, text=True, check=False)
+    # Without a line of QEMU's it was systemd that refused.
+    output = vm.log.read_text() if vm.log.exists() else done.stderr
+    found = {"name": vm.name, "beside": beside, "started": done.returncode == 0, "output": output}
+    return {**found, **look(int(vm.pidfile.read_text()))} if found["started"] else found
+
+
+def look(pid: int) -> dict[str, Any]:
+    """What /proc tells of a process."""
+    process = Path(f"/proc/{pid}")
+    status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+    limits = [line.split() for line in (process / "limits").read_text().splitlines()]
+    # Max locked memory  SOFT  HARD  bytes
+    limit = next(int(words[3]) for words in limits if words[:3] == ["Max", "locked", "memory"])
+    return {
+        "pid": pid,
+        "uid": int(status["Uid"].split()[0]),
+        "pinned": int(status["VmPin"].split()[0]) * 1024,
+        "locked": int(status["VmLck"].split()[0]) * 1024,
+        "limit": limit,
+        "ipc_lock": bool(int(status["CapEff"], 16) >> CAP_IPC_LOCK & 1),
+    }
+
+
+def end(pattern: str) -> None:
+    """Ends VMs, and waits until their memory is free."""
+    subprocess.run(["systemctl", "stop", UNIT.format(pattern)], check=True)
+
+
+def main() -> None:
+    command = sys.argv[1]
+    if command == "become":
+        become(sys.argv[2], sys.argv[3:])
+    FOLDER.mkdir(exist_ok=True)
+    FOLDER.chmod(0o1777)
+    answers = []
+    if command == "only":
+        end("*")
+    for description in json.load(sys.stdin):
+        vm = Vm(**description)
+        answers.append(start(vm))
+        if command == "try" and answers[-1]["started"]:
+            end(vm.name)
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()
