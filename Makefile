@@ -19,7 +19,7 @@ export ANSIBLE_COLLECTIONS_PATH := $(TREE)
 # With it the formatter only checks; 'make format' rewrites.
 NOX := CI=true PATH="$(BIN):$$PATH" $(BIN)/nox
 
-.PHONY: help demo test check format clean lab-tools
+.PHONY: help demo test check bench format clean lab-tools
 
 help:  ## show this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -43,6 +43,11 @@ test: $(VENV)/stamp lab-tools  ## run all tests, as CI does, and report what ran
 	@$(NOX) --list --json > $(RESULTS)/planned.json
 	@status=0; $(NOX) --report $(RESULTS)/ran.json || status=$$?; \
 	    $(BIN)/python tests/tooling/report.py $(RESULTS) $$status
+
+bench: $(VENV)/stamp lab-tools  ## measure what the modules cost, in a disposable VM (half an hour)
+	$(LAB) up fallback
+	$(BIN)/python tests/bench
+	@echo "The VM is still up. To stop it: $(VENV)/bin/python tests/lab down fallback"
 
 format: $(VENV)/stamp  ## lay out the Python files as 'make check' wants them
 	CI= PATH="$(BIN):$$PATH" $(BIN)/nox -s formatters

@@ -1,0 +1,241 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Measures the modules against their budgets, in the lab's guest `fallback`, which must be up: `make bench`.
+
+Emulation makes every absolute time meaningless, and so does whatever else the machine does. So a budget is a ratio of
+two medians, and what is compared takes turns. Exits with 1 if a budget is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ansible
+
+ROOT = Path(__file__).resolve().parents[2]
+ANSIBLE = Path(ansible.__file__).parent
+GUEST = "fallback"
+LAB = [sys.executable, str(ROOT / "tests" / "lab")]
+TREE = "/opt/bench"
+BENCH = f"{TREE}/ansible_collections/virt/iommufd/tests/bench"
+
+# What a module in the guest imports, of this collection and of this Ansible.
+PACKED = (
+    (ROOT, "plugins/module_utils", "ansible_collections/virt/iommufd/plugins/module_utils"),
+    (ROOT, "plugins/modules", "ansible_collections/virt/iommufd/plugins/modules"),
+    (ROOT, "tests/bench", "ansible_collections/virt/iommufd/tests/bench"),
+    *((ANSIBLE, name, f"ansible/{name}") for name in ("__init__.py", "_vendor", "module_utils", "release.py")),
+)
+
+# How many processes, and how many of them hold an iommufd: hosts that are full of VMs, and one of nothing else, which
+# does not exist and is told for what it shows.
+FEW, MANY, ALL = "200:10", "2000:100", "2000:2000"
+HOSTS = 100
+# A host on which nothing is to be seen would be no measure; this many VMs it has.
+VMS = 10
+MIB = 2**20
+
+PING: dict[str, Any] = {"ansible.builtin.ping": {}}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was measured. With `at_least`, the budget is the least that the ratio must be, else the most it may be."""
+
+    what: str
+    against: str
+    ratio: float
+    budget: float
+    unit: str = "x"
+    at_least: bool = False
+    detail: str = ""
+
+    @property
+    def met(self) -> bool:
+        return self.ratio >= self.budget if self.at_least else self.ratio <= self.budget
+
+
+def guest(command: str, stdin: bytes = b"") -> str:
+    """What a command prints in the guest; its errors go where ours go."""
+    done = subprocess.run([*LAB, "ssh", "--guest", GUEST, command], input=stdin, stdout=subprocess.PIPE, check=True)
+    return done.stdout.decode()
+
+
+def prepare() -> None:
+    """Brings the collection and these programs into the guest, compiled, as Python would leave them there."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for folder, name, target in PACKED:
+            archive.add(folder / name, target, filter=lambda each: None if each.name.endswith("__pycache__") else each)
+    guest(f"rm -rf {TREE} && mkdir {TREE} && tar -xmzf - --no-same-owner -C {TREE}", packed.getvalue())
+    guest(f"python3 -m compileall -q {TREE} && modprobe iommufd")
+
+
+@contextmanager
+def vms() -> Iterator[list[int]]:
+    """A handful of processes in the guest that hold what VMMs do, while the context lasts: their ids."""
+    crowd = f"{BENCH}/crowd.py {VMS} {VMS}"
+    started = f"systemd-run --quiet --collect --unit=bench sh -c 'sleep infinity | python3 -I -S {crowd}"
+    guest(f"systemctl stop bench 2>/dev/null; rm -f /run/bench; {started} > /run/bench'")
+    try:
+        yield [int(pid) for pid in guest("until test -s /run/bench; do sleep 0.2; done; cat /run/bench").split()]
+    finally:
+        guest("systemctl stop bench")
+
+
+def play(hosts: int, tasks: list[dict[str, Any]]) -> dict[str, float]:
+    """Runs tasks on so many hosts, all of which are the guest: the seconds from each task's start to its last result.
+
+    All share one connection, as the login is the same. Ansible's own callback takes the times.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        names = [f"host{number:03}" for number in range(hosts)]
+        # JSON is YAML.
+        found = {"bench": {"hosts": dict.fromkeys(names), "vars": guest_variables()}}
+        (folder / "inventory.yml").write_text(json.dumps(found), encoding="utf-8")
+        book = [{"name": "bench", "hosts": "bench", "gather_facts": False, "tasks": tasks}]
+        (folder / "play.yml").write_text(json.dumps(book), encoding="utf-8")
+        environment = {
+            **os.environ,
+            "ANSIBLE_PIPELINING": "true",
+            "ANSIBLE_CALLBACKS_ENABLED": "ansible.builtin.junit",
+            "ANSIBLE_DISPLAY_OK_HOSTS": "false",
+            "JUNIT_OUTPUT_DIR": str(folder / "times"),
+            "JUNIT_HIDE_TASK_ARGUMENTS": "true",
+        }
+        command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "inventory.yml", "play.yml"]
+        subprocess.run(command, cwd=folder, env=environment, stdout=sys.stderr, check=True)
+        (report,) = (folder / "times").glob("*.xml")
+        seconds: dict[str, float] = {}
+        for case in ET.parse(report).iter("testcase"):
+            task = case.attrib["name"].partition(" bench: ")[2]
+            seconds[task] = max(seconds.get(task, 0.0), float(case.attrib["time"]))
+    return seconds
+
+
+def guest_variables() -> dict[str, Any]:
+    """The variables by which Ansible reaches the guest."""
+    printed = subprocess.run([*LAB, "inventory", GUEST], stdout=subprocess.PIPE, text=True, check=True).stdout
+    # What follows the host's name is one variable a line, with a value in JSON.
+    lines = printed.partition(f"{GUEST}:\n")[2].splitlines()
+    pairs = (line.strip().split(": ", 1) for line in lines)
+    return {name: json.loads(value) for name, value in pairs}
+
+
+def compare(hosts: int, rounds: int, task: dict[str, Any], check: str) -> tuple[float, float]:
+    """The median seconds of a task and of ping, which take turns. `check`: what must be true of the task's answer.
+
+    The first round is left out: it packs the modules, and connects.
+    """
+    tasks: list[dict[str, Any]] = []
+    for number in range(rounds + 1):
+        tasks.append({"name": f"ping {number}", **PING})
+        tasks.append({"name": f"task {number}", "register": "answer", **task})
+        tasks.append({"name": f"check {number}", "ansible.builtin.assert": {"that": check, "quiet": True}})
+    seconds = play(hosts, tasks)
+    taken, of_ping = (
+        median(seconds[f"{name} {number}"] for number in range(1, rounds + 1)) for name in ("task", "ping")
+    )
+    return taken, of_ping
+
+
+def bench_task(rounds: int) -> Iterator[Finding]:
+    """A query of one iommufd, as a whole task."""
+    with vms() as pids:
+        query = {"virt.iommufd.iommufd_option": {"pid": pids[0]}}
+        taken, of_ping = compare(1, 2 * rounds, query, "answer.value == 'user'")
+    yield Finding("iommufd_option, query", "ping", taken / of_ping, 1.15, detail=times(taken, of_ping))
+
+
+def bench_hosts(rounds: int) -> Iterator[Finding]:
+    """A look at many hosts. Ansible works on five of them at a time, as it does by default."""
+    with vms():
+        look = {"virt.iommufd.iommufd_info": {"gather_subset": ["processes", "users"]}}
+        taken, of_ping = compare(HOSTS, rounds, look, f"answer.processes | length == {VMS}")
+    yield Finding(f"iommufd_info, {HOSTS} hosts", "ping", taken / of_ping, 1.3, detail=times(taken, of_ping))
+
+
+def bench_processes(rounds: int) -> Iterator[Finding]:
+    """A host with many VMs."""
+    printed = guest(f"PYTHONPATH={TREE} python3 {BENCH}/inside.py {rounds} {FEW} {MANY} {ALL}")
+    measured: dict[str, list[dict[str, float]]] = json.loads(printed)
+
+    def middle(crowd: str, name: str) -> float:
+        return median(row[name] for row in measured[crowd])
+
+    few, many = middle(FEW, "gather"), middle(MANY, "gather")
+    # Whichever way of calling it is the faster one.
+    lsof, name = min((middle(MANY, each), each) for each in measured[MANY][0] if each.startswith("lsof"))
+    what = "iommufd_info, 2,000 processes, 100 of them VMMs"
+    yield Finding(what, name, lsof / many, 5, "x faster", at_least=True, detail=times(many, lsof))
+    yield Finding("iommufd_info, from 200 processes to 2,000", "linear", many / few / 10, 1.2, detail=times(many, few))
+    memory = max(row["memory"] for crowd in (MANY, ALL) for row in measured[crowd]) / MIB
+    yield Finding("iommufd_info, 2,000 processes", "peak memory", memory, 64, "MiB")
+    taken, of_lsof = middle(ALL, "gather"), middle(ALL, name)
+    # No host is such, so nothing is asked of it but to be faster.
+    what = "iommufd_info, 2,000 VMMs"
+    yield Finding(what, name, of_lsof / taken, 1, "x faster", at_least=True, detail=times(taken, of_lsof))
+
+
+def times(taken: float, other: float) -> str:
+    return f"{taken:.2f} s, {other:.2f} s"
+
+
+BENCHES: dict[str, Callable[[int], Iterator[Finding]]] = {
+    "task": bench_task,
+    "processes": bench_processes,
+    "hosts": bench_hosts,
+}
+
+
+def table(findings: list[Finding]) -> str:
+    rows = [("what", "measured against", "ratio", "budget", "met", "medians here")]
+    for each in findings:
+        bound = "at least" if each.at_least else "at most"
+        rows.append(
+            (
+                each.what,
+                each.against,
+                f"{each.ratio:.2f} {each.unit}",
+                f"{bound} {each.budget:g} {each.unit}",
+                "yes" if each.met else "NO",
+                each.detail,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("--only", action="append", choices=BENCHES, help="which to run; may be given again")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each takes its turn (%(default)s)")
+    options = parser.parse_args()
+    prepare()
+    findings: list[Finding] = []
+    for name in options.only or BENCHES:
+        print(f"bench: {name}", file=sys.stderr)
+        findings += BENCHES[name](options.rounds)
+    print(table(findings))
+    return 0 if all(each.met for each in findings) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
