@@ -44,6 +44,7 @@ __all__ = (
     "parse_stat",
     "parse_status",
     "printable",
+    "read_file",
     "user_name",
 )
 
@@ -97,6 +98,10 @@ class Statx(ctypes.Structure):
     )
 
 
+# One for all calls: to make it takes as long as the call.
+_STATX = Statx()
+_STATX_REFERENCE = ctypes.byref(_STATX)
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
@@ -126,11 +131,10 @@ def character_device(path: str, folder: int = _AT_FDCWD) -> int | None:
     stat(2) of a descriptor on a FUSE or network mount asks that mount's server and may wait for it for ever.
     AT_STATX_DONT_SYNC makes do with what the kernel knows, and a file's type and device number never change.
     """
-    status = Statx()
-    _checked(_libc.statx(folder, path.encode(), _AT_STATX_DONT_SYNC, _STATX_TYPE, ctypes.byref(status)))
-    if not stat.S_ISCHR(status.stx_mode):
+    _checked(_libc.statx(folder, path.encode(), _AT_STATX_DONT_SYNC, _STATX_TYPE, _STATX_REFERENCE))
+    if not stat.S_ISCHR(_STATX.stx_mode):
         return None
-    return os.makedev(status.stx_rdev_major, status.stx_rdev_minor)
+    return os.makedev(_STATX.stx_rdev_major, _STATX.stx_rdev_minor)
 
 
 def character_devices_in(folder: int) -> dict[int, int]:
@@ -175,7 +179,8 @@ def printable(raw: bytes) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
-def _read(path: str, most: int = sys.maxsize) -> bytes:
+def read_file(path: str, most: int = sys.maxsize) -> bytes:
+    """A file of /proc, or the beginning of it."""
     # A file object costs several times what the kernel takes for a file of /proc, and there are many to read.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -303,7 +308,7 @@ def parse_pidfd(text: bytes) -> int:
 
 def _yama() -> str:
     try:
-        return "kernel.yama.ptrace_scope is " + _read("/proc/sys/kernel/yama/ptrace_scope").decode("ascii").strip()
+        return "kernel.yama.ptrace_scope is " + read_file("/proc/sys/kernel/yama/ptrace_scope").decode("ascii").strip()
     except OSError:
         return "Yama is not in this kernel"
 
@@ -356,7 +361,7 @@ class Process:
     @classmethod
     def _look_at(cls, pid: int, pidfd: int) -> Process:
         # System calls count pids in the caller's namespace, /proc in the one that it was mounted for.
-        if parse_pidfd(_read(f"/proc/self/fdinfo/{pidfd}")) not in (pid, -1):
+        if parse_pidfd(read_file(f"/proc/self/fdinfo/{pidfd}")) not in (pid, -1):
             raise AccessRefused(_hidden(pid))
         status = parse_status(_read_of(pid, pidfd, "status"))
         stat_ = parse_stat(_read_of(pid, pidfd, "stat"))
@@ -412,7 +417,7 @@ class Process:
     def read(self, name: str, most: int = sys.maxsize) -> bytes:
         """A file of the process in /proc, or the beginning of it. Raises ProcessGone or AccessRefused."""
         try:
-            text = _read(f"/proc/{self.pid}/{name}", most)
+            text = read_file(f"/proc/{self.pid}/{name}", most)
         except OSError as exc:
             self.check_alive()
             raise AccessRefused(self._refused(f"read its {name}", exc)) from exc
@@ -518,7 +523,7 @@ def user_name(uid: int) -> str | None:
 
 def own_status() -> Status:
     """What /proc says of this process."""
-    return parse_status(_read("/proc/self/status"))
+    return parse_status(read_file("/proc/self/status"))
 
 
 def in_initial_namespace(kind: str, pid: int | str = "self") -> bool | None:
@@ -544,7 +549,7 @@ def is_path_only(fd: int) -> bool:
 def _read_of(pid: int, pidfd: int, name: str) -> bytes:
     """A file of the process in /proc. Raises ProcessGone, or AccessRefused where /proc hides the process."""
     try:
-        return _read(f"/proc/{pid}/{name}")
+        return read_file(f"/proc/{pid}/{name}")
     except (FileNotFoundError, ProcessLookupError, PermissionError) as exc:
         if _has_ended(pidfd):
             raise ProcessGone(_gone(pid)) from exc

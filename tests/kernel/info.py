@@ -59,7 +59,9 @@ def check_value(value: Any, path: str, kind: str, nullable: bool) -> None:
     if value is None:
         assert nullable, f"{path} is null, which is not documented"
         return
-    assert type(value) is TYPES[kind], (path, value)
+    # A boolean is an integer, to Python.
+    assert isinstance(value, TYPES[kind]), (path, value)
+    assert isinstance(value, bool) == (kind == "bool"), (path, value)
     if isinstance(value, str):
         assert value.isprintable(), (path, value)
     elif isinstance(value, list):

@@ -46,4 +46,5 @@ def run(module: ModuleType = iommufd_option, /, **options: Any) -> Answer:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(MODULES[(*sys.argv, "iommufd_option")[2]], **json.loads(sys.argv[1]))))
+    options, *name = sys.argv[1:]
+    print(json.dumps(run(MODULES[name[0] if name else "iommufd_option"], **json.loads(options))))

@@ -191,14 +191,14 @@ def test_statx_may_be_hidden(held: Process, monkeypatch: pytest.MonkeyPatch) -> 
 def test_proc_may_hide_the_process(
     child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    real = _process._read
+    real = _process.read_file
 
     def read(path: str) -> bytes:
         if path.startswith(f"/proc/{child.pid}/"):
             raise OSError(number, os.strerror(number))
         return real(path)
 
-    monkeypatch.setattr(_process, "_read", read)
+    monkeypatch.setattr(_process, "read_file", read)
     with pytest.raises(AccessRefused, match=f"/proc hides process {child.pid}"), Process.hold(child.pid):
         pass
 
@@ -225,8 +225,8 @@ def test_processes_that_cannot_hold_an_iommufd(
     exception: type[Exception],
     words: str,
 ) -> None:
-    real = _process._read
-    monkeypatch.setattr(_process, "_read", lambda path: text if name in path.split("/") else real(path))
+    real = _process.read_file
+    monkeypatch.setattr(_process, "read_file", lambda path: text if name in path.split("/") else real(path))
     with pytest.raises(exception, match=words), Process.hold(child.pid):
         pass
 

@@ -44,7 +44,9 @@ def shape(documented: dict[str, Any], value: Any, path: str) -> None:
         return
     rows: list[dict[str, Any]] = value if isinstance(value, list) else [value]
     kinds: dict[str, type] = {"dict": dict, "list": list, "str": str, "int": int, "bool": bool}
-    assert type(value) is kinds[documented["type"]], path
+    # A boolean is an integer, to Python.
+    assert isinstance(value, kinds[documented["type"]]), path
+    assert isinstance(value, bool) == (documented["type"] == "bool"), path
     if "contains" not in documented:
         return
     for each in rows:
