@@ -34,10 +34,6 @@ __all__ = ("HeldIommufd", "Holder", "Survey", "survey")
 # is a system call, for each VMM of the host.
 _IOAS_GAP = 32
 
-# So many processes to look at are worth a process of ours, and more than a few of those would disturb the host's VMs.
-_PIDS_PER_WORKER = 250
-_WORKERS_MAX = 4
-
 
 _CURE = "That takes root with CAP_SYS_PTRACE (become: true) on the host itself, and kernel.yama.ptrace_scope below 3."
 _LEADERLESS = "The first thread has ended while others run on, which puts the descriptors out of reach."
@@ -111,54 +107,16 @@ class Survey:
     closed: Reasons = field(default_factory=dict)
     refused: Reasons = field(default_factory=dict)
 
-    def add(self, other: Survey) -> None:
-        """Adds what was seen of other processes."""
-        self.holders += other.holders
-        for uid, size in other.others_pinned.items():
-            self.others_pinned[uid] = self.others_pinned.get(uid, 0) + size
-        for mine, theirs in (
-            (self.hidden, other.hidden),
-            (self.closed, other.closed),
-            (self.refused, other.refused),
-        ):
-            for reason, pids in theirs.items():
-                mine.setdefault(reason, []).extend(pids)
-
 
 def survey() -> Survey:
     """Looks at all processes in /proc. One that ends meanwhile is left out. Raises HostLacks."""
     if misc_rdev() is None:
         # Nobody can hold one.
         return Survey()
-    pids = list(_pids())
-    workers = min(len(os.sched_getaffinity(0)), len(pids) // _PIDS_PER_WORKER, _WORKERS_MAX)
-    parts = _in_parallel([pids[start::workers] for start in range(workers)]) if workers > 1 else [_survey(pids)]
-    result = Survey()
-    for part in parts:
-        result.add(part)
-    result.holders.sort(key=lambda holder: holder.pid)
-    return result
-
-
-def _in_parallel(parts: list[list[int]]) -> list[Survey]:
-    """Surveys each part of the processes in a process of its own, since most of the time is the kernel's for each."""
-    # What a small host does not need is not imported there.
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    try:
-        with ProcessPoolExecutor(len(parts), get_context("fork")) as pool:
-            return list(pool.map(_survey, parts))
-    except OSError:
-        # A host without shared memory or room for more processes.
-        return [_survey(part) for part in parts]
-
-
-def _survey(pids: list[int]) -> Survey:
     result = Survey()
     seen: dict[int, dict[int, int]] = {}
     closed: dict[int, str] = {}
-    for pid in pids:
+    for pid in _pids():
         try:
             seen[pid] = _character_devices(pid)
         except PermissionError as exc:
@@ -171,6 +129,7 @@ def _survey(pids: list[int]) -> Survey:
             _add_other(result, pid)
     for pid, error in closed.items():
         _add_closed(result, pid, error)
+    result.holders.sort(key=lambda holder: holder.pid)
     return result
 
 

@@ -17,7 +17,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     IommufdError,
     ProcessGone,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, Survey, survey
+from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process, parse_status
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -149,25 +149,3 @@ def test_hidden(closed: None, monkeypatch: pytest.MonkeyPatch, exception: Except
 
 def test_a_status_of_nobody() -> None:
     assert _holders._status(2**31 - 1) is None
-
-
-@pytest.mark.parametrize("possible", [True, False])
-def test_many_processes_are_shared_out(
-    alone: FakeKernel, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, possible: bool
-) -> None:
-    alone.ioases = {2: 1}
-    pids = [child.pid, 2**31 - 1, 2**31 - 2]
-    monkeypatch.setattr(_holders, "_PIDS_PER_WORKER", 1)
-    monkeypatch.setattr(_holders, "_pids", lambda: iter(pids))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
-    if not possible:
-        monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", refuse(OSError(errno.ENOSYS, "no")))
-    result = survey()
-    assert [holder.pid for holder in result.holders] == [child.pid]
-    assert result.holders[0].iommufds == [HeldIommufd(50, "user", False, [(2, True)])]
-
-
-def test_what_was_seen_is_added_up() -> None:
-    one = Survey(others_pinned={1: 2}, hidden={"a": [3]}, closed={"b": [4]})
-    one.add(Survey(others_pinned={1: 5, 2: 1}, hidden={"a": [6], "c": [7]}, refused={"d": [8]}))
-    assert one == Survey([], {1: 7, 2: 1}, {"a": [3, 6], "c": [7]}, {"b": [4]}, {"d": [8]})
