@@ -34,6 +34,8 @@ __all__ = ("HeldIommufd", "Holder", "Survey", "survey")
 # is a system call, for each VMM of the host.
 _IOAS_GAP = 32
 
+# As the kernel writes it. A process without memory has no such line.
+_NOTHING_PINNED = b"\nVmPin:\t       0 kB\n"
 
 _CURE = "That takes root with CAP_SYS_PTRACE (become: true) on the host itself, and kernel.yama.ptrace_scope below 3."
 _LEADERLESS = "The first thread has ended while others run on, which puts the descriptors out of reach."
@@ -223,7 +225,9 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
 def _add_other(result: Survey, pid: int) -> None:
     """Counts what a process without an iommufd has pinned."""
     try:
-        status = _status(pid)
+        text = _status_text(pid)
+        # So it is with nearly all processes of a host, and to take the whole text apart costs as much as to read it.
+        status = None if text is None or _NOTHING_PINNED in text else parse_status(text)
     except (PermissionError, IommufdError) as exc:
         result.hidden.setdefault(_reason(exc), []).append(pid)
         return
@@ -254,8 +258,13 @@ def _add_closed(result: Survey, pid: int, error: str) -> None:
 
 def _status(pid: int) -> Status | None:
     """What is said of a process that is not held; None where it has ended. Raises PermissionError."""
+    text = _status_text(pid)
+    return None if text is None else parse_status(text)
+
+
+def _status_text(pid: int) -> bytes | None:
     try:
-        return parse_status(read_file(f"/proc/{pid}/status"))
+        return read_file(f"/proc/{pid}/status")
     except (FileNotFoundError, ProcessLookupError):
         return None
 

@@ -228,15 +228,22 @@ class IommuFd:
         `gap`: so many ids in a row that are none end the search.
         """
         ids: list[int] = []
+        last = 0
+        # One argument for all calls, and no Answer for each: most ids are none.
+        argument = IommuOption(size=ctypes.sizeof(IommuOption), option_id=HUGE_PAGES.option_id, op=IOMMU_OPTION_OP_GET)
         for object_id in range(1, _IOAS_ID_MAX + 1):
-            answer = self.get(HUGE_PAGES, object_id)
-            if not answer.errno:
+            argument.object_id = object_id
+            try:
+                fcntl.ioctl(self._fd, IOMMU_OPTION, argument)
+            except OSError as exc:
+                if exc.errno != errno.ENOENT:
+                    return Ioases([], False, exc.errno or errno.EIO)
+                if object_id - last >= gap:
+                    break
+            else:
                 ids.append(object_id)
-            elif answer.errno != errno.ENOENT:
-                return Ioases([], False, answer.errno)
-            elif object_id - max(ids, default=0) >= gap:
-                break
-        return Ioases(ids, any(object_id > _IOAS_ID_MAX // 2 for object_id in ids))
+                last = object_id
+        return Ioases(ids, last > _IOAS_ID_MAX // 2)
 
     def change(self, option: Option, wanted: int | None, object_id: int = 0, dry_run: bool = False) -> Result:
         """Queries the option (`wanted` None) or brings it to the wanted value; a dry run foretells what that would do.

@@ -10,6 +10,8 @@ import re
 
 __all__ = ("guest_memory", "guest_name", "is_session_domain")
 
+_SESSION_FOLDER = re.compile(rb"/libvirt/qemu/lib/domain-[0-9]+-")
+
 _UNITS = {b"b": 1, b"k": 2**10, b"m": 2**20, b"g": 2**30, b"t": 2**40}
 
 
@@ -19,8 +21,9 @@ def _properties(arguments: list[bytes], option: bytes, implied: bytes) -> dict[b
     A comma in a value is written twice; the first property may be given without its key. Later ones win.
     """
     found = {}
+    spelled = (b"-" + option, b"--" + option)
     for each, value in zip(arguments, arguments[1:]):
-        if each in (b"-" + option, b"--" + option):
+        if each in spelled:
             for position, part in enumerate(value.replace(b",,", b"\0").split(b",")):
                 key, equals, text = part.partition(b"=")
                 if not equals and position == 0:
@@ -43,4 +46,4 @@ def guest_memory(arguments: list[bytes]) -> int | None:
 
 def is_session_domain(arguments: list[bytes]) -> bool:
     """Whether a user's own libvirt seems to have started it: the folder it keeps for the guest is in a home."""
-    return any(re.search(rb"/libvirt/qemu/lib/domain-[0-9]+-", each) for each in arguments)
+    return bool(_SESSION_FOLDER.search(b"\0".join(arguments)))

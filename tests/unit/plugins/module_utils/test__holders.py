@@ -18,7 +18,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     ProcessGone,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, survey
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Process, parse_status
+from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
 STATUS = b"Name:\tvm\nUid:\t7\t7\t7\t7\nVmSize:\t9 kB\nVmPin:\t%d kB\nCapPrm:\t0\nCapEff:\t4000\nCapBnd:\t0\n"
@@ -100,10 +100,35 @@ def test_a_process_that_ends(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_process_that_closes_it(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Process, "character_device", refuse(DescriptorGone("It is closed.")))
-    monkeypatch.setattr(_holders, "_status", lambda _pid: parse_status(STATUS % 8))
+    monkeypatch.setattr(_holders, "_status_text", lambda _pid: STATUS % 8)
     result = survey()
     assert result.holders == []
     assert result.others_pinned == {7: 8192}
+
+
+@pytest.mark.parametrize(
+    ("text", "closed"),
+    [
+        (None, []),
+        (STATUS % 0, []),
+        # As the kernel lines it up.
+        (STATUS.replace(b"%d kB", b"       0 kB"), []),
+        (STATUS.replace(b"\nUid", b"\nState:\tZ (zombie)\nThreads:\t2\nUid") % 0, [_holders._LEADERLESS]),
+    ],
+)
+def test_others_that_have_pinned_nothing(
+    alone: FakeKernel, monkeypatch: pytest.MonkeyPatch, text: bytes | None, closed: list[str]
+) -> None:
+    monkeypatch.setattr(Process, "character_device", refuse(DescriptorGone("It is closed.")))
+    monkeypatch.setattr(_holders, "_status_text", lambda _pid: text)
+    result = survey()
+    assert (result.others_pinned, list(result.closed)) == ({}, closed)
+
+
+def test_another_that_is_hidden(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Process, "character_device", refuse(DescriptorGone("It is closed.")))
+    monkeypatch.setattr(_holders, "_status_text", refuse(PermissionError(errno.EACCES, "no")))
+    assert list(survey().hidden) == [f"EACCES: Permission denied. {_holders._CURE}"]
 
 
 def test_a_process_that_cannot_be_held(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,14 +148,14 @@ def closed(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_closed(
     closed: None, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, pinned: int, count: int
 ) -> None:
-    monkeypatch.setattr(_holders, "_status", lambda _pid: parse_status(STATUS % pinned))
+    monkeypatch.setattr(_holders, "_status_text", lambda _pid: STATUS % pinned)
     result = survey()
     assert result.closed == {f"EACCES: Permission denied. {_holders._CURE}": [child.pid]}
     assert [holder.iommufds for holder in result.holders] == [None] * count
 
 
 def test_a_kernel_thread_has_no_descriptors(closed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_holders, "_status", lambda _pid: parse_status(STATUS.replace(b"VmSize", b"VmNone") % 0))
+    monkeypatch.setattr(_holders, "_status_text", lambda _pid: STATUS.replace(b"VmSize", b"VmNone") % 0)
     assert survey().closed == {}
 
 
