@@ -88,7 +88,8 @@ def test_an_ordinary_user(vms: Vmm, alices: Vmm) -> None:
     assert abs(counted - len(others())) <= 3
     assert "EACCES: Permission denied" in closed
     assert "become: true" in closed
-    assert set(limits(answered)) <= {"descriptors", "domains"}
+    # While libvirt's daemon runs, what it has mapped is not for everybody to see.
+    assert set(limits(answered)) <= {"descriptors", "domains", "libvirt"}
 
 
 @pytest.mark.parametrize("scope", [1, 2])
