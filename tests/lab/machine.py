@@ -38,6 +38,20 @@ _PORT_ATTEMPTS = 5
 _SOCKET_PATH_MAX = 107
 # Three devices with a driver of their own to take from: 1234:11e8, which nothing in the kernel claims.
 _PASSTHROUGH_DEVICES = 3
+_PARAMETERS = (
+    "root=/dev/vda",
+    "rw",
+    "console=ttyS0",
+    "loglevel=5",
+    # It reboots at once, which -no-reboot turns into the end of QEMU.
+    "panic=-1",
+    # A busy machine's emulator may be late with the first ticks of the timer, which Linux would take for a broken timer
+    # and panic. Under KVM it leaves that check out by itself (kvm_guest_init()).
+    "no_timer_check",
+    "systemd.show_status=auto",
+    # A dumb terminal is not asked for its size, whose answer would be waited for.
+    "TERM=dumb",
+)
 
 
 @dataclass(frozen=True)
@@ -210,9 +224,7 @@ class Machine:
             *("-serial", "file:console.log"),
             *("-qmp", "unix:qmp,server=on,wait=off"),
             *("-kernel", str(kernel / "bzImage")),
-            # panic=-1 reboots at once, which -no-reboot turns into the end of QEMU.
-            # A dumb terminal is not asked for its size, whose answer would be waited for.
-            *("-append", "root=/dev/vda rw console=ttyS0 loglevel=5 panic=-1 systemd.show_status=auto TERM=dumb"),
+            *("-append", " ".join(_PARAMETERS)),
             *("-drive", "if=none,id=root,file=disk.qcow2,format=qcow2,cache=unsafe"),
             *("-drive", f"if=none,id=modules,file={_comma(kernel / 'modules.img')},format=raw,readonly=on"),
             *("-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:22"),
