@@ -4,8 +4,9 @@
 
 """Running guests: starting one under QEMU, telling what became of it, and ending it.
 
-A guest's folder is runs/CHECKOUT/GUEST in the cache, so that two checkouts do not disturb one another. It holds
-state.json from the moment that QEMU runs until `down`; with it there and its process gone, the guest has died.
+A guest's folder is runs/CHECKOUT/GUEST in the cache, so that two checkouts do not disturb one another; nor do two runs
+of one checkout, where each has a name of its own in LAB_INSTANCE. It holds state.json from the moment that QEMU runs
+until `down`; with it there and its process gone, the guest has died.
 """
 
 from __future__ import annotations
@@ -368,7 +369,7 @@ def running_anywhere() -> list[str]:
 
 def _runs() -> Path:
     checkout = hashlib.sha256(str(Path(__file__).resolve().parents[2]).encode()).hexdigest()[:8]
-    return store.root() / "runs" / checkout
+    return store.root() / "runs" / (checkout + os.environ.get("LAB_INSTANCE", ""))
 
 
 def _free_port() -> int:
