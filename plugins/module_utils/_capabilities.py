@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from ._errors import IommufdError
 
@@ -19,6 +20,8 @@ __all__ = (
     "FileCapabilities",
     "names",
     "parse_file_capabilities",
+    "with_ipc_lock",
+    "without_ipc_lock",
 )
 
 # linux/capability.h, from 0 up.
@@ -44,8 +47,11 @@ CAP_SYS_RESOURCE = "cap_sys_resource"
 # linux/capability.h: the revision is in the first word's highest byte, and says how many pairs of words follow.
 _REVISION_MASK = 0xFF000000
 _PAIRS = {0x01000000: 1, 0x02000000: 2, 0x03000000: 2}
+_PLAIN = 0x02000000
 _WITH_ROOT_UID = 0x03000000
 _EFFECTIVE = 0x1
+
+_IPC_LOCK = 1 << _NAMES.index(CAP_IPC_LOCK)
 
 
 @cache
@@ -75,8 +81,24 @@ def parse_file_capabilities(xattr: bytes) -> FileCapabilities:
 
     An empty one, which some tools leave, gives nothing. Raises IommufdError where it is something else.
     """
+    found = _unpack(xattr)
+    return FileCapabilities(
+        list(names(found.permitted)), list(names(found.inheritable)), found.effective, found.root_uid
+    )
+
+
+class _Sets(NamedTuple):
+    """The numbers that the extended attribute holds; the sets are bit masks."""
+
+    permitted: int
+    inheritable: int
+    effective: bool
+    root_uid: int
+
+
+def _unpack(xattr: bytes) -> _Sets:
     if not xattr:
-        return FileCapabilities([], [], False, 0)
+        return _Sets(0, 0, False, 0)
     try:
         magic = struct.unpack_from("<I", xattr)[0]
         revision = magic & _REVISION_MASK
@@ -86,4 +108,42 @@ def parse_file_capabilities(xattr: bytes) -> FileCapabilities:
         raise IommufdError(f"security.capability has a form that is not known: {xattr[:24].hex()}.") from exc
     permitted = sum(word << 32 * index for index, word in enumerate(words[::2]))
     inheritable = sum(word << 32 * index for index, word in enumerate(words[1::2]))
-    return FileCapabilities(list(names(permitted)), list(names(inheritable)), bool(magic & _EFFECTIVE), root_uid)
+    return _Sets(permitted, inheritable, bool(magic & _EFFECTIVE), root_uid)
+
+
+def _pack(sets: _Sets) -> bytes:
+    low = 0xFFFFFFFF
+    magic = (_WITH_ROOT_UID if sets.root_uid else _PLAIN) | (_EFFECTIVE if sets.effective else 0)
+    words = [sets.permitted & low, sets.inheritable & low, sets.permitted >> 32, sets.inheritable >> 32]
+    return struct.pack("<5I", magic, *words) + (struct.pack("<I", sets.root_uid) if sets.root_uid else b"")
+
+
+def with_ipc_lock(xattr: bytes | None) -> bytes:
+    """The extended attribute that gives CAP_IPC_LOCK too, permitted and effective; None is a file without one.
+
+    The bytes are those that setcap(8) writes. Raises IommufdError where the form is not known, and where it would give
+    more than that: one bit says for all of a file's capabilities whether they are effective, and one user id says for
+    which user namespace all of them are.
+    """
+    sets = _unpack(xattr or b"")
+    others = ", ".join(names((sets.permitted | sets.inheritable) & ~_IPC_LOCK))
+    if others and not sets.effective:
+        raise IommufdError(
+            f"It has {others} that are not effective, and CAP_IPC_LOCK, which has to be, would make them effective too."
+        )
+    if others and sets.root_uid:
+        raise IommufdError(
+            f"It has {others} for the user namespace of uid {sets.root_uid} only, and CAP_IPC_LOCK, which has to be"
+            " for the initial one, would give them there too."
+        )
+    return _pack(_Sets(sets.permitted | _IPC_LOCK, sets.inheritable, True, 0))
+
+
+def without_ipc_lock(xattr: bytes) -> bytes | None:
+    """The extended attribute that gives no CAP_IPC_LOCK and all else as before; None where nothing else is left.
+
+    Raises IommufdError where the form is not known.
+    """
+    sets = _unpack(xattr)
+    left = sets._replace(permitted=sets.permitted & ~_IPC_LOCK, inheritable=sets.inheritable & ~_IPC_LOCK)
+    return _pack(left) if left.permitted or left.inheritable else None

@@ -11,6 +11,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import 
     FileCapabilities,
     names,
     parse_file_capabilities,
+    with_ipc_lock,
+    without_ipc_lock,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 
@@ -46,3 +48,64 @@ def test_what_a_file_gives(xattr: bytes, given: tuple[list[str], list[str], bool
 def test_a_form_that_is_not_known(xattr: bytes) -> None:
     with pytest.raises(IommufdError, match=r"has a form that is not known: [0-9a-f]+\."):
         parse_file_capabilities(xattr)
+
+
+NET_RAW = 1 << 13
+GRANTED = struct.pack("<5I", 0x02000001, IPC_LOCK, 0, 0, 0)
+BESIDE_NET_RAW = struct.pack("<5I", 0x02000001, IPC_LOCK | NET_RAW, 0, 0, 0)
+NET_RAW_ALONE = struct.pack("<5I", 0x02000001, NET_RAW, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, GRANTED),
+        (b"", GRANTED),
+        (GRANTED, GRANTED),
+        (NET_RAW_ALONE, BESIDE_NET_RAW),
+        # Revision 1 has no second word. What setcap writes is always of revision 2.
+        (struct.pack("<3I", 0x01000001, NET_RAW, 0), BESIDE_NET_RAW),
+        # A capability beyond the first 32, and an inheritable one.
+        (
+            struct.pack("<5I", 0x02000001, 0, NET_RAW, 1 << 8, 0),
+            struct.pack("<5I", 0x02000001, IPC_LOCK, NET_RAW, 1 << 8, 0),
+        ),
+        # Its own, though not effective, or for another user namespace.
+        (struct.pack("<5I", 0x02000000, IPC_LOCK, 0, 0, 0), GRANTED),
+        (struct.pack("<6I", 0x03000001, IPC_LOCK, 0, 0, 0, 1000), GRANTED),
+    ],
+)
+def test_given_too(before: bytes | None, after: bytes) -> None:
+    assert with_ipc_lock(before) == after
+    assert parse_file_capabilities(after).lifts_memlock
+
+
+@pytest.mark.parametrize(
+    ("before", "why"),
+    [
+        (struct.pack("<5I", 0x02000000, NET_RAW, 0, 0, 0), "cap_net_raw that are not effective"),
+        (struct.pack("<6I", 0x03000001, NET_RAW, 0, 0, 0, 7), "cap_net_raw for the user namespace of uid 7 only"),
+        (b"xx", "a form that is not known"),
+    ],
+)
+def test_what_would_give_more(before: bytes, why: str) -> None:
+    with pytest.raises(IommufdError, match=why):
+        with_ipc_lock(before)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (GRANTED, None),
+        (b"", None),
+        (BESIDE_NET_RAW, NET_RAW_ALONE),
+        (struct.pack("<5I", 0x02000000, 0, IPC_LOCK | NET_RAW, 0, 0), struct.pack("<5I", 0x02000000, 0, NET_RAW, 0, 0)),
+        (struct.pack("<5I", 0x02000001, IPC_LOCK, 0, 1, 0), struct.pack("<5I", 0x02000001, 0, 0, 1, 0)),
+        (
+            struct.pack("<6I", 0x03000001, IPC_LOCK | NET_RAW, 0, 0, 0, 1000),
+            struct.pack("<6I", 0x03000001, NET_RAW, 0, 0, 0, 1000),
+        ),
+    ],
+)
+def test_taken_away(before: bytes, after: bytes | None) -> None:
+    assert without_ipc_lock(before) == after
