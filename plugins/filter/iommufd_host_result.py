@@ -1,0 +1,352 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The filter iommufd_host_result: what came of a plan of the role iommufd_host, and what is left for the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ansible.errors import AnsibleFilterError
+
+DOCUMENTATION = r"""
+name: iommufd_host_result
+short_description: Tell what the role iommufd_host has done on a host
+version_added: 0.1.0
+author:
+  - The virt.iommufd contributors (@virt-iommufd)
+description:
+  - Puts together what the role C(virt.iommufd.iommufd_host) granted, what proves it, and what the operator still has to
+    do. It touches nothing.
+options:
+  _input:
+    description: The plan, as P(virt.iommufd.iommufd_host_plan#filter) returned it.
+    type: dict
+    required: true
+  info:
+    description: What M(virt.iommufd.iommufd_info) returned, with all of its default subsets.
+    type: dict
+    required: true
+  record:
+    description: What M(virt.iommufd.iommufd_host_record) returned for the plan.
+    type: dict
+    required: true
+  check:
+    description: What M(virt.iommufd.iommufd_vmm_check) returned once the plan was carried out.
+    type: dict
+    required: true
+  stale:
+    description: Daemons that have to be restarted, by the names of their units.
+    type: list
+    elements: str
+    default: []
+seealso:
+  - plugin: virt.iommufd.iommufd_host_plan
+    plugin_type: filter
+    description: Makes the plan.
+"""
+
+EXAMPLES = r"""
+- name: Report what the operator still has to do
+  ansible.builtin.debug:
+    msg: "{{ (plan | virt.iommufd.iommufd_host_result(info=info, record=record, check=check)).todo }}"
+"""
+
+RETURN = r"""
+_value:
+  description: The result, which the role makes its fact C(iommufd_host_result).
+  type: dict
+  contains:
+    supported:
+      description: Whether the running kernel has iommufd.
+      type: bool
+      sample: true
+    kernel:
+      description: The release of the running kernel.
+      type: str
+      sample: 6.12.107
+    requested:
+      description: The strategy that was asked for.
+      type: str
+      sample: auto
+    strategy:
+      description: The strategy that was taken.
+      type: str
+      sample: cap_ipc_lock
+    certain:
+      description: Whether nothing had to be guessed for that choice.
+      type: bool
+      sample: true
+    why:
+      description: Why that strategy.
+      type: str
+      sample: "libvirt 11.3.0 does not: 12.1.0 is the first that does."
+    grants:
+      description: What is granted by the role, now or by an earlier run.
+      type: list
+      elements: dict
+      contains:
+        what:
+          description: V(cap_ipc_lock) or V(memlock).
+          type: str
+          sample: cap_ipc_lock
+        to:
+          description: The emulator, unit or user that has it.
+          type: str
+          sample: /usr/bin/qemu-system-x86_64
+        by:
+          description: V(file capability), V(drop-in) or V(limits.d).
+          type: str
+          sample: file capability
+        value:
+          description: The capability's sets, or the limit in bytes, V(null) for unlimited.
+          type: raw
+          sample: ep
+    found:
+      description: What somebody else has granted, with the keys C(what), C(to) and C(why). It is never removed.
+      type: list
+      elements: dict
+    access:
+      description: What lets QEMU open the device nodes by itself, or why nothing is done for that.
+      type: list
+      elements: str
+    verified:
+      description: What was tried on the live host.
+      type: list
+      elements: dict
+      contains:
+        what:
+          description: What was tried, as a sentence.
+          type: str
+          sample: /usr/bin/qemu-system-x86_64, as libvirt-qemu, has CAP_IPC_LOCK
+        ok:
+          description: Whether it is so; V(null) where it was not tried.
+          type: bool
+          sample: true
+        evidence:
+          description: What F(/proc) or the kernel said, or why it was not tried.
+          type: str
+          sample: bare start, CapEff 0000000000004000
+    failed:
+      description: Those that are not so, as sentences. The role takes its grants back and fails if there are any.
+      type: list
+      elements: str
+    pending:
+      description: The VMs that still run under the old accounting.
+      type: list
+      elements: dict
+      contains:
+        pid:
+          description: Its process id.
+          type: int
+          sample: 4242
+        name:
+          description: Its libvirt domain, else what it calls its guest, else its unit, else its name.
+          type: str
+          sample: vm1
+        domain:
+          description: Its libvirt domain; V(null) without one.
+          type: str
+          sample: vm1
+        unit:
+          description: Its systemd unit; V(null) without one.
+          type: str
+          sample: vm1.service
+        accounting:
+          description: As in RV(virt.iommufd.iommufd_info#module:processes[].accounting).
+          type: str
+          sample: user
+        todo:
+          description: What to do about it.
+          type: str
+          sample: Shut it off and start it again.
+    todo:
+      description: What the operator still has to do, each a sentence.
+      type: list
+      elements: str
+    put_back:
+      description: What this run put back of what an earlier one had done, each a sentence.
+      type: list
+      elements: str
+"""
+
+Row = dict[str, Any]
+
+_RESTART = {
+    "domain": "shut domain {name} off and start it again",
+    "unit": "restart {unit}",
+    None: "end it and start it again",
+}
+
+
+def found_of(
+    plan: Mapping[str, Any], info: Mapping[str, Any], record: Mapping[str, Any], check: Mapping[str, Any]
+) -> list[Row]:
+    """What somebody else has granted. `record` knows the role's own grants, by which others' are told apart."""
+    found = []
+    for path, there in record["capabilities"].items():
+        if there["ipc_lock"] and not there["ours"]:
+            found.append({"what": "cap_ipc_lock", "to": path, "why": "The file had it before this role knew of it."})
+    # The information is from before what is put back was put back.
+    gone = " ".join(record["put_back"])
+    for emulator in info["host"]["qemu"]:
+        if emulator["cap_ipc_lock"] and emulator["path"] not in gone and emulator["path"] not in plan["capabilities"]:
+            why = "The file has it, and neither this run nor an earlier one granted it."
+            found.append({"what": "cap_ipc_lock", "to": emulator["path"], "why": why})
+    ours = {grant["to"] for grant in plan["grants"] if grant["by"] == "drop-in" and grant["what"] == "cap_ipc_lock"}
+    for unit in check["units"]:
+        if unit["ambient_ipc_lock"] and unit["name"] not in ours:
+            why = "AmbientCapabilities of the unit has it, and this role did not put it there."
+            found.append({"what": "cap_ipc_lock", "to": unit["name"], "why": why})
+    return found
+
+
+def verified_of(plan: Mapping[str, Any], check: Mapping[str, Any]) -> list[Row]:
+    """What was tried on the live host, and whether it came out as the strategy wants it."""
+    rows = []
+    scratch = check["scratch"]
+    rows.append(
+        _tried(
+            f"The rlimit mode can be set for {plan['user'] or 'root'}, and read back",
+            scratch,
+            scratch["ok"],
+            f"mode {scratch['mode']}",
+        )
+    )
+    granted = {grant["to"]: grant for grant in plan["grants"]}
+    for emulator in check["emulators"]:
+        wanted = emulator["path"] in granted
+        started = emulator["started"]
+        rows.append(
+            _tried(
+                f"{emulator['path']}, started as {started['user']}, has {'' if wanted else 'no '}CAP_IPC_LOCK",
+                started,
+                started["ok"] == wanted,
+                f"{started['how']} start, CapEff {started['effective']}",
+                # What others granted is theirs, and is reported as found.
+                counts=wanted,
+            )
+        )
+    for unit in check["units"]:
+        grant, replica = granted.get(unit["name"], {"what": None}), unit["replica"]
+        wanted = grant["what"] == "cap_ipc_lock"
+        rows.append(
+            _tried(
+                f"A replica of {unit['name']} has {'' if wanted else 'no '}CAP_IPC_LOCK",
+                replica,
+                replica["ok"] == wanted,
+                f"CapEff {replica['effective']}",
+                counts=wanted,
+            )
+        )
+        if grant["what"] == "memlock":
+            rows.append(_limit(f"A replica of {unit['name']}", replica, grant["value"]))
+    for user in check["users"]:
+        if user["user"] in granted:
+            rows.append(_limit(f"A session of {user['user']}", user, granted[user["user"]]["value"]))
+    return rows
+
+
+def _tried(what: str, tried: Mapping[str, Any], ok: bool, evidence: str, counts: bool = True) -> Row:
+    ran = tried["ran"]
+    told = tried["msg"] if not ran or (not ok and tried["msg"]) else evidence
+    return {"what": what, "ok": ok if ran else None, "evidence": told, "counts": counts}
+
+
+def _limit(who: str, tried: Mapping[str, Any], wanted: int | None) -> Row:
+    limit = None if tried["memlock_unlimited"] else tried["memlock_bytes"]
+    ok = limit is None or (wanted is not None and limit >= wanted)
+    text = "unlimited" if wanted is None else f"{wanted} bytes"
+    return _tried(f"{who} may lock {text}", tried, ok, "unlimited" if limit is None else f"{limit} bytes")
+
+
+def pending_of(plan: Mapping[str, Any], info: Mapping[str, Any], put_back: list[str]) -> list[Row]:
+    """The VMs that still run as they were started before."""
+    rows = []
+    for process in info["processes"]:
+        why = _old(plan, process, put_back)
+        if why:
+            name = process["domain"] or process["name"] or process["unit"] or process["comm"]
+            in_unit = (process["unit"] or "").endswith(".service")
+            kind = "domain" if process["domain"] else "unit" if in_unit else None
+            todo = f"{why}: {_RESTART[kind].format(name=name, unit=process['unit'])}."
+            row = {key: process[key] for key in ("pid", "domain", "unit", "accounting")}
+            rows.append({**row, "name": name, "todo": todo})
+    return rows
+
+
+def _old(plan: Mapping[str, Any], process: Mapping[str, Any], put_back: list[str]) -> str:
+    """Why a VM is not yet as the strategy has it; empty where it is."""
+    accounting = process["accounting"]
+    if plan["strategy"] == "memlock":
+        wanted = next(
+            (grant["value"] for grant in plan["grants"] if grant["to"] in (process["unit"], process["user"])), 0
+        )
+        short = not process["memlock_unlimited"] and (wanted is None or process["memlock_bytes"] < wanted)
+        if short:
+            return f"It runs with a limit of {process['memlock_bytes']} bytes"
+    elif plan["strategy"] in ("native", "cap_ipc_lock") and accounting == "user":
+        return "It is charged to its user together with that user's other VMs"
+    if accounting == "none" and put_back and not plan["grants"]:
+        return "It keeps CAP_IPC_LOCK, which was taken back, until it ends"
+    return ""
+
+
+def result(
+    plan: Mapping[str, Any],
+    info: Mapping[str, Any],
+    record: Mapping[str, Any],
+    check: Mapping[str, Any],
+    stale: list[str],
+) -> Row:
+    """The whole result, as RETURN describes it."""
+    verified = verified_of(plan, check)
+    failed = [
+        f"{each['what']}: no ({each['evidence']})." for each in verified if each["ok"] is False and each["counts"]
+    ]
+    found = found_of(plan, info, record, check)
+    pending = pending_of(plan, info, record["put_back"])
+    todo = [f"{each['name']} (pid {each['pid']}): {each['todo']}" for each in pending]
+    todo += [
+        f"Restart {unit}, which reads qemu.conf only when it starts; VMs go on running meanwhile." for unit in stale
+    ]
+    if plan["strategy"] == "native":
+        todo += [
+            f"{each['to']} has CAP_IPC_LOCK, which libvirt does not need here: every user who may run it can pin all"
+            f" memory. Take it away, if nothing else wants it: setcap -r {each['to']}."
+            for each in found
+            if each["to"].startswith("/")
+        ]
+    return {
+        **{
+            key: plan[key]
+            for key in ("supported", "kernel", "requested", "strategy", "certain", "why", "grants", "access")
+        },
+        "found": found,
+        "verified": [{key: each[key] for key in ("what", "ok", "evidence")} for each in verified],
+        "failed": failed,
+        "pending": pending,
+        "todo": todo,
+        "put_back": list(record["put_back"]),
+    }
+
+
+class FilterModule:
+    """What Ansible looks for."""
+
+    def filters(self) -> Mapping[str, Callable[..., Row]]:
+        return {"iommufd_host_result": iommufd_host_result}
+
+
+def iommufd_host_result(plan: Any, info: Any, record: Any, check: Any, stale: Any = ()) -> Row:
+    """The filter. Raises AnsibleFilterError where it is not given what it takes."""
+    if not all(isinstance(each, Mapping) for each in (plan, info, record, check)):
+        raise AnsibleFilterError(
+            "iommufd_host_result takes a plan of iommufd_host_plan, and what the three modules of its options returned."
+        )
+    try:
+        return result(plan, info, record, check, list(stale))
+    except KeyError as exc:
+        raise AnsibleFilterError(f"iommufd_host_result: there is no {exc} in its input.") from exc
