@@ -1,0 +1,389 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: what a VMM of this host would run with, and what would keep CAP_IPC_LOCK from it.
+
+Everything here only reads. What starts a VMM to prove it is in _vmm_start.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import re
+import stat
+import struct
+from dataclasses import dataclass
+from typing import Callable
+
+from . import _libvirt
+from ._capabilities import CAP_IPC_LOCK, FileCapabilities, names, parse_file_capabilities
+from ._errors import IommufdError, ProcessGone, error_text
+from ._process import Limit, Process, in_initial_namespace, own_status, printable, read_file
+
+__all__ = (
+    "PATIENCE",
+    "REPLICA",
+    "XATTR",
+    "Conditions",
+    "FileSystem",
+    "Program",
+    "Run",
+    "Unit",
+    "User",
+    "conditions",
+    "find_user",
+    "has_ipc_lock",
+    "is_qemu",
+    "look_at_program",
+    "look_at_unit",
+    "obstacles",
+    "unit_obstacles",
+)
+
+# Runs a command, with `data` as its standard input if given: its exit code, output and errors, as
+# AnsibleModule.run_command gives them.
+Run = Callable[..., "tuple[int, str, str]"]
+
+# Nothing that is run here may take longer.
+PATIENCE = ("timeout", "-k", "5", "60")
+
+XATTR = "security.capability"
+
+# What everything that is started for a look is called, also the instance of a template that is asked for.
+REPLICA = "iommufd-host-check"
+
+_NUMBERS = {name: number for number, name in enumerate(names(2**64 - 1))}
+
+# elf.h: programs are of the first type, or of the second if they can be loaded anywhere.
+_ELF_TYPES = (2, 3)
+
+_UNIT_PROPERTIES = (
+    "LoadState",
+    "ActiveState",
+    "MainPID",
+    "ExecStart",
+    "User",
+    "Group",
+    "SupplementaryGroups",
+    "DynamicUser",
+    "CapabilityBoundingSet",
+    "AmbientCapabilities",
+    "NoNewPrivileges",
+    "PrivateUsers",
+    "SecureBits",
+    "LimitMEMLOCK",
+    "LimitMEMLOCKSoft",
+)
+
+# What systemd calls unlimited, in newer and in older releases.
+_INFINITY = ("infinity", "18446744073709551615")
+
+
+def has_ipc_lock(mask: int) -> bool:
+    """Whether a set of capabilities has CAP_IPC_LOCK."""
+    return bool(mask >> _NUMBERS[CAP_IPC_LOCK] & 1)
+
+
+def _mask(text: str) -> int:
+    """The set of capabilities that systemd gives by their names."""
+    return sum(1 << _NUMBERS[name] for name in set(text.split()) if name in _NUMBERS)
+
+
+@dataclass(frozen=True)
+class User:
+    """A user of this host."""
+
+    name: str
+    uid: int
+    gid: int
+
+
+def find_user(name: str) -> User:
+    """The user of that name. Raises IommufdError where this host has none."""
+    try:
+        found = pwd.getpwnam(name)
+    except (KeyError, ValueError) as exc:
+        raise IommufdError(f"This host has no user {name!r}: give the name of a user that it has.") from exc
+    return User(name, found.pw_uid, found.pw_gid)
+
+
+@dataclass(frozen=True)
+class FileSystem:
+    """Where a program lies. `mount_point` is None where the kernel does not tell it to this caller."""
+
+    mount_point: str | None
+    nosuid: bool
+    read_only: bool
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program at a path. `real_path` is where symbolic links lead; `xattr` its attribute security.capability.
+
+    `is_program`: it is a regular file, executable, in the form of ELF. Only such a one can have capabilities; a script
+    is read by another program, which has none. `xattr` is None without one, which is not the same as an empty one.
+    """
+
+    path: str
+    real_path: str
+    present: bool
+    is_program: bool = False
+    file_system: FileSystem | None = None
+    xattr: bytes | None = None
+
+    @property
+    def capabilities(self) -> FileCapabilities | None:
+        """What the file gives, None where it gives nothing that is understood here."""
+        try:
+            return None if self.xattr is None else parse_file_capabilities(self.xattr)
+        except IommufdError:
+            return None
+
+
+def look_at_program(path: str) -> Program:
+    """Looks at the file at an absolute path. Raises IommufdError where this caller may not, or the path is none."""
+    if not os.path.isabs(path) or "\0" in path:
+        raise IommufdError(f"{path!r} is not an absolute path.")
+    real_path = os.path.realpath(path)
+    try:
+        fd = os.open(real_path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return Program(path, real_path, present=False)
+        raise IommufdError(f"{path} cannot be looked at ({error_text(exc.errno)}).") from exc
+    try:
+        status = os.fstat(fd)
+        flags = os.statvfs(fd).f_flag
+        info = read_file(f"/proc/self/fdinfo/{fd}")
+    finally:
+        os.close(fd)
+    mount_point = parse_mount_point(read_file("/proc/self/mountinfo"), info)
+    file_system = FileSystem(mount_point, bool(flags & os.ST_NOSUID), bool(flags & os.ST_RDONLY))
+    executable = stat.S_ISREG(status.st_mode) and bool(status.st_mode & 0o111)
+    return Program(path, real_path, True, executable and _is_elf(real_path), file_system, _xattr(real_path))
+
+
+def _is_elf(path: str) -> bool:
+    try:
+        head = read_file(path, 18)
+    except OSError as exc:
+        raise IommufdError(f"{path} cannot be read ({error_text(exc.errno)}).") from exc
+    if len(head) < 18 or head[:4] != b"\x7fELF":
+        return False
+    order = ">" if head[5] == 2 else "<"
+    return struct.unpack_from(f"{order}H", head, 16)[0] in _ELF_TYPES
+
+
+def _xattr(path: str) -> bytes | None:
+    try:
+        return os.getxattr(path, XATTR)
+    except OSError as exc:
+        if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return None
+        raise IommufdError(f"The capabilities of {path} cannot be read ({error_text(exc.errno)}).") from exc
+
+
+def parse_mount_point(mountinfo: bytes, fdinfo: bytes) -> str | None:
+    """Where a descriptor's mount is, by the text of /proc/self/mountinfo and of its fdinfo; None where it is not told.
+
+    The mount is named by its number, not by a path, over which another one may lie. See proc_pid_mountinfo(5).
+    """
+    number = re.search(rb"^mnt_id:\s*([0-9]+)$", fdinfo, re.MULTILINE)
+    line = number and re.search(rb"^%s \S+ \S+ \S+ (\S+) " % number.group(1), mountinfo, re.MULTILINE)
+    if not line:
+        return None
+    plain = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found.group(1), 8) & 0xFF]), line.group(1))
+    return printable(plain)
+
+
+def is_qemu(program: Program) -> bool:
+    """Whether a program is QEMU's, by its name: it is then started as one."""
+    name = os.path.basename(program.real_path)
+    return program.is_program and (name == "qemu-kvm" or name.startswith("qemu-system-"))
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under what a VMM is executed: `of` is whom this was read from.
+
+    `bounding` is the bounding set. `initial`: in the initial user namespace; None where that cannot be told.
+    """
+
+    of: str
+    bounding: int
+    no_new_privs: bool
+    initial: bool | None
+
+
+def own_conditions() -> Conditions:
+    """Those of this process."""
+    own = own_status()
+    return Conditions("this caller", own.bounding, own.no_new_privs, in_initial_namespace("user"))
+
+
+def conditions(run: Run) -> Conditions:
+    """Those under which libvirt executes an emulator, or else this caller would.
+
+    The running daemon is looked at itself, one that waits for its socket by its unit. It is not woken.
+    """
+    libvirt = _libvirt.look(run)
+    if libvirt.unit is None:
+        return own_conditions()
+    if libvirt.pid is not None:
+        try:
+            with Process.hold(libvirt.pid) as daemon:
+                of = f"{libvirt.unit} (pid {libvirt.pid})"
+                status = daemon.status
+                return Conditions(of, status.bounding, status.no_new_privs, daemon.in_initial_user_namespace())
+        except ProcessGone:
+            pass
+    shown = _show(run, libvirt.unit)
+    return Conditions(
+        libvirt.unit,
+        _mask(shown.get("CapabilityBoundingSet", "")),
+        shown.get("NoNewPrivileges") == "yes",
+        shown.get("PrivateUsers", "no") == "no",
+    )
+
+
+def obstacles(program: Program, under: Conditions) -> list[str]:
+    """What would void a file capability of the program under these conditions, or have it break the program."""
+    path = program.path
+    if not program.present:
+        return [f"There is no {path}."]
+    found = []
+    if not program.is_program:
+        found.append(f"{path} is no executable program: a script or a folder gives no capabilities to anybody.")
+    place = program.file_system
+    where = f"the file system at {place.mount_point}" if place and place.mount_point else "its file system"
+    if place and place.nosuid:
+        found.append(f"{path} gives no capabilities: {where} is mounted nosuid.")
+    if place and place.read_only:
+        found.append(f"{path} cannot be given capabilities: {where} is mounted read-only.")
+    if not has_ipc_lock(under.bounding):
+        found.append(
+            f"CAP_IPC_LOCK is not in the bounding set of {under.of}: {path} with that capability could not be executed"
+            " there at all (EPERM), so every start of a VM would fail."
+        )
+    if under.no_new_privs:
+        found.append(f"{under.of} runs with NoNewPrivileges, which has file capabilities ignored in silence.")
+    if under.initial is False:
+        found.append(f"{under.of} is in a user namespace of its own, where CAP_IPC_LOCK lifts no limit of the host's.")
+    return found
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What systemd says of a service, and of the program that it starts.
+
+    `name` is what was asked for, `asked` what systemd was asked for: of a template an instance. `user` is None where
+    systemd makes one up, and `program` where the unit starts none. `settings` are systemd's properties as it shows
+    them.
+    """
+
+    name: str
+    asked: str
+    load_state: str
+    active: bool
+    pid: int | None
+    user: str | None
+    program: Program | None
+    bounding: int
+    ambient: int
+    no_new_privs: bool
+    private_users: bool
+    memlock: Limit
+    settings: dict[str, str]
+
+    @property
+    def present(self) -> bool:
+        """Whether systemd has it."""
+        return self.load_state == "loaded"
+
+
+def instance(name: str) -> str:
+    """The name to ask systemd for: of a template, an instance. Raises IommufdError where it is no name of a service."""
+    if not re.fullmatch(r"[A-Za-z0-9:_.\\@-]+\.service", name) or name.startswith("-"):
+        raise IommufdError(f"{name!r} is not the name of a systemd service, such as vm.service or vm@.service.")
+    return re.sub(r"@\.service$", f"@{REPLICA}.service", name)
+
+
+def look_at_unit(run: Run, name: str) -> Unit:
+    """Asks systemd for a service, which starts nothing. Raises IommufdError where it does not answer."""
+    asked = instance(name)
+    shown = _show(run, asked)
+    path = re.match(r"\{ path=(/.*?) ; argv\[\]=", shown.get("ExecStart", ""))
+    pid = int(shown.get("MainPID") or 0)
+    made_up = shown.get("DynamicUser") == "yes"
+    hard = _limit(shown.get("LimitMEMLOCK", ""))
+    soft = _limit(shown["LimitMEMLOCKSoft"]) if "LimitMEMLOCKSoft" in shown else hard
+    return Unit(
+        name=name,
+        asked=asked,
+        load_state=shown.get("LoadState", ""),
+        active=shown.get("ActiveState") == "active",
+        pid=pid or None,
+        user=None if made_up else shown.get("User") or "root",
+        program=look_at_program(path.group(1)) if path else None,
+        bounding=_mask(shown.get("CapabilityBoundingSet", "")),
+        ambient=_mask(shown.get("AmbientCapabilities", "")),
+        no_new_privs=shown.get("NoNewPrivileges") == "yes",
+        private_users=shown.get("PrivateUsers", "no") != "no",
+        memlock=Limit(soft, hard),
+        settings=shown,
+    )
+
+
+def _limit(text: str) -> int | None:
+    return None if text in _INFINITY or not text.isdigit() else int(text)
+
+
+def _show(run: Run, unit: str) -> dict[str, str]:
+    """The properties of a unit as systemd shows them. Raises IommufdError where it does not answer."""
+    command = [*PATIENCE, "systemctl", "show", "--no-pager", f"--property={','.join(_UNIT_PROPERTIES)}", "--", unit]
+    try:
+        code, output, errors = run(command)
+    except OSError as exc:
+        raise IommufdError(f"systemd cannot be asked for {unit}: {error_text(exc.errno)}.") from exc
+    shown: dict[str, str] = {}
+    for line in output.splitlines():
+        key, equals, value = line.partition("=")
+        if equals and key in _UNIT_PROPERTIES:
+            # What a value with a line break goes on with comes after it.
+            shown.setdefault(key, value)
+    if code or "LoadState" not in shown:
+        why = printable(os.fsencode(" ".join(errors.split()))) or f"exit code {code}"
+        raise IommufdError(f"systemd cannot be asked for {unit}: {why}.")
+    return shown
+
+
+def unit_obstacles(unit: Unit) -> list[str]:
+    """What would void AmbientCapabilities=CAP_IPC_LOCK of a service, or keep it from starting."""
+    if not unit.present:
+        return [f"systemd has no unit {unit.name}: its state is {unit.load_state}."]
+    if unit.program is None:
+        return [f"{unit.name} starts no program."]
+    found = []
+    program = unit.program
+    if not program.present:
+        found.append(f"{unit.name} starts {program.path}, which is not there.")
+    if not has_ipc_lock(unit.bounding):
+        found.append(
+            f"{unit.name} has a CapabilityBoundingSet without CAP_IPC_LOCK: it could not start with that as an ambient"
+            " capability."
+        )
+    if unit.private_users:
+        found.append(
+            f"{unit.name} has PrivateUsers: it runs in a user namespace of its own, where CAP_IPC_LOCK lifts no limit"
+            " of the host's."
+        )
+    if program.xattr is not None and not (program.capabilities and program.capabilities.lifts_memlock):
+        what = "has capabilities of its own" if program.xattr else f"has an empty attribute {XATTR}"
+        found.append(
+            f"{program.real_path}, which {unit.name} starts, {what}, so the kernel takes ambient capabilities from it."
+            f" `setcap -r {program.real_path}` removes the attribute."
+        )
+    return found
