@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from progress import LabError, Progress, environment, run
 _HERE = Path(__file__).parent
 _OVERLAY = _HERE / "root" / "overlay"
 _CUSTOMIZE = _HERE / "root" / "customize.sh"
+_OWN_KERNEL = _HERE / "root" / "own-kernel.sh"
 # To be raised with every change below that makes something else from the same inputs.
 _RECIPE = 1
 # The guests' name in their known_hosts, whatever the port.
@@ -41,7 +42,10 @@ def make_key() -> Path:
 
 
 def root_artifact(root: Root) -> store.Artifact:
-    """The root file system: root.img (ext4, sparse) and known_hosts. Makes the SSH key if there is none."""
+    """The root file system: root.img (ext4, sparse) and known_hosts; with a kernel of its own bzImage and initrd.img.
+
+    Makes the SSH key if there is none.
+    """
     inputs = {
         "suite": root.suite.name,
         "packages": root.packages,
@@ -50,6 +54,8 @@ def root_artifact(root: Root) -> store.Artifact:
         "customize": _CUSTOMIZE.read_text(encoding="utf-8"),
         "recipe": _RECIPE,
     }
+    if root.own_kernel:
+        inputs["own_kernel"] = _OWN_KERNEL.read_text(encoding="utf-8")
     return store.Artifact("root", root.name, inputs)
 
 
@@ -77,13 +83,13 @@ def _overlay() -> dict[str, bytes]:
     return files
 
 
-def _write_overlay(archive: Path) -> None:
-    """Writes the overlay and the customizing script as a tar file in which everything belongs to root."""
+def _write_overlay(archive: Path, scripts: Iterable[Path]) -> None:
+    """Writes the overlay and the customizing scripts as a tar file in which everything belongs to root."""
     with tarfile.open(archive, "w") as tar:
         folder = tarfile.TarInfo("root/.ssh")
         folder.type, folder.mode = tarfile.DIRTYPE, 0o700
         tar.addfile(folder)
-        for name, content in {**_overlay(), "customize.sh": _CUSTOMIZE.read_bytes()}.items():
+        for name, content in {**_overlay(), **{script.name: script.read_bytes() for script in scripts}}.items():
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(content), 0o600 if ".ssh" in name else 0o644
             tar.addfile(entry, io.BytesIO(content))
@@ -93,7 +99,8 @@ def _build(root: Root, work: Path) -> Mapping[str, Any]:
     log = work / "build.log"
     progress = Progress(f"root {root.name}: installing {len(root.packages)} packages and what they need")
     overlay = work / "overlay.tar"
-    _write_overlay(overlay)
+    scripts = [_CUSTOMIZE, _OWN_KERNEL] if root.own_kernel else [_CUSTOMIZE]
+    _write_overlay(overlay, scripts)
     archive = work / "root.tar"
     command = [
         "mmdebstrap",
@@ -101,8 +108,7 @@ def _build(root: Root, work: Path) -> Mapping[str, Any]:
         f"--include={','.join(root.packages)}",
         *archive_options(root.suite),
         f'--customize-hook=tar-in "{overlay}" /',
-        '--customize-hook=chroot "$1" sh /customize.sh',
-        '--customize-hook=rm "$1/customize.sh"',
+        *(f'--customize-hook=chroot "$1" sh /{script.name} && rm "$1/{script.name}"' for script in scripts),
         root.suite.name,
         str(archive),
     ]
@@ -110,6 +116,8 @@ def _build(root: Root, work: Path) -> Mapping[str, Any]:
     progress.done()
 
     facts = _look_into(archive, work)
+    if root.own_kernel:
+        facts["kernel_release"] = _take_kernel(archive, work)
 
     # fakeroot keeps owners and modes that an ordinary user cannot give; both steps must share it.
     progress = Progress(f"root {root.name}: making the disk")
@@ -134,7 +142,21 @@ def _last_step(line: str) -> str:
     return line.strip()[:60] or "working"
 
 
-def _look_into(archive: Path, work: Path) -> Mapping[str, Any]:
+def _take_kernel(archive: Path, work: Path) -> str:
+    """Copies the kernel and its initramfs out of the new file system; the kernel's release."""
+    release = ""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            found = re.fullmatch(r"\./boot/(vmlinuz|initrd\.img)-(.+)", member.name)
+            content = found and tar.extractfile(member)
+            if found and content:
+                release = found[2]
+                with (work / {"vmlinuz": "bzImage"}.get(found[1], found[1])).open("wb") as target:
+                    shutil.copyfileobj(content, target)
+    return release
+
+
+def _look_into(archive: Path, work: Path) -> dict[str, Any]:
     """Reads the host key, for known_hosts, and the installed versions from the new file system."""
     with tarfile.open(archive) as tar:
         members = {member.name: member for member in tar}

@@ -188,6 +188,8 @@ def _inventory(options: argparse.Namespace) -> int:
 
 def _headers(options: argparse.Namespace) -> int:
     guest = guest_named(options.guest)
+    if guest.kernel is None:
+        raise LabError(f"guest {guest.name} boots its distribution's kernel, whose source the lab does not fetch")
     tools.require()
     print(make_headers(guest.kernel))
     return 0

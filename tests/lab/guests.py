@@ -34,20 +34,24 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Root:
-    """A root file system: what is installed from which suite, and the size of its (sparse) disk."""
+    """A root file system: what is installed from which suite, and the size of its (sparse) disk.
+
+    own_kernel: among the packages is the distribution's kernel, for a guest that boots no other.
+    """
 
     name: str
     suite: Suite
     packages: tuple[str, ...]
     size_mib: int = 4096
+    own_kernel: bool = False
 
 
 @dataclass(frozen=True)
 class Guest:
-    """A machine: a kernel, a root file system, and its memory."""
+    """A machine: a kernel (None: the root file system's own), a root file system, and its memory."""
 
     name: str
-    kernel: Kernel
+    kernel: Kernel | None
     root: Root
     memory_mib: int = 2048
     purpose: str = ""
@@ -92,6 +96,7 @@ KERNEL_7 = Kernel("7", SID, "linux-source", (*_FRAGMENTS, "container-iommufd"))
 
 ROOT_TRIXIE = Root("trixie", TRIXIE, _PACKAGES)
 ROOT_SID = Root("sid", SID, _PACKAGES)
+ROOT_STOCK = Root("stock", TRIXIE, (*_PACKAGES, "linux-image-amd64", "initramfs-tools", "zstd"), own_kernel=True)
 
 DEFAULT_GUEST = "fallback"
 
@@ -100,6 +105,7 @@ GUESTS: dict[str, Guest] = {
     for guest in (
         Guest("fallback", KERNEL_6_12, ROOT_TRIXIE, purpose="libvirt leaves the mode alone: the failure and its cures"),
         Guest("native", KERNEL_7, ROOT_SID, purpose="libvirt sets the mode itself"),
+        Guest("stock", None, ROOT_STOCK, purpose="Debian's own kernel, which has no iommufd"),
     )
 }
 

@@ -108,15 +108,14 @@ class Machine:
 
     def build(self) -> None:
         """Makes what it is booted from, if it is missing."""
-        make_kernel(self.guest.kernel)
-        make_root(self.guest.root)
+        self._make()
 
     def up(self) -> bool:
         """Boots it and waits until SSH answers. False if it was up already.
 
         Raises LabError if it dies or does not answer in time. Unless the wait ends well, the guest is ended too.
         """
-        kernel, root = make_kernel(self.guest.kernel), make_root(self.guest.root)
+        kernel, root = self._make()
         with self._lock():
             state = self.state
             if state is not None and _is_alive(state):
@@ -165,6 +164,13 @@ class Machine:
         with store.lock(name, f"guest {self.name} is being brought up or down by another run"):
             yield
 
+    def _make(self) -> tuple[Path, Path]:
+        """The folders of its kernel and of its root file system, which may be the same."""
+        if self.guest.kernel is None:
+            root = make_root(self.guest.root)
+            return root, root
+        return make_kernel(self.guest.kernel), make_root(self.guest.root)
+
     def _prepare(self, root: Path) -> None:
         """Makes the run's folder: a throw-away disk over the cached one, and what SSH needs."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -212,7 +218,7 @@ class Machine:
         # Software emulation unless told otherwise: a /dev/kvm that exists need not be able to boot this.
         accel = os.environ.get("LAB_ACCEL", "tcg")
         devices = ["intel-iommu,intremap=on,device-iotlb=on", "virtio-rng-pci"]
-        devices += ["virtio-blk-pci,drive=root", "virtio-blk-pci,drive=modules", "virtio-net-pci,netdev=net,romfile="]
+        devices += ["virtio-blk-pci,drive=root", "virtio-net-pci,netdev=net,romfile="]
         devices += ["edu"] * _PASSTHROUGH_DEVICES
         command = [
             "qemu-system-x86_64",
@@ -227,9 +233,14 @@ class Machine:
             *("-kernel", str(kernel / "bzImage")),
             *("-append", " ".join(_PARAMETERS)),
             *("-drive", "if=none,id=root,file=disk.qcow2,format=qcow2,cache=unsafe"),
-            *("-drive", f"if=none,id=modules,file={_comma(kernel / 'modules.img')},format=raw,readonly=on"),
             *("-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:22"),
         ]
+        if self.guest.kernel is None:
+            command += ["-initrd", str(kernel / "initrd.img")]
+        else:
+            modules = _comma(kernel / "modules.img")
+            command += ["-drive", f"if=none,id=modules,file={modules},format=raw,readonly=on"]
+            devices.append("virtio-blk-pci,drive=modules")
         for device in devices:
             command += ["-device", device]
         return command
