@@ -1,0 +1,383 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: what files, device nodes, executables and units are like, and making them so again.
+
+What reads here changes nothing. What changes something may be cut off at any instruction: it can be done again, and
+then comes to the same end.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import grp
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Callable
+
+from ._errors import HostLacks, IommufdError, error_text
+from ._process import printable, user_name
+
+__all__ = (
+    "BEGIN",
+    "END",
+    "FileState",
+    "NodeState",
+    "Run",
+    "UnitState",
+    "capability_of",
+    "command",
+    "group_name",
+    "kernels_node",
+    "missing_folders",
+    "node_state",
+    "owner_name",
+    "read_file_state",
+    "remove_file",
+    "set_capability",
+    "set_node",
+    "setting_of",
+    "shown",
+    "split_block",
+    "sync_folder",
+    "unit_states",
+    "write_file_state",
+)
+
+# Runs a command and gives its exit code, output and errors, as AnsibleModule.run_command does.
+Run = Callable[[list[str]], "tuple[int, str, str]"]
+
+BEGIN = b"# BEGIN iommufd_host"
+END = b"# END iommufd_host"
+
+# A file that is to be remembered is a file of settings. Something larger is a mistake.
+_LARGEST = 2**20
+
+# What a new file gets until it is complete; one that an interrupted run has left is written over.
+_NEW = ".iommufd_host-new"
+
+# The extended attributes that are a file's own. Others are the kernel's to keep: those of IMA and EVM, for two.
+_KEPT_XATTRS = ("security.selinux", "system.posix_acl_access", "user.")
+
+_CAPABILITY = "security.capability"
+_SYS_CHAR = "/sys/dev/char"
+
+# systemd's manager answers in milliseconds; a busy host gets so long, and then some seconds to end by itself.
+_PATIENCE = ["timeout", "-k", "5", "90"]
+
+
+def shown(path: str) -> str:
+    """A path, safe to print."""
+    return printable(os.fsencode(path))
+
+
+def owner_name(uid: int) -> str:
+    """The user's name, or the id where it has none."""
+    return user_name(uid) or str(uid)
+
+
+def group_name(gid: int) -> str:
+    """The group's name, or the id where it has none."""
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
+
+
+@dataclass(frozen=True)
+class FileState:
+    """All of a regular file that is put back: `mode` without the type of the file, `xattrs` by name."""
+
+    content: bytes
+    mode: int
+    uid: int
+    gid: int
+    xattrs: dict[str, bytes] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The form that a record holds."""
+        return {
+            "content": base64.b64encode(self.content).decode("ascii"),
+            "mode": f"{self.mode:04o}",
+            "uid": self.uid,
+            "gid": self.gid,
+            "xattrs": {name: value.hex() for name, value in self.xattrs.items()},
+        }
+
+    @classmethod
+    def from_json(cls, given: dict[str, Any]) -> FileState:
+        """What `to_json` has made. Raises KeyError, TypeError or ValueError for anything else."""
+        return cls(
+            base64.b64decode(given["content"], validate=True),
+            int(given["mode"], 8),
+            int(given["uid"]),
+            int(given["gid"]),
+            {name: bytes.fromhex(value) for name, value in given["xattrs"].items()},
+        )
+
+
+def read_file_state(path: str) -> FileState | None:
+    """The regular file at path; None where there is nothing.
+
+    Raises IommufdError where something else is there, a symbolic link too, and where it cannot be read.
+    """
+    try:
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "no regular file"
+            raise IommufdError(f"{shown(path)} is {kind}, which is left alone: move it away, or do without it.")
+        if status.st_size > _LARGEST:
+            raise IommufdError(
+                f"{shown(path)} has {status.st_size} bytes, and a file of settings has at most {_LARGEST}."
+            )
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as stream:
+            status = os.fstat(fd)
+            content = stream.read()
+            xattrs = {name: os.getxattr(fd, name) for name in _xattr_names(fd) if name.startswith(_KEPT_XATTRS)}
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise IommufdError(f"{shown(path)} cannot be read ({error_text(exc.errno)}).") from exc
+    return FileState(content, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, xattrs)
+
+
+def _xattr_names(fd: int) -> list[str]:
+    try:
+        return os.listxattr(fd)
+    except OSError as exc:
+        if exc.errno == errno.EOPNOTSUPP:
+            return []
+        raise
+
+
+def missing_folders(path: str) -> list[str]:
+    """The folders on the way to path that are not there, the outermost first."""
+    missing: list[str] = []
+    folder = os.path.dirname(path)
+    while not os.path.lexists(folder):
+        missing.insert(0, folder)
+        folder = os.path.dirname(folder)
+    return missing
+
+
+def sync_folder(folder: str) -> None:
+    """Has the disk know which names a folder has. Raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file_state(path: str, state: FileState) -> None:
+    """Puts a file in the place of whatever has its name, in one step. Missing folders are made. Raises OSError."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    new = path + _NEW
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(new)
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as stream:
+        stream.write(state.content)
+        stream.flush()
+        os.fchown(fd, state.uid, state.gid)
+        for name, value in state.xattrs.items():
+            os.setxattr(fd, name, value)
+        # Last, as a change of the owner clears some of it.
+        os.fchmod(fd, state.mode)
+        os.fsync(fd)
+    os.rename(new, path)
+    sync_folder(os.path.dirname(path))
+
+
+def remove_file(path: str, folders: Sequence[str]) -> None:
+    """Removes a file, and those of the folders, given from the outermost, that are empty then. Raises OSError."""
+    for each in (path + _NEW, path):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(each)
+            sync_folder(os.path.dirname(path))
+    for folder in reversed(folders):
+        try:
+            os.rmdir(folder)
+        except FileNotFoundError:
+            continue
+        except OSError as exc:
+            # Somebody else has put something into it, or has put something else in its place.
+            if exc.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                return
+            raise
+        sync_folder(os.path.dirname(folder))
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """Who may open a device node."""
+
+    mode: int
+    uid: int
+    gid: int
+
+    def __str__(self) -> str:
+        return f"mode {self.mode:04o}, {owner_name(self.uid)}:{group_name(self.gid)}"
+
+
+def node_state(path: str) -> NodeState | None:
+    """The character device at path; None where there is nothing. Raises IommufdError where there is something else."""
+    try:
+        status = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as exc:
+        raise IommufdError(f"{shown(path)} cannot be looked at ({error_text(exc.errno)}).") from exc
+    if not stat.S_ISCHR(status.st_mode):
+        raise IommufdError(f"{shown(path)} is no device node of a character device.")
+    return NodeState(stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
+
+
+def kernels_node(path: str) -> NodeState:
+    """What the kernel gives the node of this device when it makes it, before any rule of udev's.
+
+    It says so in the device's uevent, drivers/base/core.c, and where it says nothing uses 0600, root:root
+    (drivers/base/devtmpfs.c).
+    """
+    text = ""
+    with contextlib.suppress(OSError):
+        rdev = os.lstat(path).st_rdev
+        with open(f"{_SYS_CHAR}/{os.major(rdev)}:{os.minor(rdev)}/uevent", encoding="ascii") as stream:
+            text = stream.read()
+    said = dict(re.findall(r"^(DEVMODE|DEVUID|DEVGID)=([0-9]+)$", text, re.MULTILINE))
+    return NodeState(int(said.get("DEVMODE", "600"), 8), int(said.get("DEVUID", "0")), int(said.get("DEVGID", "0")))
+
+
+def set_node(path: str, state: NodeState) -> None:
+    """Sets who may open a device node. One that is gone needs nothing. Raises OSError and IommufdError."""
+    if node_state(path) is not None:
+        with contextlib.suppress(FileNotFoundError):
+            os.chown(path, state.uid, state.gid, follow_symlinks=False)
+            # Linux has no chmod of a link itself; in /dev only root could have put one here since we looked.
+            os.chmod(path, state.mode)
+
+
+def capability_of(path: str) -> bytes | None:
+    """The extended attribute `security.capability` of an executable; None without.
+
+    Raises FileNotFoundError, and IommufdError where it cannot be read.
+    """
+    try:
+        return os.getxattr(path, _CAPABILITY)
+    except FileNotFoundError:
+        raise
+    except OSError as exc:
+        if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return None
+        raise IommufdError(f"The capabilities of {shown(path)} cannot be read ({error_text(exc.errno)}).") from exc
+
+
+def set_capability(path: str, xattr: bytes | None) -> None:
+    """Gives an executable exactly this extended attribute, an empty one too; None takes it away. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if xattr is not None:
+            os.setxattr(fd, _CAPABILITY, xattr)
+        elif _CAPABILITY in os.listxattr(fd):
+            os.removexattr(fd, _CAPABILITY)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def split_block(content: bytes) -> tuple[bytes | None, bytes]:
+    """What a file holds between the lines BEGIN and END, None where it has none, and all the rest of the file.
+
+    Raises IommufdError where one of the lines is missing.
+    """
+    block: bytes | None = None
+    inside: list[bytes] | None = None
+    rest: list[bytes] = []
+    for line in content.splitlines(keepends=True):
+        text = line.rstrip(b"\r\n")
+        if text in (BEGIN, END):
+            if (text == BEGIN) != (inside is None):
+                break
+            block, inside = (block, []) if inside is None else ((block or b"") + b"".join(inside), None)
+        else:
+            (rest if inside is None else inside).append(line)
+    else:
+        if inside is None:
+            return block, b"".join(rest)
+    raise IommufdError(
+        f"It has one of the lines '{BEGIN.decode()}' and '{END.decode()}' without the other, so it cannot be told where"
+        " the block ends: put both right, or remove them with what is ours in between."
+    )
+
+
+# One value of a list: a comment, a string, or what ends the list. See virConfParseList in libvirt's src/util/virconf.c.
+_IN_LIST = re.compile(r"#[^\n]*|\"([^\"\n]*)\"|'([^'\n]*)'|(\])")
+
+
+def setting_of(text: str, name: str) -> list[str] | None:
+    """The list that a setting has in a configuration file of libvirt's; None where it is not set, or no list.
+
+    Of several, the first is the one that counts, as it is for libvirt.
+    """
+    found = re.search(rf"^[ \t]*{re.escape(name)}[ \t]*=[ \t]*\[", text, re.MULTILINE)
+    if not found:
+        return None
+    values: list[str] = []
+    for each in _IN_LIST.finditer(text, found.end()):
+        if each.group(3):
+            return values
+        values += [value for value in each.groups()[:2] if value is not None]
+    return None
+
+
+@dataclass(frozen=True)
+class UnitState:
+    """A systemd unit. `triggers` are the units that it starts, as those of type path and timer do."""
+
+    exists: bool
+    enabled: bool
+    active: bool
+    triggers: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{'enabled' if self.enabled else 'disabled'}, {'active' if self.active else 'inactive'}"
+
+
+def command(run: Run, *words: str) -> str:
+    """The output of a command that must succeed. Raises IommufdError."""
+    try:
+        code, output, errors = run([*_PATIENCE, *words])
+    except OSError as exc:
+        raise HostLacks(f"{words[0]} cannot be run ({error_text(exc.errno)}).") from exc
+    if code:
+        said = printable(errors.strip().encode("utf-8", "surrogateescape")) or f"exit code {code}"
+        raise IommufdError(f"'{' '.join(words)}' failed: {said}")
+    return output
+
+
+def unit_states(names: list[str], run: Run) -> dict[str, UnitState]:
+    """What systemd says of units. Raises IommufdError where it does not answer."""
+    if not names:
+        return {}
+    properties = "--property=LoadState,UnitFileState,ActiveState,Triggers"
+    output = command(run, "systemctl", "show", "--no-pager", properties, "--", *names)
+    # One paragraph for each, in this order.
+    paragraphs = [dict(re.findall(r"^(\w+)=(.*)$", each, re.MULTILINE)) for each in output.strip().split("\n\n")]
+    if len(paragraphs) != len(names):
+        raise IommufdError(f"systemd tells of {len(paragraphs)} units where it was asked for {', '.join(names)}.")
+    return {
+        name: UnitState(
+            said["LoadState"] != "not-found",
+            said["UnitFileState"].startswith("enabled"),
+            said["ActiveState"] not in ("inactive", "failed"),
+            tuple(said.get("Triggers", "").split()),
+        )
+        for name, said in zip(names, paragraphs)
+    }
