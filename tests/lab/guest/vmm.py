@@ -6,6 +6,7 @@
 
     vmm only < VMS    ends every VM, then starts these and leaves them running
     vmm try < VMS     starts and ends one after the other, beside those that run
+    vmm units VERB UNIT...    has systemctl start, restart or show what the host's own units run, one after the other
 
 VMS is a JSON list of objects with the fields of the class Vm. Printed is a JSON list of what became of each, in the
 words of QEMU and of /proc. The numbers of the ioctl come from linux/iommufd.h: no line is shared with the collection.
@@ -114,6 +115,16 @@ def start(vm: Vm) -> dict[str, Any]:
     return {**found, **look(int(vm.pidfile.read_text()))} if found["started"] else found
 
 
+def ask(verb: str, unit: str) -> dict[str, Any]:
+    """Has systemctl do something with a unit, whose errors go to UNIT.log; what became of it."""
+    done = subprocess.run(["systemctl", verb, unit], capture_output=True, text=True, check=False)
+    main_pid = ["systemctl", "show", "--property=MainPID", "--value", unit]
+    pid = int(subprocess.run(main_pid, capture_output=True, text=True, check=True).stdout)
+    log = FOLDER / f"{unit}.log"
+    found = {"unit": unit, "done": done.returncode == 0, "output": log.read_text() if log.exists() else ""}
+    return {**found, "started": pid != 0, **(look(pid) if pid else {})}
+
+
 def look(pid: int) -> dict[str, Any]:
     """What /proc tells of a process."""
     process = Path(f"/proc/{pid}")
@@ -143,6 +154,9 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     FOLDER.chmod(0o1777)
     answers = []
+    if command == "units":
+        print(json.dumps([ask(sys.argv[2], unit) for unit in sys.argv[3:]]))
+        return
     if command == "only":
         end("*")
     for description in json.load(sys.stdin):
