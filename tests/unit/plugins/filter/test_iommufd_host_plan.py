@@ -1,0 +1,250 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ansible.errors import AnsibleFilterError
+from ansible_collections.virt.iommufd.plugins.filter import iommufd_host_plan as plugin
+from ansible_collections.virt.iommufd.plugins.filter.iommufd_host_plan import iommufd_host_plan
+
+Row = dict[str, Any]
+
+QEMU = "/usr/bin/qemu-system-x86_64"
+OLD = {"unit": "libvirtd.service", "version": "11.3.0", "sets_rlimit_mode": False, "reason": "libvirt 11.3.0 does not."}
+NEW = {"unit": "virtqemud.service", "version": "12.8.0", "sets_rlimit_mode": True, "reason": "libvirt 12.8.0 does."}
+UNSURE = {"unit": "virtqemud.service", "version": None, "sets_rlimit_mode": None, "reason": "It cannot be told."}
+NO_LIBVIRT = {"unit": None, "version": None, "sets_rlimit_mode": False, "reason": "There is no system libvirt."}
+ROOT = {
+    "uid": 0,
+    "initial_user_namespace": True,
+    "capabilities": ["cap_ipc_lock", "cap_sys_ptrace", "cap_sys_resource"],
+}
+
+
+def info(libvirt: Row, **host: Any) -> Row:
+    """What iommufd_info returned on a host; of its fields, those that matter here."""
+    fields = {
+        "kernel": "6.12.107",
+        "module": "loaded",
+        "device": {"path": "/dev/iommu", "present": True},
+        "caller": ROOT,
+        "vfio_devices": [{"node": "/dev/vfio/devices/vfio20", "mode": "0600"}],
+        "qemu": [
+            {"path": QEMU, "present": True},
+            {"path": "/usr/bin/qemu-system-i386", "present": True},
+        ],
+        "libvirt": libvirt,
+    }
+    return {"host": {**fields, **host}}
+
+
+def emulator(path: str = QEMU, **fields: Any) -> Row:
+    return {"path": path, "present": True, "is_emulator": True, "obstacles": [], **fields}
+
+
+def unit(name: str, **fields: Any) -> Row:
+    return {"name": name, "present": True, "obstacles": [], **fields}
+
+
+def check(*rows: Row) -> Row:
+    """What iommufd_vmm_check returned."""
+    return {"emulators": [row for row in rows if "path" in row], "units": [row for row in rows if "name" in row]}
+
+
+def plan(libvirt: Row, *rows: Row, host: Row | None = None, **config: Any) -> Row:
+    """The plan for a host with that libvirt. Units that are asked for are there, unless they are in `rows`."""
+    config = {"architecture": "x86_64", "user": "libvirt-qemu", **config}
+    named = {row.get("path", row.get("name")) for row in rows}
+    units = [plugin.unit_name(name) for name in config.get("units", [])]
+    others = [emulator(path) for path in [QEMU, *config.get("emulators", [])] if path not in named]
+    others += [unit(name) for name in units if name not in named]
+    return iommufd_host_plan(info(libvirt, **(host or {})), config, check(*rows, *others))
+
+
+FILE = {"what": "cap_ipc_lock", "to": QEMU, "by": "file capability", "value": "ep"}
+DROP_IN = {"what": "cap_ipc_lock", "to": "vm1.service", "by": "drop-in", "value": "ambient"}
+
+
+@pytest.mark.parametrize(
+    ("libvirt", "config", "strategy", "certain", "grants"),
+    [
+        (OLD, {}, "cap_ipc_lock", True, [FILE]),
+        (OLD, {"fallback": "none"}, "none", True, []),
+        (OLD, {"units": ["vm1"]}, "cap_ipc_lock", True, [FILE, DROP_IN]),
+        (OLD, {"strategy": "none"}, "none", True, []),
+        (OLD, {"strategy": "cap_ipc_lock"}, "cap_ipc_lock", True, [FILE]),
+        (NEW, {}, "native", True, []),
+        (NEW, {"fallback": "none"}, "native", True, []),
+        (NEW, {"strategy": "native"}, "native", True, []),
+        (NEW, {"strategy": "cap_ipc_lock"}, "cap_ipc_lock", True, [FILE]),
+        # Units that were named are no domains of libvirt, whose emulator gets nothing.
+        (NEW, {"units": ["vm1.service"]}, "cap_ipc_lock", True, [DROP_IN]),
+        (NEW, {"units": ["vm1"], "emulators": [QEMU]}, "cap_ipc_lock", True, [FILE, DROP_IN]),
+        (UNSURE, {}, "cap_ipc_lock", False, [FILE]),
+        (UNSURE, {"units": ["vm1"]}, "cap_ipc_lock", False, [FILE, DROP_IN]),
+        (UNSURE, {"fallback": "none"}, "none", False, []),
+        (UNSURE, {"strategy": "native"}, "native", False, []),
+        (NO_LIBVIRT, {"units": ["vm1"]}, "cap_ipc_lock", True, [DROP_IN]),
+        (NO_LIBVIRT, {"emulators": [QEMU]}, "cap_ipc_lock", True, [FILE]),
+        (NO_LIBVIRT, {}, "none", False, []),
+        (NO_LIBVIRT, {"strategy": "cap_ipc_lock"}, "cap_ipc_lock", True, [FILE]),
+    ],
+)
+def test_strategies(libvirt: Row, config: Row, strategy: str, certain: bool, grants: list[Row]) -> None:
+    made = plan(libvirt, **config)
+    assert made["errors"] == []
+    assert (made["strategy"], made["certain"], made["grants"]) == (strategy, certain, grants)
+    assert made["requested"] == config.get("strategy", "auto")
+    assert made["why"].endswith(".")
+    assert made["capabilities"] == [grant["to"] for grant in grants if grant["by"] == "file capability"]
+    # What comes back after an upgrade is watched where there is something that an upgrade drops.
+    watched = ["iommufd-host-grant.path", "iommufd-host-grant.timer"]
+    assert made["units"] == (watched if made["capabilities"] else [])
+    paths = [each["path"] for each in made["files"]]
+    assert len([path for path in paths if "iommufd-host-grant." in path]) == (3 if made["capabilities"] else 0)
+    assert ("/etc/systemd/system/vm1.service.d/50-iommufd_host.conf" in paths) == (DROP_IN in grants)
+    assert [each["grants"] for each in made["files"]] == [False] + [True] * (len(paths) - 1)
+
+
+def test_a_limit_for_units_and_users() -> None:
+    made = plan(OLD, strategy="memlock", memlock="1.5G", units=["vm@.service"], memlock_users=["alice"])
+    assert made["errors"] == []
+    assert made["grants"] == [
+        {"what": "memlock", "to": "vm@.service", "by": "drop-in", "value": 3 * 2**29},
+        {"what": "memlock", "to": "alice", "by": "limits.d", "value": 3 * 2**29},
+    ]
+    assert [each["path"] for each in made["files"]][1:] == [
+        "/etc/systemd/system/vm@.service.d/50-iommufd_host.conf",
+        "/etc/security/limits.d/80-iommufd_host.conf",
+    ]
+    assert made["memlock_users"] == ["alice"]
+    assert plan(OLD, strategy="memlock", memlock="infinity", units=["a"])["grants"][0]["value"] is None
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"strategy": "native"}, "native is not to be had: libvirt 11.3.0 does not."),
+        ({"strategy": "memlock", "memlock": "1G"}, "whose limit to raise"),
+        ({"strategy": "memlock", "memlock": "much", "units": ["a"]}, "iommufd_host_memlock: 'much' is not a size"),
+        ({"strategy": "memlock", "units": ["a"]}, "iommufd_host_memlock: '' is not a size"),
+        ({"strategy": "memlock", "memlock": "0", "units": ["a"]}, "too small"),
+        ({"emulators": ["qemu"]}, "'qemu' in iommufd_host_emulators is not an absolute path"),
+        ({"units": ["../vm"]}, "'../vm' in iommufd_host_units is not the name of a service unit"),
+        ({"units": ["vm.socket"]}, "'vm.socket' in iommufd_host_units is not"),
+        ({"units": ["vm 1"]}, "is not the name of a service unit"),
+        ({"device_mode": "rw"}, "iommufd_host_device_mode, 'rw', is not an octal mode"),
+        ({"device_group": 'x", RUN+="rm'}, "iommufd_host_device_group"),
+        ({"user": "a b"}, "iommufd_host_user, 'a b', is not a name"),
+        ({"architecture": "vax", "strategy": "cap_ipc_lock"}, "no emulator for its own architecture"),
+    ],
+)
+def test_what_cannot_be_asked_for(config: Row, words: str) -> None:
+    made = plan(OLD, **config)
+    assert words in " ".join(made["errors"])
+    assert (made["grants"], made["files"], made["capabilities"], made["units"], made["blocks"]) == ([], [], [], [], [])
+
+
+@pytest.mark.parametrize(
+    ("row", "config", "words"),
+    [
+        (emulator("/opt/q", present=False), {"emulators": ["/opt/q"]}, "There is no emulator /opt/q"),
+        (emulator("/opt/q", is_emulator=False), {"emulators": ["/opt/q"]}, "/opt/q is not an emulator"),
+        (emulator(obstacles=["It would not work."]), {}, "It would not work."),
+        (unit("vm1.service", present=False), {"units": ["vm1"]}, "systemd knows no unit vm1.service"),
+        (unit("vm1.service", obstacles=["It would not work."]), {"units": ["vm1"]}, "It would not work."),
+    ],
+)
+def test_what_stands_against_a_grant(row: Row, config: Row, words: str) -> None:
+    assert words in " ".join(plan(OLD, row, **config)["errors"])
+
+
+def test_what_stands_against_a_grant_only() -> None:
+    """An obstacle to a capability is none where none is granted."""
+    assert plan(NEW, emulator(obstacles=["It would not work."]))["errors"] == []
+    assert (
+        plan(OLD, unit("a.service", obstacles=["No."]), strategy="memlock", memlock="1G", units=["a"])["errors"] == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("caller", "words"),
+    [
+        ({"uid": 1002}, "runs as uid 1002: set become: true"),
+        ({"initial_user_namespace": False}, "initial user namespace"),
+        ({"capabilities": ["cap_sys_ptrace"]}, "Root lacks CAP_SYS_RESOURCE"),
+        ({"capabilities": ["cap_sys_resource"]}, "Root lacks CAP_SYS_PTRACE"),
+    ],
+)
+def test_privileges(caller: Row, words: str) -> None:
+    made = plan(OLD, host={"caller": {**ROOT, **caller}})
+    assert [words in each for each in made["errors"]] == [True]
+
+
+def test_a_kernel_without_iommufd() -> None:
+    made = plan(OLD, host={"module": "absent", "device": {"path": "/dev/iommu", "present": False}})
+    assert made["supported"] is False
+    for word in ("Kernel 6.12.107", "CONFIG_IOMMUFD", "Debian", "Ubuntu 26.04", "Red Hat", "iommufd_host_required"):
+        assert word in made["errors"][0]
+
+
+@pytest.mark.parametrize(
+    ("module", "present"), [("loadable", False), ("builtin", True), (None, True), ("loaded", False)]
+)
+def test_a_kernel_with_iommufd(module: str | None, present: bool) -> None:
+    made = plan(OLD, host={"module": module, "device": {"path": "/dev/iommu", "present": present}})
+    assert (made["supported"], made["errors"]) == (True, [])
+
+
+def test_access_for_an_older_libvirt() -> None:
+    made = plan(OLD, qemu_access=True, apparmor=True)
+    assert made["errors"] == []
+    assert [each["template"] for each in made["files"]][:3] == ["modules-load.conf.j2", "udev.rules.j2", "apparmor.j2"]
+    assert made["files"][1]["group"] == "libvirt-qemu"
+    assert made["files"][1]["mode"] == "0660"
+    assert made["blocks"] == ["/etc/libvirt/qemu.conf"]
+    assert made["nodes"] == ["/dev/iommu", "/dev/vfio/devices/vfio20"]
+    assert made["acl"][0] == "/dev/iommu"
+    assert made["acl"][1:17] == [f"/dev/vfio/devices/vfio{number}" for number in range(16)]
+    assert made["acl"][17:] == ["/dev/vfio/devices/vfio20"]
+    assert len(made["access"]) == 3
+    assert "apparmor.j2" not in [each["template"] for each in plan(OLD, qemu_access=True)["files"]]
+
+
+def test_access_that_is_not_needed_or_not_possible() -> None:
+    made = plan(NEW, qemu_access=True, apparmor=True)
+    assert made["errors"] == []
+    assert (made["blocks"], made["acl"], made["nodes"], len(made["files"])) == ([], [], [], 1)
+    assert made["access"] == ["Nothing: libvirt 12.8.0 opens the device nodes itself and passes them to QEMU."]
+    assert "there is none here" in plan(NO_LIBVIRT, qemu_access=True, units=["a"])["errors"][0]
+
+
+def test_rights_of_the_device_nodes() -> None:
+    (_modules, rule, *_grants) = plan(OLD, device_group="kvm", device_mode="0660")["files"]
+    assert (rule["template"], rule["group"], rule["mode"]) == ("udev.rules.j2", "kvm", "0660")
+    assert plan(OLD, device_group="kvm")["nodes"][0] == "/dev/iommu"
+    assert plan(OLD)["nodes"] == []
+
+
+def test_an_emulator_of_another_name() -> None:
+    host = {"qemu": [{"path": "/usr/libexec/qemu-kvm", "present": True}, {"path": QEMU, "present": False}]}
+    made = iommufd_host_plan(info(OLD, **host), {"architecture": "x86_64"})
+    assert made["emulators"] == ["/usr/libexec/qemu-kvm"]
+    power = {"qemu": [{"path": "/usr/bin/qemu-system-ppc64", "present": True}]}
+    assert iommufd_host_plan(info(OLD, **power), {"architecture": "ppc64le"})["emulators"] == [
+        "/usr/bin/qemu-system-ppc64"
+    ]
+
+
+@pytest.mark.parametrize("arguments", [(None, {}), ({}, None), ({}, {}), ({"host": {}}, {}, []), ({"host": {}}, {})])
+def test_other_input(arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(AnsibleFilterError, match="iommufd_host_plan"):
+        iommufd_host_plan(*arguments)
+
+
+def test_what_ansible_finds() -> None:
+    assert plugin.FilterModule().filters() == {"iommufd_host_plan": iommufd_host_plan}

@@ -1,0 +1,214 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ansible.errors import AnsibleFilterError
+from ansible_collections.virt.iommufd.plugins.filter import iommufd_host_result as plugin
+from ansible_collections.virt.iommufd.plugins.filter.iommufd_host_result import iommufd_host_result
+
+Row = dict[str, Any]
+
+QEMU = "/usr/bin/qemu-system-x86_64"
+FILE = {"what": "cap_ipc_lock", "to": QEMU, "by": "file capability", "value": "ep"}
+DROP_IN = {"what": "cap_ipc_lock", "to": "vm1.service", "by": "drop-in", "value": "ambient"}
+RAISED = {"what": "memlock", "to": "vm1.service", "by": "drop-in", "value": 2**30}
+USERS = {"what": "memlock", "to": "alice", "by": "limits.d", "value": 2**30}
+WITH, WITHOUT = "0000000000004000", "0000000000000000"
+
+
+def plan(strategy: str, *grants: Row) -> Row:
+    """A plan without errors; of its fields, those that matter here."""
+    return {
+        "supported": True,
+        "kernel": "6.12.107",
+        "requested": "auto",
+        "strategy": strategy,
+        "certain": True,
+        "why": "So it is.",
+        "user": "libvirt-qemu",
+        "access": [],
+        "grants": list(grants),
+        "capabilities": [grant["to"] for grant in grants if grant["by"] == "file capability"],
+    }
+
+
+def process(**fields: Any) -> Row:
+    """A VM that runs, as iommufd_info returns it."""
+    return {
+        "pid": 4242,
+        "comm": "qemu-system-x86",
+        "user": "libvirt-qemu",
+        "name": "guest1",
+        "domain": "vm1",
+        "unit": "machine-qemu.scope",
+        "accounting": "user",
+        "memlock_bytes": 2**20,
+        "memlock_unlimited": False,
+        **fields,
+    }
+
+
+def info(*processes: Row, capable: bool = False) -> Row:
+    return {"host": {"qemu": [{"path": QEMU, "cap_ipc_lock": capable}]}, "processes": list(processes)}
+
+
+def record(*put_back: str, ours: bool | None = None) -> Row:
+    """What iommufd_host_record returned; `ours` is whose capability the emulator has, None where it was not asked for."""
+    there = {QEMU: {"real_path": QEMU, "ipc_lock": True, "ours": ours, "other": []}}
+    return {"put_back": list(put_back), "capabilities": {} if ours is None else there}
+
+
+def started(ok: bool, **fields: Any) -> Row:
+    """An emulator that was started, with the capability or without."""
+    done = {
+        "ran": True,
+        "how": "bare",
+        "ok": ok,
+        "user": "libvirt-qemu",
+        "effective": WITH if ok else WITHOUT,
+        "msg": "",
+    }
+    return {"path": QEMU, "started": {**done, **fields}}
+
+
+def replica(ok: bool, **fields: Any) -> Row:
+    """A unit whose replica was started."""
+    limits = {"memlock_bytes": 2**20, "memlock_unlimited": False}
+    done = {"ran": True, "ok": ok, "effective": WITH if ok else WITHOUT, "msg": "", **limits, **fields}
+    return {"name": "vm1.service", "ambient_ipc_lock": ok, "replica": done}
+
+
+def check(*rows: Row, scratch: bool | None = True) -> Row:
+    """What iommufd_vmm_check returned; nothing was started where `scratch` is None."""
+    return {
+        "emulators": [row for row in rows if "path" in row],
+        "units": [row for row in rows if "name" in row],
+        "users": [row for row in rows if "present" in row],
+        "scratch": {
+            "ran": scratch is not None,
+            "ok": scratch,
+            "mode": "process" if scratch else None,
+            "msg": "Not so.",
+        },
+    }
+
+
+def session(limit: int | None) -> Row:
+    """A user whose session was opened."""
+    limits = {"memlock_bytes": limit, "memlock_unlimited": limit is None}
+    return {"user": "alice", "present": True, "ran": True, "msg": "", **limits}
+
+
+@pytest.mark.parametrize(
+    ("made", "row", "ok", "failed"),
+    [
+        (plan("cap_ipc_lock", FILE), started(True), True, ""),
+        (plan("cap_ipc_lock", FILE), started(False), False, f"{QEMU}, started as libvirt-qemu, has CAP_IPC_LOCK: no"),
+        (plan("native"), started(False), True, ""),
+        # What others have granted is reported, and no failure.
+        (plan("native"), started(True), False, ""),
+        (plan("cap_ipc_lock", DROP_IN), replica(True), True, ""),
+        (plan("cap_ipc_lock", DROP_IN), replica(False), False, "A replica of vm1.service has CAP_IPC_LOCK: no"),
+        (plan("none"), replica(False), True, ""),
+        (plan("none"), replica(True), False, ""),
+        (plan("memlock", RAISED), replica(False, memlock_bytes=2**30), True, ""),
+        (plan("memlock", RAISED), replica(False), False, "may lock 1073741824 bytes: no (1048576 bytes)."),
+        (plan("memlock", RAISED), replica(False, memlock_unlimited=True), True, ""),
+        (plan("memlock", {**RAISED, "value": None}), replica(False), False, "may lock unlimited: no (1048576 bytes)."),
+        (plan("memlock", USERS), session(2**30), True, ""),
+        (plan("memlock", USERS), session(None), True, ""),
+        (plan("memlock", USERS), session(2**29), False, "A session of alice may lock 1073741824 bytes: no"),
+    ],
+)
+def test_what_was_verified(made: Row, row: Row, ok: bool, failed: str) -> None:
+    found = iommufd_host_result(made, info(), record(), check(row))
+    assert found["verified"][0]["what"] == "The rlimit mode can be set for libvirt-qemu, and read back"
+    assert [each["ok"] for each in found["verified"]][0] is True
+    assert found["verified"][-1]["ok"] is ok
+    assert failed in " ".join(found["failed"])
+    assert bool(failed) == bool(found["failed"])
+    assert set(found["verified"][0]) == {"what", "ok", "evidence"}
+
+
+def test_a_mode_that_cannot_be_set_is_a_failure() -> None:
+    found = iommufd_host_result(plan("none"), info(), record(), check(scratch=False))
+    assert found["failed"] == ["The rlimit mode can be set for libvirt-qemu, and read back: no (Not so.)."]
+
+
+def test_what_was_not_tried_is_neither() -> None:
+    row = started(False, ran=False, effective=None, msg="not run in check mode")
+    found = iommufd_host_result(plan("cap_ipc_lock", FILE), info(), record(), check(row, scratch=None))
+    assert [each["ok"] for each in found["verified"]] == [None, None]
+    assert found["verified"][1]["evidence"] == "not run in check mode"
+    assert found["failed"] == []
+
+
+@pytest.mark.parametrize(
+    ("made", "held", "put_back", "todo"),
+    [
+        (plan("cap_ipc_lock", FILE), process(), [], "shut domain vm1 off and start it again"),
+        (plan("native"), process(domain=None, unit="vm1.service"), [], "restart vm1.service"),
+        (plan("native"), process(domain=None), [], "end it and start it again"),
+        (plan("native"), process(accounting="process"), [], ""),
+        (plan("cap_ipc_lock", FILE), process(accounting="none"), [], ""),
+        (plan("none"), process(), [], ""),
+        (
+            plan("memlock", RAISED),
+            process(unit="vm1.service", domain=None),
+            [],
+            "limit of 1048576 bytes: restart vm1.service",
+        ),
+        (plan("memlock", RAISED), process(unit="vm1.service", memlock_bytes=2**30), [], ""),
+        (plan("memlock", RAISED), process(unit="vm1.service", memlock_bytes=None, memlock_unlimited=True), [], ""),
+        (plan("memlock", USERS), process(user="alice", unit=None, domain=None), [], "end it and start it again"),
+        (plan("memlock", RAISED), process(unit="other.service"), [], ""),
+        (plan("none"), process(accounting="none"), [f"The capability of {QEMU}."], "keeps CAP_IPC_LOCK"),
+        (plan("none"), process(accounting="none"), [], ""),
+    ],
+)
+def test_what_still_runs_as_before(made: Row, held: Row, put_back: list[str], todo: str) -> None:
+    found = iommufd_host_result(made, info(held), record(*put_back), check())
+    assert len(found["pending"]) == bool(todo)
+    if todo:
+        (row,) = found["pending"]
+        assert todo in row["todo"]
+        assert (row["pid"], row["accounting"]) == (4242, held["accounting"])
+        assert f"(pid 4242): {row['todo']}" in found["todo"][0]
+    assert found["put_back"] == put_back
+
+
+def test_what_others_have_granted() -> None:
+    made = plan("cap_ipc_lock", FILE)
+    assert iommufd_host_result(made, info(capable=True), record(ours=True), check())["found"] == []
+    (found,) = iommufd_host_result(made, info(capable=True), record(ours=False), check())["found"]
+    assert (found["what"], found["to"]) == ("cap_ipc_lock", QEMU)
+    left = iommufd_host_result(plan("native"), info(capable=True), record(), check())
+    assert [each["to"] for each in left["found"]] == [QEMU]
+    assert f"setcap -r {QEMU}" in left["todo"][0]
+    # What this run has put back was there when the host was looked at.
+    assert iommufd_host_result(plan("native"), info(capable=True), record(f"Of {QEMU}."), check())["found"] == []
+    (found,) = iommufd_host_result(plan("none"), info(), record(), check(replica(True)))["found"]
+    assert found["to"] == "vm1.service"
+    assert iommufd_host_result(plan("cap_ipc_lock", DROP_IN), info(), record(), check(replica(True)))["found"] == []
+
+
+def test_daemons_to_restart() -> None:
+    found = iommufd_host_result(plan("none"), info(), record(), check(), ["libvirtd.service"])
+    assert found["todo"] == [
+        "Restart libvirtd.service, which reads qemu.conf only when it starts; VMs go on running meanwhile."
+    ]
+
+
+@pytest.mark.parametrize("arguments", [(None, {}, {}, {}), ({}, {}, {}, None), ({}, {}, {}, {})])
+def test_other_input(arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(AnsibleFilterError, match="iommufd_host_result"):
+        iommufd_host_result(*arguments)
+
+
+def test_what_ansible_finds() -> None:
+    assert plugin.FilterModule().filters() == {"iommufd_host_result": iommufd_host_result}
