@@ -58,7 +58,7 @@ def info(*processes: Row, capable: bool = False) -> Row:
 
 
 def record(*put_back: str, ours: bool | None = None) -> Row:
-    """What iommufd_host_record returned; `ours` is whose capability the emulator has, None where it was not asked for."""
+    """What iommufd_host_record returned; `ours`: whose capability the emulator has, None where it was not asked for."""
     there = {QEMU: {"real_path": QEMU, "ipc_lock": True, "ours": ours, "other": []}}
     return {"put_back": list(put_back), "capabilities": {} if ours is None else there}
 
@@ -128,7 +128,7 @@ def session(limit: int | None) -> Row:
 def test_what_was_verified(made: Row, row: Row, ok: bool, failed: str) -> None:
     found = iommufd_host_result(made, info(), record(), check(row))
     assert found["verified"][0]["what"] == "The rlimit mode can be set for libvirt-qemu, and read back"
-    assert [each["ok"] for each in found["verified"]][0] is True
+    assert found["verified"][0]["ok"] is True
     assert found["verified"][-1]["ok"] is ok
     assert failed in " ".join(found["failed"])
     assert bool(failed) == bool(found["failed"])
