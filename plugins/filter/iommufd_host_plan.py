@@ -123,7 +123,7 @@ _value:
       type: list
       elements: str
     nodes:
-      description: The device nodes whose owner and mode the udev rule changes.
+      description: The device nodes whose owner and mode the udev rule changes, as paths and shell patterns.
       type: list
       elements: str
     blocks:
@@ -150,6 +150,8 @@ _LIMITS_FILE = "/etc/security/limits.d/80-iommufd_host.conf"
 _APPARMOR_FILE = "/etc/apparmor.d/abstractions/libvirt-qemu.d/iommufd_host"
 _QEMU_CONF = "/etc/libvirt/qemu.conf"
 _DROP_IN = "50-iommufd_host.conf"
+# As shell patterns.
+_NODES = ["/dev/iommu", "/dev/vfio/devices/*"]
 # The first libvirt that passes descriptors to QEMU, which then opens no node by itself: its NEWS.
 _PASSES_DESCRIPTORS = (12, 1)
 # Devices come and go, and qemu.conf takes no patterns; libvirt leaves out of cgroup_device_acl what is not there.
@@ -422,8 +424,7 @@ def plan(info: Mapping[str, Any], config: Mapping[str, Any], check: Mapping[str,
     grants = [] if errors else grants_of(choice, capabilities, units, config)
     files = [] if errors else files_of(grants, config, opens)
     rules = any(each["path"] == _UDEV_FILE for each in files)
-    nodes = [host["device"]["path"]]
-    nodes += [each["node"] for each in host["vfio_devices"] if each["mode"] is not None]
+    there = [each["node"] for each in host["vfio_devices"]]
     return {
         "supported": supported,
         "kernel": host["kernel"],
@@ -438,7 +439,7 @@ def plan(info: Mapping[str, Any], config: Mapping[str, Any], check: Mapping[str,
         "capabilities": capabilities if grants else [],
         "files": files,
         "units": ["iommufd-host-grant.path", "iommufd-host-grant.timer"] if capabilities and grants else [],
-        "nodes": nodes if rules else [],
+        "nodes": _NODES if rules else [],
         "blocks": [_QEMU_CONF] if opens and not errors else [],
         "acl": [host["device"]["path"], *dict.fromkeys(_VFIO_NODES + [n for n in nodes if "/vfio/" in n])]
         if opens

@@ -223,7 +223,7 @@ def verified_of(plan: Mapping[str, Any], check: Mapping[str, Any]) -> list[Row]:
             _tried(
                 f"{emulator['path']}, started as {started['user']}, has {'' if wanted else 'no '}CAP_IPC_LOCK",
                 started,
-                started["ok"] == wanted,
+                started["effective"] is not None and started["ok"] == wanted,
                 f"{started['how']} start, CapEff {started['effective']}",
                 # What others granted is theirs, and is reported as found.
                 counts=wanted,
@@ -236,7 +236,7 @@ def verified_of(plan: Mapping[str, Any], check: Mapping[str, Any]) -> list[Row]:
             _tried(
                 f"A replica of {unit['name']} has {'' if wanted else 'no '}CAP_IPC_LOCK",
                 replica,
-                replica["ok"] == wanted,
+                replica["effective"] is not None and replica["ok"] == wanted,
                 f"CapEff {replica['effective']}",
                 counts=wanted,
             )

@@ -32,7 +32,7 @@ def info(libvirt: Row, **host: Any) -> Row:
         "module": "loaded",
         "device": {"path": "/dev/iommu", "present": True},
         "caller": ROOT,
-        "vfio_devices": [{"node": "/dev/vfio/devices/vfio20", "mode": "0600"}],
+        "vfio_devices": [{"node": "/dev/vfio/devices/vfio20"}],
         "qemu": [
             {"path": QEMU, "present": True},
             {"path": "/usr/bin/qemu-system-i386", "present": True},
@@ -207,7 +207,7 @@ def test_access_for_an_older_libvirt() -> None:
     assert made["files"][1]["group"] == "libvirt-qemu"
     assert made["files"][1]["mode"] == "0660"
     assert made["blocks"] == ["/etc/libvirt/qemu.conf"]
-    assert made["nodes"] == ["/dev/iommu", "/dev/vfio/devices/vfio20"]
+    assert made["nodes"] == ["/dev/iommu", "/dev/vfio/devices/*"]
     assert made["acl"][0] == "/dev/iommu"
     assert made["acl"][1:17] == [f"/dev/vfio/devices/vfio{number}" for number in range(16)]
     assert made["acl"][17:] == ["/dev/vfio/devices/vfio20"]
