@@ -441,9 +441,7 @@ def plan(info: Mapping[str, Any], config: Mapping[str, Any], check: Mapping[str,
         "units": ["iommufd-host-grant.path", "iommufd-host-grant.timer"] if capabilities and grants else [],
         "nodes": _NODES if rules else [],
         "blocks": [_QEMU_CONF] if opens and not errors else [],
-        "acl": [host["device"]["path"], *dict.fromkeys(_VFIO_NODES + [n for n in nodes if "/vfio/" in n])]
-        if opens
-        else [],
+        "acl": [_NODES[0], *dict.fromkeys(_VFIO_NODES + there)] if opens else [],
         "access": said,
     }
 
