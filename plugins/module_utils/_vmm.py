@@ -183,6 +183,9 @@ def _xattr(path: str) -> bytes | None:
     except OSError as exc:
         if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
             return None
+        if exc.errno == errno.EINVAL:
+            # The kernel does not give away what it does not understand, not even that it is empty.
+            return b""
         raise IommufdError(f"The capabilities of {path} cannot be read ({error_text(exc.errno)}).") from exc
 
 
@@ -280,8 +283,8 @@ class Unit:
     """What systemd says of a service, and of the program that it starts.
 
     `name` is what was asked for, `asked` what systemd was asked for: of a template an instance. `user` is None where
-    systemd makes one up, and `program` where the unit starts none. `settings` are systemd's properties as it shows
-    them.
+    systemd makes one up or has no such unit, and `program` where the unit starts none. `settings` are systemd's
+    properties as it shows them.
     """
 
     name: str
@@ -317,16 +320,17 @@ def look_at_unit(run: Run, name: str) -> Unit:
     shown = _show(run, asked)
     path = re.match(r"\{ path=(/.*?) ; argv\[\]=", shown.get("ExecStart", ""))
     pid = int(shown.get("MainPID") or 0)
-    made_up = shown.get("DynamicUser") == "yes"
+    load_state = shown.get("LoadState", "")
+    nobody = load_state != "loaded" or shown.get("DynamicUser") == "yes"
     hard = _limit(shown.get("LimitMEMLOCK", ""))
     soft = _limit(shown["LimitMEMLOCKSoft"]) if "LimitMEMLOCKSoft" in shown else hard
     return Unit(
         name=name,
         asked=asked,
-        load_state=shown.get("LoadState", ""),
+        load_state=load_state,
         active=shown.get("ActiveState") == "active",
         pid=pid or None,
-        user=None if made_up else shown.get("User") or "root",
+        user=None if nobody else shown.get("User") or "root",
         program=look_at_program(path.group(1)) if path else None,
         bounding=_mask(shown.get("CapabilityBoundingSet", "")),
         ambient=_mask(shown.get("AmbientCapabilities", "")),
@@ -372,18 +376,22 @@ def unit_obstacles(unit: Unit) -> list[str]:
         found.append(f"{unit.name} starts {program.path}, which is not there.")
     if not has_ipc_lock(unit.bounding):
         found.append(
-            f"{unit.name} has a CapabilityBoundingSet without CAP_IPC_LOCK: it could not start with that as an ambient"
-            " capability."
+            f"{unit.name} has a CapabilityBoundingSet without CAP_IPC_LOCK, which takes that out of its"
+            " AmbientCapabilities too."
         )
     if unit.private_users:
         found.append(
             f"{unit.name} has PrivateUsers: it runs in a user namespace of its own, where CAP_IPC_LOCK lifts no limit"
             " of the host's."
         )
-    if program.xattr is not None and not (program.capabilities and program.capabilities.lifts_memlock):
-        what = "has capabilities of its own" if program.xattr else f"has an empty attribute {XATTR}"
+    if program.xattr == b"":
         found.append(
-            f"{program.real_path}, which {unit.name} starts, {what}, so the kernel takes ambient capabilities from it."
-            f" `setcap -r {program.real_path}` removes the attribute."
+            f"{program.real_path}, which {unit.name} starts, has an attribute {XATTR} that the kernel does not"
+            f" understand, so it cannot be executed. `setfattr -x {XATTR} {program.real_path}` removes it."
+        )
+    elif program.xattr is not None and not (program.capabilities and program.capabilities.lifts_memlock):
+        found.append(
+            f"{program.real_path}, which {unit.name} starts, has an attribute {XATTR}, if an empty one, so the kernel"
+            f" takes ambient capabilities from it. `setcap -r {program.real_path}` removes it."
         )
     return found

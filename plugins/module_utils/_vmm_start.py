@@ -500,8 +500,11 @@ def replica_properties(unit: Unit) -> list[str]:
 
 def _why(run: Run, name: str, errors: str) -> str:
     """What the journal says of a service that did not start, or else systemd-run."""
-    _code, output, _errors = _run(run, "journalctl", "--no-pager", "--output=cat", "--lines=5", f"--unit={name}")
-    return _line(os.fsencode(output.strip() or errors))
+    _run(run, "journalctl", "--sync")
+    _code, output, _errors = _run(run, "journalctl", "--no-pager", "--output=cat", "--lines=20", f"--unit={name}")
+    lines = [line.replace(f"{name}: ", "") for line in output.splitlines()]
+    failed = [line for line in lines if line.startswith("Failed at step")]
+    return _line(os.fsencode(" ".join(failed or lines) or errors))
 
 
 def _run(run: Run, *command: str) -> tuple[int, str, str]:

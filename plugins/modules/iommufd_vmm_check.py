@@ -228,7 +228,7 @@ emulators:
           type: str
           sample: "0000000000004000"
         msg:
-          description: Why it was not tried, or what failed; empty otherwise.
+          description: Why it was not tried, or what is wrong; empty otherwise.
           type: str
           sample: ""
     started:
@@ -267,7 +267,7 @@ emulators:
           type: bool
           sample: false
         msg:
-          description: Why it was not tried, or what failed; empty otherwise.
+          description: Why it was not tried, or what is wrong; empty otherwise.
           type: str
           sample: ""
 units:
@@ -301,7 +301,7 @@ units:
       type: int
       sample: 4242
     user:
-      description: Its user. V(null) where systemd makes one up for each start (C(DynamicUser)).
+      description: Its user. V(null) where systemd makes one up for each start (C(DynamicUser)), or has no such unit.
       type: str
       sample: vm
     exec:
@@ -371,7 +371,7 @@ units:
           type: bool
           sample: false
         msg:
-          description: Why it was not tried, or what failed; empty otherwise.
+          description: Why it was not tried, or what is wrong; empty otherwise.
           type: str
           sample: ""
 users:
@@ -405,7 +405,7 @@ users:
       type: bool
       sample: false
     msg:
-      description: Why it was not tried, or what failed; empty otherwise.
+      description: Why it was not tried, or what is wrong; empty otherwise.
       type: str
       sample: ""
 scratch:
@@ -426,7 +426,7 @@ scratch:
       type: str
       sample: process
     msg:
-      description: Why it was not tried, or what failed; empty otherwise.
+      description: Why it was not tried, or what is wrong; empty otherwise.
       type: str
       sample: ""
 """
@@ -497,11 +497,15 @@ def memlock_row(limit: Limit) -> Row:
 
 def seen_row(seen: _vmm_start.Seen) -> Row:
     """What was started."""
+    void = _vmm.has_ipc_lock(seen.status.effective) and not seen.lifts_memlock
     return {
         "ok": seen.lifts_memlock,
         "user": seen.user,
         "effective": effective(seen.status),
         **memlock_row(seen.memlock),
+        "msg": "It has CAP_IPC_LOCK in a user namespace of its own, which lifts no limit of the host's."
+        if void
+        else "",
     }
 
 
