@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ._capabilities import CAP_IPC_LOCK, parse_file_capabilities, with_ipc_lock, without_ipc_lock
-from ._errors import IommufdError, error_text
+from ._errors import AccessRefused, IommufdError, error_text
 from ._states import (
     BEGIN,
     END,
@@ -61,6 +61,7 @@ __all__ = (
     "Step",
     "View",
     "Wanted",
+    "check_caller",
     "has_ipc_lock",
     "locked",
     "look",
@@ -87,7 +88,7 @@ _TOLD = {"/etc/systemd/system/": _SYSTEMD, "/etc/udev/rules.d/": _UDEV}
 _SYSTEMD_RUNS = "/run/systemd/system"
 _UDEV_RUNS = "/run/udev/control"
 
-# The user whose record is believed.
+# The user whose record is believed, and who may act on it.
 _ROOT = 0
 
 _UNIT_NAME = re.compile(r"[A-Za-z0-9:_.@\\][A-Za-z0-9:_.@\\-]*\.(service|path|timer|socket)")
@@ -229,6 +230,14 @@ def _check_owner(path: str, status: os.stat_result, is_kind: Any) -> None:
             f"{shown(path)} is not believed: the record is a regular file in a folder, and both must be root's and"
             f" writable by nobody else. Find out who has written it. If it is right, mend the permissions (chown root"
             f" {shown(path)}; chmod go-w {shown(path)})."
+        )
+
+
+def check_caller() -> None:
+    """Raises AccessRefused unless root asks."""
+    if os.geteuid() != _ROOT:
+        raise AccessRefused(
+            f"It takes root to put a host back, and this is uid {os.geteuid()}. Run the task as root (become: true)."
         )
 
 

@@ -245,14 +245,13 @@ units:
       active: true
 """
 
-import os
 from functools import partial
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils._capabilities import CAP_IPC_LOCK, parse_file_capabilities
-from ..module_utils._errors import AccessRefused, IommufdError, error_text
+from ..module_utils._errors import IommufdError, error_text
 from ..module_utils._record import (
     BLOCK,
     CAPABILITY,
@@ -264,6 +263,7 @@ from ..module_utils._record import (
     Step,
     View,
     Wanted,
+    check_caller,
     locked,
     look,
     new_items,
@@ -397,10 +397,7 @@ def keep(record: Record, changed: bool) -> None:
 
 def run_module(module: AnsibleModule, result: Row) -> None:
     """Does what the task asks for, and fills in the return value. Raises IommufdError."""
-    if os.geteuid() != 0:
-        raise AccessRefused(
-            f"It takes root to put a host back, and this is uid {os.geteuid()}. Run the task as root (become: true)."
-        )
+    check_caller()
     wanted = Wanted.of({name: module.params[name] for name in LISTS})
     (path,) = Wanted.of({"files": [module.params["record"]]}).files
     run = partial(module.run_command, handle_exceptions=False, environ_update={"LC_ALL": "C"})
