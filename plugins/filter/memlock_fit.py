@@ -9,6 +9,7 @@ The functions are pure, and raise IommufdError with the text that a user reads.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from os.path import basename
@@ -238,9 +239,11 @@ def check(info: Any) -> Info:
     """The input, if it is what iommufd_info returned."""
     trouble = next(filter(info.get, TROUBLES), None) if isinstance(info, Mapping) else None
     if trouble:
+        # Whatever it is, it is told on one line.
+        msg = ascii(str(info.get("msg", "no message")))[1:-1]
         raise IommufdError(
-            f"The input is the result of a task that was {trouble} ({info.get('msg', 'no message')}), which tells"
-            " nothing of the host: leave such hosts out."
+            f"The input is the result of a task that was {trouble} ({msg:.1000}), which tells nothing of the host:"
+            " leave such hosts out."
         )
     if not isinstance(info, Mapping) or not {"host", "narrowed"} <= info.keys():
         raise IommufdError("The input is not what virt.iommufd.iommufd_info returned: give what the task registered.")
@@ -264,7 +267,9 @@ def size(name: str, value: Any, minimum: int = 0) -> int:
 def find_user(info: Info, user: Any) -> User:
     """The user that is asked about, as the input knows it."""
     text = str(user).strip()
-    if isinstance(user, bool) or not isinstance(user, (int, str)) or not text or text.startswith("-"):
+    known = isinstance(user, (int, str)) and not isinstance(user, bool)
+    # No id has more digits, and no name is made of digits alone.
+    if not known or not text.isprintable() or not text or text.startswith("-") or (text.isdigit() and len(text) > 10):
         raise IommufdError(f"user: {user!r:.60} is not a user: give a name or an id.")
     rows = (*info["users"], *info["processes"])
     uid = int(text) if text.isdecimal() else next((row["uid"] for row in rows if row["user"] == text), None)
@@ -288,8 +293,8 @@ def find_user(info: Info, user: Any) -> User:
 def address_spaces(vfio_devices: Any, viommu: Any) -> int:
     """How many times the VM pins its memory."""
     text = str(vfio_devices).strip()
-    if isinstance(vfio_devices, bool) or not text.isdecimal() or int(text) < 1:
-        raise IommufdError(f"vfio_devices: {vfio_devices!r:.60} is not a number of devices: give 1 or more.")
+    if isinstance(vfio_devices, bool) or not re.fullmatch("0{0,9}[1-9][0-9]{0,3}", text):
+        raise IommufdError(f"vfio_devices: {vfio_devices!r:.60} is not a number of devices: give 1 to 9999.")
     try:
         return int(text) if boolean(viommu) else 1
     except TypeError:
@@ -526,7 +531,7 @@ def memlock_fit(
         return answer(info, memory, user, memlock, vfio_devices, viommu, strategy, overhead)
     except IommufdError as exc:
         raise AnsibleFilterError(f"memlock_fit: {exc}") from exc
-    except (AttributeError, KeyError, TypeError) as exc:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as exc:
         # After the checks above, only a return value that was put together by hand, or by another version.
         raise AnsibleFilterError(
             "memlock_fit: The input is not what this version of virt.iommufd.iommufd_info returns: give what the task"

@@ -613,10 +613,13 @@ def test_a_wrong_size_is_named(name: str, value: Any) -> None:
 
 
 WRONG: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "who": ("user: {} is not a user: give a name or an id.", (None, True, "", " ", -1, "-1", "-x", 1.5, [], {})),
+    "who": (
+        "user: {} is not a user: give a name or an id.",
+        (None, True, "", " ", -1, "-1", "-x", 1.5, [], {}, "v\x1b[31mm", "9" * 11, 10**11),
+    ),
     "vfio_devices": (
-        "vfio_devices: {} is not a number of devices: give 1 or more.",
-        (None, True, 0, -1, "0", "x", 1.5, [1]),
+        "vfio_devices: {} is not a number of devices: give 1 to 9999.",
+        (None, True, 0, -1, "0", "x", 1.5, [1], 10000, "9" * 20, "\u0664"),
     ),
     "viommu": ("viommu: {} is not a boolean: give true or false.", (None, "x", 2, "")),
     "strategy": (
@@ -671,6 +674,12 @@ NOT_THE_RETURN = "The input is not what virt.iommufd.iommufd_info returned: give
             for outcome in ("unreachable", "failed", "skipped")
         ),
         pytest.param(
+            {"failed": True, "msg": "It\n says \x1b[31m\u202e"},
+            r"The input is the result of a task that was failed (It\n says \x1b[31m\u202e), which tells nothing of the"
+            " host: leave such hosts out.",
+            id="a hostile message",
+        ),
+        pytest.param(
             {"skipped": True},
             "The input is the result of a task that was skipped (no message), which tells nothing of the host: leave"
             " such hosts out.",
@@ -687,6 +696,12 @@ NOT_THE_RETURN = "The input is not what virt.iommufd.iommufd_info returned: give
             "The input is not what this version of virt.iommufd.iommufd_info returns: give what the task registered."
             " TypeError: 'NoneType' object is not subscriptable",
             id="a process is none",
+        ),
+        pytest.param(
+            info(users=[{"uid": 64055, "user": "libvirt-qemu", "charged_bytes": float("nan"), "uncertain_bytes": 0}]),
+            "The input is not what this version of virt.iommufd.iommufd_info returns: give what the task registered."
+            " ValueError: cannot convert float NaN to integer",
+            id="a size is no number",
         ),
     ],
 )
