@@ -14,6 +14,8 @@ BIN := $(CURDIR)/$(VENV)/bin
 # Where Ansible finds the collection, whatever the name of this folder.
 TREE := $(CURDIR)/$(VENV)/tree
 RESULTS := .nox/results
+# How many test sessions run at once. A guest of the lab keeps little more than one processor busy.
+PARALLEL ?= 2
 LAB := $(BIN)/python tests/lab
 export ANSIBLE_COLLECTIONS_PATH := $(TREE)
 # With it the formatter only checks; 'make format' rewrites.
@@ -36,12 +38,13 @@ check: $(VENV)/stamp  ## check quickly: lint, and the unit tests on one Python (
 	$(NOX) --stop-on-first-error -s lint types license-check ansible-lint \
 	    "units-$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
 
-# Everything runs, whatever fails before it; the report at the end decides.
+# Everything runs, whatever fails before it; the report at the end decides. No guest outlives a run that is interrupted.
 test: $(VENV)/stamp lab-tools  ## run all tests, as CI does, and report what ran and what could not
 	@rm -rf $(RESULTS)
 	@mkdir -p $(RESULTS)
 	@$(NOX) --list --json > $(RESULTS)/planned.json
-	@status=0; $(NOX) --report $(RESULTS)/ran.json || status=$$?; \
+	@export LAB_INSTANCE="$${LAB_INSTANCE:-}-test"; trap 'exit 130' INT; trap '$(LAB) down --all' EXIT; status=0; \
+	    $(NOX) --parallel $(PARALLEL) --report $(RESULTS)/ran.json || status=$$?; \
 	    $(BIN)/python tests/tooling/report.py $(RESULTS) $$status
 
 bench: $(VENV)/stamp lab-tools  ## measure what the modules cost, in a disposable VM (half an hour)

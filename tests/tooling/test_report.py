@@ -39,6 +39,8 @@ OTHERS = len(ALL) - 1
         ("<testcase name='a'><error/></testcase>", ALL, 0, 1, f"{OTHERS} passed, 1 failed"),
         ("<testcase name='a'/>", {**ALL, "types": "failed"}, 1, 1, f"{OTHERS} passed, 1 failed"),
         ("<testcase name='a'/>", {**ALL, "types": "skipped"}, 0, 1, f"{OTHERS} passed, 1 failed"),
+        # Nox does so with what stands on a session that failed.
+        ("<testcase name='a'/>", {**ALL, "molecule-fit": "aborted"}, 1, 1, f"{OTHERS} passed, 1 failed"),
         ("<testcase name='a'/>", {k: v for k, v in ALL.items() if k != "types"}, 0, 1, f"{OTHERS} passed, 1 failed"),
         ("<testcase name='a'/>", {}, 0, 1, f"1 passed, {len(ALL)} failed"),
         ("<testcase name='a'/>", ALL, 2, 1, f"{OTHERS + 1} passed, 1 failed"),
@@ -69,6 +71,14 @@ def test_a_session_that_left_no_results_fails(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "sanity-oldest.xml").unlink()
     assert report.main(tmp_path, 0) == 1
     assert "sanity-oldest: skipped it left no results" in capsys.readouterr().out
+
+
+def test_it_says_with_what_a_session_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, "<testcase name='a'/>", ALL)
+    (tmp_path / "units-3.11.note").write_text("Python 3.11, ansible-core 2.19.14")
+    assert report.main(tmp_path, 0) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("units-3.11 "))
+    assert "Python 3.11, ansible-core 2.19.14" in line
 
 
 def test_a_run_that_left_nothing_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
