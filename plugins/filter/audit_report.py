@@ -266,6 +266,12 @@ def show_host(name: str, host: Row) -> list[str]:
     return [cut(plain(name), WIDTH), *lines, *(line for text in texts for line in wrap(plain(text), WIDTH)), ""]
 
 
+def sum_up_host(name: str, host: Row) -> str:
+    """A line on a host, in which a long name leaves room for what is told."""
+    summary = plain(host["summary"])
+    return cut(f"{cut(plain(name), max(WIDTH // 2, WIDTH - len(summary) - len(': ')))}: {summary}", WIDTH)
+
+
 def show_vms(vms: list[Row]) -> list[str]:
     """A table, in which the names of VMs and users make room for the other columns."""
     rows = [HEADER, *(show_vm(vm) for vm in vms)]
@@ -324,7 +330,7 @@ def audit_report(results: Any) -> Row:
         "hosts": {name: host for name, (host, _lines) in told.items()},
         "lines": [
             *(line for _host, lines in told.values() for line in lines),
-            *(cut(plain(f"{name}: {host['summary']}"), WIDTH) for name, (host, _lines) in told.items()),
+            *(sum_up_host(name, host) for name, (host, _lines) in told.items()),
         ],
     }
 

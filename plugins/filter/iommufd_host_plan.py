@@ -301,9 +301,10 @@ def memlock(value: object) -> int | None:
 def input_errors(config: Mapping[str, Any]) -> list[str]:
     """What is wrong with the inputs themselves, whatever the host."""
     errors = [
-        f"{path!r} in iommufd_host_emulators is not an absolute path."
+        f"{path!r} in iommufd_host_emulators is not an absolute path of letters, digits and any of ._+@- alone."
         for path in config["emulators"]
-        if not re.fullmatch(r"/[^\0\n]+", path)
+        # It goes into files of systemd, to which other characters mean something.
+        if not re.fullmatch(r"(/[A-Za-z0-9._+@-]+)+", path)
     ]
     errors += [
         f"{name!r} in iommufd_host_units is not the name of a service unit, such as vm1.service or vm@.service."

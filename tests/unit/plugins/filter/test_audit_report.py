@@ -291,7 +291,12 @@ def test_names_make_room(vm: str, user: str, expected: str) -> None:
 
 def test_a_host_has_one_line_at_the_end() -> None:
     lines = audit_report({LONG: info(OVER, process())})["lines"]
-    assert lines[-2:] == ["", f"{LONG[:69]}..."]
+    assert lines[-2:] == ["", "a-name-that-is-far-too-long-for-any-c...: 2 VMs, 1 over limit: vm3; 1 ok"]
+
+
+def test_a_long_name_and_a_long_summary() -> None:
+    lines = audit_report({LONG: {"failed": True, "msg": "b" * 99}})["lines"]
+    assert lines[-1] == f"{LONG[:33]}...: failed: {'b' * 23}..."
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ def test_a_limit_for_units_and_users() -> None:
         ({"strategy": "memlock", "units": ["a"]}, "iommufd_host_memlock: '' is not a size"),
         ({"strategy": "memlock", "memlock": "0", "units": ["a"]}, "too small"),
         ({"emulators": ["qemu"]}, "'qemu' in iommufd_host_emulators is not an absolute path"),
+        ({"emulators": ["/opt/my qemu"]}, "'/opt/my qemu' in iommufd_host_emulators is not"),
         ({"units": ["../vm"]}, "'../vm' in iommufd_host_units is not the name of a service unit"),
         ({"units": ["vm.socket"]}, "'vm.socket' in iommufd_host_units is not"),
         ({"units": ["vm 1"]}, "is not the name of a service unit"),
