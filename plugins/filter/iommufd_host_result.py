@@ -219,9 +219,10 @@ def verified_of(plan: Mapping[str, Any], check: Mapping[str, Any]) -> list[Row]:
     for emulator in check["emulators"]:
         wanted = emulator["path"] in granted
         started = emulator["started"]
+        who = started["user"] or plan["user"]
         rows.append(
             _tried(
-                f"{emulator['path']}, started as {started['user'] or plan['user']}, has {'' if wanted else 'no '}CAP_IPC_LOCK",
+                f"{emulator['path']}, started as {who}, has {'' if wanted else 'no '}CAP_IPC_LOCK",
                 started,
                 started["effective"] is not None and started["ok"] == wanted,
                 f"{started['how']} start, CapEff {started['effective']}",
