@@ -48,7 +48,7 @@ __all__ = (
 Run = Callable[..., "tuple[int, str, str]"]
 
 # Nothing that is run here may take longer.
-PATIENCE = ("timeout", "-k", "5", "60")
+PATIENCE = ("timeout", "-k", "5", "120")
 
 XATTR = "security.capability"
 
@@ -352,12 +352,7 @@ def _show(run: Run, unit: str) -> dict[str, str]:
         code, output, errors = run(command)
     except OSError as exc:
         raise IommufdError(f"systemd cannot be asked for {unit}: {error_text(exc.errno)}.") from exc
-    shown: dict[str, str] = {}
-    for line in output.splitlines():
-        key, equals, value = line.partition("=")
-        if equals and key in _UNIT_PROPERTIES:
-            # What a value with a line break goes on with comes after it.
-            shown.setdefault(key, value)
+    shown = {key: value for key, equals, value in (line.partition("=") for line in output.splitlines()) if equals}
     if code or "LoadState" not in shown:
         why = printable(os.fsencode(" ".join(errors.split()))) or f"exit code {code}"
         raise IommufdError(f"systemd cannot be asked for {unit}: {why}.")

@@ -5,13 +5,14 @@
 """Private to this collection: starts what a VMM would be, to see in /proc with which capabilities and limits it runs.
 
 Whatever is started here has ended when the function that started it returns, and also if this process is killed in
-between: by a guard, by libvirt once the connection is gone, or by systemd after a minute.
+between: by a guard, by libvirt once the connection is gone, or by systemd after two minutes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import select
 import shutil
@@ -56,8 +57,8 @@ __all__ = (
 )
 
 # In seconds: what one process gets, and libvirt, which may have to find out what the emulators can first.
-_PATIENCE = 60
-_LIBVIRT_PATIENCE = 180
+_PATIENCE = 120
+_LIBVIRT_PATIENCE = 300
 
 # linux/prctl.h
 _PR_CAPBSET_DROP = 24
@@ -227,7 +228,7 @@ def _started(
 ) -> Iterator[int]:
     """A child that executes the program as the user under these conditions, for as long as the context lasts.
 
-    It is killed a minute later all the same. Raises IommufdError where it cannot come so far, and says why.
+    It is killed two minutes later all the same. Raises IommufdError where it cannot come so far, and says why.
     """
     dropped = [number for number in range(64) if own_status().bounding & ~under.bounding & 1 << number]
     reading, writing = os.pipe()
@@ -252,7 +253,7 @@ def _started(
 def _not_executed(program: Executable, number: int, step: str, under: Conditions, user: User) -> str:
     what = program if isinstance(program, str) else "The copy"
     text = f"{what} cannot be executed as {user.name}: to {step} failed ({error_text(number)})."
-    if step == "execute it" and not has_ipc_lock(under.bounding):
+    if step == "execute it" and number == errno.EPERM and not has_ipc_lock(under.bounding):
         text += f" CAP_IPC_LOCK is not in the bounding set of {under.of}."
     return text
 
@@ -314,7 +315,7 @@ def become_user(user: User) -> None:
 
 @contextlib.contextmanager
 def _guard(pid: int) -> Iterator[None]:
-    """Has another process kill the child when the context ends, when this process does, or after a minute.
+    """Has another process kill the child when the context ends, when this process does, or after two minutes.
 
     Nothing weaker does: the kernel forgets PR_SET_PDEATHSIG when a program gives capabilities.
     """

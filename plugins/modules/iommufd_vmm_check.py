@@ -351,7 +351,8 @@ units:
           type: bool
           sample: true
         ok:
-          description: As RV(emulators.started.ok).
+          description:
+            - As RV(emulators.started.ok), V(null) where it was not tried.
           type: bool
           sample: true
         user:

@@ -1,0 +1,348 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt, _vmm
+from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import with_ipc_lock
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, own_status, read_file
+from ansible_collections.virt.iommufd.plugins.module_utils._vmm import (
+    Conditions,
+    FileSystem,
+    Program,
+    User,
+    conditions,
+    find_user,
+    has_ipc_lock,
+    instance,
+    is_qemu,
+    look_at_program,
+    look_at_unit,
+    obstacles,
+    own_conditions,
+    parse_mount_point,
+    unit_obstacles,
+)
+
+IPC_LOCK = 1 << 14
+NET_ADMIN = struct.pack("<5I", 0x02000001, 1 << 12, 0, 0, 0)
+NOTHING = struct.pack("<5I", 0x02000000, 0, 0, 0, 0)
+QEMU = Program("/q", "/usr/bin/qemu-system-x86_64", True, True, FileSystem("/", nosuid=False, read_only=False))
+GOOD = Conditions("libvirtd.service", IPC_LOCK, no_new_privs=False, initial=True)
+
+
+def changed(thing: Any, /, **other: Any) -> Any:
+    return type(thing)(**{**vars(thing), **other})
+
+
+def shown(**properties: str) -> str:
+    usual = {"LoadState": "loaded", "ActiveState": "inactive", "MainPID": "0", "DynamicUser": "no"}
+    usual |= {"CapabilityBoundingSet": "cap_chown cap_ipc_lock", "NoNewPrivileges": "no", "PrivateUsers": "no"}
+    usual |= {"LimitMEMLOCK": "8388608", "LimitMEMLOCKSoft": "4194304", "AmbientCapabilities": "", "SecureBits": "0"}
+    return "".join(f"{key}={value}\n" for key, value in {**usual, **properties}.items())
+
+
+def answering(output: str, code: int = 0, errors: str = "") -> _vmm.Run:
+    return lambda _command, **_data: (code, output, errors)
+
+
+def test_users() -> None:
+    assert find_user("root") == User("root", 0, 0)
+    for name in ("nobody-of-this-name", "a\0b"):
+        with pytest.raises(IommufdError, match="This host has no user '"):
+            find_user(name)
+
+
+def test_has_ipc_lock() -> None:
+    assert [has_ipc_lock(mask) for mask in (0, IPC_LOCK, ~IPC_LOCK, 2**64 - 1)] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "is_program"),
+    [
+        (b"\x7fELF\2\1\1" + bytes(9) + b"\3\0", 0o755, True),
+        (b"\x7fELF\2\2\1" + bytes(9) + b"\0\2", 0o755, True),
+        (b"\x7fELF\2\1\1" + bytes(9) + b"\3\0", 0o644, False),
+        # An object file and a core.
+        (b"\x7fELF\2\1\1" + bytes(9) + b"\1\0", 0o755, False),
+        (b"\x7fELF\2\1\1" + bytes(9) + b"\4\0", 0o755, False),
+        (b"\x7fELF", 0o755, False),
+        (b"#!/bin/sh\nexec qemu-system-x86_64\n", 0o755, False),
+        (b"", 0o755, False),
+    ],
+)
+def test_what_can_be_an_emulator(tmp_path: Path, content: bytes, mode: int, is_program: bool) -> None:
+    path = tmp_path / "qemu-system-of-the-test"
+    path.write_bytes(content)
+    path.chmod(mode)
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    found = look_at_program(str(link))
+    assert (found.path, found.real_path, found.present) == (str(link), str(path), True)
+    assert (found.is_program, is_qemu(found)) == (is_program, is_program)
+    assert found.xattr is None
+    assert found.capabilities is None
+
+
+def test_where_it_lies() -> None:
+    place = look_at_program(sys.executable).file_system
+    assert place
+    flags = os.statvfs(sys.executable).f_flag
+    assert (place.nosuid, place.read_only) == (bool(flags & os.ST_NOSUID), bool(flags & os.ST_RDONLY))
+    assert place.mount_point
+    assert os.path.realpath(sys.executable).startswith(place.mount_point)
+
+
+@pytest.mark.parametrize("path", ["/nothing-of-this-name", "/etc/passwd/below", "{}/loop"])
+def test_what_is_not_there(tmp_path: Path, path: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert not look_at_program(path.format(tmp_path)).present
+
+
+def test_a_folder_is_no_program() -> None:
+    assert not look_at_program("/usr").is_program
+
+
+@pytest.mark.parametrize("path", ["qemu-system-x86_64", "", "/usr/bin/q\0"])
+def test_paths_that_are_none(path: str) -> None:
+    with pytest.raises(IommufdError, match="is not an absolute path"):
+        look_at_program(path)
+
+
+def refusing(number: int) -> Any:
+    def refuse(*_arguments: object) -> None:
+        raise OSError(number, "no")
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "message"),
+    [
+        ("open", errno.EACCES, "cannot be looked at .EACCES"),
+        ("getxattr", errno.EIO, "The capabilities of .* cannot be read .EIO"),
+    ],
+)
+def test_what_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch, name: str, number: int, message: str) -> None:
+    monkeypatch.setattr(os, name, refusing(number))
+    with pytest.raises(IommufdError, match=message):
+        look_at_program(sys.executable)
+
+
+def test_what_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: str, *most: int) -> bytes:
+        if path == os.path.realpath(sys.executable):
+            raise OSError(errno.EACCES, "no")
+        return read_file(path, *most)
+
+    monkeypatch.setattr(_vmm, "read_file", read)
+    with pytest.raises(IommufdError, match=r"cannot be read .EACCES"):
+        look_at_program(sys.executable)
+
+
+@pytest.mark.parametrize(("number", "xattr"), [(errno.ENODATA, None), (errno.EOPNOTSUPP, None), (errno.EINVAL, b"")])
+def test_attributes_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, number: int, xattr: bytes | None) -> None:
+    monkeypatch.setattr(os, "getxattr", refusing(number))
+    assert look_at_program(sys.executable).xattr == xattr
+
+
+MOUNTINFO = rb"""19 1 254:0 / / rw,relatime shared:1 - ext4 /dev/root rw
+31 19 0:27 / /tmp rw,nosuid,nodev shared:15 - tmpfs tmpfs rw
+131 19 0:28 / /srv/a\040b\134 rw - ext4 /dev/x rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("fdinfo", "mount_point"),
+    [
+        (b"pos:\t0\nflags:\t012100000\nmnt_id:\t19\nino:\t7\n", "/"),
+        (b"pos:\t0\nmnt_id:\t31\n", "/tmp"),
+        (b"mnt_id:\t131\n", r"/srv/a b\\".replace("\\\\", "\\")),
+        (b"mnt_id:\t1\n", None),
+        (b"mnt_id:\t9\n", None),
+        (b"", None),
+    ],
+)
+def test_mount_points(fdinfo: bytes, mount_point: str | None) -> None:
+    assert parse_mount_point(MOUNTINFO, fdinfo) == mount_point
+
+
+def test_own_conditions() -> None:
+    own = own_status()
+    found = own_conditions()
+    assert (found.of, found.bounding, found.no_new_privs) == ("this caller", own.bounding, own.no_new_privs)
+
+
+def of_libvirt(monkeypatch: pytest.MonkeyPatch, unit: str | None, pid: int | None) -> None:
+    monkeypatch.setattr(_libvirt, "look", lambda _run: _libvirt.Libvirt(None, None, unit, pid, None))
+
+
+def test_the_conditions_are_those_of_libvirts_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_libvirt(monkeypatch, "libvirtd.service", os.getpid())
+    found = conditions(answering(""))
+    assert found == changed(own_conditions(), of=f"libvirtd.service (pid {os.getpid()})")
+
+
+@pytest.mark.parametrize("pid", [None, 2**31 - 1])
+def test_the_conditions_are_those_of_its_unit(monkeypatch: pytest.MonkeyPatch, pid: int | None) -> None:
+    of_libvirt(monkeypatch, "libvirtd.service", pid)
+    assert conditions(answering(shown())) == Conditions("libvirtd.service", IPC_LOCK | 1, False, True)
+    narrow = shown(CapabilityBoundingSet="cap_chown cap_of_tomorrow", NoNewPrivileges="yes", PrivateUsers="yes")
+    assert conditions(answering(narrow)) == Conditions("libvirtd.service", 1, True, False)
+
+
+def test_the_conditions_are_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_libvirt(monkeypatch, None, None)
+    assert conditions(answering("")).of == "this caller"
+
+
+@pytest.mark.parametrize(
+    ("program", "under", "words"),
+    [
+        (QEMU, GOOD, []),
+        (QEMU, changed(GOOD, initial=None), []),
+        (changed(QEMU, present=False), GOOD, ["There is no /q."]),
+        (changed(QEMU, is_program=False), GOOD, ["/q is no executable program"]),
+        (
+            changed(QEMU, file_system=FileSystem("/srv", True, False)),
+            GOOD,
+            ["/q gives no capabilities: the file system at /srv is mounted nosuid"],
+        ),
+        (
+            changed(QEMU, file_system=FileSystem(None, False, True)),
+            GOOD,
+            ["/q cannot be given capabilities: its file system is mounted read-only"],
+        ),
+        (QEMU, changed(GOOD, bounding=1), ["not in the bounding set of libvirtd.service: /q with that capability"]),
+        (QEMU, changed(GOOD, no_new_privs=True), ["libvirtd.service runs with NoNewPrivileges"]),
+        (QEMU, changed(GOOD, initial=False), ["libvirtd.service is in a user namespace of its own"]),
+        (
+            changed(QEMU, is_program=False, file_system=FileSystem("/", True, True)),
+            Conditions("this caller", 0, True, False),
+            ["no executable", "nosuid", "read-only", "bounding set", "NoNewPrivileges", "user namespace"],
+        ),
+    ],
+)
+def test_obstacles_of_a_file_capability(program: Program, under: Conditions, words: list[str]) -> None:
+    found = obstacles(program, under)
+    assert len(found) == len(words)
+    for sentence, word in zip(found, words):
+        assert word in sentence
+        assert sentence.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("vm1.service", "vm1.service"),
+        ("vm@.service", "vm@iommufd-host-check.service"),
+        ("vm@1.service", "vm@1.service"),
+        (r"a\x2db:c_d.service", r"a\x2db:c_d.service"),
+    ],
+)
+def test_what_systemd_is_asked_for(name: str, asked: str) -> None:
+    assert instance(name) == asked
+
+
+@pytest.mark.parametrize("name", ["vm1", "-H.service", "a/b.service", "a b.service", "vm.scope", ".service\n", ""])
+def test_names_that_are_no_services(name: str) -> None:
+    with pytest.raises(IommufdError, match="is not the name of a systemd service"):
+        instance(name)
+
+
+EXEC = "{{ path={} ; argv[]={} -S ; ignore_errors=no ; pid=0 }}"
+
+
+def test_a_service() -> None:
+    path = sys.executable
+    command = EXEC.format(path, path)
+    found = look_at_unit(
+        answering(shown(ExecStart=command, User="vm", MainPID="42", ActiveState="active")), "vm@.service"
+    )
+    assert (found.name, found.asked) == ("vm@.service", "vm@iommufd-host-check.service")
+    assert (found.present, found.active, found.pid, found.user) == (True, True, 42, "vm")
+    assert found.program == look_at_program(path)
+    assert (found.bounding, found.ambient) == (IPC_LOCK | 1, 0)
+    assert (found.no_new_privs, found.private_users) == (False, False)
+    assert found.memlock == Limit(4194304, 8388608)
+
+
+def test_another_service() -> None:
+    text = shown(
+        DynamicUser="yes",
+        AmbientCapabilities="cap_ipc_lock",
+        PrivateUsers="yes",
+        NoNewPrivileges="yes",
+        LimitMEMLOCK="infinity",
+        LimitMEMLOCKSoft="18446744073709551615",
+    )
+    found = look_at_unit(answering(text), "vm.service")
+    assert (found.present, found.active, found.pid, found.user, found.program) == (True, False, None, None, None)
+    assert (found.ambient, found.no_new_privs, found.private_users) == (IPC_LOCK, True, True)
+    assert found.memlock == Limit(None, None)
+
+
+def test_a_service_of_an_older_systemd() -> None:
+    text = shown().replace("LimitMEMLOCKSoft", "Unknown").replace("PrivateUsers=no\n", "")
+    found = look_at_unit(answering(text), "vm.service")
+    assert found.memlock == Limit(8388608, 8388608)
+    assert found.private_users is False
+    assert found.user == "root"
+
+
+def test_systemd_does_not_answer() -> None:
+    def missing(_command: list[str]) -> tuple[int, str, str]:
+        raise FileNotFoundError(errno.ENOENT, "no")
+
+    for run, why in (
+        (missing, "ENOENT"),
+        (answering("", 1, "Failed to\nconnect to bus\n"), "vm.service: Failed to connect to bus."),
+        (answering("", 124), "exit code 124"),
+        # In a chroot it says nothing.
+        (answering(""), "exit code 0"),
+    ):
+        with pytest.raises(IommufdError, match=why):
+            look_at_unit(run, "vm.service")
+
+
+UNIT = look_at_unit(answering(shown(ExecStart=EXEC.format(sys.executable, ""), User="vm")), "vm.service")
+
+
+@pytest.mark.parametrize(
+    ("unit", "words"),
+    [
+        (UNIT, []),
+        (changed(UNIT, no_new_privs=True), []),
+        (changed(UNIT, load_state="not-found"), ["systemd has no unit vm.service: its state is not-found"]),
+        (changed(UNIT, program=None), ["vm.service starts no program"]),
+        (changed(UNIT, program=Program("/q", "/q", present=False)), ["vm.service starts /q, which is not there"]),
+        (changed(UNIT, bounding=1), ["has a CapabilityBoundingSet without CAP_IPC_LOCK"]),
+        (changed(UNIT, private_users=True), ["vm.service has PrivateUsers"]),
+        (changed(UNIT, program=changed(QEMU, xattr=b"")), ["that the kernel does not understand"]),
+        (changed(UNIT, program=changed(QEMU, xattr=NOTHING)), ["takes ambient capabilities from it"]),
+        (changed(UNIT, program=changed(QEMU, xattr=NET_ADMIN)), ["`setcap -r /usr/bin/qemu-system-x86_64` removes"]),
+        (changed(UNIT, program=changed(QEMU, xattr=b"\1\2\3\4\5")), ["takes ambient capabilities from it"]),
+        # It gives what the ambient set would.
+        (changed(UNIT, program=changed(QEMU, xattr=with_ipc_lock(None))), []),
+        (
+            changed(UNIT, program=changed(QEMU, xattr=NOTHING), bounding=0, private_users=True),
+            ["CapabilityBoundingSet", "PrivateUsers", "ambient"],
+        ),
+    ],
+)
+def test_obstacles_of_an_ambient_capability(unit: _vmm.Unit, words: list[str]) -> None:
+    found = unit_obstacles(unit)
+    assert len(found) == len(words)
+    for sentence, word in zip(found, words):
+        assert word in sentence
+        assert sentence.endswith(".")

@@ -1,0 +1,567 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pwd
+import resource
+import shutil
+import signal
+import stat
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable, NoReturn
+
+import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _host, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status, parse_status
+from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget, hold_target
+from ansible_collections.virt.iommufd.plugins.module_utils._vmm import (
+    Conditions,
+    Program,
+    Run,
+    Unit,
+    User,
+    look_at_program,
+    own_conditions,
+)
+from ansible_collections.virt.iommufd.plugins.module_utils._vmm_start import (
+    Seen,
+    become_user,
+    check_able,
+    domain_xml,
+    replica_properties,
+    scratch_mode,
+    session_memlock,
+    start_domain,
+    start_emulator,
+    start_replica,
+    try_copy,
+)
+from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
+
+IPC_LOCK = 1 << 14
+MYSELF = User(pwd.getpwuid(os.getuid()).pw_name, os.getuid(), os.getgid())
+OWN = own_conditions()
+
+
+def changed(thing: Any, /, **other: Any) -> Any:
+    return type(thing)(**{**vars(thing), **other})
+
+
+@pytest.fixture
+def emulator(tmp_path: Path) -> Program:
+    """A program that waits, whatever it is told to do."""
+    path = tmp_path / "qemu-system-of-the-test"
+    path.write_text("#!/bin/sh\nexec sleep 600\n")
+    path.chmod(0o755)
+    return changed(look_at_program(str(path)), is_program=True)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The children that are made; all must have been buried."""
+    made: list[int] = []
+    fork = os.fork
+
+    def note() -> int:
+        pid = fork()
+        if pid:
+            made.append(pid)
+        return pid
+
+    monkeypatch.setattr(os, "fork", note)
+    yield made
+    for pid in made:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+
+
+def test_an_emulator_is_started_and_ended(emulator: Program, children: list[int]) -> None:
+    seen = start_emulator(emulator, OWN, MYSELF)
+    assert seen.user == MYSELF.name
+    assert seen.status.bounding == own_status().bounding
+    assert seen.memlock.soft == Limit(*_limits()).soft
+    # It and its guard.
+    assert len(children) == 2
+
+
+def _limits() -> list[int | None]:
+    return [None if each == resource.RLIM_INFINITY else each for each in resource.getrlimit(resource.RLIMIT_MEMLOCK)]
+
+
+def test_what_is_started_is_under_the_conditions(emulator: Program) -> None:
+    under = changed(OWN, no_new_privs=True)
+    assert start_emulator(emulator, under, MYSELF).status.no_new_privs
+
+
+def test_an_emulator_that_cannot_be_executed(emulator: Program, children: list[int]) -> None:
+    os.chmod(emulator.path, 0o644)
+    with pytest.raises(IommufdError, match=r"cannot be executed as .*: to execute it failed \(EACCES: .*\)\.$"):
+        start_emulator(emulator, OWN, MYSELF)
+
+
+def test_outside_of_the_bounding_set(emulator: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_words: object) -> NoReturn:
+        raise PermissionError(errno.EPERM, "no")
+
+    monkeypatch.setattr(os, "execve", refuse)
+    # Nobody but root may give up anything of it.
+    monkeypatch.setattr(_vmm_start, "own_status", lambda: changed(own_status(), bounding=0))
+    with pytest.raises(IommufdError, match=r"EPERM.*CAP_IPC_LOCK is not in the bounding set of libvirtd.service\.$"):
+        start_emulator(emulator, Conditions("libvirtd.service", 0, OWN.no_new_privs, True), MYSELF)
+
+
+def test_an_emulator_that_ends_at_once(emulator: Program, monkeypatch: pytest.MonkeyPatch, children: list[int]) -> None:
+    Path(emulator.path).write_text('#!/bin/sh\necho "qemu: no\nsuch $1" >&2; exit 1\n')
+    wait = _vmm_start._await_new_program
+
+    def wait_for_its_end(pid: int) -> None:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        wait(pid)
+
+    monkeypatch.setattr(_vmm_start, "_await_new_program", wait_for_its_end)
+    with pytest.raises(IommufdError, match=r"ended at once: qemu: no such -no-user-config$"):
+        start_emulator(emulator, OWN, MYSELF)
+
+
+def test_a_user_that_one_cannot_become(emulator: Program, children: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_name: str, _gid: int) -> NoReturn:
+        raise PermissionError(errno.EPERM, "no")
+
+    monkeypatch.setattr(os, "initgroups", refuse)
+    with pytest.raises(IommufdError, match=r"as other: to become that user failed \(EPERM"):
+        start_emulator(emulator, OWN, User("other", os.getuid() + 1, 0))
+
+
+def test_become_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[tuple[Any, ...]] = []
+    for name in ("initgroups", "setgid", "setuid"):
+        monkeypatch.setattr(os, name, lambda *words, name=name: order.append((name, *words)))
+    become_user(MYSELF)
+    assert not order
+    become_user(User("other", os.getuid() + 1, 7))
+    # Once it is another user it may not change its groups.
+    assert order == [("initgroups", "other", 7), ("setgid", 7), ("setuid", os.getuid() + 1)]
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_the_step_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    class Ended(Exception):
+        pass
+
+    def end(code: int) -> NoReturn:
+        raise Ended(code)
+
+    def refuse(option: int, value: int) -> None:
+        if not steps:
+            raise OSError(errno.EPERM, f"{option} {value}")
+
+    for name in ("dup2", "setsid", "chdir"):
+        monkeypatch.setattr(os, name, lambda *_words: None)
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(_vmm_start, "_prctl", refuse)
+    reading, writing = os.pipe()
+    with pytest.raises(Ended):
+        _vmm_start._become("/nothing/there", ["x"], [14], True, MYSELF, (1, 2), writing)
+    os.close(writing)
+    with open(reading, "rb") as report:
+        expected = b"2 execute it" if steps else b"1 give up capabilities"
+        assert report.read() == expected
+
+
+def test_prctl() -> None:
+    with pytest.raises(OSError, match="Invalid argument"):
+        _vmm_start._prctl(2**20, 0)
+    # PR_SET_DUMPABLE to what it is.
+    _vmm_start._prctl(4, 1)
+
+
+def test_what_was_started_ends_with_this_process(tmp_path: Path) -> None:
+    noted = tmp_path / "pid"
+    starter = os.fork()
+    if not starter:
+        output = (tmp_path / "output").open("wb")
+        with output, _vmm_start._started("/bin/sleep", ["sleep", "600"], OWN, MYSELF, output, output) as pid:
+            noted.with_suffix(".new").write_text(str(pid))
+            noted.with_suffix(".new").rename(noted)
+            signal.pause()
+        os._exit(0)
+    _await(noted.exists)
+    with Process.hold(int(noted.read_text())) as process:
+        os.kill(starter, signal.SIGKILL)
+        os.waitpid(starter, 0)
+        _await(lambda: _has_ended(process))
+
+
+def _has_ended(process: Process) -> bool:
+    with contextlib.suppress(IommufdError):
+        process.check_alive()
+        return False
+    return True
+
+
+def _await(happens: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def attributes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The attributes that files are given, which none but root may give."""
+    given: list[bytes] = []
+
+    def note(fd: int, name: str, value: bytes) -> None:
+        assert name == "security.capability"
+        assert os.fstat(fd).st_nlink == 0
+        assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o755
+        given.append(value)
+
+    monkeypatch.setattr(os, "setxattr", note)
+    return given
+
+
+def test_a_copy_is_tried(emulator: Program, attributes: list[bytes], children: list[int]) -> None:
+    before = sorted(os.listdir(os.path.dirname(emulator.path)))
+    status = try_copy(emulator, OWN, MYSELF)
+    assert status.uid == os.getuid()
+    assert status.bounding == OWN.bounding
+    assert [each[:8].hex() for each in attributes] == ["0100000200400000"]
+    assert sorted(os.listdir(os.path.dirname(emulator.path))) == before
+
+
+def test_a_copy_that_says_something_else(
+    emulator: Program, attributes: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _name, path: "/bin/echo")
+    with pytest.raises(IommufdError, match=r"was executed, but failed: /proc/self/status$"):
+        try_copy(emulator, OWN, MYSELF)
+
+
+def test_a_copy_that_cannot_be_made(emulator: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = changed(emulator, real_path="/nothing/there/qemu")
+    with pytest.raises(
+        IommufdError, match=r"^A copy of cat with .* next to /nothing/there/qemu cannot be made .ENOENT"
+    ):
+        try_copy(gone, OWN, MYSELF)
+    monkeypatch.setattr(shutil, "which", lambda _name, path: None)
+    with pytest.raises(HostLacks, match="There is no cat"):
+        try_copy(emulator, OWN, MYSELF)
+
+
+def test_a_copy_whose_attribute_would_give_more(emulator: Program) -> None:
+    odd = changed(emulator, xattr=bytes.fromhex("0000000200100000000000000000000000000000"))
+    with pytest.raises(IommufdError, match="cap_net_admin"):
+        try_copy(odd, OWN, MYSELF)
+
+
+@pytest.mark.parametrize(
+    ("own", "under", "able"),
+    [
+        ((IPC_LOCK, False), (IPC_LOCK, False), True),
+        ((0, False), (0, False), True),
+        ((0, False), (IPC_LOCK, False), False),
+        ((IPC_LOCK, True), (IPC_LOCK, False), False),
+        ((IPC_LOCK, True), (IPC_LOCK, True), True),
+        ((IPC_LOCK, False), (IPC_LOCK, True), True),
+    ],
+)
+def test_a_caller_who_is_worse_off(
+    monkeypatch: pytest.MonkeyPatch, own: tuple[int, bool], under: tuple[int, bool], able: bool
+) -> None:
+    status = changed(own_status(), bounding=own[0], no_new_privs=own[1])
+    monkeypatch.setattr(_vmm_start, "own_status", lambda: status)
+    expect: Any = contextlib.nullcontext() if able else pytest.raises(IommufdError, match=r"^This caller runs with")
+    with expect:
+        check_able(Conditions("libvirtd.service", *under, initial=True))
+
+
+@pytest.mark.parametrize(
+    ("effective", "initial", "lifts"),
+    [(IPC_LOCK, True, True), (IPC_LOCK, None, True), (IPC_LOCK, False, False), (0, True, False)],
+)
+def test_whether_it_lifts_the_limit(effective: int, initial: bool | None, lifts: bool) -> None:
+    seen = Seen("vm", changed(own_status(), effective=effective), Limit(1, 1), initial)
+    assert seen.lifts_memlock is lifts
+
+
+CAPABILITIES = (
+    "<domainCapabilities><path>/q</path><domain>kvm</domain><machine>pc'1</machine><arch>x86_64</arch>"
+    "</domainCapabilities>"
+)
+
+
+def test_the_domain() -> None:
+    text = domain_xml(ET.fromstring(CAPABILITIES), "n", "u", "/a & b")
+    domain = ET.fromstring(text)
+    assert (domain.get("type"), domain.findtext("name"), domain.findtext("uuid")) == ("kvm", "n", "u")
+    kind = domain.find("os/type")
+    assert kind is not None
+    assert (kind.get("arch"), kind.get("machine")) == ("x86_64", "pc'1")
+    assert domain.findtext("devices/emulator") == "/a & b"
+
+
+VIRSH = """#!/bin/sh
+echo "$*" >{folder}/arguments
+while read -r word rest; do
+    echo "virsh # $word $rest"
+    echo "$word $rest" >>{folder}/told
+    case $word in
+        create) cat "${{rest##* }}" >{folder}/domain; echo '{answer}' ;;
+        echo) eval "echo $rest" ;;
+    esac
+done
+"""
+
+
+@pytest.fixture
+def virsh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a virsh in the place of the real one that notes what it is told, and gives an answer."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def put(answer: str) -> None:
+        (tmp_path / "virsh").write_text(VIRSH.format(folder=tmp_path, answer=answer))
+        (tmp_path / "virsh").chmod(0o755)
+
+    return put
+
+
+def tells(output: str, code: int = 0, errors: str = "") -> Run:
+    return lambda _command: (code, output, errors)
+
+
+def test_a_domain_is_created_and_destroyed(
+    virsh: Callable[[str], None], emulator: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    virsh("Domain created")
+    logs, profiles = tmp_path / "logs", tmp_path / "profiles"
+    monkeypatch.setattr(_vmm_start, "_LIBVIRT_LOGS", str(logs))
+    monkeypatch.setattr(_vmm_start, "_LIBVIRT_PROFILES", str(profiles))
+    named: list[str] = []
+
+    @contextlib.contextmanager
+    def hold(target: Any) -> Iterator[Process]:
+        domain = ET.parse(tmp_path / "domain").getroot()
+        assert domain.findtext("name") == target.name
+        named.append(target.name)
+        for folder, name in ((logs, f"{target.name}.log"), (profiles, f"libvirt-{domain.findtext('uuid')}")):
+            folder.mkdir()
+            (folder / "of-another").touch()
+            (folder / name).touch()
+        with hold_target(PidTarget(os.getpid())) as process:
+            yield process
+
+    monkeypatch.setattr(_vmm_start, "hold_target", hold)
+    seen = start_domain(tells(CAPABILITIES), "qemu:///test", emulator)
+    assert seen.user == MYSELF.name
+    told = (tmp_path / "told").read_text().splitlines()
+    assert told[0].startswith("create --paused --autodestroy /dev/fd/")
+    assert told[2:] == [f"destroy {named[0]}"]
+    assert (tmp_path / "arguments").read_text() == "--connect=qemu:///test\n"
+    assert [sorted(each.name for each in folder.iterdir()) for folder in (logs, profiles)] == [["of-another"]] * 2
+
+
+def test_a_domain_that_is_not_created(virsh: Callable[[str], None], emulator: Program, tmp_path: Path) -> None:
+    virsh("error: Failed to create\nerror: no such thing")
+    message = "libvirt does not start a domain with .*: error: Failed to create error: no such thing$"
+    with pytest.raises(IommufdError, match=message):
+        start_domain(tells(CAPABILITIES), "qemu:///test", emulator)
+    assert "destroy" in (tmp_path / "told").read_text()
+
+
+def test_a_virsh_that_ends_at_once(virsh: Callable[[str], None], emulator: Program, tmp_path: Path) -> None:
+    virsh("")
+    (tmp_path / "virsh").write_text("#!/bin/sh\nexec <&-\necho 'error: failed to connect'; exit 1\n")
+    with pytest.raises(IommufdError, match=r"libvirt does not start a domain with .*: error: failed to connect$"):
+        start_domain(tells(CAPABILITIES), "qemu:///test", emulator)
+
+
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [
+        (tells("", 1, "error: invalid\n argument"), "error: invalid argument$"),
+        (tells("no XML"), "no XML$"),
+        (tells(""), "it said nothing.$"),
+    ],
+)
+def test_libvirt_does_not_know_the_emulator(emulator: Program, run: Run, why: str) -> None:
+    with pytest.raises(IommufdError, match=f"libvirt does not tell what .* can: {why}"):
+        start_domain(run, "qemu:///test", emulator)
+
+
+def missing(_command: list[str]) -> tuple[int, str, str]:
+    raise FileNotFoundError(errno.ENOENT, "no")
+
+
+def test_there_is_no_virsh(emulator: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(IommufdError, match="virsh does not run: ENOENT"):
+        start_domain(missing, "qemu:///test", emulator)
+    monkeypatch.setenv("PATH", "/nothing")
+    with pytest.raises(IommufdError, match="virsh does not run: ENOENT"):
+        start_domain(tells(CAPABILITIES), "qemu:///test", emulator)
+
+
+def unit(program: Program, **settings: str) -> Unit:
+    return Unit(
+        "vm.service", "vm.service", "loaded", False, None, "vm", program, 0, 0, False, False, Limit(1, None), settings
+    )
+
+
+def test_what_a_replica_takes_over(emulator: Program) -> None:
+    usual = ["LimitMEMLOCK=1:infinity", "RuntimeMaxSec=120"]
+    none = ["CapabilityBoundingSet=", "AmbientCapabilities=", "SecureBits="]
+    assert replica_properties(unit(emulator)) == [*none, *usual]
+    settings = {
+        "User": "vm",
+        "Group": "",
+        "SupplementaryGroups": "kvm disk",
+        "NoNewPrivileges": "yes",
+        "CapabilityBoundingSet": "cap_ipc_lock cap_kill",
+        "AmbientCapabilities": "cap_ipc_lock",
+        "SecureBits": "17",
+        "ExecStart": "not this",
+    }
+    assert replica_properties(unit(emulator, **settings)) == [
+        "User=vm",
+        "SupplementaryGroups=kvm disk",
+        "NoNewPrivileges=yes",
+        "CapabilityBoundingSet=cap_ipc_lock cap_kill",
+        "AmbientCapabilities=cap_ipc_lock",
+        "SecureBits=noroot keep-caps",
+        *usual,
+    ]
+
+
+class Systemd:
+    """Starts nothing, and gives this process for what it was to start."""
+
+    def __init__(self, code: int = 0, pid: str = str(os.getpid()), journal: str = "") -> None:
+        self._code, self._pid, self._journal = code, pid, journal
+        self.commands: list[list[str]] = []
+
+    def __call__(self, command: list[str]) -> tuple[int, str, str]:
+        assert command[:4] == ["timeout", "-k", "5", "120"]
+        self.commands.append(command[4:])
+        if command[4] == "systemd-run":
+            return self._code, "", "Job failed.\n" if self._code else ""
+        if command[4:6] == ["systemctl", "show"]:
+            return 0, f"{self._pid}\n", ""
+        if command[4] == "journalctl":
+            return 0, self._journal.format(self.name), ""
+        return 0, "", ""
+
+    @property
+    def name(self) -> str:
+        (name,) = [word[7:] for word in self.commands[0] if word.startswith("--unit=")]
+        return name
+
+
+@pytest.mark.parametrize("qemu", [True, False])
+def test_a_replica_is_started_and_stopped(emulator: Program, qemu: bool) -> None:
+    systemd = Systemd()
+    seen = start_replica(systemd, unit(changed(emulator, is_program=qemu)))
+    assert (seen.user, seen.status.uid) == (MYSELF.name, os.getuid())
+    command = systemd.commands[0][systemd.commands[0].index("--") + 1 :]
+    assert command[:2] == ([emulator.path, "-no-user-config"] if qemu else ["sleep", "240"])
+    assert systemd.commands[-1] == ["systemctl", "stop", "--", systemd.name]
+
+
+@pytest.mark.parametrize(
+    ("systemd", "message"),
+    [
+        (Systemd(code=1), "systemd does not start a service like vm.service: Job failed.$"),
+        (
+            Systemd(code=1, journal="Starting\n{0}: Failed at step USER spawning x: No such process\n{0}: Failed.\n"),
+            "vm.service: Failed at step USER spawning x: No such process$",
+        ),
+        (Systemd(pid="0", journal="x\n{0}: ended\n"), "A service like vm.service ended at once: x ended$"),
+        (Systemd(pid=""), "A service like vm.service ended at once: it said nothing.$"),
+    ],
+)
+def test_a_replica_that_does_not_start(emulator: Program, systemd: Systemd, message: str) -> None:
+    with pytest.raises(IommufdError, match=message):
+        start_replica(systemd, unit(emulator))
+    assert systemd.commands[-1] == ["systemctl", "stop", "--", systemd.name]
+
+
+def test_there_is_no_systemd(emulator: Program) -> None:
+    with pytest.raises(IommufdError, match=r"systemd does not start a service like vm.service: ENOENT"):
+        start_replica(missing, unit(emulator))
+
+
+def test_the_limit_in_a_session() -> None:
+    limits = Path("/proc/self/limits").read_text()
+    assert session_memlock(tells(limits), MYSELF) == Limit(*_limits())
+    for run, why in (
+        (tells("", 1, "runuser: no\n"), "runuser: no$"),
+        (tells("", 124), "exit code 124.$"),
+        (missing, "ENOENT"),
+    ):
+        with pytest.raises(IommufdError, match=f"PAM does not open a session of {MYSELF.name}: {why}"):
+            session_memlock(run, MYSELF)
+
+
+@pytest.fixture
+def iommu(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
+    """Makes /dev/null pass for /dev/iommu."""
+    monkeypatch.setattr(_vmm_start, "misc_rdev", lambda: os.stat(os.devnull).st_rdev)
+    monkeypatch.setattr(_host, "DEVICE", os.devnull)
+    return kernel
+
+
+def test_an_iommufd_is_set_and_read_by_the_user(iommu: FakeKernel, children: list[int]) -> None:
+    assert scratch_mode(MYSELF) == "process"
+    assert len(children) == 1
+
+
+def test_an_iommufd_that_cannot_be_set(iommu: FakeKernel) -> None:
+    iommu.privileged = False
+    with pytest.raises(IommufdError, match=r"cannot be set to per-process accounting .EPERM"):
+        scratch_mode(MYSELF)
+
+
+def test_an_iommufd_that_the_user_cannot_read(iommu: FakeKernel, children: list[int]) -> None:
+    iommu.after_set = lambda kernel: setattr(kernel, "without", errno.ENOTTY)
+    with pytest.raises(IommufdError, match=f"{MYSELF.name} cannot read the mode of an iommufd .ENOTTY"):
+        scratch_mode(MYSELF)
+
+
+def test_an_iommufd_and_a_user_that_one_cannot_become(
+    iommu: FakeKernel, children: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_user: User) -> NoReturn:
+        raise PermissionError(errno.EPERM, "no")
+
+    monkeypatch.setattr(_vmm_start, "become_user", refuse)
+    with pytest.raises(IommufdError, match=f"could not become {MYSELF.name}"):
+        scratch_mode(MYSELF)
+
+
+def test_an_iommufd_that_cannot_be_opened(iommu: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, _flags: int) -> NoReturn:
+        raise PermissionError(errno.EPERM, path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(IommufdError, match=r"/dev/null cannot be opened .EPERM"):
+        scratch_mode(MYSELF)
+
+
+@pytest.mark.parametrize("rdev", [None, 7])
+def test_there_is_no_iommufd(iommu: FakeKernel, monkeypatch: pytest.MonkeyPatch, rdev: int | None) -> None:
+    monkeypatch.setattr(_vmm_start, "misc_rdev", lambda: rdev)
+    with pytest.raises(HostLacks, match="this kernel has no iommufd"):
+        scratch_mode(MYSELF)
+
+
+def test_parse_status_takes_what_cat_prints() -> None:
+    # The name comes first, and has no line before it.
+    assert parse_status(b"\n" + Path("/proc/self/status").read_bytes()).uid == os.getuid()

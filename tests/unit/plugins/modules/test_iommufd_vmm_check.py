@@ -1,0 +1,234 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+import yaml
+from ansible.module_utils import basic
+from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, own_status
+from ansible_collections.virt.iommufd.plugins.module_utils._vmm_start import Seen
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
+
+Run = Callable[..., "dict[str, Any]"]
+
+IPC_LOCK = 1 << 14
+MYSELF = pwd.getpwuid(os.getuid()).pw_name
+RETURN = yaml.safe_load(iommufd_vmm_check.RETURN)
+KINDS: dict[str, type] = {"dict": dict, "list": list, "str": str, "int": int, "bool": bool}
+
+UNIT = {
+    "LoadState": "loaded",
+    "ActiveState": "active",
+    "MainPID": "42",
+    "User": "vm",
+    "ExecStart": f"{{ path={sys.executable} ; argv[]=x ; }}",
+    "CapabilityBoundingSet": "cap_ipc_lock",
+    "AmbientCapabilities": "cap_ipc_lock",
+    "LimitMEMLOCK": "4096",
+}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs the module as root, on a host whose systemd knows one service; the answer is the JSON that it prints."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    text = "".join(f"{key}={value}\n" for key, value in UNIT.items())
+    monkeypatch.setattr(basic.AnsibleModule, "run_command", lambda _module, _command, **_how: (0, text, ""))
+
+    def run_module(**options: Any) -> dict[str, Any]:
+        monkeypatch.setattr(basic, "_ANSIBLE_ARGS", json.dumps({"ANSIBLE_MODULE_ARGS": options}).encode())
+        monkeypatch.setattr(basic, "_ANSIBLE_PROFILE", "legacy", raising=False)
+        with pytest.raises(SystemExit):
+            iommufd_vmm_check.main()
+        answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+        if not answer.get("failed"):
+            assert answer["changed"] is False
+            for name, documented in RETURN.items():
+                shape(documented, answer[name], name)
+        return answer
+
+    return run_module
+
+
+def shape(documented: dict[str, Any], value: Any, path: str) -> None:
+    """Fails where a value is not as RETURN says: its keys, all of them and no others, types, and where it is null."""
+    rows: list[dict[str, Any]] = value if isinstance(value, list) else [value]
+    if value is None:
+        text = documented["description"]
+        assert "V(null)" in (text if isinstance(text, str) else " ".join(text)), path
+        return
+    # A boolean is an integer, to Python.
+    assert isinstance(value, KINDS[documented["type"]]), path
+    assert isinstance(value, bool) == (documented["type"] == "bool"), path
+    if "contains" not in documented:
+        return
+    for each in rows:
+        assert set(each) == set(documented["contains"]), path
+        for key, inner in documented["contains"].items():
+            shape(inner, each[key], f"{path}.{key}")
+
+
+def seen(effective: int = IPC_LOCK, initial: bool = True, limit: int | None = 4096) -> Seen:
+    status = type(own_status())(**{**vars(own_status()), "effective": effective})
+    return Seen("vm", status, Limit(limit, limit), initial)
+
+
+def test_nothing_is_asked_for(run: Run) -> None:
+    answer = run()
+    assert (answer["emulators"], answer["units"], answer["users"]) == ([], [], [])
+    assert answer["scratch"] == {"ran": False, "ok": None, "mode": None, "msg": "It was not asked for."}
+
+
+def test_what_is_only_looked_at(run: Run, tmp_path: Path) -> None:
+    answer = run(emulators=[sys.executable, str(tmp_path / "none"), str(tmp_path)], units=["vm@.service"])
+    first, second, third = answer["emulators"]
+    assert (first["present"], first["is_emulator"], first["real_path"]) == (
+        True,
+        True,
+        os.path.realpath(sys.executable),
+    )
+    assert (second["present"], second["is_emulator"], second["file_system"]) == (False, False, None)
+    assert (third["present"], third["is_emulator"]) == (True, False)
+    assert not first["trial"]["ran"]
+    (unit,) = answer["units"]
+    assert (unit["name"], unit["asked"]) == ("vm@.service", "vm@iommufd-host-check.service")
+    assert (unit["pid"], unit["user"], unit["exec"], unit["memlock_bytes"]) == (42, "vm", sys.executable, 4096)
+    assert (unit["bounding_ipc_lock"], unit["ambient_ipc_lock"], unit["file_capability"]) == (True, True, False)
+    assert unit["replica"]["msg"] == "It was not asked for."
+
+
+def test_check_mode_starts_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_words: object) -> None:
+        raise AssertionError("this starts something")
+
+    for name in ("try_copy", "start_emulator", "start_domain", "start_replica", "session_memlock", "scratch_mode"):
+        monkeypatch.setattr(_vmm_start, name, start)
+    asked = {"trial": True, "start": True, "scratch": True, "users": [MYSELF], "user": MYSELF}
+    for domain in (True, False):
+        answer = run(emulators=[sys.executable], units=["vm.service"], domain=domain, **asked, _ansible_check_mode=True)
+        (emulator,), (unit,), (user,) = answer["emulators"], answer["units"], answer["users"]
+        for row in (emulator["trial"], emulator["started"], unit["replica"], user, answer["scratch"]):
+            assert (row["ran"], row["ok"], row["msg"]) == (False, None, "Not run in check mode.")
+        assert emulator["started"]["how"] == ("domain" if domain else "bare")
+        assert user["present"]
+
+
+@pytest.mark.parametrize(
+    ("was", "row"),
+    [
+        (seen(), {"ok": True, "effective": "0000000000004000", "memlock_bytes": 4096, "memlock_unlimited": False}),
+        (seen(0, limit=None), {"ok": False, "effective": "0" * 16, "memlock_bytes": None, "memlock_unlimited": True}),
+        (seen(initial=False), {"ok": False, "effective": "0000000000004000"}),
+    ],
+)
+def test_what_was_started(run: Run, monkeypatch: pytest.MonkeyPatch, was: Seen, row: dict[str, Any]) -> None:
+    for name in ("start_emulator", "start_domain", "start_replica"):
+        monkeypatch.setattr(_vmm_start, name, lambda *_words: was)
+    how = {"start": True, "user": MYSELF, "emulators": [sys.executable], "units": ["vm.service"]}
+    bare, domain = run(**how), run(**how, domain=True)
+    for started in (bare["emulators"][0]["started"], domain["emulators"][0]["started"], bare["units"][0]["replica"]):
+        assert {key: started[key] for key in row} == row
+        assert started["ran"]
+        assert started["user"] == "vm"
+        assert bool(started["msg"]) == (was.initial is False)
+
+
+def test_what_could_not_be_started(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_words: object) -> None:
+        raise IommufdError("It is broken.")
+
+    for name in ("try_copy", "start_emulator", "start_replica", "session_memlock", "scratch_mode"):
+        monkeypatch.setattr(_vmm_start, name, fail)
+    how = {"trial": True, "start": True, "scratch": True, "user": MYSELF, "users": [MYSELF], "units": ["vm.service"]}
+    answer = run(**how, emulators=[sys.executable, str(tmp_path)])
+    rows = [*(answer["emulators"][0][name] for name in ("trial", "started")), answer["units"][0]["replica"]]
+    for row in [*rows, answer["users"][0], answer["scratch"]]:
+        assert (row["ran"], row["ok"], row["msg"]) == (True, False, "It is broken.")
+    for name in ("trial", "started"):
+        assert "is no executable program" in answer["emulators"][1][name]["msg"]
+
+
+def test_the_trial(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for status, ok in ((seen().status, True), (seen(0).status, False)):
+        monkeypatch.setattr(_vmm_start, "try_copy", lambda *_words, status=status: status)
+        trial = run(emulators=[sys.executable], user=MYSELF, trial=True)["emulators"][0]["trial"]
+        assert (trial["ran"], trial["ok"], bool(trial["msg"])) == (True, ok, not ok)
+
+
+def test_users(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_vmm_start, "session_memlock", lambda *_words: Limit(None, None))
+    one, none = run(users=[MYSELF, "nobody-of-this-name"])["users"]
+    assert (one["present"], one["ran"], one["ok"], one["memlock_unlimited"]) == (True, True, True, True)
+    assert (none["present"], none["ran"], none["ok"], none["memlock_unlimited"]) == (False, False, None, False)
+    assert "This host has no user 'nobody-of-this-name'" in none["msg"]
+
+
+@pytest.mark.parametrize(("mode", "ok"), [("process", True), ("user", False)])
+def test_scratch(run: Run, monkeypatch: pytest.MonkeyPatch, mode: str, ok: bool) -> None:
+    monkeypatch.setattr(_vmm_start, "scratch_mode", lambda _user: mode)
+    assert run(scratch=True, user=MYSELF)["scratch"] == {"ran": True, "ok": ok, "mode": mode, "msg": ""}
+
+
+def test_a_service_that_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        basic.AnsibleModule, "run_command", lambda _module, _command, **_how: (0, "LoadState=not-found\n", "")
+    )
+    (unit,) = run(units=["vm.service"], start=True)["units"]
+    assert (unit["present"], unit["load_state"], unit["user"], unit["exec"]) == (False, "not-found", None, None)
+    assert unit["obstacles"] == ["systemd has no unit vm.service: its state is not-found."]
+    assert unit["replica"]["msg"] == unit["obstacles"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"trial": True}, "trial takes user"),
+        ({"scratch": True}, "scratch takes user"),
+        ({"start": True, "emulators": ["/q"]}, "start takes user"),
+        ({"scratch": True, "user": "nobody-of-this-name"}, "This host has no user 'nobody-of-this-name'"),
+        ({"emulators": ["q"]}, "'q' is not an absolute path"),
+        ({"units": ["vm1"]}, "'vm1' is not the name of a systemd service"),
+    ],
+)
+def test_what_cannot_be_asked_for(run: Run, options: dict[str, Any], words: str) -> None:
+    answer = run(**options)
+    assert answer["failed"]
+    assert words in answer["msg"]
+
+
+def test_a_user_is_only_needed_to_become_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_vmm_start, "start_domain", lambda *_words: seen())
+    assert run(start=True, domain=True, emulators=[sys.executable])["emulators"][0]["started"]["ok"]
+
+
+@pytest.mark.parametrize("asked", [{"trial": True}, {"start": True}, {"scratch": True}, {"users": ["root"]}])
+def test_it_takes_root(run: Run, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    answer = run(user=MYSELF, **asked)
+    assert answer["failed"]
+    assert f"uid 1000 cannot be asked for {next(iter(asked))}, which takes root" in answer["msg"]
+    assert not run(user=MYSELF, **asked, _ansible_check_mode=True).get("failed")
+
+
+def test_whom_conditions_are_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    under = _vmm.Conditions("libvirtd.service (pid 7)", 0, no_new_privs=True, initial=None)
+    monkeypatch.setattr(_vmm, "conditions", lambda _run: under)
+    (emulator,) = run(emulators=[sys.executable])["emulators"]
+    assert emulator["conditions"] == {
+        "of": "libvirtd.service (pid 7)",
+        "bounding_ipc_lock": False,
+        "no_new_privs": True,
+        "initial_user_namespace": None,
+    }
+    assert len(emulator["obstacles"]) == 2
