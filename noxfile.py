@@ -10,6 +10,7 @@ They are in the order in which 'make test' starts them, several at a time: what 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import shutil
 import sys
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tests" / "tooling"))
 
 import sandbox
-from pythons import NEWEST_CORE, OLDEST_CORE, UNIT_CORES, find_pythons, first
+from pythons import NEWEST_CORE, OLDEST_COLLECTIONS, OLDEST_CORE, UNIT_CORES, find_pythons, first
 
 REQUIREMENTS = "tests/requirements"
 RESULTS = ROOT / ".nox" / "results"
@@ -108,6 +109,24 @@ def sanity(session: nox.Session, core: str) -> None:
 def sanity_oldest(session: nox.Session) -> None:
     """Run 'ansible-test sanity' with the oldest supported ansible-core."""
     sanity(session, dict(OLDEST_CORE)[str(session.python)])
+
+
+@nox.session(name="syntax-oldest", python=(first(OLDEST_CORE, PYTHONS) or ["3.11"])[0])
+def syntax_oldest(session: nox.Session) -> None:
+    """Have the oldest supported ansible-core read the role and the playbooks, beside the oldest community.general."""
+    core = dict(OLDEST_CORE)[str(session.python)]
+    note(session, core)
+    session.install(f"ansible-core=={core}", "-c", f"{REQUIREMENTS}/constraints.txt")
+    tree = sandbox.link_tree(ROOT, Path(session.create_tmp()))
+    session.run("python", "tests/tooling/fetch_collections.py", str(tree), OLDEST_COLLECTIONS)
+    # What a role includes when it runs is not read before; what a playbook imports is.
+    files = sorted(path.relative_to(ROOT / "roles") for path in ROOT.glob("roles/*/tasks/*.yml"))
+    tasks = [{"import_role": {"name": f"virt.iommufd.{path.parts[0]}", "tasks_from": path.name}} for path in files]
+    every = Path(session.create_tmp()) / "every.json"
+    every.write_text(json.dumps([{"hosts": "all", "tasks": tasks}]), encoding="utf-8")
+    playbooks = sorted(path.relative_to(ROOT) for path in ROOT.glob("playbooks/*.yml"))
+    command = ("ansible-playbook", "--inventory=localhost,", "--syntax-check", str(every), *map(str, playbooks))
+    session.run(*command, env={"ANSIBLE_COLLECTIONS_PATH": str(tree)})
 
 
 @nox.session(name="sanity-newest", python=(first(NEWEST_CORE, PYTHONS) or ["3.13"])[0])

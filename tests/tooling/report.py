@@ -34,6 +34,7 @@ REQUIRED = (
     "molecule-option",
     "sanity-newest",
     "sanity-oldest",
+    "syntax-oldest",
     "tooling",
     "types",
     "uapi",
