@@ -33,7 +33,8 @@ options:
   config:
     description:
       - The inputs of the role, by their names without C(iommufd_host_).
-      - Also C(architecture), the host's as C(uname -m) tells it, and C(apparmor), whether AppArmor is enabled.
+      - Also C(architecture), the host's as C(uname -m) tells it, C(apparmor), whether AppArmor is enabled, and
+        C(libvirt_user), whom the distribution has the VMs of the system libvirt run as.
     type: dict
     required: true
   check:
@@ -95,7 +96,7 @@ _value:
       type: str
       sample: libvirt 11.3.0 does not set the mode.
     user:
-      description: The user that the VMs of the system libvirt run as.
+      description: The user that VMs run as, by which emulators are checked.
       type: str
       sample: libvirt-qemu
     emulators:
@@ -163,6 +164,7 @@ _DEFAULTS: Row = {
     "emulators": [],
     "units": [],
     "user": "",
+    "libvirt_user": "",
     "memlock": "",
     "memlock_users": [],
     "modules": ["iommufd", "vfio-pci"],
@@ -229,6 +231,14 @@ def own_emulators(host: Mapping[str, Any], given: list[str], architecture: str) 
 def is_there(libvirt: Mapping[str, Any]) -> bool:
     """Whether there is, or may be, a system libvirt."""
     return libvirt["unit"] is not None or libvirt["sets_rlimit_mode"] is None
+
+
+def user_of(config: Mapping[str, Any], libvirt: Mapping[str, Any], check: Mapping[str, Any] | None) -> str:
+    """The user that VMs run as: the one that is given, else libvirt's, else that of the first unit that has one."""
+    if config["user"] or is_there(libvirt):
+        return str(config["user"] or config["libvirt_user"])
+    users = [each["user"] for each in check["units"] if each["user"]] if check else []
+    return users[0] if users else "root"
 
 
 def choose(config: Mapping[str, Any], libvirt: Mapping[str, Any]) -> Choice:
@@ -413,8 +423,10 @@ def plan(info: Mapping[str, Any], config: Mapping[str, Any], check: Mapping[str,
     emulators = own_emulators(host, config["emulators"], config["architecture"])
     units = [unit_name(name) for name in config["units"]]
     choice = choose(config, host["libvirt"])
+    wrong = input_errors(config)
+    config["user"] = user_of(config, host["libvirt"], check)
     opens, said, access_errors = access(config, host["libvirt"])
-    errors = input_errors(config) or privilege_errors(host["caller"])
+    errors = wrong or privilege_errors(host["caller"])
     if not errors and not supported:
         errors = [_NO_IOMMUFD.format(kernel=host["kernel"])]
     if not errors:

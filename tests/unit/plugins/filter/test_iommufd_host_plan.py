@@ -47,7 +47,7 @@ def emulator(path: str = QEMU, **fields: Any) -> Row:
 
 
 def unit(name: str, **fields: Any) -> Row:
-    return {"name": name, "present": True, "obstacles": [], **fields}
+    return {"name": name, "present": True, "user": "vm", "obstacles": [], **fields}
 
 
 def check(*rows: Row) -> Row:
@@ -63,6 +63,24 @@ def plan(libvirt: Row, *rows: Row, host: Row | None = None, **config: Any) -> Ro
     others = [emulator(path) for path in [QEMU, *config.get("emulators", [])] if path not in named]
     others += [unit(name) for name in units if name not in named]
     return iommufd_host_plan(info(libvirt, **(host or {})), config, check(*rows, *others))
+
+
+@pytest.mark.parametrize(
+    ("libvirt", "rows", "config", "user"),
+    [
+        (OLD, [], {}, "libvirt-qemu"),
+        (UNSURE, [unit("vm1.service")], {"units": ["vm1"]}, "libvirt-qemu"),
+        (OLD, [], {"user": "alice"}, "alice"),
+        # Without libvirt there is no user of that name.
+        (NO_LIBVIRT, [], {}, "root"),
+        (NO_LIBVIRT, [unit("vm1.service")], {"units": ["vm1"]}, "vm"),
+        (NO_LIBVIRT, [unit("a.service", user=None), unit("b.service")], {"units": ["a", "b"]}, "vm"),
+        (NO_LIBVIRT, [unit("vm1.service")], {"units": ["vm1"], "user": "alice"}, "alice"),
+    ],
+)
+def test_the_user_of_vms(libvirt: Row, rows: list[Row], config: Row, user: str) -> None:
+    config = {"user": "", "libvirt_user": "libvirt-qemu", **config}
+    assert plan(libvirt, *rows, **config)["user"] == user
 
 
 FILE = {"what": "cap_ipc_lock", "to": QEMU, "by": "file capability", "value": "ep"}
