@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -25,7 +26,7 @@ from ._iommufd import (
     iommufd_rdevs,
     misc_rdev,
 )
-from ._process import Limit, Process, Status, character_devices_in, parse_status, read_file
+from ._process import Limit, Process, Status, character_devices_in, parse_stat, parse_status, read_file
 from ._target import borrow_iommufd
 
 __all__ = ("HeldIommufd", "Holder", "Survey", "survey")
@@ -39,6 +40,11 @@ _NOTHING_PINNED = b"\nVmPin:\t       0 kB\n"
 
 _CURE = "That takes root with CAP_SYS_PTRACE (become: true) on the host itself, and kernel.yama.ptrace_scope below 3."
 _LEADERLESS = "The first thread has ended while others run on, which puts the descriptors out of reach."
+
+# Threads end one after the other when a process does, within this many seconds after it was told to.
+_ENDING = 0.1
+# include/linux/sched.h, in the flags of /proc/PID/task/TID/stat.
+_PF_EXITING = 0x00000004
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,8 @@ class Survey:
     """What was seen. `others_pinned`: by user, what processes without an iommufd have pinned.
 
     The rest is what this caller was kept from, each a reason and the processes: `hidden` from looking at them at all,
-    `closed` from looking at their descriptors, `refused` from sharing an iommufd.
+    `closed` from looking at their descriptors, `refused` from sharing an iommufd. `leaderless` are those whose first
+    thread has ended, until it is known whether the others will too.
     """
 
     holders: list[Holder] = field(default_factory=list)
@@ -108,6 +115,7 @@ class Survey:
     hidden: Reasons = field(default_factory=dict)
     closed: Reasons = field(default_factory=dict)
     refused: Reasons = field(default_factory=dict)
+    leaderless: list[int] = field(default_factory=list)
 
 
 def survey() -> Survey:
@@ -131,6 +139,7 @@ def survey() -> Survey:
             _add_other(result, pid)
     for pid, error in closed.items():
         _add_closed(result, pid, error)
+    _add_leaderless(result)
     result.holders.sort(key=lambda holder: holder.pid)
     return result
 
@@ -160,7 +169,18 @@ def _add_holder(result: Survey, pid: int, devices: dict[int, int], rdevs: set[in
     except ProcessGone:
         pass
     except IommufdError as exc:
-        result.hidden.setdefault(_reason(exc), []).append(pid)
+        # Without its first thread it shows no iommufd either.
+        return _add_hidden(result, pid, exc)
+    return True
+
+
+def _add_hidden(result: Survey, pid: int, exc: IommufdError) -> bool:
+    """Adds a process that cannot be held; False where its first thread has ended, and that is the reason."""
+    with contextlib.suppress(OSError, IommufdError):
+        status = _status(pid)
+        if status and status.leaderless:
+            return False
+    result.hidden.setdefault(_reason(exc), []).append(pid)
     return True
 
 
@@ -232,7 +252,7 @@ def _add_other(result: Survey, pid: int) -> None:
         result.hidden.setdefault(_reason(exc), []).append(pid)
         return
     if status and status.leaderless:
-        result.closed.setdefault(_LEADERLESS, []).append(pid)
+        result.leaderless.append(pid)
     if status and status.pinned_bytes:
         result.others_pinned[status.uid] = result.others_pinned.get(status.uid, 0) + status.pinned_bytes
 
@@ -242,7 +262,7 @@ def _add_closed(result: Survey, pid: int, error: str) -> None:
     try:
         status = _status(pid)
         if status and status.leaderless:
-            result.closed.setdefault(_LEADERLESS, []).append(pid)
+            result.leaderless.append(pid)
         # Kernel threads, and what is about to end, have no descriptors.
         if not status or not status.has_memory:
             return
@@ -254,6 +274,26 @@ def _add_closed(result: Survey, pid: int, error: str) -> None:
         pass
     except (PermissionError, IommufdError) as exc:
         result.hidden.setdefault(_reason(exc), []).append(pid)
+
+
+def _add_leaderless(result: Survey) -> None:
+    """Counts those whose first thread has ended while others run on. One that ends as a whole looks so for a moment."""
+    if result.leaderless:
+        time.sleep(_ENDING)
+    lingering = [pid for pid in result.leaderless if _lingers(pid)]
+    if lingering:
+        result.closed.setdefault(_LEADERLESS, []).extend(lingering)
+
+
+def _lingers(pid: int) -> bool:
+    """Whether a thread of the process is not about to end."""
+    folder = f"/proc/{pid}/task"
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(folder):
+            with contextlib.suppress(OSError):
+                if not parse_stat(read_file(f"{folder}/{thread}/stat")).flags & _PF_EXITING:
+                    return True
+    return False
 
 
 def _status(pid: int) -> Status | None:

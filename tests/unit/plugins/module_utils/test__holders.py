@@ -23,6 +23,8 @@ from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
 STATUS = b"Name:\tvm\nUid:\t7\t7\t7\t7\nVmSize:\t9 kB\nVmPin:\t%d kB\nCapPrm:\t0\nCapEff:\t4000\nCapBnd:\t0\n"
 
+LEADERLESS = STATUS.replace(b"\nUid", b"\nState:\tZ (zombie)\nThreads:\t2\nUid") % 0
+
 
 def refuse(exception: Exception) -> Callable[..., Any]:
     def call(*_arguments: object) -> Any:
@@ -113,7 +115,7 @@ def test_a_process_that_closes_it(alone: FakeKernel, monkeypatch: pytest.MonkeyP
         (STATUS % 0, []),
         # As the kernel lines it up.
         (STATUS.replace(b"%d kB", b"       0 kB"), []),
-        (STATUS.replace(b"\nUid", b"\nState:\tZ (zombie)\nThreads:\t2\nUid") % 0, [_holders._LEADERLESS]),
+        (LEADERLESS, [_holders._LEADERLESS]),
     ],
 )
 def test_others_that_have_pinned_nothing(
@@ -123,6 +125,32 @@ def test_others_that_have_pinned_nothing(
     monkeypatch.setattr(_holders, "_status_text", lambda _pid: text)
     result = survey()
     assert (result.others_pinned, list(result.closed)) == ({}, closed)
+
+
+def stat(name: str, flags: int) -> bytes:
+    return f"1 ({name}) R 0 0 0 0 0 {flags} 0 0 0 0 0 0 0 0 0 0 0 0 9\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("threads", "lingers"),
+    [([4, 4], False), ([4, 0x400044], False), ([4, 0x400040], True), ([4, None], False), ([None, 0x400040], True)],
+)
+def test_threads_that_end(
+    alone: FakeKernel, monkeypatch: pytest.MonkeyPatch, threads: list[int | None], lingers: bool
+) -> None:
+    def read_file(path: str) -> bytes:
+        flags = threads[int(path.split("/")[4])]
+        if flags is None:
+            raise ProcessLookupError(errno.ESRCH, "gone")
+        return stat("vm", flags)
+
+    monkeypatch.setattr(Process, "hold", refuse(IommufdError("The first thread has ended.")))
+    monkeypatch.setattr(_holders, "_status_text", lambda _pid: LEADERLESS)
+    monkeypatch.setattr(_holders, "read_file", read_file)
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: ["0", "1"] if str(path).endswith("/task") else listed(path))
+    result = survey()
+    assert (list(result.closed), result.hidden) == ([_holders._LEADERLESS] * lingers, {})
 
 
 def test_another_that_is_hidden(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
