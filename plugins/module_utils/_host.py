@@ -11,7 +11,10 @@ import errno
 import glob
 import grp
 import os
+import pickle
 import re
+import select
+import signal
 import stat
 from dataclasses import dataclass
 
@@ -53,6 +56,8 @@ _SYS = "/sys"
 _MODULES = "/lib/modules"
 _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 _MOUNTINFO = "/proc/self/mountinfo"
+# A local file is there in no time.
+_PATIENCE = 10
 _EMULATORS = ("/usr/bin/qemu-system-*", "/usr/libexec/qemu-kvm")
 
 
@@ -234,8 +239,39 @@ class Emulator:
 def emulators(given: list[str]) -> list[Emulator]:
     """The emulators at the usual places and those given, each file once. Nothing is executed."""
     usual = [path for pattern in _EMULATORS for path in glob.glob(pattern)]
-    paths = dict.fromkeys(os.path.realpath(path) for path in sorted(usual) + given)
-    return [_emulator(path) for path in paths]
+    found: dict[str, Emulator] = {}
+    for each in [_look_at(path) for path in sorted(usual)] + [_look_patiently_at(path) for path in given]:
+        found.setdefault(each.path, each)
+    return list(found.values())
+
+
+def _look_at(path: str) -> Emulator:
+    return _emulator(os.path.realpath(path))
+
+
+def _look_patiently_at(path: str) -> Emulator:
+    """The same from a child, since a path may lead to a mount whose server does not answer for ever."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.write(writing, pickle.dumps(_look_at(path)))
+        finally:
+            os._exit(0)
+    os.close(writing)
+    try:
+        # What is written is less than a pipe takes at once.
+        said = os.read(reading, 65536) if select.select([reading], [], [], _PATIENCE)[0] else b""
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)
+        # One that cannot even be killed is left to whoever inherits it.
+        os.waitpid(child, 0 if said else os.WNOHANG)
+    if said:
+        found: Emulator = pickle.loads(said)
+        return found
+    msg = f"{_shown(path)} was not found within {_PATIENCE} seconds. Is it on a mount whose server is gone?"
+    return Emulator(path, False, None, msg)
 
 
 def _shown(path: str) -> str:

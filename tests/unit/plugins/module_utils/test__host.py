@@ -163,6 +163,17 @@ def test_emulators_are_named_once_each(tmp_path: Path, monkeypatch: pytest.Monke
     ]
 
 
+def test_an_emulator_that_nobody_answers_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It waits for somebody who writes.
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.setattr(_host, "_emulator", lambda path: os.open(path, os.O_RDONLY))
+    monkeypatch.setattr(_host, "_PATIENCE", 0.1)
+    monkeypatch.setattr(_host, "_EMULATORS", ())
+    (found,) = _host.emulators([f"{tmp_path}/fifo"])
+    assert (found.path, found.present, found.capabilities) == (f"{tmp_path}/fifo", False, None)
+    assert found.msg.startswith(f"{tmp_path}/fifo was not found within 0.1 seconds.")
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
