@@ -73,6 +73,7 @@ _NO_VALUE = 2**64 - 1
 
 _VFIO_CONTAINER = "/dev/vfio/vfio"
 _MISC_MAJOR = 10
+_MISC_DEVICES = "/sys/class/misc"
 _VFIO_CONTAINER_RDEV = os.makedev(_MISC_MAJOR, 196)
 
 # The highest id that is asked for when IOASes are looked for. Ids are the lowest free ones (xa_alloc() in
@@ -320,13 +321,16 @@ def iommufd_rdevs(seen: Iterable[int]) -> set[int]:
 
 def misc_rdev() -> int | None:
     """The device number of /dev/iommu as the kernel gives it; None where it has none, as without the module iommufd."""
-    with contextlib.suppress(OSError), open("/sys/class/misc/iommu/dev", "rb") as stream:
+    with contextlib.suppress(OSError), open(f"{_MISC_DEVICES}/iommu/dev", "rb") as stream:
         return parse_dev(stream.read())
     # A sandbox may hide either.
     try:
         with open("/proc/misc", "rb") as stream:
             return parse_misc(stream.read())
     except OSError as exc:
+        # As with ProcSubset=pid of a systemd unit. Where sysfs lists the misc devices, it would list this one.
+        if os.path.isdir(_MISC_DEVICES):
+            return None
         raise HostLacks(
             f"The device number of /dev/iommu is not to be had: there is none in sysfs, and /proc/misc cannot be read"
             f" ({error_text(exc.errno)}). Run the task on the host itself."

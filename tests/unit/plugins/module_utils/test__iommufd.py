@@ -186,10 +186,15 @@ def test_the_number_of_the_misc_device_is_asked_of_sysfs_then_of_proc(
         return real(tmp_path / ("missing" if path in hidden else path.rpartition("/")[2]), mode)
 
     monkeypatch.setattr(_iommufd, "open", somewhere_else, raising=False)
+    monkeypatch.setattr(_iommufd, "_MISC_DEVICES", str(tmp_path))
     assert _iommufd.misc_rdev() == os.makedev(10, 124)
-    hidden.add("/sys/class/misc/iommu/dev")
+    hidden.add(f"{tmp_path}/iommu/dev")
     assert _iommufd.misc_rdev() == os.makedev(10, 123)
     hidden.add("/proc/misc")
+    # Where sysfs is there, it would have it.
+    assert _iommufd.misc_rdev() is None
+    monkeypatch.setattr(_iommufd, "_MISC_DEVICES", f"{tmp_path}/nowhere")
+    hidden.add(f"{tmp_path}/nowhere/iommu/dev")
     with pytest.raises(HostLacks, match=r"not to be had.*ENOENT"):
         _iommufd.misc_rdev()
 
