@@ -384,8 +384,7 @@ class Process:
 
     def started(self) -> float:
         """When the process started, in seconds since the epoch, by the clock as it is set now."""
-        booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        return booted + self._start_ticks / os.sysconf("SC_CLK_TCK")
+        return _booted() + self._start_ticks / os.sysconf("SC_CLK_TCK")
 
     def arguments(self) -> list[bytes]:
         """The command line that the process shows, or its beginning. Raises ProcessGone or AccessRefused.
@@ -510,6 +509,17 @@ class Process:
             f" what ptrace takes: root with CAP_SYS_PTRACE (become: true), Yama below 3 ({_yama()}), and neither an LSM"
             " such as AppArmor or SELinux nor a seccomp filter or container around Ansible that forbids it."
         )
+
+
+def _booted() -> float:
+    """When the system booted, in seconds since the epoch, by the clock as it is set now."""
+    # A busy machine may let this process wait between two readings, which is no difference between the clocks.
+    for _attempt in range(20):
+        before = time.clock_gettime(time.CLOCK_BOOTTIME)
+        now = time.time()
+        if time.clock_gettime(time.CLOCK_BOOTTIME) - before < 0.001:
+            break
+    return now - before
 
 
 @cache
