@@ -58,6 +58,8 @@ options:
     description:
       - Emulators to look at in RV(host.qemu), as absolute paths, beside C(/usr/bin/qemu-system-*) and
         C(/usr/libexec/qemu-kvm).
+      - One that is not found within 10 seconds, as on a mount whose server is gone, is told in
+        RV(host.limits_of_view).
       - With V(emulators) in O(gather_subset) they are B(executed) with C(--version), as the user that the task runs as.
     type: list
     elements: path
