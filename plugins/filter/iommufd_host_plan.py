@@ -343,6 +343,11 @@ def check_errors(check: Mapping[str, Any], emulators: list[str], units: list[str
             )
         elif strategy == "cap_ipc_lock":
             errors += emulator["obstacles"]
+    errors += [
+        f"This host has no user {each['user']!r}: name those that it has in iommufd_host_memlock_users."
+        for each in check["users"]
+        if not each["present"]
+    ]
     for unit in check["units"]:
         if not unit["present"]:
             errors.append(
@@ -445,7 +450,8 @@ def plan(info: Mapping[str, Any], config: Mapping[str, Any], check: Mapping[str,
         "requested": config["strategy"],
         **vars(choice),
         "user": config["user"],
-        "emulators": emulators,
+        # Where units alone start VMs, nothing depends on the host's own.
+        "emulators": emulators if capabilities or not units or is_there(host["libvirt"]) else config["emulators"],
         "units_of_vms": units,
         "memlock_users": config["memlock_users"] if choice.strategy == "memlock" else [],
         "grants": grants,

@@ -278,13 +278,23 @@ def pending_of(plan: Mapping[str, Any], info: Mapping[str, Any], put_back: list[
     return rows
 
 
+def _is_of(unit: str | None, name: str) -> bool:
+    """Whether a unit is the one of that name, or an instance of it where it is a template."""
+    prefix, at, suffix = name.partition("@")
+    instance = bool(at) and suffix == ".service" and unit is not None and unit.startswith(prefix + at)
+    return unit == name or instance
+
+
 def _old(plan: Mapping[str, Any], process: Mapping[str, Any], put_back: list[str]) -> str:
     """Why a VM is not yet as the strategy has it; empty where it is."""
     accounting = process["accounting"]
     if plan["strategy"] == "memlock":
-        wanted = next(
-            (grant["value"] for grant in plan["grants"] if grant["to"] in (process["unit"], process["user"])), 0
-        )
+        raised = [
+            grant["value"]
+            for grant in plan["grants"]
+            if grant["to"] == process["user"] or _is_of(process["unit"], grant["to"])
+        ]
+        wanted = raised[0] if raised else 0
         short = not process["memlock_unlimited"] and (wanted is None or process["memlock_bytes"] < wanted)
         if short:
             return f"It runs with a limit of {process['memlock_bytes']} bytes"

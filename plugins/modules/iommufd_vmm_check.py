@@ -17,7 +17,7 @@ description:
   - With O(trial), that is tried with a harmless program, before the emulator gets the capability.
   - With O(start), the emulator itself is started for a moment, and with it a service like each of O(units), to read in
     C(/proc) what they really run with. Whatever was started has ended when the module returns.
-version_added: 0.2.0
+version_added: 0.1.0
 author:
   - The virt.iommufd contributors (@virt-iommufd)
 options:
@@ -451,7 +451,7 @@ STARTED = {"user": None, "effective": None, "memlock_bytes": None, "memlock_unli
 
 
 class Task:
-    """What was asked for. `user` is None where none is needed."""
+    """What was asked for. `user` is None where none is given."""
 
     def __init__(self, params: Row, check_mode: bool, run: Run) -> None:
         self.params = params
@@ -462,7 +462,8 @@ class Task:
             as_user.append("start")
         if as_user and not params["user"]:
             raise IommufdError(f"{as_user[0]} takes user: the name of the user that emulators run as on this host.")
-        self.user: User | None = _vmm.find_user(params["user"]) if as_user else None
+        # One that is not there is told of at once, not when something is to be started.
+        self.user: User | None = _vmm.find_user(params["user"]) if params["user"] else None
         starts = [name for name in ("trial", "start", "scratch", "users") if params[name]]
         if starts and not check_mode and os.geteuid() != 0:
             raise AccessRefused(

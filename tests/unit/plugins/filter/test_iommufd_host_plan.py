@@ -52,7 +52,8 @@ def unit(name: str, **fields: Any) -> Row:
 
 def check(*rows: Row) -> Row:
     """What iommufd_vmm_check returned."""
-    return {"emulators": [row for row in rows if "path" in row], "units": [row for row in rows if "name" in row]}
+    kinds = {"emulators": "path", "units": "name", "users": "user"}
+    return {kind: [row for row in rows if next(iter(row)) == key] for kind, key in kinds.items()}
 
 
 def plan(libvirt: Row, *rows: Row, host: Row | None = None, **config: Any) -> Row:
@@ -174,6 +175,11 @@ def test_what_cannot_be_asked_for(config: Row, words: str) -> None:
         (emulator("/opt/q", present=False), {"emulators": ["/opt/q"]}, "There is no emulator /opt/q"),
         (emulator("/opt/q", is_emulator=False), {"emulators": ["/opt/q"]}, "/opt/q is not an emulator"),
         (emulator(obstacles=["It would not work."]), {}, "It would not work."),
+        (
+            {"user": "bob", "present": False},
+            {"strategy": "memlock", "memlock": "1G", "memlock_users": ["bob"]},
+            "This host has no user 'bob'",
+        ),
         (unit("vm1.service", present=False), {"units": ["vm1"]}, "systemd knows no unit vm1.service"),
         (unit("vm1.service", obstacles=["It would not work."]), {"units": ["vm1"]}, "It would not work."),
     ],

@@ -165,6 +165,13 @@ def test_what_was_not_tried_is_neither() -> None:
         ),
         (plan("memlock", RAISED), process(unit="vm1.service", memlock_bytes=2**30), [], ""),
         (plan("memlock", RAISED), process(unit="vm1.service", memlock_bytes=None, memlock_unlimited=True), [], ""),
+        (
+            plan("memlock", {**RAISED, "to": "vm@.service"}),
+            process(unit="vm@1.service", domain=None),
+            [],
+            "restart vm@1",
+        ),
+        (plan("memlock", {**RAISED, "to": "vm@.service"}), process(unit="vm.service", domain=None), [], ""),
         (plan("memlock", USERS), process(user="alice", unit=None, domain=None), [], "end it and start it again"),
         (plan("memlock", RAISED), process(unit="other.service"), [], ""),
         (plan("none"), process(accounting="none"), [f"The capability of {QEMU}."], "keeps CAP_IPC_LOCK"),
