@@ -90,7 +90,7 @@ notes:
     memory of the user's processes under per-user accounting. The kernel's counter also holds what io_uring, AF_XDP and
     perf have charged to that user, and no file shows it. Nor does any show that a process was charged to its user
     before it got CAP_IPC_LOCK.
-  - B(Threads.) Limits and capabilities are those of a process's first thread.
+  - B(Threads.) Limits, capabilities and descriptors are those of a process's first thread.
 seealso:
   - plugin: virt.iommufd.memlock_fit
     plugin_type: filter
