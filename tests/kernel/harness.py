@@ -35,14 +35,22 @@ RUN_MODULE = Path(__file__).resolve().with_name("run_module.py")
 VM, ALICE = 1001, 1002  # ordinary users of the guest
 CONTAINER = "/dev/vfio/vfio"
 
+# Emulated on a busy machine, all takes long. What takes longer than this hangs.
+PATIENCE = 600
+
 _libc = ctypes.CDLL(None, use_errno=True)
+# Keeps Python's lock during a call.
+_libc_alone = ctypes.PyDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_KEEPCAPS = 8
 _SYS_EXIT = 60
 _SYS_CAPSET = 126
+_SYS_CLONE3 = 435
 _SYS_IO_URING_SETUP = 425
 _SYS_IO_URING_REGISTER = 427
+_IORING_REGISTER_BUFFERS = 0
+_IORING_UNREGISTER_BUFFERS = 1
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWNS = 0x00020000
 _MS_BIND = 0x1000
@@ -203,8 +211,13 @@ class Acts(Pinner):
         memory = mmap.mmap(-1, int(size))
         self._memory.append(memory)
         vector = struct.pack("=QQ", ctypes.addressof(ctypes.c_char.from_buffer(memory)), len(memory))
-        _checked(_libc.syscall(_SYS_IO_URING_REGISTER, ring, 0, vector, 1))
+        _checked(_libc.syscall(_SYS_IO_URING_REGISTER, ring, _IORING_REGISTER_BUFFERS, vector, 1))
         return {"ring": ring}
+
+    def unregister_buffer(self, ring: str) -> Answer:
+        """Has the kernel give back what it pinned for an io_uring, which after the end of a process takes its time."""
+        _checked(_libc.syscall(_SYS_IO_URING_REGISTER, int(ring), _IORING_UNREGISTER_BUFFERS, None, 0))
+        return {}
 
     def fork(self) -> Answer:
         """Leaves a child that lives as long as this process, with all its descriptors, and says its id."""
@@ -232,11 +245,11 @@ def serve(acts: Acts, control: socket.socket) -> None:
 class Vmm:
     """A child of the tests that stands in for a VMM. It shares no descriptor with them but the one it is driven by."""
 
-    def __init__(self, user: int = VM) -> None:
+    def __init__(self, user: int = VM, pid: int = 0) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.settimeout(60)
+        self._control.settimeout(PATIENCE)
         self._ended = False
-        self.pid = os.fork()
+        self.pid = _fork_as(pid) if pid else os.fork()
         if not self.pid:
             try:
                 _become(user, theirs)
@@ -334,20 +347,24 @@ def _become(user: int, control: socket.socket) -> None:
     serve(Acts(kept), kept)
 
 
+def _fork_as(pid: int) -> int:
+    """As os.fork, with an id of choice for the child, which must be free: see clone(2), struct clone_args."""
+    ids = (ctypes.c_int * 1)(pid)
+    arguments = (ctypes.c_uint64 * 11)()
+    # exit_signal, set_tid, set_tid_size
+    arguments[4], arguments[8], arguments[9] = signal.SIGCHLD, ctypes.addressof(ids), 1
+    return _checked(_libc_alone.syscall(_SYS_CLONE3, arguments, ctypes.sizeof(arguments)))
+
+
 @contextlib.contextmanager
 def reusing(pid: int) -> Iterator[Vmm]:
     """Another process by an id that has become free."""
-    while True:
-        Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
-        vmm = Vmm()
-        try:
-            if vmm.pid == pid:
-                vmm.open()
-                yield vmm
-                return
-            assert not Path(f"/proc/{pid}").exists(), "somebody else has the id"
-        finally:
-            vmm.end()
+    vmm = Vmm(pid=pid)
+    try:
+        vmm.open()
+        yield vmm
+    finally:
+        vmm.end()
 
 
 def start_ticks(pid: int) -> int:
@@ -363,7 +380,7 @@ def run_apart(prefix: list[str], module: str = "iommufd_option", /, **options: A
     """A module's answer when a program of its own runs it, started by the commands in prefix."""
     python = ["env", f"PYTHONPATH={TREE}", "PYTHONDONTWRITEBYTECODE=1", "python3"]
     command = [*prefix, *python, str(RUN_MODULE), json.dumps(options), module]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == 0, done.stderr
     answered: Answer = json.loads(done.stdout.splitlines()[-1])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Told
-from ansible_collections.virt.iommufd.tests.kernel.harness import Vmm
+from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, Vmm
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 NAME = "kernel-test"
@@ -38,7 +38,7 @@ HOSTDEV = """
 
 
 def virsh(*words: str) -> str:
-    done = subprocess.run(["virsh", *words], capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(["virsh", *words], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert not done.returncode, done.stderr
     return done.stdout
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _process
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
+from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -94,11 +95,14 @@ def test_a_descriptor_on_a_dead_fuse_mount(
     os.waitpid(pid, os.WUNTRACED)
     # That is the danger: it waits for the server.
     looking = [sys.executable, "-I", "-S", "-c", f"import os; os.write(1, b'.'); os.stat('/proc/{vmm.pid}/fd/{fd}')"]
-    with pytest.raises(subprocess.TimeoutExpired) as waited:
-        subprocess.run(looking, timeout=3, check=True, capture_output=True)
-    assert waited.value.stdout == b"."
+    with subprocess.Popen(looking, stdout=subprocess.PIPE) as waiting:
+        assert waiting.stdout
+        assert waiting.stdout.read(1) == b"."
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(3)
+        waiting.kill()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(60)  # ends all of it, should the module hang
+    signal.alarm(PATIENCE)  # ends all of it, should the module hang
     borrowed: list[int] = []
     original = _process._pidfd_getfd
 

@@ -78,14 +78,20 @@ def others() -> set[int]:
 
 
 def test_an_ordinary_user(vms: Vmm, alices: Vmm) -> None:
-    answered = look_within(partial(change_user, ALICE), ALL)
+    # The host's own processes come and go, such as udev's workers; some time none does meanwhile.
+    for _attempt in range(20):
+        before = others()
+        answered = look_within(partial(change_user, ALICE), ALL)
+        closed = limits(answered)["descriptors"]
+        counted = sum(map(int, re.findall(r"of (\d+) process", closed)))
+        # Kernel threads are not among them.
+        if others() == before and counted == len(before):
+            break
+    else:
+        pytest.fail(f"{counted} processes are told, and there are {len(before)}")
     seen_partly(answered, vms.pid)
     row = process(answered, alices.pid)
     assert (row["accounting"], row["charged_bytes"], row["iommufds"][0]["settable"]) == ("user", MIB, None)
-    closed = limits(answered)["descriptors"]
-    counted = sum(map(int, re.findall(r"of (\d+) processes", closed)))
-    # Kernel threads are not among them.
-    assert abs(counted - len(others())) <= 3
     assert "EACCES: Permission denied" in closed
     assert "become: true" in closed
     # While libvirt's daemon runs, what it has mapped is not for everybody to see.

@@ -287,6 +287,8 @@ def emulators() -> Iterator[tuple[Path, Answer]]:
     given = [script(path / name, text) for name, (text, _version) in VERSIONS.items()]
     (path / "no program").write_bytes(b"\x7fELF, but not really")
     try:
+        # The module waits for half a minute, and a daemon that is only just started may take longer here.
+        subprocess.run(["virsh", "domcapabilities"], stdout=subprocess.DEVNULL, check=True)
         yield path, look("emulators", emulators=given)
     finally:
         shutil.rmtree(path)

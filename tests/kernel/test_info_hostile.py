@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start
-from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, CONTAINER, DEVICES, MIB, VM, Vmm
+from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, CONTAINER, DEVICES, MIB, PATIENCE, VM, Vmm
 from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, look_at, process, user
 from ansible_collections.virt.iommufd.tests.kernel.test_fuse import mount, server
 
@@ -25,7 +25,7 @@ __all__ = ("server",)
 def alarm() -> Iterator[None]:
     """Ends all of it, should the module hang."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(120)
+    signal.alarm(PATIENCE)
     yield
     signal.alarm(0)
 
@@ -38,6 +38,16 @@ def test_a_descriptor_on_a_dead_fuse_mount(server: tuple[Path, int], start: Star
     os.kill(pid, signal.SIGSTOP)
     os.waitpid(pid, os.WUNTRACED)
     assert [each["fd"] for each in look_at(vmm)["iommufds"]] == [fd]
+
+
+def test_an_emulator_on_a_dead_fuse_mount(server: tuple[Path, int], alarm: None) -> None:
+    path, pid = server
+    os.kill(pid, signal.SIGSTOP)
+    os.waitpid(pid, os.WUNTRACED)
+    answered = look("host", emulators=[str(path)])
+    [row] = [each for each in answered["host"]["qemu"] if each["path"] == str(path)]
+    assert (row["present"], row["cap_ipc_lock"]) == (False, None)
+    assert f"{path} was not found within 10 seconds" in limits(answered)["emulators"]
 
 
 def test_a_descriptor_on_a_mount_that_refuses_root(start: Start, tmp_path: Path) -> None:
@@ -99,9 +109,8 @@ def test_processes_that_come_and_go(start: Start, alarm: None) -> None:
     swappers = [start(0), start()]
     for each in swappers:
         each.do("swap", str(each.open()), os.devnull, CONTAINER)
-    # It ends by itself, too.
-    loop = "for n in $(seq 2000); do (exec 9<>/dev/iommu) & sh -c 'exec 9<>/dev/iommu; exec true'; wait; done"
-    churn = subprocess.Popen(["sh", "-c", loop], start_new_session=True)
+    loop = "while :; do (exec 9<>/dev/iommu) & sh -c 'exec 9<>/dev/iommu; exec true'; wait; done"
+    churn = subprocess.Popen(["setpriv", "--pdeathsig=KILL", "sh", "-c", loop], start_new_session=True)
     seen: set[int] = set()
     try:
         for _turn in range(12):
@@ -139,6 +148,17 @@ def test_a_process_whose_first_thread_has_ended(start: Start) -> None:
     answered = look()
     # Its descriptors are out of reach, so it must be among what could not be seen.
     assert str(vmm.pid) in " ".join(limits(answered).values())
+
+
+def test_processes_of_many_threads_that_end(start: Start) -> None:
+    """Their threads end one after the other, and often the first one is not the last."""
+    for _turn in range(5):
+        vmm = start()
+        vmm.open()
+        vmm.do("threads", "400")
+        os.kill(vmm.pid, signal.SIGKILL)
+        while not os.waitid(os.P_PID, vmm.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            assert look()["host"]["limits_of_view"] == []
 
 
 def test_a_process_of_many_threads(start: Start) -> None:

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Callable
 
 import pytest
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
@@ -35,6 +37,22 @@ def pinning(vmm: Vmm, device: int, size: int, limit: int = 10 * MIB, mode: str =
     if size:
         vmm.do("pin", str(size))
     return vmm
+
+
+Register = Callable[[Vmm, int], None]
+
+
+@pytest.fixture
+def register(start: Start) -> Iterator[Register]:
+    """Has a process pin so many bytes by io_uring, until the test is over and before the process ends."""
+    registered: list[tuple[Vmm, int]] = []
+
+    def register_one(vmm: Vmm, size: int) -> None:
+        registered.append((vmm, vmm.do("register_buffer", str(size))["ring"]))
+
+    yield register_one
+    for vmm, ring in registered:
+        vmm.do("unregister_buffer", str(ring))
 
 
 def pinned_by(vmm: Vmm) -> int:
@@ -89,10 +107,10 @@ def test_another_vm_as_large_as_fits_to_the_page(start: Start) -> None:
     assert second.ask("pin", str(PAGE))["errno"] == "ENOMEM"
 
 
-def test_what_io_uring_has_pinned_is_uncertain(start: Start) -> None:
+def test_what_io_uring_has_pinned_is_uncertain(start: Start, register: Register) -> None:
     other = start()
     other.limit(10 * MIB)
-    other.do("register_buffer", str(3 * MIB))
+    register(other, 3 * MIB)
     assert pinned_by(other) == 3 * MIB
     assert user(look(), VM) == {**NOTHING, "uid": VM, "user": "vm", "uncertain_bytes": 3 * MIB}
     vmm = pinning(start(), 0, 2 * MIB)
@@ -106,18 +124,18 @@ def test_what_io_uring_has_pinned_is_uncertain(start: Start) -> None:
     assert vmm.ask("pin", str(PAGE))["errno"] == "ENOMEM"
 
 
-def test_what_the_process_itself_has_pinned_by_io_uring_is_charged(start: Start) -> None:
+def test_what_the_process_itself_has_pinned_by_io_uring_is_charged(start: Start, register: Register) -> None:
     vmm = pinning(start(), 0, 2 * MIB)
-    vmm.do("register_buffer", str(3 * MIB))
+    register(vmm, 3 * MIB)
     row = look_at(vmm)
     assert (row["pinned_bytes"], row["charged_bytes"], row["headroom_bytes"]) == (5 * MIB, 5 * MIB, 5 * MIB)
     assert vmm.ask("pin", str(5 * MIB + PAGE))["errno"] == "ENOMEM"
     vmm.do("pin", str(5 * MIB))
 
 
-def test_what_it_has_pinned_by_io_uring_is_not_charged_to_the_process(start: Start) -> None:
+def test_what_it_has_pinned_by_io_uring_is_not_charged_to_the_process(start: Start, register: Register) -> None:
     vmm = pinning(start(), 0, 2 * MIB, mode="process")
-    vmm.do("register_buffer", str(3 * MIB))
+    register(vmm, 3 * MIB)
     row = look_at(vmm)
     assert (row["pinned_bytes"], row["charged_bytes"], row["headroom_bytes"]) == (5 * MIB, 2 * MIB, 8 * MIB)
     assert ["other means than iommufd, such as io_uring" in note for note in row["notes"]] == [True]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Told
+from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 NAME = "kernel-test"
@@ -21,7 +22,7 @@ EXITED = "kernel-test-exited.service"
 
 def pinner(*words: str) -> Any:
     """What the lab's program answers to its last step."""
-    done = subprocess.run(["pinner", *words], check=True, capture_output=True, timeout=120)
+    done = subprocess.run(["pinner", *words], check=True, capture_output=True, timeout=PATIENCE)
     return json.loads(done.stdout or b"[null]")[-1]
 
 
