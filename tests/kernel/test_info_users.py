@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
 from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, DEVICES, MIB, PAGE, VM, Answer, Vmm, as_user
 from ansible_collections.virt.iommufd.tests.kernel.info import (
@@ -22,7 +23,7 @@ from ansible_collections.virt.iommufd.tests.kernel.info import (
     status_of,
     user,
 )
-from ansible_collections.virt.iommufd.tests.kernel.run_module import MODULES, run
+from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 NOTHING = {"pids": [], "charged_bytes": 0, "uncertain_bytes": 0, "largest_bytes": 0, "memlock_bytes": None}
 NOTHING |= {"memlock_unlimited": False, "headroom_bytes": None, "at_risk": False}
@@ -195,7 +196,7 @@ def test_users_without_a_process() -> None:
     "given", ["nobody-of-that-name", "", "-1", "vm\0", "1001 ", "\x1b[31mvm", "\u202evm", "9" * 11, "9" * 10, "\udcff"]
 )
 def test_an_unknown_user(told: Told, given: str) -> None:
-    answered = run(MODULES["iommufd_info"], users=["vm", given])
+    answered = run(iommufd_info, users=["vm", given])
     assert answered["failed"], answered
     assert "This host has no user" in told(answered)
     assert answered["msg"].isprintable()
