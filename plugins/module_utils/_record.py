@@ -494,7 +494,8 @@ class StopUnit:
     def make(self, run: Run) -> None:
         """See Effect."""
         if self.disable:
-            command(run, "systemctl", "disable", "--", self.name)
+            # systemd is told once, when all files are back.
+            command(run, "systemctl", "disable", "--no-reload", "--", self.name)
         for each in (self.name, *self.triggers):
             command(run, "systemctl", "stop", "--", each)
             # So that no failure of a unit that is no more stays in the list. A unit that is not loaded has none.
@@ -562,6 +563,7 @@ def steps_back(record: Record, wanted: Wanted, view: View) -> list[Step]:
     if any(step.effect for step in capabilities):
         units += _pauses([item.path for item in record.items if item.kind == UNIT and item not in gone], view)
     told = {whom for step in files if step.says for place, whom in _TOLD.items() if step.about.startswith(place)}
+    told |= {_SYSTEMD for step in units if isinstance(step.effect, StopUnit) and step.effect.disable}
     reloads = tuple(sorted({*record.reloads, *told}))
     reload = [Step("systemd and udev", Reload(reloads))] if reloads else []
     nodes = [step for item in of[NODE] for step in _nodes_back(item, record, view)]

@@ -276,11 +276,15 @@ def capability_of(path: str) -> bytes | None:
     except OSError as exc:
         if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
             return None
-        raise IommufdError(f"The capabilities of {shown(path)} cannot be read ({error_text(exc.errno)}).") from exc
+        # The kernel hides what is too short or too long for it, and refuses to execute the file.
+        remedy = f" Take them away (setcap -r {shown(path)})." if exc.errno == errno.EINVAL else ""
+        raise IommufdError(
+            f"The capabilities of {shown(path)} cannot be read ({error_text(exc.errno)}).{remedy}"
+        ) from exc
 
 
 def set_capability(path: str, xattr: bytes | None) -> None:
-    """Gives an executable exactly this extended attribute, an empty one too; None takes it away. Raises OSError."""
+    """Gives an executable exactly this extended attribute; None takes it away. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if xattr is not None:

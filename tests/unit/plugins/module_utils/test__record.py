@@ -25,6 +25,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._record import (
     Item,
     Record,
     RecordUnusable,
+    Reload,
     RemoveFile,
     SetCapability,
     SetNode,
@@ -178,15 +179,16 @@ def test_nodes_back(items: list[Item], nodes: dict[str, NodeState], after: list[
 
 UNUSED, USED = UnitState(False, False, False), UnitState(True, True, True, ("u.service",))
 STOP = StopUnit("u.path", ("u.service",), disable=True)
+RELOAD = Reload(("systemd",))
 
 
 @pytest.mark.parametrize(
     ("before", "now", "after"),
     [
-        (None, USED, [STOP]),
+        (None, USED, [STOP, RELOAD]),
         (None, UNUSED, []),
-        ((False, False), USED, [STOP]),
-        ((False, True), USED, [STOP, StartUnit("u.path", UnitState(True, False, True))]),
+        ((False, False), USED, [STOP, RELOAD]),
+        ((False, True), USED, [STOP, RELOAD, StartUnit("u.path", UnitState(True, False, True))]),
         # Cut off in between.
         ((True, False), UNUSED, [StartUnit("u.path", UnitState(True, True, False))]),
     ],

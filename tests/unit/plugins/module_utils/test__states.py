@@ -187,6 +187,10 @@ def test_an_executable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getxattr", refuse(errno.EIO))
     with pytest.raises(IommufdError, match="cannot be read \\(EIO"):
         capability_of(path)
+    # So the kernel answers for an attribute of no bytes.
+    monkeypatch.setattr(os, "getxattr", refuse(errno.EINVAL))
+    with pytest.raises(IommufdError, match=f"Take them away \\(setcap -r {path}\\)"):
+        capability_of(path)
     monkeypatch.setattr(os, "getxattr", refuse(errno.EOPNOTSUPP))
     assert capability_of(path) is None
 
