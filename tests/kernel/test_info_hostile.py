@@ -150,17 +150,6 @@ def test_a_process_whose_first_thread_has_ended(start: Start) -> None:
     assert str(vmm.pid) in " ".join(limits(answered).values())
 
 
-def test_processes_of_many_threads_that_end(start: Start) -> None:
-    """Their threads end one after the other, and often the first one is not the last."""
-    for _turn in range(5):
-        vmm = start()
-        vmm.open()
-        vmm.do("threads", "400")
-        os.kill(vmm.pid, signal.SIGKILL)
-        while not os.waitid(os.P_PID, vmm.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            assert look()["host"]["limits_of_view"] == []
-
-
 def test_a_process_of_many_threads(start: Start) -> None:
     vmm = start(0)
     fd = vmm.open()
