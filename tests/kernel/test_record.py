@@ -420,23 +420,32 @@ def test_cut_off_anywhere() -> None:
     set_xattr(plain(0, effective=False))
     paths = [path for some in SOME.values() for path in some]
     before = tree(PLACE), node(), {path: state_of(path) for path in paths}
-    for stage in ("record", "undo"):
-        at, killed = 0, True
-        while killed:
-            if stage == "record":
-                killed = cut_off(at, False, **SOME)
-            record(**SOME)
-            assert items_in_record() == set(paths)
-            change_some()
-            if stage == "undo":
-                killed = cut_off(at, False)
-                not_back = {path for path in paths if state_of(path) != before[2][path]}
-                assert not_back <= items_in_record(), f"call {at}"
-            record()
-            assert (tree(PLACE), node()) == before[:2], f"{stage}, call {at}"
-            assert not RECORD.parent.exists(), f"{stage}, call {at}"
-            at += 1
-        assert at > 10
+
+    def check(when: str) -> None:
+        assert (tree(PLACE), node()) == before[:2], when
+        assert not RECORD.parent.exists(), when
+
+    at = 0
+    while cut_off(at, False, **SOME):
+        record()
+        check(f"record, call {at}")
+        assert cut_off(at, False, **SOME)
+        record(**SOME)
+        assert items_in_record() == set(paths)
+        record()
+        at += 1
+    assert at > 5
+    at, killed = 0, True
+    while killed:
+        record(**SOME)
+        change_some()
+        killed = cut_off(at, False)
+        not_back = {path for path in paths if state_of(path) != before[2][path]}
+        assert not_back <= items_in_record(), f"undo, call {at}"
+        record()
+        check(f"undo, call {at}")
+        at += 1
+    assert at > 20
 
 
 # Before the stop, and before systemd is told of what went.
