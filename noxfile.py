@@ -65,11 +65,15 @@ def molecule(scenario: str, guests: list[str]) -> None:
     def run(session: nox.Session) -> None:
         note(session, importlib.metadata.version("ansible-core"))
         log = RESULTS / f"{session.name}.log"
-        instance = f"{os.environ.get('LAB_INSTANCE', '')}.{scenario}"
+        own = {
+            "LAB_INSTANCE": f"{os.environ.get('LAB_INSTANCE', '')}.{scenario}",
+            # Its default is the same for every checkout in a folder of this name.
+            "MOLECULE_EPHEMERAL_DIRECTORY": str(ROOT / ".nox" / "molecule" / scenario),
+        }
         # From the collection's root: anywhere else Molecule misses its configuration and passes with nothing done.
         session.run(
             *("bash", "-o", "pipefail", "-c", 'molecule test --scenario-name "$1" 2>&1 | tee "$0"', str(log), scenario),
-            env={"ANSIBLE_FORCE_COLOR": "0", "NO_COLOR": "1", "LAB_INSTANCE": instance},
+            env={"ANSIBLE_FORCE_COLOR": "0", "NO_COLOR": "1", **own},
             external=True,
         )
         if "no hosts matched" in log.read_text(encoding="utf-8", errors="replace"):
