@@ -131,16 +131,7 @@ class Item:
 
         Raises KeyError, TypeError, ValueError or AttributeError where it is none of these.
         """
-        before = self.before
-        if before is None or self.kind == BLOCK:
-            return None
-        if self.kind == FILE:
-            return FileState.from_json(before)
-        if self.kind == NODE:
-            return NodeState(int(before["mode"], 8), int(before["uid"]), int(before["gid"]))
-        if self.kind == UNIT:
-            return UnitState(True, bool(before["enabled"]), bool(before["active"]))
-        return None if before["xattr"] is None else bytes.fromhex(before["xattr"])
+        return _state_of(self.kind, self.before)
 
     @classmethod
     def from_json(cls, given: dict[str, Any]) -> Item:
@@ -150,12 +141,24 @@ class Item:
         if item.kind not in KINDS or not all(map(os.path.isabs, paths)):
             raise ValueError(item.kind)
         # What could not be put back later is told now, before anything is.
-        _ = item.state
+        _state_of(item.kind, item.before)
         return item
 
     def to_json(self) -> dict[str, Any]:
         """The form that the record holds."""
         return {"kind": self.kind, "path": self.path, "before": self.before, "folders": list(self.folders)}
+
+
+def _state_of(kind: str, before: Any) -> Any:
+    if before is None or kind == BLOCK:
+        return None
+    if kind == FILE:
+        return FileState.from_json(before)
+    if kind == NODE:
+        return NodeState(int(before["mode"], 8), int(before["uid"]), int(before["gid"]))
+    if kind == UNIT:
+        return UnitState(True, bool(before["enabled"]), bool(before["active"]))
+    return None if before["xattr"] is None else bytes.fromhex(before["xattr"])
 
 
 @dataclass
@@ -610,17 +613,16 @@ def _text(content: bytes) -> str:
 
 
 def _file_back(item: Item, now: FileState | None) -> Step:
-    before = item.state
-    if now == before:
-        # Folders may be left, where a run was cut off between them.
-        return Step(item.path, RemoveFile(item.path, item.folders) if before is None else None, item=item)
-    if before is None:
-        assert now is not None
-        effect = RemoveFile(item.path, item.folders)
-        return Step(item.path, effect, f"{item.path} is removed.", _text(now.content), item=item)
+    before: FileState | None = item.state
     content = "" if now is None else _text(now.content)
-    says = f"{item.path} is what it was."
-    return Step(item.path, WriteFile(item.path, before), says, content, _text(before.content), item)
+    if before is None:
+        # Where the file is gone folders may be left: a run was cut off between them.
+        says = "" if now is None else f"{item.path} is removed."
+        return Step(item.path, RemoveFile(item.path, item.folders), says, content, item=item)
+    if now == before:
+        return Step(item.path, item=item)
+    effect = WriteFile(item.path, before)
+    return Step(item.path, effect, f"{item.path} is what it was.", content, _text(before.content), item)
 
 
 def _block_back(item: Item, now: FileState | None) -> Step:
