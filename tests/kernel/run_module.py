@@ -13,6 +13,7 @@ prints the answer. It takes no Ansible but its module_utils. Without a name the 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import sys
@@ -21,12 +22,10 @@ from typing import Any
 
 from ansible.module_utils import basic
 from ansible.module_utils.common import warnings
-from ansible_collections.virt.iommufd.plugins.modules import iommufd_info, iommufd_option
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
 
 Answer = dict[str, Any]
-
-
-MODULES = {"iommufd_info": iommufd_info, "iommufd_option": iommufd_option}
+MODULES = "ansible_collections.virt.iommufd.plugins.modules"
 
 
 def run(module: ModuleType = iommufd_option, /, **options: Any) -> Answer:
@@ -47,4 +46,5 @@ def run(module: ModuleType = iommufd_option, /, **options: Any) -> Answer:
 
 if __name__ == "__main__":
     options, *name = sys.argv[1:]
-    print(json.dumps(run(MODULES[name[0] if name else "iommufd_option"], **json.loads(options))))
+    module = importlib.import_module(f"{MODULES}.{name[0]}") if name else iommufd_option
+    print(json.dumps(run(module, **json.loads(options))))
