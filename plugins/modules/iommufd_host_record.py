@@ -253,7 +253,6 @@ from ansible.module_utils.basic import AnsibleModule
 from ..module_utils._capabilities import CAP_IPC_LOCK, parse_file_capabilities
 from ..module_utils._errors import IommufdError, error_text
 from ..module_utils._record import (
-    BLOCK,
     CAPABILITY,
     FILE,
     NODE,
@@ -320,12 +319,8 @@ def block_row(state: FileState | None) -> Row:
 
 def item_row(item: Item) -> Row:
     """An entry of the record, without the content of a file."""
-    before: Row | None = item.before
-    if before is not None and item.kind in (FILE, NODE):
-        before = owners(item.state)
-    elif before is not None and item.kind == BLOCK:
-        before = {}
-    return {"kind": item.kind, "path": item.path, "before": before}
+    shown_state = item.before is not None and item.kind in (FILE, NODE)
+    return {"kind": item.kind, "path": item.path, "before": owners(item.state) if shown_state else item.before}
 
 
 def state_rows(wanted: Wanted, view: View, items: list[Item]) -> Row:
