@@ -176,7 +176,8 @@ def bench_hosts(rounds: int) -> Iterator[Finding]:
 
 def bench_processes(rounds: int) -> Iterator[Finding]:
     """A host with many VMs."""
-    printed = guest(f"PYTHONPATH={TREE} python3 {BENCH}/inside.py {rounds} {FEW} {MANY} {ALL}")
+    # Few before and after many, since the machine may be busier by then.
+    printed = guest(f"PYTHONPATH={TREE} python3 {BENCH}/inside.py {rounds} {FEW} {MANY} {FEW} {ALL}")
     measured: dict[str, list[dict[str, float]]] = json.loads(printed)
 
     def middle(crowd: str, name: str) -> float:

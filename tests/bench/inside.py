@@ -92,8 +92,10 @@ def ask_lsof(name: str, pids: set[int]) -> dict[str, float]:
 
 def main() -> None:
     rounds = int(sys.argv[1])
-    measured: dict[str, list[dict[str, float]]] = {each: [] for each in sys.argv[2:]}
-    for each, rows in measured.items():
+    measured: dict[str, list[dict[str, float]]] = {}
+    # One that is named again is measured again.
+    for each in sys.argv[2:]:
+        rows = measured.setdefault(each, [])
         count, vmms = map(int, each.split(":"))
         with crowd(count, vmms) as pids:
             # What is looked at for the first time has to be made by the kernel; that is nobody's merit.
