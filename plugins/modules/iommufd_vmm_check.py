@@ -31,6 +31,7 @@ options:
     description:
       - The name of the user that O(trial), O(start) without O(domain), and O(scratch) run as, such as V(libvirt-qemu)
         on Debian and V(qemu) on Red Hat. They require it.
+      - A user that the host does not have is a failure in any case.
     type: str
   units:
     description:
