@@ -448,16 +448,15 @@ def test_cut_off_anywhere() -> None:
     assert at > 20
 
 
-# Before the stop, and before systemd is told of what went.
-@pytest.mark.parametrize("at", [2, 6])
-def test_cut_off_between_commands(at: int) -> None:
+def test_cut_off_before_systemd_is_told() -> None:
     before = tree(Path("/etc")), units()
     options = {name: wanted()[name][:2] for name in ("files", "units")}
     record(capabilities=[str(EMULATOR)], **options)
     write_units()
     set_xattr(plain(IPC_LOCK))
     start_units()
-    assert cut_off(at, True)
+    # It shows, disables, stops and forgets both units before that.
+    assert cut_off(6, True)
     record()
     assert (tree(Path("/etc")), units(), xattr()) == (*before, None)
     assert not wait_for(has_ipc_lock, 1)

@@ -187,6 +187,8 @@ RELOAD = Reload(("systemd",))
     [
         (None, USED, [STOP, RELOAD]),
         (None, UNUSED, []),
+        # Cut off before it was stopped, or started by hand.
+        (None, UnitState(True, False, True), [StopUnit("u.path", (), disable=True), RELOAD]),
         ((False, False), USED, [STOP, RELOAD]),
         ((False, True), USED, [STOP, RELOAD, StartUnit("u.path", UnitState(True, False, True))]),
         # Cut off in between.
