@@ -187,7 +187,7 @@ def found_of(
     """What somebody else has granted. `record` knows the role's own grants, by which others' are told apart."""
     found = []
     for path, there in record["capabilities"].items():
-        if there["ipc_lock"] and not there["ours"]:
+        if _of_others(there):
             found.append({"what": "cap_ipc_lock", "to": path, "why": "The file had it before this role knew of it."})
     # The information is from before what is put back was put back.
     gone = " ".join(record["put_back"])
@@ -201,6 +201,11 @@ def found_of(
             why = "AmbientCapabilities of the unit has it, and this role did not put it there."
             found.append({"what": "cap_ipc_lock", "to": unit["name"], "why": why})
     return found
+
+
+def _of_others(there: Mapping[str, Any] | None) -> bool:
+    """Whether an emulator, as the record module returns it, has CAP_IPC_LOCK from somebody else."""
+    return there is not None and there["ipc_lock"] and not there["ours"]
 
 
 def verified_of(plan: Mapping[str, Any], check: Mapping[str, Any]) -> list[Row]:
@@ -331,10 +336,8 @@ def result(
             if each["to"].startswith("/")
         ]
     return {
-        **{
-            key: plan[key]
-            for key in ("supported", "kernel", "requested", "strategy", "certain", "why", "grants", "access")
-        },
+        **{key: plan[key] for key in ("supported", "kernel", "requested", "strategy", "certain", "why", "access")},
+        "grants": [grant for grant in plan["grants"] if not _of_others(record["capabilities"].get(grant["to"]))],
         "found": found,
         "verified": [{key: each[key] for key in ("what", "ok", "evidence")} for each in verified],
         "failed": failed,

@@ -194,6 +194,8 @@ def test_what_others_have_granted() -> None:
     assert iommufd_host_result(made, info(capable=True), record(ours=True), check())["found"] == []
     (found,) = iommufd_host_result(made, info(capable=True), record(ours=False), check())["found"]
     assert (found["what"], found["to"]) == ("cap_ipc_lock", QEMU)
+    assert iommufd_host_result(made, info(capable=True), record(ours=True), check())["grants"] == [FILE]
+    assert iommufd_host_result(made, info(capable=True), record(ours=False), check())["grants"] == []
     left = iommufd_host_result(plan("native"), info(capable=True), record(), check())
     assert [each["to"] for each in left["found"]] == [QEMU]
     assert f"setcap -r {QEMU}" in left["todo"][0]
