@@ -101,7 +101,7 @@ def main() -> None:
     if command == "pack":
         pack(words[0], Path(words[1]))
     else:
-        print(json.dumps([reinstall(*words[1:]) for _ in range(int(words[0]))]))
+        print(json.dumps([reinstall(*words[1:]) for _round in range(int(words[0]))]))
 
 
 if __name__ == "__main__":
