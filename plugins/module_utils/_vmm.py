@@ -361,8 +361,10 @@ def _show(run: Run, unit: str) -> dict[str, str]:
 
 def unit_obstacles(unit: Unit) -> list[str]:
     """What would void AmbientCapabilities=CAP_IPC_LOCK of a service, or keep it from starting."""
+    if unit.load_state == "not-found":
+        return [f"systemd has no unit {unit.name}."]
     if not unit.present:
-        return [f"systemd has no unit {unit.name}: its state is {unit.load_state}."]
+        return [f"systemd cannot start {unit.name}: its unit is {unit.load_state}."]
     if unit.program is None:
         return [f"{unit.name} starts no program."]
     found = []

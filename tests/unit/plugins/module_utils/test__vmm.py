@@ -323,7 +323,8 @@ UNIT = look_at_unit(answering(shown(ExecStart=EXEC.format(sys.executable, ""), U
     [
         (UNIT, []),
         (changed(UNIT, no_new_privs=True), []),
-        (changed(UNIT, load_state="not-found"), ["systemd has no unit vm.service: its state is not-found"]),
+        (changed(UNIT, load_state="not-found"), ["systemd has no unit vm.service."]),
+        (changed(UNIT, load_state="masked"), ["systemd cannot start vm.service: its unit is masked."]),
         (changed(UNIT, program=None), ["vm.service starts no program"]),
         (changed(UNIT, program=Program("/q", "/q", present=False)), ["vm.service starts /q, which is not there"]),
         (changed(UNIT, bounding=1), ["has a CapabilityBoundingSet without CAP_IPC_LOCK"]),
