@@ -100,7 +100,9 @@ def nodes() -> dict[str, Any]:
 def systemctl(*words: str) -> list[list[str]]:
     """The lines of a list that systemctl prints, in words."""
     command = ["systemctl", "--no-pager", "--no-legend", "--plain", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # On a busy machine it takes longer than the 25 seconds that systemctl waits.
+    patient = {**os.environ, "SYSTEMD_BUS_TIMEOUT": "300"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=patient)
     return [line.split() for line in done.stdout.splitlines()]
 
 
