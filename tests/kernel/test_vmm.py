@@ -216,8 +216,8 @@ def test_a_read_only_mount(qemu: Path, folder: Path) -> None:
         assert "cannot be made (EROFS: " in row["trial"]["msg"]
 
 
-def test_a_file_system_without_attributes(folder: Path) -> None:
-    """One that shows only in the trial: nothing that can be read tells of it."""
+def test_a_mount_from_which_nothing_can_be_executed(folder: Path) -> None:
+    """What is no obstacle to a capability shows in the trial all the same."""
     with mounted(folder, "-t", "tmpfs", "-o", "noexec,mode=755", "none") as target:
         path = Path(shutil.copy("/usr/bin/sleep", target))
         assert emulator(path)["obstacles"] == []
