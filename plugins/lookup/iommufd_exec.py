@@ -1,0 +1,78 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The lookup iommufd_exec: where on the controller the launcher iommufd-exec is, to be copied to a host."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ansible import constants
+from ansible.errors import AnsibleLookupError
+from ansible.plugins.lookup import LookupBase
+from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import zipapp
+
+DOCUMENTATION = r"""
+name: iommufd_exec
+short_description: Make the launcher iommufd-exec, and return where it is
+version_added: 0.1.0
+author:
+  - The virt.iommufd contributors (@virt-iommufd)
+description:
+  - C(iommufd-exec) opens an iommufd, has the kernel charge what is pinned through it to the process alone, gives up
+    root and becomes the VMM that it was given. It is for hosts where a systemd unit starts a VMM without libvirt.
+  - The lookup packs it on the controller, into a file that is gone once Ansible ends, and returns the path of that. The
+    file's content depends on nothing but the version of this collection, so a copy of it changes a host only once.
+  - The role C(virt.iommufd.iommufd_host) installs it with C(iommufd_host_launcher).
+options:
+  _terms:
+    description: It takes none.
+seealso:
+  - module: virt.iommufd.iommufd_option
+    description: Sets the mode of an iommufd that a running process has.
+"""
+
+EXAMPLES = r"""
+- name: Ensure that units can start VMs with an accounting of their own
+  ansible.builtin.copy:
+    src: "{{ lookup('virt.iommufd.iommufd_exec') }}"
+    dest: /usr/local/bin/iommufd-exec
+    owner: root
+    group: root
+    mode: "0755"
+    # That it runs on this host.
+    validate: "%s --help"
+"""
+
+RETURN = r"""
+_raw:
+  description: The path of the file on the controller.
+  type: list
+  elements: path
+"""
+
+
+class LookupModule(LookupBase):
+    """What Ansible looks for."""
+
+    def run(self, terms: Sequence[object], variables: object = None, **kwargs: Any) -> list[str]:
+        if terms or kwargs:
+            raise AnsibleLookupError("The lookup virt.iommufd.iommufd_exec takes no terms and no options.")
+        content = zipapp()
+        # Ansible makes it when it starts and removes it when it ends. Types do not know what its configuration holds.
+        folder = vars(constants)["DEFAULT_LOCAL_TMP"]
+        path = Path(folder, f"iommufd-exec-{hashlib.sha256(content).hexdigest()[:16]}")
+        if not path.exists():
+            # Others may look it up at the same time.
+            descriptor, scratch = tempfile.mkstemp(dir=path.parent)
+            with open(descriptor, "wb") as stream:
+                stream.write(content)
+            os.chmod(scratch, 0o700)
+            os.replace(scratch, path)
+        return [str(path)]

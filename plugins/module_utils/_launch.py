@@ -1,0 +1,477 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: `iommufd-exec`, which opens and sets an iommufd and becomes the VMM that gets it.
+
+What is asked for and what is said of it are `parse`, `fill` and `verdict`, which touch nothing; `launch` does it, from
+the step that needs most privilege to the one that needs none. Whatever fails before the last starts nothing.
+
+On a host it runs as a zipapp that plugin_utils/_zipapp.py makes of this file and those that it imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import pwd
+import resource
+import signal
+import stat
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from ._capabilities import CAP_IPC_LOCK, names
+from ._errors import IommufdError, error_text
+from ._iommufd import (
+    CHANGED,
+    DENIED,
+    RLIMIT_MODE,
+    UNCHANGED,
+    UNSUPPORTED,
+    IommuFd,
+    Result,
+    explain,
+    iommufd_rdevs,
+)
+from ._size import human_size, parse_size
+
+__all__ = (
+    "NOT_BECOME",
+    "NOT_EXECUTABLE",
+    "NOT_FOUND",
+    "NOT_SET",
+    "NO_IOMMUFD",
+    "PLACEHOLDER",
+    "USAGE",
+    "Refusal",
+    "Request",
+    "User",
+    "environment",
+    "fill",
+    "main",
+    "obstacle",
+    "parse",
+    "verdict",
+)
+
+NAME = "iommufd-exec"
+DEVICE = "/dev/iommu"
+PLACEHOLDER = "{iommufd}"
+
+# Exit codes: away from those of VMMs, which begin at 0, and from systemd's own, from 200. The last two are the shell's.
+USAGE = 121
+NO_IOMMUFD = 122
+NOT_SET = 123
+NOT_BECOME = 125
+NOT_EXECUTABLE = 126
+NOT_FOUND = 127
+
+_DESCRIPTION = f"""\
+Opens {DEVICE}, has the kernel charge what is pinned through it to the process alone, gives up root, and becomes
+COMMAND, which is given the descriptor. It is meant for a systemd unit's ExecStart=, in front of a VMM that takes a
+descriptor, such as QEMU:
+
+  {NAME} --user vm --memlock 66G -- qemu-system-x86_64 -m 64G \\
+      -object iommufd,id=iommufd0,fd={PLACEHOLDER} -device vfio-pci,host=0000:01:00.0,iommufd=iommufd0
+
+Everything behind the first -- is COMMAND and its arguments. They are passed on as they are, by no shell; only
+{PLACEHOLDER} in an argument becomes the number of the descriptor. It has to occur. COMMAND is looked for in PATH.
+"""
+
+_EPILOG = f"""\
+what COMMAND gets:
+  The descriptor, which is the only one that is opened for it, and all that {NAME} was given itself: environment,
+  folder, descriptors, process id. Nothing of {NAME} stays behind. SIGPIPE and SIGXFSZ have their defaults.
+
+how it is accounted:
+  One line on standard error tells. With rlimit_mode=process the kernel charges the process for itself, and checks its
+  own RLIMIT_MEMLOCK. With user, which is the kernel's default, it adds up all processes of the user and holds the sum
+  against the limit of the one that pins more. A COMMAND with CAP_IPC_LOCK has no limit at all.
+  To set process takes CAP_SYS_RESOURCE in the initial user namespace. Where that is missing, or the kernel lacks the
+  option, a warning says so and COMMAND is started per user; with --strict it is not started.
+
+what it takes:
+  {DEVICE}, so Linux 6.2 with CONFIG_IOMMUFD, and its module loaded. CAP_SYS_RESOURCE for the mode, and to raise a hard
+  limit. CAP_SETPCAP for --bounding. CAP_SETUID and CAP_SETGID for --user, unless the user and groups are that user's
+  already, as in a unit with User= and AmbientCapabilities=CAP_SYS_RESOURCE: then it only gives up the capabilities.
+  USER has to be able to open the VFIO devices.
+
+exit codes, if COMMAND is not started:
+  {USAGE}  the arguments are wrong
+  {NO_IOMMUFD}  there is no {DEVICE}, or it cannot be opened, or it is something else
+  {NOT_SET}  the rlimit mode could not be set, and --strict was given or the kernel's answer has no known meaning
+  {NOT_BECOME}  USER, the limit or the bounding set could not be had, or something unforeseen happened
+  {NOT_EXECUTABLE}  COMMAND was found but could not be executed
+  {NOT_FOUND}  COMMAND was not found
+Otherwise the exit code is COMMAND's.
+"""
+
+# linux/prctl.h, linux/capability.h
+_PR_CAPBSET_READ = 23
+_PR_CAPBSET_DROP = 24
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_CAPABILITY_VERSION_3 = 0x20080522
+
+# The kernel has 64 bits for them and names for some 40.
+_CAPABILITIES = {name: number for number in range(64) for name in names(1 << number)}
+
+_UNLIMITED = ("infinity", "unlimited")
+
+
+class _Header(ctypes.Structure):
+    """`struct __user_cap_header_struct`. The pid 0 is the caller."""
+
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _Sets(ctypes.Structure):
+    """`struct __user_cap_data_struct`, one for each half of the sets."""
+
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
+_libc.capget.argtypes = _libc.capset.argtypes = (ctypes.POINTER(_Header), ctypes.POINTER(_Sets))
+
+
+def _checked(result: int) -> int:
+    """The result of a C function that returns -1 and sets errno. Raises OSError in that case."""
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+class Refusal(IommufdError):
+    """Why nothing is started, and the exit code that says so."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the arguments ask for. None is "leave it as it is".
+
+    `memlock` is in bytes, or resource.RLIM_INFINITY; `bounding` has the numbers of the capabilities that may stay.
+    """
+
+    command: tuple[str, ...]
+    rlimit_mode: str = "process"
+    user: str | None = None
+    memlock: int | None = None
+    bounding: frozenset[int] | None = None
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class User:
+    """An ordinary user, as the user database has it. `groups` are all of the user's, the first one too."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: frozenset[int]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Refusal(USAGE, f"{message}. See {NAME} --help.")
+
+
+def _memlock(text: str) -> int:
+    return resource.RLIM_INFINITY if text in _UNLIMITED else parse_size(text)
+
+
+def _bounding(text: str) -> frozenset[int]:
+    words = [] if text == "none" else text.lower().split(",")
+    numbers = [_CAPABILITIES.get(word if word.startswith("cap_") else f"cap_{word}") for word in words]
+    for word, number in zip(words, numbers):
+        if number is None:
+            raise IommufdError(f"{word!r} is not a capability: give names such as cap_net_admin, or none.")
+    return frozenset(number for number in numbers if number is not None)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What reads the options, those in front of "--"."""
+    made = _Parser(
+        prog=NAME,
+        usage=f"{NAME} [OPTION...] -- COMMAND ... {PLACEHOLDER} ...",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument(
+        "--rlimit-mode",
+        choices=("process", "user"),
+        default="process",
+        help="whom the kernel charges for pinned memory (default: process)",
+    )
+    made.add_argument("--user", help="become this user, with the user's groups and no capabilities; not root")
+    made.add_argument(
+        "--memlock",
+        metavar="SIZE",
+        help="set RLIMIT_MEMLOCK, soft and hard: bytes, or such as 66G in 1024s, or infinity (default: leave it)",
+    )
+    made.add_argument(
+        "--bounding",
+        metavar="CAPS",
+        help="drop all other capabilities from the bounding set: names with commas in between, or none"
+        " (default: leave it)",
+    )
+    made.add_argument("--strict", action="store_true", help="do not start COMMAND where the mode cannot be set")
+    return made
+
+
+def parse(arguments: Sequence[str]) -> Request:
+    """What the arguments ask for. Raises Refusal; for --help it prints that and raises SystemExit."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    given = parser().parse_args(list(arguments[:end]))
+    command = tuple(arguments[end + 1 :])
+    if not command:
+        raise Refusal(USAGE, f"There is no COMMAND: it stands behind --. See {NAME} --help.")
+    if not any(PLACEHOLDER in word for word in command[1:]):
+        raise Refusal(
+            USAGE,
+            f"No argument of {command[0]} has {PLACEHOLDER} in it, so it would not get the descriptor and open one of"
+            f" its own. QEMU takes it as -object iommufd,id=iommufd0,fd={PLACEHOLDER}.",
+        )
+    try:
+        memlock = None if given.memlock is None else _memlock(given.memlock)
+    except IommufdError as exc:
+        raise Refusal(USAGE, f"--memlock: {exc} Or give infinity.") from exc
+    try:
+        bounding = None if given.bounding is None else _bounding(given.bounding)
+    except IommufdError as exc:
+        raise Refusal(USAGE, f"--bounding: {exc}") from exc
+    return Request(command, given.rlimit_mode, given.user, memlock, bounding, given.strict)
+
+
+def fill(command: Sequence[str], fd: int) -> list[str]:
+    """The command as it is executed: with the descriptor's number where an argument asks for it."""
+    return [command[0], *(word.replace(PLACEHOLDER, str(fd)) for word in command[1:])]
+
+
+def obstacle(result: Result, request: Request) -> str:
+    """What kept the mode from being set, "" for nothing. Raises Refusal where the command is not to be started then."""
+    if result.outcome in (CHANGED, UNCHANGED):
+        return ""
+    why = explain(result, DEVICE, RLIMIT_MODE, RLIMIT_MODE.number(request.rlimit_mode))
+    if result.outcome == DENIED:
+        why = (
+            f"{RLIMIT_MODE.name}={request.rlimit_mode} takes CAP_SYS_RESOURCE in the initial user namespace, which"
+            f" {NAME} lacks ({error_text(result.errno)}). Start it as root, outside of any container, by a unit whose"
+            " CapabilityBoundingSet= does not leave that out."
+        )
+    if request.strict or result.outcome not in (DENIED, UNSUPPORTED):
+        raise Refusal(NOT_SET, f"{why} So {request.command[0]} is not started.")
+    return why
+
+
+def verdict(mode: int, limit: int, unlimited: bool) -> str:
+    """How the command will be accounted, in the rlimit mode of that number.
+
+    `limit` is its RLIMIT_MEMLOCK in bytes, `unlimited` whether it has CAP_IPC_LOCK, which lifts that.
+    """
+    words = (
+        "rlimit_mode=user: the memory that it pins is charged to its user, with that of the user's other processes",
+        "rlimit_mode=process: the memory that it pins is charged to it alone",
+    )[mode]
+    if unlimited:
+        return f"{words}, and held against no limit, since it has {CAP_IPC_LOCK.upper()}."
+    size = "which is unlimited" if limit == resource.RLIM_INFINITY else human_size(limit)
+    return f"{words}, and held against its RLIMIT_MEMLOCK, {size}."
+
+
+def say(text: str) -> None:
+    """A line on standard error, which need not be there."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{NAME}: {text}\n".encode(errors="backslashreplace"))
+
+
+def open_iommufd() -> int:
+    """A new iommufd: a descriptor that is none of the standard ones, and close-on-exec. Raises Refusal."""
+    try:
+        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError as exc:
+        raise Refusal(
+            NO_IOMMUFD,
+            f"This host has no {DEVICE}: load the module iommufd, or boot a kernel that was built with CONFIG_IOMMUFD.",
+        ) from exc
+    except OSError as exc:
+        raise Refusal(
+            NO_IOMMUFD, f"{DEVICE} cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)})."
+        ) from exc
+    found = os.fstat(fd)
+    if not stat.S_ISCHR(found.st_mode) or found.st_rdev not in iommufd_rdevs({found.st_rdev}):
+        raise Refusal(
+            NO_IOMMUFD, f"{DEVICE} is not the kernel's iommufd but something else, so nothing was sent to it."
+        )
+    if fd > 2:
+        return fd
+    # Started without standard streams. A VMM would take it for one of them.
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(fd)
+    return moved
+
+
+def find_user(name: str) -> User:
+    """The user of that name. Raises Refusal."""
+    try:
+        found = pwd.getpwnam(name)
+        groups = os.getgrouplist(found.pw_name, found.pw_gid)
+    except KeyError as exc:
+        raise Refusal(NOT_BECOME, f"There is no user {name!r} on this host.") from exc
+    if found.pw_uid == 0:
+        raise Refusal(NOT_BECOME, f"--user {name} would give up nothing. To keep root, leave it out.")
+    return User(found.pw_name, found.pw_uid, found.pw_gid, frozenset(groups))
+
+
+def limit_memlock(size: int) -> None:
+    """Sets RLIMIT_MEMLOCK, soft and hard. Raises Refusal."""
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (size, size))
+    except (OSError, ValueError) as exc:
+        raise Refusal(
+            NOT_BECOME,
+            f"RLIMIT_MEMLOCK cannot be set to {size} bytes ({exc}): to raise the hard limit takes CAP_SYS_RESOURCE. Or"
+            " leave --memlock out and set LimitMEMLOCK= in the unit.",
+        ) from exc
+
+
+def limit_bounding(kept: frozenset[int]) -> None:
+    """Drops every capability from the bounding set that is not to be kept. Raises Refusal."""
+    try:
+        for number in _CAPABILITIES.values():
+            if number not in kept and _libc.prctl(_PR_CAPBSET_READ, number, 0, 0, 0) > 0:
+                _checked(_libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0))
+    except OSError as exc:
+        raise Refusal(
+            NOT_BECOME, f"The bounding set cannot be limited ({error_text(exc.errno)}): that takes CAP_SETPCAP."
+        ) from exc
+
+
+def _effective() -> int:
+    """The mask of this process's effective capabilities."""
+    sets = (_Sets * 2)()
+    _checked(_libc.capget(_Header(_CAPABILITY_VERSION_3, 0), sets))
+    return int(sets[0].effective | sets[1].effective << 32)
+
+
+def _holds_any() -> bool:
+    """Whether this process has any capability, be it effective, permitted or inheritable, and so maybe ambient."""
+    sets = (_Sets * 2)()
+    _checked(_libc.capget(_Header(_CAPABILITY_VERSION_3, 0), sets))
+    return any(each.effective | each.permitted | each.inheritable for each in sets)
+
+
+def _is(user: User) -> bool:
+    """Whether this process is that user's already, by each of its ids and groups."""
+    ids = os.getresuid() == (user.uid,) * 3 and os.getresgid() == (user.gid,) * 3
+    return ids and {user.gid, *os.getgroups()} == {user.gid, *user.groups}
+
+
+def become(user: User) -> None:
+    """Becomes the user, with the user's groups, no capability, and no way back. Raises Refusal.
+
+    Sources: credentials(7), capabilities(7). The bounding set stays.
+    """
+    try:
+        if not _is(user):
+            os.setgroups(sorted(user.groups))
+            os.setresgid(user.gid, user.gid, user.gid)
+            os.setresuid(user.uid, user.uid, user.uid)
+        # A change of user clears these by itself, but for the inheritable ones, and unless securebits tell otherwise.
+        _checked(_libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
+        _checked(_libc.capset(_Header(_CAPABILITY_VERSION_3, 0), (_Sets * 2)()))
+    except OSError as exc:
+        raise Refusal(
+            NOT_BECOME,
+            f"{NAME}, uid {os.geteuid()}, cannot become user {user.name} ({error_text(exc.errno)}): start it as root"
+            " with CAP_SETUID and CAP_SETGID, or as that user with the user's groups.",
+        ) from exc
+    if not _is(user) or _holds_any() or _can_return():
+        raise Refusal(NOT_BECOME, f"{NAME} became user {user.name} only in part: the kernel did not do as it said.")
+
+
+def _can_return() -> bool:
+    """Whether there is a way back to root."""
+    try:
+        os.setresuid(0, 0, 0)
+    except PermissionError:
+        return False
+    return True
+
+
+def environment() -> dict[bytes, bytes]:
+    """The environment that this program was given.
+
+    Where the locale is C, Python puts another one into LC_CTYPE for its children (PEP 538), in isolated mode too.
+    """
+    given = dict(os.environb)
+    with contextlib.suppress(OSError), open("/proc/self/environ", "rb") as stream:
+        if not any(line.startswith(b"LC_CTYPE=") for line in stream.read().split(b"\0")):
+            given.pop(b"LC_CTYPE", None)
+    return given
+
+
+def execute(command: Sequence[str], fd: int) -> NoReturn:
+    """Becomes the command, which gets the descriptor. Raises Refusal."""
+    os.set_inheritable(fd, True)
+    # Python ignores these, which a program that it becomes would, too.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execvpe(command[0], list(command), environment())
+    except OSError as exc:
+        code = NOT_FOUND if exc.errno in (errno.ENOENT, errno.ENOTDIR) else NOT_EXECUTABLE
+        raise Refusal(code, f"{command[0]} cannot be executed ({error_text(exc.errno)}).") from exc
+    except ValueError as exc:
+        raise Refusal(NOT_EXECUTABLE, f"{command[0]!r} cannot be executed: {exc}.") from exc
+
+
+def launch(request: Request) -> NoReturn:
+    """Does what is asked for and becomes the command. Raises Refusal, and then the process is of no more use."""
+    user = None if request.user is None else find_user(request.user)
+    fd = open_iommufd()
+    result = IommuFd(fd).change(RLIMIT_MODE, RLIMIT_MODE.number(request.rlimit_mode))
+    warning = obstacle(result, request)
+    if request.memlock is not None:
+        limit_memlock(request.memlock)
+    if request.bounding is not None:
+        limit_bounding(request.bounding)
+    if user is not None:
+        become(user)
+    if warning:
+        say(f"warning: {warning} {request.command[0]} is started all the same.")
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    # A kernel without the option charges the user.
+    say(verdict(result.after or 0, limit, unlimited=CAP_IPC_LOCK in names(_effective())))
+    execute(fill(request.command, fd), fd)
+
+
+def main() -> int:
+    """Runs the program; returns an exit code only if the command was not started."""
+    try:
+        launch(parse(sys.argv[1:]))
+    except Refusal as exc:
+        say(str(exc))
+        return exc.code
+    except IommufdError as exc:
+        say(str(exc))
+        return NO_IOMMUFD
+    except Exception as exc:
+        # A traceback's exit code would be taken for the command's.
+        say(f"Nothing was started, for a reason that was not foreseen: {exc!r}.")
+        return NOT_BECOME
