@@ -115,7 +115,8 @@ _value:
       elements: dict
     files:
       description:
-        - The files that the role writes, with the keys C(path), C(template), and what the template takes.
+        - The files that the role writes, with the keys C(path), C(template), which is null for the launcher, and what the
+          template takes.
         - The key C(grants) tells whether a file is part of a grant.
       type: list
       elements: dict
@@ -148,6 +149,7 @@ _EMULATOR_OF = {"ppc64le": "ppc64", "i686": "i386", "armv7l": "arm"}
 _MODULES_FILE = "/etc/modules-load.d/iommufd_host.conf"
 _UDEV_FILE = "/etc/udev/rules.d/80-iommufd_host.rules"
 _LIMITS_FILE = "/etc/security/limits.d/80-iommufd_host.conf"
+_LAUNCHER = "/usr/local/bin/iommufd-exec"
 _APPARMOR_FILE = "/etc/apparmor.d/abstractions/libvirt-qemu.d/iommufd_host"
 _QEMU_CONF = "/etc/libvirt/qemu.conf"
 _DROP_IN = "50-iommufd_host.conf"
@@ -171,6 +173,7 @@ _DEFAULTS: Row = {
     "device_group": "",
     "device_mode": "",
     "qemu_access": False,
+    "launcher": False,
     "architecture": "",
     "apparmor": False,
 }
@@ -251,6 +254,8 @@ def choose(config: Mapping[str, Any], libvirt: Mapping[str, Any]) -> Choice:
         return Choice(requested, certain, f"It was asked for.{'' if certain else ' ' + reason}")
     if sets and not named:
         return Choice("native", True, reason)
+    if not there and not named and config["launcher"]:
+        return Choice("none", True, f"{reason} What starts VMs with iommufd-exec has each charged for itself.")
     if not there and not named:
         return Choice(
             "none",
@@ -402,6 +407,9 @@ def files_of(grants: list[Row], config: Mapping[str, Any], opens: bool) -> list[
     if group or mode:
         rights = {"template": "udev.rules.j2", "group": group, "mode": mode}
         files.append({"path": _UDEV_FILE, "grants": False, **rights})
+    if config["launcher"]:
+        # It is packed, not a template.
+        files.append({"path": _LAUNCHER, "grants": False, "template": None})
     if opens and config["apparmor"]:
         files.append({"path": _APPARMOR_FILE, "grants": False, "template": "apparmor.j2"})
     for grant in grants:

@@ -273,3 +273,14 @@ def test_other_input(arguments: tuple[Any, ...]) -> None:
 
 def test_what_ansible_finds() -> None:
     assert plugin.FilterModule().filters() == {"iommufd_host_plan": iommufd_host_plan}
+
+
+def test_the_launcher_is_a_file_of_the_plan_where_it_is_asked_for() -> None:
+    path = "/usr/local/bin/iommufd-exec"
+    assert path not in [each["path"] for each in plan(OLD)["files"]]
+    made = plan(NO_LIBVIRT, launcher=True)
+    assert {"path": path, "grants": False, "template": None} in made["files"]
+    # It takes no grant.
+    assert (made["strategy"], made["certain"], made["grants"]) == ("none", True, [])
+    # What libvirt starts does not use it.
+    assert plan(OLD, launcher=True)["grants"] == [FILE]
