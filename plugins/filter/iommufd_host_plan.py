@@ -115,8 +115,8 @@ _value:
       elements: dict
     files:
       description:
-        - The files that the role writes, with the keys C(path), C(template), which is null for the launcher, and what the
-          template takes.
+        - The files that the role writes, with the keys C(path), C(template), and what the template takes. The launcher
+          has none.
         - The key C(grants) tells whether a file is part of a grant.
       type: list
       elements: dict

@@ -420,9 +420,11 @@ def environment() -> dict[bytes, bytes]:
     Where the locale is C, Python puts another one into LC_CTYPE for its children (PEP 538), in isolated mode too.
     """
     given = dict(os.environb)
+    name = b"LC_CTYPE"
     with contextlib.suppress(OSError), open("/proc/self/environ", "rb") as stream:
-        if not any(line.startswith(b"LC_CTYPE=") for line in stream.read().split(b"\0")):
-            given.pop(b"LC_CTYPE", None)
+        lines = [line.partition(b"=") for line in stream.read().split(b"\0")]
+        given.pop(name, None)
+        given.update({key: value for key, _equals, value in lines if key == name})
     return given
 
 
