@@ -1,0 +1,283 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The launcher, packed as on a host: what the command that it becomes is told by the kernel about itself."""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import pwd
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import zipapp
+from ansible_collections.virt.iommufd.tests.kernel.harness import CAPABILITIES, MIB, VM, as_user
+
+PROGRAM = Path("/run/iommufd-exec-test")
+SEEN = Path("/run/iommufd-exec-seen")
+NOTHING = "0000000000000000"
+EVERY_SET = ("CapInh", "CapPrm", "CapEff", "CapAmb")
+
+# It tells about itself in JSON, and asks the kernel for the mode of its iommufd. Its first word is the descriptor.
+COMMAND = r"""
+import errno, fcntl, json, os, resource, struct, sys
+
+def tried(function, *arguments):
+    try:
+        function(*arguments)
+    except OSError as exc:
+        return errno.errorcode[exc.errno]
+    return None
+
+# GET of the rlimit mode, as linux/iommufd.h lays it out.
+argument = bytearray(struct.pack("=IIHHIQ", 24, 0, 1, 0, 0, 9))
+fcntl.ioctl(int(sys.argv[1]), 0x3B87, argument)
+status = dict(line.split(":\t", 1) for line in open("/proc/self/status").read().splitlines())
+links = {}
+for name in os.listdir("/proc/self/fd"):
+    try:
+        links[name] = os.readlink(f"/proc/self/fd/{name}")
+    except FileNotFoundError:
+        pass
+told = {
+    "fd": sys.argv[1],
+    "words": sys.argv[2:],
+    "mode": ["user", "process"][struct.unpack("=IIHHIQ", argument)[5]],
+    "status": status,
+    "links": links,
+    "limit": resource.getrlimit(resource.RLIMIT_MEMLOCK),
+    "environment": dict(os.environ),
+    "pid": os.getpid(),
+    "children": open(f"/proc/self/task/{os.getpid()}/children").read(),
+    "root_again": [tried(os.setuid, 0), tried(os.setresuid, -1, 0, -1), tried(os.setgid, 0), tried(os.setgroups, [0])],
+}
+with open("/run/iommufd-exec-seen", "w") as stream:
+    json.dump(told, stream)
+"""
+
+
+@pytest.fixture(autouse=True)
+def program() -> Iterator[None]:
+    """The program in the guest, for whoever may run it, and a file for what is seen."""
+    PROGRAM.write_bytes(zipapp())
+    PROGRAM.chmod(0o755)
+    SEEN.write_bytes(b"")
+    SEEN.chmod(0o666)
+    yield
+    PROGRAM.unlink()
+    SEEN.unlink()
+
+
+def launch(*options: str, prefix: tuple[str, ...] = (), command: tuple[str, ...] | None = None, **settings: Any) -> Any:
+    """How a run ended; with the words in front of it, as another caller."""
+    words = command or ("/usr/bin/python3", "-I", "-c", COMMAND, "{iommufd}", "--", "$HOME {} '")
+    whole = [*prefix, str(PROGRAM), *options, "--", *words]
+    return subprocess.run(whole, capture_output=True, text=True, timeout=120, check=False, **settings)
+
+
+def seen(*options: str, prefix: tuple[str, ...] = (), **settings: Any) -> Any:
+    """What the command saw, and what was said of it on standard error."""
+    done = launch(*options, prefix=prefix, **settings)
+    assert done.returncode == 0, done.stderr
+    return {**json.loads(SEEN.read_text()), "said": done.stderr}
+
+
+def refused(code: int, *options: str, prefix: tuple[str, ...] = (), **settings: Any) -> str:
+    """What was said where the command was not started."""
+    done = launch(*options, prefix=prefix, **settings)
+    assert done.returncode == code, done.stderr
+    assert SEEN.read_text() == ""
+    assert str(done.stderr).splitlines()[-1].startswith("iommufd-exec: ")
+    return str(done.stderr)
+
+
+def without(capability: str) -> tuple[str, ...]:
+    return ("setpriv", f"--bounding-set=-{capability}", f"--inh-caps=-{capability}")
+
+
+def test_a_user_has_nothing_but_the_descriptor() -> None:
+    told = seen("--user", "vm", "--memlock", "100M", "--bounding", "none")
+    assert told["mode"] == "process"
+    assert told["limit"] == [100 * MIB, 100 * MIB]
+    for name in ("Uid", "Gid"):
+        assert told["status"][name].split() == [str(VM)] * 4
+    assert told["status"]["Groups"].split() == [str(VM)]
+    assert {name: told["status"][name] for name in (*EVERY_SET, "CapBnd")} == dict.fromkeys(
+        (*EVERY_SET, "CapBnd"), NOTHING
+    )
+    assert set(told["root_again"]) == {"EPERM"}
+    assert told["words"] == ["--", "$HOME {} '"]
+    assert told["links"].pop(told["fd"]) == "/dev/iommu"
+    assert int(told["fd"]) > 2
+    # The three standard ones are left, none of which is an iommufd.
+    assert set(told["links"]) == {"0", "1", "2"}
+    assert told["children"] == ""
+    assert "rlimit_mode=process" in told["said"]
+    assert "100 MiB" in told["said"]
+
+
+def test_it_becomes_the_command_itself() -> None:
+    words = [str(PROGRAM), "--", "/usr/bin/python3", "-I", "-c", COMMAND, "{iommufd}"]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
+        assert process.wait(120) == 0
+        assert json.loads(SEEN.read_text())["pid"] == process.pid
+
+
+def test_the_users_groups_are_all_there() -> None:
+    # Debian's, which has the group kvm as well.
+    user = pwd.getpwnam("libvirt-qemu")
+    wanted = {user.pw_gid, *(each.gr_gid for each in grp.getgrall() if user.pw_name in each.gr_mem)}
+    assert len(wanted) > 1
+    told = seen("--user", "libvirt-qemu", prefix=("setpriv", "--groups=0,4,27"))
+    assert {int(group) for group in told["status"]["Groups"].split()} == wanted
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        ("setpriv", "--inh-caps=+ipc_lock,+sys_admin", "--ambient-caps=+ipc_lock"),
+        # With this a change of user clears nothing by itself.
+        ("setpriv", "--securebits=+no_setuid_fixup"),
+        ("setpriv", "--securebits=+noroot,+no_setuid_fixup", "--inh-caps=+all", "--ambient-caps=+all"),
+    ],
+)
+def test_no_capability_is_left_however_it_was_had(prefix: tuple[str, ...]) -> None:
+    told = seen("--user", "vm", prefix=prefix)
+    assert {told["status"][name] for name in EVERY_SET} == {NOTHING}
+    assert set(told["root_again"]) == {"EPERM"}
+    assert told["mode"] == "process"
+
+
+def test_the_bounding_set_is_the_one_that_is_asked_for() -> None:
+    before = Path("/proc/self/status").read_text().partition("CapBnd:\t")[2].split()[0]
+    assert seen("--user", "vm")["status"]["CapBnd"] == before
+    told = seen("--user", "vm", "--bounding", "ipc_lock,CAP_SYS_RESOURCE")
+    assert int(told["status"]["CapBnd"], 16) == sum(1 << each for each in CAPABILITIES.values())
+
+
+def test_root_stays_root_without_a_user() -> None:
+    told = seen()
+    assert told["status"]["Uid"].split() == ["0"] * 4
+    assert told["mode"] == "process"
+    assert "held against no limit, since it has CAP_IPC_LOCK" in told["said"]
+
+
+def test_a_unit_of_that_user_with_the_one_capability_suffices() -> None:
+    only = ("--inh-caps=+sys_resource", "--ambient-caps=+sys_resource")
+    told = seen(
+        *("--user", "vm", "--memlock", "100M", "--strict"),
+        prefix=("setpriv", "--reuid=vm", "--regid=vm", "--init-groups", *only),
+    )
+    assert told["mode"] == "process"
+    assert told["limit"] == [100 * MIB, 100 * MIB]
+    assert {told["status"][name] for name in EVERY_SET} == {NOTHING}
+
+
+CALLERS = [
+    pytest.param(without("sys_resource"), id="without the capability"),
+    pytest.param(("unshare", "--user", "--map-root-user"), id="in another user namespace"),
+    pytest.param(tuple(as_user(VM)), id="an ordinary user"),
+]
+
+
+@pytest.mark.parametrize("prefix", CALLERS)
+def test_who_may_not_set_it_is_warned(prefix: tuple[str, ...]) -> None:
+    told = seen(prefix=prefix)
+    assert told["mode"] == "user"
+    assert "warning: rlimit_mode=process takes CAP_SYS_RESOURCE in the initial user namespace" in told["said"]
+    assert "EPERM" in told["said"]
+    assert "rlimit_mode=user" in told["said"].splitlines()[-1]
+
+
+@pytest.mark.parametrize("prefix", CALLERS)
+def test_who_may_not_set_it_is_strictly_refused(prefix: tuple[str, ...]) -> None:
+    said = refused(123, "--strict", prefix=prefix)
+    assert "takes CAP_SYS_RESOURCE in the initial user namespace" in said
+    assert "So /usr/bin/python3 is not started" in said
+
+
+def test_nothing_has_to_be_set_for_the_kernels_default() -> None:
+    told = seen("--rlimit-mode", "user", "--strict", prefix=without("sys_resource"))
+    assert told["mode"] == "user"
+    assert "warning" not in told["said"]
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "prefix", "words"),
+    [
+        (125, ("--user", "nobody-here"), (), "There is no user 'nobody-here'"),
+        (125, ("--user", "root"), (), "would give up nothing"),
+        (125, ("--user", "vm"), without("setuid"), "cannot become user vm (EPERM"),
+        (125, ("--user", "vm"), without("setgid"), "cannot become user vm (EPERM"),
+        (125, ("--user", "alice"), tuple(as_user(VM)), "cannot become user alice (EPERM"),
+        (125, ("--bounding", "none"), without("setpcap"), "that takes CAP_SETPCAP"),
+        (125, ("--memlock", "infinity"), without("sys_resource"), "takes CAP_SYS_RESOURCE"),
+        (121, ("--memlock", "lots"), (), "is not a size"),
+    ],
+)
+def test_whatever_fails_starts_nothing(
+    code: int, options: tuple[str, ...], prefix: tuple[str, ...], words: str
+) -> None:
+    assert words in refused(code, *options, prefix=prefix)
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (("sh", "-c", "exit 42", "{iommufd}"), 42),
+        (("sh", "-c", "kill -USR1 $$", "{iommufd}"), -signal.SIGUSR1),
+        (("/etc/passwd", "{iommufd}"), 126),
+        (("iommufd-exec-no-such-program", "{iommufd}"), 127),
+        (("/nowhere/qemu", "{iommufd}"), 127),
+        (("sh", "-c", "exit 0"), 121),
+    ],
+)
+def test_exit_codes(command: tuple[str, ...], code: int) -> None:
+    assert launch(command=command).returncode == code
+
+
+def shell(script: str) -> tuple[str, ...]:
+    """What has a shell do something in a mount namespace of its own first."""
+    return ("unshare", "--mount", "sh", "-c", f'{script} && exec "$0" "$@"')
+
+
+def test_a_host_without_the_device() -> None:
+    said = refused(122, prefix=shell("mount -t tmpfs none /dev"))
+    assert "This host has no /dev/iommu: load the module iommufd" in said
+
+
+@pytest.mark.parametrize("node", ["/dev/null", "/dev/vfio/devices/vfio0", "/etc/passwd"])
+def test_what_is_no_iommufd_is_sent_nothing(node: str) -> None:
+    said = refused(122, prefix=shell(f"mount --bind {node} /dev/iommu"))
+    assert "is not the kernel's iommufd but something else" in said
+
+
+def test_it_needs_no_standard_streams_and_takes_none_of_their_numbers() -> None:
+    done = launch(prefix=("sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-'))
+    assert done.returncode == 0
+    told = json.loads(SEEN.read_text())
+    assert int(told["fd"]) > 2
+    assert told["links"][told["fd"]] == "/dev/iommu"
+    assert list(told["links"].values()).count("/dev/iommu") == 1
+
+
+def test_the_environment_and_other_descriptors_are_the_callers() -> None:
+    read, write = os.pipe()
+    try:
+        told = seen(env={"PATH": os.defpath, "A": "b"}, pass_fds=[read], cwd="/")
+    finally:
+        os.close(read)
+        os.close(write)
+    # Python, which the command is, too, adds this one for itself.
+    assert {name: value for name, value in told["environment"].items() if name != "LC_CTYPE"} == {
+        "PATH": os.defpath,
+        "A": "b",
+    }
+    assert told["links"][str(read)].startswith("pipe:")
