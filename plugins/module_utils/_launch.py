@@ -307,11 +307,14 @@ def open_iommufd() -> int:
     except FileNotFoundError as exc:
         raise Refusal(
             NO_IOMMUFD,
-            f"This host has no {DEVICE}: load the module iommufd, or boot a kernel that was built with CONFIG_IOMMUFD.",
+            f"There is no {DEVICE}: load the module iommufd, or boot a kernel that was built with CONFIG_IOMMUFD. Or does"
+            " the unit have PrivateDevices=?",
         ) from exc
     except OSError as exc:
         raise Refusal(
-            NO_IOMMUFD, f"{DEVICE} cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)})."
+            NO_IOMMUFD,
+            f"{DEVICE} cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)}): see to its owner and mode, and"
+            " to DeviceAllow= of the unit.",
         ) from exc
     found = os.fstat(fd)
     if not stat.S_ISCHR(found.st_mode) or found.st_rdev not in iommufd_rdevs({found.st_rdev}):
