@@ -307,8 +307,8 @@ def open_iommufd() -> int:
     except FileNotFoundError as exc:
         raise Refusal(
             NO_IOMMUFD,
-            f"There is no {DEVICE}: load the module iommufd, or boot a kernel that was built with CONFIG_IOMMUFD. Or does"
-            " the unit have PrivateDevices=?",
+            f"There is no {DEVICE}: load the module iommufd, or boot a kernel that was built with CONFIG_IOMMUFD. Or"
+            " does the unit have PrivateDevices=?",
         ) from exc
     except OSError as exc:
         raise Refusal(
