@@ -47,7 +47,7 @@ EXAMPLES = r"""
     group: root
     mode: "0755"
     # That it runs on this host.
-    validate: "%s --help"
+    validate: /usr/bin/python3 -IS %s --help
 """
 
 RETURN = r"""
