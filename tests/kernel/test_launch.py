@@ -180,14 +180,14 @@ def test_a_unit_of_that_user_with_the_one_capability_suffices() -> None:
     assert {told["status"][name] for name in EVERY_SET} == {NOTHING}
 
 
-CALLERS = [
-    pytest.param(without("sys_resource"), id="without the capability"),
-    pytest.param(("unshare", "--user", "--map-root-user"), id="in another user namespace"),
-    pytest.param(tuple(as_user(VM)), id="an ordinary user"),
-]
-
-
-@pytest.mark.parametrize("prefix", CALLERS)
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        pytest.param(without("sys_resource"), id="without the capability"),
+        pytest.param(("unshare", "--user", "--map-root-user"), id="in another user namespace"),
+        pytest.param(tuple(as_user(VM)), id="an ordinary user"),
+    ],
+)
 def test_who_may_not_set_it_is_warned(prefix: tuple[str, ...]) -> None:
     told = seen(prefix=prefix)
     assert told["mode"] == "user"
@@ -196,9 +196,8 @@ def test_who_may_not_set_it_is_warned(prefix: tuple[str, ...]) -> None:
     assert "rlimit_mode=user" in told["said"].splitlines()[-1]
 
 
-@pytest.mark.parametrize("prefix", CALLERS)
-def test_who_may_not_set_it_is_strictly_refused(prefix: tuple[str, ...]) -> None:
-    said = refused(123, "--strict", prefix=prefix)
+def test_who_may_not_set_it_is_strictly_refused() -> None:
+    said = refused(123, "--strict", prefix=without("sys_resource"))
     assert "takes CAP_SYS_RESOURCE in the initial user namespace" in said
     assert "So /usr/bin/python3 is not started" in said
 
@@ -210,22 +209,17 @@ def test_nothing_has_to_be_set_for_the_kernels_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "options", "prefix", "words"),
+    ("options", "prefix", "words"),
     [
-        (125, ("--user", "nobody-here"), (), "There is no user 'nobody-here'"),
-        (125, ("--user", "root"), (), "would give up nothing"),
-        (125, ("--user", "vm"), without("setuid"), "cannot become user vm (EPERM"),
-        (125, ("--user", "vm"), without("setgid"), "cannot become user vm (EPERM"),
-        (125, ("--user", "alice"), tuple(as_user(VM)), "cannot become user alice (EPERM"),
-        (125, ("--bounding", "none"), without("setpcap"), "that takes CAP_SETPCAP"),
-        (125, ("--memlock", "infinity"), without("sys_resource"), "takes CAP_SYS_RESOURCE"),
-        (121, ("--memlock", "lots"), (), "is not a size"),
+        (("--user", "vm"), without("setuid"), "cannot become user vm (EPERM"),
+        (("--user", "vm"), without("setgid"), "cannot become user vm (EPERM"),
+        (("--user", "alice"), tuple(as_user(VM)), "cannot become user alice (EPERM"),
+        (("--bounding", "none"), without("setpcap"), "that takes CAP_SETPCAP"),
+        (("--memlock", "infinity"), without("sys_resource"), "takes CAP_SYS_RESOURCE"),
     ],
 )
-def test_whatever_fails_starts_nothing(
-    code: int, options: tuple[str, ...], prefix: tuple[str, ...], words: str
-) -> None:
-    assert words in refused(code, *options, prefix=prefix)
+def test_whatever_fails_starts_nothing(options: tuple[str, ...], prefix: tuple[str, ...], words: str) -> None:
+    assert words in refused(125, *options, prefix=prefix)
 
 
 @pytest.mark.parametrize(
@@ -235,8 +229,6 @@ def test_whatever_fails_starts_nothing(
         (("sh", "-c", "kill -USR1 $$", "{iommufd}"), -signal.SIGUSR1),
         (("/etc/passwd", "{iommufd}"), 126),
         (("iommufd-exec-no-such-program", "{iommufd}"), 127),
-        (("/nowhere/qemu", "{iommufd}"), 127),
-        (("sh", "-c", "exit 0"), 121),
     ],
 )
 def test_exit_codes(command: tuple[str, ...], code: int) -> None:
@@ -253,7 +245,7 @@ def test_a_host_without_the_device() -> None:
     assert "There is no /dev/iommu: load the module iommufd" in said
 
 
-@pytest.mark.parametrize("node", ["/dev/null", "/dev/vfio/devices/vfio0", "/etc/passwd"])
+@pytest.mark.parametrize("node", ["/dev/null", "/dev/vfio/devices/vfio0"])
 def test_what_is_no_iommufd_is_sent_nothing(node: str) -> None:
     said = refused(122, prefix=shell(f"mount --bind {node} /dev/iommu"))
     assert "is not the kernel's iommufd but something else" in said

@@ -31,6 +31,7 @@ REQUIRED = (
     "molecule-audit",
     "molecule-drift",
     "molecule-examples",
+    "molecule-exec",
     "molecule-fallback",
     "molecule-fit",
     "molecule-kernel",
