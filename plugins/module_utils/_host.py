@@ -259,9 +259,11 @@ def _look_patiently_at(path: str) -> Emulator:
         finally:
             os._exit(0)
     os.close(writing)
+    said = b""
     try:
         # What is written is less than a pipe takes at once.
-        said = os.read(reading, 65536) if select.select([reading], [], [], _PATIENCE)[0] else b""
+        if select.select([reading], [], [], _PATIENCE)[0]:
+            said = os.read(reading, 65536)
     finally:
         os.close(reading)
         os.kill(child, signal.SIGKILL)

@@ -24,7 +24,7 @@ import uuid
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Callable, NoReturn, Union
+from typing import IO, Callable, NoReturn, Union, cast
 from xml.sax.saxutils import escape
 
 from . import _host
@@ -376,7 +376,8 @@ def _created(uri: str, name: str, domain: str) -> Iterator[bytes]:
     memory = os.memfd_create("domain")
     try:
         os.write(memory, domain.encode())
-        with subprocess.Popen(
+        # run_command only waits for an end; with this one there is a conversation.
+        with subprocess.Popen(  # pylint: disable=ansible-bad-function
             ["timeout", "-k", "5", str(_LIBVIRT_PATIENCE), "virsh", f"--connect={uri}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -384,17 +385,16 @@ def _created(uri: str, name: str, domain: str) -> Iterator[bytes]:
             env={**os.environ, "LC_ALL": "C"},
             pass_fds=(memory,),
         ) as virsh:
-            assert virsh.stdin is not None
-            assert virsh.stdout is not None
+            stdin, stdout = cast("IO[bytes]", virsh.stdin), cast("IO[bytes]", virsh.stdout)
             # It echoes what it is told, but without the quotes only once it has done what comes before.
-            _tell(virsh.stdin, f"create --paused --autodestroy /dev/fd/{memory}\necho it'-'is'-'over\n")
+            _tell(stdin, f"create --paused --autodestroy /dev/fd/{memory}\necho it'-'is'-'over\n")
             try:
-                yield _until(virsh.stdout, b"it-is-over")
+                yield _until(stdout, b"it-is-over")
             finally:
-                _tell(virsh.stdin, f"destroy {name}\n")
+                _tell(stdin, f"destroy {name}\n")
                 with contextlib.suppress(BrokenPipeError):
-                    virsh.stdin.close()
-                virsh.stdout.read()
+                    stdin.close()
+                stdout.read()
     finally:
         os.close(memory)
 
@@ -462,7 +462,8 @@ def start_replica(run: Run, unit: Unit) -> Seen:
     An emulator of QEMU is started as such, without a machine. Of any other program it is not known how to start it
     without consequences, so sleep(1) takes its place. Raises IommufdError where systemd does not start it.
     """
-    assert unit.program is not None
+    if unit.program is None:
+        raise IommufdError(f"{unit.name} starts no program.")
     name = f"{REPLICA}-{os.getpid()}-{os.urandom(4).hex()}.service"
     command = [unit.program.path, *_IDLE_QEMU] if is_qemu(unit.program) else ["sleep", str(2 * _PATIENCE)]
     code, _output, errors = _run(

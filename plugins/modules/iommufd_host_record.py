@@ -164,7 +164,7 @@ recorded:
       description: The path, or the name of the unit. Of a capability, the path with symbolic links followed.
       type: str
       sample: /etc/modules-load.d/iommufd_host.conf
-items:
+remembered:
   description: Everything that the record holds now, or in check mode would hold, the oldest first.
   returned: on success, and where something could not be put back
   type: list
@@ -401,7 +401,7 @@ def run_module(module: AnsibleModule, result: Row) -> None:
         try:
             work(record, wanted, module.check_mode, run, result)
         finally:
-            result["items"] = [item_row(item) for item in record.items]
+            result["remembered"] = [item_row(item) for item in record.items]
 
 
 def main() -> NoReturn:

@@ -50,7 +50,7 @@ options:
   trial:
     description:
       - Whether to execute a copy of C(cat) that has CAP_IPC_LOCK, and what else the emulator has, as O(user), with the
-        bounding set and NoNewPrivileges of RV(emulators.conditions), for each of O(emulators).
+        bounding set and NoNewPrivileges of RV(emulators[].conditions), for each of O(emulators).
       - The copy is made in the emulator's folder, so that it is on the same mount, but it gets no name there. Nobody
         else can execute it, and it is gone with the module whatever happens.
     type: bool
@@ -59,8 +59,8 @@ options:
     description:
       - Whether to start each of O(emulators), and a transient service with the same user, capabilities and limits as
         each of O(units).
-      - The emulator is executed as O(user) under RV(emulators.conditions), without a machine and stopped, and killed as
-        soon as it was looked at. See O(domain) for the way of libvirt.
+      - The emulator is executed as O(user) under RV(emulators[].conditions), without a machine and stopped, and killed
+        as soon as it was looked at. See O(domain) for the way of libvirt.
       - The service executes the unit's own program if that is one of QEMU's, likewise without a machine. Else it
         executes C(sleep), since it cannot be known how another program would be started without consequences.
     type: bool
@@ -248,7 +248,7 @@ emulators:
           description:
             - Whether it had CAP_IPC_LOCK in effect, in the initial user namespace.
             - V(null) where it was not tried. V(false) also where it could not be started, and then
-              RV(emulators.started.effective) is V(null).
+              RV(emulators[].started.effective) is V(null).
           type: bool
           sample: true
         user:
@@ -353,7 +353,7 @@ units:
           sample: true
         ok:
           description:
-            - As RV(emulators.started.ok), V(null) where it was not tried.
+            - As RV(emulators[].started.ok), V(null) where it was not tried.
           type: bool
           sample: true
         user:
@@ -471,6 +471,12 @@ class Task:
                 f"uid {os.geteuid()} cannot be asked for {starts[0]}, which takes root: run the task with become: true."
             )
 
+    def needed_user(self) -> User:
+        """The user, without whom nothing is started. Raises IommufdError."""
+        if self.user is None:
+            raise IommufdError("It takes user: the name of the user that emulators run as on this host.")
+        return self.user
+
     def tried(self, name: str, nothing: Row, act: Callable[[], Row]) -> Row:
         """What came of an option: the row that `act` gives, or `nothing` and why."""
         if not self.params[name]:
@@ -522,8 +528,7 @@ def emulator_row(task: Task, program: Program, under: Conditions) -> Row:
 
     def trial() -> Row:
         check()
-        assert task.user is not None
-        status = _vmm_start.try_copy(program, under, task.user)
+        status = _vmm_start.try_copy(program, under, task.needed_user())
         ok = _vmm.has_ipc_lock(status.effective)
         return {"ok": ok, "effective": effective(status), "msg": "" if ok else "It ran, but without CAP_IPC_LOCK."}
 
@@ -531,8 +536,7 @@ def emulator_row(task: Task, program: Program, under: Conditions) -> Row:
         check()
         if task.params["domain"]:
             return seen_row(_vmm_start.start_domain(task.run, task.params["uri"], program))
-        assert task.user is not None
-        return seen_row(_vmm_start.start_emulator(program, under, task.user))
+        return seen_row(_vmm_start.start_emulator(program, under, task.needed_user()))
 
     return {
         "path": shown(program.path),
@@ -599,8 +603,7 @@ def scratch_row(task: Task) -> Row:
     """What came of setting an iommufd."""
 
     def scratch() -> Row:
-        assert task.user is not None
-        mode = _vmm_start.scratch_mode(task.user)
+        mode = _vmm_start.scratch_mode(task.needed_user())
         return {"ok": mode == "process", "mode": mode}
 
     return task.tried("scratch", {"mode": None}, scratch)

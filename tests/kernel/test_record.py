@@ -193,7 +193,7 @@ def test_a_host_there_and_back() -> None:
     assert node()[:2] == (0o664, 0)
     changed = tree(Path("/etc"), PLACE)
     second = record(**wanted())
-    assert (second["changed"], second["recorded"], second["items"]) == (False, [], first["items"])
+    assert (second["changed"], second["recorded"], second["remembered"]) == (False, [], first["remembered"])
     assert second["units"][f"{GRANT}.path"] == {"exists": True, "enabled": True, "active": True}
     assert second["nodes"][NODE] == {"exists": True, "mode": "0664", "owner": "root", "group": "tape"}
     assert second["blocks"][str(QEMU_CONF)]["content"] == "cgroup_device_acl = [ '/dev/iommu' ]\n"
@@ -530,7 +530,7 @@ def test_a_file_that_cannot_be_removed() -> None:
         answered = run(iommufd_host_record)
         assert answered["failed"]
         assert f"{path} could not be put back: EPERM: Operation not permitted." in answered["msg"]
-        assert {each["path"] for each in answered["items"]} == {str(path), str(EMULATOR)}
+        assert {each["path"] for each in answered["remembered"]} == {str(path), str(EMULATOR)}
         assert has_ipc_lock()
     finally:
         set_flags(path, 0)

@@ -145,7 +145,7 @@ def test_there_and_back(host: Host, terminal: str) -> None:
     assert host.tree() == before
     first = host.run(**wanted)
     assert not first["changed"]
-    assert (first["recorded"], first["items"]) == (foretold["recorded"], foretold["items"])
+    assert (first["recorded"], first["remembered"]) == (foretold["recorded"], foretold["remembered"])
     assert [each["path"] for each in first["recorded"]] == [
         old,
         new,
@@ -179,7 +179,7 @@ def test_there_and_back(host: Host, terminal: str) -> None:
     changed = host.tree()
     # Once more.
     second = host.run(**wanted)
-    assert (second["changed"], second["recorded"], second["items"]) == (False, [], first["items"])
+    assert (second["changed"], second["recorded"], second["remembered"]) == (False, [], first["remembered"])
     assert second["capabilities"][str(host.root / "bin" / "kvm")]["ipc_lock"] is True
     assert second["blocks"][conf]["content"] == "cgroup_device_acl = [ '/dev/iommu' ]\n"
     assert second["blocks"][conf]["cgroup_device_acl"] is None
@@ -188,7 +188,7 @@ def test_there_and_back(host: Host, terminal: str) -> None:
     # Back.
     foretold = host.run(_ansible_check_mode=True, _ansible_diff=True)
     assert host.tree() == changed
-    assert foretold["items"] == []
+    assert foretold["remembered"] == []
     assert [each["before_header"] for each in foretold["diff"]] == [
         *("u.path", unit, rule, new, old, conf, qemu, terminal)
     ]
@@ -206,7 +206,7 @@ def test_there_and_back(host: Host, terminal: str) -> None:
     assert os.stat(terminal).st_mode & 0o777 == 0o620
     assert host.tree() == before
     again = host.run()
-    assert (again["changed"], again["put_back"], again["items"]) == (False, [], [])
+    assert (again["changed"], again["put_back"], again["remembered"]) == (False, [], [])
 
 
 def test_all_that_is_returned_is_documented(host: Host) -> None:
@@ -215,7 +215,7 @@ def test_all_that_is_returned_is_documented(host: Host) -> None:
     wanted.update({"blocks": [host.file("b")], "units": ["u.path"]})
     answer = host.run(**wanted)
     assert set(answer) - {"changed", "invocation"} == set(documented)
-    for name in ("recorded", "items"):
+    for name in ("recorded", "remembered"):
         assert all(set(each) == set(documented[name]["contains"]) for each in answer[name])
         assert {each["kind"] for each in answer[name]} == {"file", "capability", "node", "block", "unit"}
     for name in wanted:
@@ -223,7 +223,7 @@ def test_all_that_is_returned_is_documented(host: Host) -> None:
         ((_path, row),) = answer[name].items()
         assert set(row) == set(sample)
     # No content of a file is shown where nobody asked for it.
-    assert "content" not in json.dumps(answer["items"])
+    assert "content" not in json.dumps(answer["remembered"])
 
 
 def test_what_somebody_else_granted(host: Host) -> None:
@@ -257,7 +257,7 @@ def test_a_second_strategy_takes_the_first_ones_grants_back(host: Host) -> None:
     assert "user.stands.in" not in os.listxattr(qemu)
     assert answer["units"]["u.path"] == {"exists": True, "enabled": True, "active": False}
     assert host.systemd.units["u.service"]["ActiveState"] == "inactive"
-    assert [each["path"] for each in answer["items"]] == ["u.path", other]
+    assert [each["path"] for each in answer["remembered"]] == ["u.path", other]
 
 
 def test_a_unit_that_was_in_use_is_again(host: Host) -> None:
@@ -339,7 +339,7 @@ def test_what_the_system_refuses(host: Host, monkeypatch: pytest.MonkeyPatch) ->
     assert answer["msg"].startswith(
         f"{path} could not be put back: EROFS: Read-only file system. Nothing was put back before that. The record"
     )
-    assert [each["path"] for each in answer["items"]] == [path]
+    assert [each["path"] for each in answer["remembered"]] == [path]
     monkeypatch.setattr(os, "rename", rename)
     host.run()
     assert Path(path).read_bytes() == b"old"
