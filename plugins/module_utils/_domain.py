@@ -1,0 +1,599 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: a libvirt domain that is started with an iommufd of ours.
+
+What speaks to libvirt (`look`, `start`, `start_daemon`) runs in a child that has become the user whose libvirt it is,
+and returns what JSON can hold. What looks at processes runs as the caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib
+import os
+import re
+import shutil
+import stat
+import subprocess
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ._capabilities import CAP_SYS_RESOURCE, names
+from ._child import User
+from ._errors import DescriptorGone, HostLacks, IommufdError, NotAnIommufd, error_text
+from ._iommufd import RLIMIT_MODE, IommuFd, Result, iommufd_rdevs
+from ._process import Limit, Process, own_character_device, printable, user_name
+from ._qemu import guest_name
+from ._size import human_size
+from ._target import DomainTarget, PidfileTarget, borrow_iommufd, escaped, find_iommufds, hold_target
+
+__all__ = (
+    "SINCE",
+    "Definition",
+    "Libvirt",
+    "NoDaemon",
+    "Seen",
+    "SessionDaemon",
+    "SessionDomain",
+    "accountings",
+    "check_limit",
+    "check_startable",
+    "look",
+    "new_iommufd",
+    "parse_definition",
+    "start",
+    "start_daemon",
+    "version_text",
+)
+
+DEVICE = "/dev/iommu"
+
+# libvirt's NEWS: <iommufd enabled='yes' fdgroup='NAME'/> and a descriptor for it. As virConnectGetLibVersion counts.
+SINCE = 12_002_000
+
+# enum virDomainState
+_STATES = ("unknown", "running", "blocked", "paused", "shutting down", "shut off", "crashed", "suspended")
+# enum virErrorNumber
+_NO_DOMAIN = 42
+
+# The daemon that drives QEMU, in the new arrangement and in the old one.
+_DAEMONS = ("virtqemud", "libvirtd")
+_FOLDERS = "/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin"
+# As libvirt's library starts one itself: it ends two minutes after the last client and the last domain.
+_IDLE = "--timeout=120"
+_PATIENCE = 30
+_ATTEMPTS = 4
+_PAUSE = 2.0
+
+_GIB = 2**30
+_PCI_DEVICES = "/sys/bus/pci/devices"
+_VFIO_NODES = "/dev/vfio/devices"
+_LOG_MAX = 65536
+_LOG_LINES = 5
+
+
+class NoDaemon(IommufdError):
+    """No libvirt daemon answers, or none could be had started."""
+
+
+def version_text(number: int) -> str:
+    """A version of libvirt's, which counts 12002000 for 12.2.0, as libvirt writes it."""
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a domain's XML says of its devices and memory.
+
+    `fdgroup` is the name under which libvirt expects the iommufd, None without. `devices` are the addresses of the PCI
+    devices that are passed through by iommufd. `need_bytes` is the limit on locked memory that libvirt gives the
+    emulator, None where that is no limit at all.
+    """
+
+    fdgroup: str | None
+    devices: tuple[str, ...]
+    need_bytes: int | None
+
+
+def parse_definition(text: str) -> Definition:
+    """Reads a domain's XML as libvirt formats it, sizes in KiB. Raises IommufdError for anything else."""
+    try:
+        root = ET.fromstring(text)
+        memory = int(root.findtext("memory", "")) * 1024
+        hard_limit = root.findtext("memtune/hard_limit")
+        limit = None if hard_limit is None else int(hard_limit) * 1024
+    except (ET.ParseError, ValueError) as exc:
+        raise IommufdError(f"libvirt's description of the domain cannot be read: {exc}.") from exc
+    whole = root.find("iommufd")
+    enabled = whole is not None and whole.get("enabled") == "yes"
+    fdgroup = whole.get("fdgroup") if whole is not None and enabled else None
+    passed = [each for each in root.iterfind("devices/hostdev[@type='pci']") if each.get("mode") == "subsystem"]
+    passed += root.findall("devices/interface[@type='hostdev']")
+    devices = tuple(
+        address
+        for each in passed
+        if _driver(each, "yes" if enabled else "no") == "yes" and (address := _address(each)) is not None
+    )
+    return Definition(fdgroup, devices, _need(root, memory, limit, len(passed)))
+
+
+def _driver(device: ET.Element, default: str) -> str:
+    """Whether a device is passed through by iommufd: what it says itself counts more than what the domain says."""
+    driver = device.find("driver")
+    return default if driver is None else driver.get("iommufd", default)
+
+
+def _address(device: ET.Element) -> str | None:
+    found = device.find("source/address")
+    if found is None:
+        return None
+    try:
+        parts = [int(found.get(name, "0"), 16) for name in ("domain", "bus", "slot", "function")]
+    except ValueError:
+        return None
+    return "{:04x}:{:02x}:{:02x}.{:x}".format(*parts)
+
+
+def _need(root: ET.Element, memory: int, hard_limit: int | None, passed: int) -> int | None:
+    """The limit that libvirt gives the emulator. See qemuDomainGetMemLockLimitBytes() in its src/qemu/qemu_domain.c.
+
+    POWER needs more than that; there it is libvirt itself that says so.
+    """
+    if hard_limit is not None:
+        return hard_limit
+    if root.find("memoryBacking/locked") is not None:
+        return None
+    if not passed:
+        return 0
+    # Behind a vIOMMU each device has an address space of its own, into which all of the memory may be mapped.
+    return memory * (passed if root.find("devices/iommu") is not None else 1) + _GIB
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What libvirt says of a domain, by way of the user's child. `version` is the daemon's, as libvirt counts.
+
+    `obstacles` are sentences: what keeps the user from its devices.
+    """
+
+    version: int
+    uuid: str
+    active: bool
+    state: str
+    definition: Definition
+    obstacles: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` takes."""
+        return {**vars(self), "definition": vars(self.definition)}
+
+    @classmethod
+    def from_json(cls, given: Any) -> Seen:
+        """What `to_json` has made, in another process that may have made something else. Raises IommufdError."""
+        try:
+            definition = given["definition"]
+            fdgroup, need = definition["fdgroup"], definition["need_bytes"]
+            return cls(
+                int(given["version"]),
+                _text(given["uuid"]),
+                bool(given["active"]),
+                _text(given["state"]),
+                Definition(
+                    None if fdgroup is None else str(fdgroup),
+                    tuple(map(_text, definition["devices"])),
+                    None if need is None else int(need),
+                ),
+                tuple(map(_text, given["obstacles"])),
+            )
+        except (KeyError, TypeError, ValueError) as exc:
+            raise IommufdError("What was learned of the domain cannot be read.") from exc
+
+
+def _text(given: object) -> str:
+    return printable(str(given).encode("utf-8", "surrogateescape"))
+
+
+def _binding() -> Any:
+    """The Python binding of libvirt. Raises IommufdError."""
+    try:
+        return importlib.import_module("libvirt")
+    except ImportError as exc:
+        raise IommufdError(
+            f"libvirt's Python binding is missing on this host ({exc}): install the package python3-libvirt (Debian,"
+            " Ubuntu, Fedora, Red Hat), python3-libvirt-python (SUSE) or libvirt-python (Arch), for the Python that"
+            " Ansible uses there."
+        ) from exc
+
+
+def _said(error: Any) -> str:
+    """What libvirt itself says of an error."""
+    return printable(str(error.get_error_message() or error).strip().encode("utf-8", "surrogateescape"))
+
+
+@contextlib.contextmanager
+def _connected(uri: str) -> Iterator[tuple[Any, Any]]:
+    """The binding, and a connection to a daemon that runs or waits behind its socket, closed when the context ends.
+
+    Raises NoDaemon where there is none, and IommufdError for any of libvirt's errors in the context.
+    """
+    libvirt = _binding()
+    # Otherwise every error is printed, too.
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)
+    try:
+        connection = libvirt.open(uri)
+    except libvirt.libvirtError as exc:
+        raise NoDaemon(f"libvirt does not answer at {uri}: {_said(exc)}") from exc
+    try:
+        yield libvirt, connection
+    except libvirt.libvirtError as exc:
+        raise IommufdError(f"libvirt ({uri}) says: {_said(exc)}") from exc
+    finally:
+        connection.close()
+
+
+def _find(libvirt: Any, connection: Any, uri: str, name: str) -> Any:
+    try:
+        return connection.lookupByName(name)
+    except libvirt.libvirtError as exc:
+        if exc.get_error_code() != _NO_DOMAIN:
+            raise
+        raise IommufdError(
+            f"There is no domain {name} at {uri}: define it first; `virsh --connect {uri} list --all`, run as that"
+            " user, lists those that there are."
+        ) from exc
+
+
+def look(uri: str, name: str, unprivileged: bool) -> dict[str, Any]:
+    """What libvirt says of a domain, for `Seen.from_json`. `unprivileged`: its libvirt may do no more than we here.
+
+    Raises NoDaemon and IommufdError.
+    """
+    with _connected(uri) as (libvirt, connection):
+        domain = _find(libvirt, connection, uri, name)
+        definition = parse_definition(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+        active = bool(domain.isActive())
+        return Seen(
+            connection.getLibVersion(),
+            domain.UUIDString(),
+            active,
+            _state(domain),
+            definition,
+            tuple(obstacles(definition.devices)) if unprivileged and not active else (),
+        ).to_json()
+
+
+def _state(domain: Any) -> str:
+    number = domain.state()[0]
+    return _STATES[number] if 0 <= number < len(_STATES) else str(number)
+
+
+def obstacles(devices: tuple[str, ...]) -> Iterator[str]:
+    """What keeps this process from passing these PCI devices through: a sentence for each that is out of reach."""
+    for address in devices:
+        folder = f"{_PCI_DEVICES}/{address}"
+        nodes = [f"{_VFIO_NODES}/{os.path.basename(each)}" for each in glob.glob(f"{folder}/vfio-dev/vfio*")]
+        if not os.path.isdir(folder):
+            yield f"This host has no PCI device {address}."
+        elif not nodes:
+            driver = os.path.basename(os.path.realpath(f"{folder}/driver"))
+            held = f"driven by {driver}" if os.path.exists(f"{folder}/driver") else "without a driver"
+            yield (
+                f"PCI device {address} is {held}: root has to bind it to vfio-pci beforehand, with"
+                f" `driverctl set-override {address} vfio-pci`, for one. (With vfio-pci it has no {folder}/vfio-dev if"
+                " the kernel was built without CONFIG_VFIO_DEVICE_CDEV.)"
+            )
+        else:
+            yield from (_closed(address, each) for each in nodes if not os.access(each, os.R_OK | os.W_OK))
+
+
+def _closed(address: str, node: str) -> str:
+    try:
+        found = os.stat(node)
+        owner = f"mode {stat.S_IMODE(found.st_mode):04o}, owner {user_name(found.st_uid) or found.st_uid}"
+    except OSError as exc:
+        owner = error_text(exc.errno)
+    return (
+        f"PCI device {address} is {node} ({owner}), which uid {os.geteuid()} may not open for reading and writing: give"
+        " it to that user by a udev rule for the subsystem vfio-dev."
+    )
+
+
+def start(uri: str, name: str, fdgroup: str, fd: int, paused: bool) -> dict[str, Any]:
+    """Starts a domain with the iommufd behind descriptor `fd` of this process; its `state` after that.
+
+    libvirt's daemon holds the descriptor no longer than the connection lasts (virDomainFDAssociate), the emulator for
+    as long as it runs. Raises NoDaemon and IommufdError.
+    """
+    with _connected(uri) as (libvirt, connection):
+        domain = _find(libvirt, connection, uri, name)
+        log = log_file(uri, name)
+        began = _size(log)
+        try:
+            domain.FDAssociate(fdgroup, [fd], 0)
+            domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
+        except libvirt.libvirtError as exc:
+            if domain.isActive():
+                # Somebody was quicker, such as the daemon itself, which tries once more what ran when it last ended.
+                return {"state": _state(domain)}
+            said = _said(exc)
+            end = log_end(log, began, said)
+            raise IommufdError(f"Domain {name} did not start. libvirt says: {said.rstrip('.')}.{end}") from exc
+        return {"state": _state(domain)}
+
+
+def log_file(uri: str, name: str) -> str:
+    """Where libvirt keeps what a domain's emulator says, unless it was told otherwise."""
+    if is_session(uri):
+        return f"{os.environ.get('HOME', '')}/.cache/libvirt/qemu/log/{name}.log"
+    return f"/var/log/libvirt/qemu/{name}.log"
+
+
+def is_session(uri: str) -> bool:
+    """Whether a URI leads to a user's own libvirt, and not to the system's."""
+    return uri.partition("?")[0] == "qemu:///session"
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def log_end(path: str, began: int, said: str) -> str:
+    """What a domain's log says beyond the byte `began` and beyond libvirt's words, as a sentence to add; "" if nothing.
+
+    The log begins with the emulator's command line, whose lines end in a backslash, but for the last.
+    """
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(max(began, _size(path) - _LOG_MAX))
+            lines = stream.read(_LOG_MAX).splitlines()
+    except OSError:
+        return ""
+    told = [
+        printable(each.strip()) for each in lines if each.strip() and not re.search(rb"\\$|^-|: starting up ", each)
+    ]
+    new = [each for each in told[-_LOG_LINES:] if each not in said]
+    return f" The end of {path}: {' | '.join(new)}" if new else ""
+
+
+def start_daemon(uri: str, user: str) -> str | None:
+    """Has the service manager of the user, who we are here, start libvirt's daemon; the name of its unit.
+
+    A unit that the user has is taken: virtqemud's or libvirtd's, the socket before the service. Otherwise the daemon
+    becomes a transient service. None: meanwhile it was started by somebody else. Raises NoDaemon.
+    """
+    if not os.path.exists(f"{os.environ['XDG_RUNTIME_DIR']}/systemd/private"):
+        raise NoDaemon(
+            f"User {user} has no service manager running that could start libvirt: let it run at all times (`loginctl"
+            f" enable-linger {user}`), or have the user logged in."
+        )
+    unit = None
+    for attempt in range(_ATTEMPTS):
+        try:
+            unit = _start_unit(user)
+            break
+        except NoDaemon:
+            # A transient service that has ended may stand in the way of its successor for a moment.
+            if attempt == _ATTEMPTS - 1:
+                raise
+        time.sleep(_PAUSE)
+        with contextlib.suppress(NoDaemon), _connected(uri):
+            return None
+    # A unit that is no socket may say that it is started before it listens.
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            with _connected(uri):
+                return unit
+        except NoDaemon as exc:
+            if time.monotonic() > deadline:
+                raise NoDaemon(f"The service manager of user {user} has started {unit}, but {exc}") from exc
+        time.sleep(0.2)
+
+
+def _start_unit(user: str) -> str:
+    """Has the service manager start libvirt's daemon; the name of the unit. Raises NoDaemon."""
+    units = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("socket", "service")]
+    shown = _systemd("systemctl", "--user", "show", "--no-pager", "--property=Id,LoadState,Transient", "--", *units)
+    for block in shown.split("\n\n"):
+        said = dict(line.partition("=")[::2] for line in block.splitlines())
+        # What is left of a transient unit is forgotten before it could be started again.
+        if said.get("LoadState") == "loaded" and said.get("Transient") != "yes":
+            _systemd("systemctl", "--user", "start", "--", said["Id"])
+            return said["Id"]
+    return _run_daemon(user)
+
+
+def _run_daemon(user: str) -> str:
+    """Has the service manager run the daemon as a transient service; the service's name. Raises NoDaemon."""
+    for daemon in _DAEMONS:
+        program = shutil.which(daemon, path=_FOLDERS)
+        if program is not None:
+            unit = f"{daemon}.service"
+            # The emulators and virtlogd are in its control group, and have to outlive it.
+            properties = ["--property=KillMode=process", f"--property=Description=libvirt of user {user}"]
+            _systemd(
+                *("systemd-run", "--user", "--quiet", "--collect", "--service-type=notify", f"--unit={unit}"),
+                *(*properties, "--", program, _IDLE),
+            )
+            return unit
+    raise NoDaemon(f"This host has no libvirt daemon that drives QEMU: there is no {' and no '.join(_DAEMONS)}.")
+
+
+def _systemd(*command: str) -> str:
+    """The output of a command that speaks to the user's service manager. Raises NoDaemon."""
+    try:
+        done = subprocess.run(
+            ["timeout", "-k", "5", "60", *command], stdin=subprocess.DEVNULL, capture_output=True, check=False
+        )
+    except OSError as exc:
+        raise NoDaemon(f"{command[0]} cannot be run ({error_text(exc.errno)}).") from exc
+    if done.returncode:
+        said = printable(b" ".join(done.stderr.split())) or f"exit code {done.returncode}"
+        raise NoDaemon(f"libvirt's daemon could not be had started: '{' '.join(command)}' says: {said}")
+    return done.stdout.decode("utf-8", "replace")
+
+
+@dataclass(frozen=True)
+class SessionDaemon(PidfileTarget):
+    """The daemon of a user's own libvirt, by the pidfile of its QEMU driver in the user's runtime folder.
+
+    The folder is closed to everybody else, so that others' right to write below it means nothing. The user may have
+    written the file; so what it names has to be the user's, and nobody but the user is the worse for it.
+    """
+
+    uid: int
+
+    @classmethod
+    def of(cls, user: User) -> SessionDaemon:
+        """The daemon of that user."""
+        return cls(f"{_state_folder(user)}/driver.pid", user.uid)
+
+    def check(self, process: Process) -> None:
+        """Raises IommufdError where the process is not the user's daemon."""
+        if process.uid != self.uid or process.comm not in _DAEMONS:
+            raise IommufdError(f"{process} is not libvirt's daemon of uid {self.uid}: {self.path} is stale.")
+
+
+@dataclass(frozen=True)
+class SessionDomain(PidfileTarget):
+    """The emulator of a running domain of a user's own libvirt, by a pidfile that is to be trusted as the daemon's."""
+
+    uid: int
+    name: str
+
+    @classmethod
+    def of(cls, user: User, name: str) -> SessionDomain:
+        """The domain of that name."""
+        path = f"{_state_folder(user)}/{name}.pid"
+        if not os.path.lexists(path):
+            path = f"{_state_folder(user)}/{escaped(name)}.pid"
+        return cls(path, user.uid, name)
+
+    def check(self, process: Process) -> None:
+        """Raises IommufdError where the process is not the domain's emulator."""
+        if process.uid != self.uid or guest_name(process.arguments()) != os.fsencode(self.name):
+            raise IommufdError(
+                f"{process} is not the emulator of domain {self.name} of uid {self.uid}: {self.path} is stale."
+            )
+
+
+def _state_folder(user: User) -> str:
+    return f"{user.runtime_folder}/libvirt/qemu/run"
+
+
+@dataclass(frozen=True)
+class Libvirt:
+    """A libvirt to speak to: `user` is who speaks to it, None for the caller."""
+
+    uri: str
+    user: User | None
+
+    @property
+    def session(self) -> User | None:
+        """The user whose own libvirt it is; None for the system's."""
+        return self.user if is_session(self.uri) else None
+
+    def emulator_of(self, name: str) -> PidfileTarget | DomainTarget:
+        """The emulator of a running domain."""
+        return DomainTarget(name) if self.session is None else SessionDomain.of(self.session, name)
+
+    def daemon(self) -> PidfileTarget | None:
+        """The daemon of a user's own libvirt; None for the system's."""
+        return None if self.session is None else SessionDaemon.of(self.session)
+
+
+def check_startable(name: str, libvirt: Libvirt, seen: Seen) -> str:
+    """The domain's fdgroup. Raises IommufdError where libvirt could not start it with an iommufd of ours."""
+    if seen.version < SINCE:
+        raise IommufdError(
+            f"libvirt {version_text(seen.version)} takes no iommufd from others: {version_text(SINCE)} is the first"
+            " that does. Upgrade libvirt and restart its daemon, or grant CAP_IPC_LOCK to the emulator instead."
+        )
+    definition = seen.definition
+    if not definition.fdgroup:
+        itself = ""
+        if libvirt.session is None:
+            itself = " Or start it as any other: the system libvirt opens an iommufd and sets it itself."
+        raise IommufdError(
+            f"Domain {name} does not say that it gets its iommufd from somebody else. Add this line below <domain>"
+            f" (virsh --connect {libvirt.uri} edit {name}): <iommufd enabled='yes' fdgroup='iommufd'/>{itself}"
+        )
+    if not definition.devices:
+        raise IommufdError(
+            f"Domain {name} has no PCI device that is passed through by iommufd, so it needs no iommufd: give it a"
+            " <hostdev> without <driver iommufd='no'/>, or start it as any other."
+        )
+    if seen.obstacles:
+        raise IommufdError(f"Domain {name} cannot be started. {' '.join(seen.obstacles)}")
+    return definition.fdgroup
+
+
+def check_limit(name: str, user: User, daemon: Process, limit: Limit, need: int | None) -> None:
+    """Raises IommufdError where the daemon may not give the emulator the limit on locked memory that libvirt will ask.
+
+    libvirt sets it on the emulator and fails if it may not, once everything else is done.
+    """
+    enough = limit.hard is None or (need is not None and need <= limit.hard)
+    if enough or CAP_SYS_RESOURCE in names(daemon.status.effective):
+        return
+    needs, value = "none at all, because of <locked/>", "infinity"
+    if need is not None:
+        needs, value = f"{human_size(need)} by libvirt's reckoning, which is its memory and 1 GiB", str(need)
+    raise IommufdError(
+        f"RLIMIT_MEMLOCK of {daemon}, the libvirt of user {user.name}, is {human_size(limit.hard or 0)}, but domain"
+        f" {name} takes {needs}. Give the user's service manager, from which the daemon has it, a higher one:"
+        f" LimitMEMLOCK={value} in a drop-in of user@{user.uid}.service; then restart that, which ends all that the"
+        " user runs."
+    )
+
+
+@contextlib.contextmanager
+def new_iommufd() -> Iterator[int]:
+    """A descriptor of a new iommufd, closed when the context ends. Raises HostLacks and IommufdError."""
+    try:
+        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError as exc:
+        raise HostLacks(
+            f"This host has no {DEVICE}: load the module iommufd (modprobe iommufd), or boot a kernel that was built"
+            " with CONFIG_IOMMUFD."
+        ) from exc
+    except OSError as exc:
+        raise IommufdError(
+            f"{DEVICE} cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)}). Run the task as root (become:"
+            " true), outside of any container."
+        ) from exc
+    try:
+        rdev = own_character_device(fd)
+        if rdev is None or rdev not in iommufd_rdevs({rdev}):
+            raise IommufdError(f"{DEVICE} is not the kernel's iommufd but something else, so nothing was sent to it.")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def accountings(target: PidfileTarget | DomainTarget, wanted: int) -> tuple[Process, list[tuple[str, Result]]]:
+    """An emulator, and what each of its iommufds has for an rlimit mode: its name, and what a change would come to.
+
+    Nothing is changed. Raises what hold_target and borrow_iommufd do.
+    """
+    with hold_target(target) as process:
+        found = []
+        for fd in find_iommufds(process):
+            # One that is closed meanwhile, or only names the device, charges nobody.
+            with contextlib.suppress(DescriptorGone, NotAnIommufd), borrow_iommufd(process, fd) as iommufd:
+                found.append((f"iommufd {fd} of {process}", iommufd.change(RLIMIT_MODE, wanted, dry_run=True)))
+        return process, found
+
+
+def set_mode(fd: int, wanted: int, dry_run: bool) -> Result:
+    """Gives a new iommufd its rlimit mode; a dry run foretells that."""
+    return IommuFd(fd).change(RLIMIT_MODE, wanted, dry_run=dry_run)

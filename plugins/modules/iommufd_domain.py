@@ -1,0 +1,547 @@
+#!/usr/bin/python
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: iommufd_domain
+short_description: Start a libvirt domain with an iommufd that is opened and set for it
+description:
+  - Starts a domain of a user's own libvirt (C(qemu:///session)) with an iommufd whose memory accounting is per process.
+    That libvirt runs without privilege, so it cannot set the accounting itself, and the second domain of a user fails
+    with error -12, C(Cannot allocate memory), where each alone is within its limit.
+  - As root, it opens an iommufd and sets it. A child that has become the user connects to the user's libvirt, hands the
+    descriptor over, and starts the domain. Nothing else runs as root.
+  - A domain that runs already is only looked at. An iommufd that is in use cannot be set any more.
+version_added: 0.1.0
+author:
+  - The virt.iommufd contributors (@virt-iommufd)
+options:
+  name:
+    description:
+      - The name of the domain. It has to be defined.
+      - Its XML has to say that it gets its iommufd from somebody else, by a line below C(<domain>) such as
+        C(<iommufd enabled='yes' fdgroup='iommufd'/>). Any name will do for the group. With that line all its PCI
+        devices are passed through by iommufd, except those with C(<driver iommufd='no'/>).
+    type: str
+    required: true
+  user:
+    description:
+      - The user whose libvirt it is, and who the child becomes. Required for C(qemu:///session).
+      - This has to be a user of the host whose service manager runs, as it does at all times with
+        C(loginctl enable-linger USER), and who may open the VFIO devices of the domain.
+    type: str
+  uri:
+    description:
+      - Where libvirt is, V(qemu:///session) or V(qemu:///system). Only a libvirt of the same host can take a
+        descriptor.
+      - The default is V(qemu:///session) if O(user) is given, otherwise V(qemu:///system).
+      - The system libvirt sets the accounting itself since 12.1, if its daemon runs with CAP_SYS_RESOURCE. It needs
+        this module only for a domain that gets its iommufd from somebody else, or where the daemon lacks the
+        privilege.
+    type: str
+  state:
+    description:
+      - The state that the domain is started in. A domain that runs or is paused already is left so.
+    type: str
+    choices:
+      - running
+      - paused
+    default: running
+  rlimit_mode:
+    description:
+      - How the memory that the iommufd pins is to be accounted.
+      - V(process) charges the emulator alone, which shows as C(VmLck) in C(/proc/PID/status).
+      - V(user) charges the user, over all of the user's processes, which is what the kernel starts with.
+    type: str
+    choices:
+      - process
+      - user
+    default: process
+  timeout:
+    description:
+      - How many seconds libvirt may take to answer or to start the domain. To pin much memory takes time.
+    type: int
+    default: 600
+extends_documentation_fragment:
+  - virt.iommufd.attributes
+attributes:
+  check_mode:
+    support: full
+    details:
+      - libvirt is asked, so a daemon that waits behind its socket wakes up. One that the user's service manager would
+        have to be told to start is not started; then nothing more can be told than that, and that the domain would be
+        started.
+      - Whether the accounting could be set is tried on an iommufd of the module's own.
+  diff_mode:
+    support: full
+  idempotent:
+    support: full
+requirements:
+  - Linux 6.2 or later, built with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, with the module C(iommufd) loaded.
+  - libvirt 12.2 or later, and its Python binding for the Python that Ansible uses on the host. That is the package
+    C(python3-libvirt) of Debian, Ubuntu, Fedora and Red Hat.
+  - systemd, for a user's libvirt that does not run yet.
+notes:
+  - B(Privilege.) It takes root (C(become=true)) with CAP_SYS_RESOURCE in the initial user namespace, as well as ptrace
+    access to the emulator, which the accounting is read from in the end.
+  - B(The limit.) libvirt limits what the emulator may lock to the domain's memory and 1 GiB (with a virtual IOMMU, the
+    memory times the devices). Without privilege it can do that only within the daemon's own RLIMIT_MEMLOCK, which is
+    that of the user's service manager. So C(LimitMEMLOCK=) of C(user@UID.service) has to be as high as the domain that
+    needs most. The module reads the daemon's limit before it starts anything.
+  - B(The daemon.) The module starts no daemon itself, since that would have root's limits and end up in Ansible's
+    control group. It has the user's service manager do it. If the user has units C(virtqemud.socket),
+    C(virtqemud.service), C(libvirtd.socket) or C(libvirtd.service), the first of them is started, otherwise
+    C(systemd-run) makes a transient service.
+  - B(The next boot.) libvirt cannot start such a domain by itself, so C(virsh autostart) is no use. A systemd unit can,
+    by C(iommufd-exec) and C(virsh), without Ansible; the last examples have one for all domains of a user.
+  - B(Who holds the iommufd.) Once the task has ended, only the emulator does.
+  - B(The devices.) A user's libvirt can neither bind a device to C(vfio-pci) nor open a node that the user may not
+    open, so both have to be right beforehand, and C(managed='no') in the domain's XML.
+seealso:
+  - module: virt.iommufd.iommufd_option
+    description: Reads the accounting of a domain that runs, or sets that of a VMM that has no device yet.
+  - module: virt.iommufd.iommufd_info
+    description: Tells how all of a host's VMs are accounted, and what still fits.
+  - name: virDomainFDAssociate
+    description: The function of libvirt's that hands the descriptor over.
+    link: https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainFDAssociate
+  - name: user@.service(5)
+    description: A user's service manager, its drop-ins and limits.
+    link: https://man7.org/linux/man-pages/man5/user@.service.5.html
+"""
+
+EXAMPLES = r"""
+# What user vm's own libvirt needs.
+
+- name: Find the user's id
+  ansible.builtin.getent:
+    database: passwd
+    key: vm
+
+- name: Ensure that there is a folder for settings of the user's service manager
+  ansible.builtin.file:
+    path: /etc/systemd/system/user@{{ ansible_facts['getent_passwd'].vm[1] }}.service.d
+    state: directory
+    mode: "0755"
+
+- name: Ensure that the user's domains of up to 3 GiB may lock their memory
+  ansible.builtin.copy:
+    content: |
+      [Service]
+      LimitMEMLOCK=4G
+    dest: /etc/systemd/system/user@{{ ansible_facts['getent_passwd'].vm[1] }}.service.d/memlock.conf
+    mode: "0644"
+
+- name: Ensure that systemd knows, though a service manager that runs already has to be restarted
+  ansible.builtin.systemd_service:
+    daemon_reload: true
+
+- name: Ensure that the user's service manager always runs
+  ansible.builtin.command:
+    cmd: loginctl enable-linger vm
+    creates: /var/lib/systemd/linger/vm
+
+- name: Ensure that VFIO devices are the user's
+  ansible.builtin.copy:
+    content: |
+      SUBSYSTEM=="vfio-dev", OWNER="vm", MODE="0600"
+    dest: /etc/udev/rules.d/80-vfio-vm.rules
+    mode: "0644"
+  register: rule
+
+- name: Ensure that those that are bound already are, too
+  ansible.builtin.command:
+    cmd: udevadm trigger --settle --subsystem-match=vfio-dev
+  when: rule is changed
+
+# Start domains of the user's own libvirt, charged for themselves.
+
+- name: Start a domain
+  virt.iommufd.iommufd_domain:
+    name: vm1
+    user: vm
+
+- name: Start another one, and leave it paused
+  virt.iommufd.iommufd_domain:
+    name: vm2
+    user: vm
+    state: paused
+
+# Start the two at each boot, without Ansible, with what the role iommufd_host installs for iommufd_host_launcher.
+
+- name: Ensure that the user's service manager can start libvirt when somebody asks for it
+  ansible.builtin.copy:
+    content: "{{ item.value }}"
+    dest: /etc/systemd/user/{{ item.key }}
+    mode: "0644"
+  loop: "{{ units | dict2items }}"
+  loop_control:
+    label: "{{ item.key }}"
+  vars:
+    units:
+      libvirtd.socket: |
+        [Socket]
+        ListenStream=%t/libvirt/libvirt-sock
+        SocketMode=0700
+      libvirtd.service: |
+        [Service]
+        Type=notify
+        ExecStart=/usr/sbin/libvirtd --timeout 120
+        KillMode=process
+
+- name: Ensure that there is a unit for any domain of the user
+  ansible.builtin.copy:
+    content: |
+      [Unit]
+      Description=Domain %i of user vm
+      Requires=user@{{ uid }}.service
+      After=user@{{ uid }}.service
+
+      [Service]
+      Type=oneshot
+      RemainAfterExit=yes
+      User=vm
+      Environment=XDG_RUNTIME_DIR=/run/user/{{ uid }} LIBVIRT_AUTOSTART=0
+      # The socket cannot be started while libvirt runs without it, and then need not.
+      ExecStartPre=-systemctl --user start libvirtd.socket
+      ExecStart=+/usr/local/bin/iommufd-exec --user vm --strict -- \
+          virsh --connect qemu:///session "dom-fd-associate %i iommufd {iommufd}; start %i"
+
+      [Install]
+      WantedBy=multi-user.target
+    dest: /etc/systemd/system/domain-of-vm@.service
+    mode: "0644"
+  vars:
+    uid: "{{ ansible_facts['getent_passwd'].vm[1] }}"
+
+- name: Ensure that the two are started at each boot
+  ansible.builtin.systemd_service:
+    name: domain-of-vm@{{ item }}.service
+    enabled: true
+    daemon_reload: true
+  loop:
+    - vm1
+    - vm2
+"""
+
+RETURN = r"""
+libvirt:
+  description: The libvirt that was asked.
+  returned: when it answered
+  type: dict
+  contains:
+    uri:
+      description: Where it is.
+      type: str
+      sample: qemu:///session
+    version:
+      description: The version of its daemon.
+      type: str
+      sample: 12.8.0
+    pid:
+      description: The process of its daemon; V(null) for the system libvirt, and for a domain that runs already.
+      type: int
+      sample: 2121
+    memlock_bytes:
+      description:
+        - The hard RLIMIT_MEMLOCK of its daemon; V(null) where there is none, and where RV(libvirt.pid) is V(null).
+      type: int
+      sample: 4294967296
+    memlock_unlimited:
+      description: Whether the daemon has no such limit; V(null) where RV(libvirt.pid) is.
+      type: bool
+      sample: false
+    started:
+      description:
+        - The unit that the user's service manager was told to start, as no libvirt answered; V(null) if one did.
+      type: str
+      sample: libvirtd.service
+domain:
+  description: The domain, as it is now, in check mode as it would be.
+  returned: when libvirt knows it, or in check mode when libvirt does not run
+  type: dict
+  contains:
+    name:
+      description: Its name.
+      type: str
+      sample: vm1
+    uuid:
+      description: Its UUID; V(null) in check mode when libvirt does not run.
+      type: str
+      sample: 8e3ae1bb-0f0e-4a0f-8f55-1a8f0b2a1c51
+    state:
+      description: Its state, in libvirt's words, such as V(running), V(paused) or V(shut off).
+      type: str
+      sample: running
+    memlock_bytes:
+      description:
+        - The limit on locked memory that libvirt gives its emulator, by this module's reckoning. V(null) for no limit,
+          and in check mode when libvirt does not run.
+      type: int
+      sample: 2214592512
+process:
+  description: The domain's emulator.
+  returned: when the domain runs, not in check mode before it is started
+  type: dict
+  contains:
+    pid:
+      description: Its process id.
+      type: int
+      sample: 4242
+    comm:
+      description: Its name.
+      type: str
+      sample: qemu-system-x86
+    uid:
+      description: Its real user id.
+      type: int
+      sample: 1001
+    user:
+      description: The name of that user; V(null) where the host knows none.
+      type: str
+      sample: vm
+rlimit_mode:
+  description:
+    - How the memory that the emulator's iommufd pins is accounted now, in check mode how it would be. V(null) where its
+      iommufds differ, or it has none.
+  returned: when the domain runs, or would run in check mode
+  type: str
+  sample: process
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, NoReturn
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.virt.iommufd.plugins.module_utils._child import find_user, in_child
+from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
+    Libvirt,
+    NoDaemon,
+    Seen,
+    accountings,
+    check_limit,
+    check_startable,
+    is_session,
+    look,
+    new_iommufd,
+    set_mode,
+    start,
+    start_daemon,
+    version_text,
+)
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
+    BUSY,
+    CHANGED,
+    RLIMIT_MODE,
+    UNCHANGED,
+    Result,
+    explain,
+)
+from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
+from ansible_collections.virt.iommufd.plugins.module_utils._target import hold_target
+
+URIS = ("qemu:///session", "qemu:///system")
+SHUT_OFF = "shut off"
+
+
+def libvirt_of(params: dict[str, Any]) -> Libvirt:
+    """The libvirt that the task names. Raises IommufdError where its options do not go together."""
+    user = None if params["user"] is None else find_user(params["user"])
+    uri = params["uri"] or URIS[user is None]
+    if uri.partition("?")[0] not in URIS:
+        raise IommufdError(f"uri {uri} is not {' or '.join(URIS)}: only a libvirt of this host can take a descriptor.")
+    if user is None and is_session(uri):
+        raise IommufdError(f"{uri} is a user's own libvirt: give user, too.")
+    return Libvirt(uri, user)
+
+
+def check_name(name: str) -> None:
+    """Raises IommufdError where no domain can have that name: libvirt makes files of it."""
+    if not name or "/" in name or "\0" in name or name in (".", ".."):
+        raise IommufdError(f"{name!r} is not the name of a domain: it is a name, not a path.")
+
+
+class Task:
+    """One run of the module: what it was asked for, and the return value as it comes together."""
+
+    def __init__(self, params: dict[str, Any], dry_run: bool) -> None:
+        self.name: str = params["name"]
+        self.state: str = params["state"]
+        self.mode: str = params["rlimit_mode"]
+        self.wanted = RLIMIT_MODE.number(self.mode)
+        self.seconds: int = params["timeout"]
+        self.dry_run = dry_run
+        self.warnings: list[str] = []
+        self.result: dict[str, Any] = {"changed": False}
+        check_name(self.name)
+        self.libvirt = libvirt_of(params)
+
+    def run(self) -> None:
+        """Does what the task asks for, and fills in the return value. Raises IommufdError."""
+        seen = self._meet()
+        if seen is None:
+            self._foretell(None, None)
+        elif seen.active:
+            self._domain(seen, seen.state)
+            self._compare(self._look_at_emulator(), started=False)
+        else:
+            self._domain(seen, seen.state)
+            self._start(seen)
+
+    def _meet(self) -> Seen | None:
+        """What libvirt says of the domain, once it runs; None where it does not, and must not be started."""
+        started = None
+        try:
+            seen = self._look()
+        except NoDaemon as exc:
+            session = self.libvirt.session
+            if session is None:
+                raise
+            if self.dry_run:
+                self.warnings.append(f"{exc}. So no more can be told than that libvirt would be started first.")
+                return None
+            started = self._as_user(partial(start_daemon, self.libvirt.uri, session.name))
+            seen = self._look()
+        self.result["libvirt"] = {
+            "uri": self.libvirt.uri,
+            "version": version_text(seen.version),
+            "pid": None,
+            "memlock_bytes": None,
+            "memlock_unlimited": None,
+            "started": started,
+        }
+        return seen
+
+    def _look(self) -> Seen:
+        unprivileged = self.libvirt.session is not None
+        return Seen.from_json(self._as_user(partial(look, self.libvirt.uri, self.name, unprivileged)))
+
+    def _as_user(self, work: Any, keep: Iterable[int] = ()) -> Any:
+        return in_child(self.libvirt.user, work, self.seconds, tuple(keep))
+
+    def _domain(self, seen: Seen | None, state: str) -> None:
+        self.result["domain"] = {
+            "name": self.name,
+            "uuid": seen and seen.uuid,
+            "state": state,
+            "memlock_bytes": seen and seen.definition.need_bytes,
+        }
+
+    def _start(self, seen: Seen) -> None:
+        fdgroup = check_startable(self.name, self.libvirt, seen)
+        self._read_limit(seen)
+        if self.dry_run:
+            self._foretell(seen, seen.state)
+            return
+        with new_iommufd() as fd:
+            self._check(set_mode(fd, self.wanted, dry_run=False))
+            paused = self.state == "paused"
+            answer = self._as_user(partial(start, self.libvirt.uri, self.name, fdgroup, fd, paused), [fd])
+        self.result["changed"] = True
+        self._domain(seen, str(answer["state"]))
+        self._diff(seen.state, self.result["domain"]["state"])
+        self._compare(self._look_at_emulator(), started=True)
+
+    def _read_limit(self, seen: Seen) -> None:
+        """Reads the limit of a user's daemon. Raises IommufdError where libvirt would fail for it."""
+        target, session = self.libvirt.daemon(), self.libvirt.session
+        if target is None or session is None:
+            return
+        with hold_target(target) as daemon:
+            limit = daemon.memlock()
+            self.result["libvirt"].update(
+                pid=daemon.pid, memlock_bytes=limit.hard, memlock_unlimited=limit.hard is None
+            )
+            check_limit(self.name, session, daemon, limit, seen.definition.need_bytes)
+
+    def _foretell(self, seen: Seen | None, state: str | None) -> None:
+        """What would happen, but for what only the start itself can tell. Raises IommufdError."""
+        with new_iommufd() as fd:
+            self._check(set_mode(fd, self.wanted, dry_run=True))
+        self.result["changed"] = True
+        self.result["rlimit_mode"] = self.mode
+        self._domain(seen, self.state)
+        self._diff(state or SHUT_OFF, self.state)
+
+    def _check(self, result: Result) -> None:
+        """Raises IommufdError where a new iommufd could not be set."""
+        if result.outcome not in (CHANGED, UNCHANGED):
+            said = explain(result, "A new iommufd", RLIMIT_MODE, self.wanted)
+            raise IommufdError(f"{said} Domain {self.name} was not started.")
+
+    def _diff(self, before: str, after: str) -> None:
+        self.result["diff"] = {
+            "before": {"state": before, "rlimit_mode": None},
+            "after": {"state": after, "rlimit_mode": self.mode},
+        }
+
+    def _look_at_emulator(self) -> list[tuple[str, Result]]:
+        process, found = accountings(self.libvirt.emulator_of(self.name), self.wanted)
+        self.result["process"] = describe(process)
+        modes = {None if each.before is None else str(RLIMIT_MODE.value(each.before)) for _name, each in found}
+        self.result["rlimit_mode"] = modes.pop() if len(modes) == 1 else None
+        return found
+
+    def _compare(self, found: list[tuple[str, Result]], started: bool) -> None:
+        """Raises IommufdError where the emulator is not accounted as it should be."""
+        way = "Shut it off, and run this task again to start it."
+        if not found:
+            raise IommufdError(
+                f"Domain {self.name} {'was started' if started else 'runs already'}, but its emulator holds no iommufd:"
+                f" its devices are passed through by the VFIO container, or it has none. {way}"
+            )
+        for subject, result in found:
+            if result.outcome == CHANGED:
+                raise IommufdError(
+                    f"Domain {self.name}: {subject} is not accounted as asked for, but holds no object yet, so that"
+                    f" virt.iommufd.iommufd_option can still set it."
+                )
+            if result.outcome != UNCHANGED:
+                also = f" {way}" if result.outcome == BUSY else ""
+                raise IommufdError(
+                    f"Domain {self.name} {'was started' if started else 'runs already'}."
+                    f" {explain(result, subject, RLIMIT_MODE, self.wanted)}{also}"
+                )
+
+
+def describe(process: Process) -> dict[str, Any]:
+    """A process, in the return value."""
+    return {"pid": process.pid, "comm": process.comm, "uid": process.uid, "user": process.user}
+
+
+def main() -> NoReturn:
+    module = AnsibleModule(
+        argument_spec={
+            "name": {"type": "str", "required": True},
+            "user": {"type": "str"},
+            "uri": {"type": "str"},
+            "state": {"type": "str", "choices": ["running", "paused"], "default": "running"},
+            "rlimit_mode": {"type": "str", "choices": ["process", "user"], "default": "process"},
+            "timeout": {"type": "int", "default": 600},
+        },
+        supports_check_mode=True,
+    )
+    result: dict[str, Any] = {"changed": False}
+    warnings: list[str] = []
+    try:
+        task = Task(module.params, module.check_mode)
+        result, warnings = task.result, task.warnings
+        task.run()
+    except IommufdError as exc:
+        result["msg"] = str(exc)
+    for warning in warnings:
+        module.warn(warning)
+    if not module._diff:
+        result.pop("diff", None)
+    if "msg" in result:
+        module.fail_json(**result)
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,557 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable
+
+import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _domain
+from ansible_collections.virt.iommufd.plugins.module_utils._child import User
+from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
+    Definition,
+    Libvirt,
+    NoDaemon,
+    Seen,
+    SessionDaemon,
+    SessionDomain,
+    check_limit,
+    check_startable,
+    log_end,
+    log_file,
+    look,
+    new_iommufd,
+    obstacles,
+    parse_definition,
+    start,
+    start_daemon,
+    version_text,
+)
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status
+from ansible_collections.virt.iommufd.plugins.module_utils._target import DomainTarget, PidfileTarget, hold_target
+from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
+from ansible_collections.virt.iommufd.tests.unit.fake_libvirt import FakeDomain, FakeLibvirt
+
+GIB = 2**30
+SESSION, SYSTEM = "qemu:///session", "qemu:///system"
+VM = User("vm", 1001, 1002, "/home/vm")
+
+DEVICE = """
+<hostdev mode='subsystem' type='pci' managed='no'>{}
+  <source><address domain='0x0000' bus='0x00' slot='0x0{}' function='0x1'/></source>
+</hostdev>
+"""
+
+
+def xml(devices: str = DEVICE.format("", 5), more: str = "<iommufd enabled='yes' fdgroup='g'/>") -> str:
+    memory = "<memory unit='KiB'>1048576</memory>"
+    return f"<domain type='qemu'><name>vm1</name>{memory}{more}<devices>{devices}</devices></domain>"
+
+
+@pytest.fixture
+def libvirt(monkeypatch: pytest.MonkeyPatch) -> FakeLibvirt:
+    """A libvirt with the domain vm1, shut off."""
+    fake = FakeLibvirt({"vm1": FakeDomain(xml())})
+    monkeypatch.setitem(sys.modules, "libvirt", fake)
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("text", "definition"),
+    [
+        (xml(), Definition("g", ("0000:00:05.1",), 2 * GIB)),
+        (xml(more=""), Definition(None, (), 2 * GIB)),
+        (xml(more="<iommufd enabled='no' fdgroup='g'/>"), Definition(None, (), 2 * GIB)),
+        (xml(more="<iommufd enabled='yes'/>"), Definition(None, ("0000:00:05.1",), 2 * GIB)),
+        # what a device says itself counts more
+        (
+            xml(DEVICE.format("<driver name='vfio' iommufd='yes'/>", 5), ""),
+            Definition(None, ("0000:00:05.1",), 2 * GIB),
+        ),
+        (xml(DEVICE.format("<driver iommufd='no'/>", 5)), Definition("g", (), 2 * GIB)),
+        (xml(DEVICE.format("<driver name='vfio'/>", 5)), Definition("g", ("0000:00:05.1",), 2 * GIB)),
+        # several, and a network card of an interface
+        (
+            xml(
+                DEVICE.format("", 5)
+                + DEVICE.format("", "A").replace("hostdev", "interface").replace("'pci'", "'hostdev'")
+            ),
+            Definition("g", ("0000:00:05.1", "0000:00:0a.1"), 2 * GIB),
+        ),
+        (xml(DEVICE.format("", 5) * 2 + "<iommu model='intel'/>"), Definition("g", ("0000:00:05.1",) * 2, 3 * GIB)),
+        # what is no such device
+        (
+            xml("<hostdev mode='subsystem' type='usb'/><hostdev mode='capabilities' type='pci'/>"),
+            Definition("g", (), 0),
+        ),
+        (xml("<hostdev mode='subsystem' type='pci'/>"), Definition("g", (), 2 * GIB)),
+        (xml(DEVICE.format("", "x")), Definition("g", (), 2 * GIB)),
+        # what else decides on the limit
+        (
+            xml(more="<memtune><hard_limit unit='KiB'>4</hard_limit></memtune>"),
+            Definition(None, (), 4096),
+        ),
+        (xml(more="<memoryBacking><locked/></memoryBacking>"), Definition(None, (), None)),
+    ],
+)
+def test_definition(text: str, definition: Definition) -> None:
+    assert parse_definition(text) == definition
+
+
+@pytest.mark.parametrize("text", ["", "<domain/>", "<domain><memory>much</memory></domain>", "<domain"])
+def test_what_is_no_definition(text: str) -> None:
+    with pytest.raises(IommufdError, match=r"^libvirt's description of the domain cannot be read"):
+        parse_definition(text)
+
+
+SEEN = Seen(12_008_000, "u-u-i-d", False, "shut off", Definition("g", ("0000:00:05.1",), 2 * GIB), ("No way.",))
+
+
+def test_what_was_seen_crosses_over_to_another_process() -> None:
+    assert Seen.from_json(json.loads(json.dumps(SEEN.to_json()))) == SEEN
+    bare = dataclasses.replace(SEEN, definition=Definition(None, (), None), obstacles=())
+    assert Seen.from_json(json.loads(json.dumps(bare.to_json()))) == bare
+
+
+@pytest.mark.parametrize("change", [{"version": "x"}, {"definition": 3}, {"obstacles": None}, {"definition": {}}])
+def test_what_another_process_made_up(change: dict[str, Any]) -> None:
+    with pytest.raises(IommufdError, match="cannot be read"):
+        Seen.from_json({**SEEN.to_json(), **change})
+    with pytest.raises(IommufdError, match="cannot be read"):
+        Seen.from_json([])
+
+
+def test_what_another_process_says_is_safe_to_print() -> None:
+    assert Seen.from_json({**SEEN.to_json(), "state": "\x1b[31m\udc80"}).state == "\\x1b[31m\\x80"
+
+
+def test_version() -> None:
+    assert version_text(12_008_001) == "12.8.1"
+
+
+@pytest.mark.parametrize("unprivileged", [False, True])
+def test_look(libvirt: FakeLibvirt, unprivileged: bool) -> None:
+    seen = Seen.from_json(look(SESSION, "vm1", unprivileged))
+    assert seen.version == libvirt.version
+    assert seen.uuid == "8e3ae1bb-0f0e-4a0f-8f55-1a8f0b2a1c51"
+    assert (seen.active, seen.state) == (False, "shut off")
+    assert seen.definition == Definition("g", ("0000:00:05.1",), 2 * GIB)
+    assert seen.obstacles == (("This host has no PCI device 0000:00:05.1.",) if unprivileged else ())
+    assert libvirt.opened == [SESSION]
+    assert libvirt.closed == 1
+    # By default the library prints every error.
+    assert libvirt.handler is not None
+    libvirt.handler(None, ())
+
+
+@pytest.mark.parametrize(("number", "word"), [(1, "running"), (3, "paused"), (99, "99")])
+def test_look_at_one_that_runs(libvirt: FakeLibvirt, number: int, word: str) -> None:
+    libvirt.domains["vm1"].number = number
+    seen = Seen.from_json(look(SESSION, "vm1", True))
+    assert (seen.active, seen.state, seen.obstacles) == (True, word, ())
+
+
+def test_no_such_domain(libvirt: FakeLibvirt) -> None:
+    with pytest.raises(IommufdError, match=r"^There is no domain vm2 at qemu:///session: define it first"):
+        look(SESSION, "vm2", True)
+    assert libvirt.closed == 1
+
+
+def test_another_error_of_libvirts(libvirt: FakeLibvirt) -> None:
+    libvirt.failing["lookupByName"] = libvirt.libvirtError(1, "out of \x07 order")
+    with pytest.raises(IommufdError, match=r"^libvirt \(qemu:///session\) says: out of \\x07 order$"):
+        look(SESSION, "vm1", True)
+    assert libvirt.closed == 1
+
+
+def test_nobody_answers(libvirt: FakeLibvirt) -> None:
+    libvirt.failing["open"] = libvirt.libvirtError(38, "Failed to connect socket")
+    with pytest.raises(NoDaemon, match=r"^libvirt does not answer at qemu:///session: Failed to connect socket$"):
+        look(SESSION, "vm1", True)
+
+
+def test_the_binding_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "libvirt", None)
+    with pytest.raises(IommufdError, match=r"install the package python3-libvirt"):
+        look(SESSION, "vm1", True)
+
+
+@pytest.mark.parametrize(("paused", "state"), [(False, "running"), (True, "paused")])
+def test_start(libvirt: FakeLibvirt, paused: bool, state: str) -> None:
+    assert start(SESSION, "vm1", "g", 7, paused) == {"state": state}
+    assert libvirt.domains["vm1"].associated == {"g": [7]}
+    assert libvirt.closed == 1
+
+
+@pytest.mark.parametrize("call", ["FDAssociate", "createWithFlags"])
+def test_a_start_that_fails(libvirt: FakeLibvirt, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    libvirt.failing[call] = libvirt.libvirtError(1, "qemu: -12 (Cannot allocate memory)")
+    log = tmp_path / ".cache/libvirt/qemu/log/vm1.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("qemu: of yesterday\n")
+    libvirt.before_failure = lambda: log.write_text(log.read_text() + "qemu: of today\n")
+    said = "Domain vm1 did not start. libvirt says: qemu: -12 (Cannot allocate memory)."
+    with pytest.raises(IommufdError, match=f"^{re.escape(said)} The end of {log}: qemu: of today$"):
+        start(SESSION, "vm1", "g", 7, False)
+    assert libvirt.closed == 1
+
+
+def test_a_start_for_which_somebody_was_quicker(libvirt: FakeLibvirt) -> None:
+    # Whether it is accounted as asked for is looked at afterwards.
+    libvirt.domains["vm1"].number = 1
+    assert start(SESSION, "vm1", "g", 7, True) == {"state": "running"}
+
+
+LOG = b"""\
+2026-11-24 13:00:00.000+0000: starting up libvirt version: 12.8.0, package: 1, hostname: lab
+LC_ALL=C \\
+PATH=/usr/bin \\
+/usr/bin/qemu-system-x86_64 \\
+-name guest=vm1 \\
+-msg timestamp=on
+2026-11-24T13:00:01Z qemu-system-x86_64: -device x: failed
+
+2026-11-24 13:00:01.500+0000: shutting down, reason=\x1bfailed
+"""
+
+
+def test_the_end_of_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "vm1.log"
+    assert log_end(str(log), 0, "") == ""
+    log.write_bytes(LOG)
+    qemu = "2026-11-24T13:00:01Z qemu-system-x86_64: -device x: failed"
+    libvirt = r"2026-11-24 13:00:01.500+0000: shutting down, reason=\x1bfailed"
+    assert log_end(str(log), 0, "") == f" The end of {log}: {qemu} | {libvirt}"
+    # libvirt often repeats what QEMU said
+    assert log_end(str(log), 0, f"it said: {qemu}") == f" The end of {log}: {libvirt}"
+    assert log_end(str(log), len(LOG), "") == ""
+    log.write_bytes(b"x\n" * 100_000)
+    assert log_end(str(log), 0, "") == f" The end of {log}: x | x | x | x | x"
+
+
+def test_where_logs_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/vm")
+    assert log_file(SESSION, "a") == "/home/vm/.cache/libvirt/qemu/log/a.log"
+    assert log_file(SYSTEM + "?x", "a") == "/var/log/libvirt/qemu/a.log"
+
+
+@pytest.fixture
+def devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sysfs: 0000:00:01.0 is vfio0, 0000:00:02.0 has no driver, 0000:00:03.0 has one of its own."""
+    (tmp_path / "0000:00:01.0/vfio-dev/vfio0").mkdir(parents=True)
+    (tmp_path / "0000:00:02.0").mkdir()
+    (tmp_path / "0000:00:03.0").mkdir()
+    (tmp_path / "drivers/edu").mkdir(parents=True)
+    (tmp_path / "0000:00:03.0/driver").symlink_to(tmp_path / "drivers/edu")
+    monkeypatch.setattr(_domain, "_PCI_DEVICES", str(tmp_path))
+    monkeypatch.setattr(_domain, "_VFIO_NODES", str(tmp_path))
+    return tmp_path
+
+
+def test_a_device_that_may_be_used(devices: Path) -> None:
+    (devices / "vfio0").write_text("")
+    assert list(obstacles(("0000:00:01.0",))) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("0000:00:02.0", "^PCI device 0000:00:02.0 is without a driver: root has to bind it to vfio-pci"),
+        ("0000:00:03.0", "^PCI device 0000:00:03.0 is driven by edu: root has to bind it to vfio-pci"),
+        ("0000:00:04.0", "^This host has no PCI device 0000:00:04.0"),
+        ("0000:00:01.0", r"^PCI device 0000:00:01.0 is /.*/vfio0 \(ENOENT.*\), which uid [0-9]+ may not open"),
+    ],
+)
+def test_a_device_that_may_not_be_used(devices: Path, address: str, words: str) -> None:
+    (said,) = obstacles((address,))
+    assert re.search(words, said)
+
+
+def test_a_device_that_belongs_to_somebody_else(devices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (devices / "vfio0").write_text("")
+    (devices / "vfio0").chmod(0o400)
+    # To root everything is open.
+    monkeypatch.setattr(os, "access", lambda *_given: False)
+    (said,) = obstacles(("0000:00:01.0",))
+    assert re.search(r"vfio0 \(mode 0400, owner \S+\), which uid [0-9]+ may not open for reading and writing", said)
+
+
+class FakeSystemd:
+    """Answers for `systemctl --user` and `systemd-run --user`: `units` are those that the user has."""
+
+    def __init__(self, libvirt: FakeLibvirt) -> None:
+        self.libvirt = libvirt
+        self.units: set[str] = set()
+        self.commands: list[list[str]] = []
+        self.transient: set[str] = set()
+        self.failing: tuple[int, bytes] | None = None
+        self.failures = 99
+        self.answers = True
+
+    def run(self, command: list[str], **_options: Any) -> Any:
+        assert command[:4] == ["timeout", "-k", "5", "60"]
+        words = command[4:]
+        self.commands.append(words)
+        if "show" in words:
+            return SimpleNamespace(returncode=0, stdout="\n\n".join(map(self.show, words[6:])).encode(), stderr=b"")
+        self.failures -= 1
+        if self.failing and self.failures >= 0:
+            return SimpleNamespace(returncode=self.failing[0], stdout=b"", stderr=self.failing[1])
+        if self.answers:
+            self.libvirt.failing.clear()
+        return SimpleNamespace(returncode=0, stdout=b"", stderr=b"")
+
+    def show(self, unit: str) -> str:
+        there = unit in self.units | self.transient
+        state, transient = ("loaded" if there else "not-found"), ("yes" if unit in self.transient else "no")
+        return f"Id={unit}\nLoadState={state}\nTransient={transient}"
+
+
+@pytest.fixture
+def systemd(libvirt: FakeLibvirt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSystemd:
+    """The service manager of the user vm, whose libvirt does not run."""
+    fake = FakeSystemd(libvirt)
+    libvirt.failing["open"] = libvirt.libvirtError(38, "no socket")
+    (tmp_path / "systemd").mkdir()
+    (tmp_path / "systemd/private").write_text("")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", fake.run)
+    monkeypatch.setattr(shutil, "which", lambda name, path: f"/usr/sbin/{name}" if name == "libvirtd" else None)
+    monkeypatch.setattr(_domain, "_PATIENCE", 0.1)
+    monkeypatch.setattr(_domain, "_PAUSE", 0)
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("units", "chosen"),
+    [
+        ({"libvirtd.service", "libvirtd.socket"}, "libvirtd.socket"),
+        ({"libvirtd.service", "virtqemud.service"}, "virtqemud.service"),
+    ],
+)
+def test_the_daemon_is_started_by_a_unit_of_the_user(systemd: FakeSystemd, units: set[str], chosen: str) -> None:
+    systemd.units = units
+    assert start_daemon(SESSION, "vm") == chosen
+    assert systemd.commands[1:] == [["systemctl", "--user", "start", "--", chosen]]
+
+
+def test_the_daemon_is_started_as_a_transient_service(systemd: FakeSystemd) -> None:
+    assert start_daemon(SESSION, "vm") == "libvirtd.service"
+    (command,) = systemd.commands[1:]
+    assert command[:2] == ["systemd-run", "--user"]
+    assert command[-3:] == ["--", "/usr/sbin/libvirtd", "--timeout=120"]
+    assert "--unit=libvirtd.service" in command
+    assert "--property=KillMode=process" in command
+
+
+def test_what_is_left_of_a_transient_service_is_in_the_way_for_a_moment(systemd: FakeSystemd) -> None:
+    systemd.transient = {"libvirtd.service"}
+    systemd.failing, systemd.failures = (1, b"Unit libvirtd.service already exists."), 2
+    assert start_daemon(SESSION, "vm") == "libvirtd.service"
+    assert [command[0] for command in systemd.commands] == ["systemctl", "systemd-run"] * 3
+
+
+def test_somebody_else_has_started_the_daemon(systemd: FakeSystemd, libvirt: FakeLibvirt) -> None:
+    systemd.failing = (1, b"Unit libvirtd.service already exists.")
+    libvirt.before_failure = libvirt.failing.clear
+    assert start_daemon(SESSION, "vm") is None
+
+
+def test_no_service_manager(systemd: FakeSystemd, tmp_path: Path) -> None:
+    (tmp_path / "systemd/private").unlink()
+    with pytest.raises(NoDaemon, match=r"loginctl enable-linger vm"):
+        start_daemon(SESSION, "vm")
+    assert systemd.commands == []
+
+
+def test_no_daemon_is_installed(systemd: FakeSystemd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _name, path: None)
+    with pytest.raises(NoDaemon, match=r"^This host has no libvirt daemon .* no virtqemud and no libvirtd"):
+        start_daemon(SESSION, "vm")
+
+
+@pytest.mark.parametrize(("errors", "words"), [(b"Job  failed\n", "says: Job failed$"), (b"", "says: exit code 3$")])
+def test_a_unit_that_does_not_start(systemd: FakeSystemd, errors: bytes, words: str) -> None:
+    systemd.failing = (3, errors)
+    with pytest.raises(NoDaemon, match=words):
+        start_daemon(SESSION, "vm")
+
+
+def test_a_unit_that_does_not_answer(systemd: FakeSystemd) -> None:
+    systemd.answers = False
+    words = r"^The service manager of user vm has started libvirtd.service, but libvirt does not answer .*: no socket$"
+    with pytest.raises(NoDaemon, match=words):
+        start_daemon(SESSION, "vm")
+
+
+def test_a_host_without_systemd(systemd: FakeSystemd, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_given: Any, **_options: Any) -> None:
+        raise FileNotFoundError(2, "no")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(NoDaemon, match=r"^systemctl cannot be run \(ENOENT"):
+        start_daemon(SESSION, "vm")
+
+
+@pytest.mark.parametrize("uri", [SESSION, SYSTEM])
+def test_where_the_emulator_and_the_daemon_are_found(uri: str) -> None:
+    libvirt = Libvirt(uri, VM)
+    if uri == SYSTEM:
+        assert (libvirt.session, libvirt.daemon()) == (None, None)
+        assert libvirt.emulator_of("vm1") == DomainTarget("vm1")
+    else:
+        assert libvirt.session == VM
+        folder = "/run/user/1001/libvirt/qemu/run"
+        assert libvirt.daemon() == SessionDaemon(f"{folder}/driver.pid", 1001)
+        assert libvirt.emulator_of("vm1") == SessionDomain(f"{folder}/vm1.pid", 1001, "vm1")
+        assert libvirt.emulator_of("a&b") == SessionDomain(f"{folder}/a&amp;b.pid", 1001, "a&b")
+
+
+@pytest.fixture
+def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The pid of a process that looks like the emulator of the domain a&b; its pidfile is where libvirt has it."""
+    command = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", "-name", "guest=a&b,debug=on"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.read(1)
+        folder = tmp_path / "libvirt/qemu/run"
+        folder.mkdir(parents=True)
+        # As it is with the umask of many a user, whose folder in /run is closed to everybody else.
+        folder.chmod(0o775)
+        for name in ("a&b", "other", "driver"):
+            (folder / f"{name}.pid").write_text(str(process.pid))
+        monkeypatch.setattr(User, "runtime_folder", str(tmp_path))
+        yield process.pid
+        process.stdin.close()
+
+
+ME = dataclasses.replace(VM, uid=os.getuid())
+OTHER = dataclasses.replace(VM, uid=os.getuid() + 1)
+
+
+def test_the_emulator_and_the_daemon_of_a_user(emulator: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hold_target(SessionDomain.of(ME, "a&b")) as process:
+        assert process.pid == emulator
+    monkeypatch.setattr(_domain, "_DAEMONS", (process.comm,))
+    with hold_target(SessionDaemon.of(ME)) as process:
+        assert process.pid == emulator
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (lambda: SessionDomain.of(ME, "other"), "is not the emulator of domain other of uid .*/other.pid is stale"),
+        (lambda: SessionDomain.of(OTHER, "a&b"), "is not the emulator of domain a&b of uid .*/a&b.pid is stale"),
+        (lambda: SessionDaemon.of(ME), "is not libvirt's daemon of uid .*/driver.pid is stale"),
+    ],
+)
+def test_a_pidfile_that_names_another_process(emulator: int, target: Callable[[], PidfileTarget], words: str) -> None:
+    with pytest.raises(IommufdError, match=words), hold_target(target()):
+        pass
+
+
+def test_a_daemon_of_somebody_else(emulator: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hold_target(SessionDomain.of(ME, "a&b")) as process:
+        monkeypatch.setattr(_domain, "_DAEMONS", (process.comm,))
+    with pytest.raises(IommufdError, match="is not libvirt's daemon of uid"), hold_target(SessionDaemon.of(OTHER)):
+        pass
+
+
+def test_what_can_be_started() -> None:
+    assert check_startable("vm1", Libvirt(SESSION, VM), dataclasses.replace(SEEN, obstacles=())) == "g"
+
+
+LINE = r"edit vm1\): <iommufd enabled='yes' fdgroup='iommufd'/>"
+
+
+@pytest.mark.parametrize(
+    ("uri", "change", "words"),
+    [
+        (SESSION, {"version": 12_001_999}, r"^libvirt 12.1.999 takes no iommufd from others: 12.2.0 is the first"),
+        (SESSION, {"definition": Definition(None, ("d",), 0)}, LINE + "$"),
+        (SYSTEM, {"definition": Definition(None, ("d",), 0)}, LINE + " Or start it as any other: the system libvirt"),
+        (SESSION, {"definition": Definition("g", (), 0)}, r"has no PCI device that is passed through by iommufd"),
+        (SESSION, {}, r"^Domain vm1 cannot be started\. No way\.$"),
+    ],
+)
+def test_what_cannot_be_started(uri: str, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(IommufdError, match=words):
+        check_startable("vm1", Libvirt(uri, VM), dataclasses.replace(SEEN, **change))
+
+
+def daemon(effective: int = 0) -> Process:
+    return Process(42, "libvirtd", "vm", dataclasses.replace(own_status(), effective=effective), 0, -1)
+
+
+@pytest.mark.parametrize(
+    ("limit", "need", "effective"),
+    [(2 * GIB, 2 * GIB, 0), (None, None, 0), (None, GIB, 0), (0, GIB, 1 << 24), (0, None, 1 << 24)],
+)
+def test_a_limit_that_is_enough(limit: int | None, need: int | None, effective: int) -> None:
+    check_limit("vm1", VM, daemon(effective), Limit(0, limit), need)
+
+
+@pytest.mark.parametrize(
+    ("need", "words"),
+    [
+        (
+            2 * GIB,
+            r"is 8 MiB, but domain vm1 takes 2 GiB by .* LimitMEMLOCK=2147483648 in a drop-in of user@1001\.service",
+        ),
+        (None, r"vm1 takes none at all, because of <locked/>\. .* LimitMEMLOCK=infinity in"),
+    ],
+)
+def test_a_limit_that_is_too_low(need: int | None, words: str) -> None:
+    with pytest.raises(
+        IommufdError, match=r"^RLIMIT_MEMLOCK of libvirtd \(pid 42\), the libvirt of user vm, " + ".*" + words
+    ):
+        check_limit("vm1", VM, daemon(), Limit(0, 2**23), need)
+
+
+@pytest.fixture
+def device(null_is_iommufd: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
+    """Every new iommufd is /dev/null, which the kernel answers for."""
+    monkeypatch.setattr(_domain, "DEVICE", os.devnull)
+    return null_is_iommufd
+
+
+def test_a_new_iommufd(device: FakeKernel) -> None:
+    with new_iommufd() as fd:
+        assert _domain.set_mode(fd, 1, dry_run=True).outcome == "changed"
+        assert device.mode == 0
+        assert _domain.set_mode(fd, 1, dry_run=False).outcome == "changed"
+        assert device.mode == 1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "words"),
+    [
+        ("/nonexistent", HostLacks, r"^This host has no /nonexistent: load the module iommufd"),
+        ("/proc/self/exe", IommufdError, r"^/proc/self/exe cannot be opened by uid [0-9]+ \(E"),
+        ("/dev/zero", IommufdError, r"^/dev/zero is not the kernel's iommufd"),
+        ("/proc/self/comm", IommufdError, r"^/proc/self/comm is not the kernel's iommufd"),
+    ],
+)
+def test_what_is_no_iommufd(
+    device: FakeKernel, monkeypatch: pytest.MonkeyPatch, path: str, error: type[Exception], words: str
+) -> None:
+    monkeypatch.setattr(_domain, "DEVICE", path)
+    with pytest.raises(error, match=words), new_iommufd():
+        pass
+    assert device.calls == []
