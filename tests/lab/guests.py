@@ -104,7 +104,8 @@ GUESTS: dict[str, Guest] = {
     guest.name: guest
     for guest in (
         Guest("fallback", KERNEL_6_12, ROOT_TRIXIE, purpose="libvirt leaves the mode alone: the failure and its cures"),
-        Guest("native", KERNEL_7, ROOT_SID, purpose="libvirt sets the mode itself"),
+        # Room for two domains of more than 1 GiB each.
+        Guest("native", KERNEL_7, ROOT_SID, memory_mib=3584, purpose="libvirt sets the mode itself"),
         Guest("stock", None, ROOT_STOCK, purpose="Debian's own kernel, which has no iommufd"),
     )
 }
