@@ -29,6 +29,7 @@ REQUIRED = (
     "lint",
     "molecule-apparmor",
     "molecule-audit",
+    "molecule-domain",
     "molecule-drift",
     "molecule-examples",
     "molecule-exec",
