@@ -15,6 +15,7 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT
 
 import pytest
+from ansible.module_utils.common import warnings
 from ansible_collections.virt.iommufd.plugins.module_utils import _holders, _iommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
@@ -30,6 +31,12 @@ os.closerange(3, 50)
 os.write(1, b"ready")
 sys.stdin.read()
 """
+
+
+@pytest.fixture(autouse=True)
+def no_warning_of_another_test() -> None:
+    """Ansible keeps a module's warnings for the process, which on a host is the module's own."""
+    warnings._global_warnings.clear()
 
 
 @pytest.fixture

@@ -176,8 +176,9 @@ def boot(units: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     command, *names = sys.argv[1:]
+    answer: Any = None
     if command == "define":
-        answer: Any = define([Domain(**description) for description in json.load(sys.stdin)])
+        define([Domain(**description) for description in json.load(sys.stdin)])
     elif command == "boot":
         answer = boot(names)
     elif command == "daemon":
