@@ -6,18 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from ansible import constants
-from ansible.errors import AnsibleLookupError
-from ansible.plugins.lookup import LookupBase
-from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import zipapp
-
 DOCUMENTATION = r"""
 name: iommufd_exec
 short_description: Make the launcher iommufd-exec, and return where it is
@@ -56,6 +44,18 @@ _raw:
   type: list
   elements: path
 """
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ansible import constants
+from ansible.errors import AnsibleLookupError
+from ansible.plugins.lookup import LookupBase
+from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import zipapp
 
 
 class LookupModule(LookupBase):

@@ -394,8 +394,9 @@ def start_daemon(uri: str, user: str) -> str | None:
             with _connected(uri):
                 return unit
         except NoDaemon as exc:
-            if time.monotonic() > deadline:
-                raise NoDaemon(f"The service manager of user {user} has started {unit}, but {exc}") from exc
+            said = str(exc)
+        if time.monotonic() > deadline:
+            raise NoDaemon(f"The service manager of user {user} has started {unit}, but {said}")
         time.sleep(0.2)
 
 
@@ -431,7 +432,8 @@ def _run_daemon(user: str) -> str:
 def _systemd(*command: str) -> str:
     """The output of a command that speaks to the user's service manager. Raises NoDaemon."""
     try:
-        done = subprocess.run(
+        # This runs in a child, where there is no module with a run_command.
+        done = subprocess.run(  # pylint: disable=ansible-bad-function
             ["timeout", "-k", "5", "60", *command], stdin=subprocess.DEVNULL, capture_output=True, check=False
         )
     except OSError as exc:

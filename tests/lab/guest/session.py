@@ -75,10 +75,10 @@ class Domain:
         return XML.format(*address.replace(".", ":").split(":"), **vars(self))
 
 
-def as_user(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def as_user(*command: str, check: bool = False, **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs a command as the user, with the user's groups and an environment of the user's."""
     words = ["setpriv", f"--reuid={USER.pw_uid}", f"--regid={USER.pw_gid}", "--init-groups", *command]
-    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, **{"check": False, **options})
+    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=check, **options)
 
 
 def virsh(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
