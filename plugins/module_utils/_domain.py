@@ -389,6 +389,7 @@ def start_daemon(uri: str, user: str) -> str | None:
             return None
     # A unit that is no socket may say that it is started before it listens.
     deadline = time.monotonic() + _PATIENCE
+    said = ""
     while True:
         try:
             with _connected(uri):
