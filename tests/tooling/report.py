@@ -51,6 +51,9 @@ REQUIRED = (
 )
 
 
+# How much of a failed task the report shows: who has only the end of a run's output still learns what went wrong.
+LINE, TASK_LINES = 600, 12
+
 # Sessions that leave the results of single tests; one that leaves none has tested nothing.
 COUNTED = ("molecule-kernel", "sanity-", "tooling", "uapi", "units-")
 
@@ -104,6 +107,19 @@ def count_session(results: Path, session: str, ok: bool, pythons: set[str]) -> C
     return count
 
 
+def failed_task(log: str) -> list[str]:
+    """Return the task at which a play of this log of a scenario failed, with what it said, cut to fit the report."""
+    before, failed = "", False
+    for part in re.split(r"^PLAY RECAP.*\n", log, flags=re.MULTILINE):
+        if failed := bool(re.match(r"(?:.+\n)*?.+(?:failed|unreachable)=[1-9]", part)):
+            break
+        before = part
+    task = before[max(before.rfind("\nTASK ["), 0) :] if failed else log
+    # Without Ansible's excerpt of the playbook, which has a number before each line.
+    lines = [line[:LINE] for line in task.splitlines() if re.match(r"(?!\d+( |$))\s*[\w-]|\[", line)]
+    return lines[:TASK_LINES] if failed else lines[-TASK_LINES:]
+
+
 def load(path: Path) -> Any:
     """Return the JSON of path, or nothing if Nox did not get so far as to write it."""
     try:
@@ -147,6 +163,8 @@ def main(results: Path, status: int) -> int:
             f"{name:24} {where(name, notes):36} {entry['result']:8} {count.passed:6} {count.failed:6} {seconds}",
         )
         problems += [f"{name}: {entry['result']}"] * (not ok or count.failed > 0)
+        if not ok and (log := results / f"{name}.log").is_file():
+            problems += [f"    {line}" for line in failed_task(log.read_text(encoding="utf-8", errors="replace"))]
         problems += [f"{name}: skipped {what}" for what in count.skipped]
         impossible += [f"{name}: {what}" for what in count.impossible]
         idle += [f"{name}: {', '.join(count.idle)}"] * bool(count.idle)

@@ -84,3 +84,33 @@ def test_it_says_with_what_a_session_ran(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_run_that_left_nothing_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(tmp_path, 0) == 1
     assert capsys.readouterr().out.splitlines()[-1] == f"0 passed, {len(report.REQUIRED)} failed"
+
+
+PLAY = """
+TASK [Something before] ****
+ok: [fallback]
+
+TASK [{task}] ****
+fatal: [fallback]: FAILED! => {{"msg": "{message}"}}
+
+PLAY RECAP *****
+localhost : ok=1 changed=0 unreachable=0 failed=0
+fallback  : ok=7 changed=0 unreachable=0 failed={failed}
+
+"""
+
+
+def test_it_shows_the_task_at_which_a_scenario_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, "<testcase name='a'/>", {**ALL, "molecule-fit": "failed"})
+    plays = (("Fails, as it should", "ignored", 0), ("Fails", "the cause", 1), ("Destroy", "afterwards", 0))
+    text = "".join(PLAY.format(task=task, message=message, failed=failed) for task, message, failed in plays)
+    (tmp_path / "molecule-fit.log").write_text(text)
+    assert report.main(tmp_path, 1) == 1
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("TASK [Fails] ****", "the cause"))
+    assert not any(text in out for text in ("ignored", "afterwards"))
+
+
+def test_a_log_without_a_failed_task_shows_its_end() -> None:
+    lines = [f"line {number}" for number in range(100)]
+    assert report.failed_task("\n".join(lines)) == lines[-report.TASK_LINES :]
