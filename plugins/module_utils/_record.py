@@ -609,6 +609,9 @@ def _pauses(names: list[str], view: View) -> list[Step]:
 
 
 def _text(content: bytes) -> str:
+    """A file for the diff, where the bytes of a program would only be in the way."""
+    if b"\0" in content:
+        return f"({len(content)} bytes that are no text)\n"
     return content.decode("utf-8", "backslashreplace")
 
 

@@ -105,6 +105,12 @@ def test_a_file_back(item: Item, now: FileState | None, effect: Effect | None) -
     assert effects([item], View(files={"/f": now})) == ([effect] if effect else [])
 
 
+def test_the_diff_does_not_show_the_bytes_of_a_program() -> None:
+    program = FileState(b"#!/usr/bin/python3\nPK\0\xff", 0o755, 0, 0)
+    (step,) = steps_back(Record("/r/r", [of_file(None)]), Wanted(), View(files={"/f": program}))
+    assert step.before == "(23 bytes that are no text)\n"
+
+
 @pytest.mark.parametrize(
     ("before", "now", "after"),
     [
