@@ -225,28 +225,12 @@ def verified_of(plan: Mapping[str, Any], check: Mapping[str, Any]) -> list[Row]:
         wanted = emulator["path"] in granted
         started = emulator["started"]
         who = started["user"] or plan["user"]
-        rows.append(
-            _tried(
-                f"{emulator['path']}, started as {who}, has {'' if wanted else 'no '}CAP_IPC_LOCK",
-                started,
-                started["effective"] is not None and started["ok"] == wanted,
-                f"{started['how']} start, CapEff {started['effective']}",
-                # What others granted is theirs, and is reported as found.
-                counts=wanted,
-            )
-        )
+        evidence = f"{started['how']} start, CapEff {started['effective']}"
+        rows.append(_capability(f"{emulator['path']}, started as {who},", started, wanted, evidence))
     for unit in check["units"]:
         grant, replica = granted.get(unit["name"], {"what": None}), unit["replica"]
         wanted = grant["what"] == "cap_ipc_lock"
-        rows.append(
-            _tried(
-                f"A replica of {unit['name']} has {'' if wanted else 'no '}CAP_IPC_LOCK",
-                replica,
-                replica["effective"] is not None and replica["ok"] == wanted,
-                f"CapEff {replica['effective']}",
-                counts=wanted,
-            )
-        )
+        rows.append(_capability(f"A replica of {unit['name']}", replica, wanted, f"CapEff {replica['effective']}"))
         if grant["what"] == "memlock":
             rows.append(_limit(f"A replica of {unit['name']}", replica, grant["value"]))
     for user in check["users"]:
@@ -259,6 +243,12 @@ def _tried(what: str, tried: Mapping[str, Any], ok: bool, evidence: str, counts:
     ran = tried["ran"]
     told = tried["msg"] if not ran or (not ok and tried["msg"]) else evidence
     return {"what": what, "ok": ok if ran else None, "evidence": told, "counts": counts}
+
+
+def _capability(who: str, tried: Mapping[str, Any], wanted: bool, evidence: str) -> Row:
+    ok = tried["effective"] is not None and tried["ok"] == wanted
+    # A capability that was not granted here is others' to give, and is reported as found.
+    return _tried(f"{who} has {'' if wanted else 'no '}CAP_IPC_LOCK", tried, ok, evidence, counts=wanted)
 
 
 def _limit(who: str, tried: Mapping[str, Any], wanted: int | None) -> Row:
