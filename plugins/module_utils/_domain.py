@@ -381,7 +381,7 @@ def start_daemon(uri: str, user: str) -> str | None:
             unit = _start_unit(user)
             break
         except NoDaemon:
-            # A transient service that has ended may stand in the way of its successor for a moment.
+            # What was there of a transient service when it was looked for may be gone, and the other way round.
             if attempt == _ATTEMPTS - 1:
                 raise
         time.sleep(_PAUSE)
@@ -404,11 +404,12 @@ def start_daemon(uri: str, user: str) -> str | None:
 def _start_unit(user: str) -> str:
     """Has the service manager start libvirt's daemon; the name of the unit. Raises NoDaemon."""
     units = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("socket", "service")]
-    shown = _systemd("systemctl", "--user", "show", "--no-pager", "--property=Id,LoadState,Transient", "--", *units)
+    shown = _systemd("systemctl", "--user", "show", "--no-pager", "--property=Id,LoadState", "--", *units)
     for block in shown.split("\n\n"):
         said = dict(line.partition("=")[::2] for line in block.splitlines())
-        # What is left of a transient unit is forgotten before it could be started again.
-        if said.get("LoadState") == "loaded" and said.get("Transient") != "yes":
+        # It may be a transient service that we made. The service manager keeps it, and its name is not free, while
+        # there are processes in its control group: emulators and virtlogd outlive the daemon.
+        if said.get("LoadState") == "loaded":
             _systemd("systemctl", "--user", "start", "--", said["Id"])
             return said["Id"]
     return _run_daemon(user)

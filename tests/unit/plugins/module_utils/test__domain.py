@@ -295,8 +295,8 @@ class FakeSystemd:
     def __init__(self, libvirt: FakeLibvirt) -> None:
         self.libvirt = libvirt
         self.units: set[str] = set()
+        self.ending: set[str] = set()
         self.commands: list[list[str]] = []
-        self.transient: set[str] = set()
         self.failing: tuple[int, bytes] | None = None
         self.failures = 99
         self.answers = True
@@ -306,7 +306,10 @@ class FakeSystemd:
         words = command[4:]
         self.commands.append(words)
         if "show" in words:
-            return SimpleNamespace(returncode=0, stdout="\n\n".join(map(self.show, words[6:])).encode(), stderr=b"")
+            shown = "\n\n".join(map(self.show, words[6:])).encode()
+            # As of a transient service whose last process ends while it is looked at.
+            self.units -= self.ending
+            return SimpleNamespace(returncode=0, stdout=shown, stderr=b"")
         self.failures -= 1
         if self.failing and self.failures >= 0:
             return SimpleNamespace(returncode=self.failing[0], stdout=b"", stderr=self.failing[1])
@@ -315,9 +318,7 @@ class FakeSystemd:
         return SimpleNamespace(returncode=0, stdout=b"", stderr=b"")
 
     def show(self, unit: str) -> str:
-        there = unit in self.units | self.transient
-        state, transient = ("loaded" if there else "not-found"), ("yes" if unit in self.transient else "no")
-        return f"Id={unit}\nLoadState={state}\nTransient={transient}"
+        return f"Id={unit}\nLoadState={'loaded' if unit in self.units else 'not-found'}"
 
 
 @pytest.fixture
@@ -357,9 +358,17 @@ def test_the_daemon_is_started_as_a_transient_service(systemd: FakeSystemd) -> N
     assert "--property=KillMode=process" in command
 
 
-def test_what_is_left_of_a_transient_service_is_in_the_way_for_a_moment(systemd: FakeSystemd) -> None:
-    systemd.transient = {"libvirtd.service"}
-    systemd.failing, systemd.failures = (1, b"Unit libvirtd.service already exists."), 2
+def test_a_transient_service_that_is_gone_before_it_can_be_started_again(systemd: FakeSystemd) -> None:
+    systemd.units = systemd.ending = {"libvirtd.service"}
+    systemd.failing, systemd.failures = (5, b"Unit libvirtd.service not found."), 1
+    assert start_daemon(SESSION, "vm") == "libvirtd.service"
+    shown, started, again, ran = systemd.commands
+    assert shown == again
+    assert (started[2], ran[0]) == ("start", "systemd-run")
+
+
+def test_a_transient_service_that_was_made_meanwhile(systemd: FakeSystemd) -> None:
+    systemd.failing, systemd.failures = (1, b"Unit libvirtd.service was already loaded or has a fragment file."), 2
     assert start_daemon(SESSION, "vm") == "libvirtd.service"
     assert [command[0] for command in systemd.commands] == ["systemctl", "systemd-run"] * 3
 
