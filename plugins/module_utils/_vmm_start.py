@@ -29,7 +29,7 @@ from xml.sax.saxutils import escape
 
 from . import _host
 from ._capabilities import with_ipc_lock
-from ._errors import HostLacks, IommufdError, ProcessGone, error_text
+from ._errors import HostLacks, IommufdError, error_text
 from ._iommufd import RLIMIT_MODE, IommuFd, misc_rdev
 from ._process import Limit, Process, Status, own_status, parse_memlock, parse_status, printable
 from ._target import DomainTarget, PidTarget, hold_target
@@ -78,6 +78,9 @@ _IDLE_QEMU = (
     "-serial",
     "none",
 )
+
+# What QEMU says first to whom it speaks QMP with.
+_GREETING = b'{"QMP"'
 
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
@@ -167,18 +170,15 @@ def _copy_of_cat(program: Program, what: str) -> Iterator[int]:
 def start_emulator(program: Program, under: Conditions, user: User) -> Seen:
     """Starts an emulator of QEMU without a machine under these conditions, and looks at it.
 
-    Raises IommufdError where it cannot be executed, or ends at once.
+    Raises IommufdError where it cannot be executed, or does not come up.
     """
     check_able(under)
     with tempfile.TemporaryFile() as output:
-        arguments = [program.path, *_IDLE_QEMU]
+        arguments = [program.path, *_IDLE_QEMU, "-qmp", "stdio"]
         with _started(program.path, arguments, under, user, output, output) as pid:
-            try:
-                _await_new_program(pid)
-                with Process.hold(pid) as process:
-                    return _see(process)
-            except ProcessGone as exc:
-                raise IommufdError(f"{program.path} ended at once: {_line(_content(output))}") from exc
+            _await_greeting(program, pid, output)
+            with Process.hold(pid) as process:
+                return _see(process)
 
 
 def check_able(under: Conditions) -> None:
@@ -195,26 +195,25 @@ def check_able(under: Conditions) -> None:
         )
 
 
-def _await_new_program(pid: int) -> None:
-    """Waits until the process has all that its new program gives it.
+def _await_greeting(program: Program, pid: int, output: IO[bytes]) -> None:
+    """Waits until QEMU has greeted whom it would speak QMP with, which it does once it is up.
 
-    The kernel closes the old program's descriptors before it grants what the new file gives, and gives the command line
-    last. See begin_new_exec() in fs/exec.c and create_elf_tables() in fs/binfmt_elf.c. Raises ProcessGone.
+    A capability of the file has the dynamic loader leave out some of its folders (ld.so(8)), so one that was executed
+    may yet not start. Raises IommufdError where it ends, or says nothing.
     """
-    while not _read(f"/proc/{pid}/cmdline"):
+    deadline = time.monotonic() + _PATIENCE / 2
+    while _GREETING not in _content(output):
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
-            raise ProcessGone(f"Process {pid} has ended.")
+            raise IommufdError(f"{program.path} ended at once: {_line(_content(output))}")
+        if time.monotonic() > deadline:
+            said = _line(_content(output))
+            raise IommufdError(f"{program.path} runs, but is not up after {_PATIENCE // 2} seconds: {said}")
         time.sleep(0.01)
 
 
-def _read(path: str) -> bytes:
-    with open(path, "rb") as stream:
-        return stream.read()
-
-
 def _content(output: IO[bytes]) -> bytes:
-    output.seek(0)
-    return output.read(65536)
+    """What was written so far, also while others write where they are in the file."""
+    return os.pread(output.fileno(), 65536, 0)
 
 
 def _line(text: bytes) -> str:

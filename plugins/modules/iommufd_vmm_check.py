@@ -59,8 +59,9 @@ options:
     description:
       - Whether to start each of O(emulators), and a transient service with the same user, capabilities and limits as
         each of O(units).
-      - The emulator is executed as O(user) under RV(emulators[].conditions), without a machine and stopped, and killed
-        as soon as it was looked at. See O(domain) for the way of libvirt.
+      - The emulator, which has to be one of QEMU's, is executed as O(user) under RV(emulators[].conditions), without a
+        machine and stopped. It is looked at once it is up, that is when it greets on QMP, and then killed. See
+        O(domain) for the way of libvirt.
       - The service executes the unit's own program if that is one of QEMU's, likewise without a machine. Else it
         executes C(sleep), since it cannot be known how another program would be started without consequences.
     type: bool

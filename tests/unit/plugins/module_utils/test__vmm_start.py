@@ -58,9 +58,9 @@ def changed(thing: Any, /, **other: Any) -> Any:
 
 @pytest.fixture
 def emulator(tmp_path: Path) -> Program:
-    """A program that waits, whatever it is told to do."""
+    """A program that says that it is up, and waits, whatever it is told to do."""
     path = tmp_path / "qemu-system-of-the-test"
-    path.write_text("#!/bin/sh\nexec sleep 600\n")
+    path.write_text("#!/bin/sh\necho '{\"QMP\": {}}'\nexec sleep 600\n")
     path.chmod(0o755)
     return changed(look_at_program(str(path)), is_program=True)  # type: ignore[no-any-return]
 
@@ -119,16 +119,18 @@ def test_outside_of_the_bounding_set(emulator: Program, monkeypatch: pytest.Monk
         start_emulator(emulator, Conditions("libvirtd.service", 0, OWN.no_new_privs, True), MYSELF)
 
 
-def test_an_emulator_that_ends_at_once(emulator: Program, monkeypatch: pytest.MonkeyPatch, children: list[int]) -> None:
-    Path(emulator.path).write_text('#!/bin/sh\necho "qemu: no\nsuch $1" >&2; exit 1\n')
-    wait = _vmm_start._await_new_program
-
-    def wait_for_its_end(pid: int) -> None:
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        wait(pid)
-
-    monkeypatch.setattr(_vmm_start, "_await_new_program", wait_for_its_end)
+def test_an_emulator_that_ends_before_it_is_up(emulator: Program, children: list[int]) -> None:
+    Path(emulator.path).write_text('#!/bin/sh\nsleep 0.5; echo "qemu: no\nsuch $1" >&2; exit 1\n')
     with pytest.raises(IommufdError, match=r"ended at once: qemu: no such -no-user-config$"):
+        start_emulator(emulator, OWN, MYSELF)
+
+
+def test_an_emulator_that_does_not_come_up(
+    emulator: Program, monkeypatch: pytest.MonkeyPatch, children: list[int]
+) -> None:
+    Path(emulator.path).write_text("#!/bin/sh\necho 'I wait.'; exec sleep 600\n")
+    monkeypatch.setattr(_vmm_start, "_PATIENCE", 4)
+    with pytest.raises(IommufdError, match=r"runs, but is not up after 2 seconds: I wait\.$"):
         start_emulator(emulator, OWN, MYSELF)
 
 
