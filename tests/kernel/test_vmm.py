@@ -167,6 +167,17 @@ def test_through_a_link(qemu: Path, folder: Path) -> None:
     assert (row["path"], row["real_path"], row["started"]["ok"]) == (str(link), str(qemu), True)
 
 
+def test_what_has_the_capability_but_does_not_come_up(folder: Path) -> None:
+    path = Path(shutil.copy("/usr/bin/true", folder / "qemu-system-true"))
+    try:
+        command("setcap", "cap_ipc_lock+ep", str(path))
+        started = bare(path)
+    finally:
+        path.unlink()
+    assert (started["ran"], started["ok"], started["effective"]) == (True, False, None)
+    assert started["msg"] == f"{path} ended at once: it said nothing."
+
+
 def test_what_is_no_emulator(folder: Path) -> None:
     script = folder / "qemu-system-script"
     script.write_text(f'#!/bin/sh\nexec {QEMU} "$@"\n')
