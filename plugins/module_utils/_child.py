@@ -13,51 +13,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pwd
 import select
 import signal
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any, Callable, NoReturn
 
 from ._errors import IommufdError, error_text
 from ._process import printable
+from ._user import User, become, has_ids
 
 __all__ = (
-    "User",
     "environment",
-    "find_user",
     "in_child",
 )
 
 _ANSWER_MAX = 2**20
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-
-@dataclass(frozen=True)
-class User:
-    """A user of this host."""
-
-    name: str
-    uid: int
-    gid: int
-    home: str
-
-    @property
-    def runtime_folder(self) -> str:
-        """Where the user's service manager and daemons have their sockets, by file-hierarchy(7)."""
-        return f"/run/user/{self.uid}"
-
-
-def find_user(name: str) -> User:
-    """The user of that name. Raises IommufdError."""
-    try:
-        found = pwd.getpwnam(name)
-    except (KeyError, ValueError) as exc:
-        raise IommufdError(f"There is no user {name!r} on this host.") from exc
-    return User(found.pw_name, found.pw_uid, found.pw_gid, found.pw_dir)
 
 
 def environment(user: User | None) -> dict[str, str]:
@@ -172,18 +145,12 @@ def _close_all_but(keep: Collection[int]) -> None:
 
 
 def _become(user: User | None) -> None:
-    """Becomes the user, with the user's groups and no capabilities, in an environment of the user's. No way back.
-
-    Raises IommufdError. A change of all three user ids from root's empties the capability sets (capabilities(7)), and
-    makes the process one that the user cannot trace (PR_SET_DUMPABLE in prctl(2)).
-    """
+    """Becomes the user, in an environment of the user's. Raises IommufdError."""
     os.environ.clear()
     os.environ.update(environment(user))
-    if user is not None and (os.getresuid(), os.getresgid()) != ((user.uid,) * 3, (user.gid,) * 3):
+    if user is not None and not has_ids(user):
         try:
-            os.initgroups(user.name, user.gid)
-            os.setresgid(user.gid, user.gid, user.gid)
-            os.setresuid(user.uid, user.uid, user.uid)
+            become(user)
         except OSError as exc:
             raise IommufdError(
                 f"This caller (uid {os.geteuid()}) cannot become user {user.name} ({error_text(exc.errno)}): run the"

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._capabilities import CAP_SYS_RESOURCE, names
-from ._child import User
 from ._errors import DescriptorGone, HostLacks, IommufdError, NotAnIommufd, error_text
 from ._iommufd import RLIMIT_MODE, IommuFd, Result, iommufd_rdevs
 from ._process import Limit, Process, own_character_device, printable, user_name
 from ._qemu import guest_name
 from ._size import human_size
 from ._target import DomainTarget, PidfileTarget, borrow_iommufd, escaped, find_iommufds, hold_target
+from ._user import User
 
 __all__ = (
     "SINCE",

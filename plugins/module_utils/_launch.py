@@ -18,7 +18,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import pwd
 import resource
 import signal
 import stat
@@ -41,6 +40,7 @@ from ._iommufd import (
     iommufd_rdevs,
 )
 from ._size import human_size, parse_size
+from ._user import User, become, find_user, groups_of, has_ids
 
 __all__ = (
     "NOT_BECOME",
@@ -172,16 +172,6 @@ class Request:
     memlock: int | None = None
     bounding: frozenset[int] | None = None
     strict: bool = False
-
-
-@dataclass(frozen=True)
-class User:
-    """An ordinary user, as the user database has it. `groups` are all of the user's, the first one too."""
-
-    name: str
-    uid: int
-    gid: int
-    groups: frozenset[int]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -329,16 +319,15 @@ def open_iommufd() -> int:
     return moved
 
 
-def find_user(name: str) -> User:
+def find_unprivileged(name: str) -> User:
     """The user of that name. Raises Refusal."""
     try:
-        found = pwd.getpwnam(name)
-        groups = os.getgrouplist(found.pw_name, found.pw_gid)
-    except KeyError as exc:
-        raise Refusal(NOT_BECOME, f"There is no user {name!r} on this host.") from exc
-    if found.pw_uid == 0:
+        user = find_user(name)
+    except IommufdError as exc:
+        raise Refusal(NOT_BECOME, f"--user: {exc}") from exc
+    if user.uid == 0:
         raise Refusal(NOT_BECOME, f"--user {name} would give up nothing. To keep root, leave it out.")
-    return User(found.pw_name, found.pw_uid, found.pw_gid, frozenset(groups))
+    return user
 
 
 def limit_memlock(size: int) -> None:
@@ -381,20 +370,17 @@ def _holds_any() -> bool:
 
 def _is(user: User) -> bool:
     """Whether this process is that user's already, by each of its ids and groups."""
-    ids = os.getresuid() == (user.uid,) * 3 and os.getresgid() == (user.gid,) * 3
-    return ids and {user.gid, *os.getgroups()} == {user.gid, *user.groups}
+    return has_ids(user) and {user.gid, *os.getgroups()} == groups_of(user)
 
 
-def become(user: User) -> None:
+def give_up_root(user: User) -> None:
     """Becomes the user, with the user's groups, no capability, and no way back. Raises Refusal.
 
     Sources: credentials(7), capabilities(7). The bounding set stays.
     """
     try:
         if not _is(user):
-            os.setgroups(sorted(user.groups))
-            os.setresgid(user.gid, user.gid, user.gid)
-            os.setresuid(user.uid, user.uid, user.uid)
+            become(user)
         # A change of user clears these by itself, but for the inheritable ones, and unless securebits tell otherwise.
         _checked(_libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
         _checked(_libc.capset(_Header(_CAPABILITY_VERSION_3, 0), (_Sets * 2)()))
@@ -448,7 +434,7 @@ def execute(command: Sequence[str], fd: int) -> NoReturn:
 
 def launch(request: Request) -> NoReturn:
     """Does what is asked for and becomes the command. Raises Refusal, and then the process is of no more use."""
-    user = None if request.user is None else find_user(request.user)
+    user = None if request.user is None else find_unprivileged(request.user)
     fd = open_iommufd()
     result = IommuFd(fd).change(RLIMIT_MODE, RLIMIT_MODE.number(request.rlimit_mode))
     warning = obstacle(result, request)
@@ -457,7 +443,7 @@ def launch(request: Request) -> NoReturn:
     if request.bounding is not None:
         limit_bounding(request.bounding)
     if user is not None:
-        become(user)
+        give_up_root(user)
     if warning:
         say(f"warning: {warning} {request.command[0]} is started all the same.")
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import pwd
 import re
 import stat
 import struct
@@ -32,9 +31,7 @@ __all__ = (
     "Program",
     "Run",
     "Unit",
-    "User",
     "conditions",
-    "find_user",
     "has_ipc_lock",
     "is_qemu",
     "look_at_program",
@@ -90,24 +87,6 @@ def has_ipc_lock(mask: int) -> bool:
 def _mask(text: str) -> int:
     """The set of capabilities that systemd gives by their names."""
     return sum(1 << _NUMBERS[name] for name in set(text.split()) if name in _NUMBERS)
-
-
-@dataclass(frozen=True)
-class User:
-    """A user of this host."""
-
-    name: str
-    uid: int
-    gid: int
-
-
-def find_user(name: str) -> User:
-    """The user of that name. Raises IommufdError where this host has none."""
-    try:
-        found = pwd.getpwnam(name)
-    except (KeyError, ValueError) as exc:
-        raise IommufdError(f"This host has no user {name!r}: give the name of a user that it has.") from exc
-    return User(name, found.pw_uid, found.pw_gid)
 
 
 @dataclass(frozen=True)

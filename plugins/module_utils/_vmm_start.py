@@ -33,6 +33,7 @@ from ._errors import HostLacks, IommufdError, error_text
 from ._iommufd import RLIMIT_MODE, IommuFd, misc_rdev
 from ._process import Limit, Process, Status, own_status, parse_memlock, parse_status, printable
 from ._target import DomainTarget, PidTarget, hold_target
+from ._user import User, become, has_ids
 from ._vmm import (
     PATIENCE,
     REPLICA,
@@ -41,7 +42,6 @@ from ._vmm import (
     Program,
     Run,
     Unit,
-    User,
     has_ipc_lock,
     is_qemu,
 )
@@ -284,7 +284,7 @@ def _become(
     steps: tuple[tuple[str, Callable[[], object]], ...] = (
         ("leave the caller's session", redirect),
         ("give up capabilities", give_up),
-        ("become that user", lambda: become_user(user)),
+        ("become that user", lambda: has_ids(user) or become(user)),
         ("execute it", lambda: os.execve(program, arguments, _ENVIRONMENT)),
     )
     try:
@@ -302,14 +302,6 @@ def _prctl(option: int, value: int) -> None:
     if _libc.prctl(option, ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3) < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-
-
-def become_user(user: User) -> None:
-    """Makes this process the user's, with the user's groups, unless it is that already. Raises OSError."""
-    if os.getuid() != user.uid:
-        os.initgroups(user.name, user.gid)
-        os.setgid(user.gid)
-        os.setuid(user.uid)
 
 
 @contextlib.contextmanager
@@ -552,7 +544,8 @@ def _mode_as(fd: int, user: User) -> int:
     child = os.fork()
     if not child:
         try:
-            become_user(user)
+            if not has_ids(user):
+                become(user)
             answer = IommuFd(fd).get(RLIMIT_MODE)
             os.write(writing, f"{answer.errno} {answer.value}".encode())
         finally:

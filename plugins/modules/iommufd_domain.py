@@ -317,7 +317,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.virt.iommufd.plugins.module_utils._child import find_user, in_child
+from ansible_collections.virt.iommufd.plugins.module_utils._child import in_child
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     Libvirt,
     NoDaemon,
@@ -344,6 +344,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.plugins.module_utils._target import hold_target
+from ansible_collections.virt.iommufd.plugins.module_utils._user import find_user
 
 URIS = ("qemu:///session", "qemu:///system")
 SHUT_OFF = "shut off"

@@ -442,7 +442,8 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_start
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Status, printable
-from ansible_collections.virt.iommufd.plugins.module_utils._vmm import Conditions, Program, Run, Unit, User
+from ansible_collections.virt.iommufd.plugins.module_utils._user import User, find_user
+from ansible_collections.virt.iommufd.plugins.module_utils._vmm import Conditions, Program, Run, Unit
 
 Row = dict[str, Any]
 
@@ -465,7 +466,7 @@ class Task:
         if as_user and not params["user"]:
             raise IommufdError(f"{as_user[0]} takes user: the name of the user that emulators run as on this host.")
         # One that is not there is told of at once, not when something is to be started.
-        self.user: User | None = _vmm.find_user(params["user"]) if params["user"] else None
+        self.user: User | None = find_user(params["user"]) if params["user"] else None
         starts = [name for name in ("trial", "start", "scratch", "users") if params[name]]
         if starts and not check_mode and os.geteuid() != 0:
             raise AccessRefused(
@@ -590,7 +591,7 @@ def user_row(task: Task, name: str) -> Row:
     """A user's limit."""
     nothing: Row = {"user": name, "present": False, "memlock_bytes": None, "memlock_unlimited": False}
     try:
-        user = _vmm.find_user(name)
+        user = find_user(name)
     except IommufdError as exc:
         return {**nothing, "ran": False, "ok": None, "msg": str(exc)}
 

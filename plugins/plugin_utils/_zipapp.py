@@ -18,7 +18,7 @@ __all__ = ("INTERPRETER", "zipapp")
 INTERPRETER = "/usr/bin/python3 -IS"
 
 _PACKAGE = "iommufd_exec"
-_MODULES = ("_capabilities", "_errors", "_iommufd", "_launch", "_size", "_uapi")
+_MODULES = ("_capabilities", "_errors", "_iommufd", "_launch", "_size", "_uapi", "_user")
 _MAIN = f"""\
 import sys
 

@@ -20,6 +20,7 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils._user import find_user
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
 from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, Answer, as_user, run_apart
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
@@ -325,7 +326,7 @@ def test_what_was_started_ends_with_the_module() -> None:
     reading, writing = os.pipe()
     module = os.fork()
     if not module:
-        under, user = _vmm.own_conditions(), _vmm.find_user(USER)
+        under, user = _vmm.own_conditions(), find_user(USER)
         arguments = [QEMU, *_vmm_start._IDLE_QEMU]
         with open("/dev/null", "wb") as null, _vmm_start._started(QEMU, arguments, under, user, null, null) as pid:
             os.write(writing, f"{pid}\n".encode())

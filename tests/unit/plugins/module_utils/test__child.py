@@ -16,9 +16,10 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _child
-from ansible_collections.virt.iommufd.plugins.module_utils._child import User, environment, find_user, in_child
+from ansible_collections.virt.iommufd.plugins.module_utils._child import environment, in_child
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import NoDaemon
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._user import User, find_user
 
 VM = User("vm", 1001, 1002, "/home/vm")
 WHO = "The process that asks libvirt as root"
@@ -142,19 +143,12 @@ def test_environment() -> None:
     }
 
 
-def test_find_user() -> None:
-    found = pwd.getpwuid(0)
-    assert find_user(found.pw_name) == User(found.pw_name, 0, found.pw_gid, found.pw_dir)
-    with pytest.raises(IommufdError, match=r"^There is no user 'no-such-user' on this host"):
-        find_user("no-such-user")
-
-
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A module os that only notes down in `calls` what would change this process."""
     made: list[Any] = []
     fake = SimpleNamespace(**vars(os))
-    for name in ("initgroups", "setresgid", "setresuid", "chdir", "umask", "dup2", "close"):
+    for name in ("chdir", "umask", "dup2", "close"):
         setattr(fake, name, lambda *given, name=name: made.append((name, *given)))
     fake.environ = {"SECRET": "1"}
     fake.open = lambda *_given: 9
@@ -164,18 +158,18 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return fake
 
 
-def test_the_steps_to_another_user(fake: SimpleNamespace) -> None:
+def test_the_steps_to_another_user(fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_child, "become", lambda user: fake.calls.append(("become", user)))
     _child._become(VM)
-    ids = [("initgroups", "vm", 1002), ("setresgid", 1002, 1002, 1002), ("setresuid", 1001, 1001, 1001)]
-    assert fake.calls == [*ids, ("chdir", "/"), ("umask", 0o077)]
+    assert fake.calls == [("become", VM), ("chdir", "/"), ("umask", 0o077)]
     assert fake.environ == environment(VM)
 
 
-def test_who_may_not_become_another_user(fake: SimpleNamespace) -> None:
+def test_who_may_not_become_another_user(fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_given: Any) -> None:
         raise OSError(errno.EPERM, "no")
 
-    fake.initgroups = refuse
+    monkeypatch.setattr(_child, "become", refuse)
     with pytest.raises(IommufdError, match=r"cannot become user vm \(EPERM: .*become: true"):
         _child._become(VM)
     assert fake.calls == []

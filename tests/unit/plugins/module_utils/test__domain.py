@@ -18,7 +18,6 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _domain
-from ansible_collections.virt.iommufd.plugins.module_utils._child import User
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     Definition,
     Libvirt,
@@ -41,6 +40,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status
 from ansible_collections.virt.iommufd.plugins.module_utils._target import DomainTarget, PidfileTarget, hold_target
+from ansible_collections.virt.iommufd.plugins.module_utils._user import User
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 from ansible_collections.virt.iommufd.tests.unit.fake_libvirt import FakeDomain, FakeLibvirt
 

@@ -256,7 +256,7 @@ def lacking(*capabilities: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("state", "options", "code", "words"),
     [
-        ({}, ["--user", "nobody-here"], NOT_BECOME, "There is no user 'nobody-here'"),
+        ({}, ["--user", "nobody-here"], NOT_BECOME, "--user: This host has no user 'nobody-here'"),
         ({}, ["--user", "toor"], NOT_BECOME, "--user toor would give up nothing"),
         (lacking(SETGID), ["--user", "vm"], NOT_BECOME, "cannot become user vm.*EPERM.*CAP_SETGID"),
         (lacking(SETUID), ["--user", "vm"], NOT_BECOME, "cannot become user vm.*EPERM"),

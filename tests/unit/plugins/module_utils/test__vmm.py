@@ -20,9 +20,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._vmm import (
     Conditions,
     FileSystem,
     Program,
-    User,
     conditions,
-    find_user,
     has_ipc_lock,
     instance,
     is_qemu,
@@ -54,13 +52,6 @@ def shown(**properties: str) -> str:
 
 def answering(output: str, code: int = 0, errors: str = "") -> _vmm.Run:
     return lambda _command, **_data: (code, output, errors)
-
-
-def test_users() -> None:
-    assert find_user("root") == User("root", 0, 0)
-    for name in ("nobody-of-this-name", "a\0b"):
-        with pytest.raises(IommufdError, match="This host has no user '"):
-            find_user(name)
 
 
 def test_has_ipc_lock() -> None:

@@ -23,18 +23,17 @@ from ansible_collections.virt.iommufd.plugins.module_utils import _host, _vmm_st
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status, parse_status
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget, hold_target
+from ansible_collections.virt.iommufd.plugins.module_utils._user import User
 from ansible_collections.virt.iommufd.plugins.module_utils._vmm import (
     Conditions,
     Program,
     Run,
     Unit,
-    User,
     look_at_program,
     own_conditions,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._vmm_start import (
     Seen,
-    become_user,
     check_able,
     domain_xml,
     replica_properties,
@@ -48,7 +47,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._vmm_start import (
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
 IPC_LOCK = 1 << 14
-MYSELF = User(pwd.getpwuid(os.getuid()).pw_name, os.getuid(), os.getgid())
+MYSELF = User(pwd.getpwuid(os.getuid()).pw_name, os.getuid(), os.getgid(), "/")
 OWN = own_conditions()
 
 
@@ -135,23 +134,12 @@ def test_an_emulator_that_does_not_come_up(
 
 
 def test_a_user_that_one_cannot_become(emulator: Program, children: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_name: str, _gid: int) -> NoReturn:
+    def refuse(_groups: list[int]) -> NoReturn:
         raise PermissionError(errno.EPERM, "no")
 
-    monkeypatch.setattr(os, "initgroups", refuse)
+    monkeypatch.setattr(os, "setgroups", refuse)
     with pytest.raises(IommufdError, match=r"as other: to become that user failed \(EPERM"):
-        start_emulator(emulator, OWN, User("other", os.getuid() + 1, 0))
-
-
-def test_become_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[tuple[Any, ...]] = []
-    for name in ("initgroups", "setgid", "setuid"):
-        monkeypatch.setattr(os, name, lambda *words, name=name: order.append((name, *words)))
-    become_user(MYSELF)
-    assert not order
-    become_user(User("other", os.getuid() + 1, 7))
-    # Once it is another user it may not change its groups.
-    assert order == [("initgroups", "other", 7), ("setgid", 7), ("setuid", os.getuid() + 1)]
+        start_emulator(emulator, OWN, User("other", os.getuid() + 1, 0, "/"))
 
 
 @pytest.mark.parametrize("steps", [0, 1])
@@ -543,7 +531,8 @@ def test_an_iommufd_and_a_user_that_one_cannot_become(
     def refuse(_user: User) -> NoReturn:
         raise PermissionError(errno.EPERM, "no")
 
-    monkeypatch.setattr(_vmm_start, "become_user", refuse)
+    monkeypatch.setattr(_vmm_start, "has_ids", lambda _user: False)
+    monkeypatch.setattr(_vmm_start, "become", refuse)
     with pytest.raises(IommufdError, match=f"could not become {MYSELF.name}"):
         scratch_mode(MYSELF)
 

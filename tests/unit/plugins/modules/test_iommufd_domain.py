@@ -17,9 +17,9 @@ from typing import Any, Callable
 import pytest
 from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import _domain
-from ansible_collections.virt.iommufd.plugins.module_utils._child import User
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import Libvirt
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget
+from ansible_collections.virt.iommufd.plugins.module_utils._user import User
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_domain
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 from ansible_collections.virt.iommufd.tests.unit.fake_libvirt import PAUSED, RUNNING, FakeDomain, FakeLibvirt
@@ -318,7 +318,7 @@ def test_a_system_daemon_that_does_not_run(run: Run, libvirt: FakeLibvirt, monke
         ({"name": ""}, "is not the name of a domain"),
         ({"name": "../vm1"}, r"^'\.\./vm1' is not the name of a domain: it is a name, not a path"),
         ({"name": "vm2"}, "^There is no domain vm2 at qemu:///session"),
-        ({"user": "no-such-user"}, "^There is no user 'no-such-user'"),
+        ({"user": "no-such-user"}, "^This host has no user 'no-such-user'"),
         ({"uri": "qemu+ssh://host/system"}, r"^uri qemu\+ssh://host/system is not qemu:///session or qemu:///system"),
         ({"user": None, "uri": "qemu:///session"}, "^qemu:///session is a user's own libvirt: give user, too"),
         ({"state": "gone"}, "state must be one of"),
