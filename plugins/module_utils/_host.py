@@ -11,7 +11,6 @@ import errno
 import glob
 import grp
 import os
-import pickle
 import re
 import select
 import signal
@@ -251,6 +250,9 @@ def _look_at(path: str) -> Emulator:
 
 def _look_patiently_at(path: str) -> Emulator:
     """The same from a child, since a path may lead to a mount whose server does not answer for ever."""
+    # Most tasks need it not, and a module pays for each import on each host anew.
+    import pickle
+
     reading, writing = os.pipe()
     child = os.fork()
     if not child:

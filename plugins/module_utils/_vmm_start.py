@@ -25,14 +25,13 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Callable, NoReturn, Union, cast
-from xml.sax.saxutils import escape
 
 from . import _host
 from ._capabilities import with_ipc_lock
 from ._errors import HostLacks, IommufdError, error_text
 from ._iommufd import RLIMIT_MODE, IommuFd, misc_rdev
 from ._process import Limit, Process, Status, own_status, parse_memlock, parse_status, printable
-from ._target import DomainTarget, PidTarget, hold_target
+from ._target import DomainTarget, PidTarget, escaped, hold_target
 from ._user import User, become, has_ids
 from ._vmm import (
     PATIENCE,
@@ -438,11 +437,11 @@ def _domain_capabilities(run: Run, uri: str, program: Program) -> ET.Element:
 
 def domain_xml(capabilities: ET.Element, name: str, identity: str, emulator: str) -> str:
     """The smallest domain of an emulator, of the type, architecture and machine that libvirt gives it by default."""
-    values = {key: escape(capabilities.findtext(key, ""), {"'": "&apos;"}) for key in ("domain", "arch", "machine")}
+    values = {key: escaped(capabilities.findtext(key, "")) for key in ("domain", "arch", "machine")}
     return (
         f"<domain type='{values['domain']}'><name>{name}</name><uuid>{identity}</uuid><memory unit='MiB'>64</memory>"
         f"<os><type arch='{values['arch']}' machine='{values['machine']}'>hvm</type></os><devices>"
-        f"<emulator>{escape(emulator)}</emulator><controller type='usb' model='none'/><memballoon model='none'/>"
+        f"<emulator>{escaped(emulator)}</emulator><controller type='usb' model='none'/><memballoon model='none'/>"
         "</devices></domain>"
     )
 

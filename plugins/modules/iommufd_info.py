@@ -632,10 +632,10 @@ import os
 import pwd
 import re
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, Callable, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.virt.iommufd.plugins.module_utils import _host, _libvirt
+from ansible_collections.virt.iommufd.plugins.module_utils import _host
 from ansible_collections.virt.iommufd.plugins.module_utils._budget import (
     Account,
     Total,
@@ -665,7 +665,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_me
 from ansible_collections.virt.iommufd.plugins.module_utils._target import escaped, running_domains
 
 Row = dict[str, Any]
-Run = _libvirt.Run
+# AnsibleModule.run_command, as far as it is used here.
+Run = Callable[["list[str]"], "tuple[int, str, str]"]
 
 # What is slow gets so long, and then some seconds to end by itself.
 PATIENCE = ["timeout", "-k", "5", "30"]
@@ -798,6 +799,9 @@ def said(code: int, output: str, errors: str) -> str:
 
 def libvirt_row(view: View, slow: bool, run: Run) -> Row:
     """The system libvirt, asked for a domain's capabilities where that is wanted."""
+    # A look at processes alone needs it not, and a module pays for each import on each host anew.
+    from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt
+
     libvirt = _libvirt.look(run)
     if libvirt.msg:
         view.limit("libvirt", libvirt.msg)
