@@ -11,7 +11,7 @@ by capable(CAP_IPC_LOCK) and then by the iommufd's rlimit mode; incr_user_locked
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = (
     "NONE",
@@ -32,8 +32,7 @@ PROCESS = "process"
 NONE = "none"
 
 
-@dataclass(frozen=True)
-class Account:
+class Account(NamedTuple):
     """What is known of a process that matters for what it is charged. Sizes are bytes.
 
     `modes` are the rlimit modes of its iommufds, None in it for one that could not be read; None for all of it where
@@ -51,8 +50,7 @@ class Account:
     limit: int | None
 
 
-@dataclass(frozen=True)
-class Total:
+class Total(NamedTuple):
     """What a user's processes come to. `limit` is the smallest of those that are charged, None if that is unlimited.
 
     `uncertain` is what others of the user's processes have pinned, and may be charged to the user.

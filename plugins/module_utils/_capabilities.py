@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -61,8 +60,7 @@ def names(mask: int) -> tuple[str, ...]:
     return tuple(_NAMES[number] if number < len(_NAMES) else f"cap_{number}" for number in numbers)
 
 
-@dataclass(frozen=True)
-class FileCapabilities:
+class FileCapabilities(NamedTuple):
     """What a file gives to whoever executes it. `root_uid`: root of the user namespace that it is meant for."""
 
     permitted: list[str]

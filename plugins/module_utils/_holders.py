@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ._budget import Account
 from ._capabilities import CAP_IPC_LOCK, names
@@ -47,8 +48,7 @@ _ENDING = 0.1
 _PF_EXITING = 0x00000004
 
 
-@dataclass(frozen=True)
-class HeldIommufd:
+class HeldIommufd(NamedTuple):
     """An iommufd of a process. `ioases` are pairs of an id and whether that uses huge pages, None if unknown.
 
     `rlimit_mode` is None where it could not be read, which `msg` explains; `settable` where the caller may not know.
@@ -61,8 +61,7 @@ class HeldIommufd:
     msg: str = ""
 
 
-@dataclass(frozen=True)
-class Holder:
+class Holder(NamedTuple):
     """A process that holds an iommufd, or, with `iommufds` None, may hold one: it does not let this caller look.
 
     `devices` are the character devices it has open, by descriptor.

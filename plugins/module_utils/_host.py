@@ -15,7 +15,7 @@ import re
 import select
 import signal
 import stat
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ._capabilities import FileCapabilities, parse_file_capabilities
 from ._errors import IommufdError, error_text
@@ -60,8 +60,7 @@ _PATIENCE = 10
 _EMULATORS = ("/usr/bin/qemu-system-*", "/usr/libexec/qemu-kvm")
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """A device node: its device number, and its permissions with the names of those that they are for."""
 
     rdev: int
@@ -111,8 +110,7 @@ def module_state(release: str) -> str | None:
     return ABSENT if os.path.exists(f"{folder}/modules.dep") else None
 
 
-@dataclass(frozen=True)
-class Scratch:
+class Scratch(NamedTuple):
     """What an iommufd of our own answers. None where it could not be opened, for the reason in `msg`."""
 
     readable: bool | None
@@ -188,8 +186,7 @@ def _entries(folder: str) -> list[str]:
     return []
 
 
-@dataclass(frozen=True)
-class VfioNode:
+class VfioNode(NamedTuple):
     """A device node of VFIO: of one device, or of a group under the older interface. `iommu_group` None: has none."""
 
     path: str
@@ -225,8 +222,7 @@ def _rdev(path: str) -> int | None:
     return None
 
 
-@dataclass(frozen=True)
-class Emulator:
+class Emulator(NamedTuple):
     """An emulator. `capabilities` are those that its file gives; None where it gives none, or `msg` tells why not."""
 
     path: str

@@ -20,8 +20,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Union
+from typing import NamedTuple, Union
 
 from ._errors import HostLacks, error_text
 from ._uapi import (
@@ -81,8 +80,7 @@ _VFIO_CONTAINER_RDEV = os.makedev(_MISC_MAJOR, 196)
 _IOAS_ID_MAX = 1024
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """An option as the kernel numbers it and as users call it: `values[n]` is the name of the kernel's value n.
 
     `per_ioas`: each IOAS has it of its own, so that its calls name one. `probeable`: the kernel looks at privilege and
@@ -108,16 +106,14 @@ RLIMIT_MODE = Option("rlimit_mode", IOMMU_OPTION_RLIMIT_MODE, ("user", "process"
 HUGE_PAGES = Option("huge_pages", IOMMU_OPTION_HUGE_PAGES, (False, True), per_ioas=True, probeable=False)
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What the kernel said to one IOMMU_OPTION: an errno, 0 if it did as asked, and for GET the value."""
 
     errno: int = 0
     value: int = 0
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What became of one option of one iommufd. `errno` is the one that led to the outcome, 0 if none did.
 
     `before` and `after` are the kernel's numbers, None where they could not be read. In a dry run, `after` is what a
@@ -130,8 +126,7 @@ class Result:
     errno: int = 0
 
 
-@dataclass(frozen=True)
-class Ioases:
+class Ioases(NamedTuple):
     """The ids of an iommufd's IOASes. `errno` is what kept them from being listed, 0 if nothing did.
 
     `truncated`: there may well be more, since the ids in use come near the last one that was tried.

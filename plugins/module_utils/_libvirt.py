@@ -13,8 +13,7 @@ import glob
 import os
 import re
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from ._capabilities import CAP_SYS_RESOURCE, names
 from ._errors import AccessRefused, IommufdError, error_text
@@ -71,8 +70,7 @@ def library_version(text: bytes) -> Version | None:
     return max(((*divmod(int(first), 1000), int(micro)) for first, micro in found), default=None)
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """What systemd says of a unit: `may` is whether it would run with CAP_SYS_RESOURCE, None where that is not said."""
 
     name: str
@@ -106,8 +104,7 @@ def parse_units(text: str) -> list[Unit]:
     return units
 
 
-@dataclass(frozen=True)
-class Libvirt:
+class Libvirt(NamedTuple):
     """The system libvirt. `installed` is the version of the library on disk, `version` that of the running daemon.
 
     Where the daemon does not run, or its memory map may not be read, they are the same. None is what cannot be told,

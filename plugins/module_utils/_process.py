@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from ._errors import AccessRefused, DescriptorGone, HostLacks, IommufdError, ProcessGone, error_text
 
@@ -192,8 +193,7 @@ def read_file(path: str, most: int = sys.maxsize) -> bytes:
         os.close(fd)
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(NamedTuple):
     """What /proc/PID/status says.
 
     `uid` is the real user id. `has_memory`: memory is given up early at the end. `leaderless`: the first thread has
@@ -241,8 +241,7 @@ def parse_status(text: bytes) -> Status:
         raise IommufdError(f"/proc/PID/status cannot be read: {printable(text[:200])!r}.") from exc
 
 
-@dataclass(frozen=True)
-class Limit:
+class Limit(NamedTuple):
     """A resource limit in bytes, soft and hard; None stands for unlimited."""
 
     soft: int | None
@@ -271,8 +270,7 @@ def parse_cgroup(text: bytes) -> tuple[str | None, str | None]:
     return unit, units[1] if unit and re.match(r"user@[0-9]+\.service$", unit) and len(units) > 1 else None
 
 
-@dataclass(frozen=True)
-class Stat:
+class Stat(NamedTuple):
     """What /proc/PID/stat says: name, state's letter, the kernel's flags, and the start in clock ticks since boot."""
 
     comm: bytes

@@ -14,8 +14,7 @@ import os
 import re
 import stat
 import struct
-from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from . import _libvirt
 from ._capabilities import CAP_IPC_LOCK, FileCapabilities, names, parse_file_capabilities
@@ -89,8 +88,7 @@ def _mask(text: str) -> int:
     return sum(1 << _NUMBERS[name] for name in set(text.split()) if name in _NUMBERS)
 
 
-@dataclass(frozen=True)
-class FileSystem:
+class FileSystem(NamedTuple):
     """Where a program lies. `mount_point` is None where the kernel does not tell it to this caller."""
 
     mount_point: str | None
@@ -98,8 +96,7 @@ class FileSystem:
     read_only: bool
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """A program at a path. `real_path` is where symbolic links lead; `xattr` its attribute security.capability.
 
     `is_program`: it is a regular file, executable, in the form of ELF. Only such a one can have capabilities; a script
@@ -187,8 +184,7 @@ def is_qemu(program: Program) -> bool:
     return program.is_program and (name == "qemu-kvm" or name.startswith("qemu-system-"))
 
 
-@dataclass(frozen=True)
-class Conditions:
+class Conditions(NamedTuple):
     """Under what a VMM is executed: `of` is whom this was read from.
 
     `bounding` is the bounding set. `initial`: in the initial user namespace; None where that cannot be told.
@@ -257,8 +253,7 @@ def obstacles(program: Program, under: Conditions) -> list[str]:
     return found
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """What systemd says of a service, and of the program that it starts.
 
     `name` is what was asked for, `asked` what systemd was asked for: of a template an instance. `user` is None where

@@ -23,8 +23,7 @@ import time
 import uuid
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO, Callable, NoReturn, Union, cast
+from typing import IO, Callable, NamedTuple, NoReturn, Union, cast
 
 from . import _host
 from ._capabilities import with_ipc_lock
@@ -105,8 +104,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 Executable = Union[str, int]
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """What /proc said of a process that was started. `initial`: whether it was in the initial user namespace."""
 
     user: str | None
@@ -280,10 +278,14 @@ def _become(
         if no_new_privs:
             _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
+    def change_user() -> None:
+        if not has_ids(user):
+            become(user)
+
     steps: tuple[tuple[str, Callable[[], object]], ...] = (
         ("leave the caller's session", redirect),
         ("give up capabilities", give_up),
-        ("become that user", lambda: has_ids(user) or become(user)),
+        ("become that user", change_user),
         ("execute it", lambda: os.execve(program, arguments, _ENVIRONMENT)),
     )
     try:

@@ -774,7 +774,7 @@ def emulator_row(view: View, emulator: _host.Emulator, slow: bool, run: Run) -> 
     return {
         "path": printable(os.fsencode(emulator.path)),
         "present": emulator.present,
-        "file_capabilities": given and dict(vars(given)),
+        "file_capabilities": given and given._asdict(),
         "cap_ipc_lock": None if emulator.msg or not emulator.present else given is not None and given.lifts_memlock,
         "version": emulator_version(view, emulator.path, run) if slow and emulator.present else None,
     }

@@ -545,7 +545,7 @@ def emulator_row(task: Task, program: Program, under: Conditions) -> Row:
         "real_path": shown(program.real_path),
         "present": program.present,
         "is_emulator": program.is_program,
-        "file_system": place and dict(vars(place)),
+        "file_system": place and place._asdict(),
         "conditions": {
             "of": under.of,
             "bounding_ipc_lock": _vmm.has_ipc_lock(under.bounding),

@@ -503,7 +503,7 @@ def test_what_cannot_be_started(uri: str, change: dict[str, Any], words: str) ->
 
 
 def daemon(effective: int = 0) -> Process:
-    return Process(42, "libvirtd", "vm", dataclasses.replace(own_status(), effective=effective), 0, -1)
+    return Process(42, "libvirtd", "vm", own_status()._replace(effective=effective), 0, -1)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     IommufdError,
     ProcessGone,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, survey
+from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -73,9 +73,9 @@ def test_an_iommufd_that_does_not_answer(alone: FakeKernel) -> None:
 def test_an_iommufd_with_an_ioas_decides(alone: FakeKernel) -> None:
     (holder,) = survey().holders
     empty, used = HeldIommufd(3, "process", True, []), HeldIommufd(4, "user", False, [(2, True)])
-    both = Holder(**{**vars(holder), "iommufds": [empty, used]})
+    both = holder._replace(iommufds=[empty, used])
     assert both.account().modes == frozenset({"user"})
-    neither = Holder(**{**vars(holder), "iommufds": None})
+    neither = holder._replace(iommufds=None)
     assert neither.account().modes is None
 
 

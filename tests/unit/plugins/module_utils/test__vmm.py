@@ -40,7 +40,7 @@ GOOD = Conditions("libvirtd.service", IPC_LOCK, no_new_privs=False, initial=True
 
 
 def changed(thing: Any, /, **other: Any) -> Any:
-    return type(thing)(**{**vars(thing), **other})
+    return thing._replace(**other)
 
 
 def shown(**properties: str) -> str:

@@ -52,7 +52,7 @@ OWN = own_conditions()
 
 
 def changed(thing: Any, /, **other: Any) -> Any:
-    return type(thing)(**{**vars(thing), **other})
+    return thing._replace(**other)
 
 
 @pytest.fixture

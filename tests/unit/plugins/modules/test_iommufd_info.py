@@ -15,7 +15,7 @@ import yaml
 from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import _host
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused
-from ansible_collections.virt.iommufd.plugins.module_utils._holders import Holder, survey
+from ansible_collections.virt.iommufd.plugins.module_utils._holders import survey
 from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_name
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
@@ -155,7 +155,7 @@ def test_whose_domain(
     (holder,) = survey().holders
     monkeypatch.setattr(iommufd_info, "running_domains", lambda: {holder.pid: running})
     names = iommufd_info.Names(iommufd_info.View())
-    holder = Holder(**{**vars(holder), "arguments": arguments})
+    holder = holder._replace(arguments=arguments)
     assert names.domain(holder, guest_name(arguments)) == domain
     monkeypatch.setattr(names, "_nodes", {os.stat(os.devnull).st_rdev: _host.VfioNode("/dev/vfio/5", ["a"], 5, True)})
     assert {"fd": 50, "node": "/dev/vfio/5", "addresses": ["a"]} in names.vfio_devices(holder)

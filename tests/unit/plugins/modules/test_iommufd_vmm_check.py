@@ -80,7 +80,7 @@ def shape(documented: dict[str, Any], value: Any, path: str) -> None:
 
 
 def seen(effective: int = IPC_LOCK, initial: bool = True, limit: int | None = 4096) -> Seen:
-    status = type(own_status())(**{**vars(own_status()), "effective": effective})
+    status = own_status()._replace(effective=effective)
     return Seen("vm", status, Limit(limit, limit), initial)
 
 
