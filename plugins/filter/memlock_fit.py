@@ -17,6 +17,7 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 from ansible.module_utils.parsing.convert_bool import boolean
+from ansible_collections.virt.iommufd.plugins.filter.iommufd_host_plan import own_emulators
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._size import human_size, parse_size
 
@@ -56,6 +57,10 @@ options:
       - V(unlimited) or V(infinity) for none.
       - V(libvirt) for what libvirt gives to a domain without C(<hard_limit>). That is O(memory), with O(viommu) times
         O(vfio_devices), and 1 GiB.
+      - If O(user) is libvirt's, C(libvirt-qemu) or C(qemu), and libvirt is known not to set per-process accounting,
+        V(libvirt) is a limit that is not known. libvirt raises it for a C(<hostdev>) only, and a domain that names
+        iommufd in C(<qemu:commandline>) has that of libvirt's daemon. So give the C(<hard_limit>) of the domain, or
+        C(LimitMEMLOCK) of the daemon. Only a VM with CAP_IPC_LOCK needs neither.
     type: raw
     default: libvirt
   vfio_devices:
@@ -74,9 +79,12 @@ options:
       - V(user) is what the kernel does if nobody sets anything.
       - V(process) is a VM whose iommufd is set so before its first device, as libvirt does since 12.1.
       - V(cap_ipc_lock) is a VMM that has CAP_IPC_LOCK.
-      - V(auto) finds out. If all emulators of the host have CAP_IPC_LOCK, so has the VM. If O(user) is libvirt's,
-        C(libvirt-qemu) or C(qemu), and libvirt sets per-process accounting, the VM gets that. Otherwise it will be as
-        all running VMs of O(user) are, or per user if there are none. If they differ, it may be as any of them is.
+      - V(auto) finds out. If all emulators for the host's own architecture have CAP_IPC_LOCK, so has the VM. If O(user)
+        is libvirt's, C(libvirt-qemu) or C(qemu), and libvirt sets per-process accounting, the VM gets that. Otherwise
+        it will be as all running VMs of O(user) are, or per user if there are none. If they differ, it may be as any of
+        them is.
+      - Where the host has no emulator for its own architecture, or the input does not tell that, all of its emulators
+        count.
       - Where that leaves several possibilities open, all are looked at, and the answer is definite if they agree.
     type: str
     choices:
@@ -156,11 +164,11 @@ _value:
       type: int
       sample: 67371008
     limit:
-      description: The limit in bytes. V(null) where it is unlimited.
+      description: The limit in bytes. V(null) where it is unlimited or not known.
       type: int
       sample: 69793218560
     headroom:
-      description: What is left of the limit, in bytes. V(null) where it is unlimited or not checked.
+      description: What is left of the limit, in bytes. V(null) where it is unlimited, not known or not checked.
       type: int
       sample: 69725847552
     reason:
@@ -168,8 +176,8 @@ _value:
       type: str
       sample: >-
         The running VMs of libvirt-qemu are accounted per user. The VM pins 64 GiB and 1 GiB beyond that. Charged to
-        libvirt-qemu on top of 64.2 MiB, it is 64.2 MiB over the limit of 65 GiB that libvirt gives it and ends with -12
-        (Cannot allocate memory).
+        libvirt-qemu on top of 64.2 MiB, it is 64.2 MiB over its limit of 65 GiB and ends with -12 (Cannot allocate
+        memory).
     remedy:
       description: What would tell for certain, and what to change so that the VM fits. V(null) where it does.
       type: str
@@ -194,7 +202,12 @@ STRATEGIES = {"user": "user", "process": "process", "cap_ipc_lock": "none"}
 TROUBLES = ("unreachable", "failed", "skipped")
 
 # What stands in limits_of_view where more may be charged than was seen.
-UNSEEN = ("processes", "descriptors", "iommufds", "accounting")
+UNSEEN = ("processes", "descriptors", "iommufds")
+
+UNKNOWN_LIMIT = (
+    "libvirt raises the limit for a <hostdev> only: a domain that names iommufd in <qemu:commandline> has the limit of"
+    " libvirt's daemon, unless it has a <memtune><hard_limit>."
+)
 
 Info = Mapping[str, Any]
 
@@ -216,13 +229,17 @@ class User:
 
 @dataclass(frozen=True)
 class Vm:
-    """The VM that is asked about: what it pins at least and at most, its limit (None without), and these in words."""
+    """The VM that is asked about: what it pins at least and at most, its limit (None without), and these in words.
+
+    Where the limit is not `known`, it is the one that libvirt would give for a <hostdev>.
+    """
 
     least: int
     most: int
     pins: str
     limit: int | None
     limited: str
+    known: bool = True
 
 
 @dataclass(frozen=True)
@@ -341,6 +358,21 @@ def describe_limit(pinned: int, memlock: Any) -> tuple[int | None, str]:
     return limit, f"its limit of {human_size(limit)}"
 
 
+def knows_limit(info: Info, user: User, memlock: Any) -> bool:
+    """Whether the VM's limit is known: the one of libvirt's for a <hostdev> is not had by a VM that uses none."""
+    libvirt = info["host"].get("libvirt")
+    for_hostdev = memlock == "libvirt" and user.name in LIBVIRT_USERS
+    return not for_hostdev or libvirt is None or libvirt["sets_rlimit_mode"] is not False
+
+
+def emulators(info: Info) -> list[Mapping[str, Any]]:
+    """The host's emulators that a VM would run in: those for its own architecture, or all where none is known to be."""
+    host = info["host"]
+    present = [each for each in host.get("qemu", []) if each["present"]]
+    own = own_emulators(host, [], host["machine"]) if present and "machine" in host else []
+    return [each for each in present if each["path"] in own] or present
+
+
 def possible(info: Info, user: User, strategy: Any) -> tuple[list[str], str]:
     """How the VM may be accounted, the strictest first, and why."""
     if strategy not in ("auto", *STRATEGIES):
@@ -351,7 +383,7 @@ def possible(info: Info, user: User, strategy: Any) -> tuple[list[str], str]:
     if "qemu" not in host:
         accountings, why = from_processes(info, user)
         return accountings, f"The input lacks the subset host, which may tell more of the accounting. {why}"
-    capable = {each["cap_ipc_lock"] for each in host["qemu"] if each["present"]}
+    capable = {each["cap_ipc_lock"] for each in emulators(info)}
     if capable == {True}:
         return ["none"], "The host's emulators have CAP_IPC_LOCK."
     accountings, why = from_libvirt(host["libvirt"], user) or from_processes(info, user)
@@ -366,7 +398,7 @@ def from_libvirt(libvirt: Info, user: User) -> tuple[list[str], str] | None:
     if user.name not in LIBVIRT_USERS or libvirt["sets_rlimit_mode"] is False:
         return None
     if libvirt["sets_rlimit_mode"]:
-        return ["process"], f"The host's libvirt sets per-process accounting: {libvirt['reason']}"
+        return ["process"], libvirt["reason"]
     return ["user", "process"], f"It is not known whether libvirt sets per-process accounting: {libvirt['reason']}"
 
 
@@ -406,6 +438,8 @@ def compare(vm: Vm, charged: int, unsure: int, hidden: bool) -> tuple[bool | Non
 
     Whatever is charged is whole pages, so bytes compare just as in the kernel, which rounds the limit down to pages.
     """
+    if not vm.known:
+        return None, "it is held against a limit that is not known"
     if vm.limit is None:
         return True, "it has no limit to reach"
     best = vm.limit - charged - vm.least
@@ -457,23 +491,32 @@ def remedy(info: Info, user: User, vm: Vm, strictest: Verdict, by_libvirt: bool)
     cures = [cure_by_mode(user, vm)] if per_user else []
     cures.append(cure_by_capability(emulator(info, user)))
     # It may suffice already, but for processes that were not seen.
-    if vm.limit is not None and vm.limit < enough:
+    if not vm.known or (vm.limit is not None and vm.limit < enough):
         cures.append(cure_by_limit(enough, by_libvirt, per_user))
     return f"To make it fit: {'; or '.join(cures)}."
 
 
 def emulator(info: Info, user: User) -> str:
-    """The path of the emulator that the VM is most likely to run in: the user's running ones, then x86-64."""
+    """The path of the emulator that the VM is most likely to run in: the user's running ones, then x86-64.
+
+    One that has CAP_IPC_LOCK already comes last.
+    """
     running = {process["comm"] for process in info["processes"] if process["uid"] == user.uid}
-    paths = [each["path"] for each in info["host"].get("qemu", []) if each["present"] and not each["cap_ipc_lock"]]
-    # The kernel keeps 15 characters of a name.
-    paths.sort(key=lambda path: (basename(path)[:15] not in running, not path.endswith("x86_64"), path))
-    return str((paths or ["/usr/bin/qemu-system-x86_64"])[0])
+
+    def rank(row: Mapping[str, Any]) -> tuple[bool, bool, bool, str]:
+        path = row["path"]
+        # The kernel keeps 15 characters of a name.
+        return bool(row["cap_ipc_lock"]), basename(path)[:15] not in running, not path.endswith("x86_64"), path
+
+    likely = min(emulators(info), key=rank, default=None)
+    return "/usr/bin/qemu-system-x86_64" if likely is None else str(likely["path"])
 
 
 def what_would_tell(info: Info, user: User, vm: Vm, verdicts: list[Verdict]) -> str:
     """What would make an uncertain answer certain; "" where nothing would."""
     ways = []
+    if not vm.known:
+        ways.append("give memlock: the domain's <hard_limit>, or LimitMEMLOCK of libvirt's daemon")
     unseen = {each["what"] for each in info["host"]["limits_of_view"]} & {*UNSEEN}
     if verdicts[0].accounting == "user" and (user.hidden or (user.unsure and unseen)):
         ways.append("run virt.iommufd.iommufd_info as root (become: true) on the host itself, where it sees everything")
@@ -493,13 +536,17 @@ def answer(
     who = find_user(info, user)
     vm = describe(info, size("memory", memory, 1), address_spaces(vfio_devices, viommu), memlock, overhead)
     accountings, why = possible(info, who, strategy)
+    # With CAP_IPC_LOCK it does not matter.
+    vm = replace(vm, known=accountings == ["none"] or knows_limit(info, who, memlock))
     verdicts = [judge(vm, who, accounting) for accounting in accountings]
     strictest = verdicts[0]
     fits = strictest.fits if len({verdict.fits for verdict in verdicts}) == 1 else None
     reasons = [why, vm.pins, *(verdict.reason for verdict in verdicts)]
+    if not vm.known:
+        reasons.append(UNKNOWN_LIMIT)
     if info["host"].get("module") == "absent":
         reasons.append("Besides, this host's kernel has no iommufd.")
-    unlimited = vm.limit is None or strictest.accounting == "none"
+    limit = vm.limit if vm.known else None
     by_libvirt = memlock == "libvirt" or who.name in LIBVIRT_USERS
     advice = [] if fits else [remedy(info, who, vm, strictest, by_libvirt)]
     if fits is None:
@@ -509,8 +556,8 @@ def answer(
         "accounting": strictest.accounting if len(verdicts) == 1 else None,
         "needed": vm.most,
         "charged": strictest.charged,
-        "limit": vm.limit,
-        "headroom": None if unlimited else (vm.limit or 0) - strictest.charged,
+        "limit": limit,
+        "headroom": None if limit is None or strictest.accounting == "none" else limit - strictest.charged,
         "reason": " ".join(filter(None, reasons)),
         "remedy": " ".join(filter(None, advice)) or None,
     }

@@ -24,6 +24,7 @@ from ._process import printable
 from ._user import User, become, has_ids
 
 __all__ = (
+    "NoAnswer",
     "environment",
     "in_child",
 )
@@ -31,6 +32,10 @@ __all__ = (
 _ANSWER_MAX = 2**20
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class NoAnswer(IommufdError):
+    """The child took too long. What it has asked others to do may still be done."""
 
 
 def environment(user: User | None) -> dict[str, str]:
@@ -56,8 +61,8 @@ def in_child(user: User | None, work: Callable[[], Any], seconds: float, keep: C
     """What `work` returns in a child that has become the user; None: in one that stays who we are.
 
     `keep` are descriptors of ours that it may use; it has no other. What it returns must be good for JSON. An
-    IommufdError that it raises is raised here; so is one where the child takes longer than `seconds`, or ends without
-    an answer. The child has ended when this returns or raises.
+    IommufdError that it raises is raised here; so is one where the child ends without an answer, and NoAnswer where it
+    takes longer than `seconds`. The child has ended when this returns or raises.
     """
     reader, writer = os.pipe()
     pid = os.fork()
@@ -73,7 +78,7 @@ def in_child(user: User | None, work: Callable[[], Any], seconds: float, keep: C
             os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     if text is None:
-        raise IommufdError(f"{_who(user)} got no answer within {seconds:.0f} seconds, and has given up waiting.")
+        raise NoAnswer(f"{_who(user)} got no answer within {seconds:.0f} seconds, and has given up waiting.")
     return _judge(user, text)
 
 

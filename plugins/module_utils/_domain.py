@@ -305,7 +305,7 @@ def _closed(address: str, node: str) -> str:
 
 
 def start(uri: str, name: str, fdgroup: str, fd: int, paused: bool) -> dict[str, Any]:
-    """Starts a domain with the iommufd behind descriptor `fd` of this process; its `state` after that.
+    """Starts a domain with the iommufd behind descriptor `fd` of this process; its `state`, and if we `started` it.
 
     libvirt's daemon holds the descriptor no longer than the connection lasts (virDomainFDAssociate), the emulator for
     as long as it runs. Raises NoDaemon and IommufdError.
@@ -320,11 +320,11 @@ def start(uri: str, name: str, fdgroup: str, fd: int, paused: bool) -> dict[str,
         except libvirt.libvirtError as exc:
             if domain.isActive():
                 # Somebody was quicker, such as the daemon itself, which tries once more what ran when it last ended.
-                return {"state": _state(domain)}
+                return {"state": _state(domain), "started": False}
             said = _said(exc)
             end = log_end(log, began, said)
             raise IommufdError(f"Domain {name} did not start. libvirt says: {said.rstrip('.')}.{end}") from exc
-        return {"state": _state(domain)}
+        return {"state": _state(domain), "started": True}
 
 
 def log_file(uri: str, name: str) -> str:

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ._capabilities import CAP_IPC_LOCK, names
+from ._capabilities import CAP_IPC_LOCK, names, parse_file_capabilities
 from ._errors import IommufdError, error_text
 from ._iommufd import (
     CHANGED,
@@ -55,6 +55,9 @@ __all__ = (
     "User",
     "environment",
     "fill",
+    "find_program",
+    "lifted",
+    "lifts_memlock",
     "main",
     "obstacle",
     "parse",
@@ -93,7 +96,8 @@ what COMMAND gets:
 how it is accounted:
   One line on standard error tells. With rlimit_mode=process the kernel charges the process for itself, and checks its
   own RLIMIT_MEMLOCK. With user, which is the kernel's default, it adds up all processes of the user and holds the sum
-  against the limit of the one that pins more. A COMMAND with CAP_IPC_LOCK has no limit at all.
+  against the limit of the one that pins more. A COMMAND with CAP_IPC_LOCK has no limit at all; a warning says so where
+  COMMAND's own file gives it that capability.
   To set process takes CAP_SYS_RESOURCE in the initial user namespace. Where that is missing, or the kernel lacks the
   option, a warning says so and COMMAND is started per user; with --strict it is not started.
 
@@ -116,6 +120,7 @@ Otherwise the exit code is COMMAND's.
 # linux/prctl.h, linux/capability.h
 _PR_CAPBSET_READ = 23
 _PR_CAPBSET_DROP = 24
+_PR_GET_NO_NEW_PRIVS = 39
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -284,6 +289,14 @@ def verdict(mode: int, limit: int, unlimited: bool) -> str:
     return f"{words}, and held against its RLIMIT_MEMLOCK, {size}."
 
 
+def lifted(command: str, path: str) -> str:
+    """What is said of a command that has no limit because its file gives it CAP_IPC_LOCK."""
+    return (
+        f"the file {path} gives {CAP_IPC_LOCK.upper()} to {command}, which lifts its limit. To keep the limit, take the"
+        f" file's capabilities away (setcap -r {path}), or have them ignored by NoNewPrivileges=yes in the unit."
+    )
+
+
 def say(text: str) -> None:
     """A line on standard error, which need not be there."""
     with contextlib.suppress(OSError):
@@ -352,6 +365,29 @@ def limit_bounding(kept: frozenset[int]) -> None:
         raise Refusal(
             NOT_BECOME, f"The bounding set cannot be limited ({error_text(exc.errno)}): that takes CAP_SETPCAP."
         ) from exc
+
+
+def find_program(command: str) -> str:
+    """The file that a command is, as execvpe finds it."""
+    if os.path.dirname(command):
+        return command
+    paths = (os.path.join(folder, command) for folder in os.get_exec_path())
+    return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), command)
+
+
+def lifts_memlock(path: str) -> bool:
+    """Whether this process gets CAP_IPC_LOCK by executing that file."""
+    try:
+        given = parse_file_capabilities(os.getxattr(path, "security.capability"))
+        ignored = os.statvfs(path).f_flag & os.ST_NOSUID
+    except (OSError, IommufdError):
+        # Most files have none. One that is not there is told of when it is executed.
+        return False
+    if ignored or not given.lifts_memlock:
+        return False
+    # Outside of the bounding set it is not given, and the kernel does not execute the file at all.
+    bounded = _libc.prctl(_PR_CAPBSET_READ, _CAPABILITIES[CAP_IPC_LOCK], 0, 0, 0) > 0
+    return bounded and not _libc.prctl(_PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0)
 
 
 def _effective() -> int:
@@ -447,8 +483,13 @@ def launch(request: Request) -> NoReturn:
     if warning:
         say(f"warning: {warning} {request.command[0]} is started all the same.")
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    has_it = CAP_IPC_LOCK in names(_effective())
+    program = find_program(request.command[0])
+    gets_it = not has_it and lifts_memlock(program)
+    if gets_it:
+        say(f"warning: {lifted(request.command[0], program)}")
     # A kernel without the option charges the user.
-    say(verdict(result.after or 0, limit, unlimited=CAP_IPC_LOCK in names(_effective())))
+    say(verdict(result.after or 0, limit, unlimited=has_it or gets_it))
     execute(fill(request.command, fd), fd)
 
 

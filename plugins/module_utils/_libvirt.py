@@ -199,17 +199,37 @@ def sets_rlimit_mode(libvirt: Libvirt, offers: bool | None) -> tuple[bool | None
         return None, "The version of libvirt cannot be told: its library, libvirt.so.0, is not at a usual place."
     since = version_text(_SETS_SINCE)
     if libvirt.version < _SETS_SINCE and offers:
-        return None, f"libvirt {version} did not before {since}, but this one offers iommufd for a device.{behind}"
+        return (
+            None,
+            f"libvirt {version} offers iommufd for a device, though {since} is the first that sets per-process"
+            f" accounting.{behind}",
+        )
     if libvirt.version < _SETS_SINCE:
-        return False, f"libvirt {version} does not: {since} is the first that does.{behind}"
+        return False, f"libvirt {version} does not set per-process accounting: {since} is the first that does.{behind}"
     if offers is False:
-        return False, f"libvirt {version} could, but does not offer iommufd for the devices of a domain here.{behind}"
+        return (
+            False,
+            f"libvirt {version} could set per-process accounting, but does not offer iommufd for the devices of a"
+            f" domain here.{behind}",
+        )
     if libvirt.may is None:
-        return None, f"libvirt {version} does if its daemon has CAP_SYS_RESOURCE, which cannot be told.{behind}"
+        return (
+            None,
+            f"libvirt {version} sets per-process accounting if its daemon has CAP_SYS_RESOURCE, which cannot be"
+            f" told.{behind}",
+        )
     who = "its daemon runs" if libvirt.pid else f"{libvirt.unit}, which does not run now, would run"
     if not libvirt.may:
-        return False, f"libvirt {version} cannot: {who} without CAP_SYS_RESOURCE in the initial user namespace.{behind}"
-    return True, f"libvirt {version} does, as all since {since}, and {who} with CAP_SYS_RESOURCE.{behind}"
+        return (
+            False,
+            f"libvirt {version} cannot set per-process accounting: {who} without CAP_SYS_RESOURCE in the initial user"
+            f" namespace.{behind}",
+        )
+    return (
+        True,
+        f"libvirt {version} sets per-process accounting, as all since {since}, and {who} with"
+        f" CAP_SYS_RESOURCE.{behind}",
+    )
 
 
 def offers_iommufd(domain_capabilities: str) -> bool | None:

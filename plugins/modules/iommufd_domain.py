@@ -62,7 +62,9 @@ options:
     default: process
   timeout:
     description:
-      - How many seconds libvirt may take to answer or to start the domain. To pin much memory takes time.
+      - How many seconds libvirt may take to answer or to start the domain, from 1 to 86400. To pin much memory takes
+        time.
+      - Once they are over, the task fails, but libvirt may still start the domain.
     type: int
     default: 600
 extends_documentation_fragment:
@@ -317,7 +319,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.virt.iommufd.plugins.module_utils._child import in_child
+from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer, in_child
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     Libvirt,
     NoDaemon,
@@ -348,6 +350,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._user import find_use
 
 URIS = ("qemu:///session", "qemu:///system")
 SHUT_OFF = "shut off"
+# A day. What is much longer is beyond what the system calls take.
+TIMEOUT_MAX = 86400
 
 
 def libvirt_of(params: dict[str, Any]) -> Libvirt:
@@ -367,6 +371,12 @@ def check_name(name: str) -> None:
         raise IommufdError(f"{name!r} is not the name of a domain: it is a name, not a path.")
 
 
+def check_timeout(seconds: int) -> None:
+    """Raises IommufdError where that is no time to wait."""
+    if not 1 <= seconds <= TIMEOUT_MAX:
+        raise IommufdError(f"timeout {seconds} is out of range: give 1 to {TIMEOUT_MAX} seconds.")
+
+
 class Task:
     """One run of the module: what it was asked for, and the return value as it comes together."""
 
@@ -380,6 +390,7 @@ class Task:
         self.warnings: list[str] = []
         self.result: dict[str, Any] = {"changed": False}
         check_name(self.name)
+        check_timeout(self.seconds)
         self.libvirt = libvirt_of(params)
 
     def run(self) -> None:
@@ -442,11 +453,19 @@ class Task:
         with new_iommufd() as fd:
             self._check(set_mode(fd, self.wanted, dry_run=False))
             paused = self.state == "paused"
-            answer = self._as_user(partial(start, self.libvirt.uri, self.name, fdgroup, fd, paused), [fd])
-        self.result["changed"] = True
+            try:
+                answer = self._as_user(partial(start, self.libvirt.uri, self.name, fdgroup, fd, paused), [fd])
+            except NoAnswer as exc:
+                raise IommufdError(
+                    f"{exc} libvirt may still start domain {self.name}: look again (virsh --connect"
+                    f" {self.libvirt.uri} domstate {self.name}), or run this task again."
+                ) from exc
+        started = bool(answer["started"])
         self._domain(seen, str(answer["state"]))
-        self._diff(seen.state, self.result["domain"]["state"])
-        self._compare(self._look_at_emulator(), started=True)
+        if started:
+            self.result["changed"] = True
+            self._diff(seen.state, self.result["domain"]["state"])
+        self._compare(self._look_at_emulator(), started)
 
     def _read_limit(self, seen: Seen) -> None:
         """Reads the limit of a user's daemon. Raises IommufdError where libvirt would fail for it."""

@@ -162,6 +162,10 @@ host:
       returned: when O(gather_subset) has V(host) or V(emulators), as are all below
       type: str
       sample: 6.12.117
+    machine:
+      description: The host's architecture, as C(uname -m) tells it.
+      type: str
+      sample: x86_64
     module:
       description:
         - Where the kernel's iommufd is. V(builtin) and V(loaded) can be used, V(loadable) once its module is loaded;
@@ -371,7 +375,8 @@ host:
         reason:
           description: Why RV(host.libvirt.sets_rlimit_mode) is what it is.
           type: str
-          sample: libvirt 12.8.0 does, as all since 12.1.0, and its daemon runs with CAP_SYS_RESOURCE.
+          sample: >-
+            libvirt 12.8.0 sets per-process accounting, as all since 12.1.0, and its daemon runs with CAP_SYS_RESOURCE.
 processes:
   description:
     - The processes that hold an iommufd, in the order of their ids.
@@ -701,13 +706,15 @@ def uids_of(users: list[str] | None) -> set[int] | None:
 
 def host_row(view: View, paths: list[str], slow: bool, run: Run) -> Row:
     """What the host supports; `slow` with what takes seconds or wakes a service."""
-    release = os.uname().release
+    system = os.uname()
+    release = system.release
     module = _host.module_state(release)
     if module is None:
         view.limit("module", f"/lib/modules/{release} is not here: whether a module could be loaded cannot be told.")
     groups = _host.iommu_groups()
     return {
         "kernel": printable(os.fsencode(release)),
+        "machine": system.machine,
         "module": module,
         "device": device_row(),
         "options": {"rlimit_mode": option_row(view, module)},

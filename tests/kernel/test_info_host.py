@@ -328,7 +328,7 @@ def check_libvirt(found: Answer, may: bool) -> None:
     sets = [int(each) for each in version.split(".")][:2] >= [12, 1]
     assert found["sets_rlimit_mode"] is (sets and may)
     if not sets:
-        assert found["reason"].startswith(f"libvirt {version} does not: 12.1.0 is the first that does.")
+        assert found["reason"].startswith(f"libvirt {version} does not set per-process accounting: 12.1.0 is the first")
     elif not may:
         assert "without CAP_SYS_RESOURCE" in found["reason"]
     pid = int(systemctl("show", "-P", "MainPID", found["unit"]))

@@ -92,7 +92,7 @@ def test_the_filter_goes_by_its_name() -> None:
 
 def test_the_documented_answer() -> None:
     documented = yaml.safe_load(plugin.RETURN)["_value"]["contains"]
-    answer = fit(info(), memory="64G", overhead="1G")
+    answer = fit(info(), memory="64G", memlock="65G", overhead="1G")
     assert answer == {name: entry["sample"] for name, entry in documented.items()}
 
 
@@ -161,7 +161,7 @@ ENDS = "and ends with -12 (Cannot allocate memory)."
             id="not at most",
         ),
         pytest.param(
-            idle(),
+            idle(host=host(libvirt=libvirt(None))),
             "libvirt",
             True,
             "The VM pins 64 MiB and up to 1 GiB beyond that, which is what libvirt allows for."
@@ -184,7 +184,7 @@ ENDS = "and ends with -12 (Cannot allocate memory)."
             id="all is uncertain",
         ),
         pytest.param(
-            info(host=host(limits_of_view=unseen("descriptors", "iommufds", "accounting", "libvirt"))),
+            info(host=host(limits_of_view=unseen("descriptors", "iommufds", "libvirt"))),
             "200M",
             True,
             f"{ON_TOP_OF} 64.2 MiB, it is within its limit of 200 MiB.",
@@ -276,7 +276,7 @@ def test_without_a_limit(memlock: str) -> None:
     ],
 )
 def test_address_spaces(parameters: Row, needed: int, limit: int) -> None:
-    answer = fit(idle(), memory="64G", **parameters)
+    answer = fit(idle(), memory="64G", who="alice", **parameters)
     assert (answer["needed"], answer["limit"]) == (needed, limit)
     assert answer["fits"]
 
@@ -333,7 +333,7 @@ BARE: Row = {"limits_of_view": []}
         pytest.param(
             info(host=host(libvirt=libvirt(True))),
             "process",
-            "The host's libvirt sets per-process accounting: This is why.",
+            "This is why.",
             id="libvirt",
         ),
         pytest.param(info(), "user", "The running VMs of libvirt-qemu are accounted per user.", id="running VMs"),
@@ -447,9 +447,8 @@ def test_auto_is_not_sure_of_root(who: Any) -> None:
             info(host=host(qemu=[emulator(None)], libvirt=libvirt(True))),
             "100M",
             True,
-            f"{SOME} The host's libvirt sets per-process accounting: This is why. The VM pins 64 MiB. Charged for"
-            " itself alone, it is within its limit of 100 MiB. With CAP_IPC_LOCK nothing is charged and no limit is"
-            " checked.",
+            f"{SOME} This is why. The VM pins 64 MiB. Charged for itself alone, it is within its limit of 100 MiB. With"
+            " CAP_IPC_LOCK nothing is charged and no limit is checked.",
             id="an emulator that cannot be looked at",
         ),
     ],
@@ -483,6 +482,7 @@ CAPABILITY = (
     " memory to whoever may execute that"
 )
 NEXT = ", for this VM only, since the next one takes still more"
+GIVE_MEMLOCK = "give memlock: the domain's <hard_limit>, or LimitMEMLOCK of libvirt's daemon"
 AS_ROOT = "run virt.iommufd.iommufd_info as root (become: true) on the host itself, where it sees everything"
 
 
@@ -502,6 +502,20 @@ def hard_limit(kib: int) -> str:
             [],
             [MODE, CAPABILITY, hard_limit(2 * 65792 + MIB) + NEXT],
             id="libvirt",
+        ),
+        pytest.param(
+            info(),
+            {},
+            [GIVE_MEMLOCK],
+            [MODE, CAPABILITY, hard_limit(2 * 65792 + MIB) + NEXT],
+            id="libvirt with a limit that is not known",
+        ),
+        pytest.param(
+            info(host=host(qemu=[emulator(None)])),
+            {"strategy": "auto"},
+            [GIVE_MEMLOCK, "give the strategy by which the VM is accounted"],
+            [MODE, CAPABILITY, hard_limit(2 * 65792 + MIB) + NEXT],
+            id="nor is the accounting",
         ),
         pytest.param(
             info(),
@@ -571,6 +585,92 @@ def hard_limit(kib: int) -> str:
 def test_the_remedy(data: Row, parameters: Row, to_know: list[str], cures: list[str]) -> None:
     expected = f"To know for certain: {'; '.join(to_know)}. " if to_know else ""
     assert fit(data, **parameters)["remedy"] == f"{expected}To make it fit: {'; or '.join(cures)}."
+
+
+UNKNOWN = (
+    "it is held against a limit that is not known. libvirt raises the limit for a <hostdev> only: a domain that names"
+    " iommufd in <qemu:commandline> has the limit of libvirt's daemon, unless it has a <memtune><hard_limit>."
+)
+
+
+@pytest.mark.parametrize(
+    ("data", "parameters", "how"),
+    [
+        pytest.param(info(), {}, "Charged to libvirt-qemu on top of 64.2 MiB,", id="user"),
+        pytest.param(info(), {"memory": "64T"}, "Charged to libvirt-qemu on top of 64.2 MiB,", id="however much"),
+        pytest.param(info(), {"strategy": "process"}, "Charged for itself alone,", id="process"),
+    ],
+)
+def test_a_limit_that_is_not_known(data: Row, parameters: Row, how: str) -> None:
+    answer = fit(data, **parameters)
+    assert (answer["fits"], answer["limit"], answer["headroom"]) == (None, None, None)
+    assert answer["reason"].endswith(f"{how} {UNKNOWN}")
+
+
+@pytest.mark.parametrize(
+    ("data", "parameters"),
+    [
+        pytest.param(info(host=host(qemu=[emulator(True)])), {}, id="the emulator has the capability"),
+        pytest.param(info(), {"strategy": "cap_ipc_lock"}, id="the VM has it"),
+        pytest.param(info(host=host(libvirt=libvirt(True))), {}, id="libvirt sets the mode"),
+        pytest.param(info(host=host(libvirt=libvirt(None))), {}, id="libvirt may set it"),
+        pytest.param(info(host=BARE), {}, id="nothing is known of libvirt"),
+        pytest.param(info(), {"memlock": "1G"}, id="it is given"),
+        pytest.param(info(), {"who": "vm"}, id="another user"),
+    ],
+)
+def test_a_limit_that_does_not_matter_or_is_known(data: Row, parameters: Row) -> None:
+    answer = fit(data, **parameters)
+    assert answer["fits"] is True
+    assert answer["limit"] >= GIB
+    assert "qemu:commandline" not in answer["reason"]
+
+
+def machine(name: str, *capable: str, without: tuple[str, ...] = ()) -> Row:
+    """A host of that architecture with emulators, some of which have CAP_IPC_LOCK."""
+    rows = [emulator(True, f"/usr/bin/{each}") for each in capable]
+    return host(machine=name, qemu=[*rows, *(emulator(False, f"/usr/bin/{each}") for each in without)])
+
+
+@pytest.mark.parametrize(
+    ("on", "accounting", "proposed"),
+    [
+        pytest.param(
+            machine("x86_64", "qemu-system-x86_64", without=("qemu-system-i386", "qemu-system-x86_64-microvm")),
+            "none",
+            "qemu-system-x86_64",
+            id="those of others do not count",
+        ),
+        pytest.param(
+            machine("x86_64", "qemu-system-i386", without=("qemu-system-x86_64",)),
+            "user",
+            "qemu-system-x86_64",
+            id="nor do they where they have it",
+        ),
+        pytest.param(
+            machine("aarch64", "qemu-kvm", without=("qemu-system-aarch64", "qemu-system-x86_64")),
+            None,
+            "qemu-system-aarch64",
+            id="two of its own",
+        ),
+        pytest.param(
+            machine("ppc64le", "qemu-system-ppc64", without=("qemu-system-ppc",)),
+            "none",
+            "qemu-system-ppc64",
+            id="another name",
+        ),
+        pytest.param(
+            machine("riscv64", "qemu-system-x86_64", without=("qemu-system-i386",)),
+            None,
+            "qemu-system-i386",
+            id="none of its own",
+        ),
+    ],
+)
+def test_the_emulators_of_the_hosts_architecture(on: Row, accounting: str | None, proposed: str) -> None:
+    data = info(host=on, processes=[process(comm="qemu")])
+    assert fit(data, memlock="64K")["accounting"] == accounting
+    assert f"setcap cap_ipc_lock+ep /usr/bin/{proposed})" in fit(data, memlock="64K", strategy="user")["remedy"]
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_the_binding_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("paused", "state"), [(False, "running"), (True, "paused")])
 def test_start(libvirt: FakeLibvirt, paused: bool, state: str) -> None:
-    assert start(SESSION, "vm1", "g", 7, paused) == {"state": state}
+    assert start(SESSION, "vm1", "g", 7, paused) == {"state": state, "started": True}
     assert libvirt.domains["vm1"].associated == {"g": [7]}
     assert libvirt.closed == 1
 
@@ -212,7 +212,7 @@ def test_a_start_that_fails(libvirt: FakeLibvirt, call: str, tmp_path: Path, mon
 def test_a_start_for_which_somebody_was_quicker(libvirt: FakeLibvirt) -> None:
     # Whether it is accounted as asked for is looked at afterwards.
     libvirt.domains["vm1"].number = 1
-    assert start(SESSION, "vm1", "g", 7, True) == {"state": "running"}
+    assert start(SESSION, "vm1", "g", 7, True) == {"state": "running", "started": False}
 
 
 LOG = b"""\

@@ -12,9 +12,11 @@ import re
 import resource
 import signal
 import stat
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +42,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._launch import (
     Refusal,
     Request,
     fill,
+    find_program,
+    lifts_memlock,
     obstacle,
     parse,
     verdict,
@@ -339,6 +343,99 @@ def test_a_word_that_no_program_can_be_given(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(Refusal, match="embedded null byte") as raised:
         _launch.execute(["/bin/true", "a\0b"], os.open(os.devnull, os.O_RDWR))
     assert raised.value.code == NOT_EXECUTABLE
+
+
+def test_where_the_program_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for folder in ("folder", "data", "program", "later"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "folder" / "qemu").mkdir()
+    for folder, mode in (("data", 0o644), ("program", 0o755), ("later", 0o755)):
+        (tmp_path / folder / "qemu").write_bytes(b"")
+        (tmp_path / folder / "qemu").chmod(mode)
+    folders = [str(tmp_path / name) for name in ("none", "folder", "data", "program", "later")]
+    monkeypatch.setenv("PATH", ":".join(folders))
+    assert find_program("qemu") == f"{tmp_path}/program/qemu"
+    assert find_program("./qemu") == "./qemu"
+    assert find_program("none") == "none"
+
+
+GIVES_IT = struct.pack("<5I", 0x02000001, 1 << IPC_LOCK, 0, 0, 0)
+
+
+class Kernel(FakeTask):
+    """One that also knows NoNewPrivileges."""
+
+    no_new_privs = 0
+
+    def prctl(self, option: int, *arguments: int) -> int:
+        return self.no_new_privs if option == 39 else super().prctl(option, *arguments)
+
+
+@pytest.fixture
+def capable(task: FakeTask, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """A host where each file gives CAP_IPC_LOCK."""
+    kernel = Kernel()
+    kernel.install(monkeypatch, _launch)
+    monkeypatch.setattr(os, "getxattr", lambda _path, _name: GIVES_IT)
+    monkeypatch.setattr(os, "statvfs", lambda _path: SimpleNamespace(f_flag=0))
+    return kernel
+
+
+def test_a_file_that_lifts_the_limit_is_warned_of(
+    capable: Kernel, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_launch, "find_program", "/usr/bin/{}".format)
+    with pytest.raises(Executed):
+        run(monkeypatch, "--user", "vm")
+    warning, accounting = capfd.readouterr().err.splitlines()
+    assert warning.startswith("iommufd-exec: warning: the file /usr/bin/qemu gives CAP_IPC_LOCK to qemu")
+    assert "setcap -r /usr/bin/qemu" in warning
+    assert "held against no limit" in accounting
+
+
+def test_who_has_the_capability_anyway_is_not_warned(
+    capable: Kernel, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Executed):
+        run(monkeypatch)
+    assert "warning" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--bounding=none", "--bounding=ipc_lock"])
+def test_the_bounding_set_counts_as_it_was_limited(
+    capable: Kernel, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], option: str
+) -> None:
+    with pytest.raises(Executed):
+        run(monkeypatch, "--user", "vm", option)
+    assert ("warning" in capfd.readouterr().err) == (option == "--bounding=ipc_lock")
+
+
+def refuse(number: int) -> Any:
+    def fail(_path: str, _name: str) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"getxattr": refuse(errno.ENODATA)}, False),
+        ({"getxattr": refuse(errno.ENOENT)}, False),
+        ({"getxattr": lambda _path, _name: b"?"}, False),
+        ({"getxattr": lambda _path, _name: GIVES_IT.replace(b"\x01", b"\x00", 1)}, False),
+        ({"statvfs": lambda _path: SimpleNamespace(f_flag=os.ST_NOSUID)}, False),
+    ],
+)
+def test_whether_a_file_lifts_the_limit(
+    capable: Kernel, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], expected: bool
+) -> None:
+    for name, value in change.items():
+        monkeypatch.setattr(os, name, value)
+    assert lifts_memlock("/usr/bin/qemu") is expected
+    capable.no_new_privs = 1
+    assert not lifts_memlock("/usr/bin/qemu")
 
 
 def apart(script: str, **settings: Any) -> str:

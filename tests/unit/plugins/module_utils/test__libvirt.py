@@ -124,9 +124,26 @@ def libvirt(version: Any = (12, 8, 0), **other: Any) -> Libvirt:
 @pytest.mark.parametrize(
     ("found", "offers", "sets", "reason"),
     [
-        (libvirt(), None, True, "libvirt 12.8.0 does, as all since 12.1.0, and its daemon runs with CAP_SYS_RESOURCE."),
-        (libvirt((12, 1, 0)), True, True, "12.1.0 does"),
-        (libvirt((12, 0, 9)), None, False, "libvirt 12.0.9 does not: 12.1.0 is the first that does."),
+        (
+            libvirt(),
+            None,
+            True,
+            "libvirt 12.8.0 sets per-process accounting, as all since 12.1.0, and its daemon runs with"
+            " CAP_SYS_RESOURCE.",
+        ),
+        (libvirt((12, 1, 0)), True, True, "12.1.0 sets per-process accounting"),
+        (
+            libvirt((12, 0, 9)),
+            None,
+            False,
+            "libvirt 12.0.9 does not set per-process accounting: 12.1.0 is the first that does.",
+        ),
+        (
+            libvirt((12, 0, 9)),
+            True,
+            None,
+            "libvirt 12.0.9 offers iommufd for a device, though 12.1.0 is the first that sets per-process accounting.",
+        ),
         (
             libvirt((11, 3, 0), installed=(12, 8, 0)),
             None,
@@ -134,10 +151,20 @@ def libvirt(version: Any = (12, 8, 0), **other: Any) -> Libvirt:
             "12.8.0 is installed, but its daemon was not",
         ),
         (libvirt(pid=None), None, True, "virtqemud.service, which does not run now, would run with CAP_SYS_RESOURCE"),
-        (libvirt(may=False), None, False, "its daemon runs without CAP_SYS_RESOURCE"),
+        (
+            libvirt(may=False),
+            None,
+            False,
+            "libvirt 12.8.0 cannot set per-process accounting: its daemon runs without CAP_SYS_RESOURCE",
+        ),
         (libvirt(may=False, pid=None), None, False, "would run without CAP_SYS_RESOURCE"),
-        (libvirt(may=None), None, None, "which cannot be told"),
-        (libvirt(), False, False, "does not offer iommufd"),
+        (
+            libvirt(may=None),
+            None,
+            None,
+            "libvirt 12.8.0 sets per-process accounting if its daemon has CAP_SYS_RESOURCE",
+        ),
+        (libvirt(), False, False, "libvirt 12.8.0 could set per-process accounting, but does not offer iommufd"),
         (libvirt(None), None, None, "The version of libvirt cannot be told"),
         (libvirt(unit=None), None, False, "There is no system libvirt"),
         (libvirt(unit=None, msg="systemd is not here."), None, None, "systemd is not here."),

@@ -17,6 +17,7 @@ from typing import Any, Callable
 import pytest
 from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import _domain
+from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import Libvirt
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User
@@ -243,6 +244,47 @@ def test_a_start_that_fails(run: Run, libvirt: FakeLibvirt) -> None:
     assert answer["msg"] == "Domain vm1 did not start. libvirt says: no such machine."
 
 
+@pytest.mark.parametrize("mode", [0, 1])
+def test_a_start_for_which_somebody_was_quicker(
+    run: Run, libvirt: FakeLibvirt, null_is_iommufd: FakeKernel, mode: int
+) -> None:
+    def be_quicker() -> None:
+        libvirt.domains["vm1"].number = RUNNING
+        null_is_iommufd.mode, null_is_iommufd.ioases = mode, {1: 1}
+
+    libvirt.failing["createWithFlags"] = libvirt.libvirtError(55, "domain is already running")
+    libvirt.before_failure = be_quicker
+    answer = run(_ansible_diff=True)
+    assert not answer["changed"]
+    assert "diff" not in answer
+    assert answer["domain"]["state"] == "running"
+    # It is looked at as any other that runs already.
+    assert answer.get("msg", "").startswith("Domain vm1 runs already. " if mode == 0 else "")
+
+
+@pytest.mark.parametrize(
+    ("step", "ends"),
+    [
+        (
+            "start",
+            "libvirt may still start domain vm1: look again (virsh --connect qemu:///session domstate vm1), or run this"
+            " task again.",
+        ),
+        ("look", "No answer."),
+    ],
+)
+def test_no_answer_in_time(run: Run, monkeypatch: pytest.MonkeyPatch, step: str, ends: str) -> None:
+    def wait(*_given: Any) -> None:
+        raise NoAnswer("No answer.")
+
+    monkeypatch.setattr(iommufd_domain, step, wait)
+    answer = run()
+    assert answer["failed"]
+    assert not answer["changed"]
+    assert answer["msg"].startswith("No answer.")
+    assert answer["msg"].endswith(ends)
+
+
 @pytest.fixture
 def limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process has no privilege and the least limit."""
@@ -322,6 +364,10 @@ def test_a_system_daemon_that_does_not_run(run: Run, libvirt: FakeLibvirt, monke
         ({"uri": "qemu+ssh://host/system"}, r"^uri qemu\+ssh://host/system is not qemu:///session or qemu:///system"),
         ({"user": None, "uri": "qemu:///session"}, "^qemu:///session is a user's own libvirt: give user, too"),
         ({"state": "gone"}, "state must be one of"),
+        ({"timeout": 10**10}, "^timeout 10000000000 is out of range: give 1 to 86400 seconds"),
+        ({"timeout": 86401}, "^timeout 86401 is out of range"),
+        ({"timeout": 0}, "^timeout 0 is out of range"),
+        ({"timeout": -1}, "^timeout -1 is out of range"),
     ],
 )
 def test_bad_input(run: Run, null_is_iommufd: FakeKernel, options: dict[str, Any], words: str) -> None:

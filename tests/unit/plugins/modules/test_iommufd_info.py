@@ -66,6 +66,7 @@ def test_every_field_is_documented_and_there(
     assert [each["pid"] for each in answer["processes"]] == [child.pid]
     assert [each["uid"] for each in answer["users"]] in ([os.getuid()], [])
     assert not answer["changed"]
+    assert answer["host"]["machine"] == os.uname().machine
 
 
 def test_narrowed_to_users(run: Run, alone: FakeKernel, child: subprocess.Popen[bytes]) -> None:
