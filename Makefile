@@ -17,6 +17,8 @@ RESULTS := .nox/results
 # How many test sessions run at once. A guest of the lab keeps little more than one processor busy.
 PARALLEL ?= 2
 LAB := $(BIN)/python tests/lab
+# What ends the guest of 'demo' and 'bench', to be copied from there.
+STOP := $(if $(LAB_INSTANCE),LAB_INSTANCE=$(LAB_INSTANCE) )$(VENV)/bin/python tests/lab down fallback
 export ANSIBLE_COLLECTIONS_PATH := $(TREE)
 # With it the formatter only checks; 'make format' rewrites.
 NOX := CI=true PATH="$(BIN):$$PATH" $(BIN)/nox
@@ -31,7 +33,7 @@ demo: $(VENV)/stamp lab-tools  ## show the failure and the cure on a real kernel
 	$(LAB) inventory fallback > $(VENV)/inventory
 	ANSIBLE_PIPELINING=true ANSIBLE_CALLBACK_RESULT_FORMAT=yaml \
 	    $(BIN)/ansible-playbook -i $(VENV)/inventory tests/demo/demo.yml
-	@echo "The VM is still up. To stop it: $(VENV)/bin/python tests/lab down fallback"
+	@echo "The VM is still up. To stop it: $(STOP)"
 
 check: $(VENV)/stamp  ## check quickly: lint, and the unit tests on one Python (2 minutes)
 	@rm -rf $(RESULTS)
@@ -50,7 +52,7 @@ test: $(VENV)/stamp lab-tools  ## run all tests, as CI does, and report what ran
 bench: $(VENV)/stamp lab-tools  ## measure what the modules cost, in a disposable VM (half an hour)
 	$(LAB) up fallback
 	$(BIN)/python tests/bench
-	@echo "The VM is still up. To stop it: $(VENV)/bin/python tests/lab down fallback"
+	@echo "The VM is still up. To stop it: $(STOP)"
 
 format: $(VENV)/stamp  ## lay out the Python files as 'make check' wants them
 	CI= PATH="$(BIN):$$PATH" $(BIN)/nox -s formatters
