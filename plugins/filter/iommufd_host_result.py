@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from os.path import basename
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
@@ -82,7 +84,7 @@ _value:
     why:
       description: Why that strategy.
       type: str
-      sample: "libvirt 11.3.0 does not: 12.1.0 is the first that does."
+      sample: "libvirt 11.3.0 does not set per-process accounting: 12.1.0 is the first that does."
     grants:
       description: What is granted by the role, now or by an earlier run.
       type: list
@@ -162,6 +164,10 @@ _value:
           description: What to do about it.
           type: str
           sample: Shut it off and start it again.
+        dropped_in:
+          description: Its unit, where that has a drop-in of the role's; V(null) otherwise.
+          type: str
+          sample: vm1.service
     todo:
       description: What the operator still has to do, each a sentence.
       type: list
@@ -190,9 +196,10 @@ def found_of(
         if _of_others(there):
             found.append({"what": "cap_ipc_lock", "to": path, "why": "The file had it before this role knew of it."})
     # The information is from before what is put back was put back.
-    gone = " ".join(record["put_back"])
+    known = {*_taken_from(record["put_back"]), *plan["capabilities"]}
+    known.update(there["real_path"] for there in record["capabilities"].values())
     for emulator in info["host"]["qemu"]:
-        if emulator["cap_ipc_lock"] and emulator["path"] not in gone and emulator["path"] not in plan["capabilities"]:
+        if emulator["cap_ipc_lock"] and emulator["path"] not in known:
             why = "The file has it, and neither this run nor an earlier one granted it."
             found.append({"what": "cap_ipc_lock", "to": emulator["path"], "why": why})
     ours = {grant["to"] for grant in plan["grants"] if grant["by"] == "drop-in" and grant["what"] == "cap_ipc_lock"}
@@ -201,6 +208,16 @@ def found_of(
             why = "AmbientCapabilities of the unit has it, and this role did not put it there."
             found.append({"what": "cap_ipc_lock", "to": unit["name"], "why": why})
     return found
+
+
+def _taken_from(put_back: list[str]) -> list[str]:
+    """The emulators that CAP_IPC_LOCK was taken from, by the sentences of the record module."""
+    return [found[1] for each in put_back if (found := re.fullmatch(r"CAP_IPC_LOCK is taken from (.*)\.", each))]
+
+
+def _dropped_in(put_back: list[str]) -> list[str]:
+    """The units whose drop-in was put back, likewise."""
+    return [found[1] for each in put_back if (found := re.search(r"/([^/]+)\.d/50-iommufd_host\.conf ", each))]
 
 
 def _of_others(there: Mapping[str, Any] | None) -> bool:
@@ -269,7 +286,9 @@ def pending_of(plan: Mapping[str, Any], info: Mapping[str, Any], put_back: list[
             kind = "domain" if process["domain"] else "unit" if in_unit else None
             todo = f"{why}: {_RESTART[kind].format(name=name, unit=process['unit'])}."
             row = {key: process[key] for key in ("pid", "domain", "unit", "accounting")}
-            rows.append({**row, "name": name, "todo": todo})
+            ours = [grant["to"] for grant in plan["grants"] if grant["by"] == "drop-in"]
+            dropped_in = process["unit"] if any(_is_of(process["unit"], each) for each in ours) else None
+            rows.append({**row, "name": name, "todo": todo, "dropped_in": dropped_in})
     return rows
 
 
@@ -281,8 +300,8 @@ def _is_of(unit: str | None, name: str) -> bool:
 
 
 def _old(plan: Mapping[str, Any], process: Mapping[str, Any], put_back: list[str]) -> str:
-    """Why a VM is not yet as the strategy has it; empty where it is."""
-    accounting = process["accounting"]
+    """Why a VM is not yet as the strategy has it; empty where it is, or the strategy has nothing for it."""
+    accounting, concerned = process["accounting"], False
     if plan["strategy"] == "memlock":
         raised = [
             grant["value"]
@@ -293,11 +312,31 @@ def _old(plan: Mapping[str, Any], process: Mapping[str, Any], put_back: list[str
         short = not process["memlock_unlimited"] and (wanted is None or process["memlock_bytes"] < wanted)
         if short:
             return f"It runs with a limit of {process['memlock_bytes']} bytes"
-    elif plan["strategy"] in ("native", "cap_ipc_lock") and accounting == "user":
+    elif plan["strategy"] == "native":
+        concerned = process["domain"] is not None
+    else:
+        concerned = plan["strategy"] == "cap_ipc_lock" and _would_have(process, plan["grants"])
+    if accounting == "user" and concerned:
         return "It is charged to its user together with that user's other VMs"
-    if accounting == "none" and put_back and not plan["grants"]:
+    taken = [{"to": each, "by": "file capability"} for each in _taken_from(put_back)]
+    taken += [{"to": each, "by": "drop-in"} for each in _dropped_in(put_back)]
+    if accounting == "none" and not plan["grants"] and _would_have(process, taken):
         return "It keeps CAP_IPC_LOCK, which was taken back, until it ends"
     return ""
+
+
+def _would_have(process: Mapping[str, Any], grants: list[Row]) -> bool:
+    """Whether a process would have one of these grants of CAP_IPC_LOCK, were it started now."""
+    if process["user"] == "root":
+        # It has the capability by itself.
+        return False
+    for grant in grants:
+        if grant["by"] == "drop-in" and _is_of(process["unit"], grant["to"]):
+            return True
+        # The kernel keeps 15 characters of a name.
+        if grant["by"] == "file capability" and basename(grant["to"])[:15] == process["comm"]:
+            return True
+    return False
 
 
 def result(
@@ -318,6 +357,11 @@ def result(
     todo += [
         f"Restart {unit}, which reads qemu.conf only when it starts; VMs go on running meanwhile." for unit in stale
     ]
+    if any(each.endswith("/iommufd-exec is removed.") for each in record["put_back"]):
+        todo.append(
+            "iommufd-exec is gone, so a unit that has it in ExecStart= does not start any more. Where one has, set"
+            " iommufd_host_launcher to true for this host and run the role again."
+        )
     if plan["strategy"] == "native":
         todo += [
             f"{each['to']} has CAP_IPC_LOCK, which libvirt does not need here: every user who may run it can pin all"

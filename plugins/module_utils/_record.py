@@ -18,6 +18,7 @@ import json
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -87,6 +88,10 @@ _TOLD = {"/etc/systemd/system/": _SYSTEMD, "/etc/udev/rules.d/": _UDEV}
 # Where these two have a socket or folder while they run.
 _SYSTEMD_RUNS = "/run/systemd/system"
 _UDEV_RUNS = "/run/udev/control"
+
+# Only root can make a file there. How long a run waits for another, in seconds.
+_LOCK = "/run/iommufd_host.lock"
+_LOCK_PATIENCE = 10
 
 # The user whose record is believed, and who may act on it.
 _ROOT = 0
@@ -246,27 +251,42 @@ def check_caller() -> None:
 
 @contextlib.contextmanager
 def locked(path: str) -> Iterator[None]:
-    """Keeps others from working with the record at path meanwhile. Raises IommufdError where somebody does already.
+    """Keeps others from working with the record at path meanwhile. Raises IommufdError where somebody does for long.
 
-    What is locked is the folder above the record's own, which stays while that one is made and removed.
+    What is locked is a file that nobody else may open: whoever can open a file or folder can lock it, for ever.
     """
     place = os.path.dirname(os.path.dirname(path))
     try:
-        fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        os.close(os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError as exc:
         raise IommufdError(
             f"The record {shown(path)} cannot be kept: {shown(place)} is no folder that is there"
             f" ({error_text(exc.errno)})."
         ) from exc
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fd = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise IommufdError(f"{_LOCK} cannot be opened ({error_text(exc.errno)}).") from exc
+    try:
+        _lock(fd, path)
         yield
-    except BlockingIOError as exc:
-        raise IommufdError(
-            f"Another run works with the record {shown(path)} at this moment. Run this again once it is done."
-        ) from exc
     finally:
         os.close(fd)
+
+
+def _lock(fd: int, path: str) -> None:
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as exc:
+            if time.monotonic() > deadline:
+                raise IommufdError(
+                    f"Another run works with the record {shown(path)} at this moment, and holds {_LOCK}. Run this again"
+                    " once it is done."
+                ) from exc
+        time.sleep(0.1)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ _UNIT_PROPERTIES = (
     "NoNewPrivileges",
     "PrivateUsers",
     "SecureBits",
+    "NeedDaemonReload",
     "LimitMEMLOCK",
     "LimitMEMLOCKSoft",
 )
@@ -257,8 +258,8 @@ class Unit(NamedTuple):
     """What systemd says of a service, and of the program that it starts.
 
     `name` is what was asked for, `asked` what systemd was asked for: of a template an instance. `user` is None where
-    systemd makes one up or has no such unit, and `program` where the unit starts none. `settings` are systemd's
-    properties as it shows them.
+    systemd makes one up or has no such unit, and `program` where the unit starts none. `outdated`: its files have
+    changed since systemd read them. `settings` are systemd's properties as it shows them.
     """
 
     name: str
@@ -272,6 +273,7 @@ class Unit(NamedTuple):
     ambient: int
     no_new_privs: bool
     private_users: bool
+    outdated: bool
     memlock: Limit
     settings: dict[str, str]
 
@@ -310,6 +312,7 @@ def look_at_unit(run: Run, name: str) -> Unit:
         ambient=_mask(shown.get("AmbientCapabilities", "")),
         no_new_privs=shown.get("NoNewPrivileges") == "yes",
         private_users=shown.get("PrivateUsers", "no") != "no",
+        outdated=shown.get("NeedDaemonReload") == "yes",
         memlock=Limit(soft, hard),
         settings=shown,
     )

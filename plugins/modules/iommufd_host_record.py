@@ -187,7 +187,9 @@ remembered:
       type: dict
       sample: {xattr: null}
 files:
-  description: Each of O(files) as it is now, by its path.
+  description:
+    - Each of O(files) as it is now, by its path.
+    - C(missing) are the folders on the way to it that are not there, the outermost first.
   returned: on success
   type: dict
   sample:
@@ -197,6 +199,7 @@ files:
       mode: "0644"
       owner: root
       group: root
+      missing: []
 capabilities:
   description:
     - Each of O(capabilities) as it is now, by its path.
@@ -294,10 +297,10 @@ def text_of(content: bytes) -> str | None:
         return None
 
 
-def file_row(state: FileState | None) -> Row:
-    """A file that is written as a whole."""
+def file_row(state: FileState | None, missing: list[str]) -> Row:
+    """A file that is written as a whole, and the folders on the way to it that are not there."""
     content = None if state is None else text_of(state.content)
-    return {"exists": state is not None, "content": content, **owners(state)}
+    return {"exists": state is not None, "content": content, **owners(state), "missing": missing}
 
 
 def capability_row(real_path: str, xattr: bytes | None, ours: bool) -> Row:
@@ -328,7 +331,7 @@ def state_rows(wanted: Wanted, view: View, items: list[Item]) -> Row:
     known = {item.key for item in items}
     nodes = {each for path in wanted.nodes for each in (view.matches[path] or [path])}
     return {
-        "files": {path: file_row(view.files[path]) for path in wanted.files},
+        "files": {path: file_row(view.files[path], view.missing[path]) for path in wanted.files},
         "capabilities": {
             path: capability_row(real, view.xattrs.get(real), (CAPABILITY, real) in known)
             for path, real in view.real.items()

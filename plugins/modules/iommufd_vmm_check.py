@@ -294,6 +294,10 @@ units:
       description: What systemd says of its unit file.
       type: str
       sample: loaded
+    outdated:
+      description: Whether its files have changed since systemd read them, so that C(systemctl daemon-reload) is due.
+      type: bool
+      sample: false
     active:
       description: Whether it is active.
       type: bool
@@ -572,6 +576,7 @@ def unit_row(task: Task, unit: Unit) -> Row:
         "asked": unit.asked,
         "present": unit.present,
         "load_state": unit.load_state,
+        "outdated": unit.outdated,
         "active": unit.active,
         "pid": unit.pid,
         "user": unit.user,

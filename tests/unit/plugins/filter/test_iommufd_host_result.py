@@ -18,6 +18,8 @@ FILE = {"what": "cap_ipc_lock", "to": QEMU, "by": "file capability", "value": "e
 DROP_IN = {"what": "cap_ipc_lock", "to": "vm1.service", "by": "drop-in", "value": "ambient"}
 RAISED = {"what": "memlock", "to": "vm1.service", "by": "drop-in", "value": 2**30}
 USERS = {"what": "memlock", "to": "alice", "by": "limits.d", "value": 2**30}
+TAKEN = f"CAP_IPC_LOCK is taken from {QEMU}."
+DROPPED = "/etc/systemd/system/vm1.service.d/50-iommufd_host.conf is removed."
 WITH, WITHOUT = "0000000000004000", "0000000000000000"
 
 
@@ -152,8 +154,15 @@ def test_what_was_not_tried_is_neither() -> None:
     ("made", "held", "put_back", "todo"),
     [
         (plan("cap_ipc_lock", FILE), process(), [], "shut domain vm1 off and start it again"),
-        (plan("native"), process(domain=None, unit="vm1.service"), [], "restart vm1.service"),
-        (plan("native"), process(domain=None), [], "end it and start it again"),
+        (plan("cap_ipc_lock", FILE), process(domain=None, unit="vm1.service"), [], "restart vm1.service"),
+        (plan("cap_ipc_lock", FILE), process(domain=None), [], "end it and start it again"),
+        (plan("cap_ipc_lock", FILE), process(comm="vmm"), [], ""),
+        (plan("cap_ipc_lock", FILE), process(user="root"), [], ""),
+        (plan("cap_ipc_lock", DROP_IN), process(domain=None, unit="vm1.service"), [], "restart vm1.service"),
+        # Nothing is granted to it, so it would be started again for nothing.
+        (plan("cap_ipc_lock", DROP_IN), process(domain=None, unit="vm2.service"), [], ""),
+        (plan("native"), process(), [], "shut domain vm1 off and start it again"),
+        (plan("native"), process(domain=None, unit="vm1.service"), [], ""),
         (plan("native"), process(accounting="process"), [], ""),
         (plan("cap_ipc_lock", FILE), process(accounting="none"), [], ""),
         (plan("none"), process(), [], ""),
@@ -174,7 +183,11 @@ def test_what_was_not_tried_is_neither() -> None:
         (plan("memlock", {**RAISED, "to": "vm@.service"}), process(unit="vm.service", domain=None), [], ""),
         (plan("memlock", USERS), process(user="alice", unit=None, domain=None), [], "end it and start it again"),
         (plan("memlock", RAISED), process(unit="other.service"), [], ""),
-        (plan("none"), process(accounting="none"), [f"The capability of {QEMU}."], "keeps CAP_IPC_LOCK"),
+        (plan("none"), process(accounting="none"), [TAKEN], "keeps CAP_IPC_LOCK"),
+        (plan("none"), process(accounting="none", comm="pinner"), [TAKEN], ""),
+        (plan("none"), process(accounting="none", unit="vm1.service"), [DROPPED], "keeps CAP_IPC_LOCK"),
+        (plan("none"), process(accounting="none", unit="vm2.service"), [DROPPED], ""),
+        (plan("none"), process(accounting="none", user="root"), [TAKEN], ""),
         (plan("none"), process(accounting="none"), [], ""),
     ],
 )
@@ -189,6 +202,25 @@ def test_what_still_runs_as_before(made: Row, held: Row, put_back: list[str], to
     assert found["put_back"] == put_back
 
 
+@pytest.mark.parametrize(
+    ("made", "unit", "dropped_in"),
+    [
+        (plan("cap_ipc_lock", FILE), "vm1.service", None),
+        (plan("cap_ipc_lock", FILE, DROP_IN), "vm1.service", "vm1.service"),
+        (plan("cap_ipc_lock", {**DROP_IN, "to": "vm@.service"}), "vm@1.service", "vm@1.service"),
+    ],
+)
+def test_what_a_restart_of_its_unit_would_cure(made: Row, unit: str, dropped_in: str | None) -> None:
+    (row,) = iommufd_host_result(made, info(process(unit=unit)), record(), check())["pending"]
+    assert row["dropped_in"] == dropped_in
+
+
+def test_what_goes_with_the_launcher() -> None:
+    gone = "/usr/local/bin/iommufd-exec is removed."
+    (todo,) = iommufd_host_result(plan("none"), info(), record(gone), check())["todo"]
+    assert "does not start any more" in todo
+
+
 def test_what_others_have_granted() -> None:
     made = plan("cap_ipc_lock", FILE)
     assert iommufd_host_result(made, info(capable=True), record(ours=True), check())["found"] == []
@@ -200,7 +232,7 @@ def test_what_others_have_granted() -> None:
     assert [each["to"] for each in left["found"]] == [QEMU]
     assert f"setcap -r {QEMU}" in left["todo"][0]
     # What this run has put back was there when the host was looked at.
-    assert iommufd_host_result(plan("native"), info(capable=True), record(f"Of {QEMU}."), check())["found"] == []
+    assert iommufd_host_result(plan("native"), info(capable=True), record(TAKEN), check())["found"] == []
     (found,) = iommufd_host_result(plan("none"), info(), record(), check(replica(True)))["found"]
     assert found["to"] == "vm1.service"
     assert iommufd_host_result(plan("cap_ipc_lock", DROP_IN), info(), record(), check(replica(True)))["found"] == []

@@ -320,6 +320,7 @@ def test_what_may_be_listed() -> None:
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A place for the record of the user who runs the tests."""
     monkeypatch.setattr(_record, "_ROOT", os.geteuid())
+    monkeypatch.setattr(_record, "_LOCK", f"{tmp_path}.lock")
     return str(tmp_path / "of_ours" / "record.json")
 
 
@@ -426,7 +427,8 @@ def test_whose_record_is_believed(path: str, monkeypatch: pytest.MonkeyPatch) ->
         check_caller()
 
 
-def test_one_at_a_time(path: str) -> None:
+def test_one_at_a_time(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_record, "_LOCK_PATIENCE", 0.2)
     with locked(path), pytest.raises(IommufdError, match="Another run works with the record"), locked(path):
         pass
     with locked(path):

@@ -401,8 +401,20 @@ def test_there_is_no_virsh(emulator: Program, monkeypatch: pytest.MonkeyPatch) -
 
 
 def unit(program: Program, **settings: str) -> Unit:
+    flags = {"active": False, "no_new_privs": False, "private_users": False, "outdated": False}
+    limit = Limit(1, None)
     return Unit(
-        "vm.service", "vm.service", "loaded", False, None, "vm", program, 0, 0, False, False, Limit(1, None), settings
+        "vm.service",
+        "vm.service",
+        "loaded",
+        pid=None,
+        user="vm",
+        program=program,
+        bounding=0,
+        ambient=0,
+        memlock=limit,
+        settings=settings,
+        **flags,
     )
 
 

@@ -105,6 +105,7 @@ class Host:
 def host(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Host:
     host = Host(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(_record, "_ROOT", os.geteuid())
+    monkeypatch.setattr(_record, "_LOCK", f"{tmp_path}.lock")
     # Only root may set the real one; tests/kernel does.
     monkeypatch.setattr(_states, "_CAPABILITY", "user.stands.in")
     monkeypatch.setattr(_record, "_TOLD", {f"{tmp_path}/systemd/": "systemd", f"{tmp_path}/udev/": "udev"})
@@ -164,7 +165,9 @@ def test_there_and_back(host: Host, terminal: str) -> None:
         "other": [],
     }
     assert first["files"][old]["content"] == "old"
-    assert first["files"][new] == {"exists": False, "content": None, "mode": None, "owner": None, "group": None}
+    missing = [f"{host.root}/etc/new.d", f"{host.root}/etc/new.d/x"]
+    nothing = {"exists": False, "content": None, "mode": None, "owner": None, "group": None}
+    assert first["files"][new] == {**nothing, "missing": missing}
     assert first["nodes"][terminal]["mode"] == "0620"
     assert first["nodes"][f"{terminal}?"]["exists"] is False
     assert first["units"] == {"u.path": {"exists": False, "enabled": False, "active": False}}
