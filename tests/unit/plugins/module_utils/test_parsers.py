@@ -12,6 +12,7 @@ from typing import Any, Callable
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import parse_file_capabilities
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._foreign import number, parse_answer, parse_xml
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import parse_dev, parse_misc
 from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import library_version, offers_iommufd, parse_units
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
@@ -41,6 +42,9 @@ PARSERS: list[Callable[[bytes], Any]] = [
     parse_dev,
     parse_misc,
     emulator_uid,
+    number,
+    parse_answer,
+    parse_xml,
     printable,
     parse_memlock,
     parse_cgroup,
