@@ -413,7 +413,8 @@ processes:
     domain:
       description:
         - The libvirt domain whose emulator it is; V(null) where there is none or it cannot be told. For the system
-          libvirt its own pidfile vouches for it, for a user's session nothing but the process's command line does.
+          libvirt its own record vouches for it, which only root can read; for a user's session nothing but the
+          process's command line does.
       type: str
       sample: vm1
     domain_uri:
@@ -657,7 +658,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import 
     CAP_SYS_RESOURCE,
     names,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, Survey, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import misc_rdev
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
@@ -667,7 +668,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     user_name,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_memory, guest_name, is_session_domain
-from ansible_collections.virt.iommufd.plugins.module_utils._target import escaped, running_domains
+from ansible_collections.virt.iommufd.plugins.module_utils._running import domain_record
 
 Row = dict[str, Any]
 # AnsibleModule.run_command, as far as it is used here.
@@ -911,30 +912,33 @@ def iso8601(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def pidfile_name(guest: bytes) -> str:
-    """What the system libvirt would call the pidfile of a guest, without the ending."""
-    return printable(os.fsencode(escaped(os.fsdecode(guest))))
-
-
 class Names:
-    """What this host calls things: its system libvirt's domains, by process, and VFIO's nodes, by device number."""
+    """What this host calls things: its system libvirt's domains, and VFIO's nodes, by device number."""
 
     def __init__(self, view: View) -> None:
         self._nodes = _host.vfio_nodes()
-        self._domains: dict[int, str] = {}
-        try:
-            self._domains = running_domains()
-        except AccessRefused as exc:
-            view.limit("domains", f"The domains of the system libvirt cannot be told: {exc}")
+        self._view: View | None = view
 
     def domain(self, holder: Holder, guest: bytes | None) -> tuple[str | None, str | None]:
         """The domain whose emulator a process is, and the URI of the libvirt that it belongs to; None, None without."""
         name = None if guest is None else printable(guest)
-        if guest is not None and self._domains.get(holder.pid) in (name, pidfile_name(guest)):
+        if guest is not None and self._is_of_system(holder, os.fsdecode(guest)):
             return name, "qemu:///system"
         if name is not None and is_session_domain(holder.arguments):
             return name, "qemu:///session"
         return None, None
+
+    def _is_of_system(self, holder: Holder, guest: str) -> bool:
+        """Whether the system libvirt says so. The command line, which is the process's own to change, only asks."""
+        try:
+            record = domain_record(guest)
+        except IommufdError as exc:
+            # Else there is no such domain, or the file is not libvirt's.
+            if isinstance(exc.__cause__, PermissionError) and self._view is not None:
+                self._view.limit("domains", f"The domains of the system libvirt cannot be told: {exc}")
+                self._view = None
+            return False
+        return not record.contradiction(guest, holder.pid, holder.status.uid, holder.started, holder.units[0])
 
     def vfio_devices(self, holder: Holder) -> list[Row]:
         """The devices of VFIO that a process has open."""

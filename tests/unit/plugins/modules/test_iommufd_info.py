@@ -14,9 +14,10 @@ import pytest
 import yaml
 from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import _host
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import survey
 from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_name
+from ansible_collections.virt.iommufd.plugins.module_utils._running import DomainRecord
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -122,11 +123,12 @@ def test_the_domain_capabilities(monkeypatch: pytest.MonkeyPatch, code: int, off
 
 
 def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> dict[int, str]:
-        raise AccessRefused("/run/libvirt/qemu is closed.")
+    def refuse(_name: str) -> DomainRecord:
+        raise IommufdError("/run/libvirt/qemu is closed.") from PermissionError()
 
     monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: False)
-    monkeypatch.setattr(iommufd_info, "running_domains", refuse)
+    monkeypatch.setattr(iommufd_info, "domain_record", refuse)
+    monkeypatch.setattr(iommufd_info, "guest_name", lambda _arguments: b"vm1")
     monkeypatch.setattr(_host, "proc_hides", lambda: "hidepid=2")
     monkeypatch.setattr(iommufd_info, "names", lambda _mask: [])
     seen = survey()
@@ -138,23 +140,36 @@ def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("arguments", "running", "domain"),
+    ("arguments", "record", "domain"),
     [
-        ([b"qemu", b"-name", b"guest=vm1"], "vm1", ("vm1", "qemu:///system")),
-        ([b"qemu", b"-name", b"guest=vm1"], "vm2", (None, None)),
-        ([b"qemu", b"-name", b"vm1", b"file=/h/libvirt/qemu/lib/domain-1-vm1/key"], "", ("vm1", "qemu:///session")),
-        ([b"qemu"], "vm1", (None, None)),
+        ([b"qemu", b"-name", b"guest=vm1"], {}, ("vm1", "qemu:///system")),
+        # What the process shows is its own to change, and what files are called that of the emulators' user.
+        ([b"qemu", b"-name", b"guest=vm1"], {"name": "vm2"}, (None, None)),
+        ([b"qemu", b"-name", b"guest=vm1"], {"pid": 1}, (None, None)),
+        ([b"qemu", b"-name", b"guest=vm1"], {"uid": 4711}, (None, None)),
+        ([b"qemu", b"-name", b"guest=vm1"], {"written": 0.0}, (None, None)),
+        ([b"qemu", b"-name", b"vm1", b"file=/h/libvirt/qemu/lib/domain-1-vm1/key"], None, ("vm1", "qemu:///session")),
+        ([b"qemu", b"-name", b"vm1"], None, (None, None)),
+        ([b"qemu", b"-name", b"a/b"], {}, (None, None)),
+        ([b"qemu"], {}, (None, None)),
     ],
 )
 def test_whose_domain(
     alone: FakeKernel,
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[bytes],
-    running: str,
+    record: dict[str, Any] | None,
     domain: tuple[str | None, str | None],
 ) -> None:
     (holder,) = survey().holders
-    monkeypatch.setattr(iommufd_info, "running_domains", lambda: {holder.pid: running})
+    there = DomainRecord(holder.pid, 1, "vm1", None, holder.started + 1)._replace(**record or {})
+
+    def read(name: str) -> DomainRecord:
+        if record is None or "/" in name:
+            raise IommufdError("There is none.")
+        return there
+
+    monkeypatch.setattr(iommufd_info, "domain_record", read)
     names = iommufd_info.Names(iommufd_info.View())
     holder = holder._replace(arguments=arguments)
     assert names.domain(holder, guest_name(arguments)) == domain
