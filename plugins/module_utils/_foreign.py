@@ -25,6 +25,7 @@ __all__ = (
     "COUNT_MAX",
     "XML_MAX",
     "boolean",
+    "harmless",
     "member",
     "number",
     "or_none",
@@ -59,6 +60,15 @@ def shown(given: object) -> str:
         # JSON can hold halves of characters.
         raw = words[:_TEXT_MAX].encode("utf-8", "backslashreplace")
     return printable(raw) + more
+
+
+def harmless(given: Any) -> Any:
+    """The same data with each text in it as it may be shown, whole; what is printable anyway is the very same text."""
+    if isinstance(given, str):
+        return given if given.isprintable() else printable(given.encode("utf-8", "backslashreplace"))
+    if isinstance(given, dict):
+        return {harmless(key): harmless(value) for key, value in given.items()}
+    return [harmless(each) for each in given] if isinstance(given, (list, tuple)) else given
 
 
 def _brief(given: object) -> str:
