@@ -64,6 +64,7 @@ def process(accounting: str | None, **fields: Any) -> Row:
         "domain_uri": "*",
         "unit": "*",
         "user_unit": "*",
+        "memory_bytes": 67108864,
         "pinned_bytes": 67371008,
         "locked_bytes": 0,
         "memlock_bytes": 104857600,
@@ -126,8 +127,10 @@ def info(module: str = "loaded") -> Row:
         # What is taken back leaves the VMs that have it as they are.
         *(process("none", comm=COMM) for _number in range(5)),
     ]
-    users = [{"uid": 64055, "user": "*", "pids": [4242], "at_risk": True}]
-    return {"changed": False, "host": host, "processes": processes, "users": users}
+    charge = {"charged_bytes": 67371008, "uncertain_bytes": 0, "memlock_bytes": 104857600, "memlock_unlimited": False}
+    users = [{"uid": 64055, "user": "*", "pids": [4242], "at_risk": True, **charge}]
+    narrowed = {"pids": None, "uids": None}
+    return {"changed": False, "host": host, "processes": processes, "users": users, "narrowed": narrowed}
 
 
 def check(ok: bool, obstacles: bool = False) -> Row:

@@ -143,6 +143,28 @@ def test_the_audit(controller: Controller) -> None:
     assert controller.texts.expression in [vm["vm"] for vm in report["localhost"]["vms"]]
 
 
+# As in the README.
+FIT = """
+- hosts: localhost
+  gather_facts: false
+  tasks:
+    - virt.iommufd.iommufd_info:
+      register: info
+    - ansible.builtin.assert:
+        that: fit.fits is true
+        fail_msg: "{{ fit.reason }} {{ fit.remedy }}"
+        success_msg: "{{ fit.reason }}"
+      vars:
+        fit: "{{ info | virt.iommufd.memlock_fit(memory='64M', user=64055, memlock='8G') }}"
+"""
+
+
+def test_whether_a_vm_fits(controller: Controller) -> None:
+    playbook = controller.place / "fit.yml"
+    playbook.write_text(FIT, encoding="utf-8")
+    controller.check(controller.run(str(playbook), {}))
+
+
 PRESENT: dict[str, Any] = {"iommufd_host_units": [UNIT], "iommufd_host_emulators": ["/usr/bin/qemu-system-x86_64"]}
 ACCESS = {
     "iommufd_host_qemu_access": True,
