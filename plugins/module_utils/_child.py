@@ -23,7 +23,7 @@ import resource
 import select
 import signal
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import Any, Callable, NoReturn
 
 from ._errors import HostLacks, IommufdError, error_text
@@ -171,7 +171,7 @@ def in_child(user: User | None, work: Callable[[], Any], seconds: float, keep: C
 
 def answers(
     user: User | None, work: Callable[[], Iterator[Any]], seconds: float, keep: Collection[int] = ()
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """What `work` yields in a child, one after the other, as `in_child` does it; `seconds` is for each of them."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -312,7 +312,8 @@ def run_command(words: Sequence[str], seconds: float = COMMAND_SECONDS) -> tuple
         )
     except subprocess.SubprocessError as exc:
         raise HostLacks(f"{words[0]} cannot be run in a session of its own: {exc}") from exc
-    assert command.stdout and command.stderr
+    assert command.stdout
+    assert command.stderr
     status = None
     try:
         with command.stdout, command.stderr:

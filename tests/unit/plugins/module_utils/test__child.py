@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import pwd
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -140,7 +141,7 @@ def test_several_answers_and_an_error() -> None:
 
     said = answers(None, work, 30)
     assert [next(said), next(said)] == [1, 2]
-    with pytest.raises(HostLacks, match="^three$"):
+    with pytest.raises(HostLacks, match=r"^three$"):
         next(said)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
@@ -305,9 +306,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_the_steps_to_another_user(fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_child, "become", lambda user: fake.calls.append(("become", user)))
-    monkeypatch.setattr(_child.resource, "setrlimit", lambda *given: fake.calls.append(given))
+    monkeypatch.setattr(resource, "setrlimit", lambda *given: fake.calls.append(given))
     _child._become(VM)
-    limit = (_child.resource.RLIMIT_AS, (2**31, 2**31))
+    limit = (resource.RLIMIT_AS, (2**31, 2**31))
     assert fake.calls == [limit, ("become", VM), ("chdir", "/"), ("umask", 0o077)]
     assert fake.environ == environment(VM)
 
@@ -317,7 +318,7 @@ def test_who_may_not_become_another_user(fake: SimpleNamespace, monkeypatch: pyt
         raise OSError(errno.EPERM, "no")
 
     monkeypatch.setattr(_child, "become", refuse)
-    monkeypatch.setattr(_child.resource, "setrlimit", lambda *_given: None)
+    monkeypatch.setattr(resource, "setrlimit", lambda *_given: None)
     with pytest.raises(IommufdError, match=r"cannot become user vm \(EPERM: .*become: true"):
         _child._become(VM)
     assert fake.calls == []
