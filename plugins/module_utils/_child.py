@@ -75,6 +75,9 @@ _KEYCTL_JOIN_SESSION_KEYRING = 1
 _SYS_KEYCTL = {"x86_64": 250, "i386": 288, "i686": 288, "armv7l": 311, "armv8l": 311, "ppc64le": 271, "s390x": 280}
 _SYS_KEYCTL_GENERIC = 219
 
+# Whether this process is one of those that are made here.
+_is_child = False
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
@@ -246,6 +249,8 @@ def _serve(user: User | None, work: Callable[[], Iterator[Any]], writer: int, ke
 
 
 def _answers(user: User | None, work: Callable[[], Iterator[Any]], keep: Collection[int]) -> Iterator[dict[str, Any]]:
+    global _is_child
+    _is_child = True
     try:
         isolate()
         _close_all_but(keep)
@@ -288,12 +293,14 @@ def _become(user: User | None) -> None:
     os.umask(0o077)
 
 
-def run_command(words: Sequence[str], seconds: float = COMMAND_SECONDS) -> tuple[int, str, str]:
+def run_command(
+    words: Sequence[str], seconds: float = COMMAND_SECONDS, variables: dict[str, str] | None = None
+) -> tuple[int, str, str]:
     """Runs a command as we are, and gives its exit code, output and errors. Raises OSError where it cannot be run.
 
-    It has an environment of its own, no input and no terminal. One that takes longer than `seconds` is ended with all
-    that it has started in its session, and its exit code is 124, as timeout(1) has it; of one that says too much, 125.
-    That of one that a signal ended is the signal's number, less than 0.
+    It has an environment of its own, or `variables`, and neither input nor terminal. One that takes longer than
+    `seconds` is ended with all that it has started in its session, and its exit code is 124, as timeout(1) has it; of
+    one that says too much, 125. That of one that a signal ended is the signal's number, less than 0.
     """
     # A module pays for each import on each host anew, and few need it.
     import subprocess
@@ -306,9 +313,9 @@ def run_command(words: Sequence[str], seconds: float = COMMAND_SECONDS) -> tuple
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment(None),
-            # It is in no thread, and Python has nothing else that does it.
-            preexec_fn=isolate,  # pylint: disable=subprocess-popen-preexec-fn
+            env=environment(None) if variables is None else variables,
+            # A child of ours has a session already, and what it runs is to end with it. There are no threads here.
+            preexec_fn=None if _is_child else isolate,  # pylint: disable=subprocess-popen-preexec-fn
         )
     except subprocess.SubprocessError as exc:
         raise HostLacks(f"{words[0]} cannot be run in a session of its own: {exc}") from exc
