@@ -47,9 +47,11 @@ _IOASES_MAX = 1024
 _NODES_MAX = 256
 _NAME_MAX = 255
 
-# How many processes that hold an iommufd are looked at of one user, and of all. There is no host with so many VMs.
+# How many processes that hold an iommufd are looked at of one user, and of all, and how many iommufds. There is no host
+# with so many VMs.
 _OF_USER = 2500
 _OF_ALL = 10000
+_IOMMUFDS_OF_USER = 4096
 
 # In seconds: how long one process may keep us, and all together. How often one user's processes may, and all.
 _PATIENCE = 10
@@ -64,7 +66,8 @@ _CURE = "That takes root with CAP_SYS_PTRACE (become: true) on the host itself, 
 _LEADERLESS = "The first thread has ended while others run on, which puts the descriptors out of reach."
 _TOO_MANY_IOMMUFDS = f"It has more than {IOMMUFDS_MAX} iommufds, or IOASes, than are looked at."
 _TOO_MANY_HOLDERS = (
-    f"There are too many processes with an iommufd: {_OF_USER} of a user and {_OF_ALL} of all are looked at."
+    f"There are too many processes with an iommufd. At most {_OF_USER} of a user's are looked at, with"
+    f" {_IOMMUFDS_OF_USER} iommufds, and {_OF_ALL} of all."
 )
 _SWAPS = "It puts other files in the place of its iommufds while they are looked at."
 _HANGS = "Processes of its user keep whoever looks at their iommufds waiting, or put other files in their place."
@@ -279,7 +282,7 @@ class Answer(NamedTuple):
 def _look_at_all(result: Survey, candidates: list[Candidate], rdevs: set[int], nodes: Collection[int]) -> None:
     """Looks at the candidates in children, which nobody waits for where they hang. Nearly always one does for all."""
     deadline = time.monotonic() + _SECONDS
-    waiting = _within_bounds(result, candidates)
+    waiting = _within_bounds(result, candidates, rdevs)
     strikes: Counter[int] = Counter()
     while waiting:
         culprit = waiting[0]
@@ -308,16 +311,18 @@ def _look_at_all(result: Survey, candidates: list[Candidate], rdevs: set[int], n
         strikes[culprit.uid] += 1
 
 
-def _within_bounds(result: Survey, candidates: list[Candidate]) -> deque[Candidate]:
+def _within_bounds(result: Survey, candidates: list[Candidate], rdevs: set[int]) -> deque[Candidate]:
     """Those candidates that are looked at. What the others have pinned is counted."""
     waiting: deque[Candidate] = deque()
     of_user: Counter[int] = Counter()
+    iommufds: Counter[int] = Counter()
     for each in candidates:
-        of_user[each.uid] += 1
-        if of_user[each.uid] > _OF_USER or len(waiting) >= _OF_ALL:
+        if of_user[each.uid] >= _OF_USER or iommufds[each.uid] >= _IOMMUFDS_OF_USER or len(waiting) >= _OF_ALL:
             _leave_out(result, each, _TOO_MANY_HOLDERS)
         else:
             waiting.append(each)
+        of_user[each.uid] += 1
+        iommufds[each.uid] += min(IOMMUFDS_MAX, sum(rdev in rdevs for rdev in (each.devices or {}).values()))
     return waiting
 
 

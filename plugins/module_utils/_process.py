@@ -31,6 +31,7 @@ from ._errors import AccessRefused, DescriptorGone, HostLacks, IommufdError, Pro
 
 __all__ = (
     "DESCRIPTORS_MAX",
+    "DEVICES_MAX",
     "Descriptors",
     "Limit",
     "Process",
@@ -67,8 +68,10 @@ _AT_FDCWD = -100
 _AT_STATX_DONT_SYNC = 0x4000
 _STATX_TYPE = 0x1
 
-# How many descriptors of one process are looked at. A limit of a million is common; a VMM has some hundreds.
+# How many descriptors of one process are looked at, and how many of those on devices are told. A limit of a million is
+# common; a VMM has some hundreds.
 DESCRIPTORS_MAX = 2**18
+DEVICES_MAX = 2**13
 
 # What is read of a command line. The longest of a VMM has some kilobytes and hundreds of arguments.
 _CMDLINE_MAX = 2**18
@@ -168,19 +171,21 @@ class Descriptors(NamedTuple):
     more: bool
 
 
-def character_devices_in(folder: int, most: int = DESCRIPTORS_MAX, wanted: Container[int] | None = None) -> Descriptors:
+def character_devices_in(
+    folder: int, most: int = DESCRIPTORS_MAX, wanted: Container[int] | None = None, keep: int = DEVICES_MAX
+) -> Descriptors:
     """The descriptors of a process that are open on character devices, by its folder /proc/PID/fd, which is open here.
 
-    `most` is how many are looked at; `wanted` are the device numbers that are kept, all without it. A descriptor that
-    is closed while this looks is left out. Raises PermissionError, HostLacks, or FileNotFoundError where the process
-    has ended.
+    `most` is how many are looked at, and `keep` how many are told; `wanted` are the device numbers that are told, all
+    without it. A descriptor that is closed while this looks is left out. Raises PermissionError, HostLacks, or
+    FileNotFoundError where the process has ended.
     """
     found: dict[int, int] = {}
     count = 0
     with os.scandir(folder) as entries:
         # There may be millions: they are not even listed at once.
         for entry in entries:
-            if count == most:
+            if count == most or len(found) == keep:
                 return Descriptors(dict(sorted(found.items())), count, more=True)
             count += 1
             rdev = _device_behind(entry.name, folder)

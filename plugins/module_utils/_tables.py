@@ -21,6 +21,11 @@ __all__ = ("LARGE", "TOO_MANY", "Tables")
 _OF_USER = 2**20
 _OF_ALL = 2**22
 
+# How many of a process are told, of all of a user's processes, and of all.
+_TOLD = 512
+_TOLD_OF_USER = 2**16
+_TOLD_OF_ALL = 2**18
+
 # From this size on it is asked whether another process has the very same table, and that of a few is kept in mind.
 LARGE = 4096
 _KEPT = 64
@@ -37,6 +42,7 @@ class Tables:
     def __init__(self, wanted: Container[int]) -> None:
         self._wanted = wanted
         self._spent: Counter[int] = Counter()
+        self._told: Counter[int] = Counter()
         self._large: list[tuple[int, Descriptors]] = []
 
     def look(self, pid: int, uid: int) -> Descriptors:
@@ -45,14 +51,17 @@ class Tables:
         The process is not held: its id may mean another one by now.
         """
         left = min(DESCRIPTORS_MAX, _OF_USER - self._spent[uid], _OF_ALL - sum(self._spent.values()))
+        keep = min(_TOLD, _TOLD_OF_USER - self._told[uid], _TOLD_OF_ALL - sum(self._told.values()))
         folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            found = character_devices_in(folder, min(LARGE, left), self._wanted)
-            if found.more and left > LARGE:
-                found = self._twin(pid) or self._look_at_large(pid, folder, left)
+            found = character_devices_in(folder, min(LARGE, left), self._wanted, keep)
+            if found.looked_at == LARGE < left and found.more:
+                found = self._twin(pid) or self._look_at_large(pid, folder, left, keep)
         finally:
             os.close(folder)
         self._spent[uid] += found.looked_at
+        if found.looked_at:
+            self._told[uid] += len(found.devices)
         return found
 
     def _twin(self, pid: int) -> Descriptors | None:
@@ -62,8 +71,8 @@ class Tables:
         # It costs nothing a second time.
         return found and found._replace(looked_at=0)
 
-    def _look_at_large(self, pid: int, folder: int, most: int) -> Descriptors:
-        found = character_devices_in(folder, most, self._wanted)
+    def _look_at_large(self, pid: int, folder: int, most: int, keep: int) -> Descriptors:
+        found = character_devices_in(folder, most, self._wanted, keep)
         if len(self._large) < _KEPT:
             self._large.append((pid, found))
         return found

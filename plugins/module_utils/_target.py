@@ -17,7 +17,7 @@ from typing import Callable, Union
 
 from ._errors import AccessRefused, IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import IommuFd, iommufd_rdevs
-from ._process import DESCRIPTORS_MAX, Process, is_path_only, own_character_device, printable
+from ._process import DESCRIPTORS_MAX, DEVICES_MAX, Process, is_path_only, own_character_device, printable
 from ._qemu import guest_name
 
 __all__ = (
@@ -322,8 +322,10 @@ def find_iommufds(process: Process) -> list[int]:
     iommufds = iommufd_rdevs(set(found.devices.values()))
     fds = [fd for fd, rdev in found.devices.items() if rdev in iommufds]
     if found.more or len(fds) > IOMMUFDS_MAX:
-        what = f"{DESCRIPTORS_MAX} descriptors" if found.more else f"{IOMMUFDS_MAX} iommufds"
-        raise IommufdError(f"{process} has more than {what}, which are not looked through: give the one that is meant.")
+        raise IommufdError(
+            f"{process} has more descriptors than are looked through ({DESCRIPTORS_MAX}, {DEVICES_MAX} on devices,"
+            f" {IOMMUFDS_MAX} on iommufds): give the one that is meant by its number."
+        )
     return fds
 
 

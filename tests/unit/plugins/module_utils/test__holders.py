@@ -267,7 +267,12 @@ def test_too_many_of_a_user_or_of_all_are_counted(crowd: list[int], monkeypatch:
     assert result.refused == {_holders._TOO_MANY_HOLDERS: [5, 6]}
     # What they have pinned is not lost.
     assert result.others_pinned == {7: 2 * 8192}
+    monkeypatch.setattr(_holders, "_IOMMUFDS_OF_USER", 1)
+    result = Survey()
+    _holders._look_at_all(result, CANDIDATES, {1}, set())
+    assert result.refused == {_holders._TOO_MANY_HOLDERS: [2, 4, 5, 6, 7]}
     monkeypatch.setattr(_holders, "_OF_ALL", 2)
+    monkeypatch.setattr(_holders, "_IOMMUFDS_OF_USER", 9)
     result = Survey()
     _holders._look_at_all(result, CANDIDATES, set(), set())
     assert result.refused == {_holders._TOO_MANY_HOLDERS: [3, 4, 5, 6, 7]}

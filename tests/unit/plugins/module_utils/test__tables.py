@@ -50,3 +50,12 @@ def test_who_shares_a_table(child: subprocess.Popen[bytes]) -> None:
     assert share_descriptors(child.pid, child.pid)
     assert not share_descriptors(child.pid, os.getpid())
     assert not share_descriptors(child.pid, 2**31 - 1)
+
+
+def test_an_end_to_what_is_told(child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tables, "_TOLD", 1)
+    monkeypatch.setattr(_tables, "_TOLD_OF_USER", 2)
+    tables = Tables({NULL})
+    assert [len(tables.look(child.pid, 7).devices) for _each in range(3)] == [1, 1, 0]
+    found = tables.look(child.pid, 8)
+    assert (len(found.devices), found.more) == (1, True)
