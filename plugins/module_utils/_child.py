@@ -15,8 +15,6 @@ the user is, and whoever reads it checks what it holds.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import json
 import os
 import resource
@@ -28,7 +26,7 @@ from typing import Any, Callable, NoReturn
 
 from ._errors import HostLacks, IommufdError, error_text
 from ._process import printable
-from ._user import User, become, has_ids
+from ._user import User, become, has_ids, leave_keyring
 
 __all__ = (
     "COMMAND_SECONDS",
@@ -69,17 +67,8 @@ _MEMORY_MAX = 2**31
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-# linux/keyctl.h, and the number of keyctl(2), for which the C library has no function. Else it is that of
-# asm-generic/unistd.h, as on arm64, riscv and loongarch.
-_KEYCTL_JOIN_SESSION_KEYRING = 1
-_SYS_KEYCTL = {"x86_64": 250, "i386": 288, "i686": 288, "armv7l": 311, "armv8l": 311, "ppc64le": 271, "s390x": 280}
-_SYS_KEYCTL_GENERIC = 219
-
 # Whether this process is one of those that are made here.
 _is_child = False
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 
 
 class NoAnswer(IommufdError):
@@ -115,12 +104,7 @@ def isolate() -> None:
     With the caller's terminal, another user could type into it (TIOCSTI); with the session keyring, use root's keys.
     """
     os.setsid()
-    number = _SYS_KEYCTL.get(os.uname().machine, _SYS_KEYCTL_GENERIC)
-    if _libc.syscall(ctypes.c_long(number), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None) < 0:
-        error = ctypes.get_errno()
-        # A kernel without keys has none to give away. A filter that refuses this call refuses all others of it, too.
-        if error not in (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP):
-            raise OSError(error, os.strerror(error))
+    leave_keyring()
 
 
 def bury(pid: int, seconds: float) -> int | None:
