@@ -39,6 +39,8 @@ __all__ = (
 # What fits into a C long, and so into anything that the kernel or libvirt counts.
 COUNT_MAX = 2**63 - 1
 _DIGITS_MAX = 19
+# Bit masks and limits of the kernel's have 64 bits.
+_JSON_DIGITS_MAX = 20
 
 # A text for people, or a name.
 _TEXT_MAX = 4096
@@ -161,7 +163,7 @@ def parse_answer(given: bytes) -> Any:
 
 
 def _json_int(digits: str) -> int:
-    if len(digits.lstrip("-")) > _DIGITS_MAX:
+    if len(digits.lstrip("-")) > _JSON_DIGITS_MAX:
         raise ValueError("a number has too many digits")
     return int(digits)
 

@@ -16,7 +16,6 @@ from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import _host
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import survey
-from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_name
 from ansible_collections.virt.iommufd.plugins.module_utils._running import DomainRecord
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
@@ -128,52 +127,54 @@ def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: False)
     monkeypatch.setattr(iommufd_info, "domain_record", refuse)
-    monkeypatch.setattr(iommufd_info, "guest_name", lambda _arguments: b"vm1")
     monkeypatch.setattr(_host, "proc_hides", lambda: "hidepid=2")
     monkeypatch.setattr(iommufd_info, "names", lambda _mask: [])
     seen = survey()
+    seen.holders = [each._replace(name="vm1") for each in seen.holders]
     seen.closed = {"EACCES: Permission denied.": [1, 2, 3, 4, 5, 6]}
-    monkeypatch.setattr(iommufd_info, "survey", lambda: seen)
+    monkeypatch.setattr(iommufd_info, "survey", lambda _nodes: seen)
     limits = run(gather_subset=["processes"])["host"]["limits_of_view"]
     assert [each["what"] for each in limits] == ["processes", "processes", "descriptors", "domains"]
     assert "the descriptors of 6 processes (1, 2, 3, 4, 5, ...): EACCES: Permission denied." in limits[2]["why"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "record", "domain"),
+    ("name", "session", "record", "domain"),
     [
-        ([b"qemu", b"-name", b"guest=vm1"], {}, ("vm1", "qemu:///system")),
+        ("vm1", False, {}, ("vm1", "qemu:///system")),
         # What the process shows is its own to change, and what files are called that of the emulators' user.
-        ([b"qemu", b"-name", b"guest=vm1"], {"name": "vm2"}, (None, None)),
-        ([b"qemu", b"-name", b"guest=vm1"], {"pid": 1}, (None, None)),
-        ([b"qemu", b"-name", b"guest=vm1"], {"uid": 4711}, (None, None)),
-        ([b"qemu", b"-name", b"guest=vm1"], {"written": 0.0}, (None, None)),
-        ([b"qemu", b"-name", b"vm1", b"file=/h/libvirt/qemu/lib/domain-1-vm1/key"], None, ("vm1", "qemu:///session")),
-        ([b"qemu", b"-name", b"vm1"], None, (None, None)),
-        ([b"qemu", b"-name", b"a/b"], {}, (None, None)),
-        ([b"qemu"], {}, (None, None)),
+        ("vm1", False, {"name": "vm2"}, (None, None)),
+        ("vm1", False, {"pid": 1}, (None, None)),
+        ("vm1", False, {"uid": 4711}, (None, None)),
+        ("vm1", False, {"written": 0.0}, (None, None)),
+        ("vm1", True, None, ("vm1", "qemu:///session")),
+        ("vm1", False, None, (None, None)),
+        ("a/b", False, {}, (None, None)),
+        (None, True, {}, (None, None)),
+        ("\udcff\x1b", True, {}, ("\\xff\\x1b", "qemu:///session")),
     ],
 )
 def test_whose_domain(
     alone: FakeKernel,
     monkeypatch: pytest.MonkeyPatch,
-    arguments: list[bytes],
+    name: str | None,
+    session: bool,
     record: dict[str, Any] | None,
     domain: tuple[str | None, str | None],
 ) -> None:
-    (holder,) = survey().holders
+    null = os.stat(os.devnull).st_rdev
+    (holder,) = survey({null}).holders
     there = DomainRecord(holder.pid, 1, "vm1", None, holder.started + 1)._replace(**record or {})
 
-    def read(name: str) -> DomainRecord:
-        if record is None or "/" in name:
+    def read(asked: str) -> DomainRecord:
+        if record is None or "/" in asked:
             raise IommufdError("There is none.")
         return there
 
     monkeypatch.setattr(iommufd_info, "domain_record", read)
-    names = iommufd_info.Names(iommufd_info.View())
-    holder = holder._replace(arguments=arguments)
-    assert names.domain(holder, guest_name(arguments)) == domain
-    monkeypatch.setattr(names, "_nodes", {os.stat(os.devnull).st_rdev: _host.VfioNode("/dev/vfio/5", ["a"], 5, True)})
+    nodes = {null: _host.VfioNode("/dev/vfio/5", ["a"], 5, True)}
+    names = iommufd_info.Names(iommufd_info.View(), nodes)
+    assert names.domain(holder._replace(name=name, session=session)) == domain
     assert {"fd": 50, "node": "/dev/vfio/5", "addresses": ["a"]} in names.vfio_devices(holder)
 
 
