@@ -19,6 +19,7 @@ What does not hold: that a domain is found. That user can hide one by renaming i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -26,6 +27,7 @@ from typing import NamedTuple
 
 from ._errors import IommufdError, error_text
 from ._foreign import XML_MAX, number, parse_xml, shown
+from ._process import read_file
 
 __all__ = (
     "DomainRecord",
@@ -89,33 +91,56 @@ def check_domain_name(name: str) -> None:
 def domain_record(name: str) -> DomainRecord:
     """The record of the running domain of that name, or of another one where the file was renamed.
 
-    Raises IommufdError, with the OSError as its cause where the file cannot be opened. Nothing waits: a FIFO or a link
-    in its place is refused.
+    Raises IommufdError, with the OSError as its cause where there is no such file, or this caller may not read it.
+    Nobody is waited for: a FIFO, a link, and a mount in place of file or folder are refused before they are opened.
     """
     check_domain_name(name)
     path = f"{_FOLDER}/{name}.xml"
     place = shown(path)
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as exc:
-        why = error_text(exc.errno) if isinstance(exc, OSError) else "it is no path"
-        raise IommufdError(f"{place}, libvirt's record of the domain, cannot be opened ({why}).") from exc
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise IommufdError(f"{place} is not libvirt's: it is not a regular file.")
-        if status.st_uid != _LIBVIRT_UID:
-            raise IommufdError(f"{place} is not libvirt's: it belongs to uid {status.st_uid}, not to root.")
-        if status.st_size > XML_MAX:
-            raise IommufdError(f"{place} is no record of libvirt's: it holds {status.st_size} bytes.")
-        with open(fd, "rb", closefd=False) as stream:
-            text = stream.read(XML_MAX + 1)
-    finally:
-        os.close(fd)
+    with contextlib.ExitStack() as stack:
+        try:
+            above = _look(stack, os.path.dirname(_FOLDER), os.O_DIRECTORY)
+            folder = _look(stack, _FOLDER, os.O_DIRECTORY | os.O_NOFOLLOW)
+            _check_not_mounted(_FOLDER, folder, above)
+            found = _look(stack, f"{name}.xml", os.O_NOFOLLOW, folder)
+            _check_not_mounted(place, found, folder)
+            status = os.fstat(found)
+            if not stat.S_ISREG(status.st_mode):
+                raise IommufdError(f"{place} is not libvirt's: it is not a regular file.")
+            if status.st_uid != _LIBVIRT_UID:
+                raise IommufdError(f"{place} is not libvirt's: it belongs to uid {status.st_uid}, not to root.")
+            # The very file that was looked at, whatever lies at its path by now.
+            with open(f"/proc/self/fd/{found}", "rb") as stream:
+                status = os.fstat(stream.fileno())
+                text = stream.read(XML_MAX + 1)
+        except (OSError, ValueError) as exc:
+            why = error_text(exc.errno) if isinstance(exc, OSError) else "it is no path"
+            raise IommufdError(f"{place}, libvirt's record of the domain, cannot be read ({why}).") from exc
     try:
         return parse_domain_record(text, status.st_mtime)
     except IommufdError as exc:
         raise IommufdError(f"{place} is no record of libvirt's: it {exc}.") from exc
+
+
+def _look(stack: contextlib.ExitStack, path: str, flags: int, folder: int | None = None) -> int:
+    """A descriptor of what is at a path, which is not opened for that. Raises OSError and ValueError."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC | flags, dir_fd=folder)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _check_not_mounted(place: str, fd: int, folder: int) -> None:
+    """Raises IommufdError where something is mounted there: users may mount on what is theirs, with a server of theirs.
+
+    That is told by the kernel alone. Whatever else is asked of such a mount, its server may never answer.
+    """
+    if _mount_id(fd) != _mount_id(folder):
+        raise IommufdError(f"{place} is not libvirt's: something is mounted there.")
+
+
+def _mount_id(fd: int) -> bytes:
+    found = re.search(rb"^mnt_id:\s*([0-9]+)$", read_file(f"/proc/self/fdinfo/{fd}"), re.MULTILINE)
+    return found.group(1) if found else b""
 
 
 def parse_domain_record(text: bytes, written: float) -> DomainRecord:

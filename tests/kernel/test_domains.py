@@ -164,6 +164,18 @@ def test_the_emulators_user_renames_what_is_recorded(domain: str, other: str, to
         swap(owner, domain, other, *suffixes)
 
 
+def test_a_mount_in_the_place_of_a_record(domain: str, told: Told, tmp_path: Path) -> None:
+    """As the emulators' user can make one of FUSE, whose server never answers. It is refused, not read."""
+    copy = tmp_path / "copy.xml"
+    copy.write_bytes((STATE / f"{domain}.xml").read_bytes())
+    for there, place in ((copy, STATE / f"{domain}.xml"), (tmp_path, STATE)):
+        subprocess.run(["mount", "--bind", str(there), str(place)], check=True)
+        try:
+            assert f"{place} is not libvirt's: something is mounted there" in told(run(domain=domain))
+        finally:
+            subprocess.run(["umount", str(place)], check=True)
+
+
 def test_a_process_that_shows_another_ones_command_line(domain: str) -> None:
     """A process of the emulators' user, with libvirt's pidfile of another domain and a command line that suits it."""
     owner = STATE.stat().st_uid

@@ -106,13 +106,13 @@ def test_what_is_not_libvirts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with open(folder / "huge.xml", "wb") as stream:
         stream.truncate(2**40)
     for name, words in {
-        "none": "cannot be opened .ENOENT",
-        "link": "cannot be opened .ELOOP",
+        "none": "cannot be read .ENOENT",
+        "link": "is not a regular file",
         "folder": "is not a regular file",
         "fifo": "is not a regular file",
-        "huge": "holds 1099511627776 bytes",
-        "n" * 1000: "cannot be opened .ENAMETOOLONG",
-        "\ud800": "cannot be opened .it is no path",
+        "huge": "is too large: it has 16777217 bytes",
+        "n" * 1000: "cannot be read .ENAMETOOLONG",
+        "\ud800": "cannot be read .it is no path",
     }.items():
         with pytest.raises(IommufdError, match=words) as caught:
             domain_record(name)
@@ -122,3 +122,29 @@ def test_what_is_not_libvirts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         IommufdError, match=f"theirs.xml is not libvirt's: it belongs to uid {os.getuid()}, not to root"
     ):
         domain_record("theirs")
+
+
+@pytest.mark.parametrize("place", ["folder", "file"])
+def test_a_mount_in_the_place_of_what_is_libvirts(folder: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """A user may mount on what is his, with a server of his that never answers: nothing is asked of that."""
+    (folder / "vm.xml").write_text(DOMAIN.format(42, 1, "vm"))
+    there = folder / "vm.xml" if place == "file" else folder
+
+    def mount_id(fd: int) -> bytes:
+        return b"99" if Path(os.readlink(f"/proc/self/fd/{fd}")) == there else b"1"
+
+    monkeypatch.setattr(_running, "_mount_id", mount_id)
+    real = os.fstat
+    monkeypatch.setattr(os, "fstat", lambda fd: pytest.fail("asked") if mount_id(fd) == b"99" else real(fd))
+    with pytest.raises(IommufdError, match="is not libvirt's: something is mounted there"):
+        domain_record("vm")
+
+
+def test_mounts_are_told_apart() -> None:
+    (proc, root) = (os.open(path, os.O_PATH) for path in ("/proc", "/"))
+    try:
+        assert _running._mount_id(proc) != _running._mount_id(root)
+        assert _running._mount_id(proc).isdigit()
+    finally:
+        os.close(proc)
+        os.close(root)
