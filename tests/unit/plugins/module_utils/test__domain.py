@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -134,6 +135,41 @@ def test_what_is_no_definition(text: str) -> None:
 def test_a_definition_that_is_not_to_be_believed(more: str, words: str) -> None:
     with pytest.raises(IommufdError, match=f"^libvirt's description of the domain cannot be read: {words}"):
         parse_definition(f"<domain>{more}</domain>")
+
+
+def test_whatever_a_libvirt_says_of_a_domain() -> None:
+    """A definition, or our own error: of a domain's XML in which pieces were swapped, doubled or left out."""
+    chance = random.Random(20)
+    text = xml(DEVICE.format("<driver name='vfio' iommufd='yes'/>", 5) * 2 + "<iommu model='intel'/>")
+    pieces = re.findall(r"<[^>]*>|[^<]+", text)
+    nasty = [
+        "9" * 400,
+        "9" * 5000,
+        "-1",
+        "1e9",
+        "\u0661",
+        "\0",
+        "&lol;",
+        "]]>",
+        "<!DOCTYPE a>",
+        "<memory>",
+        "'",
+        "\ud800",
+    ]
+    read = refused = 0
+    for _attempt in range(5000):
+        spoilt = list(pieces)
+        for _change in range(chance.randrange(1, 4)):
+            at = chance.randrange(len(spoilt))
+            spoilt[at : at + chance.randrange(2)] = [chance.choice([*pieces, *nasty])] * chance.randrange(3)
+        try:
+            need = parse_definition("".join(spoilt)).need_bytes
+            read += need is None or 0 <= need < 2**63
+        except IommufdError as exc:
+            refused += str(exc).startswith("libvirt's description of the domain cannot be read: ")
+    # Each was one of the two, and both have happened.
+    assert read + refused == 5000
+    assert min(read, refused) > 100
 
 
 def test_no_definition_needs_more_than_any_size() -> None:
