@@ -637,7 +637,6 @@ import os
 import pwd
 import re
 from collections.abc import Collection
-from functools import partial
 from typing import Any, Callable, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
@@ -659,7 +658,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import 
     names,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError, error_text
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, Survey, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import misc_rdev
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
@@ -1010,6 +1009,14 @@ def gather(params: Row, run: Run) -> Row:
     return result
 
 
+def run_patiently(words: list[str]) -> tuple[int, str, str]:
+    """Runs a command; its exit code is 127 where it cannot be run at all, as the shell has it."""
+    try:
+        return run_command(words, SECONDS)
+    except OSError as exc:
+        return 127, "", error_text(exc.errno)
+
+
 def main() -> NoReturn:
     subsets = ["host", "processes", "users", "emulators"]
     module = AnsibleModule(
@@ -1022,7 +1029,7 @@ def main() -> NoReturn:
         supports_check_mode=True,
     )
     try:
-        result = gather(module.params, partial(run_command, seconds=SECONDS))
+        result = gather(module.params, run_patiently)
     except IommufdError as exc:
         module.fail_json(msg=str(exc))
     module.exit_json(changed=False, **result)
