@@ -12,6 +12,7 @@ from os.path import basename
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
+from ansible_collections.virt.iommufd.plugins.module_utils._foreign import harmless
 
 DOCUMENTATION = r"""
 name: iommufd_host_result
@@ -395,6 +396,7 @@ def iommufd_host_result(plan: Any, info: Any, record: Any, check: Any, stale: An
             "iommufd_host_result takes a plan of iommufd_host_plan, and what the three modules of its options returned."
         )
     try:
-        return result(plan, info, record, check, list(stale))
+        # The modules give printable texts. A host that is not to be trusted gives what it likes.
+        return dict(harmless(result(plan, info, record, check, list(stale))))
     except KeyError as exc:
         raise AnsibleFilterError(f"iommufd_host_result: there is no {exc} in its input.") from exc

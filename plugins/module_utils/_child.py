@@ -25,7 +25,7 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import Any, Callable, NoReturn
 
 from ._errors import HostLacks, IommufdError, error_text
-from ._process import printable
+from ._foreign import parse_answer, shown
 from ._user import User, become, has_ids, leave_keyring
 
 __all__ = (
@@ -206,16 +206,15 @@ def _lines(user: User | None, reader: int, seconds: float) -> Iterator[bytes]:
 def _judge(user: User | None, text: bytes) -> Any:
     """The value in an answer. Raises the error that is in it, or IommufdError where it is no answer."""
     try:
-        answer = json.loads(text)
+        answer = parse_answer(text)
         if "value" in answer:
             return answer["value"]
         kind, message = (str(each) for each in answer["error"])
-    # It may be nested deeper than what reads it may go.
-    except (ValueError, TypeError, KeyError, RecursionError) as exc:
+    except (IommufdError, ValueError, TypeError, KeyError) as exc:
         raise IommufdError(f"{_who(user)} has ended without an answer.") from exc
     # Those that take more than a text do not come from a child.
     errors = {each.__name__: each for each in IommufdError.__subclasses__() if "__init__" not in vars(each)}
-    raise errors.get(kind, IommufdError)(printable(message.encode("utf-8", "surrogateescape")))
+    raise errors.get(kind, IommufdError)(shown(message))
 
 
 def _serve(user: User | None, work: Callable[[], Iterator[Any]], writer: int, keep: Collection[int]) -> NoReturn:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import glob
 import os
 import re
-import xml.etree.ElementTree as ET
 from typing import Callable, NamedTuple
 
 from ._capabilities import CAP_SYS_RESOURCE, names
 from ._errors import AccessRefused, IommufdError, error_text
+from ._foreign import parse_xml
 from ._process import Process, printable
 
 __all__ = (
@@ -235,7 +235,7 @@ def sets_rlimit_mode(libvirt: Libvirt, offers: bool | None) -> tuple[bool | None
 def offers_iommufd(domain_capabilities: str) -> bool | None:
     """Whether the text of `virsh domcapabilities` offers iommufd for a device; None where it is no such text."""
     try:
-        root = ET.fromstring(domain_capabilities)
-    except (ET.ParseError, ValueError):
+        root = parse_xml(domain_capabilities)
+    except IommufdError:
         return None
     return "yes" in [value.text for value in root.iterfind("devices/hostdev/enum[@name='iommufd']/value")]

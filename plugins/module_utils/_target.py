@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Callable, Union
 
-from ._errors import AccessRefused, IommufdError, NotAnIommufd, ProcessGone, error_text
+from ._errors import IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import IommuFd, iommufd_rdevs
 from ._process import DESCRIPTORS_MAX, DEVICES_MAX, Process, is_path_only, own_character_device, printable
-from ._qemu import guest_name
+from ._running import domain_record
 
 __all__ = (
     "IOMMUFDS_MAX",
@@ -32,7 +32,6 @@ __all__ = (
     "escaped",
     "find_iommufds",
     "hold_target",
-    "running_domains",
 )
 
 _PIDFILE_MAX = 64
@@ -40,11 +39,6 @@ _PIDFILE_MAX = 64
 # How many iommufds of one process are worked on. A VMM has one or two.
 IOMMUFDS_MAX = 256
 _SYMLINKS_MAX = 40
-
-# Where the system libvirt keeps the pidfile and the record of every domain that runs. The folder may belong to the user
-# of the emulators, who could put files of their own there, but none of root's.
-_LIBVIRT_STATE = "/run/libvirt/qemu"
-_LIBVIRT_UID = 0
 
 # xml.sax.saxutils would do, but imports what speaks HTTP, which costs as much as all of this collection.
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&apos;", '"': "&quot;"})
@@ -145,7 +139,7 @@ class PidfileTarget:
 
 @dataclass(frozen=True)
 class DomainTarget:
-    """The emulator of a running domain of the system libvirt."""
+    """The emulator of a running domain of the system libvirt, by what cannot be renamed or rewritten: see _running."""
 
     name: str
 
@@ -153,56 +147,25 @@ class DomainTarget:
         return f"Domain {self.name}"
 
     def resolve(self) -> int:
-        """The id in libvirt's pidfile. Raises IommufdError where there is no such domain, or it is shut off."""
-        if not self.name or "/" in self.name or "\0" in self.name or self.name in (".", ".."):
-            raise IommufdError(f"{self.name!r} is not the name of a domain: it is a name, not a path.")
+        """The id in libvirt's record. Raises IommufdError where there is no such domain, or it is shut off."""
         try:
-            pid, status = PidfileTarget(self._file("pid")).read()
+            return domain_record(self.name).pid
         except IommufdError as exc:
             if isinstance(exc.__cause__, FileNotFoundError):
                 raise IommufdError(
-                    f"No domain {self.name} is running under the system libvirt: there is no {self._file('pid')}."
-                    " It is shut off, or not defined, or belongs to a user's session (`virsh list --all` tells; for a"
-                    " session give pid or pidfile)."
+                    f"No domain {self.name} is running under the system libvirt, which has no record of it. It is shut"
+                    " off, or not defined, or belongs to a user's session (`virsh list --all` tells; for a session give"
+                    " pid or pidfile)."
                 ) from exc
             raise
-        self._check_owner("pid", status)
-        return pid
 
     def check(self, process: Process) -> None:
         """Raises IommufdError where the process is not the emulator that libvirt started for the domain."""
-        guest = guest_name(process.arguments())
-        if guest != os.fsencode(self.name):
-            shown = "none" if guest is None else printable(guest)
-            raise IommufdError(
-                f"{process} is not the emulator of domain {self.name}: the guest on its command line is {shown}."
-                f" {self._file('pid')} is stale."
-            )
-        try:
-            with open(self._file("xml"), "rb", opener=_no_link) as stream:
-                self._check_owner("xml", os.fstat(stream.fileno()))
-                uid = emulator_uid(stream.read())
-        except OSError as exc:
-            raise IommufdError(
-                f"{self._file('xml')}, libvirt's record of the domain, cannot be read ({error_text(exc.errno)})."
-            ) from exc
-        if uid is not None and uid != process.uid:
-            raise IommufdError(
-                f"{process} is not the emulator of domain {self.name}: libvirt runs that as uid {uid}, and this is"
-                f" uid {process.uid}."
-            )
-
-    def _check_owner(self, suffix: str, status: os.stat_result) -> None:
-        if status.st_uid != _LIBVIRT_UID:
-            raise IommufdError(
-                f"{self._file(suffix)} is not libvirt's: it belongs to uid {status.st_uid}, not to root."
-            )
-
-    def _file(self, suffix: str) -> str:
-        path = f"{_LIBVIRT_STATE}/{self.name}.{suffix}"
-        if suffix == "pid" and not os.path.lexists(path):
-            return f"{_LIBVIRT_STATE}/{escaped(self.name)}.{suffix}"
-        return path
+        record = domain_record(self.name)
+        unit = process.units()[0]
+        against = record.contradiction(self.name, process.pid, process.uid, process.started(), unit)
+        if against:
+            raise IommufdError(f"{process} is not the emulator of domain {self.name}: {against}")
 
 
 @dataclass(frozen=True)
@@ -260,34 +223,6 @@ class UnitTarget:
 def escaped(text: str) -> str:
     """A text as it stands in XML. libvirt writes a domain's name so into the name of its pidfile (seen with 12.8)."""
     return text.translate(_ENTITIES)
-
-
-def running_domains() -> dict[int, str]:
-    """The emulators of the system libvirt's running domains, by libvirt's own pidfiles: ids, and the files' names.
-
-    Raises AccessRefused where this caller may not look. A file that is not root's is not libvirt's, and left out.
-    """
-    found = {}
-    refused = ""
-    try:
-        files = [name for name in os.listdir(_LIBVIRT_STATE) if name.endswith(".pid") and name != "driver.pid"]
-    except FileNotFoundError:
-        return {}
-    except OSError as exc:
-        raise AccessRefused(f"{_LIBVIRT_STATE} cannot be looked at ({error_text(exc.errno)}).") from exc
-    for name in files:
-        try:
-            pid, status = PidfileTarget(f"{_LIBVIRT_STATE}/{name}").read()
-        except IommufdError as exc:
-            # Else it is a domain that has just ended, or something that is not libvirt's.
-            if isinstance(exc.__cause__, PermissionError):
-                refused = printable(os.fsencode(str(exc)))
-            continue
-        if status.st_uid == _LIBVIRT_UID:
-            found[pid] = printable(os.fsencode(name[: -len(".pid")]))
-    if refused and not found:
-        raise AccessRefused(refused)
-    return found
 
 
 Target = Union[PidTarget, PidfileTarget, DomainTarget, UnitTarget]
@@ -414,23 +349,6 @@ def _add_writers(found: dict[int, str], path: str, status: os.stat_result) -> No
     sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
         found.setdefault(-1, path)
-
-
-def emulator_uid(status_xml: bytes) -> int | None:
-    """The user id that libvirt runs the emulator as, from its status file; None where it did not choose one.
-
-    It is in the label of the security model `dac`, such as `+64055:+64055`. Raises IommufdError for any other text.
-    """
-    # Only domains need it, and a module pays for each import on each host anew.
-    import xml.etree.ElementTree as ET
-
-    try:
-        root = ET.fromstring(status_xml)
-    except (ET.ParseError, ValueError, LookupError) as exc:
-        raise IommufdError(f"libvirt's record of the domain is no XML: {exc}.") from exc
-    label = root.findtext("domain/seclabel[@model='dac']/label")
-    found = re.match(r"\+?([0-9]{1,10}):", label or "")
-    return int(found.group(1)) if found else None
 
 
 def _no_link(path: str, flags: int) -> int:

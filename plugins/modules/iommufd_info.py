@@ -413,7 +413,8 @@ processes:
     domain:
       description:
         - The libvirt domain whose emulator it is; V(null) where there is none or it cannot be told. For the system
-          libvirt its own pidfile vouches for it, for a user's session nothing but the process's command line does.
+          libvirt its own record vouches for it, which only root can read; for a user's session nothing but the
+          process's command line does.
       type: str
       sample: vm1
     domain_uri:
@@ -658,7 +659,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import 
     names,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError, error_text
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError, error_text
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, Survey, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import misc_rdev
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
@@ -667,7 +668,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     printable,
     user_name,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._target import escaped, running_domains
+from ansible_collections.virt.iommufd.plugins.module_utils._running import domain_record
 
 Row = dict[str, Any]
 # Runs a command and gives its exit code, output and errors.
@@ -916,25 +917,32 @@ def shown(name: str) -> str:
 
 
 class Names:
-    """What this host calls things: its system libvirt's domains, by process, and VFIO's nodes, by device number."""
+    """What this host calls things: its system libvirt's domains, and VFIO's nodes, by device number."""
 
     def __init__(self, view: View, nodes: dict[int, _host.VfioNode]) -> None:
         self._nodes = nodes
-        self._domains: dict[int, str] = {}
-        try:
-            self._domains = running_domains()
-        except AccessRefused as exc:
-            view.limit("domains", f"The domains of the system libvirt cannot be told: {exc}")
+        self._view: View | None = view
 
     def domain(self, holder: Holder) -> tuple[str | None, str | None]:
         """The domain whose emulator a process is, and the URI of the libvirt that it belongs to; None, None without."""
         if holder.name is None:
             return None, None
         name = shown(holder.name)
-        # Its pidfile has the name as it stands in XML.
-        if self._domains.get(holder.pid) in (name, shown(escaped(holder.name))):
+        if self._is_of_system(holder, holder.name):
             return name, "qemu:///system"
         return (name, "qemu:///session") if holder.session else (None, None)
+
+    def _is_of_system(self, holder: Holder, guest: str) -> bool:
+        """Whether the system libvirt says so. The command line, which is the process's own to change, only asks."""
+        try:
+            record = domain_record(guest)
+        except IommufdError as exc:
+            # Else there is no such domain, or the file is not libvirt's.
+            if isinstance(exc.__cause__, PermissionError) and self._view is not None:
+                self._view.limit("domains", f"The domains of the system libvirt cannot be told: {exc}")
+                self._view = None
+            return False
+        return not record.contradiction(guest, holder.pid, holder.status.uid, holder.started, holder.units[0])
 
     def vfio_devices(self, holder: Holder) -> list[Row]:
         """The devices of VFIO that a process has open."""
