@@ -2,40 +2,89 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Private to this collection: a child process that has become an ordinary user, and does one thing for us as that user.
+"""Private to this collection: children, and the only place where somebody is waited for.
 
-What it answers is data from that user, not to be believed further than the user is: it is JSON of a limited size, and
-whoever reads it checks what it holds.
+What may hang or be hostile is done in a child: to speak for another user, to close a borrowed descriptor, to run a
+command. Nobody is waited for beyond a deadline. A child in uninterruptible sleep, as on a dead mount, does not even end
+when it is killed; it is left behind, to whoever inherits it.
+
+What a child answers is JSON of a limited size. That of one that has become a user is not to be believed further than
+the user is, and whoever reads it checks what it holds.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import json
 import os
+import resource
 import select
 import signal
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import Any, Callable, NoReturn
 
-from ._errors import IommufdError, error_text
+from ._errors import HostLacks, IommufdError, error_text
 from ._process import printable
 from ._user import User, become, has_ids
 
 __all__ = (
+    "COMMAND_SECONDS",
+    "Interrupted",
     "NoAnswer",
+    "answers",
+    "bury",
+    "end",
     "environment",
     "in_child",
+    "insist",
+    "isolate",
+    "run_command",
 )
 
+# How long one answer may be.
 _ANSWER_MAX = 2**20
 
+# A command of systemd's or udev's answers in milliseconds; a busy host gets so long, in seconds.
+COMMAND_SECONDS = 90
+
+# What a command may say. The longest, libvirt's capabilities of a domain, has some 100 kB.
+_OUTPUT_MAX = 2**22
+
+# What a process takes at most to end after it was killed, in seconds, unless it cannot.
+_ENDING = 2.0
+
+# As timeout(1) gives it, and as systemd names it.
+_TIMED_OUT = 124
+_TOO_MUCH = 125
+_LATE = "took longer than {seconds:.0f} seconds, and was ended"
+
+# How often something that was only interrupted is tried.
+_ATTEMPTS = 3
+
+# What a child that is another user's may take of memory: libvirt's library needs a tenth of it.
+_MEMORY_MAX = 2**31
+
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+# linux/keyctl.h, and the number of keyctl(2), for which the C library has no function. Else it is that of
+# asm-generic/unistd.h, as on arm64, riscv and loongarch.
+_KEYCTL_JOIN_SESSION_KEYRING = 1
+_SYS_KEYCTL = {"x86_64": 250, "i386": 288, "i686": 288, "armv7l": 311, "armv8l": 311, "ppc64le": 271, "s390x": 280}
+_SYS_KEYCTL_GENERIC = 219
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
 
 
 class NoAnswer(IommufdError):
     """The child took too long. What it has asked others to do may still be done."""
+
+
+class Interrupted(IommufdError):
+    """A signal ended the child, so nothing is known: the user that it had become may have sent that."""
 
 
 def environment(user: User | None) -> dict[str, str]:
@@ -57,47 +106,114 @@ def environment(user: User | None) -> dict[str, str]:
     }
 
 
+def isolate() -> None:
+    """Takes this process out of its caller's session: no terminal, no keys. Raises OSError.
+
+    With the caller's terminal, another user could type into it (TIOCSTI); with the session keyring, use root's keys.
+    """
+    os.setsid()
+    number = _SYS_KEYCTL.get(os.uname().machine, _SYS_KEYCTL_GENERIC)
+    if _libc.syscall(ctypes.c_long(number), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None) < 0:
+        error = ctypes.get_errno()
+        # A kernel without keys has none to give away. A filter that refuses this call refuses all others of it, too.
+        if error not in (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP):
+            raise OSError(error, os.strerror(error))
+
+
+def bury(pid: int, seconds: float) -> int | None:
+    """The exit status of a child as waitpid(2) has it, once it has ended; None where it has not after so long."""
+    deadline = time.monotonic() + seconds
+    pause = 0.0005
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def end(pid: int) -> int | None:
+    """Kills a child and all that is in its session, and buries it; None where it cannot even be killed."""
+    for kill in (os.killpg, os.kill):
+        # It may not have got as far as to a session of its own.
+        with contextlib.suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
+    return bury(pid, _ENDING)
+
+
+def insist(act: Callable[[], Any]) -> Any:
+    """What `act` returns; it is done again where it was only interrupted. Raises Interrupted where it always is."""
+    for _attempt in range(_ATTEMPTS - 1):
+        with contextlib.suppress(Interrupted):
+            return act()
+    return act()
+
+
 def in_child(user: User | None, work: Callable[[], Any], seconds: float, keep: Collection[int] = ()) -> Any:
     """What `work` returns in a child that has become the user; None: in one that stays who we are.
 
     `keep` are descriptors of ours that it may use; it has no other. What it returns must be good for JSON. An
-    IommufdError that it raises is raised here; so is one where the child ends without an answer, and NoAnswer where it
-    takes longer than `seconds`. The child has ended when this returns or raises.
+    IommufdError that it raises is raised here; so is one where the child ends without an answer, Interrupted where a
+    signal ended it, and NoAnswer where it takes longer than `seconds`. Nothing that it has started in its session goes
+    on; the child itself only if nothing can end it.
     """
+
+    def once() -> Iterator[Any]:
+        yield work()
+
+    with contextlib.closing(answers(user, once, seconds, keep)) as said:
+        for each in said:
+            return each
+    raise IommufdError(f"{_who(user)} has ended without an answer.")
+
+
+def answers(
+    user: User | None, work: Callable[[], Iterator[Any]], seconds: float, keep: Collection[int] = ()
+) -> Generator[Any, None, None]:
+    """What `work` yields in a child, one after the other, as `in_child` does it; `seconds` is for each of them."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
         _serve(user, work, writer, keep)
     os.close(writer)
+    status: int | None = None
     try:
-        text = _read(reader, time.monotonic() + seconds)
+        for text in _lines(user, reader, seconds):
+            yield _judge(user, text)
+        # It is about to end by itself, and how it does tells whether it was ended.
+        status = bury(pid, _ENDING)
+        if status is not None and os.WIFSIGNALED(status):
+            raise Interrupted(f"{_who(user)} was ended by signal {os.WTERMSIG(status)}, before it could answer.")
     finally:
         os.close(reader)
-        # It has said all that it will say, or all that we wait for.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    if text is None:
-        raise NoAnswer(f"{_who(user)} got no answer within {seconds:.0f} seconds, and has given up waiting.")
-    return _judge(user, text)
+        if status is None:
+            # It has said all that it will say, or all that we wait for.
+            end(pid)
 
 
 def _who(user: User | None) -> str:
-    return f"The process that asks libvirt as {'root' if user is None else f'user {user.name}'}"
+    return f"The process that does this as {'root' if user is None else f'user {user.name}'}"
 
 
-def _read(reader: int, deadline: float) -> bytes | None:
-    """All that comes out of a pipe until its other end is closed; None once the time has run out."""
+def _lines(user: User | None, reader: int, seconds: float) -> Iterator[bytes]:
+    """The lines that come out of a pipe, until its other end is closed. Raises NoAnswer for one that takes too long."""
+    deadline = time.monotonic() + seconds
     text = b""
-    while len(text) <= _ANSWER_MAX:
+    while True:
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([reader], [], [], left)[0]:
-            return None
+            raise NoAnswer(f"{_who(user)} got no answer within {seconds:.0f} seconds, and has given up waiting.")
         more = os.read(reader, 65536)
         if not more:
-            break
-        text += more
-    return text
+            return
+        *lines, text = (text + more).split(b"\n")
+        for line in lines:
+            yield line
+            deadline = time.monotonic() + seconds
+        if len(text) > _ANSWER_MAX:
+            raise IommufdError(f"{_who(user)} has ended without an answer: what it says has no end.")
 
 
 def _judge(user: User | None, text: bytes) -> Any:
@@ -107,34 +223,39 @@ def _judge(user: User | None, text: bytes) -> Any:
         if "value" in answer:
             return answer["value"]
         kind, message = (str(each) for each in answer["error"])
-    except (ValueError, TypeError, KeyError) as exc:
+    # It may be nested deeper than what reads it may go.
+    except (ValueError, TypeError, KeyError, RecursionError) as exc:
         raise IommufdError(f"{_who(user)} has ended without an answer.") from exc
-    errors = {each.__name__: each for each in IommufdError.__subclasses__()}
+    # Those that take more than a text do not come from a child.
+    errors = {each.__name__: each for each in IommufdError.__subclasses__() if "__init__" not in vars(each)}
     raise errors.get(kind, IommufdError)(printable(message.encode("utf-8", "surrogateescape")))
 
 
-def _serve(user: User | None, work: Callable[[], Any], writer: int, keep: Collection[int]) -> NoReturn:
+def _serve(user: User | None, work: Callable[[], Iterator[Any]], writer: int, keep: Collection[int]) -> NoReturn:
     """The child's whole life. Nothing that is the parent's is cleaned up, flushed or run here."""
     code = 1
     try:
-        answer = memoryview(_answer(user, work, {writer, *keep}))
-        while answer:
-            answer = answer[os.write(writer, answer) :]
+        for answer in _answers(user, work, {writer, *keep}):
+            left = memoryview(json.dumps(answer).encode("ascii") + b"\n")
+            while left:
+                left = left[os.write(writer, left) :]
         code = 0
     finally:
+        # What is open is closed only now, which may take for ever. Nobody waits for that.
         os._exit(code)
 
 
-def _answer(user: User | None, work: Callable[[], Any], keep: Collection[int]) -> bytes:
+def _answers(user: User | None, work: Callable[[], Iterator[Any]], keep: Collection[int]) -> Iterator[dict[str, Any]]:
     try:
+        isolate()
         _close_all_but(keep)
         _become(user)
-        said = {"value": work()}
+        for each in work():
+            yield {"value": each}
     except IommufdError as exc:
-        said = {"error": [type(exc).__name__, str(exc)]}
+        yield {"error": [type(exc).__name__, str(exc)]}
     except Exception as exc:
-        said = {"error": ["IommufdError", f"{_who(user)} failed with {type(exc).__name__}: {exc}"]}
-    return json.dumps(said).encode("ascii")
+        yield {"error": ["IommufdError", f"{_who(user)} failed with {type(exc).__name__}: {exc}"]}
 
 
 def _close_all_but(keep: Collection[int]) -> None:
@@ -154,6 +275,8 @@ def _become(user: User | None) -> None:
     os.environ.clear()
     os.environ.update(environment(user))
     if user is not None and not has_ids(user):
+        # What the user answers may make it grow.
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_MAX, _MEMORY_MAX))
         try:
             become(user)
         except OSError as exc:
@@ -163,3 +286,65 @@ def _become(user: User | None) -> None:
             ) from exc
     os.chdir("/")
     os.umask(0o077)
+
+
+def run_command(words: Sequence[str], seconds: float = COMMAND_SECONDS) -> tuple[int, str, str]:
+    """Runs a command as we are, and gives its exit code, output and errors. Raises OSError where it cannot be run.
+
+    It has an environment of its own, no input and no terminal. One that takes longer than `seconds` is ended with all
+    that it has started in its session, and its exit code is 124, as timeout(1) has it; of one that says too much, 125.
+    That of one that a signal ended is the signal's number, less than 0.
+    """
+    # A module pays for each import on each host anew, and few need it.
+    import subprocess
+
+    deadline = time.monotonic() + seconds
+    try:
+        # AnsibleModule.run_command waits for a command for ever, also for one that timeout(1) cannot kill.
+        command = subprocess.Popen(  # pylint: disable=ansible-bad-function,consider-using-with
+            list(words),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(None),
+            # It is in no thread, and Python has nothing else that does it.
+            preexec_fn=isolate,  # pylint: disable=subprocess-popen-preexec-fn
+        )
+    except subprocess.SubprocessError as exc:
+        raise HostLacks(f"{words[0]} cannot be run in a session of its own: {exc}") from exc
+    assert command.stdout
+    assert command.stderr
+    status = None
+    try:
+        with command.stdout, command.stderr:
+            output, errors, trouble = _drain(command.stdout.fileno(), command.stderr.fileno(), deadline)
+        status = None if trouble else bury(command.pid, deadline - time.monotonic())
+    finally:
+        if status is None:
+            end(command.pid)
+        # So that nobody waits for it later.
+        command.returncode = 0
+    if status is None:
+        code, why = trouble or (_TIMED_OUT, _LATE)
+        return code, output, f"{errors}It {why.format(seconds=seconds)}."
+    return os.waitstatus_to_exitcode(status), output, errors
+
+
+def _drain(output: int, errors: int, deadline: float) -> tuple[str, str, tuple[int, str] | None]:
+    """What comes out of two pipes until both are closed, and what kept us from hearing all of it: a code, and words."""
+    said = {output: b"", errors: b""}
+    open_ = set(said)
+    trouble = None
+    while open_ and not trouble:
+        ready = select.select(open_, [], [], max(0.0, deadline - time.monotonic()))[0]
+        for each in ready:
+            more = os.read(each, 65536)
+            said[each] += more
+            if not more:
+                open_.remove(each)
+        if not ready:
+            trouble = (_TIMED_OUT, _LATE)
+        elif sum(map(len, said.values())) > _OUTPUT_MAX:
+            trouble = (_TOO_MUCH, f"said more than {_OUTPUT_MAX} bytes, and was ended")
+    text = [each.decode("utf-8", "surrogateescape") for each in said.values()]
+    return text[0], text[1], trouble

@@ -4,25 +4,37 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
 import pwd
+import resource
 import signal
 import time
+from collections.abc import Iterator
 from operator import itemgetter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _child
-from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer, environment, in_child
+from ansible_collections.virt.iommufd.plugins.module_utils._child import (
+    Interrupted,
+    NoAnswer,
+    answers,
+    environment,
+    in_child,
+    insist,
+    run_command,
+)
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import NoDaemon
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User, find_user
 
 VM = User("vm", 1001, 1002, "/home/vm")
-WHO = "The process that asks libvirt as root"
+WHO = "The process that does this as root"
 
 
 def me() -> User:
@@ -94,10 +106,142 @@ def test_any_other_error_is_told() -> None:
         in_child(None, lambda: itemgetter(1)([]), 30)
 
 
-@pytest.mark.parametrize("end", [lambda: os._exit(0), lambda: os.kill(os.getpid(), signal.SIGSEGV)])
-def test_a_child_that_dies(end: Callable[[], None]) -> None:
-    with pytest.raises(IommufdError, match=f"^{WHO} has ended without an answer"):
-        in_child(None, end, 30)
+def test_a_child_that_ends() -> None:
+    with pytest.raises(IommufdError, match=f"^{WHO} has ended without an answer") as raised:
+        in_child(None, lambda: os._exit(0), 30)
+    assert raised.type is IommufdError
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGTERM])
+def test_a_child_that_is_ended(number: int) -> None:
+    with pytest.raises(Interrupted, match=f"^{WHO} was ended by signal {number:d}, before it could answer"):
+        in_child(None, lambda: os.kill(os.getpid(), number), 30)
+
+
+def test_what_is_interrupted_is_tried_again() -> None:
+    def act(last: int) -> object:
+        tried.append(0)
+        if len(tried) < last:
+            raise Interrupted("once more")
+        return len(tried)
+
+    tried: list[int] = []
+    assert insist(lambda: act(3)) == 3
+    tried = []
+    with pytest.raises(Interrupted, match="once more"):
+        insist(lambda: act(4))
+    assert len(tried) == 3
+
+
+def test_several_answers_and_an_error() -> None:
+    def work() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise HostLacks("three")
+
+    said = answers(None, work, 30)
+    assert [next(said), next(said)] == [1, 2]
+    with pytest.raises(HostLacks, match=r"^three$"):
+        next(said)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_each_answer_has_a_time_of_its_own() -> None:
+    def work() -> Iterator[int]:
+        for number in range(4):
+            time.sleep(0.3)
+            yield number
+        time.sleep(60)
+
+    said = answers(None, work, 1)
+    assert [next(said) for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(NoAnswer):
+        next(said)
+
+
+def test_a_child_that_is_stopped_is_ended() -> None:
+    began = time.monotonic()
+    with pytest.raises(NoAnswer):
+        in_child(None, lambda: os.kill(os.getpid(), signal.SIGSTOP), 0.2)
+    assert time.monotonic() - began < 30
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_one_that_cannot_be_ended_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_child, "_ENDING", 0.1)
+    monkeypatch.setattr(os, "killpg", lambda *_given: None)
+    monkeypatch.setattr(os, "kill", lambda *_given: None)
+    began = time.monotonic()
+    with pytest.raises(NoAnswer):
+        in_child(None, lambda: time.sleep(5), 0.1)
+    assert time.monotonic() - began < 4
+    # It is still ours, and runs.
+    assert os.waitpid(-1, os.WNOHANG) == (0, 0)
+    os.waitpid(-1, 0)
+
+
+def test_what_a_child_has_started_ends_with_it(tmp_path: Path) -> None:
+    def work() -> None:
+        pid = os.fork()
+        if not pid:
+            time.sleep(60)
+        (tmp_path / "pid").write_text(str(pid))
+        time.sleep(60)
+
+    with pytest.raises(NoAnswer):
+        in_child(None, work, 1)
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    # Whoever inherits it buries it.
+    for _attempt in range(100):
+        if not status.exists() or ") Z " in status.read_text():
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("It goes on.")
+
+
+def test_a_child_has_a_session_and_keys_of_its_own() -> None:
+    def look() -> list[Any]:
+        return [os.getsid(0) == os.getpid(), _child._libc.syscall(ctypes.c_long(number), 0, -3, 0)]
+
+    # KEYCTL_GET_KEYRING_ID of KEY_SPEC_SESSION_KEYRING
+    number = _child._SYS_KEYCTL.get(os.uname().machine, _child._SYS_KEYCTL_GENERIC)
+    mine = _child._libc.syscall(ctypes.c_long(number), 0, -3, 0)
+    alone, theirs = in_child(None, look, 30)
+    assert alone
+    assert -1 not in (mine, theirs)
+    assert theirs != mine
+
+
+def test_a_command() -> None:
+    script = "echo out; echo err >&2; echo $HOME; exit 3"
+    assert run_command(["sh", "-c", script], 30) == (3, "out\n\n", "err\n")
+    code, output, _errors = run_command(["sh", "-c", "ps -o sid= -p $$; echo $$"], 30)
+    session, pid = map(int, output.split())
+    assert (code, session) == (0, pid)
+    with pytest.raises(FileNotFoundError):
+        run_command(["/no/such"], 30)
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "told"),
+    [
+        ("echo so far; sleep 60", 124, "It took longer than 1 seconds, and was ended."),
+        ("exec >&- 2>&-; sleep 60", 124, "It took longer than 1 seconds, and was ended."),
+        ("sleep 60 & echo child", 124, "It took longer"),
+        ("trap '' TERM; sleep 60; sleep 60", 124, "It took longer"),
+        ("exec cat /dev/zero", 125, "It said more than 4194304 bytes"),
+        ("kill -KILL $$", -9, ""),
+        ("kill -STOP $$", 124, "It took longer"),
+    ],
+)
+def test_a_command_that_does_not_end_well(script: str, code: int, told: str) -> None:
+    began = time.monotonic()
+    ended, _output, errors = run_command(["sh", "-c", script], 1)
+    assert (ended, told in errors) == (code, True)
+    assert time.monotonic() - began < 30
 
 
 def test_a_child_that_hangs_is_ended() -> None:
@@ -119,9 +263,11 @@ def test_an_answer_without_end_is_none() -> None:
         in_child(None, lambda: "x" * 2**21, 30)
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"3", b"{}", b'{"error": 3}', b'{"error": ["a"]}', b"\xff"])
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"3", b"{}", b'{"error": 3}', b'{"error": ["a"]}', b"\xff", b"[" * 100_000]
+)
 def test_what_is_no_answer(text: bytes) -> None:
-    with pytest.raises(IommufdError, match=r"^The process that asks libvirt as user vm has ended without an answer"):
+    with pytest.raises(IommufdError, match=r"^The process that does this as user vm has ended without an answer"):
         _child._judge(VM, text)
 
 
@@ -160,8 +306,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_the_steps_to_another_user(fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_child, "become", lambda user: fake.calls.append(("become", user)))
+    monkeypatch.setattr(resource, "setrlimit", lambda *given: fake.calls.append(given))
     _child._become(VM)
-    assert fake.calls == [("become", VM), ("chdir", "/"), ("umask", 0o077)]
+    limit = (resource.RLIMIT_AS, (2**31, 2**31))
+    assert fake.calls == [limit, ("become", VM), ("chdir", "/"), ("umask", 0o077)]
     assert fake.environ == environment(VM)
 
 
@@ -170,6 +318,7 @@ def test_who_may_not_become_another_user(fake: SimpleNamespace, monkeypatch: pyt
         raise OSError(errno.EPERM, "no")
 
     monkeypatch.setattr(_child, "become", refuse)
+    monkeypatch.setattr(resource, "setrlimit", lambda *_given: None)
     with pytest.raises(IommufdError, match=r"cannot become user vm \(EPERM: .*become: true"):
         _child._become(VM)
     assert fake.calls == []
@@ -199,12 +348,12 @@ def test_the_childs_life(work: Callable[[], Any], said: Any, monkeypatch: pytest
     def end(code: int) -> None:
         raise SystemExit(code)
 
-    for name in ("_close_all_but", "_become"):
-        monkeypatch.setattr(_child, name, lambda _given: None)
+    for name in ("isolate", "_close_all_but", "_become"):
+        monkeypatch.setattr(_child, name, lambda *_given: None)
     monkeypatch.setattr(os, "_exit", end)
     reader, writer = os.pipe()
     with pytest.raises(SystemExit, match=r"^0$"):
-        _child._serve(None, work, writer, [])
+        _child._serve(None, lambda: (work() for _once in "1"), writer, [])
     os.close(writer)
     with open(reader, "rb") as stream:
         assert json.loads(stream.read()) == said
