@@ -187,9 +187,9 @@ class _Walk:
                     self._enter(_root(), "/")
                 parts += [(each, True) for each in _parts(lead)]
                 continue
-            if parts or judge_last or stat.S_ISLNK(status.st_mode):
-                self._judge(here, status)
             if not parts:
+                if judge_last or stat.S_ISLNK(status.st_mode):
+                    self._judge(here, status)
                 return Place(self._folder, part, here, (), fd, status)
             if not stat.S_ISDIR(status.st_mode):
                 raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), self._path)
