@@ -151,7 +151,6 @@ class _Walk:
         self._found = -1
         # Who can add names to the folder, beside the trusted users.
         self._adds = ""
-        self._enter(_root(), "/")
 
     def close(self) -> None:
         """Closes what is open."""
@@ -162,6 +161,7 @@ class _Walk:
 
     def go(self, follow: bool, changes: bool, judge_last: bool) -> Place:
         """See `walk`."""
+        self._enter(_root(), "/")
         # The next one is at the end. With each, whether it is of a link.
         parts = [(part, False) for part in _parts(self._path)]
         links = 0

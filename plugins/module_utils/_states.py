@@ -303,8 +303,8 @@ def matching_nodes(pattern: str) -> list[str]:
     """
     folder, name = os.path.split(pattern)
     try:
-        with walk(folder, follow=True) as place:
-            there = [] if place.found is None else entries(place.found)
+        with walk(pattern, judge_last=False) as place:
+            there = [] if place.missing else entries(place.folder)
     except NotADirectoryError:
         return []
     except OSError as exc:
