@@ -16,6 +16,7 @@ __all__ = (
     "CAP_IPC_LOCK",
     "CAP_SYS_PTRACE",
     "CAP_SYS_RESOURCE",
+    "XATTR",
     "FileCapabilities",
     "names",
     "parse_file_capabilities",
@@ -35,6 +36,9 @@ _NAMES = (
     "cap_audit_read", "cap_perfmon", "cap_bpf", "cap_checkpoint_restore",
 )
 # fmt: on
+
+# Where a file keeps them.
+XATTR = "security.capability"
 
 # It lifts every limit on pinned and locked memory.
 CAP_IPC_LOCK = "cap_ipc_lock"
@@ -132,8 +136,8 @@ def with_ipc_lock(xattr: bytes | None) -> bytes:
     if sets.root_uid:
         given = ", ".join(names(sets.permitted | sets.inheritable)) or "nothing"
         raise IommufdError(
-            f"Its capabilities ({given}) are for the user namespace of uid {sets.root_uid} only, and CAP_IPC_LOCK, which"
-            " has to be for the initial one, would give them there too."
+            f"Its capabilities ({given}) are for the user namespace of uid {sets.root_uid} only, and CAP_IPC_LOCK,"
+            " which has to be for the initial one, would give them there too."
         )
     others = ", ".join(names((sets.permitted | sets.inheritable) & ~_IPC_LOCK))
     if others and not sets.effective:

@@ -37,8 +37,8 @@ _PAUSE = 1
 def decide(xattr: bytes | None) -> bytes | None:
     """The extended attribute that gives a file CAP_IPC_LOCK, by the one that it has; None where it needs nothing.
 
-    `xattr` None is a file without one. The capability is added to nothing, or to the host's own capabilities, if those are effective. Raises IommufdError where the
-    file has others, which are left as they are.
+    `xattr` None is a file without one. The capability is added to nothing, or to the host's own, if those are
+    effective. Raises IommufdError where the file has others, which are left as they are.
     """
     if parse_file_capabilities(xattr or b"").lifts_memlock:
         return None

@@ -52,7 +52,7 @@ class Writer(NamedTuple):
 class Untrusted(IommufdError):
     """Somebody who is not trusted can decide what is at a path. `writer` tells where, and who."""
 
-    def __init__(self, message: str, writer: Writer = Writer("", "")) -> None:
+    def __init__(self, message: str, writer: Writer) -> None:
         super().__init__(message)
         self.writer = writer
 
@@ -214,9 +214,7 @@ class _Walk:
             raise self._untrusted(self._where, self._adds)
         if {".", ".."} & set(names):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._path)
-        return Place(
-            self._folder, names[-1], os.path.join(self._where, *names), tuple(names[:-1]), dangling=of_link
-        )
+        return Place(self._folder, names[-1], os.path.join(self._where, *names), tuple(names[:-1]), dangling=of_link)
 
     def _enter(self, folder: int, where: str) -> None:
         if self._folder >= 0:

@@ -249,8 +249,8 @@ class Record:
 def _not_believed(place: str, who: str = "") -> str:
     why = f", which {who} can write" if who else ""
     return (
-        f"{place} is not believed{why}: the record is a regular file, and it and all folders above it must be root's and"
-        " writable by nobody else. Find out who has written it. If it is right, mend the permissions (chown root"
+        f"{place} is not believed{why}: the record is a regular file, and it and all folders above it must be root's"
+        " and writable by nobody else. Find out who has written it. If it is right, mend the permissions (chown root"
         f" {place}; chmod go-w {place})."
     )
 

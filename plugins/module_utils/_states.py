@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Callable, NamedTuple
 
+from ._capabilities import XATTR
 from ._errors import HostLacks, IommufdError, error_text
 from ._paths import Place, entries, reopen, sync, walk
 from ._process import printable, user_name
@@ -73,7 +74,7 @@ _NEW = ".iommufd_host-new"
 # The extended attributes that are a file's own. Others are the kernel's to keep: those of IMA and EVM, for two.
 _KEPT_XATTRS = ("security.selinux", "system.posix_acl_access", "user.")
 
-_CAPABILITY = "security.capability"
+_CAPABILITY = XATTR
 _SYS_CHAR = "/sys/dev/char"
 
 # systemd's manager answers in milliseconds; a busy host gets so long, and then some seconds to end by itself.
@@ -167,8 +168,9 @@ def read_file_state(path: str, *, own: bool = True) -> FileState | None:
 def _check_leads_on(path: str, place: Place) -> None:
     """Raises IommufdError where a folder is a link that leads nowhere, so that none can be made in its place."""
     if place.dangling:
-        raise IommufdError(f"{shown(path)} is behind a symbolic link that leads to {shown(place.real_path)}, which is"
-                           " not there.")
+        raise IommufdError(
+            f"{shown(path)} is behind a symbolic link that leads to {shown(place.real_path)}, which is not there."
+        )
 
 
 def _xattr_names(fd: int) -> list[str]:
@@ -327,9 +329,9 @@ def kernels_node(path: str) -> NodeState:
     text = ""
     with _node(path) as found:
         rdev = found[1].st_rdev if found else 0
-    with contextlib.suppress(OSError):
-        with open(f"{_SYS_CHAR}/{os.major(rdev)}:{os.minor(rdev)}/uevent", encoding="ascii") as stream:
-            text = stream.read()
+    uevent = f"{_SYS_CHAR}/{os.major(rdev)}:{os.minor(rdev)}/uevent"
+    with contextlib.suppress(OSError), open(uevent, encoding="ascii") as stream:
+        text = stream.read()
     said = dict(re.findall(r"^(DEVMODE|DEVUID|DEVGID)=([0-9]+)$", text, re.MULTILINE))
     return NodeState(int(said.get("DEVMODE", "600"), 8), int(said.get("DEVUID", "0")), int(said.get("DEVGID", "0")))
 

@@ -168,6 +168,21 @@ emulators:
       description: Whether there is anything.
       type: bool
       sample: true
+    writer:
+      description:
+        - The first place on the way to the file that somebody else than root can write, be it a folder, a symbolic link
+          or the file itself. Nothing behind it is looked at, nothing is started, and the file counts as present.
+        - V(null) where only root decides what the file is, as it should be.
+      type: dict
+      contains:
+        place:
+          description: The path of that place.
+          type: str
+          sample: /opt/vm
+        who:
+          description: Who can write it, a user, a group or everybody.
+          type: str
+          sample: user alice (uid 1002)
     is_emulator:
       description: Whether it can be an emulator. That is a regular file, executable, in the form of ELF, no script.
       type: bool
@@ -529,7 +544,7 @@ def emulator_row(task: Task, program: Program, under: Conditions) -> Row:
     place = program.file_system
 
     def check() -> None:
-        if not program.is_program:
+        if program.writer or not program.is_program:
             raise IommufdError(_vmm.obstacles(program, under)[0])
 
     def trial() -> Row:
@@ -548,6 +563,7 @@ def emulator_row(task: Task, program: Program, under: Conditions) -> Row:
         "path": shown(program.path),
         "real_path": shown(program.real_path),
         "present": program.present,
+        "writer": program.writer and program.writer._asdict(),
         "is_emulator": program.is_program,
         "file_system": place and place._asdict(),
         "conditions": {
@@ -567,7 +583,7 @@ def unit_row(task: Task, unit: Unit) -> Row:
     program = unit.program
 
     def replica() -> Row:
-        if not unit.present or program is None:
+        if not unit.present or program is None or program.writer:
             raise IommufdError(_vmm.unit_obstacles(unit)[0])
         return seen_row(_vmm_start.start_replica(task.run, unit))
 

@@ -95,7 +95,10 @@ def test_given_too(before: bytes | None, after: bytes) -> None:
     ("before", "why"),
     [
         (struct.pack("<5I", 0x02000000, NET_RAW, 0, 0, 0), "cap_net_raw that are not effective"),
-        (struct.pack("<6I", 0x03000001, NET_RAW, 0, 0, 0, 7), r"\(cap_net_raw\) are for the user namespace of uid 7 only"),
+        (
+            struct.pack("<6I", 0x03000001, NET_RAW, 0, 0, 0, 7),
+            r"\(cap_net_raw\) are for the user namespace of uid 7 only",
+        ),
         # However little it is: a user has made it, and only for himself.
         (struct.pack("<6I", 0x03000001, IPC_LOCK, 0, 0, 0, 7), r"\(cap_ipc_lock\) are for the user namespace of uid 7"),
         (struct.pack("<6I", 0x03000000, 0, 0, 0, 0, 7), r"\(nothing\) are for the user namespace of uid 7"),

@@ -75,9 +75,7 @@ def test_what_is_granted(emulator: Path, before: bytes | None, after: bytes | No
         (b"of tomorrow", "has a form that is not known"),
     ],
 )
-def test_what_is_left_as_it_is(
-    emulator: Path, before: bytes, why: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_left_as_it_is(emulator: Path, before: bytes, why: str, capsys: pytest.CaptureFixture[str]) -> None:
     os.setxattr(emulator, XATTR, before)
     with pytest.raises(IommufdError, match=f"^{emulator}: .*{why}.* It is left as it is"):
         grant(str(emulator))

@@ -111,8 +111,9 @@ def test_a_way_that_cannot(place: Path, path: str, where: str, who: str) -> None
 def test_what_is_changed_in_a_sticky_folder(place: Path) -> None:
     with walk(f"{place}/sticky/file"):
         pass
-    with pytest.raises(Untrusted, match="/sticky can be written by everybody"), walk(
-        f"{place}/sticky/file", changes=True
+    with (
+        pytest.raises(Untrusted, match="/sticky can be written by everybody"),
+        walk(f"{place}/sticky/file", changes=True),
     ):
         pass
     with walk(f"{place}/sticky/../mine/file", changes=True):

@@ -276,10 +276,12 @@ def test_capabilities_that_are_recorded() -> None:
 
 
 def test_capabilities_that_are_granted() -> None:
-    view = View(real={"/usr/bin/kvm": QEMU, "/b": "/b", "/c": "/c"}, xattrs={QEMU: None, "/b": xattr(NET_RAW), "/c": GRANTED})
+    view = View(
+        real={"/usr/bin/kvm": QEMU, "/b": "/b", "/c": "/c"}, xattrs={QEMU: None, "/b": xattr(NET_RAW), "/c": GRANTED}
+    )
     assert to_grant(view) == {QEMU: GRANTED, "/b": xattr(NET_RAW | IPC_LOCK)}
     view.xattrs["/c"] = struct.pack("<6I", 0x03000001, IPC_LOCK, 0, 0, 0, 1000)
-    with pytest.raises(IommufdError, match="^/c: .* are for the user namespace of uid 1000 only"):
+    with pytest.raises(IommufdError, match=r"^/c: .* are for the user namespace of uid 1000 only"):
         to_grant(view)
 
 

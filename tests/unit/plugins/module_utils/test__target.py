@@ -192,7 +192,7 @@ def test_a_pidfile_that_somebody_else_can_write_does_not_count(
     with pytest.raises(IommufdError, match=f"cannot be trusted: {tmp_path}/shared can be written by everybody"):
         holds(PidfileTarget(str(pidfile)))
     monkeypatch.setattr(_target, "walk", walk)
-    with pytest.raises(IommufdError, match="/home/mallory can be written by uid 4711, but .* belongs to uid"):
+    with pytest.raises(IommufdError, match=r"/home/mallory can be written by uid 4711, but .* belongs to uid"):
         holds(PidfileTarget(str(pidfile)))
 
 
@@ -219,7 +219,7 @@ def test_the_file_that_was_read_is_the_one_that_is_judged(
         holds(target)
     monkeypatch.setattr(PidfileTarget, "read", lambda _self: (pid, status))
     pidfile.chmod(0o666)
-    with pytest.raises(IommufdError, match="child.pid can be written by everybody"):
+    with pytest.raises(IommufdError, match=r"child\.pid can be written by everybody"):
         holds(target)
     pidfile.unlink()
     with pytest.raises(ProcessGone, match="was replaced"):
@@ -231,7 +231,7 @@ def test_a_pidfile_that_cannot_be_looked_up(pidfile: Path, monkeypatch: pytest.M
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(_target, "walk", walk)
-    with pytest.raises(IommufdError, match="cannot be looked up .EACCES"):
+    with pytest.raises(IommufdError, match=r"cannot be looked up .EACCES"):
         holds(PidfileTarget(str(pidfile)))
 
 

@@ -451,7 +451,7 @@ def test_a_folder_that_is_swapped_at_the_last_moment(host: Host, monkeypatch: py
         (host.root).chmod(0o777)
         return put_back(*arguments)
 
-    put_back = iommufd_host_record.put_back
+    put_back = _record.put_back
     monkeypatch.setattr(iommufd_host_record, "put_back", swap)
     answer = host.run()
     host.root.chmod(0o755)

@@ -16,7 +16,6 @@ import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _errors
 from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import EXEC, GRANT, INTERPRETER, Program, zipapp
 
-
 PROGRAMS = pytest.mark.parametrize("program", [EXEC, GRANT], ids=lambda program: program.name)
 
 
