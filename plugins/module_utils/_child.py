@@ -15,8 +15,6 @@ the user is, and whoever reads it checks what it holds.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import json
 import os
 import resource
@@ -28,7 +26,7 @@ from typing import Any, Callable, NoReturn
 
 from ._errors import HostLacks, IommufdError, error_text
 from ._process import printable
-from ._user import User, become, has_ids
+from ._user import User, become, has_ids, leave_keyring
 
 __all__ = (
     "COMMAND_SECONDS",
@@ -69,14 +67,8 @@ _MEMORY_MAX = 2**31
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-# linux/keyctl.h, and the number of keyctl(2), for which the C library has no function. Else it is that of
-# asm-generic/unistd.h, as on arm64, riscv and loongarch.
-_KEYCTL_JOIN_SESSION_KEYRING = 1
-_SYS_KEYCTL = {"x86_64": 250, "i386": 288, "i686": 288, "armv7l": 311, "armv8l": 311, "ppc64le": 271, "s390x": 280}
-_SYS_KEYCTL_GENERIC = 219
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
+# Whether this process is one of those that are made here.
+_is_child = False
 
 
 class NoAnswer(IommufdError):
@@ -112,12 +104,7 @@ def isolate() -> None:
     With the caller's terminal, another user could type into it (TIOCSTI); with the session keyring, use root's keys.
     """
     os.setsid()
-    number = _SYS_KEYCTL.get(os.uname().machine, _SYS_KEYCTL_GENERIC)
-    if _libc.syscall(ctypes.c_long(number), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None) < 0:
-        error = ctypes.get_errno()
-        # A kernel without keys has none to give away. A filter that refuses this call refuses all others of it, too.
-        if error not in (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP):
-            raise OSError(error, os.strerror(error))
+    leave_keyring()
 
 
 def bury(pid: int, seconds: float) -> int | None:
@@ -246,6 +233,8 @@ def _serve(user: User | None, work: Callable[[], Iterator[Any]], writer: int, ke
 
 
 def _answers(user: User | None, work: Callable[[], Iterator[Any]], keep: Collection[int]) -> Iterator[dict[str, Any]]:
+    global _is_child
+    _is_child = True
     try:
         isolate()
         _close_all_but(keep)
@@ -288,12 +277,14 @@ def _become(user: User | None) -> None:
     os.umask(0o077)
 
 
-def run_command(words: Sequence[str], seconds: float = COMMAND_SECONDS) -> tuple[int, str, str]:
+def run_command(
+    words: Sequence[str], seconds: float = COMMAND_SECONDS, variables: dict[str, str] | None = None
+) -> tuple[int, str, str]:
     """Runs a command as we are, and gives its exit code, output and errors. Raises OSError where it cannot be run.
 
-    It has an environment of its own, no input and no terminal. One that takes longer than `seconds` is ended with all
-    that it has started in its session, and its exit code is 124, as timeout(1) has it; of one that says too much, 125.
-    That of one that a signal ended is the signal's number, less than 0.
+    It has an environment of its own, or `variables`, and neither input nor terminal. One that takes longer than
+    `seconds` is ended with all that it has started in its session, and its exit code is 124, as timeout(1) has it; of
+    one that says too much, 125. That of one that a signal ended is the signal's number, less than 0.
     """
     # A module pays for each import on each host anew, and few need it.
     import subprocess
@@ -306,9 +297,9 @@ def run_command(words: Sequence[str], seconds: float = COMMAND_SECONDS) -> tuple
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment(None),
-            # It is in no thread, and Python has nothing else that does it.
-            preexec_fn=isolate,  # pylint: disable=subprocess-popen-preexec-fn
+            env=environment(None) if variables is None else variables,
+            # A child of ours has a session already, and what it runs is to end with it. There are no threads here.
+            preexec_fn=None if _is_child else isolate,  # pylint: disable=subprocess-popen-preexec-fn
         )
     except subprocess.SubprocessError as exc:
         raise HostLacks(f"{words[0]} cannot be run in a session of its own: {exc}") from exc

@@ -22,6 +22,7 @@ import resource
 import signal
 import stat
 import sys
+import termios
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -40,7 +41,7 @@ from ._iommufd import (
     iommufd_rdevs,
 )
 from ._size import human_size, parse_size
-from ._user import User, become, find_user, groups_of, has_ids
+from ._user import User, become, find_user, groups_of, has_ids, leave_keyring
 
 __all__ = (
     "NOT_BECOME",
@@ -409,12 +410,30 @@ def _is(user: User) -> bool:
     return has_ids(user) and {user.gid, *os.getgroups()} == groups_of(user)
 
 
+def leave_terminal() -> None:
+    """Gives up the controlling terminal, into which the user could type commands for root (TIOCSTI). Raises OSError."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        # There is none, as in a unit.
+        return
+    # Where this process leads the session, that sends SIGHUP to it (ioctl_tty(2)).
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        fcntl.ioctl(terminal, termios.TIOCNOTTY)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        os.close(terminal)
+
+
 def give_up_root(user: User) -> None:
     """Becomes the user, with the user's groups, no capability, and no way back. Raises Refusal.
 
-    Sources: credentials(7), capabilities(7). The bounding set stays.
+    Sources: credentials(7), capabilities(7). The bounding set stays. Root's terminal and keys are left, too.
     """
     try:
+        leave_terminal()
+        leave_keyring()
         if not _is(user):
             become(user)
         # A change of user clears these by itself, but for the inheritable ones, and unless securebits tell otherwise.

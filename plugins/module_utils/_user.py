@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import pwd
 from dataclasses import dataclass
@@ -18,7 +20,17 @@ __all__ = (
     "find_user",
     "groups_of",
     "has_ids",
+    "leave_keyring",
 )
+
+# linux/keyctl.h, and the number of keyctl(2), for which the C library has no function. Else it is that of
+# asm-generic/unistd.h, as on arm64, riscv and loongarch.
+_KEYCTL_JOIN_SESSION_KEYRING = 1
+_SYS_KEYCTL = {"x86_64": 250, "i386": 288, "i686": 288, "armv7l": 311, "armv8l": 311, "ppc64le": 271, "s390x": 280}
+_SYS_KEYCTL_GENERIC = 219
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
 
 
 @dataclass(frozen=True)
@@ -65,3 +77,13 @@ def become(user: User) -> None:
     os.setgroups(sorted(groups_of(user)))
     os.setresgid(user.gid, user.gid, user.gid)
     os.setresuid(user.uid, user.uid, user.uid)
+
+
+def leave_keyring() -> None:
+    """Gives this process a session keyring of its own: whoever has root's can use root's keys. Raises OSError."""
+    number = _SYS_KEYCTL.get(os.uname().machine, _SYS_KEYCTL_GENERIC)
+    if _libc.syscall(ctypes.c_long(number), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None) < 0:
+        error = ctypes.get_errno()
+        # A kernel without keys has none to give away. A filter that refuses this call refuses all others of it, too.
+        if error not in (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP):
+            raise OSError(error, os.strerror(error))

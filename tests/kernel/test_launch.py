@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import json
 import os
+import pty
 import pwd
 import signal
 import subprocess
@@ -273,3 +275,39 @@ def test_the_environment_and_other_descriptors_are_the_callers() -> None:
         "A": "b",
     }
     assert told["links"][str(read)].startswith("pipe:")
+
+
+# Whether it has a controlling terminal, and which session keyring (KEYCTL_GET_KEYRING_ID of KEY_SPEC_SESSION_KEYRING).
+TIES = r"""
+import ctypes, errno, json, os
+libc = ctypes.CDLL(None)
+libc.syscall.restype = ctypes.c_long
+try:
+    terminal = os.open("/dev/tty", os.O_RDWR)
+except OSError as exc:
+    terminal = errno.errorcode[exc.errno]
+with open("/run/iommufd-exec-seen", "w") as stream:
+    json.dump({"terminal": terminal, "keyring": libc.syscall(ctypes.c_long(250), ctypes.c_long(0), -3, 0)}, stream)
+"""
+
+
+def ties(*options: str) -> Any:
+    """What ties the command to whoever has typed its command line at a terminal: as a child of a shell there."""
+    words = [str(PROGRAM), *options, "--", "/usr/bin/python3", "-I", "-c", TIES, "{iommufd}"]
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execv("/bin/sh", ["sh", "-c", '"$@"; exit $?', "sh", *words])
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 4096):
+            pass
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    return json.loads(SEEN.read_text())
+
+
+def test_a_user_has_neither_roots_terminal_nor_roots_keys() -> None:
+    roots, users = ties(), ties("--user", "vm")
+    assert isinstance(roots["terminal"], int)
+    assert users["terminal"] == "ENXIO"
+    assert -1 not in (roots["keyring"], users["keyring"])
+    assert roots["keyring"] != users["keyring"]

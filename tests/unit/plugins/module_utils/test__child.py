@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _child
+from ansible_collections.virt.iommufd.plugins.module_utils import _child, _user
 from ansible_collections.virt.iommufd.plugins.module_utils._child import (
     Interrupted,
     NoAnswer,
@@ -204,11 +204,11 @@ def test_what_a_child_has_started_ends_with_it(tmp_path: Path) -> None:
 
 def test_a_child_has_a_session_and_keys_of_its_own() -> None:
     def look() -> list[Any]:
-        return [os.getsid(0) == os.getpid(), _child._libc.syscall(ctypes.c_long(number), 0, -3, 0)]
+        return [os.getsid(0) == os.getpid(), _user._libc.syscall(ctypes.c_long(number), 0, -3, 0)]
 
     # KEYCTL_GET_KEYRING_ID of KEY_SPEC_SESSION_KEYRING
-    number = _child._SYS_KEYCTL.get(os.uname().machine, _child._SYS_KEYCTL_GENERIC)
-    mine = _child._libc.syscall(ctypes.c_long(number), 0, -3, 0)
+    number = _user._SYS_KEYCTL.get(os.uname().machine, _user._SYS_KEYCTL_GENERIC)
+    mine = _user._libc.syscall(ctypes.c_long(number), 0, -3, 0)
     alone, theirs = in_child(None, look, 30)
     assert alone
     assert -1 not in (mine, theirs)
@@ -351,6 +351,7 @@ def test_the_childs_life(work: Callable[[], Any], said: Any, monkeypatch: pytest
     for name in ("isolate", "_close_all_but", "_become"):
         monkeypatch.setattr(_child, name, lambda *_given: None)
     monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(_child, "_is_child", False)
     reader, writer = os.pipe()
     with pytest.raises(SystemExit, match=r"^0$"):
         _child._serve(None, lambda: (work() for _once in "1"), writer, [])

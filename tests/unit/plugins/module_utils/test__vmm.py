@@ -112,7 +112,7 @@ def test_paths_that_are_none(path: str) -> None:
 
 
 def refusing(number: int) -> Any:
-    def refuse(*_arguments: object) -> None:
+    def refuse(*_arguments: object, **_options: object) -> None:
         raise OSError(number, "no")
 
     return refuse

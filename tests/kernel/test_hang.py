@@ -1,0 +1,155 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Holders that keep whoever looks at them waiting: a file on a FUSE mount in the place of an iommufd, just in time.
+
+To close such a file asks its server (FUSE_FLUSH), and the wait for that answer ends with no signal, SIGKILL included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _child
+from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer, in_child
+from ansible_collections.virt.iommufd.tests.kernel.conftest import Start
+from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, Vmm
+from ansible_collections.virt.iommufd.tests.kernel.info import limits, look
+from ansible_collections.virt.iommufd.tests.kernel.run_module import run
+from ansible_collections.virt.iommufd.tests.kernel.test_fuse import FLUSH, answer, mount
+
+# How often a run is tried until one has shared the file: each has a chance of some percent.
+TRIES = 3000
+
+
+def serve_but_flush(fuse: int, friend: int, note: int) -> None:
+    """Answers every request but a FLUSH by anybody but the friend, which it notes down and leaves unanswered."""
+    while True:
+        request = os.read(fuse, 65536)
+        _length, opcode, unique, node, _uid, _gid, pid = struct.unpack_from("=IIQQIII", request)
+        error, body = answer(opcode, node)
+        if opcode == FLUSH and pid != friend:
+            os.write(note, b"%d\n" % pid)
+            continue
+        # ENOSYS would have the kernel never ask again.
+        error = 0 if opcode == FLUSH else error
+        os.write(fuse, struct.pack("=IiQ", 16 + len(body), -error, unique) + body)
+
+
+class Trap(NamedTuple):
+    """A process that swaps its iommufd `fd` for a file on its FUSE mount and back, and who fell for it so far."""
+
+    vmm: Vmm
+    fd: int
+    notes: int
+
+    def caught(self) -> list[int]:
+        """The processes that wait for the server."""
+        with contextlib.suppress(BlockingIOError):
+            return [int(pid) for pid in os.read(self.notes, 65536).split()]
+        return []
+
+
+@pytest.fixture
+def trap(start: Start, tmp_path: Path) -> Iterator[Trap]:
+    """A trap that is set. When it ends, so does everybody's wait: the connection goes with its server."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    # Should the module hang, all of it ends.
+    signal.alarm(PATIENCE)
+    subprocess.run(["modprobe", "fuse"], check=True)
+    mount_point = tmp_path / "fuse"
+    mount_point.mkdir()
+    fuse = os.open("/dev/fuse", os.O_RDWR)
+    mount(mount_point, fuse, "user_id=0,group_id=0,allow_other")
+    notes, note = os.pipe()
+    os.set_blocking(notes, False)
+    vmm = start(0)
+    fd = vmm.open()
+    server = os.fork()
+    if not server:
+        with contextlib.suppress(OSError):
+            serve_but_flush(fuse, vmm.pid, note)
+        os._exit(0)
+    os.close(fuse)
+    os.close(note)
+    try:
+        vmm.do("swap", str(fd), str(mount_point / "file"))
+        yield Trap(vmm, fd, notes)
+    finally:
+        vmm.end()
+        os.kill(server, signal.SIGKILL)
+        os.waitpid(server, 0)
+        subprocess.run(["umount", "--lazy", str(mount_point)], check=True)
+        os.close(notes)
+        signal.alarm(0)
+        # Those that were left behind are ours, and end now.
+        deadline = time.monotonic() + 30
+        with contextlib.suppress(ChildProcessError):
+            while time.monotonic() < deadline:
+                if not os.waitpid(-1, os.WNOHANG)[0]:
+                    time.sleep(0.05)
+
+
+def is_stuck(pid: int) -> bool:
+    """Whether a process is in uninterruptible sleep, though it was killed."""
+    return b") D " in Path(f"/proc/{pid}/stat").read_bytes()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_iommufd_that_cannot_be_closed(trap: Trap, asked: bool) -> None:
+    for _each in range(TRIES):
+        began = time.monotonic()
+        answered = run(pid=trap.vmm.pid, value="process", **({"fd": trap.fd} if asked else {}))
+        took = time.monotonic() - began
+        caught = trap.caught()
+        if caught:
+            break
+    else:
+        pytest.fail("Nobody has shared the file, so nothing was tried.")
+    # It was asked about an iommufd, and said what it was; or that was not the one.
+    assert not asked or "is not an iommufd. It is " in answered["msg"]
+    assert took < 30
+    # What waits was left behind, and is not this process.
+    assert caught == [pid for pid in caught if pid != os.getpid()]
+    assert all(is_stuck(pid) for pid in caught)
+
+
+def test_a_look_at_a_host_goes_on_behind_one_that_hangs(trap: Trap, start: Start) -> None:
+    honest = start()
+    honest.open()
+    for _each in range(TRIES):
+        began = time.monotonic()
+        answered = look("processes")
+        took = time.monotonic() - began
+        if trap.caught():
+            break
+    else:
+        pytest.fail("Nobody has shared the file, so nothing was tried.")
+    assert took < 60
+    assert "puts other files in the place of its iommufds" in limits(answered)["iommufds"]
+    rows = {each["pid"]: each for each in answered["processes"]}
+    assert rows[honest.pid]["accounting"] == "user"
+    # With one that was not to be seen, nobody knows how it is accounted.
+    assert trap.vmm.pid not in rows or rows[trap.vmm.pid]["accounting"] is None
+
+
+def test_a_child_that_cannot_be_killed_is_not_waited_for(trap: Trap, tmp_path: Path) -> None:
+    def fall_for_it() -> None:
+        os.close(os.open(tmp_path / "fuse/file", os.O_RDONLY))
+
+    began = time.monotonic()
+    with pytest.raises(NoAnswer):
+        in_child(None, fall_for_it, 1)
+    assert time.monotonic() - began < 1 + 2 * _child._ENDING + 10
+    (caught,) = trap.caught()
+    assert is_stuck(caught)
