@@ -9,7 +9,6 @@ It is also the program `iommufd-host-grant`, which a unit runs when a package up
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from functools import partial
@@ -80,6 +79,9 @@ def grant_patiently(path: str) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """The program. 0: each path has it, or is not there; 1: some were refused; 2: it was called wrongly."""
+    # A module pays for each import on each host anew, and needs it not.
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
         description="Gives CAP_IPC_LOCK as a file capability to executables that only root can write.",

@@ -194,13 +194,15 @@ remembered:
 files:
   description:
     - Each of O(files) as it is now, by its path.
-    - C(missing) are the folders on the way to it that are not there, the outermost first.
+    - C(missing) are the folders on the way to it that are not there, the outermost first. C(content) is V(null) of what
+      is no text or long, C(sha256) is of any content.
   returned: on success
   type: dict
   sample:
     /etc/modules-load.d/iommufd_host.conf:
       exists: true
       content: "iommufd\nvfio-pci\n"
+      sha256: 707d5e8b865e40f52bd02d1946add8c6acad7d4fb4b9a2b96ffad7b4621be60a
       mode: "0644"
       owner: root
       group: root
@@ -253,12 +255,13 @@ units:
       active: true
 """
 
-from functools import partial
+import hashlib
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils._capabilities import CAP_IPC_LOCK, parse_file_capabilities
+from ..module_utils._child import run_command
 from ..module_utils._errors import IommufdError, error_text
 from ..module_utils._grant import grant_patiently
 from ..module_utils._record import (
@@ -308,7 +311,8 @@ def text_of(content: bytes) -> str | None:
 def file_row(state: FileState | None, missing: list[str]) -> Row:
     """A file that is written as a whole, and the folders on the way to it that are not there."""
     content = None if state is None else text_of(state.content)
-    return {"exists": state is not None, "content": content, **owners(state), "missing": missing}
+    digest = None if state is None else hashlib.sha256(state.content).hexdigest()
+    return {"exists": state is not None, "content": content, "sha256": digest, **owners(state), "missing": missing}
 
 
 def capability_row(real_path: str, xattr: bytes | None, ours: bool) -> Row:
@@ -419,11 +423,10 @@ def run_module(module: AnsibleModule, result: Row) -> None:
     check_caller()
     wanted = Wanted.of({name: module.params[name] for name in LISTS})
     (path,) = Wanted.of({"files": [module.params["record"]]}).files
-    run = partial(module.run_command, handle_exceptions=False, environ_update={"LC_ALL": "C"})
     with locked(path):
         record = Record.load(path)
         try:
-            work(record, wanted, module.check_mode, run, result)
+            work(record, wanted, module.check_mode, run_command, result)
         finally:
             result["remembered"] = [item_row(item) for item in record.items]
 

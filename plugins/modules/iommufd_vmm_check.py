@@ -106,6 +106,10 @@ notes:
   - B(Privilege.) It takes root for all that is started, and for O(users) and O(scratch). All else is told to anybody.
   - B(Security modules.) What is started without libvirt is not confined as libvirt would confine it. With O(domain) it
     is.
+  - B(Others' files.) An emulator that somebody else than root can write, or a folder or link on the way to it, is
+    neither executed nor copied, and is told in RV(emulators[].obstacles) with that place. So is each program of a unit
+    in RV(units[].obstacles). What is behind such a place is not even looked at. What is not found within 10 seconds, as
+    on a mount whose server is gone, fails the module.
 seealso:
   - module: virt.iommufd.iommufd_info
     description: Tells which emulators and VMs of a host have CAP_IPC_LOCK now.

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import with_ipc_lock
 from ansible_collections.virt.iommufd.plugins.module_utils._record import locked
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_host_record
@@ -385,7 +384,7 @@ def cut_off(at: int, commands: bool, **options: Any) -> bool:
             return call
 
         try:
-            target, names = (AnsibleModule, ("run_command",)) if commands else (os, CALLS)
+            target, names = (iommufd_host_record, ("run_command",)) if commands else (os, CALLS)
             for name in names:
                 setattr(target, name, counted(getattr(target, name)))
             answered = run(iommufd_host_record, **options)

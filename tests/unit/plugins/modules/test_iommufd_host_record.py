@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pty
@@ -45,8 +46,8 @@ class FakeSystemd:
         }
 
     def run(self, words: list[str]) -> tuple[int, str, str]:
-        """Answers the commands behind `timeout -k 5 90`."""
-        program, verb, *rest = words[4:]
+        """Answers a command."""
+        program, verb, *rest = words
         if self.broken and verb == self.broken:
             return 1, "", "Broken\n"
         names = rest[rest.index("--") + 1 :] if "--" in rest else []
@@ -112,7 +113,7 @@ def host(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.setattr(_record, "_TOLD", {f"{tmp_path}/systemd/": "systemd", f"{tmp_path}/udev/": "udev"})
     for name in ("_SYSTEMD_RUNS", "_UDEV_RUNS"):
         monkeypatch.setattr(_record, name, str(tmp_path))
-    monkeypatch.setattr(basic.AnsibleModule, "run_command", lambda _self, words, **_options: host.systemd.run(words))
+    monkeypatch.setattr(iommufd_host_record, "run_command", host.systemd.run)
     return host
 
 
@@ -177,8 +178,9 @@ def test_there_and_back(host: Host, terminal: str) -> None:
         "other": [],
     }
     assert first["files"][old]["content"] == "old"
+    assert first["files"][old]["sha256"] == hashlib.sha256(b"old").hexdigest()
     missing = [f"{host.root}/etc/new.d", f"{host.root}/etc/new.d/x"]
-    nothing = {"exists": False, "content": None, "mode": None, "owner": None, "group": None}
+    nothing = {"exists": False, "content": None, "sha256": None, "mode": None, "owner": None, "group": None}
     assert first["files"][new] == {**nothing, "missing": missing}
     assert first["nodes"][terminal]["mode"] == "0620"
     assert first["nodes"][f"{terminal}?"]["exists"] is False
