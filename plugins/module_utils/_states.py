@@ -238,17 +238,16 @@ def remove_file(path: str, folders: Sequence[str]) -> None:
                 os.unlink(each, dir_fd=place.folder)
                 sync(place.folder)
     for folder in reversed(folders):
-        with walk(folder, changes=True, judge_last=False) as place:
-            if place.found is None:
-                continue
-            try:
-                os.rmdir(place.name, dir_fd=place.folder)
-            except OSError as exc:
-                # Somebody else has put something into it, or has put something else in its place.
-                if exc.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    return
-                raise
-            sync(place.folder)
+        try:
+            with walk(folder, changes=True, judge_last=False) as place:
+                if place.found is not None:
+                    os.rmdir(place.name, dir_fd=place.folder)
+                    sync(place.folder)
+        except OSError as exc:
+            # Somebody else has put something into it, or has put something else in its place.
+            if exc.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                return
+            raise
 
 
 @dataclass(frozen=True)
