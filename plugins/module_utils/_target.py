@@ -17,6 +17,7 @@ from typing import Callable, Union
 
 from ._errors import IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import IommuFd, iommufd_rdevs
+from ._paths import Untrusted, walk
 from ._process import DESCRIPTORS_MAX, DEVICES_MAX, Process, is_path_only, own_character_device, printable
 from ._running import domain_record
 
@@ -38,7 +39,6 @@ _PIDFILE_MAX = 64
 
 # How many iommufds of one process are worked on. A VMM has one or two.
 IOMMUFDS_MAX = 256
-_SYMLINKS_MAX = 40
 
 # xml.sax.saxutils would do, but imports what speaks HTTP, which costs as much as all of this collection.
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&apos;", '"': "&quot;"})
@@ -88,25 +88,32 @@ class PidfileTarget:
 
     def check(self, process: Process) -> None:
         """Raises IommufdError where the file does not speak for the process: it is older, or somebody else's."""
-        found = writers(self.path)
         pid, status = self.read()
         if pid != process.pid:
             raise ProcessGone(f"{self} named process {process.pid}, and a moment later {pid}. Run the task again.")
-        # Of the very file that was read, too, whatever lies at the path by now.
-        _add_writers(found, self.path, status)
         # A process writes the file after it has started; the second is for the clock's slewing and a tick's length.
         if status.st_mtime < process.started() - 1:
             raise IommufdError(
                 f"{self} is stale: it was written before {process} started, so it meant another process, unless the"
                 " clock was set in between. Give the process by pid or unit if it is the one you mean."
             )
-        for uid, place in sorted(found.items()):
-            if uid not in (0, process.uid):
-                who = f"uid {uid}" if uid >= 0 else "a group or everybody"
-                raise IommufdError(
-                    f"{self} cannot be trusted: {place} can be written by {who}, but {process} belongs to"
-                    f" uid {process.uid}. Keep the file where only root can write, or give the process by pid or unit."
-                )
+        self._check_writers(process, status)
+
+    def _check_writers(self, process: Process, read: os.stat_result) -> None:
+        """Raises IommufdError where somebody else can have written the file. `read`: of the file that was read."""
+        try:
+            with walk(self.path, (0, process.uid)) as place:
+                found = place.status
+        except Untrusted as exc:
+            raise IommufdError(
+                f"{self} cannot be trusted: {exc.writer.place} can be written by {exc.writer.who}, but {process}"
+                f" belongs to uid {process.uid}. Keep the file where only root can write, or give the process by pid or"
+                " unit."
+            ) from exc
+        except OSError as exc:
+            raise IommufdError(f"{self} cannot be looked up ({error_text(exc.errno)}).") from exc
+        if found is None or not os.path.samestat(found, read):
+            raise ProcessGone(f"{self} was replaced while it was read. Run the task again.")
 
     def read(self) -> tuple[int, os.stat_result]:
         """The id in the file, and the status of the very file that it was read from. Raises as resolve does."""
@@ -305,50 +312,6 @@ def borrow_iommufd(process: Process, fd: int, rdevs: set[int] | None = None) -> 
 def _check_is_iommufd(process: Process, fd: int, rdev: int | None, rdevs: set[int]) -> None:
     if rdev not in rdevs:
         raise NotAnIommufd(f"Descriptor {fd} of {process} is not an iommufd. It is {process.link(fd)}.")
-
-
-def writers(path: str) -> dict[int, str]:
-    """Who can decide what the file at path says: user ids, -1 for a group or everybody, each with a place to write.
-
-    That is whoever can write the file, or any folder in which a part of the path is looked up, also on the way through
-    symbolic links. In a sticky folder such as /tmp only a file's owner can replace it, so that adds nobody.
-    Raises IommufdError where the path leads nowhere.
-    """
-    found: dict[int, str] = {}
-    folder, parts = "/", _parts(path)
-    links = 0
-    try:
-        _add_writers(found, "/", os.lstat("/"))
-        while parts:
-            part = parts.pop(0)
-            here = os.path.dirname(folder) if part == ".." else os.path.join(folder, part)
-            status = os.lstat(here)
-            if stat.S_ISLNK(status.st_mode):
-                links += 1
-                if links > _SYMLINKS_MAX:
-                    raise IommufdError(f"{path} goes through too many symbolic links.")
-                # Not its mode, which is always 0777, but its owner can replace it, even in a sticky folder.
-                found.setdefault(status.st_uid, here)
-                lead = os.readlink(here)
-                folder = "/" if lead.startswith("/") else folder
-                parts = _parts(lead) + parts
-            else:
-                folder = here
-                _add_writers(found, here, status)
-    except OSError as exc:
-        raise IommufdError(f"{path} cannot be looked up ({error_text(exc.errno)}).") from exc
-    return found
-
-
-def _parts(path: str) -> list[str]:
-    return [part for part in path.split("/") if part not in ("", ".")]
-
-
-def _add_writers(found: dict[int, str], path: str, status: os.stat_result) -> None:
-    found.setdefault(status.st_uid, path)
-    sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
-        found.setdefault(-1, path)
 
 
 def _no_link(path: str, flags: int) -> int:

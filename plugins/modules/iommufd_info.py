@@ -61,6 +61,7 @@ options:
       - One that is not found within 10 seconds, as on a mount whose server is gone, is told in
         RV(host.limits_of_view).
       - With V(emulators) in O(gather_subset) they are B(executed) with C(--version), as the user that the task runs as.
+        One that somebody else than root and that user can write is not, which RV(host.limits_of_view) tells.
     type: list
     elements: path
     default: []
@@ -292,13 +293,28 @@ host:
       elements: dict
       contains:
         path:
-          description: The path, with symbolic links followed.
+          description: The path, with symbolic links followed; where RV(host.qemu[].writer) is set, as it was given.
           type: str
           sample: /usr/bin/qemu-system-x86_64
         present:
           description: Whether there is an executable file. What is not there can only come from O(emulators).
           type: bool
           sample: true
+        writer:
+          description:
+            - The first place on the way to the file that somebody else than root can write, be it a folder, a symbolic
+              link or the file itself. Nothing behind it is looked at, and the file counts as present.
+            - V(null) where only root decides what the file is, as it should be.
+          type: dict
+          contains:
+            place:
+              description: The path of that place.
+              type: str
+              sample: /opt/vm
+            who:
+              description: Who can write it, a user, a group or everybody.
+              type: str
+              sample: user alice (uid 1002)
         file_capabilities:
           description:
             - The capabilities that the file gives to whoever executes it.
@@ -782,16 +798,22 @@ def emulator_row(view: View, emulator: _host.Emulator, slow: bool, run: Run) -> 
     return {
         "path": printable(os.fsencode(emulator.path)),
         "present": emulator.present,
+        "writer": emulator.writer and emulator.writer._asdict(),
         "file_capabilities": given and given._asdict(),
         "cap_ipc_lock": None if emulator.msg or not emulator.present else given is not None and given.lifts_memlock,
-        "version": emulator_version(view, emulator.path, run) if slow and emulator.present else None,
+        "version": emulator_version(view, emulator, run) if slow and emulator.present else None,
     }
 
 
-def emulator_version(view: View, path: str, run: Run) -> str | None:
-    """The version that an emulator gives when it is executed."""
-    code, output, errors = run([path, "--version"])
-    path = printable(os.fsencode(path))
+def emulator_version(view: View, emulator: _host.Emulator, run: Run) -> str | None:
+    """The version that an emulator gives when it is executed, which it is not where others can write it."""
+    path = printable(os.fsencode(emulator.path))
+    try:
+        _host.check_may_be_run(emulator)
+    except IommufdError as exc:
+        view.limit("emulators", f"{path} was not asked for its version: {exc}")
+        return None
+    code, output, errors = run([emulator.path, "--version"])
     found = re.search(r"version (\S+)", output)
     if code or not found:
         view.limit("emulators", f"{path} --version gives no version: {said(code, output, errors)}")

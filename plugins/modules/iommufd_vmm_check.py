@@ -106,6 +106,10 @@ notes:
   - B(Privilege.) It takes root for all that is started, and for O(users) and O(scratch). All else is told to anybody.
   - B(Security modules.) What is started without libvirt is not confined as libvirt would confine it. With O(domain) it
     is.
+  - B(Others' files.) An emulator that somebody else than root can write, or a folder or link on the way to it, is
+    neither executed nor copied, and is told in RV(emulators[].obstacles) with that place. So is each program of a unit
+    in RV(units[].obstacles). What is behind such a place is not even looked at. What is not found within 10 seconds, as
+    on a mount whose server is gone, fails the module.
 seealso:
   - module: virt.iommufd.iommufd_info
     description: Tells which emulators and VMs of a host have CAP_IPC_LOCK now.
@@ -168,6 +172,21 @@ emulators:
       description: Whether there is anything.
       type: bool
       sample: true
+    writer:
+      description:
+        - The first place on the way to the file that somebody else than root can write, be it a folder, a symbolic link
+          or the file itself. Nothing behind it is looked at, nothing is started, and the file counts as present.
+        - V(null) where only root decides what the file is, as it should be.
+      type: dict
+      contains:
+        place:
+          description: The path of that place.
+          type: str
+          sample: /opt/vm
+        who:
+          description: Who can write it, a user, a group or everybody.
+          type: str
+          sample: user alice (uid 1002)
     is_emulator:
       description: Whether it can be an emulator. That is a regular file, executable, in the form of ELF, no script.
       type: bool
@@ -529,7 +548,7 @@ def emulator_row(task: Task, program: Program, under: Conditions) -> Row:
     place = program.file_system
 
     def check() -> None:
-        if not program.is_program:
+        if program.writer or not program.is_program:
             raise IommufdError(_vmm.obstacles(program, under)[0])
 
     def trial() -> Row:
@@ -548,6 +567,7 @@ def emulator_row(task: Task, program: Program, under: Conditions) -> Row:
         "path": shown(program.path),
         "real_path": shown(program.real_path),
         "present": program.present,
+        "writer": program.writer and program.writer._asdict(),
         "is_emulator": program.is_program,
         "file_system": place and place._asdict(),
         "conditions": {
@@ -567,7 +587,7 @@ def unit_row(task: Task, unit: Unit) -> Row:
     program = unit.program
 
     def replica() -> Row:
-        if not unit.present or program is None:
+        if not unit.present or program is None or program.writer:
             raise IommufdError(_vmm.unit_obstacles(unit)[0])
         return seen_row(_vmm_start.start_replica(task.run, unit))
 

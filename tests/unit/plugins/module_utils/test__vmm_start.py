@@ -414,6 +414,7 @@ def unit(program: Program, **settings: str) -> Unit:
         ambient=0,
         memlock=limit,
         settings=settings,
+        helpers=(),
         **flags,
     )
 
