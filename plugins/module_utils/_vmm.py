@@ -22,7 +22,6 @@ from ._errors import IommufdError, ProcessGone, error_text
 from ._process import Limit, Process, in_initial_namespace, own_status, printable, read_file
 
 __all__ = (
-    "PATIENCE",
     "REPLICA",
     "XATTR",
     "Conditions",
@@ -39,12 +38,8 @@ __all__ = (
     "unit_obstacles",
 )
 
-# Runs a command, with `data` as its standard input if given: its exit code, output and errors, as
-# AnsibleModule.run_command gives them.
-Run = Callable[..., "tuple[int, str, str]"]
-
-# Nothing that is run here may take longer.
-PATIENCE = ("timeout", "-k", "5", "120")
+# Runs a command, and gives its exit code, output and errors, as _child.run_command does.
+Run = Callable[["list[str]"], "tuple[int, str, str]"]
 
 XATTR = "security.capability"
 
@@ -324,7 +319,7 @@ def _limit(text: str) -> int | None:
 
 def _show(run: Run, unit: str) -> dict[str, str]:
     """The properties of a unit as systemd shows them. Raises IommufdError where it does not answer."""
-    command = [*PATIENCE, "systemctl", "show", "--no-pager", f"--property={','.join(_UNIT_PROPERTIES)}", "--", unit]
+    command = ["systemctl", "show", "--no-pager", f"--property={','.join(_UNIT_PROPERTIES)}", "--", unit]
     try:
         code, output, errors = run(command)
     except OSError as exc:

@@ -248,12 +248,12 @@ units:
       active: true
 """
 
-from functools import partial
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils._capabilities import CAP_IPC_LOCK, parse_file_capabilities
+from ..module_utils._child import run_command
 from ..module_utils._errors import IommufdError, error_text
 from ..module_utils._record import (
     CAPABILITY,
@@ -398,11 +398,10 @@ def run_module(module: AnsibleModule, result: Row) -> None:
     check_caller()
     wanted = Wanted.of({name: module.params[name] for name in LISTS})
     (path,) = Wanted.of({"files": [module.params["record"]]}).files
-    run = partial(module.run_command, handle_exceptions=False, environ_update={"LC_ALL": "C"})
     with locked(path):
         record = Record.load(path)
         try:
-            work(record, wanted, module.check_mode, run, result)
+            work(record, wanted, module.check_mode, run_command, result)
         finally:
             result["remembered"] = [item_row(item) for item in record.items]
 
