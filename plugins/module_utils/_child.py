@@ -79,6 +79,9 @@ _KEYCTL_JOIN_SESSION_KEYRING = 1
 _SYS_KEYCTL = {"x86_64": 250, "i386": 288, "i686": 288, "armv7l": 311, "armv8l": 311, "ppc64le": 271, "s390x": 280}
 _SYS_KEYCTL_GENERIC = 219
 
+# Whether this process is one of those that are made here.
+_is_child = False
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
@@ -250,6 +253,8 @@ def _serve(user: User | None, work: Callable[[], Iterator[Any]], writer: int, ke
 
 
 def _answers(user: User | None, work: Callable[[], Iterator[Any]], keep: Collection[int]) -> Iterator[dict[str, Any]]:
+    global _is_child
+    _is_child = True
     try:
         isolate()
         _close_all_but(keep)
@@ -292,12 +297,14 @@ def _become(user: User | None) -> None:
     os.umask(0o077)
 
 
-def start_command(words: Sequence[str], **streams: Any) -> subprocess.Popen[bytes]:
-    """Starts a command as we are, in a session and an environment of its own. Raises OSError where it cannot be run.
+def start_command(
+    words: Sequence[str], variables: dict[str, str] | None = None, **streams: Any
+) -> subprocess.Popen[bytes]:
+    """Starts a command as we are, in a session of its own. Raises OSError where it cannot be run.
 
-    `streams` are its stdin, stdout and stderr, and what else it may have of ours, as subprocess.Popen takes them. It is
-    the caller's to end and bury, by `end`, whatever happens, and to say so to the object (`returncode`), which would
-    wait for it.
+    It has an environment of its own, or `variables`. `streams` are its stdin, stdout and stderr, and what else it may
+    have of ours, as subprocess.Popen takes them. It is the caller's to end and bury, by `end`, whatever happens, and to
+    say so to the object (`returncode`), which would wait for it.
     """
     # A module pays for each import on each host anew, and few need it.
     import subprocess
@@ -306,27 +313,30 @@ def start_command(words: Sequence[str], **streams: Any) -> subprocess.Popen[byte
         # AnsibleModule.run_command waits for a command for ever, also for one that timeout(1) cannot kill.
         return subprocess.Popen(  # pylint: disable=ansible-bad-function,consider-using-with
             list(words),
-            env=environment(None),
-            # It is in no thread, and Python has nothing else that does it.
-            preexec_fn=isolate,  # pylint: disable=subprocess-popen-preexec-fn
+            env=environment(None) if variables is None else variables,
+            # A child of ours has a session already, and what it runs is to end with it. There are no threads here.
+            preexec_fn=None if _is_child else isolate,  # pylint: disable=subprocess-popen-preexec-fn
             **streams,
         )
     except subprocess.SubprocessError as exc:
         raise HostLacks(f"{words[0]} cannot be run in a session of its own: {exc}") from exc
 
 
-def run_command(words: Sequence[str], seconds: float = COMMAND_SECONDS) -> tuple[int, str, str]:
+def run_command(
+    words: Sequence[str], seconds: float = COMMAND_SECONDS, variables: dict[str, str] | None = None
+) -> tuple[int, str, str]:
     """Runs a command as we are, and gives its exit code, output and errors. Raises OSError where it cannot be run.
 
-    It has an environment of its own, no input and no terminal. One that takes longer than `seconds` is ended with all
-    that it has started in its session, and its exit code is 124, as timeout(1) has it; of one that says too much, 125.
-    That of one that a signal ended is the signal's number, less than 0.
+    It has an environment of its own, or `variables`, and neither input nor terminal. One that takes longer than
+    `seconds` is ended with all that it has started in its session, and its exit code is 124, as timeout(1) has it; of
+    one that says too much, 125. That of one that a signal ended is the signal's number, less than 0.
     """
     # As above.
     import subprocess
 
     deadline = time.monotonic() + seconds
-    command = start_command(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipe = subprocess.PIPE
+    command = start_command(words, variables, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
     assert command.stdout
     assert command.stderr
     status = None

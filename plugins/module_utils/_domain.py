@@ -17,14 +17,15 @@ import os
 import re
 import shutil
 import stat
-import subprocess
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ._capabilities import CAP_SYS_RESOURCE, names
+from ._child import in_child, run_command
 from ._errors import DescriptorGone, HostLacks, IommufdError, NotAnIommufd, error_text
 from ._iommufd import RLIMIT_MODE, IommuFd, Result, iommufd_rdevs
 from ._process import Limit, Process, own_character_device, printable, user_name
@@ -76,6 +77,8 @@ _PCI_DEVICES = "/sys/bus/pci/devices"
 _VFIO_NODES = "/dev/vfio/devices"
 _LOG_MAX = 65536
 _LOG_LINES = 5
+# What the kernel answers in no time; a busy host gets so long.
+_SECONDS = 30
 
 
 class NoDaemon(IommufdError):
@@ -434,16 +437,13 @@ def _run_daemon(user: str) -> str:
 def _systemd(*command: str) -> str:
     """The output of a command that speaks to the user's service manager. Raises NoDaemon."""
     try:
-        # This runs in a child, where there is no module with a run_command.
-        done = subprocess.run(  # pylint: disable=ansible-bad-function
-            ["timeout", "-k", "5", "60", *command], stdin=subprocess.DEVNULL, capture_output=True, check=False
-        )
+        code, output, errors = run_command(command, variables=dict(os.environ))
     except OSError as exc:
         raise NoDaemon(f"{command[0]} cannot be run ({error_text(exc.errno)}).") from exc
-    if done.returncode:
-        said = printable(b" ".join(done.stderr.split())) or f"exit code {done.returncode}"
+    if code:
+        said = printable(os.fsencode(" ".join(errors.split()))) or f"exit code {code}"
         raise NoDaemon(f"libvirt's daemon could not be had started: '{' '.join(command)}' says: {said}")
-    return done.stdout.decode("utf-8", "replace")
+    return output
 
 
 @dataclass(frozen=True)
@@ -587,15 +587,21 @@ def new_iommufd() -> Iterator[int]:
 def accountings(target: PidfileTarget | DomainTarget, wanted: int) -> tuple[Process, list[tuple[str, Result]]]:
     """An emulator, and what each of its iommufds has for an rlimit mode: its name, and what a change would come to.
 
-    Nothing is changed. Raises what hold_target and borrow_iommufd do.
+    Nothing is changed. Raises what hold_target, in_child and borrow_iommufd do.
     """
     with hold_target(target) as process:
-        found = []
-        for fd in find_iommufds(process):
-            # One that is closed meanwhile, or only names the device, charges nobody.
-            with contextlib.suppress(DescriptorGone, NotAnIommufd), borrow_iommufd(process, fd) as iommufd:
-                found.append((f"iommufd {fd} of {process}", iommufd.change(RLIMIT_MODE, wanted, dry_run=True)))
-        return process, found
+        # The emulator may put something in the place of its iommufd that takes for ever to close.
+        found = in_child(None, partial(_dry_runs, process, wanted), _SECONDS, [process.pidfd])
+        return process, [(subject, Result(*given)) for subject, given in found]
+
+
+def _dry_runs(process: Process, wanted: int) -> list[tuple[str, Result]]:
+    found = []
+    for fd in find_iommufds(process):
+        # One that is closed meanwhile, or only names the device, charges nobody.
+        with contextlib.suppress(DescriptorGone, NotAnIommufd), borrow_iommufd(process, fd) as iommufd:
+            found.append((f"iommufd {fd} of {process}", iommufd.change(RLIMIT_MODE, wanted, dry_run=True)))
+    return found
 
 
 def set_mode(fd: int, wanted: int, dry_run: bool) -> Result:

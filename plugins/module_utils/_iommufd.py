@@ -42,6 +42,7 @@ __all__ = (
     "RLIMIT_MODE",
     "UNCHANGED",
     "UNSUPPORTED",
+    "VFIO_CONTAINER_RDEV",
     "Answer",
     "IommuFd",
     "Option",
@@ -73,7 +74,7 @@ _NO_VALUE = 2**64 - 1
 _VFIO_CONTAINER = "/dev/vfio/vfio"
 _MISC_MAJOR = 10
 _MISC_DEVICES = "/sys/class/misc"
-_VFIO_CONTAINER_RDEV = os.makedev(_MISC_MAJOR, 196)
+VFIO_CONTAINER_RDEV = os.makedev(_MISC_MAJOR, 196)
 
 # The highest id that is asked for when IOASes are looked for. Ids are the lowest free ones (xa_alloc() in
 # _iommufd_object_alloc()), and a VM has a few objects for each of its devices.
@@ -309,8 +310,8 @@ def iommufd_rdevs(seen: Iterable[int]) -> set[int]:
     is made only when that number was seen.
     """
     numbers = {rdev for rdev in (misc_rdev(),) if rdev is not None}
-    if _VFIO_CONTAINER_RDEV in seen and _vfio_container_is_iommufd():
-        numbers.add(_VFIO_CONTAINER_RDEV)
+    if VFIO_CONTAINER_RDEV in seen and _vfio_container_is_iommufd():
+        numbers.add(VFIO_CONTAINER_RDEV)
     return numbers.intersection(seen)
 
 
@@ -354,7 +355,7 @@ def _vfio_container_is_iommufd() -> bool:
         return False
     try:
         status = os.fstat(fd)
-        if not stat.S_ISCHR(status.st_mode) or status.st_rdev != _VFIO_CONTAINER_RDEV:
+        if not stat.S_ISCHR(status.st_mode) or status.st_rdev != VFIO_CONTAINER_RDEV:
             return False
         return not IommuFd(fd).get(RLIMIT_MODE).errno
     finally:

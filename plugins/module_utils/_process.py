@@ -22,7 +22,7 @@ import select
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -30,6 +30,9 @@ from typing import NamedTuple
 from ._errors import AccessRefused, DescriptorGone, HostLacks, IommufdError, ProcessGone, error_text
 
 __all__ = (
+    "DESCRIPTORS_MAX",
+    "DEVICES_MAX",
+    "Descriptors",
     "Limit",
     "Process",
     "Status",
@@ -37,6 +40,7 @@ __all__ = (
     "character_devices_in",
     "in_initial_namespace",
     "is_path_only",
+    "number_in",
     "own_character_device",
     "own_status",
     "parse_cgroup",
@@ -46,6 +50,7 @@ __all__ = (
     "parse_status",
     "printable",
     "read_file",
+    "share_descriptors",
     "user_name",
 )
 
@@ -54,12 +59,22 @@ __all__ = (
 _SYS_PIDFD_OPEN = 434
 _SYS_PIDFD_GETFD = 438
 
+# linux/kcmp.h. Else the number is that of asm-generic/unistd.h, as on arm64, riscv and loongarch.
+_KCMP_FILES = 2
+_SYS_KCMP = {"x86_64": 312, "i386": 349, "i686": 349, "armv7l": 378, "armv8l": 378, "ppc64le": 354, "s390x": 343}
+_SYS_KCMP_GENERIC = 272
+
 _AT_FDCWD = -100
 _AT_STATX_DONT_SYNC = 0x4000
 _STATX_TYPE = 0x1
 
+# How many descriptors of one process are looked at, and how many of those on devices are told. A limit of a million is
+# common; a VMM has some hundreds.
+DESCRIPTORS_MAX = 2**18
+DEVICES_MAX = 2**13
+
 # What is read of a command line. The longest of a VMM has some kilobytes and hundreds of arguments.
-_CMDLINE_MAX = 2**20
+_CMDLINE_MAX = 2**18
 _ARGUMENTS_MAX = 8192
 
 # The largest C int: a pid or descriptor beyond it would reach the kernel cut to another one.
@@ -126,6 +141,13 @@ def _pidfd_getfd(pidfd: int, fd: int) -> int:
     )
 
 
+def share_descriptors(pid: int, other: int) -> bool:
+    """Whether two processes have the same table of descriptors; False where the kernel does not tell. See kcmp(2)."""
+    number = _SYS_KCMP.get(os.uname().machine, _SYS_KCMP_GENERIC)
+    arguments = map(ctypes.c_long, (number, pid, other, _KCMP_FILES, 0, 0))
+    return not _libc.syscall(*arguments)
+
+
 def character_device(path: str, folder: int = _AT_FDCWD) -> int | None:
     """The device number of the character device that path leads to, None where it is something else.
 
@@ -138,38 +160,63 @@ def character_device(path: str, folder: int = _AT_FDCWD) -> int | None:
     return os.makedev(_STATX.stx_rdev_major, _STATX.stx_rdev_minor)
 
 
-def character_devices_in(folder: int) -> dict[int, int]:
+class Descriptors(NamedTuple):
+    """What was found in a table of descriptors: those on character devices, in rising order, and their device numbers.
+
+    `looked_at` is how many descriptors were looked at, `more` whether there are others, which were not.
+    """
+
+    devices: dict[int, int]
+    looked_at: int
+    more: bool
+
+
+def character_devices_in(
+    folder: int, most: int = DESCRIPTORS_MAX, wanted: Container[int] | None = None, keep: int = DEVICES_MAX
+) -> Descriptors:
     """The descriptors of a process that are open on character devices, by its folder /proc/PID/fd, which is open here.
 
-    Gives their numbers, in rising order, and the device numbers behind them. A descriptor that is closed while this
-    looks is left out. Raises PermissionError, HostLacks, or FileNotFoundError where the process has ended.
+    `most` is how many are looked at, and `keep` how many are told; `wanted` are the device numbers that are told, all
+    without it. A descriptor that is closed while this looks is left out. Raises PermissionError, HostLacks, or
+    FileNotFoundError where the process has ended.
     """
-    found = {}
-    for name in os.listdir(folder):
-        try:
-            link = os.readlink(name, dir_fd=folder)
-        except PermissionError:
-            raise
-        except OSError as exc:
-            if exc.errno != errno.ENAMETOOLONG:
-                # It is closed, or the process has ended.
-                continue
-            # A path too long to be told may lead to a device all the same.
-            link = "/"
-        # What is on no file system (a socket, a pipe, an eventfd) is called `type:[...]`, and is no device.
-        if link[0] not in "/(":
-            continue
-        try:
-            rdev = character_device(name, folder)
-        except OSError as exc:
-            if exc.errno == errno.ENOSYS:
-                raise HostLacks(_no_system_call("statx", "4.11")) from exc
-            # On a FUSE mount, which refuses everybody but its owner, root too; on a network mount that is no more; or
-            # closed by now. Whatever it is, it is no device.
-            continue
-        if rdev is not None:
-            found[int(name)] = rdev
-    return dict(sorted(found.items()))
+    found: dict[int, int] = {}
+    count = 0
+    with os.scandir(folder) as entries:
+        # There may be millions: they are not even listed at once.
+        for entry in entries:
+            if count == most or len(found) == keep:
+                return Descriptors(dict(sorted(found.items())), count, more=True)
+            count += 1
+            rdev = _device_behind(entry.name, folder)
+            if rdev is not None and (wanted is None or rdev in wanted):
+                found[int(entry.name)] = rdev
+    return Descriptors(dict(sorted(found.items())), count, more=False)
+
+
+def _device_behind(name: str, folder: int) -> int | None:
+    """The device number of the character device that a descriptor is open on; None where it is something else."""
+    try:
+        link = os.readlink(name, dir_fd=folder)
+    except PermissionError:
+        raise
+    except OSError as exc:
+        if exc.errno != errno.ENAMETOOLONG:
+            # It is closed, or the process has ended.
+            return None
+        # A path too long to be told may lead to a device all the same.
+        link = "/"
+    # What is on no file system (a socket, a pipe, an eventfd) is called `type:[...]`, and is no device.
+    if link[0] not in "/(":
+        return None
+    try:
+        return character_device(name, folder)
+    except OSError as exc:
+        if exc.errno == errno.ENOSYS:
+            raise HostLacks(_no_system_call("statx", "4.11")) from exc
+        # On a FUSE mount, which refuses everybody but its owner, root too; on a network mount that is no more; or
+        # closed by now. Whatever it is, it is no device.
+        return None
 
 
 def printable(raw: bytes) -> str:
@@ -191,6 +238,12 @@ def read_file(path: str, most: int = sys.maxsize) -> bytes:
         return text
     finally:
         os.close(fd)
+
+
+def number_in(text: bytes, name: bytes) -> int:
+    """A number in the text of /proc/PID/status, which is asked of every process of a host; -1 where there is none."""
+    word = text.partition(b"\n" + name + b":")[2][:30].split(None, 1)[:1]
+    return int(word[0]) if word and word[0].isdigit() else -1
 
 
 class Status(NamedTuple):
@@ -316,7 +369,7 @@ class Process:
     """A running process, held by a pidfd from `Process.hold` on.
 
     `status` is what it was when the process was held; `user` is the name of its user here, None where it has none.
-    `comm` is escaped to be printable.
+    `comm` is escaped to be printable. `pidfd` is a descriptor of ours, which a child needs to look at the process, too.
     """
 
     pid: int
@@ -324,7 +377,7 @@ class Process:
     user: str | None
     status: Status
     _start_ticks: int
-    _pidfd: int
+    pidfd: int
 
     def __str__(self) -> str:
         return f"{self.comm} (pid {self.pid})"
@@ -377,7 +430,7 @@ class Process:
 
     def check_alive(self) -> None:
         """Raises ProcessGone once the process has ended; before that, whatever was read by its pid was its own."""
-        if _has_ended(self._pidfd):
+        if _has_ended(self.pidfd):
             raise ProcessGone(_gone(self.pid, self.comm))
 
     def started(self) -> float:
@@ -421,7 +474,7 @@ class Process:
         self.check_alive()
         return text
 
-    def character_devices(self) -> dict[int, int]:
+    def character_devices(self) -> Descriptors:
         """The descriptors that are open on character devices: their numbers, and the device numbers behind them.
 
         A descriptor that is closed while this looks is left out. Raises AccessRefused or ProcessGone.
@@ -469,23 +522,19 @@ class Process:
         except OSError:
             return "closed by now"
 
-    @contextlib.contextmanager
-    def borrow(self, fd: int) -> Iterator[int]:
-        """A descriptor of ours that shares the open file behind the process's `fd`, closed when the context ends.
+    def borrow(self, fd: int) -> int:
+        """A descriptor of ours that shares the open file behind the process's `fd`. The caller closes it.
 
-        While it is open it keeps what the file holds alive, pinned memory included, even if the process ends.
+        While it is open it keeps what the file holds alive, pinned memory included, even if the process ends. To close
+        it may take for ever: a file on a FUSE mount asks its server (FUSE_FLUSH), and no signal ends that.
         Raises DescriptorGone, ProcessGone, AccessRefused, HostLacks, or IommufdError for what none of these says.
         """
         if not 0 <= fd <= _INT_MAX:
             raise DescriptorGone(f"{fd} is not the number of a descriptor: they count from 0.")
         try:
-            borrowed = _pidfd_getfd(self._pidfd, fd)
+            return _pidfd_getfd(self.pidfd, fd)
         except OSError as exc:
             raise self._cannot_borrow(fd, exc) from exc
-        try:
-            yield borrowed
-        finally:
-            os.close(borrowed)
 
     def _cannot_borrow(self, fd: int, exc: OSError) -> IommufdError:
         if exc.errno in (errno.EPERM, errno.EACCES):

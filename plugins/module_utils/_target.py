@@ -17,13 +17,15 @@ from typing import Callable, Union
 
 from ._errors import AccessRefused, IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import IommuFd, iommufd_rdevs
-from ._process import Process, is_path_only, own_character_device, printable
+from ._process import DESCRIPTORS_MAX, DEVICES_MAX, Process, is_path_only, own_character_device, printable
 from ._qemu import guest_name
 
 __all__ = (
+    "IOMMUFDS_MAX",
     "DomainTarget",
     "PidTarget",
     "PidfileTarget",
+    "Swapped",
     "Target",
     "UnitTarget",
     "borrow_iommufd",
@@ -34,6 +36,9 @@ __all__ = (
 )
 
 _PIDFILE_MAX = 64
+
+# How many iommufds of one process are worked on. A VMM has one or two.
+IOMMUFDS_MAX = 256
 _SYMLINKS_MAX = 40
 
 # Where the system libvirt keeps the pidfile and the record of every domain that runs. The folder may belong to the user
@@ -310,28 +315,45 @@ def hold_target(target: Target) -> Iterator[Process]:
 def find_iommufds(process: Process) -> list[int]:
     """The descriptors of the process that are open on an iommufd, whatever the node's name, in rising order.
 
-    Raises AccessRefused or ProcessGone. Nothing is borrowed or opened for it.
+    Raises AccessRefused or ProcessGone, and IommufdError where there are more than anybody could have looked at.
+    Nothing is borrowed or opened for it.
     """
-    devices = process.character_devices()
-    iommufds = iommufd_rdevs(set(devices.values()))
-    return [fd for fd, rdev in devices.items() if rdev in iommufds]
+    found = process.character_devices()
+    iommufds = iommufd_rdevs(set(found.devices.values()))
+    fds = [fd for fd, rdev in found.devices.items() if rdev in iommufds]
+    if found.more or len(fds) > IOMMUFDS_MAX:
+        raise IommufdError(
+            f"{process} has more descriptors than are looked through ({DESCRIPTORS_MAX}, {DEVICES_MAX} on devices,"
+            f" {IOMMUFDS_MAX} on iommufds): give the one that is meant by its number."
+        )
+    return fds
+
+
+class Swapped(NotAnIommufd):
+    """The process has put something else in the place of its iommufd, which is shared now and stays open."""
 
 
 @contextlib.contextmanager
 def borrow_iommufd(process: Process, fd: int, rdevs: set[int] | None = None) -> Iterator[IommuFd]:
     """The process's iommufd `fd`, shared while the context lasts. `rdevs`: the device numbers of an iommufd, if known.
 
-    Raises NotAnIommufd where it is something else, also if the process puts that in its place between one look and the
-    next. Raises what Process.borrow and Process.character_device do.
+    It is for a child (`_child.in_child`), whose end nobody waits for. What turns out to be no iommufd once it is shared
+    stays open there: to close it may take for ever, as its server likes it. An iommufd has no such thing.
+    Raises NotAnIommufd where it is something else, Swapped where the process has put that in its place between one look
+    and the next. Raises what Process.borrow and Process.character_device do.
     """
-    # Before it is borrowed, because closing a descriptor on a dead mount may wait for its server for ever.
+    # Before it is borrowed, so that what was never an iommufd is not shared at all.
     rdev = process.character_device(fd)
     if rdevs is None:
         rdevs = set() if rdev is None else iommufd_rdevs({rdev})
     _check_is_iommufd(process, fd, rdev, rdevs)
-    with process.borrow(fd) as borrowed:
-        # The check that counts: nobody but us can swap what is behind a descriptor of ours.
+    borrowed = process.borrow(fd)
+    # The check that counts: nobody but us can swap what is behind a descriptor of ours.
+    try:
         _check_is_iommufd(process, fd, own_character_device(borrowed), rdevs)
+    except NotAnIommufd as exc:
+        raise Swapped(str(exc)) from exc
+    try:
         if is_path_only(borrowed):
             raise NotAnIommufd(
                 f"Descriptor {fd} of {process} was opened with O_PATH: it names {process.link(fd)}, but has no iommufd"
@@ -341,6 +363,8 @@ def borrow_iommufd(process: Process, fd: int, rdevs: set[int] | None = None) -> 
         # While we share it, it outlives the process and its descriptor: what was done to it then was done for nobody.
         process.check_alive()
         _check_is_iommufd(process, fd, process.character_device(fd), rdevs)
+    finally:
+        os.close(borrowed)
 
 
 def _check_is_iommufd(process: Process, fd: int, rdev: int | None, rdevs: set[int]) -> None:

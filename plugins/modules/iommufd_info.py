@@ -636,6 +636,7 @@ import datetime
 import os
 import pwd
 import re
+from collections.abc import Collection
 from functools import partial
 from typing import Any, Callable, NoReturn
 
@@ -657,6 +658,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import 
     CAP_SYS_RESOURCE,
     names,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, Survey, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import misc_rdev
@@ -666,15 +668,14 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     printable,
     user_name,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_memory, guest_name, is_session_domain
 from ansible_collections.virt.iommufd.plugins.module_utils._target import escaped, running_domains
 
 Row = dict[str, Any]
-# AnsibleModule.run_command, as far as it is used here.
+# Runs a command and gives its exit code, output and errors.
 Run = Callable[["list[str]"], "tuple[int, str, str]"]
 
-# What is slow gets so long, and then some seconds to end by itself.
-PATIENCE = ["timeout", "-k", "5", "30"]
+# How long whatever is run may take.
+SECONDS = 30
 
 
 class View:
@@ -789,7 +790,7 @@ def emulator_row(view: View, emulator: _host.Emulator, slow: bool, run: Run) -> 
 
 def emulator_version(view: View, path: str, run: Run) -> str | None:
     """The version that an emulator gives when it is executed."""
-    code, output, errors = run([*PATIENCE, path, "--version"])
+    code, output, errors = run([path, "--version"])
     path = printable(os.fsencode(path))
     found = re.search(r"version (\S+)", output)
     if code or not found:
@@ -814,7 +815,7 @@ def libvirt_row(view: View, slow: bool, run: Run) -> Row:
         view.limit("libvirt", libvirt.msg)
     offers = None
     if slow and libvirt.unit is not None:
-        code, output, errors = run([*PATIENCE, "virsh", "--connect=qemu:///system", "domcapabilities"])
+        code, output, errors = run(["virsh", "--connect=qemu:///system", "domcapabilities"])
         offers = None if code else _libvirt.offers_iommufd(output)
         if offers is None:
             view.limit("libvirt", f"virsh domcapabilities gives none: {said(code, output, errors)}")
@@ -830,14 +831,14 @@ def libvirt_row(view: View, slow: bool, run: Run) -> Row:
     }
 
 
-def look_at_processes(view: View) -> Survey:
-    """All processes that hold an iommufd, and what this caller was kept from."""
+def look_at_processes(view: View, nodes: Collection[int]) -> Survey:
+    """All processes that hold an iommufd, which of the nodes they have open, and what this caller was kept from."""
     if not in_initial_namespace("pid"):
         view.limit("processes", "This is not the initial pid namespace. Run the task on the host itself.")
     hides = _host.proc_hides()
     if hides and CAP_SYS_PTRACE not in names(own_status().effective):
         view.limit("processes", f"/proc is mounted with {hides}. Run the task as root (become: true).")
-    seen = survey()
+    seen = survey(nodes)
     for what, thing, reasons in (
         ("processes", "", seen.hidden),
         ("descriptors", "the descriptors of ", seen.closed),
@@ -852,8 +853,7 @@ def look_at_processes(view: View) -> Survey:
 
 def process_row(holder: Holder, account: Account, of_user: Total, largest_limit: int | None, names_: Names) -> Row:
     """A process that holds an iommufd."""
-    guest = guest_name(holder.arguments)
-    domain, uri = names_.domain(holder, guest)
+    domain, uri = names_.domain(holder)
     soft, hard = holder.memlock.soft, holder.memlock.hard
     status = holder.status
     return {
@@ -862,13 +862,13 @@ def process_row(holder: Holder, account: Account, of_user: Total, largest_limit:
         "uid": status.uid,
         "user": holder.user,
         "started": iso8601(holder.started),
-        "name": None if guest is None else printable(guest),
+        "name": None if holder.name is None else shown(holder.name),
         "domain": domain,
         "domain_uri": uri,
         "unit": holder.units[0],
         "user_unit": holder.units[1],
         "initial_user_namespace": holder.initial,
-        "memory_bytes": guest_memory(holder.arguments),
+        "memory_bytes": holder.memory_bytes,
         "pinned_bytes": status.pinned_bytes,
         "locked_bytes": status.locked_bytes,
         "memlock_bytes": soft,
@@ -911,30 +911,31 @@ def iso8601(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def pidfile_name(guest: bytes) -> str:
-    """What the system libvirt would call the pidfile of a guest, without the ending."""
-    return printable(os.fsencode(escaped(os.fsdecode(guest))))
+def shown(name: str) -> str:
+    """A name, safe to print."""
+    return printable(os.fsencode(name))
 
 
 class Names:
     """What this host calls things: its system libvirt's domains, by process, and VFIO's nodes, by device number."""
 
-    def __init__(self, view: View) -> None:
-        self._nodes = _host.vfio_nodes()
+    def __init__(self, view: View, nodes: dict[int, _host.VfioNode]) -> None:
+        self._nodes = nodes
         self._domains: dict[int, str] = {}
         try:
             self._domains = running_domains()
         except AccessRefused as exc:
             view.limit("domains", f"The domains of the system libvirt cannot be told: {exc}")
 
-    def domain(self, holder: Holder, guest: bytes | None) -> tuple[str | None, str | None]:
+    def domain(self, holder: Holder) -> tuple[str | None, str | None]:
         """The domain whose emulator a process is, and the URI of the libvirt that it belongs to; None, None without."""
-        name = None if guest is None else printable(guest)
-        if guest is not None and self._domains.get(holder.pid) in (name, pidfile_name(guest)):
+        if holder.name is None:
+            return None, None
+        name = shown(holder.name)
+        # Its pidfile has the name as it stands in XML.
+        if self._domains.get(holder.pid) in (name, shown(escaped(holder.name))):
             return name, "qemu:///system"
-        if name is not None and is_session_domain(holder.arguments):
-            return name, "qemu:///session"
-        return None, None
+        return (name, "qemu:///session") if holder.session else (None, None)
 
     def vfio_devices(self, holder: Holder) -> list[Row]:
         """The devices of VFIO that a process has open."""
@@ -960,8 +961,9 @@ def user_row(uid: int, of_user: Total) -> Row:
 
 def process_and_user_rows(view: View, pids: list[int] | None, uids: set[int] | None) -> tuple[list[Row], list[Row]]:
     """The processes that hold an iommufd, and the users that are charged."""
-    seen = look_at_processes(view)
-    names_ = Names(view)
+    nodes = _host.vfio_nodes()
+    seen = look_at_processes(view, nodes)
+    names_ = Names(view, nodes)
     accounts: dict[int, list[Account]] = {uid: [] for uid in (*(uids or ()), *seen.others_pinned)}
     account_of = {holder.pid: holder.account() for holder in seen.holders}
     for account in account_of.values():
@@ -1019,9 +1021,8 @@ def main() -> NoReturn:
         },
         supports_check_mode=True,
     )
-    run = partial(module.run_command, handle_exceptions=False, environ_update={"LC_ALL": "C"})
     try:
-        result = gather(module.params, run)
+        result = gather(module.params, partial(run_command, seconds=SECONDS))
     except IommufdError as exc:
         module.fail_json(msg=str(exc))
     module.exit_json(changed=False, **result)

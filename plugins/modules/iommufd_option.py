@@ -266,6 +266,7 @@ from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.parsing.convert_bool import boolean
+from ansible_collections.virt.iommufd.plugins.module_utils._child import in_child, run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     DescriptorGone,
     IommufdError,
@@ -299,6 +300,9 @@ from ansible_collections.virt.iommufd.plugins.module_utils._target import (
 
 UINT32_MAX = 2**32 - 1
 
+# What the kernel answers in no time; a busy host gets so long.
+SECONDS = 30
+
 OPTIONS = {option.name: option for option in (RLIMIT_MODE, HUGE_PAGES)}
 
 Row = dict[str, Any]
@@ -313,7 +317,7 @@ def target_of(module: AnsibleModule) -> Target:
         return PidfileTarget(params["pidfile"])
     if params["domain"] is not None:
         return DomainTarget(params["domain"])
-    return UnitTarget(params["unit"], partial(module.run_command, handle_exceptions=False))
+    return UnitTarget(params["unit"], run_command)
 
 
 def number_of(option: Option, value: str | None) -> int | None:
@@ -460,7 +464,9 @@ def run(module: AnsibleModule, result: dict[str, Any]) -> None:
             "uid": process.uid,
             "user": process.user,
         }
-        rows, truncated = work(process, params["fd"], job)
+        # The process may put something in the place of its iommufd that takes for ever to close.
+        do = partial(work, process, params["fd"], job)
+        rows, truncated = in_child(None, do, SECONDS, [process.pidfd])
     if job.option.per_ioas:
         result["truncated"] = truncated
     result.update(report(rows, params["tolerate"]))

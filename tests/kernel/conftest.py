@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
 from ansible_collections.virt.iommufd.tests.kernel.harness import VM, Answer, Vmm
 
 Start = Callable[..., Vmm]
@@ -38,6 +39,12 @@ def vmm(start: Start) -> Vmm:
     started = start()
     started.open()
     return started
+
+
+@pytest.fixture
+def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the module do here what it does in a child, so that a test can come in between its steps."""
+    monkeypatch.setattr(iommufd_option, "in_child", lambda _user, work, _seconds, _keep: work())
 
 
 @pytest.fixture(scope="session")

@@ -83,6 +83,7 @@ def server(start: Start, tmp_path: Path) -> Iterator[tuple[Path, int]]:
     subprocess.run(["umount", "--lazy", str(mount_point)], check=True)
 
 
+@pytest.mark.usefixtures("in_place")
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_descriptor_on_a_dead_fuse_mount(
     server: tuple[Path, int], start: Start, told: Told, asked: bool, monkeypatch: pytest.MonkeyPatch

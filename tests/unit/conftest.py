@@ -7,17 +7,20 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import PIPE, STDOUT
+from typing import Any
 
 import pytest
 from ansible.module_utils.common import warnings
 from ansible_collections.virt.iommufd.plugins.module_utils import _holders, _iommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
 # Opens what the tests look for under numbers that they know, says so, and waits until its standard input is closed.
@@ -61,10 +64,17 @@ def held(child: subprocess.Popen[bytes]) -> Iterator[Process]:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
-    """Answers every ioctl."""
+    """Answers every ioctl, here: what would be done in a child, out of its sight, is done in its place."""
     fake = FakeKernel()
     monkeypatch.setattr(fcntl, "ioctl", fake.ioctl)
+    monkeypatch.setattr(iommufd_option, "in_child", lambda _user, work, _seconds, _keep: through_json(work()))
+    monkeypatch.setattr(_holders, "answers", lambda _user, work, _seconds: (through_json(each) for each in work()))
     return fake
+
+
+def through_json(value: Any) -> Any:
+    """What comes of a child's answer on its way."""
+    return json.loads(json.dumps(value))
 
 
 @pytest.fixture

@@ -351,6 +351,7 @@ def test_the_childs_life(work: Callable[[], Any], said: Any, monkeypatch: pytest
     for name in ("isolate", "_close_all_but", "_become"):
         monkeypatch.setattr(_child, name, lambda *_given: None)
     monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(_child, "_is_child", False)
     reader, writer = os.pipe()
     with pytest.raises(SystemExit, match=r"^0$"):
         _child._serve(None, lambda: (work() for _once in "1"), writer, [])

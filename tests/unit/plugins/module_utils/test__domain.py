@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
@@ -297,25 +296,26 @@ class FakeSystemd:
         self.units: set[str] = set()
         self.ending: set[str] = set()
         self.commands: list[list[str]] = []
-        self.failing: tuple[int, bytes] | None = None
+        self.failing: tuple[int, str] | None = None
         self.failures = 99
         self.answers = True
 
-    def run(self, command: list[str], **_options: Any) -> Any:
-        assert command[:4] == ["timeout", "-k", "5", "60"]
-        words = command[4:]
+    def run(self, command: tuple[str, ...], variables: dict[str, str]) -> tuple[int, str, str]:
+        # It leads to the user's service manager.
+        assert variables["XDG_RUNTIME_DIR"]
+        words = list(command)
         self.commands.append(words)
         if "show" in words:
-            shown = "\n\n".join(map(self.show, words[6:])).encode()
+            shown = "\n\n".join(map(self.show, words[6:]))
             # As of a transient service whose last process ends while it is looked at.
             self.units -= self.ending
-            return SimpleNamespace(returncode=0, stdout=shown, stderr=b"")
+            return 0, shown, ""
         self.failures -= 1
         if self.failing and self.failures >= 0:
-            return SimpleNamespace(returncode=self.failing[0], stdout=b"", stderr=self.failing[1])
+            return self.failing[0], "", self.failing[1]
         if self.answers:
             self.libvirt.failing.clear()
-        return SimpleNamespace(returncode=0, stdout=b"", stderr=b"")
+        return 0, "", ""
 
     def show(self, unit: str) -> str:
         return f"Id={unit}\nLoadState={'loaded' if unit in self.units else 'not-found'}"
@@ -329,7 +329,7 @@ def systemd(libvirt: FakeLibvirt, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "systemd").mkdir()
     (tmp_path / "systemd/private").write_text("")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.setattr(subprocess, "run", fake.run)
+    monkeypatch.setattr(_domain, "run_command", fake.run)
     monkeypatch.setattr(shutil, "which", lambda name, path: f"/usr/sbin/{name}" if name == "libvirtd" else None)
     monkeypatch.setattr(_domain, "_PATIENCE", 0.1)
     monkeypatch.setattr(_domain, "_PAUSE", 0)
@@ -360,7 +360,7 @@ def test_the_daemon_is_started_as_a_transient_service(systemd: FakeSystemd) -> N
 
 def test_a_transient_service_that_is_gone_before_it_can_be_started_again(systemd: FakeSystemd) -> None:
     systemd.units = systemd.ending = {"libvirtd.service"}
-    systemd.failing, systemd.failures = (5, b"Unit libvirtd.service not found."), 1
+    systemd.failing, systemd.failures = (5, "Unit libvirtd.service not found."), 1
     assert start_daemon(SESSION, "vm") == "libvirtd.service"
     shown, started, again, ran = systemd.commands
     assert shown == again
@@ -368,13 +368,13 @@ def test_a_transient_service_that_is_gone_before_it_can_be_started_again(systemd
 
 
 def test_a_transient_service_that_was_made_meanwhile(systemd: FakeSystemd) -> None:
-    systemd.failing, systemd.failures = (1, b"Unit libvirtd.service was already loaded or has a fragment file."), 2
+    systemd.failing, systemd.failures = (1, "Unit libvirtd.service was already loaded or has a fragment file."), 2
     assert start_daemon(SESSION, "vm") == "libvirtd.service"
     assert [command[0] for command in systemd.commands] == ["systemctl", "systemd-run"] * 3
 
 
 def test_somebody_else_has_started_the_daemon(systemd: FakeSystemd, libvirt: FakeLibvirt) -> None:
-    systemd.failing = (1, b"Unit libvirtd.service already exists.")
+    systemd.failing = (1, "Unit libvirtd.service already exists.")
     libvirt.before_failure = libvirt.failing.clear
     assert start_daemon(SESSION, "vm") is None
 
@@ -392,8 +392,8 @@ def test_no_daemon_is_installed(systemd: FakeSystemd, monkeypatch: pytest.Monkey
         start_daemon(SESSION, "vm")
 
 
-@pytest.mark.parametrize(("errors", "words"), [(b"Job  failed\n", "says: Job failed$"), (b"", "says: exit code 3$")])
-def test_a_unit_that_does_not_start(systemd: FakeSystemd, errors: bytes, words: str) -> None:
+@pytest.mark.parametrize(("errors", "words"), [("Job  failed\n", "says: Job failed$"), ("", "says: exit code 3$")])
+def test_a_unit_that_does_not_start(systemd: FakeSystemd, errors: str, words: str) -> None:
     systemd.failing = (3, errors)
     with pytest.raises(NoDaemon, match=words):
         start_daemon(SESSION, "vm")
@@ -410,7 +410,7 @@ def test_a_host_without_systemd(systemd: FakeSystemd, monkeypatch: pytest.Monkey
     def fail(*_given: Any, **_options: Any) -> None:
         raise FileNotFoundError(2, "no")
 
-    monkeypatch.setattr(subprocess, "run", fail)
+    monkeypatch.setattr(_domain, "run_command", fail)
     with pytest.raises(NoDaemon, match=r"^systemctl cannot be run \(ENOENT"):
         start_daemon(SESSION, "vm")
 

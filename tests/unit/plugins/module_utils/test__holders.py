@@ -5,20 +5,31 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _holders
+from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, NoAnswer
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     AccessRefused,
     DescriptorGone,
     IommufdError,
     ProcessGone,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, survey
+from ansible_collections.virt.iommufd.plugins.module_utils._holders import (
+    Answer,
+    Candidate,
+    HeldIommufd,
+    Holder,
+    Survey,
+    survey,
+)
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
+from ansible_collections.virt.iommufd.plugins.module_utils._tables import Tables
+from ansible_collections.virt.iommufd.plugins.module_utils._target import Swapped
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
 STATUS = b"Name:\tvm\nUid:\t7\t7\t7\t7\nVmSize:\t9 kB\nVmPin:\t%d kB\nCapPrm:\t0\nCapEff:\t4000\nCapBnd:\t0\n"
@@ -39,7 +50,8 @@ def test_a_process_with_an_iommufd(alone: FakeKernel, child: subprocess.Popen[by
     assert holder.pid == child.pid
     # 51 is the same device, opened with O_PATH.
     assert holder.iommufds == [HeldIommufd(50, "user", False, [(2, True), (3, False)])]
-    assert set(holder.devices) >= {50, 51}
+    assert holder.devices == {}
+    assert set(survey({os.stat(os.devnull).st_rdev}).holders[0].devices) >= {50, 51}
     account = holder.account()
     assert (account.pid, account.uid, account.modes) == (child.pid, os.getuid(), frozenset({"user"}))
     assert alone.mode == 0
@@ -96,7 +108,7 @@ def test_an_iommufd_that_may_not_be_shared(alone: FakeKernel, monkeypatch: pytes
 def test_a_process_that_ends(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Process, "borrow", refuse(ProcessGone("It has ended.")))
     assert survey().holders == []
-    monkeypatch.setattr(_holders, "_character_devices", refuse(FileNotFoundError(errno.ENOENT, "gone")))
+    monkeypatch.setattr(Tables, "look", refuse(FileNotFoundError(errno.ENOENT, "gone")))
     assert survey().holders == []
 
 
@@ -169,7 +181,7 @@ def test_a_process_that_cannot_be_held(alone: FakeKernel, monkeypatch: pytest.Mo
 @pytest.fixture
 def closed(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process whose descriptors this caller may not look at."""
-    monkeypatch.setattr(_holders, "_character_devices", refuse(PermissionError(errno.EACCES, "no")))
+    monkeypatch.setattr(Tables, "look", refuse(PermissionError(errno.EACCES, "no")))
 
 
 @pytest.mark.parametrize(("pinned", "count"), [(0, 0), (8, 1)])
@@ -188,16 +200,136 @@ def test_a_kernel_thread_has_no_descriptors(closed: None, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("exception", "hidden"),
+    ("text", "hidden"),
     [
-        (ProcessGone("It has ended."), []),
-        (PermissionError(errno.EACCES, "no"), [f"EACCES: Permission denied. {_holders._CURE}"]),
-        (IommufdError("It is no status."), ["It is no status."]),
+        (lambda _pid: None, []),
+        (refuse(PermissionError(errno.EACCES, "no")), [f"EACCES: Permission denied. {_holders._CURE}"]),
+        (lambda _pid: b"It is no status.", ["/proc/PID/status cannot be read: 'It is no status.'."]),
     ],
 )
-def test_hidden(closed: None, monkeypatch: pytest.MonkeyPatch, exception: Exception, hidden: list[str]) -> None:
-    monkeypatch.setattr(_holders, "_status", refuse(exception))
+def test_hidden(closed: None, monkeypatch: pytest.MonkeyPatch, text: Callable[..., Any], hidden: list[str]) -> None:
+    monkeypatch.setattr(_holders, "_status_text", text)
     assert list(survey().hidden) == hidden
+
+
+def test_what_comes_out_of_a_child_is_what_went_in(alone: FakeKernel) -> None:
+    alone.ioases = {2: 1}
+    (holder,) = survey({os.stat(os.devnull).st_rdev}).holders
+    assert Holder.from_json(json.loads(json.dumps(holder.to_json()))) == holder
+    assert holder.devices
+    assert holder.iommufds
+    bare = holder._replace(iommufds=None, devices={}, units=(None, None))
+    assert Holder.from_json(json.loads(json.dumps(bare.to_json()))) == bare
+
+
+def test_one_that_swaps_is_told_and_counts_as_unknown(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+
+    def look(process: Process, fds: list[int], _rdevs: set[int]) -> tuple[list[HeldIommufd], str, bool]:
+        looked.extend(fds)
+        return [HeldIommufd(50, "user", None, [])], _holders._SWAPS, True
+
+    monkeypatch.setattr(_holders, "_held_iommufds", look)
+    result = survey()
+    assert looked == [50, 51]
+    assert list(result.refused) == [_holders._SWAPS]
+    assert result.holders[0].account().modes == frozenset({"user", None})
+
+
+def test_it_is_the_borrowing_that_tells(held: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_holders, "borrow_iommufd", refuse(Swapped("It is a pipe.")))
+    assert _holders._held_iommufds(held, [50, 51], set()) == ([], _holders._SWAPS, True)
+
+
+@pytest.fixture
+def crowd(alone: FakeKernel, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Seven candidates, by the numbers of those that were looked at; each is what the child is, under another id."""
+    (holder,) = survey().holders
+    looked: list[int] = []
+
+    def look(candidate: Candidate, _rdevs: set[int], _nodes: object) -> Answer:
+        looked.append(candidate.pid)
+        return Answer(holder._replace(pid=candidate.pid).to_json())
+
+    monkeypatch.setattr(_holders, "_look_at", look)
+    monkeypatch.setattr(_holders, "_status_text", lambda _pid: STATUS % 8)
+    return looked
+
+
+CANDIDATES = [Candidate(pid, uid, {50: 1}) for pid, uid in ((1, 7), (2, 7), (3, 8), (4, 7), (5, 7), (6, 7), (7, 8))]
+
+
+def test_too_many_of_a_user_or_of_all_are_counted(crowd: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_holders, "_OF_USER", 3)
+    result = Survey()
+    _holders._look_at_all(result, CANDIDATES, set(), set())
+    assert [holder.pid for holder in result.holders] == crowd == [1, 2, 3, 4, 7]
+    assert result.refused == {_holders._TOO_MANY_HOLDERS: [5, 6]}
+    # What they have pinned is not lost.
+    assert result.others_pinned == {7: 2 * 8192}
+    monkeypatch.setattr(_holders, "_IOMMUFDS_OF_USER", 1)
+    result = Survey()
+    _holders._look_at_all(result, CANDIDATES, {1}, set())
+    assert result.refused == {_holders._TOO_MANY_HOLDERS: [2, 4, 5, 6, 7]}
+    monkeypatch.setattr(_holders, "_OF_ALL", 2)
+    monkeypatch.setattr(_holders, "_IOMMUFDS_OF_USER", 9)
+    result = Survey()
+    _holders._look_at_all(result, CANDIDATES, set(), set())
+    assert result.refused == {_holders._TOO_MANY_HOLDERS: [3, 4, 5, 6, 7]}
+
+
+@pytest.mark.parametrize("trouble", ["swaps", "hangs", "is killed"])
+def test_whose_processes_mean_harm_is_not_looked_at_any_more(
+    crowd: list[int], monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    look = _holders._look_at
+    started: list[list[int]] = []
+
+    def misbehave(candidate: Candidate, rdevs: set[int], nodes: Any) -> Answer:
+        answer = look(candidate, rdevs, nodes)
+        if candidate.uid != 7:
+            return answer
+        if trouble == "swaps":
+            return answer._replace(refused="It swaps.", swapped=True)
+        raise NoAnswer("It hangs.") if trouble == "hangs" else Interrupted("It was killed.")
+
+    def children(_user: object, work: Any, _seconds: float) -> Any:
+        started.append([each.pid for each in work.args[0]])
+        yield from work()
+
+    monkeypatch.setattr(_holders, "_look_at", misbehave)
+    monkeypatch.setattr(_holders, "answers", children)
+    result = Survey()
+    _holders._look_at_all(result, CANDIDATES, set(), set())
+    reason = {"swaps": "It swaps.", "hangs": "It hangs.", "is killed": "It was killed."}[trouble]
+    assert result.refused == {reason: [1, 2, 4], _holders._HANGS: [5, 6]}
+    assert [holder.pid for holder in result.holders] == ([1, 2, 3, 4, 7] if trouble == "swaps" else [3, 7])
+    # Each time another child goes on after the one that it hung at.
+    assert started == [[1, 2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6, 7], [3, 4, 5, 6, 7], [7]]
+
+
+def test_an_end_to_all_looks(crowd: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_holders, "_SECONDS", -1)
+    result = Survey()
+    _holders._look_at_all(result, CANDIDATES, set(), set())
+    assert crowd == []
+    assert result.refused == {"No time was left for it after -1 seconds.": [1, 2, 3, 4, 5, 6, 7]}
+
+
+def test_more_than_is_told_of_one(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone.ioases = dict.fromkeys(range(1, 9), 1)
+    monkeypatch.setattr(_holders, "_IOASES_MAX", 5)
+    monkeypatch.setattr(_holders, "_NAME_MAX", 4)
+    monkeypatch.setattr(Process, "arguments", lambda _process: [b"qemu", b"-name", b"x" * 9])
+    result = survey()
+    (holder,) = result.holders
+    assert holder.iommufds is not None
+    assert [ioas for ioas, _pages in holder.iommufds[0].ioases] == [1, 2, 3, 4, 5]
+    assert (holder.name, holder.more) == ("xxxx...", True)
+    assert list(result.refused) == [_holders._TOO_MANY_IOMMUFDS]
+    monkeypatch.setattr(_holders, "IOMMUFDS_MAX", 1)
+    alone.ioases = {}
+    assert survey().holders[0].more
 
 
 def test_a_status_of_nobody() -> None:

@@ -210,7 +210,7 @@ def test_a_vfio_container_is_an_iommufd_where_it_answers_as_one(
 ) -> None:
     # /dev/null stands in for the node: what answers the ioctl is the fake kernel.
     monkeypatch.setattr(_iommufd, "_VFIO_CONTAINER", os.devnull)
-    monkeypatch.setattr(_iommufd, "_VFIO_CONTAINER_RDEV", os.stat(os.devnull).st_rdev)
+    monkeypatch.setattr(_iommufd, "VFIO_CONTAINER_RDEV", os.stat(os.devnull).st_rdev)
     kernel.without = errno_of_get
     container = os.stat(os.devnull).st_rdev
     assert _iommufd.iommufd_rdevs({container}) == (set() if errno_of_get else {container})

@@ -21,7 +21,9 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     ProcessGone,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
+    Descriptors,
     Process,
+    character_devices_in,
     is_path_only,
     own_character_device,
     printable,
@@ -73,12 +75,14 @@ def test_a_process_that_ends_while_it_is_held_is_gone(held: Process, child: subp
         held.character_devices()
     with pytest.raises(ProcessGone, match="has ended"):
         held.character_device(50)
-    with pytest.raises(ProcessGone, match="has ended"), held.borrow(50):
-        pass
+    with pytest.raises(ProcessGone, match="has ended"):
+        held.borrow(50)
 
 
 def test_character_devices_are_found_by_number(held: Process) -> None:
-    devices = held.character_devices()
+    found = held.character_devices()
+    devices = found.devices
+    assert (found.looked_at >= 4, found.more) == (True, False)
     assert devices[50] == devices[51] == NULL
     assert 52 not in devices
     assert held.character_device(50) == NULL
@@ -89,25 +93,36 @@ def test_character_devices_are_found_by_number(held: Process) -> None:
 
 def test_a_borrowed_descriptor_shares_the_open_file(held: Process) -> None:
     # An open of /proc/PID/fd/53 would bring the same file, but another position in it.
-    with held.borrow(53) as borrowed:
+    borrowed = held.borrow(53)
+    try:
         os.lseek(borrowed, 4, os.SEEK_SET)
         assert "pos:\t4\n" in Path(f"/proc/{held.pid}/fdinfo/53").read_text()
         assert not os.get_inheritable(borrowed)
-
-
-def test_a_borrowed_descriptor_is_closed_on_every_path(held: Process) -> None:
-    before = open_descriptors()
-    with held.borrow(50):
-        assert open_descriptors() == before + 1
-    with pytest.raises(ZeroDivisionError), held.borrow(50):
-        raise ZeroDivisionError
-    assert open_descriptors() == before
+    finally:
+        os.close(borrowed)
 
 
 def test_a_descriptor_opened_with_o_path_is_known(held: Process) -> None:
-    with held.borrow(50) as plain, held.borrow(51) as path_only:
+    plain, path_only = held.borrow(50), held.borrow(51)
+    try:
         assert not is_path_only(plain)
         assert is_path_only(path_only)
+    finally:
+        os.close(plain)
+        os.close(path_only)
+
+
+def test_no_more_descriptors_are_looked_at_than_asked_for(held: Process) -> None:
+    folder = os.open(f"/proc/{held.pid}/fd", os.O_RDONLY)
+    try:
+        all_ = character_devices_in(folder)
+        # 0, 1 and 2 are pipes, and the lowest come first.
+        assert character_devices_in(folder, 3) == Descriptors({}, 3, True)
+        assert character_devices_in(folder, 4) == Descriptors({50: NULL}, 4, True)
+        assert character_devices_in(folder, all_.looked_at) == all_
+        assert character_devices_in(folder, wanted={NULL + 1}) == Descriptors({}, all_.looked_at, False)
+    finally:
+        os.close(folder)
 
 
 def test_holding_a_process_leaves_no_descriptor(child: subprocess.Popen[bytes]) -> None:
@@ -119,8 +134,8 @@ def test_holding_a_process_leaves_no_descriptor(child: subprocess.Popen[bytes]) 
 
 @pytest.mark.parametrize("fd", [60, -1, 2**31, 2**32 + 50])
 def test_a_descriptor_that_is_not_there_is_gone(held: Process, fd: int) -> None:
-    with pytest.raises(DescriptorGone, match=str(fd)), held.borrow(fd):
-        pass
+    with pytest.raises(DescriptorGone, match=str(fd)):
+        held.borrow(fd)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +154,8 @@ def test_what_pidfd_getfd_refuses(
 ) -> None:
     monkeypatch.setattr(_process, "_pidfd_getfd", refuse(number))
     for word in words:
-        with pytest.raises(exception, match=word), held.borrow(50):
-            pass
+        with pytest.raises(exception, match=word):
+            held.borrow(50)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +179,7 @@ def test_what_pidfd_open_refuses(
 
 @pytest.mark.parametrize("method", ["character_devices", "character_device"])
 def test_what_proc_refuses(held: Process, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    for name in ("listdir", "readlink"):
+    for name in ("scandir", "readlink"):
         monkeypatch.setattr(os, name, refuse(errno.EACCES))
     monkeypatch.setattr(_process, "character_device", refuse(errno.EACCES))
     with pytest.raises(AccessRefused, match="CAP_SYS_PTRACE"):
@@ -176,7 +191,7 @@ def test_a_descriptor_that_its_file_system_refuses_to_tell_of_is_no_device(
     held: Process, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(_process, "character_device", refuse(number))
-    assert held.character_devices() == {}
+    assert held.character_devices().devices == {}
     assert held.character_device(50) is None
     assert own_character_device(0) is None
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -25,6 +26,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._target import (
     DomainTarget,
     PidfileTarget,
     PidTarget,
+    Swapped,
     Target,
     UnitTarget,
     borrow_iommufd,
@@ -71,9 +73,46 @@ def test_a_descriptor_that_is_swapped_before_it_is_borrowed_is_sent_nothing(
 ) -> None:
     # At the first look, 53 is what it will never be again.
     monkeypatch.setattr(Process, "character_device", lambda *_args: os.stat(os.devnull).st_rdev)
-    with pytest.raises(NotAnIommufd, match="/ten"), borrow_iommufd(held, 53):
+    with pytest.raises(Swapped, match="/ten"), borrow_iommufd(held, 53):
         pass
     assert null_is_iommufd.calls == []
+    # To close it could take for ever.
+    left = [name for name in os.listdir("/proc/self/fd") if own_link(name) == own_link("53", held.pid)]
+    assert len(left) == 1
+    os.close(int(left[0]))
+
+
+def own_link(name: str, pid: int | str = "self") -> str:
+    with contextlib.suppress(FileNotFoundError):
+        return os.readlink(f"/proc/{pid}/fd/{name}")
+    return ""
+
+
+def test_a_borrowed_iommufd_is_closed_on_every_path(held: Process, null_is_iommufd: FakeKernel) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with borrow_iommufd(held, 50):
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+    with pytest.raises(ZeroDivisionError), borrow_iommufd(held, 50):
+        raise ZeroDivisionError
+    with pytest.raises(NotAnIommufd), borrow_iommufd(held, 51):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_more_iommufds_than_are_worked_on(
+    held: Process, null_is_iommufd: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_target, "IOMMUFDS_MAX", 2)
+    assert set(find_iommufds(held)) == {50, 51}
+    monkeypatch.setattr(_target, "IOMMUFDS_MAX", 1)
+    with pytest.raises(IommufdError, match=r"has more descriptors than are looked through .* 1 on iommufds"):
+        find_iommufds(held)
+    some = held.character_devices()._replace(more=True)
+    monkeypatch.setattr(Process, "character_devices", lambda _process: some)
+    with pytest.raises(
+        IommufdError, match=r"has more descriptors than are looked through \(262144, 8192 on devices, 1 "
+    ):
+        find_iommufds(held)
 
 
 def test_a_descriptor_that_is_closed_while_it_is_shared_was_set_for_nobody(

@@ -16,7 +16,6 @@ from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import _host
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import survey
-from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_name
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -131,34 +130,37 @@ def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.Monke
     monkeypatch.setattr(iommufd_info, "names", lambda _mask: [])
     seen = survey()
     seen.closed = {"EACCES: Permission denied.": [1, 2, 3, 4, 5, 6]}
-    monkeypatch.setattr(iommufd_info, "survey", lambda: seen)
+    monkeypatch.setattr(iommufd_info, "survey", lambda _nodes: seen)
     limits = run(gather_subset=["processes"])["host"]["limits_of_view"]
     assert [each["what"] for each in limits] == ["processes", "processes", "descriptors", "domains"]
     assert "the descriptors of 6 processes (1, 2, 3, 4, 5, ...): EACCES: Permission denied." in limits[2]["why"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "running", "domain"),
+    ("name", "session", "running", "domain"),
     [
-        ([b"qemu", b"-name", b"guest=vm1"], "vm1", ("vm1", "qemu:///system")),
-        ([b"qemu", b"-name", b"guest=vm1"], "vm2", (None, None)),
-        ([b"qemu", b"-name", b"vm1", b"file=/h/libvirt/qemu/lib/domain-1-vm1/key"], "", ("vm1", "qemu:///session")),
-        ([b"qemu"], "vm1", (None, None)),
+        ("vm1", False, "vm1", ("vm1", "qemu:///system")),
+        ("a&b", False, "a&amp;b", ("a&b", "qemu:///system")),
+        ("vm1", False, "vm2", (None, None)),
+        ("vm1", True, "", ("vm1", "qemu:///session")),
+        (None, True, "vm1", (None, None)),
+        ("\udcff\x1b", True, "", ("\\xff\\x1b", "qemu:///session")),
     ],
 )
 def test_whose_domain(
     alone: FakeKernel,
     monkeypatch: pytest.MonkeyPatch,
-    arguments: list[bytes],
+    name: str | None,
+    session: bool,
     running: str,
     domain: tuple[str | None, str | None],
 ) -> None:
-    (holder,) = survey().holders
+    null = os.stat(os.devnull).st_rdev
+    (holder,) = survey({null}).holders
     monkeypatch.setattr(iommufd_info, "running_domains", lambda: {holder.pid: running})
-    names = iommufd_info.Names(iommufd_info.View())
-    holder = holder._replace(arguments=arguments)
-    assert names.domain(holder, guest_name(arguments)) == domain
-    monkeypatch.setattr(names, "_nodes", {os.stat(os.devnull).st_rdev: _host.VfioNode("/dev/vfio/5", ["a"], 5, True)})
+    nodes = {null: _host.VfioNode("/dev/vfio/5", ["a"], 5, True)}
+    names = iommufd_info.Names(iommufd_info.View(), nodes)
+    assert names.domain(holder._replace(name=name, session=session)) == domain
     assert {"fd": 50, "node": "/dev/vfio/5", "addresses": ["a"]} in names.vfio_devices(holder)
 
 
