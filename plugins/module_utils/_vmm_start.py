@@ -575,6 +575,8 @@ def replica_properties(unit: Unit) -> list[str]:
     soft, hard = ("infinity" if each is None else str(each) for each in (unit.memlock.soft, unit.memlock.hard))
     # The processes of its user are counted, who might see to it that this one is too many.
     found += [f"LimitMEMLOCK={soft}:{hard}", "LimitNPROC=infinity"]
+    # It may be stopped, or ignore what asks it to end.
+    found += [f"TimeoutStartSec={_PATIENCE // 2}", "KillSignal=SIGKILL"]
     # If nobody is left to stop it.
     return [*found, f"RuntimeMaxSec={_PATIENCE}"]
 

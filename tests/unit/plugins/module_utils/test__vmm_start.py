@@ -544,7 +544,8 @@ def unit(program: Program, **settings: str) -> Unit:
 
 
 def test_what_a_replica_takes_over(emulator: Program) -> None:
-    usual = ["LimitMEMLOCK=1:infinity", "LimitNPROC=infinity", "RuntimeMaxSec=120"]
+    usual = ["LimitMEMLOCK=1:infinity", "LimitNPROC=infinity", "TimeoutStartSec=60", "KillSignal=SIGKILL"]
+    usual.append("RuntimeMaxSec=120")
     none = ["CapabilityBoundingSet=", "AmbientCapabilities=", "SecureBits="]
     limit = Limit(1, None)
     assert replica_properties(changed(unit(emulator), memlock=limit)) == [*none, *usual]
