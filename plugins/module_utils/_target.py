@@ -11,10 +11,12 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Callable, Union
+from functools import partial
+from typing import Any, Callable, NamedTuple, Union
 
+from ._child import NoAnswer, in_child
 from ._errors import IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import IommuFd, iommufd_rdevs
 from ._paths import Untrusted, walk
@@ -33,9 +35,12 @@ __all__ = (
     "escaped",
     "find_iommufds",
     "hold_target",
+    "patiently",
 )
 
 _PIDFILE_MAX = 64
+# A local file is there in no time, in seconds.
+_PATIENCE = 10
 
 # How many iommufds of one process are worked on. A VMM has one or two.
 IOMMUFDS_MAX = 256
@@ -73,6 +78,28 @@ class PidTarget:
         """Any process will do."""
 
 
+def patiently(what: str, look: Callable[[], Any], keep: Collection[int] = ()) -> Any:
+    """What a look at something of another user's comes to, in a child, since it may last for ever. Raises IommufdError.
+
+    `what` names it; `keep` is as for in_child.
+    """
+    try:
+        return in_child(None, look, _PATIENCE, keep)
+    except NoAnswer as exc:
+        raise IommufdError(
+            f"{what} could not be looked at within {_PATIENCE} seconds. Is it on a mount whose server does not answer?"
+        ) from exc
+
+
+class Pidfile(NamedTuple):
+    """The id in a pidfile, when that was written, in seconds since the epoch, and which file it is."""
+
+    pid: int
+    written: float
+    device: int
+    inode: int
+
+
 @dataclass(frozen=True)
 class PidfileTarget:
     """A process by a file that holds its id, and that only root or the process's own user can have written."""
@@ -84,23 +111,23 @@ class PidfileTarget:
 
     def resolve(self) -> int:
         """The id in the file. Raises IommufdError for any file that is not a pidfile."""
-        return self.read()[0]
+        return self.read().pid
 
     def check(self, process: Process) -> None:
         """Raises IommufdError where the file does not speak for the process: it is older, or somebody else's."""
-        pid, status = self.read()
-        if pid != process.pid:
-            raise ProcessGone(f"{self} named process {process.pid}, and a moment later {pid}. Run the task again.")
+        read = self.read()
+        if read.pid != process.pid:
+            raise ProcessGone(f"{self} named process {process.pid}, and a moment later {read.pid}. Run the task again.")
         # A process writes the file after it has started; the second is for the clock's slewing and a tick's length.
-        if status.st_mtime < process.started() - 1:
+        if read.written < process.started() - 1:
             raise IommufdError(
                 f"{self} is stale: it was written before {process} started, so it meant another process, unless the"
                 " clock was set in between. Give the process by pid or unit if it is the one you mean."
             )
-        self._check_writers(process, status)
+        patiently(str(self), partial(self._check_writers, process, read))
 
-    def _check_writers(self, process: Process, read: os.stat_result) -> None:
-        """Raises IommufdError where somebody else can have written the file. `read`: of the file that was read."""
+    def _check_writers(self, process: Process, read: Pidfile) -> None:
+        """Raises IommufdError where somebody else can have written the file."""
         try:
             with walk(self.path, (0, process.uid)) as place:
                 found = place.status
@@ -112,11 +139,14 @@ class PidfileTarget:
             ) from exc
         except OSError as exc:
             raise IommufdError(f"{self} cannot be looked up ({error_text(exc.errno)}).") from exc
-        if found is None or not os.path.samestat(found, read):
+        if found is None or (found.st_dev, found.st_ino) != (read.device, read.inode):
             raise ProcessGone(f"{self} was replaced while it was read. Run the task again.")
 
-    def read(self) -> tuple[int, os.stat_result]:
-        """The id in the file, and the status of the very file that it was read from. Raises as resolve does."""
+    def read(self) -> Pidfile:
+        """What the file says, and which one it is. Raises as resolve does."""
+        return Pidfile(*patiently(str(self), self._read))
+
+    def _read(self) -> Pidfile:
         if not os.path.isabs(self.path):
             raise IommufdError(f"{self} is not an absolute path.")
         try:
@@ -139,7 +169,7 @@ class PidfileTarget:
         finally:
             os.close(fd)
         try:
-            return parse_pid(text), status
+            return Pidfile(parse_pid(text), status.st_mtime, status.st_dev, status.st_ino)
         except IommufdError as exc:
             raise IommufdError(f"{self} {exc}.") from exc
 

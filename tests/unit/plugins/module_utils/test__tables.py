@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _tables
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Descriptors, share_descriptors
+from ansible_collections.virt.iommufd.plugins.module_utils._process import (
+    Descriptors,
+    character_devices_in,
+    share_descriptors,
+)
 from ansible_collections.virt.iommufd.plugins.module_utils._tables import LARGE, Tables
 
 NULL = os.stat(os.devnull).st_rdev
@@ -39,7 +43,7 @@ def test_an_end_to_all_looks(child: subprocess.Popen[bytes], monkeypatch: pytest
 
 def test_a_large_table_is_looked_at_once(child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
-    look = _tables.character_devices_in
+    look = character_devices_in
 
     def note(*given: Any) -> Descriptors:
         looked.append(child.pid)

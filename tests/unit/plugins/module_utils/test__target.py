@@ -245,23 +245,27 @@ def test_a_pidfile_that_changes_before_it_is_checked_does_not_count(
             target.check(process)
 
 
-def test_the_file_that_was_read_is_the_one_that_is_judged(
-    pidfile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_file_that_was_read_is_the_one_that_is_judged(pidfile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = PidfileTarget(str(pidfile))
-    pid, status = target.read()
-    (tmp_path / "other").write_text(f"{pid}\n")
-    other = os.stat(tmp_path / "other")
-    monkeypatch.setattr(PidfileTarget, "read", lambda _self: (pid, other))
+    read = target.read()
+    status = pidfile.stat()
+    assert (read.written, read.device, read.inode) == (status.st_mtime, status.st_dev, status.st_ino)
+    monkeypatch.setattr(PidfileTarget, "read", lambda _self: read._replace(inode=read.inode + 1))
     with pytest.raises(ProcessGone, match="was replaced while it was read"):
         holds(target)
-    monkeypatch.setattr(PidfileTarget, "read", lambda _self: (pid, status))
+    monkeypatch.setattr(PidfileTarget, "read", lambda _self: read)
     pidfile.chmod(0o666)
     with pytest.raises(IommufdError, match=r"child\.pid can be written by everybody"):
         holds(target)
     pidfile.unlink()
     with pytest.raises(ProcessGone, match="was replaced"):
         holds(target)
+
+
+def test_a_pidfile_that_is_not_to_be_had_in_time(pidfile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_target, "_PATIENCE", 0)
+    with pytest.raises(IommufdError, match=r"child\.pid could not be looked at within 0 seconds\. Is it on a mount"):
+        PidfileTarget(str(pidfile)).resolve()
 
 
 def test_a_pidfile_that_cannot_be_looked_up(pidfile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
