@@ -116,8 +116,8 @@ _value:
       elements: dict
     files:
       description:
-        - The files that the role writes, with the keys C(path), C(template), and what the template takes. The launcher
-          has none.
+        - The files that the role writes, with the keys C(path), C(template), and what the template takes. Programs have
+          none, but C(lookup), the one that packs them.
         - The key C(grants) tells whether a file is part of a grant.
       type: list
       elements: dict
@@ -151,6 +151,7 @@ _MODULES_FILE = "/etc/modules-load.d/iommufd_host.conf"
 _UDEV_FILE = "/etc/udev/rules.d/80-iommufd_host.rules"
 _LIMITS_FILE = "/etc/security/limits.d/80-iommufd_host.conf"
 _LAUNCHER = "/usr/local/bin/iommufd-exec"
+_GRANT = "/usr/local/libexec/iommufd-host-grant"
 _APPARMOR_FILE = "/etc/apparmor.d/abstractions/libvirt-qemu.d/iommufd_host"
 _QEMU_CONF = "/etc/libvirt/qemu.conf"
 _DROP_IN = "50-iommufd_host.conf"
@@ -335,6 +336,18 @@ def input_errors(config: Mapping[str, Any]) -> list[str]:
     return errors
 
 
+def writer_errors(host: Mapping[str, Any], emulators: list[str]) -> list[str]:
+    """Which emulators can be written by somebody else than root, who could make anything of what is granted."""
+    written = {each["path"]: each["writer"] for each in host["qemu"] if each["writer"]}
+    return [
+        f"The emulator {path} cannot be trusted: {written[path]['place']} can be written by {written[path]['who']}, who"
+        " would get with it whatever is granted. Have it and all folders on the way to it be root's alone, or name"
+        " others in iommufd_host_emulators."
+        for path in emulators
+        if path in written
+    ]
+
+
 def check_errors(check: Mapping[str, Any], emulators: list[str], units: list[str], strategy: str) -> list[str]:
     """What stands against a grant to these emulators and units, as they are on the host."""
     errors = []
@@ -343,6 +356,8 @@ def check_errors(check: Mapping[str, Any], emulators: list[str], units: list[str
         emulator = looked[path]
         if not emulator["present"]:
             errors.append(f"There is no emulator {path}: name those of this host in iommufd_host_emulators.")
+        elif emulator["writer"]:
+            errors += emulator["obstacles"]
         elif not emulator["is_emulator"]:
             errors.append(
                 f"{path} is not an emulator: name executables in iommufd_host_emulators, not scripts or folders."
@@ -409,8 +424,7 @@ def files_of(grants: list[Row], config: Mapping[str, Any], opens: bool) -> list[
         rights = {"template": "udev.rules.j2", "group": group, "mode": mode}
         files.append({"path": _UDEV_FILE, "grants": False, **rights})
     if config["launcher"]:
-        # It is packed, not a template.
-        files.append({"path": _LAUNCHER, "grants": False, "template": None})
+        files.append({"path": _LAUNCHER, "grants": False, "template": None, "lookup": "iommufd_exec"})
     if opens and config["apparmor"]:
         files.append({"path": _APPARMOR_FILE, "grants": False, "template": "apparmor.j2"})
     for grant in grants:
@@ -422,10 +436,11 @@ def files_of(grants: list[Row], config: Mapping[str, Any], opens: bool) -> list[
         files.append({"path": _LIMITS_FILE, "grants": True, "template": "limits.conf.j2", "raised": raised})
     granted = [grant["to"] for grant in grants if grant["by"] == "file capability"]
     if granted:
+        files.append({"path": _GRANT, "grants": True, "template": None, "lookup": "iommufd_host_grant"})
         for kind in ("service", "path", "timer"):
             path = f"/etc/systemd/system/iommufd-host-grant.{kind}"
             template = f"iommufd-host-grant.{kind}.j2"
-            files.append({"path": path, "grants": True, "template": template, "emulators": granted})
+            files.append({"path": path, "grants": True, "template": template, "emulators": granted, "program": _GRANT})
     return files
 
 
@@ -444,7 +459,7 @@ def plan(info: Mapping[str, Any], config: Mapping[str, Any], check: Mapping[str,
     if not errors and not supported:
         errors = [_NO_IOMMUFD.format(kernel=host["kernel"])]
     if not errors:
-        errors = strategy_errors(config, choice, host, emulators) + access_errors
+        errors = strategy_errors(config, choice, host, emulators) + writer_errors(host, emulators) + access_errors
     capabilities = emulators if choice.strategy == "cap_ipc_lock" and are_granted(config, host["libvirt"]) else []
     if not errors and check is not None:
         errors = check_errors(check, config["emulators"] or capabilities, units, choice.strategy)

@@ -45,17 +45,13 @@ _raw:
   elements: path
 """
 
-import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ansible import constants
 from ansible.errors import AnsibleLookupError
 from ansible.plugins.lookup import LookupBase
-from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import zipapp
+from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import EXEC, packed
 
 
 class LookupModule(LookupBase):
@@ -64,15 +60,6 @@ class LookupModule(LookupBase):
     def run(self, terms: Sequence[object], variables: object = None, **kwargs: Any) -> list[str]:
         if terms or kwargs:
             raise AnsibleLookupError("The lookup virt.iommufd.iommufd_exec takes no terms and no options.")
-        content = zipapp()
-        # Ansible makes it when it starts and removes it when it ends. Types do not know what its configuration holds.
-        folder = vars(constants)["DEFAULT_LOCAL_TMP"]
-        path = Path(folder, f"iommufd-exec-{hashlib.sha256(content).hexdigest()[:16]}")
-        if not path.exists():
-            # Others may look it up at the same time.
-            descriptor, scratch = tempfile.mkstemp(dir=path.parent)
-            with open(descriptor, "wb") as stream:
-                stream.write(content)
-            os.chmod(scratch, 0o700)
-            os.replace(scratch, path)
-        return [str(path)]
+        # Ansible makes the folder when it starts and removes it when it ends. Types do not know what its configuration
+        # holds.
+        return [packed(EXEC, vars(constants)["DEFAULT_LOCAL_TMP"])]

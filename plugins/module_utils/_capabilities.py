@@ -16,6 +16,7 @@ __all__ = (
     "CAP_IPC_LOCK",
     "CAP_SYS_PTRACE",
     "CAP_SYS_RESOURCE",
+    "XATTR",
     "FileCapabilities",
     "names",
     "parse_file_capabilities",
@@ -36,6 +37,9 @@ _NAMES = (
 )
 # fmt: on
 
+# Where a file keeps them.
+XATTR = "security.capability"
+
 # It lifts every limit on pinned and locked memory.
 CAP_IPC_LOCK = "cap_ipc_lock"
 # It takes this one to look into another process.
@@ -45,9 +49,11 @@ CAP_SYS_RESOURCE = "cap_sys_resource"
 
 # linux/capability.h: the revision is in the first word's highest byte, and says how many pairs of words follow.
 _REVISION_MASK = 0xFF000000
-_PAIRS = {0x01000000: 1, 0x02000000: 2, 0x03000000: 2}
+_OLD = 0x01000000
 _PLAIN = 0x02000000
 _WITH_ROOT_UID = 0x03000000
+_FORMS = {_OLD: "<3I", _PLAIN: "<5I", _WITH_ROOT_UID: "<6I"}
+_NO_ROOT_UID: dict[int, tuple[int, ...]] = {_OLD: (0,), _PLAIN: (0,), _WITH_ROOT_UID: ()}
 _EFFECTIVE = 0x1
 
 _IPC_LOCK = 1 << _NAMES.index(CAP_IPC_LOCK)
@@ -100,9 +106,11 @@ def _unpack(xattr: bytes) -> _Sets:
     try:
         magic = struct.unpack_from("<I", xattr)[0]
         revision = magic & _REVISION_MASK
-        words = struct.unpack_from(f"<{2 * _PAIRS[revision]}I", xattr, 4)
-        root_uid = struct.unpack_from("<I", xattr, 20)[0] if revision == _WITH_ROOT_UID else 0
-    except (KeyError, struct.error) as exc:
+        if magic & ~(_REVISION_MASK | _EFFECTIVE):
+            raise ValueError("a flag of tomorrow")
+        # Of exactly this length, as the kernel wants it.
+        *words, root_uid = struct.unpack(_FORMS[revision], xattr)[1:] + _NO_ROOT_UID[revision]
+    except (KeyError, ValueError, struct.error) as exc:
         raise IommufdError(f"security.capability has a form that is not known: {xattr[:24].hex()}.") from exc
     permitted = sum(word << 32 * index for index, word in enumerate(words[::2]))
     inheritable = sum(word << 32 * index for index, word in enumerate(words[1::2]))
@@ -121,18 +129,20 @@ def with_ipc_lock(xattr: bytes | None) -> bytes:
 
     The bytes are those that setcap(8) writes. Raises IommufdError where the form is not known, and where it would give
     more than that: one bit says for all of a file's capabilities whether they are effective, and one user id says for
-    which user namespace all of them are.
+    which user namespace all of them are. What is for another one than the initial one is never touched: the owner of
+    a file gives it that in a user namespace of his own, and says with it nothing about this host.
     """
     sets = _unpack(xattr or b"")
+    if sets.root_uid:
+        given = ", ".join(names(sets.permitted | sets.inheritable)) or "nothing"
+        raise IommufdError(
+            f"Its capabilities ({given}) are for the user namespace of uid {sets.root_uid} only, and CAP_IPC_LOCK,"
+            " which has to be for the initial one, would give them there too."
+        )
     others = ", ".join(names((sets.permitted | sets.inheritable) & ~_IPC_LOCK))
     if others and not sets.effective:
         raise IommufdError(
             f"It has {others} that are not effective, and CAP_IPC_LOCK, which has to be, would make them effective too."
-        )
-    if others and sets.root_uid:
-        raise IommufdError(
-            f"It has {others} for the user namespace of uid {sets.root_uid} only, and CAP_IPC_LOCK, which has to be"
-            " for the initial one, would give them there too."
         )
     return _pack(_Sets(sets.permitted | _IPC_LOCK, sets.inheritable, True, 0))
 

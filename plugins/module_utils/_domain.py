@@ -31,7 +31,7 @@ from ._iommufd import RLIMIT_MODE, IommuFd, Result, iommufd_rdevs
 from ._process import Limit, Process, own_character_device, printable, user_name
 from ._qemu import guest_name
 from ._size import SIZE_MAX, human_size
-from ._target import DomainTarget, PidfileTarget, borrow_iommufd, escaped, find_iommufds, hold_target
+from ._target import DomainTarget, PidfileTarget, borrow_iommufd, escaped, find_iommufds, hold_target, patiently
 from ._user import User
 
 if TYPE_CHECKING:
@@ -512,16 +512,25 @@ class SessionDomain(PidfileTarget):
     def of(cls, user: User, name: str) -> SessionDomain:
         """The domain of that name."""
         path = f"{_state_folder(user)}/{name}.pid"
-        if not os.path.lexists(path):
+        # It is in a folder of the user's.
+        if not patiently(f"Pidfile {path}", partial(os.path.lexists, path)):
             path = f"{_state_folder(user)}/{escaped(name)}.pid"
         return cls(path, user.uid, name)
 
     def check(self, process: Process) -> None:
         """Raises IommufdError where the process is not the domain's emulator."""
-        if process.uid != self.uid or guest_name(process.arguments()) != os.fsencode(self.name):
+        look = partial(_guest_of, process)
+        # Its memory is the user's, too.
+        guest = patiently(f"The command line of {process}", look, [process.pidfd])
+        if process.uid != self.uid or guest != self.name:
             raise IommufdError(
                 f"{process} is not the emulator of domain {self.name} of uid {self.uid}: {self.path} is stale."
             )
+
+
+def _guest_of(process: Process) -> str | None:
+    guest = guest_name(process.arguments())
+    return None if guest is None else os.fsdecode(guest)
 
 
 def _state_folder(user: User) -> str:

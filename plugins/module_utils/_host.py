@@ -12,14 +12,16 @@ import glob
 import grp
 import os
 import re
-import select
-import signal
 import stat
-from typing import NamedTuple
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
-from ._capabilities import FileCapabilities, parse_file_capabilities
+from ._capabilities import XATTR, FileCapabilities, parse_file_capabilities
+from ._child import NoAnswer, answers, in_child
 from ._errors import IommufdError, error_text
 from ._iommufd import RLIMIT_MODE, IommuFd, can_be_set, misc_rdev
+from ._paths import Untrusted, Writer, check_writers, walk
 from ._process import printable, user_name
 
 __all__ = (
@@ -32,6 +34,7 @@ __all__ = (
     "Node",
     "Scratch",
     "VfioNode",
+    "check_may_be_run",
     "emulators",
     "iommu_groups",
     "iommus",
@@ -223,72 +226,75 @@ def _rdev(path: str) -> int | None:
 
 
 class Emulator(NamedTuple):
-    """An emulator. `capabilities` are those that its file gives; None where it gives none, or `msg` tells why not."""
+    """An emulator. `capabilities` are those that its file gives; None where it gives none, or `msg` tells why not.
+
+    `writer`: who can write it, or a place on the way to it, beside root. Nothing behind that place is looked at, and
+    `path` is the one that was given.
+    """
 
     path: str
     present: bool
     capabilities: FileCapabilities | None = None
     msg: str = ""
+    writer: Writer | None = None
 
 
 def emulators(given: list[str]) -> list[Emulator]:
-    """The emulators at the usual places and those given, each file once. Nothing is executed."""
-    usual = [path for pattern in _EMULATORS for path in glob.glob(pattern)]
+    """The emulators at the usual places and those given, each file once. Nothing is executed.
+
+    It is done in a child, since a path may lead to a mount whose server does not answer for ever.
+    """
+    left = [*sorted(path for pattern in _EMULATORS for path in glob.glob(pattern)), *given]
     found: dict[str, Emulator] = {}
-    for each in [_look_at(path) for path in sorted(usual)] + [_look_patiently_at(path) for path in given]:
-        found.setdefault(each.path, each)
+    while left:
+        try:
+            for each in answers(None, partial(_looks, left), _PATIENCE):
+                emulator = _from_json(each)
+                found.setdefault(emulator.path, emulator)
+                left = left[1:]
+            break
+        except NoAnswer:
+            path, *left = left
+            msg = f"{_shown(path)} was not found within {_PATIENCE} seconds. Is it on a mount whose server is gone?"
+            found.setdefault(path, Emulator(path, False, None, msg))
     return list(found.values())
 
 
+def _looks(paths: list[str]) -> Iterator[Any]:
+    """The emulators at these paths, in the form that they come from a child in."""
+    return map(_look_at, paths)
+
+
+def _from_json(given: Any) -> Emulator:
+    path, present, capabilities, msg, writer = given
+    return Emulator(
+        path,
+        present,
+        capabilities and FileCapabilities(*capabilities),
+        msg,
+        None if writer is None else Writer(*writer),
+    )
+
+
 def _look_at(path: str) -> Emulator:
-    return _emulator(os.path.realpath(path))
-
-
-def _look_patiently_at(path: str) -> Emulator:
-    """The same from a child, since a path may lead to a mount whose server does not answer for ever."""
-    # Most tasks need it not, and a module pays for each import on each host anew.
-    import pickle
-
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.write(writing, pickle.dumps(_look_at(path)))
-        finally:
-            os._exit(0)
-    os.close(writing)
-    said = b""
     try:
-        # What is written is less than a pipe takes at once.
-        if select.select([reading], [], [], _PATIENCE)[0]:
-            said = os.read(reading, 65536)
-    finally:
-        os.close(reading)
-        os.kill(child, signal.SIGKILL)
-        # One that cannot even be killed is left to whoever inherits it.
-        os.waitpid(child, 0 if said else os.WNOHANG)
-    if said:
-        found: Emulator = pickle.loads(said)
-        return found
-    msg = f"{_shown(path)} was not found within {_PATIENCE} seconds. Is it on a mount whose server is gone?"
-    return Emulator(path, False, None, msg)
-
-
-def _shown(path: str) -> str:
-    return printable(os.fsencode(path))
-
-
-def _emulator(path: str) -> Emulator:
-    try:
-        os.stat(path)
+        with walk(path, follow=True) as place:
+            status = place.status
+            if place.found is None or status is None or not stat.S_ISREG(status.st_mode) or not status.st_mode & 0o111:
+                return Emulator(place.real_path, present=False)
+            return _with_capabilities(place.real_path, place.found)
+    except Untrusted as exc:
+        return Emulator(path, True, None, f"{exc} It was not looked at.", exc.writer)
     except PermissionError as exc:
         return Emulator(path, False, None, f"{_shown(path)} cannot be looked at ({error_text(exc.errno)}).")
     except OSError:
         return Emulator(path, present=False)
-    if not (os.path.isfile(path) and os.access(path, os.X_OK)):
-        return Emulator(path, present=False)
+
+
+def _with_capabilities(path: str, found: int) -> Emulator:
     try:
-        return Emulator(path, True, parse_file_capabilities(os.getxattr(path, "security.capability")))
+        # A file that may be executed cannot always be read.
+        return Emulator(path, True, parse_file_capabilities(os.getxattr(f"/proc/self/fd/{found}", XATTR)))
     except IommufdError as exc:
         return Emulator(path, True, None, f"{_shown(path)}: {exc}")
     except OSError as exc:
@@ -297,3 +303,17 @@ def _emulator(path: str) -> Emulator:
         return Emulator(
             path, True, None, f"The capabilities of {_shown(path)} cannot be read ({error_text(exc.errno)})."
         )
+
+
+def check_may_be_run(emulator: Emulator) -> None:
+    """Raises IommufdError where somebody else than root and this caller can write an emulator."""
+    if emulator.writer is None:
+        return
+    try:
+        in_child(None, partial(check_writers, emulator.path, (0, os.geteuid())), _PATIENCE)
+    except NoAnswer as exc:
+        raise IommufdError(f"{_shown(emulator.path)} was not found within {_PATIENCE} seconds.") from exc
+
+
+def _shown(path: str) -> str:
+    return printable(os.fsencode(path))

@@ -127,18 +127,7 @@ def look(run: Run) -> Libvirt:
     files = (path.encode("utf-8", "surrogateescape") for pattern in _LIBRARIES for path in glob.glob(pattern))
     installed = library_version(b"\n".join(files))
     names_ = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("service", "socket")]
-    command = [
-        "timeout",
-        "-k",
-        "5",
-        "30",
-        "systemctl",
-        "show",
-        "--no-pager",
-        f"--property={','.join(_PROPERTIES)}",
-        "--",
-        *names_,
-    ]
+    command = ["systemctl", "show", "--no-pager", f"--property={','.join(_PROPERTIES)}", "--", *names_]
     try:
         code, output, errors = run(command)
     except OSError as exc:

@@ -11,9 +11,9 @@ What to do is worked out by `steps_back` and `new_items`, which touch nothing, f
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import fnmatch
-import glob
 import json
 import os
 import re
@@ -21,10 +21,14 @@ import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Callable, Protocol
 
 from ._capabilities import CAP_IPC_LOCK, parse_file_capabilities, with_ipc_lock, without_ipc_lock
+from ._child import NoAnswer, in_child
 from ._errors import AccessRefused, IommufdError, error_text
+from ._grant import decide
+from ._paths import Untrusted, reopen, walk
 from ._states import (
     BEGIN,
     END,
@@ -32,18 +36,20 @@ from ._states import (
     NodeState,
     Run,
     UnitState,
-    capability_of,
+    capability_in,
     command,
     kernels_node,
+    make_folder,
+    matching_nodes,
     missing_folders,
     node_state,
+    open_file,
     read_file_state,
     remove_file,
     set_capability,
     set_node,
     shown,
     split_block,
-    sync_folder,
     unit_states,
     write_file_state,
 )
@@ -68,7 +74,9 @@ __all__ = (
     "look",
     "new_items",
     "put_back",
+    "shown_capabilities",
     "steps_back",
+    "to_grant",
 )
 
 FILE = "file"
@@ -95,6 +103,12 @@ _LOCK_PATIENCE = 10
 
 # The user whose record is believed, and who may act on it.
 _ROOT = 0
+
+# What makes a shell pattern.
+_MAGIC = re.compile(r"[*?[]")
+
+# All paths are looked at within so many seconds, each emulator within so many more. Local ones are there in no time.
+_PATIENCE = 30
 
 _UNIT_NAME = re.compile(r"[A-Za-z0-9:_.@\\][A-Za-z0-9:_.@\\-]*\.(service|path|timer|socket)")
 
@@ -183,13 +197,15 @@ class Record:
         """The record at path, an empty one where there is none. Raises RecordUnusable."""
         record = cls(path)
         try:
-            _check_owner(record.folder, os.lstat(record.folder), stat.S_ISDIR)
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            with open(fd, "rb") as stream:
-                _check_owner(path, os.fstat(fd), stat.S_ISREG)
-                content = stream.read()
-        except FileNotFoundError:
-            return record
+            with walk(path, changes=True) as place:
+                if place.found is None or place.status is None:
+                    return record
+                if not stat.S_ISREG(place.status.st_mode):
+                    raise RecordUnusable(_not_believed(path))
+                with open(reopen(place.found), "rb") as stream:
+                    content = stream.read()
+        except Untrusted as exc:
+            raise RecordUnusable(_not_believed(*exc.writer)) from exc
         except OSError as exc:
             raise RecordUnusable(f"The record {shown(path)} cannot be read ({error_text(exc.errno)}).") from exc
         try:
@@ -210,10 +226,8 @@ class Record:
         )
 
     def save(self) -> None:
-        """Writes the record in one step. Raises OSError."""
-        if not os.path.lexists(self.folder):
-            os.mkdir(self.folder, 0o700)
-            sync_folder(os.path.dirname(self.folder))
+        """Writes the record in one step. Raises OSError, and IommufdError where others could write it."""
+        make_folder(self.folder, 0o700)
         content = {"version": _VERSION, "items": [item.to_json() for item in self.items], "reloads": self.reloads}
         text = json.dumps(content, indent=1).encode("ascii") + b"\n"
         write_file_state(self.path, FileState(text, 0o600, os.geteuid(), os.getegid()))
@@ -232,13 +246,13 @@ class Record:
         self.items = [each for each in self.items if each.key != item.key]
 
 
-def _check_owner(path: str, status: os.stat_result, is_kind: Any) -> None:
-    if not is_kind(status.st_mode) or status.st_uid != _ROOT or status.st_mode & 0o022:
-        raise RecordUnusable(
-            f"{shown(path)} is not believed: the record is a regular file in a folder, and both must be root's and"
-            f" writable by nobody else. Find out who has written it. If it is right, mend the permissions (chown root"
-            f" {shown(path)}; chmod go-w {shown(path)})."
-        )
+def _not_believed(place: str, who: str = "") -> str:
+    why = f", which {who} can write" if who else ""
+    return (
+        f"{place} is not believed{why}: the record is a regular file, and it and all folders above it must be root's"
+        " and writable by nobody else. Find out who has written it. If it is right, mend the permissions (chown root"
+        f" {place}; chmod go-w {place})."
+    )
 
 
 def check_caller() -> None:
@@ -255,14 +269,7 @@ def locked(path: str) -> Iterator[None]:
 
     What is locked is a file that nobody else may open: whoever can open a file or folder can lock it, for ever.
     """
-    place = os.path.dirname(os.path.dirname(path))
-    try:
-        os.close(os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-    except OSError as exc:
-        raise IommufdError(
-            f"The record {shown(path)} cannot be kept: {shown(place)} is no folder that is there"
-            f" ({error_text(exc.errno)})."
-        ) from exc
+    _check_can_be_kept(path)
     try:
         fd = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as exc:
@@ -272,6 +279,23 @@ def locked(path: str) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def _check_can_be_kept(path: str) -> None:
+    """Raises IommufdError where there is no folder for the record's folder, or others can write there."""
+    folder = os.path.dirname(path)
+    try:
+        with walk(folder, changes=True) as place:
+            number = errno.ENOENT if place.missing or place.dangling else 0
+    except Untrusted as exc:
+        raise RecordUnusable(_not_believed(*exc.writer)) from exc
+    except OSError as exc:
+        number = exc.errno or errno.EIO
+    if number:
+        raise IommufdError(
+            f"The record {shown(path)} cannot be kept: {shown(os.path.dirname(folder))} is no folder that is there"
+            f" ({error_text(number)})."
+        )
 
 
 def _lock(fd: int, path: str) -> None:
@@ -301,7 +325,10 @@ class Wanted:
 
     @classmethod
     def of(cls, lists: dict[str, list[str]]) -> Wanted:
-        """Checks what was listed. Raises IommufdError where it is no clean absolute path, or no unit."""
+        """Checks what was listed. Raises IommufdError where it is no clean absolute path, or no unit.
+
+        A pattern of nodes may be one only in its last part: its folder is one that can be judged.
+        """
         wanted = cls(**{name: tuple(dict.fromkeys(some)) for name, some in lists.items()})
         for path in (*wanted.files, *wanted.capabilities, *wanted.nodes, *wanted.blocks):
             # Normalising away a ".." would go by another way than the kernel, where a folder is a link.
@@ -309,6 +336,9 @@ class Wanted:
                 raise IommufdError(
                     f"{path!r} is no absolute path in its shortest form, such as /etc/libvirt/qemu.conf."
                 )
+        for path in wanted.nodes:
+            if _MAGIC.search(os.path.dirname(path)):
+                raise IommufdError(f"{path!r} may be a pattern in its last part only, such as /dev/vfio/devices/*.")
         both = set(wanted.files) & set(wanted.blocks)
         if both:
             raise IommufdError(f"{shown(min(both))} is listed as a whole file and for a block in it: choose one.")
@@ -339,25 +369,37 @@ class View:
 
 
 def look(items: list[Item], wanted: Wanted, run: Run) -> View:
-    """Looks at all that is wanted or remembered. Raises IommufdError where something is not what it has to be."""
+    """Looks at all that is wanted or remembered.
+
+    Raises IommufdError where something is not what it has to be; Untrusted where somebody else than root can write a
+    folder on the way, or something whose content is taken.
+    """
     view = View()
     remembered = {kind: [item.path for item in items if item.kind == kind] for kind in KINDS}
-    for path in (*wanted.files, *wanted.blocks, *remembered[FILE], *remembered[BLOCK]):
-        view.files[path] = state = read_file_state(path)
+    blocks = {*wanted.blocks, *remembered[BLOCK]}
+    # The content of what is written as a whole is taken only once, before it is.
+    own = {*wanted.files, *blocks} - set(remembered[FILE])
+    files = list(dict.fromkeys((*wanted.files, *wanted.blocks, *remembered[FILE], *remembered[BLOCK])))
+    _check_reachable([*files, *wanted.nodes, *remembered[NODE]])
+    for path in files:
+        view.files[path] = state = read_file_state(path, own=path in own)
         view.missing[path] = missing_folders(path)
-        if state is not None and path in (*wanted.blocks, *remembered[BLOCK]):
+        if state is not None and path in blocks:
             # Where the block ends must be known before anything is changed.
             with _about(path):
                 split_block(state.content)
     for path in wanted.capabilities:
-        view.real[path] = real = os.path.realpath(path)
-        if not (os.path.isfile(real) and os.access(real, os.X_OK)):
+        found = _patiently(partial(_look_at_executable, path, True), path)
+        if found is None:
             raise IommufdError(f"{shown(path)} is no executable file, so it cannot get CAP_IPC_LOCK.")
-    for path in (*view.real.values(), *remembered[CAPABILITY]):
-        with contextlib.suppress(FileNotFoundError):
-            view.xattrs[path] = capability_of(path)
+        view.real[path], xattr = found
+        view.xattrs[view.real[path]] = xattr
+    for path in remembered[CAPABILITY]:
+        found = None if path in view.xattrs else _patiently(partial(_look_at_executable, path, False), path)
+        if found is not None:
+            view.xattrs[path] = found[1]
     for path in (*wanted.nodes, *remembered[NODE]):
-        view.matches[path] = sorted(glob.glob(path))
+        view.matches[path] = matching_nodes(path)
         for each in view.matches[path]:
             node = node_state(each)
             if node is not None:
@@ -365,6 +407,68 @@ def look(items: list[Item], wanted: Wanted, run: Run) -> View:
                 view.kernels_nodes[each] = kernels_node(each)
     view.units.update(unit_states(list(dict.fromkeys([*wanted.units, *remembered[UNIT]])), run))
     return view
+
+
+def _check_reachable(paths: list[str]) -> None:
+    """Goes along all paths, in a child with a time limit: each may be on a mount that does not answer.
+
+    Raises IommufdError where somebody else than root can write on the way. What is not there is told of later.
+    """
+
+    def go() -> None:
+        for path in paths:
+            with contextlib.suppress(OSError), walk(path, judge_last=False):
+                pass
+
+    try:
+        in_child(None, go, _PATIENCE)
+    except NoAnswer as exc:
+        places = ", ".join(sorted({shown(os.path.dirname(path)) for path in paths}))
+        raise IommufdError(
+            f"Not all of these were found within {_PATIENCE} seconds: {places}. Is there a mount whose server is gone?"
+        ) from exc
+
+
+def _patiently(act: Callable[[], Any], path: str) -> tuple[str, bytes | None] | None:
+    """What `_look_at_executable` gives, from a child with a time limit."""
+    try:
+        found = in_child(None, act, _PATIENCE)
+    except NoAnswer as exc:
+        raise IommufdError(
+            f"{shown(path)} was not found within {_PATIENCE} seconds. Is it on a mount whose server is gone?"
+        ) from exc
+    return None if found is None else (found[0], None if found[1] is None else bytes.fromhex(found[1]))
+
+
+def _look_at_executable(path: str, executable: bool) -> tuple[str, str | None] | None:
+    """The path without links, and the extended attribute in hexadecimal; None where there is no file.
+
+    `executable`: and where it is none. Raises IommufdError where it cannot be read, or can be written by others.
+    """
+    try:
+        with open_file(path) as file:
+            if executable and not file.mode & 0o111:
+                return None
+            xattr = capability_in(file.fd, path)
+            return file.real_path, None if xattr is None else xattr.hex()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as exc:
+        raise IommufdError(f"{shown(path)} cannot be looked at ({error_text(exc.errno)}).") from exc
+
+
+def to_grant(view: View) -> dict[str, bytes]:
+    """Which of the listed executables are to be given CAP_IPC_LOCK, and the attribute that each gets.
+
+    Raises IommufdError where one cannot be given it alone.
+    """
+    found = {}
+    for path in view.real.values():
+        with _about(path):
+            xattr = decide(view.xattrs.get(path))
+        if xattr is not None:
+            found[path] = xattr
+    return found
 
 
 def has_ipc_lock(xattr: bytes | None) -> bool:
@@ -487,7 +591,7 @@ class SetCapability:
 
     def make(self, run: Run) -> None:
         """See Effect."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             set_capability(self.path, self.xattr)
 
 
@@ -673,11 +777,12 @@ def _capability_back(item: Item, xattrs: dict[str, bytes | None]) -> Step:
             return Step(item.path, item=item)
         # What somebody has added or taken away since stays so.
         xattr = item.state if now == with_ipc_lock(item.state) else without_ipc_lock(now)
-        sides = (_shown_capabilities(now), _shown_capabilities(xattr))
+        sides = (shown_capabilities(now), shown_capabilities(xattr))
     return Step(item.path, SetCapability(item.path, xattr), f"CAP_IPC_LOCK is taken from {item.path}.", *sides, item)
 
 
-def _shown_capabilities(xattr: bytes | None) -> str:
+def shown_capabilities(xattr: bytes | None) -> str:
+    """What a file gives, for the diff."""
     if xattr is None:
         return ""
     given = parse_file_capabilities(xattr)

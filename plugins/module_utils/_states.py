@@ -5,7 +5,8 @@
 """Private to this collection: what files, device nodes, executables and units are like, and making them so again.
 
 What reads here changes nothing. What changes something may be cut off at any instruction: it can be done again, and
-then comes to the same end.
+then comes to the same end. Both go by descriptors, below folders that only root can write: whatever somebody makes of
+another folder, nothing of root's is read or written through it.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import fnmatch
 import grp
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
+from ._capabilities import XATTR
 from ._errors import HostLacks, IommufdError, error_text
+from ._paths import Place, entries, reopen, sync, walk
 from ._process import printable, user_name
 
 __all__ = (
@@ -29,28 +33,33 @@ __all__ = (
     "END",
     "FileState",
     "NodeState",
+    "OpenFile",
     "Run",
     "UnitState",
+    "capability_in",
     "capability_of",
     "command",
     "group_name",
     "kernels_node",
+    "make_folder",
+    "matching_nodes",
     "missing_folders",
     "node_state",
+    "open_file",
     "owner_name",
     "read_file_state",
     "remove_file",
     "set_capability",
+    "set_capability_in",
     "set_node",
     "setting_of",
     "shown",
     "split_block",
-    "sync_folder",
     "unit_states",
     "write_file_state",
 )
 
-# Runs a command and gives its exit code, output and errors, as AnsibleModule.run_command does.
+# Runs a command and gives its exit code, output and errors, as run_command of _child does.
 Run = Callable[[list[str]], "tuple[int, str, str]"]
 
 BEGIN = b"# BEGIN iommufd_host"
@@ -65,11 +74,8 @@ _NEW = ".iommufd_host-new"
 # The extended attributes that are a file's own. Others are the kernel's to keep: those of IMA and EVM, for two.
 _KEPT_XATTRS = ("security.selinux", "system.posix_acl_access", "user.")
 
-_CAPABILITY = "security.capability"
+_CAPABILITY = XATTR
 _SYS_CHAR = "/sys/dev/char"
-
-# systemd's manager answers in milliseconds; a busy host gets so long, and then some seconds to end by itself.
-_PATIENCE = ["timeout", "-k", "5", "90"]
 
 
 def shown(path: str) -> str:
@@ -122,30 +128,46 @@ class FileState:
         )
 
 
-def read_file_state(path: str) -> FileState | None:
-    """The regular file at path; None where there is nothing.
-
-    Raises IommufdError where something else is there, a symbolic link too, and where it cannot be read.
-    """
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Has an error say what could not be read."""
     try:
-        status = os.lstat(path)
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "no regular file"
-            raise IommufdError(f"{shown(path)} is {kind}, which is left alone: move it away, or do without it.")
-        if status.st_size > _LARGEST:
-            raise IommufdError(
-                f"{shown(path)} has {status.st_size} bytes, and a file of settings has at most {_LARGEST}."
-            )
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, "rb") as stream:
-            status = os.fstat(fd)
-            content = stream.read()
-            xattrs = {name: os.getxattr(fd, name) for name in _xattr_names(fd) if name.startswith(_KEPT_XATTRS)}
-    except FileNotFoundError:
-        return None
+        yield
     except OSError as exc:
         raise IommufdError(f"{shown(path)} cannot be read ({error_text(exc.errno)}).") from exc
+
+
+def read_file_state(path: str, *, own: bool = True) -> FileState | None:
+    """The regular file at path; None where there is nothing.
+
+    Raises IommufdError where something else is there, a symbolic link too, and where it cannot be read; Untrusted where
+    somebody else than root can write a folder on the way, or, unless `own` is False, the file itself.
+    """
+    with _reading(path), walk(path, changes=True, judge_last=own) as place:
+        _check_leads_on(path, place)
+        if place.found is None or place.status is None:
+            return None
+        if not stat.S_ISREG(place.status.st_mode):
+            kind = "a symbolic link" if stat.S_ISLNK(place.status.st_mode) else "no regular file"
+            raise IommufdError(f"{shown(path)} is {kind}, which is left alone: move it away, or do without it.")
+        with open(reopen(place.found), "rb") as stream:
+            fd = stream.fileno()
+            status = os.fstat(fd)
+            content = stream.read(_LARGEST + 1)
+            if len(content) > _LARGEST:
+                raise IommufdError(
+                    f"{shown(path)} has {status.st_size} bytes, and a file of settings has at most {_LARGEST}."
+                )
+            xattrs = {name: os.getxattr(fd, name) for name in _xattr_names(fd) if name.startswith(_KEPT_XATTRS)}
     return FileState(content, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, xattrs)
+
+
+def _check_leads_on(path: str, place: Place) -> None:
+    """Raises IommufdError where a folder is a link that leads nowhere, so that none can be made in its place."""
+    if place.dangling:
+        raise IommufdError(
+            f"{shown(path)} is behind a symbolic link that leads to {shown(place.real_path)}, which is not there."
+        )
 
 
 def _xattr_names(fd: int) -> list[str]:
@@ -158,61 +180,74 @@ def _xattr_names(fd: int) -> list[str]:
 
 
 def missing_folders(path: str) -> list[str]:
-    """The folders on the way to path that are not there, the outermost first."""
-    missing: list[str] = []
-    folder = os.path.dirname(path)
-    while not os.path.lexists(folder):
-        missing.insert(0, folder)
-        folder = os.path.dirname(folder)
-    return missing
+    """The folders on the way to path that are not there, the outermost first. Raises as `read_file_state` does."""
+    with _reading(path), walk(path, changes=True, judge_last=False) as place:
+        _check_leads_on(path, place)
+        count = len(place.missing)
+    folders = [path]
+    for _each in range(count):
+        folders.insert(0, os.path.dirname(folders[0]))
+    return folders[:-1]
 
 
-def sync_folder(folder: str) -> None:
-    """Has the disk know which names a folder has. Raises OSError."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def make_folder(path: str, mode: int) -> None:
+    """Makes a folder that is not there yet, in one that is. Raises OSError and IommufdError."""
+    with walk(path, changes=True) as place:
+        if place.missing:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        if place.found is None:
+            os.mkdir(place.name, mode, dir_fd=place.folder)
+            sync(place.folder)
 
 
 def write_file_state(path: str, state: FileState) -> None:
-    """Puts a file in the place of whatever has its name, in one step. Missing folders are made. Raises OSError."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    new = path + _NEW
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(new)
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as stream:
-        stream.write(state.content)
-        stream.flush()
-        os.fchown(fd, state.uid, state.gid)
-        for name, value in state.xattrs.items():
-            os.setxattr(fd, name, value)
-        # Last, as a change of the owner clears some of it.
-        os.fchmod(fd, state.mode)
-        os.fsync(fd)
-    os.rename(new, path)
-    sync_folder(os.path.dirname(path))
+    """Puts a file in the place of whatever has its name, in one step. Missing folders are made.
+
+    Raises OSError; and IommufdError where somebody else than root can write a folder on the way.
+    """
+    for folder in missing_folders(path):
+        make_folder(folder, 0o755)
+    with walk(path, changes=True, judge_last=False) as place:
+        new = place.name + _NEW
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new, dir_fd=place.folder)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(new, flags, 0o600, dir_fd=place.folder)
+        with open(fd, "wb") as stream:
+            stream.write(state.content)
+            stream.flush()
+            os.fchown(fd, state.uid, state.gid)
+            for name, value in state.xattrs.items():
+                os.setxattr(fd, name, value)
+            # Last, as a change of the owner clears some of it.
+            os.fchmod(fd, state.mode)
+            os.fsync(fd)
+        os.rename(new, place.name, src_dir_fd=place.folder, dst_dir_fd=place.folder)
+        sync(place.folder)
 
 
 def remove_file(path: str, folders: Sequence[str]) -> None:
-    """Removes a file, and those of the folders, given from the outermost, that are empty then. Raises OSError."""
-    for each in (path + _NEW, path):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.unlink(each)
-            sync_folder(os.path.dirname(path))
+    """Removes a file, and those of the folders, given from the outermost, that are empty then. Raises OSError.
+
+    Raises IommufdError where somebody else than root can write a folder on the way.
+    """
+    # A file in the place of a folder is somebody else's.
+    with contextlib.suppress(NotADirectoryError), walk(path, changes=True, judge_last=False) as place:
+        for each in () if place.missing else (place.name + _NEW, place.name):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(each, dir_fd=place.folder)
+                sync(place.folder)
     for folder in reversed(folders):
         try:
-            os.rmdir(folder)
-        except FileNotFoundError:
-            continue
+            with walk(folder, changes=True, judge_last=False) as place:
+                if place.found is not None:
+                    os.rmdir(place.name, dir_fd=place.folder)
+                    sync(place.folder)
         except OSError as exc:
             # Somebody else has put something into it, or has put something else in its place.
             if exc.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 return
             raise
-        sync_folder(os.path.dirname(folder))
 
 
 @dataclass(frozen=True)
@@ -227,17 +262,58 @@ class NodeState:
         return f"mode {self.mode:04o}, {owner_name(self.uid)}:{group_name(self.gid)}"
 
 
+@contextlib.contextmanager
+def _node(path: str) -> Iterator[tuple[int, os.stat_result] | None]:
+    """The character device at path, open with O_PATH, and its status; None where there is nothing.
+
+    Whoever may write the device itself is of no interest. Raises IommufdError where there is something else, and where
+    somebody else than root can write a folder on the way.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            place = stack.enter_context(walk(path, judge_last=False))
+        except NotADirectoryError:
+            yield None
+            return
+        except OSError as exc:
+            raise IommufdError(f"{shown(path)} cannot be looked at ({error_text(exc.errno)}).") from exc
+        if place.found is None or place.status is None:
+            yield None
+            return
+        if not stat.S_ISCHR(place.status.st_mode):
+            raise IommufdError(f"{shown(path)} is no device node of a character device.")
+        yield place.found, place.status
+
+
 def node_state(path: str) -> NodeState | None:
     """The character device at path; None where there is nothing. Raises IommufdError where there is something else."""
+    with _node(path) as found:
+        if found is None:
+            return None
+        status = found[1]
+        return NodeState(stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
+
+
+def matching_nodes(pattern: str) -> list[str]:
+    """The paths that a path stands for whose last part may be a shell pattern: what is there now, in order.
+
+    Raises IommufdError where somebody else than root can write a folder on the way.
+    """
+    folder, name = os.path.split(pattern)
     try:
-        status = os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        with walk(pattern, judge_last=False) as place:
+            there = [] if place.missing else entries(place.folder)
+    except NotADirectoryError:
+        return []
     except OSError as exc:
-        raise IommufdError(f"{shown(path)} cannot be looked at ({error_text(exc.errno)}).") from exc
-    if not stat.S_ISCHR(status.st_mode):
-        raise IommufdError(f"{shown(path)} is no device node of a character device.")
-    return NodeState(stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
+        raise IommufdError(f"{shown(folder)} cannot be looked at ({error_text(exc.errno)}).") from exc
+    # As a shell does, with those that are hidden.
+    hidden = name.startswith(".")
+    return sorted(
+        os.path.join(folder, each)
+        for each in there
+        if each == name or (fnmatch.fnmatchcase(each, name) and each.startswith(".") <= hidden)
+    )
 
 
 def kernels_node(path: str) -> NodeState:
@@ -247,32 +323,57 @@ def kernels_node(path: str) -> NodeState:
     (drivers/base/devtmpfs.c).
     """
     text = ""
-    with contextlib.suppress(OSError):
-        rdev = os.lstat(path).st_rdev
-        with open(f"{_SYS_CHAR}/{os.major(rdev)}:{os.minor(rdev)}/uevent", encoding="ascii") as stream:
-            text = stream.read()
+    with _node(path) as found:
+        rdev = found[1].st_rdev if found else 0
+    uevent = f"{_SYS_CHAR}/{os.major(rdev)}:{os.minor(rdev)}/uevent"
+    with contextlib.suppress(OSError), open(uevent, encoding="ascii") as stream:
+        text = stream.read()
     said = dict(re.findall(r"^(DEVMODE|DEVUID|DEVGID)=([0-9]+)$", text, re.MULTILINE))
     return NodeState(int(said.get("DEVMODE", "600"), 8), int(said.get("DEVUID", "0")), int(said.get("DEVGID", "0")))
 
 
 def set_node(path: str, state: NodeState) -> None:
     """Sets who may open a device node. One that is gone needs nothing. Raises OSError and IommufdError."""
-    if node_state(path) is not None:
-        with contextlib.suppress(FileNotFoundError):
-            os.chown(path, state.uid, state.gid, follow_symlinks=False)
-            # Linux has no chmod of a link itself; in /dev only root could have put one here since we looked.
-            os.chmod(path, state.mode)
+    with _node(path) as found:
+        if found is not None:
+            # The very one that was judged: these calls know no other way to a descriptor that is open with O_PATH.
+            node = f"/proc/self/fd/{found[0]}"
+            os.chown(node, state.uid, state.gid)
+            os.chmod(node, state.mode)
 
 
-def capability_of(path: str) -> bytes | None:
-    """The extended attribute `security.capability` of an executable; None without.
+class OpenFile(NamedTuple):
+    """A regular file that is open for reading, its mode, and its path without symbolic links."""
 
-    Raises FileNotFoundError, and IommufdError where it cannot be read.
+    fd: int
+    mode: int
+    real_path: str
+
+
+@contextlib.contextmanager
+def open_file(path: str) -> Iterator[OpenFile]:
+    """The regular file that a path leads to, also through symbolic links.
+
+    Raises FileNotFoundError where there is none, other OSErrors; and Untrusted where somebody else than root can write
+    it or anything on the way.
+    """
+    with walk(path, follow=True) as place:
+        if place.found is None or place.status is None or not stat.S_ISREG(place.status.st_mode):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        fd = reopen(place.found)
+        try:
+            yield OpenFile(fd, os.fstat(fd).st_mode, place.real_path)
+        finally:
+            os.close(fd)
+
+
+def capability_in(fd: int, path: str) -> bytes | None:
+    """The extended attribute `security.capability` of a file that is open; None without. `path` is for messages.
+
+    Raises IommufdError where it cannot be read.
     """
     try:
-        return os.getxattr(path, _CAPABILITY)
-    except FileNotFoundError:
-        raise
+        return os.getxattr(fd, _CAPABILITY)
     except OSError as exc:
         if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
             return None
@@ -283,17 +384,25 @@ def capability_of(path: str) -> bytes | None:
         ) from exc
 
 
+def set_capability_in(fd: int, xattr: bytes | None) -> None:
+    """Gives a file that is open exactly this extended attribute; None takes it away. Raises OSError."""
+    if xattr is not None:
+        os.setxattr(fd, _CAPABILITY, xattr)
+    elif _CAPABILITY in os.listxattr(fd):
+        os.removexattr(fd, _CAPABILITY)
+    os.fsync(fd)
+
+
+def capability_of(path: str) -> bytes | None:
+    """The extended attribute `security.capability` of a file; None without. Raises as the two above do."""
+    with open_file(path) as file:
+        return capability_in(file.fd, path)
+
+
 def set_capability(path: str, xattr: bytes | None) -> None:
-    """Gives an executable exactly this extended attribute; None takes it away. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        if xattr is not None:
-            os.setxattr(fd, _CAPABILITY, xattr)
-        elif _CAPABILITY in os.listxattr(fd):
-            os.removexattr(fd, _CAPABILITY)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    """Gives a file exactly this extended attribute; None takes it away. Raises as `open_file` does."""
+    with open_file(path) as file:
+        set_capability_in(file.fd, xattr)
 
 
 def split_block(content: bytes) -> tuple[bytes | None, bytes]:
@@ -357,7 +466,7 @@ class UnitState:
 def command(run: Run, *words: str) -> str:
     """The output of a command that must succeed. Raises IommufdError."""
     try:
-        code, output, errors = run([*_PATIENCE, *words])
+        code, output, errors = run(list(words))
     except OSError as exc:
         raise HostLacks(f"{words[0]} cannot be run ({error_text(exc.errno)}).") from exc
     if code:

@@ -11,12 +11,15 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Callable, Union
+from functools import partial
+from typing import Any, Callable, NamedTuple, Union
 
+from ._child import NoAnswer, in_child
 from ._errors import IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import IommuFd, iommufd_rdevs
+from ._paths import Untrusted, walk
 from ._process import DESCRIPTORS_MAX, DEVICES_MAX, Process, is_path_only, own_character_device, printable
 from ._running import domain_record
 
@@ -32,13 +35,15 @@ __all__ = (
     "escaped",
     "find_iommufds",
     "hold_target",
+    "patiently",
 )
 
 _PIDFILE_MAX = 64
+# A local file is there in no time, in seconds.
+_PATIENCE = 10
 
 # How many iommufds of one process are worked on. A VMM has one or two.
 IOMMUFDS_MAX = 256
-_SYMLINKS_MAX = 40
 
 # xml.sax.saxutils would do, but imports what speaks HTTP, which costs as much as all of this collection.
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&apos;", '"': "&quot;"})
@@ -73,6 +78,28 @@ class PidTarget:
         """Any process will do."""
 
 
+def patiently(what: str, look: Callable[[], Any], keep: Collection[int] = ()) -> Any:
+    """What a look at something of another user's comes to, in a child, since it may last for ever. Raises IommufdError.
+
+    `what` names it; `keep` is as for in_child.
+    """
+    try:
+        return in_child(None, look, _PATIENCE, keep)
+    except NoAnswer as exc:
+        raise IommufdError(
+            f"{what} could not be looked at within {_PATIENCE} seconds. Is it on a mount whose server does not answer?"
+        ) from exc
+
+
+class Pidfile(NamedTuple):
+    """The id in a pidfile, when that was written, in seconds since the epoch, and which file it is."""
+
+    pid: int
+    written: float
+    device: int
+    inode: int
+
+
 @dataclass(frozen=True)
 class PidfileTarget:
     """A process by a file that holds its id, and that only root or the process's own user can have written."""
@@ -84,32 +111,42 @@ class PidfileTarget:
 
     def resolve(self) -> int:
         """The id in the file. Raises IommufdError for any file that is not a pidfile."""
-        return self.read()[0]
+        return self.read().pid
 
     def check(self, process: Process) -> None:
         """Raises IommufdError where the file does not speak for the process: it is older, or somebody else's."""
-        found = writers(self.path)
-        pid, status = self.read()
-        if pid != process.pid:
-            raise ProcessGone(f"{self} named process {process.pid}, and a moment later {pid}. Run the task again.")
-        # Of the very file that was read, too, whatever lies at the path by now.
-        _add_writers(found, self.path, status)
+        read = self.read()
+        if read.pid != process.pid:
+            raise ProcessGone(f"{self} named process {process.pid}, and a moment later {read.pid}. Run the task again.")
         # A process writes the file after it has started; the second is for the clock's slewing and a tick's length.
-        if status.st_mtime < process.started() - 1:
+        if read.written < process.started() - 1:
             raise IommufdError(
                 f"{self} is stale: it was written before {process} started, so it meant another process, unless the"
                 " clock was set in between. Give the process by pid or unit if it is the one you mean."
             )
-        for uid, place in sorted(found.items()):
-            if uid not in (0, process.uid):
-                who = f"uid {uid}" if uid >= 0 else "a group or everybody"
-                raise IommufdError(
-                    f"{self} cannot be trusted: {place} can be written by {who}, but {process} belongs to"
-                    f" uid {process.uid}. Keep the file where only root can write, or give the process by pid or unit."
-                )
+        patiently(str(self), partial(self._check_writers, process, read))
 
-    def read(self) -> tuple[int, os.stat_result]:
-        """The id in the file, and the status of the very file that it was read from. Raises as resolve does."""
+    def _check_writers(self, process: Process, read: Pidfile) -> None:
+        """Raises IommufdError where somebody else can have written the file."""
+        try:
+            with walk(self.path, (0, process.uid)) as place:
+                found = place.status
+        except Untrusted as exc:
+            raise IommufdError(
+                f"{self} cannot be trusted: {exc.writer.place} can be written by {exc.writer.who}, but {process}"
+                f" belongs to uid {process.uid}. Keep the file where only root can write, or give the process by pid or"
+                " unit."
+            ) from exc
+        except OSError as exc:
+            raise IommufdError(f"{self} cannot be looked up ({error_text(exc.errno)}).") from exc
+        if found is None or (found.st_dev, found.st_ino) != (read.device, read.inode):
+            raise ProcessGone(f"{self} was replaced while it was read. Run the task again.")
+
+    def read(self) -> Pidfile:
+        """What the file says, and which one it is. Raises as resolve does."""
+        return Pidfile(*patiently(str(self), self._read))
+
+    def _read(self) -> Pidfile:
         if not os.path.isabs(self.path):
             raise IommufdError(f"{self} is not an absolute path.")
         try:
@@ -132,7 +169,7 @@ class PidfileTarget:
         finally:
             os.close(fd)
         try:
-            return parse_pid(text), status
+            return Pidfile(parse_pid(text), status.st_mtime, status.st_dev, status.st_ino)
         except IommufdError as exc:
             raise IommufdError(f"{self} {exc}.") from exc
 
@@ -305,50 +342,6 @@ def borrow_iommufd(process: Process, fd: int, rdevs: set[int] | None = None) -> 
 def _check_is_iommufd(process: Process, fd: int, rdev: int | None, rdevs: set[int]) -> None:
     if rdev not in rdevs:
         raise NotAnIommufd(f"Descriptor {fd} of {process} is not an iommufd. It is {process.link(fd)}.")
-
-
-def writers(path: str) -> dict[int, str]:
-    """Who can decide what the file at path says: user ids, -1 for a group or everybody, each with a place to write.
-
-    That is whoever can write the file, or any folder in which a part of the path is looked up, also on the way through
-    symbolic links. In a sticky folder such as /tmp only a file's owner can replace it, so that adds nobody.
-    Raises IommufdError where the path leads nowhere.
-    """
-    found: dict[int, str] = {}
-    folder, parts = "/", _parts(path)
-    links = 0
-    try:
-        _add_writers(found, "/", os.lstat("/"))
-        while parts:
-            part = parts.pop(0)
-            here = os.path.dirname(folder) if part == ".." else os.path.join(folder, part)
-            status = os.lstat(here)
-            if stat.S_ISLNK(status.st_mode):
-                links += 1
-                if links > _SYMLINKS_MAX:
-                    raise IommufdError(f"{path} goes through too many symbolic links.")
-                # Not its mode, which is always 0777, but its owner can replace it, even in a sticky folder.
-                found.setdefault(status.st_uid, here)
-                lead = os.readlink(here)
-                folder = "/" if lead.startswith("/") else folder
-                parts = _parts(lead) + parts
-            else:
-                folder = here
-                _add_writers(found, here, status)
-    except OSError as exc:
-        raise IommufdError(f"{path} cannot be looked up ({error_text(exc.errno)}).") from exc
-    return found
-
-
-def _parts(path: str) -> list[str]:
-    return [part for part in path.split("/") if part not in ("", ".")]
-
-
-def _add_writers(found: dict[int, str], path: str, status: os.stat_result) -> None:
-    found.setdefault(status.st_uid, path)
-    sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
-        found.setdefault(-1, path)
 
 
 def _no_link(path: str, flags: int) -> int:

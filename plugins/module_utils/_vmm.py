@@ -14,15 +14,17 @@ import os
 import re
 import stat
 import struct
-from typing import Callable, NamedTuple
+from functools import partial
+from typing import Any, Callable, NamedTuple
 
 from . import _libvirt
-from ._capabilities import CAP_IPC_LOCK, FileCapabilities, names, parse_file_capabilities
+from ._capabilities import CAP_IPC_LOCK, XATTR, FileCapabilities, names, parse_file_capabilities
+from ._child import NoAnswer, in_child
 from ._errors import IommufdError, ProcessGone, error_text
+from ._paths import Untrusted, Writer, reopen, walk
 from ._process import Limit, Process, in_initial_namespace, own_status, printable, read_file
 
 __all__ = (
-    "PATIENCE",
     "REPLICA",
     "XATTR",
     "Conditions",
@@ -39,14 +41,11 @@ __all__ = (
     "unit_obstacles",
 )
 
-# Runs a command, with `data` as its standard input if given: its exit code, output and errors, as
-# AnsibleModule.run_command gives them.
-Run = Callable[..., "tuple[int, str, str]"]
+# Runs a command, and gives its exit code, output and errors, as _child.run_command does.
+Run = Callable[["list[str]"], "tuple[int, str, str]"]
 
-# Nothing that is run here may take longer.
-PATIENCE = ("timeout", "-k", "5", "120")
-
-XATTR = "security.capability"
+# So long may take what is on this host, in seconds.
+_LOOK_PATIENCE = 10
 
 # What everything that is started for a look is called, also the instance of a template that is asked for.
 REPLICA = "iommufd-host-check"
@@ -75,6 +74,9 @@ _UNIT_PROPERTIES = (
     "LimitMEMLOCKSoft",
 )
 
+# What a unit runs beside its program.
+_HELPERS = ("ExecCondition", "ExecStartPre", "ExecStartPost", "ExecReload", "ExecStop", "ExecStopPost")
+
 # What systemd calls unlimited, in newer and in older releases.
 _INFINITY = ("infinity", "18446744073709551615")
 
@@ -102,6 +104,8 @@ class Program(NamedTuple):
 
     `is_program`: it is a regular file, executable, in the form of ELF. Only such a one can have capabilities; a script
     is read by another program, which has none. `xattr` is None without one, which is not the same as an empty one.
+    `writer`: who can write it, or a place on the way to it, beside root. Nothing behind that place is looked at, and
+    `real_path` is the path itself.
     """
 
     path: str
@@ -110,6 +114,7 @@ class Program(NamedTuple):
     is_program: bool = False
     file_system: FileSystem | None = None
     xattr: bytes | None = None
+    writer: Writer | None = None
 
     @property
     def capabilities(self) -> FileCapabilities | None:
@@ -121,31 +126,59 @@ class Program(NamedTuple):
 
 
 def look_at_program(path: str) -> Program:
-    """Looks at the file at an absolute path. Raises IommufdError where this caller may not, or the path is none."""
+    """Looks at the file at an absolute path. Raises IommufdError where this caller may not, or the path is none.
+
+    It is done in a child, since a path may lead to a mount whose server does not answer for ever.
+    """
     if not os.path.isabs(path) or "\0" in path:
         raise IommufdError(f"{path!r} is not an absolute path.")
-    real_path = os.path.realpath(path)
     try:
-        fd = os.open(real_path, os.O_PATH | os.O_CLOEXEC)
+        found = in_child(None, partial(_look, path), _LOOK_PATIENCE)
+    except NoAnswer as exc:
+        raise IommufdError(
+            f"{path} was not found within {_LOOK_PATIENCE} seconds. Is it on a mount whose server is gone?"
+        ) from exc
+    real_path, present, is_program, file_system, xattr, writer = found
+    return Program(
+        path,
+        real_path,
+        present,
+        is_program,
+        None if file_system is None else FileSystem(*file_system),
+        None if xattr is None else bytes.fromhex(xattr),
+        None if writer is None else Writer(*writer),
+    )
+
+
+def _look(path: str) -> list[Any]:
+    """What there is to know of a program, beside the path: in the form that it comes from a child in."""
+    try:
+        with walk(path, follow=True) as place:
+            if place.found is None or place.status is None:
+                return [place.real_path, False, False, None, None, None]
+            return [place.real_path, True, *_look_at_file(path, place.found, place.status), None]
+    except Untrusted as exc:
+        return [path, True, False, None, None, exc.writer]
     except OSError as exc:
         if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            return Program(path, real_path, present=False)
+            return [path, False, False, None, None, None]
         raise IommufdError(f"{path} cannot be looked at ({error_text(exc.errno)}).") from exc
-    try:
-        status = os.fstat(fd)
-        flags = os.statvfs(fd).f_flag
-        info = read_file(f"/proc/self/fdinfo/{fd}")
-    finally:
-        os.close(fd)
-    mount_point = parse_mount_point(read_file("/proc/self/mountinfo"), info)
+
+
+def _look_at_file(path: str, found: int, status: os.stat_result) -> list[Any]:
+    """Whether it is a program, its file system, and its attribute in hexadecimal."""
+    flags = os.statvfs(found).f_flag
+    mount_point = parse_mount_point(read_file("/proc/self/mountinfo"), read_file(f"/proc/self/fdinfo/{found}"))
     file_system = FileSystem(mount_point, bool(flags & os.ST_NOSUID), bool(flags & os.ST_RDONLY))
     executable = stat.S_ISREG(status.st_mode) and bool(status.st_mode & 0o111)
-    return Program(path, real_path, True, executable and _is_elf(real_path), file_system, _xattr(real_path))
+    xattr = _xattr(path, found)
+    return [executable and _is_elf(path, found), file_system, None if xattr is None else xattr.hex()]
 
 
-def _is_elf(path: str) -> bool:
+def _is_elf(path: str, found: int) -> bool:
     try:
-        head = read_file(path, 18)
+        with open(reopen(found), "rb") as stream:
+            head = stream.read(18)
     except OSError as exc:
         raise IommufdError(f"{path} cannot be read ({error_text(exc.errno)}).") from exc
     if len(head) < 18 or head[:4] != b"\x7fELF":
@@ -154,9 +187,9 @@ def _is_elf(path: str) -> bool:
     return struct.unpack_from(f"{order}H", head, 16)[0] in _ELF_TYPES
 
 
-def _xattr(path: str) -> bytes | None:
+def _xattr(path: str, found: int) -> bytes | None:
     try:
-        return os.getxattr(path, XATTR)
+        return os.getxattr(f"/proc/self/fd/{found}", XATTR)
     except OSError as exc:
         if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
             return None
@@ -233,6 +266,8 @@ def obstacles(program: Program, under: Conditions) -> list[str]:
     path = program.path
     if not program.present:
         return [f"There is no {path}."]
+    if program.writer:
+        return [f"{path} cannot be trusted: {_written(program.writer)}"]
     found = []
     if not program.is_program:
         found.append(f"{path} is no executable program: a script or a folder gives no capabilities to anybody.")
@@ -254,12 +289,20 @@ def obstacles(program: Program, under: Conditions) -> list[str]:
     return found
 
 
+def _written(writer: Writer) -> str:
+    return (
+        f"{writer.place} can be written by {writer.who}, who would get with it whatever is granted. Have it be root's"
+        " alone, with all folders on the way."
+    )
+
+
 class Unit(NamedTuple):
     """What systemd says of a service, and of the program that it starts.
 
     `name` is what was asked for, `asked` what systemd was asked for: of a template an instance. `user` is None where
     systemd makes one up or has no such unit, and `program` where the unit starts none. `outdated`: its files have
-    changed since systemd read them. `settings` are systemd's properties as it shows them.
+    changed since systemd read them. `settings` are systemd's properties as it shows them. `helpers` are the other
+    programs that it runs, with the same capabilities.
     """
 
     name: str
@@ -276,6 +319,7 @@ class Unit(NamedTuple):
     outdated: bool
     memlock: Limit
     settings: dict[str, str]
+    helpers: tuple[Program, ...] = ()
 
     @property
     def present(self) -> bool:
@@ -294,7 +338,8 @@ def look_at_unit(run: Run, name: str) -> Unit:
     """Asks systemd for a service, which starts nothing. Raises IommufdError where it does not answer."""
     asked = instance(name)
     shown = _show(run, asked)
-    path = re.match(r"\{ path=(/.*?) ; argv\[\]=", shown.get("ExecStart", ""))
+    paths = _paths_in(shown.get("ExecStart", ""))
+    helpers = [*paths[1:], *(path for name in _HELPERS for path in _paths_in(shown.get(name, "")))]
     pid = int(shown.get("MainPID") or 0)
     load_state = shown.get("LoadState", "")
     nobody = load_state != "loaded" or shown.get("DynamicUser") == "yes"
@@ -307,7 +352,7 @@ def look_at_unit(run: Run, name: str) -> Unit:
         active=shown.get("ActiveState") == "active",
         pid=pid or None,
         user=None if nobody else shown.get("User") or "root",
-        program=look_at_program(path.group(1)) if path else None,
+        program=look_at_program(paths[0]) if paths else None,
         bounding=_mask(shown.get("CapabilityBoundingSet", "")),
         ambient=_mask(shown.get("AmbientCapabilities", "")),
         no_new_privs=shown.get("NoNewPrivileges") == "yes",
@@ -315,7 +360,13 @@ def look_at_unit(run: Run, name: str) -> Unit:
         outdated=shown.get("NeedDaemonReload") == "yes",
         memlock=Limit(soft, hard),
         settings=shown,
+        helpers=tuple(look_at_program(path) for path in dict.fromkeys(helpers) if path not in paths[:1]),
     )
+
+
+def _paths_in(commands: str) -> list[str]:
+    """The programs of a unit's commands, as systemd shows them."""
+    return re.findall(r"^\{ path=(/.*?) ; argv\[\]=", commands, re.MULTILINE)
 
 
 def _limit(text: str) -> int | None:
@@ -324,12 +375,17 @@ def _limit(text: str) -> int | None:
 
 def _show(run: Run, unit: str) -> dict[str, str]:
     """The properties of a unit as systemd shows them. Raises IommufdError where it does not answer."""
-    command = [*PATIENCE, "systemctl", "show", "--no-pager", f"--property={','.join(_UNIT_PROPERTIES)}", "--", unit]
+    properties = ",".join((*_UNIT_PROPERTIES, *_HELPERS))
+    command = ["systemctl", "show", "--no-pager", f"--property={properties}", "--", unit]
     try:
         code, output, errors = run(command)
     except OSError as exc:
         raise IommufdError(f"systemd cannot be asked for {unit}: {error_text(exc.errno)}.") from exc
-    shown = {key: value for key, equals, value in (line.partition("=") for line in output.splitlines()) if equals}
+    shown: dict[str, str] = {}
+    for key, equals, value in (line.partition("=") for line in output.splitlines()):
+        if equals:
+            # Of several commands there is one line each.
+            shown[key] = f"{shown[key]}\n{value}" if key in shown else value
     if code or "LoadState" not in shown:
         why = printable(os.fsencode(" ".join(errors.split()))) or f"exit code {code}"
         raise IommufdError(f"systemd cannot be asked for {unit}: {why}.")
@@ -348,6 +404,11 @@ def unit_obstacles(unit: Unit) -> list[str]:
     program = unit.program
     if not program.present:
         found.append(f"{unit.name} starts {program.path}, which is not there.")
+    found += [
+        f"{unit.name} starts {each.path}, which cannot be trusted: {_written(each.writer)}"
+        for each in (program, *unit.helpers)
+        if each.writer
+    ]
     if not has_ipc_lock(unit.bounding):
         found.append(
             f"{unit.name} has a CapabilityBoundingSet without CAP_IPC_LOCK, which takes that out of its"

@@ -15,7 +15,8 @@ description:
     it. Files get their former content, mode, owner and group, or are removed, with the folders that were made for
     them; blocks are cut out; executables get their former file capabilities; device nodes their former permissions;
     units are disabled and stopped. systemd and udev are told where a file of theirs went.
-  - B(Then) what is listed and not in the record yet is recorded as it is now. The caller changes it afterwards.
+  - B(Then) what is listed and not in the record yet is recorded as it is now. The caller changes it afterwards; but
+    O(capabilities) are granted by this module itself.
   - With nothing listed at all, everything is put back, and the record is removed.
   - An executable that has CAP_IPC_LOCK while the record knows nothing of it got it from somebody else. It is reported,
     not recorded, and so never taken away.
@@ -33,16 +34,18 @@ options:
     default: []
   capabilities:
     description:
-      - Executables that are to get CAP_IPC_LOCK as a file capability. Symbolic links are followed to the file.
-      - One whose other file capabilities are not effective, or are for another user namespace, is refused, since
-        CAP_IPC_LOCK could not be added without making those effective here too.
+      - Executables that get CAP_IPC_LOCK as a file capability, beside what they have, once they are recorded. Symbolic
+        links are followed to the file.
+      - One whose other file capabilities are not effective is refused, since CAP_IPC_LOCK could not be added without
+        making those effective too; so is any with capabilities for another user namespace, which a user can give to his
+        own files.
     type: list
     elements: path
     default: []
   nodes:
     description:
       - Device nodes whose mode, owner or group is to change, as paths or shell patterns such as
-        V(/dev/vfio/devices/*).
+        V(/dev/vfio/devices/*). Only the last part of a path may be a pattern.
       - A node that was not there when its path or pattern was recorded, and is put back, becomes what the kernel and
         the rules of udev make of it.
     type: list
@@ -69,7 +72,7 @@ options:
     description:
       - The file that holds the record. It is made with mode 0600, and its folder, if that is missing, with 0700. The
         folder is removed with the record, if nothing else is in it.
-      - A record, or a folder, that is not root's or that others may write is refused.
+      - A record is refused that is not root's or that others may write, and so are all folders above it.
     type: path
     default: /var/lib/iommufd_host/record.json
 extends_documentation_fragment:
@@ -78,11 +81,11 @@ attributes:
   check_mode:
     support: full
     details:
-      - Nothing is recorded and nothing is put back; what would be is returned.
+      - Nothing is recorded, granted or put back; what would be is returned.
   diff_mode:
     support: full
     details:
-      - It shows what is put back. Of a file with a block it shows the block alone.
+      - It shows what is put back and what is granted. Of a file with a block it shows the block alone.
   idempotent:
     support: full
 requirements:
@@ -90,6 +93,9 @@ requirements:
   - For O(units), systemd. For O(nodes), udev.
 notes:
   - B(Privilege.) It takes root.
+  - B(Others' folders.) A path is refused where somebody else than root can write any folder or link on the way, or
+    what root takes from the file there. That is judged when it is recorded, when it is put back, and once more at the
+    moment of each change, by descriptors that nobody can swap. The message names the place and who can write it.
   - B(Cut off.) The record is written before the caller changes anything, and each thing is forgotten only once it is
     back, so a run that was cut off at any point is made good by the next.
   - B(Executables.) Where an executable carries exactly what it had and CAP_IPC_LOCK besides, it gets exactly what it
@@ -102,12 +108,12 @@ notes:
 seealso:
   - module: virt.iommufd.iommufd_info
     description: Tells what the host supports and who holds an iommufd.
-  - module: community.general.capabilities
-    description: Grants a file capability.
+  - module: virt.iommufd.iommufd_vmm_check
+    description: Tells what would void a file capability, before it is granted.
 """
 
 EXAMPLES = r"""
-- name: Ensure that it is known how the host was before it is changed
+- name: Ensure that the emulator may pin memory without a limit, and that it is known how the host was before
   virt.iommufd.iommufd_host_record:
     capabilities: [/usr/bin/qemu-system-x86_64]
     files: [/etc/modules-load.d/iommufd_host.conf]
@@ -120,14 +126,6 @@ EXAMPLES = r"""
       iommufd
       vfio-pci
     mode: "0644"
-
-- name: Ensure that the emulator may pin memory without a limit, unless somebody has granted that already
-  community.general.capabilities:
-    path: "{{ emulator.real_path }}"
-    capability: cap_ipc_lock+ep
-  vars:
-    emulator: "{{ record.capabilities['/usr/bin/qemu-system-x86_64'] }}"
-  when: emulator.ours
 
 - name: Ensure that the host is as it was
   virt.iommufd.iommufd_host_record:
@@ -142,7 +140,7 @@ RETURN = r"""
 put_back:
   description:
     - What was put back, or in check mode would be, in sentences.
-    - RV(ignore:changed) is true where there is any. To record something is not a change.
+    - RV(ignore:changed) is true where there is any, or anything in RV(granted). To record something is not a change.
   returned: always
   type: list
   elements: str
@@ -150,6 +148,13 @@ put_back:
     - iommufd-host-grant.path is disabled and stopped.
     - /etc/systemd/system/iommufd-host-grant.path is removed.
     - CAP_IPC_LOCK is taken from /usr/bin/qemu-system-x86_64.
+granted:
+  description:
+    - The executables that were given CAP_IPC_LOCK by this run, or in check mode would be, with symbolic links followed.
+  returned: always
+  type: list
+  elements: str
+  sample: [/usr/bin/qemu-system-x86_64]
 recorded:
   description: What was recorded by this run, or in check mode would be.
   returned: on success
@@ -189,29 +194,31 @@ remembered:
 files:
   description:
     - Each of O(files) as it is now, by its path.
-    - C(missing) are the folders on the way to it that are not there, the outermost first.
+    - C(missing) are the folders on the way to it that are not there, the outermost first. C(content) is V(null) of what
+      is no text or long, C(sha256) is of any content.
   returned: on success
   type: dict
   sample:
     /etc/modules-load.d/iommufd_host.conf:
       exists: true
       content: "iommufd\nvfio-pci\n"
+      sha256: 707d5e8b865e40f52bd02d1946add8c6acad7d4fb4b9a2b96ffad7b4621be60a
       mode: "0644"
       owner: root
       group: root
       missing: []
 capabilities:
   description:
-    - Each of O(capabilities) as it is now, by its path.
+    - Each of O(capabilities) as it is now, after it was granted, by its path.
     - C(real_path) is the path with symbolic links followed. C(ipc_lock) is whether whoever executes the file has
-      CAP_IPC_LOCK at once. C(ours) is whether the record knows the file, so that it may be granted to and will be taken
-      back; where it is V(false), somebody else has granted it. C(other) are the file's other capabilities.
+      CAP_IPC_LOCK at once. C(ours) is whether the record knows the file, so that what was granted will be taken back;
+      where it is V(false), somebody else has granted it. C(other) are the file's other capabilities.
   returned: on success
   type: dict
   sample:
     /usr/bin/kvm:
       real_path: /usr/bin/qemu-system-x86_64
-      ipc_lock: false
+      ipc_lock: true
       ours: true
       other: []
 nodes:
@@ -248,13 +255,15 @@ units:
       active: true
 """
 
-from functools import partial
+import hashlib
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils._capabilities import CAP_IPC_LOCK, parse_file_capabilities
+from ..module_utils._child import run_command
 from ..module_utils._errors import IommufdError, error_text
+from ..module_utils._grant import grant_patiently
 from ..module_utils._record import (
     CAPABILITY,
     FILE,
@@ -270,9 +279,11 @@ from ..module_utils._record import (
     look,
     new_items,
     put_back,
+    shown_capabilities,
     steps_back,
+    to_grant,
 )
-from ..module_utils._states import FileState, NodeState, Run, group_name, owner_name, setting_of, split_block
+from ..module_utils._states import FileState, NodeState, Run, group_name, owner_name, setting_of, shown, split_block
 
 Row = dict[str, Any]
 
@@ -300,7 +311,8 @@ def text_of(content: bytes) -> str | None:
 def file_row(state: FileState | None, missing: list[str]) -> Row:
     """A file that is written as a whole, and the folders on the way to it that are not there."""
     content = None if state is None else text_of(state.content)
-    return {"exists": state is not None, "content": content, **owners(state), "missing": missing}
+    digest = None if state is None else hashlib.sha256(state.content).hexdigest()
+    return {"exists": state is not None, "content": content, "sha256": digest, **owners(state), "missing": missing}
 
 
 def capability_row(real_path: str, xattr: bytes | None, ours: bool) -> Row:
@@ -345,26 +357,32 @@ def state_rows(wanted: Wanted, view: View, items: list[Item]) -> Row:
     }
 
 
-def diff_of(steps: list[Step]) -> list[Row]:
-    """What the steps change, for people."""
-    return [
-        {"before_header": step.about, "after_header": step.about, "before": step.before, "after": step.after}
-        for step in steps
-        if step.says
+def diff_row(about: str, before: str, after: str) -> Row:
+    """One change, for people."""
+    return {"before_header": about, "after_header": about, "before": before, "after": after}
+
+
+def diff_of(steps: list[Step], view: View, grants: dict[str, bytes]) -> list[Row]:
+    """What the steps change, and what is granted."""
+    rows = [diff_row(step.about, step.before, step.after) for step in steps if step.says]
+    return rows + [
+        diff_row(path, shown_capabilities(view.xattrs.get(path)), shown_capabilities(xattr))
+        for path, xattr in grants.items()
     ]
 
 
 def work(record: Record, wanted: Wanted, dry_run: bool, run: Run, result: Row) -> None:
-    """Puts back what is not wanted any more, records what is new, and fills in the return value. Raises IommufdError.
+    """Puts back what is not wanted any more, records what is new, grants, and fills in the return value.
 
-    Whatever is refused is refused before anything is changed.
+    Whatever is refused is refused before anything is changed. Raises IommufdError.
     """
     view = look(record.items, wanted, run)
     steps = steps_back(record, wanted, view)
     new = new_items(record, wanted, view)
+    grants = to_grant(view)
     # Reading it now fails before anything is changed, where it can't be read.
     state_rows(wanted, view, record.items)
-    result["diff"] = diff_of(steps)
+    result["diff"] = diff_of(steps, view, grants)
     result["put_back"] = [step.says for step in steps if step.says]
     if dry_run:
         for step in steps:
@@ -375,9 +393,16 @@ def work(record: Record, wanted: Wanted, dry_run: bool, run: Run, result: Row) -
         # A folder that was there a moment ago may be gone with what was in it.
         view = look(record.items, wanted, run)
         new = new_items(record, wanted, view)
+        grants = to_grant(view)
     record.add(new)
-    if not dry_run:
+    if dry_run:
+        result["granted"] = [shown(path) for path in grants]
+    else:
         keep(record, bool(new))
+        for path, xattr in grants.items():
+            if grant_patiently(path):
+                result["granted"].append(shown(path))
+            view.xattrs[path] = xattr
     result["recorded"] = [{"kind": item.kind, "path": item.path} for item in new]
     result.update(state_rows(wanted, view, record.items))
 
@@ -398,11 +423,10 @@ def run_module(module: AnsibleModule, result: Row) -> None:
     check_caller()
     wanted = Wanted.of({name: module.params[name] for name in LISTS})
     (path,) = Wanted.of({"files": [module.params["record"]]}).files
-    run = partial(module.run_command, handle_exceptions=False, environ_update={"LC_ALL": "C"})
     with locked(path):
         record = Record.load(path)
         try:
-            work(record, wanted, module.check_mode, run, result)
+            work(record, wanted, module.check_mode, run_command, result)
         finally:
             result["remembered"] = [item_row(item) for item in record.items]
 
@@ -419,7 +443,7 @@ def main() -> NoReturn:
         },
         supports_check_mode=True,
     )
-    result: Row = {"put_back": []}
+    result: Row = {"put_back": [], "granted": []}
     try:
         run_module(module, result)
     except IommufdError as exc:
@@ -428,7 +452,7 @@ def main() -> NoReturn:
         result["put_back"] = exc.done if isinstance(exc, PutBackFailed) else []
     if not module._diff or "msg" in result:
         result.pop("diff", None)
-    result["changed"] = bool(result["put_back"])
+    result["changed"] = bool(result["put_back"] or result["granted"])
     if "msg" in result:
         module.fail_json(**result)
     module.exit_json(**result)

@@ -61,6 +61,7 @@ options:
       - One that is not found within 10 seconds, as on a mount whose server is gone, is told in
         RV(host.limits_of_view).
       - With V(emulators) in O(gather_subset) they are B(executed) with C(--version), as the user that the task runs as.
+        One that somebody else than root and that user can write is not, which RV(host.limits_of_view) tells.
     type: list
     elements: path
     default: []
@@ -90,6 +91,11 @@ notes:
     memory of the user's processes under per-user accounting. The kernel's counter also holds what io_uring, AF_XDP and
     perf have charged to that user, and no file shows it. Nor does any show that a process was charged to its user
     before it got CAP_IPC_LOCK.
+  - B(Bounds.) Any user may have descriptors and processes without end, so looking ends. Of a process, 262144 descriptors
+    are looked at, and 256 iommufds; of a user, 1048576 descriptors, 2500 processes that hold an iommufd, and 4096
+    iommufds. A process may keep whoever looks at it for 10 seconds, and one user's processes may do so three times.
+    Names are cut at 255 characters. What is not looked at is told in RV(host.limits_of_view), and the accounting of a
+    process of which that is so is V(null).
   - B(Threads.) Limits, capabilities and descriptors are those of a process's first thread.
 seealso:
   - plugin: virt.iommufd.memlock_fit
@@ -292,13 +298,28 @@ host:
       elements: dict
       contains:
         path:
-          description: The path, with symbolic links followed.
+          description: The path, with symbolic links followed; where RV(host.qemu[].writer) is set, as it was given.
           type: str
           sample: /usr/bin/qemu-system-x86_64
         present:
           description: Whether there is an executable file. What is not there can only come from O(emulators).
           type: bool
           sample: true
+        writer:
+          description:
+            - The first place on the way to the file that somebody else than root can write, be it a folder, a symbolic
+              link or the file itself. Nothing behind it is looked at, and the file counts as present.
+            - V(null) where only root decides what the file is, as it should be.
+          type: dict
+          contains:
+            place:
+              description: The path of that place.
+              type: str
+              sample: /opt/vm
+            who:
+              description: Who can write it, a user, a group or everybody.
+              type: str
+              sample: user alice (uid 1002)
         file_capabilities:
           description:
             - The capabilities that the file gives to whoever executes it.
@@ -638,7 +659,6 @@ import os
 import pwd
 import re
 from collections.abc import Collection
-from functools import partial
 from typing import Any, Callable, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
@@ -660,7 +680,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import 
     names,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError, error_text
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, Survey, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import misc_rdev
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
@@ -783,16 +803,22 @@ def emulator_row(view: View, emulator: _host.Emulator, slow: bool, run: Run) -> 
     return {
         "path": printable(os.fsencode(emulator.path)),
         "present": emulator.present,
+        "writer": emulator.writer and emulator.writer._asdict(),
         "file_capabilities": given and given._asdict(),
         "cap_ipc_lock": None if emulator.msg or not emulator.present else given is not None and given.lifts_memlock,
-        "version": emulator_version(view, emulator.path, run) if slow and emulator.present else None,
+        "version": emulator_version(view, emulator, run) if slow and emulator.present else None,
     }
 
 
-def emulator_version(view: View, path: str, run: Run) -> str | None:
-    """The version that an emulator gives when it is executed."""
-    code, output, errors = run([path, "--version"])
-    path = printable(os.fsencode(path))
+def emulator_version(view: View, emulator: _host.Emulator, run: Run) -> str | None:
+    """The version that an emulator gives when it is executed, which it is not where others can write it."""
+    path = printable(os.fsencode(emulator.path))
+    try:
+        _host.check_may_be_run(emulator)
+    except IommufdError as exc:
+        view.limit("emulators", f"{path} was not asked for its version: {exc}")
+        return None
+    code, output, errors = run([emulator.path, "--version"])
     found = re.search(r"version (\S+)", output)
     if code or not found:
         view.limit("emulators", f"{path} --version gives no version: {said(code, output, errors)}")
@@ -1018,6 +1044,14 @@ def gather(params: Row, run: Run) -> Row:
     return result
 
 
+def run_patiently(words: list[str]) -> tuple[int, str, str]:
+    """Runs a command; its exit code is 127 where it cannot be run at all, as the shell has it."""
+    try:
+        return run_command(words, SECONDS)
+    except OSError as exc:
+        return 127, "", error_text(exc.errno)
+
+
 def main() -> NoReturn:
     subsets = ["host", "processes", "users", "emulators"]
     module = AnsibleModule(
@@ -1030,7 +1064,7 @@ def main() -> NoReturn:
         supports_check_mode=True,
     )
     try:
-        result = gather(module.params, partial(run_command, seconds=SECONDS))
+        result = gather(module.params, run_patiently)
     except IommufdError as exc:
         module.fail_json(msg=str(exc))
     module.exit_json(changed=False, **result)

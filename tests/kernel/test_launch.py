@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import zipapp
+from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import EXEC, zipapp
 from ansible_collections.virt.iommufd.tests.kernel.harness import CAPABILITIES, MIB, VM, as_user
 
 PROGRAM = Path("/run/iommufd-exec-test")
@@ -68,7 +68,7 @@ with open("/run/iommufd-exec-seen", "w") as stream:
 @pytest.fixture(autouse=True)
 def program() -> Iterator[None]:
     """The program in the guest, for whoever may run it, and a file for what is seen."""
-    PROGRAM.write_bytes(zipapp())
+    PROGRAM.write_bytes(zipapp(EXEC))
     PROGRAM.chmod(0o755)
     SEEN.write_bytes(b"")
     SEEN.chmod(0o666)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from ansible.module_utils.common import warnings
-from ansible_collections.virt.iommufd.plugins.module_utils import _holders, _iommufd
+from ansible_collections.virt.iommufd.plugins.module_utils import _holders, _iommufd, _paths
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
@@ -34,6 +34,15 @@ os.closerange(3, 50)
 os.write(1, b"ready")
 sys.stdin.read()
 """
+
+
+@pytest.fixture(autouse=True)
+def our_own_files_are_trusted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever runs the tests stands for root, and makes no files that others can write."""
+    monkeypatch.setattr(_paths, "_TRUSTED", (0, os.geteuid()))
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
 
 
 @pytest.fixture(autouse=True)

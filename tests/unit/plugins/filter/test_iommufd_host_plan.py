@@ -34,8 +34,8 @@ def info(libvirt: Row, **host: Any) -> Row:
         "caller": ROOT,
         "vfio_devices": [{"node": "/dev/vfio/devices/vfio20"}],
         "qemu": [
-            {"path": QEMU, "present": True},
-            {"path": "/usr/bin/qemu-system-i386", "present": True},
+            {"path": QEMU, "present": True, "writer": None},
+            {"path": "/usr/bin/qemu-system-i386", "present": True, "writer": None},
         ],
         "libvirt": libvirt,
     }
@@ -43,7 +43,7 @@ def info(libvirt: Row, **host: Any) -> Row:
 
 
 def emulator(path: str = QEMU, **fields: Any) -> Row:
-    return {"path": path, "present": True, "is_emulator": True, "obstacles": [], **fields}
+    return {"path": path, "present": True, "writer": None, "is_emulator": True, "obstacles": [], **fields}
 
 
 def unit(name: str, **fields: Any) -> Row:
@@ -256,10 +256,11 @@ def test_rights_of_the_device_nodes() -> None:
 
 
 def test_an_emulator_of_another_name() -> None:
-    host = {"qemu": [{"path": "/usr/libexec/qemu-kvm", "present": True}, {"path": QEMU, "present": False}]}
+    rows = [{"path": "/usr/libexec/qemu-kvm", "present": True}, {"path": QEMU, "present": False}]
+    host = {"qemu": [{**row, "writer": None} for row in rows]}
     made = iommufd_host_plan(info(OLD, **host), {"architecture": "x86_64"})
     assert made["emulators"] == ["/usr/libexec/qemu-kvm"]
-    power = {"qemu": [{"path": "/usr/bin/qemu-system-ppc64", "present": True}]}
+    power = {"qemu": [{"path": "/usr/bin/qemu-system-ppc64", "present": True, "writer": None}]}
     assert iommufd_host_plan(info(OLD, **power), {"architecture": "ppc64le"})["emulators"] == [
         "/usr/bin/qemu-system-ppc64"
     ]
@@ -279,8 +280,44 @@ def test_the_launcher_is_a_file_of_the_plan_where_it_is_asked_for() -> None:
     path = "/usr/local/bin/iommufd-exec"
     assert path not in [each["path"] for each in plan(OLD)["files"]]
     made = plan(NO_LIBVIRT, launcher=True)
-    assert {"path": path, "grants": False, "template": None} in made["files"]
+    assert {"path": path, "grants": False, "template": None, "lookup": "iommufd_exec"} in made["files"]
     # It takes no grant.
     assert (made["strategy"], made["certain"], made["grants"]) == ("none", True, [])
     # What libvirt starts does not use it.
     assert plan(OLD, launcher=True)["grants"] == [FILE]
+
+
+def test_what_grants_again_is_a_program_of_our_own() -> None:
+    path = "/usr/local/libexec/iommufd-host-grant"
+    files = {each["path"]: each for each in plan(OLD)["files"]}
+    assert files[path] == {"path": path, "grants": True, "template": None, "lookup": "iommufd_host_grant"}
+    service = files["/etc/systemd/system/iommufd-host-grant.service"]
+    assert (service["program"], service["emulators"]) == (path, [QEMU])
+    assert path not in [each["path"] for each in plan(NEW)["files"]]
+
+
+WRITER = {"place": "/opt/vm", "who": "user alice (uid 1002)"}
+SAYS = "The emulator {} cannot be trusted: /opt/vm can be written by user alice (uid 1002), who would get with it"
+
+
+@pytest.mark.parametrize("config", [{}, {"strategy": "none"}, {"strategy": "cap_ipc_lock"}])
+def test_an_emulator_that_others_can_write(config: Row) -> None:
+    """By what iommufd_info tells alone."""
+    config = {"architecture": "x86_64", **config}
+    host = {"qemu": [{"path": QEMU, "present": True, "writer": WRITER}]}
+    made = iommufd_host_plan(info(OLD, **host), config)
+    assert [each.startswith(SAYS.format(QEMU)) for each in made["errors"]] == [True]
+    assert (made["grants"], made["files"], made["capabilities"], made["units"]) == ([], [], [], [])
+    # Another one is nobody's concern.
+    host = {"qemu": [{"path": "/opt/vm/q", "present": True, "writer": WRITER}, *info(OLD)["host"]["qemu"]]}
+    assert iommufd_host_plan(info(OLD, **host), config)["errors"] == []
+    made = iommufd_host_plan(info(OLD, **host), {**config, "emulators": ["/opt/vm/q"]})
+    assert [each.startswith(SAYS.format("/opt/vm/q")) for each in made["errors"]] == [True]
+
+
+@pytest.mark.parametrize("strategy", ["none", "cap_ipc_lock"])
+def test_an_emulator_that_others_can_write_since(strategy: str) -> None:
+    """By what iommufd_vmm_check tells, whatever iommufd_info has found a moment ago."""
+    row = emulator("/opt/q", writer=WRITER, is_emulator=False, obstacles=["/opt/q cannot be trusted."])
+    made = plan(OLD, row, emulators=["/opt/q"], strategy=strategy)
+    assert (made["errors"], made["grants"]) == (["/opt/q cannot be trusted."], [])

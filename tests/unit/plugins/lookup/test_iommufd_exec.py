@@ -11,7 +11,7 @@ import pytest
 from ansible import constants
 from ansible.errors import AnsibleLookupError
 from ansible_collections.virt.iommufd.plugins.lookup.iommufd_exec import LookupModule
-from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import zipapp
+from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import EXEC, zipapp
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_it_is_packed_once(folder: Path) -> None:
     (path,) = LookupModule().run([])
     assert Path(path).parent == folder
-    assert Path(path).read_bytes() == zipapp()
+    assert Path(path).read_bytes() == zipapp(EXEC)
     made = Path(path).stat()
     assert LookupModule().run([]) == [path]
     assert Path(path).stat().st_ino == made.st_ino

@@ -44,7 +44,18 @@ def test_what_a_file_gives(xattr: bytes, given: tuple[list[str], list[str], bool
     assert parse_file_capabilities(xattr).lifts_memlock is lifts
 
 
-@pytest.mark.parametrize("xattr", [b"\0", struct.pack("<5I", 0x04000000, 0, 0, 0, 0), struct.pack("<I", 0x02000000)])
+@pytest.mark.parametrize(
+    "xattr",
+    [
+        b"\0",
+        struct.pack("<5I", 0x04000000, 0, 0, 0, 0),
+        struct.pack("<I", 0x02000000),
+        # Of another length than the kernel's, or with a flag that has no meaning yet.
+        struct.pack("<6I", 0x02000001, 0, 0, 0, 0, 0),
+        struct.pack("<5I", 0x03000001, 0, 0, 0, 0),
+        struct.pack("<5I", 0x02000003, 0, 0, 0, 0),
+    ],
+)
 def test_a_form_that_is_not_known(xattr: bytes) -> None:
     with pytest.raises(IommufdError, match=r"has a form that is not known: [0-9a-f]+\."):
         parse_file_capabilities(xattr)
@@ -70,9 +81,9 @@ NET_RAW_ALONE = struct.pack("<5I", 0x02000001, NET_RAW, 0, 0, 0)
             struct.pack("<5I", 0x02000001, 0, NET_RAW, 1 << 8, 0),
             struct.pack("<5I", 0x02000001, IPC_LOCK, NET_RAW, 1 << 8, 0),
         ),
-        # Its own, though not effective, or for another user namespace.
+        # Its own, though not effective, and the newer form for the initial user namespace.
         (struct.pack("<5I", 0x02000000, IPC_LOCK, 0, 0, 0), GRANTED),
-        (struct.pack("<6I", 0x03000001, IPC_LOCK, 0, 0, 0, 1000), GRANTED),
+        (struct.pack("<6I", 0x03000001, NET_RAW, 0, 0, 0, 0), BESIDE_NET_RAW),
     ],
 )
 def test_given_too(before: bytes | None, after: bytes) -> None:
@@ -84,7 +95,13 @@ def test_given_too(before: bytes | None, after: bytes) -> None:
     ("before", "why"),
     [
         (struct.pack("<5I", 0x02000000, NET_RAW, 0, 0, 0), "cap_net_raw that are not effective"),
-        (struct.pack("<6I", 0x03000001, NET_RAW, 0, 0, 0, 7), "cap_net_raw for the user namespace of uid 7 only"),
+        (
+            struct.pack("<6I", 0x03000001, NET_RAW, 0, 0, 0, 7),
+            r"\(cap_net_raw\) are for the user namespace of uid 7 only",
+        ),
+        # However little it is: a user has made it, and only for himself.
+        (struct.pack("<6I", 0x03000001, IPC_LOCK, 0, 0, 0, 7), r"\(cap_ipc_lock\) are for the user namespace of uid 7"),
+        (struct.pack("<6I", 0x03000000, 0, 0, 0, 0, 7), r"\(nothing\) are for the user namespace of uid 7"),
         (b"xx", "a form that is not known"),
     ],
 )

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _host
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._host import Emulator, Node, VfioNode
+from ansible_collections.virt.iommufd.plugins.module_utils._paths import Writer
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
 NULL = os.stat(os.devnull).st_rdev
@@ -166,18 +168,60 @@ def test_emulators_are_named_once_each(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_emulator_that_nobody_answers_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # It waits for somebody who writes.
     os.mkfifo(tmp_path / "fifo")
-    monkeypatch.setattr(_host, "_emulator", lambda path: os.open(path, os.O_RDONLY))
-    monkeypatch.setattr(_host, "_PATIENCE", 0.1)
+    look_at = _host._look_at
+
+    def look(path: str) -> Emulator:
+        if path.endswith("fifo"):
+            os.open(path, os.O_RDONLY)
+        return look_at(path)
+
+    monkeypatch.setattr(_host, "_look_at", look)
+    monkeypatch.setattr(_host, "_PATIENCE", 0.3)
     monkeypatch.setattr(_host, "_EMULATORS", ())
-    (found,) = _host.emulators([f"{tmp_path}/fifo"])
+    # The others are looked at all the same.
+    first, found, last = _host.emulators([f"{tmp_path}/{name}" for name in ("a", "fifo", "b")])
     assert (found.path, found.present, found.capabilities) == (f"{tmp_path}/fifo", False, None)
-    assert found.msg.startswith(f"{tmp_path}/fifo was not found within 0.1 seconds.")
+    assert found.msg.startswith(f"{tmp_path}/fifo was not found within 0.3 seconds.")
+    assert [first, last] == [Emulator(f"{tmp_path}/{name}", present=False) for name in ("a", "b")]
+
+
+def test_what_is_no_emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "fifo", 0o755)
+    write(tmp_path / "text")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    paths = [f"{tmp_path}/{name}" for name in ("fifo", "text", "folder", "loop", "text/below")]
+    monkeypatch.setattr(_host, "_EMULATORS", ())
+    assert _host.emulators(paths) == [Emulator(path, present=False) for path in paths]
+
+
+def test_an_emulator_that_others_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("theirs", "shared/qemu"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "theirs").chmod(0o777)
+    (tmp_path / "shared").chmod(0o777)
+    monkeypatch.setattr(_host, "_EMULATORS", (f"{tmp_path}/their*",))
+    first, second = _host.emulators([f"{tmp_path}/shared/qemu"])
+    assert (first.path, first.present) == (f"{tmp_path}/theirs", True)
+    assert first.writer == Writer(f"{tmp_path}/theirs", "everybody")
+    assert second.writer == Writer(f"{tmp_path}/shared", "everybody")
+    assert second.msg.startswith(f"{tmp_path}/shared/qemu cannot be trusted: {tmp_path}/shared can be written by")
+    with pytest.raises(IommufdError, match="shared can be written by everybody"):
+        _host.check_may_be_run(second)
+    # To an ordinary user, his own are good enough.
+    mine = Emulator(f"{tmp_path}/shared/qemu", True, writer=Writer(str(tmp_path), "uid 1002"))
+    (tmp_path / "shared").chmod(0o755)
+    _host.check_may_be_run(mine)
+    _host.check_may_be_run(Emulator(f"{tmp_path}/none", True))
 
 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
         (PermissionError(errno.EACCES, "no"), "The capabilities of {} cannot be read (EACCES"),
+        (OSError(errno.ENODATA, "no"), ""),
         (b"junk", "{}: security.capability has a form that is not known"),
     ],
 )
@@ -193,6 +237,8 @@ def test_capabilities_that_cannot_be_told(
         return answer
 
     monkeypatch.setattr(os, "getxattr", getxattr)
-    found = _host._emulator(str(tmp_path / "qemu"))
-    assert found.capabilities is None
+    monkeypatch.setattr(_host, "_EMULATORS", ())
+    (found,) = _host.emulators([str(tmp_path / "qemu")])
+    assert (found.path, found.present, found.capabilities) == (str(tmp_path / "qemu"), True, None)
     assert words.format(tmp_path / "qemu") in found.msg
+    assert bool(found.msg) == bool(words)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _record
+from ansible_collections.virt.iommufd.plugins.module_utils import _paths, _record
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._record import (
     BLOCK,
@@ -38,6 +38,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._record import (
     locked,
     new_items,
     steps_back,
+    to_grant,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState, UnitState
 
@@ -274,6 +275,16 @@ def test_capabilities_that_are_recorded() -> None:
         record_qemu([], xattr(NET_RAW, False))
 
 
+def test_capabilities_that_are_granted() -> None:
+    view = View(
+        real={"/usr/bin/kvm": QEMU, "/b": "/b", "/c": "/c"}, xattrs={QEMU: None, "/b": xattr(NET_RAW), "/c": GRANTED}
+    )
+    assert to_grant(view) == {QEMU: GRANTED, "/b": xattr(NET_RAW | IPC_LOCK)}
+    view.xattrs["/c"] = struct.pack("<6I", 0x03000001, IPC_LOCK, 0, 0, 0, 1000)
+    with pytest.raises(IommufdError, match=r"^/c: .* are for the user namespace of uid 1000 only"):
+        to_grant(view)
+
+
 def test_nodes_that_are_recorded() -> None:
     wanted = Wanted(nodes=("/d/*", "/d/1"))
     view = View(nodes={"/d/1": KERNELS}, matches={"/d/*": ["/d/1"], "/d/1": ["/d/1"]})
@@ -298,6 +309,7 @@ def test_a_folder_goes_with_the_last_of_its_files() -> None:
     [
         ({"files": ["etc/x"]}, "'etc/x' is no absolute path"),
         ({"nodes": ["/dev/../etc"]}, "in its shortest form"),
+        ({"nodes": ["/dev/*/0"]}, "'/dev/\\*/0' may be a pattern in its last part only"),
         ({"blocks": ["/etc/"]}, "in its shortest form"),
         ({"capabilities": ["/etc/\0"]}, "in its shortest form"),
         ({"files": ["/b", "/a"], "blocks": ["/a"]}, "^/a is listed as a whole file and for a block"),
@@ -414,15 +426,26 @@ def test_whose_record_is_believed(path: str, monkeypatch: pytest.MonkeyPatch) ->
     assert Record.load(path) == record
     os.rename(path, f"{path}.moved")
     os.symlink(f"{path}.moved", path)
-    with pytest.raises(RecordUnusable, match="cannot be read \\(ELOOP"):
+    with pytest.raises(RecordUnusable, match=f"^{path} is not believed: the record is a regular file"):
         Record.load(path)
     os.unlink(path)
     os.mkfifo(path)
-    with pytest.raises(RecordUnusable, match="is a regular file in a folder"):
+    with pytest.raises(RecordUnusable, match=f"^{path} is not believed: the record is a regular file"):
+        Record.load(path)
+    above = os.path.dirname(record.folder)
+    os.chmod(above, 0o777)
+    for act in (record.save, record.remove):
+        with pytest.raises(IommufdError, match=f"{above} can be written by everybody"):
+            act()
+    with pytest.raises(RecordUnusable, match=f"^{above} is not believed, which everybody can write"):
+        Record.load(path)
+    with pytest.raises(RecordUnusable, match=f"^{above} is not believed"), locked(path):
+        pass
+    os.chmod(above, 0o755)
+    monkeypatch.setattr(_paths, "_TRUSTED", ())
+    with pytest.raises(RecordUnusable, match=r"^/ is not believed, which user root \(uid 0\) can write"):
         Record.load(path)
     monkeypatch.setattr(_record, "_ROOT", os.geteuid() + 1)
-    with pytest.raises(RecordUnusable, match=f"^{record.folder} is not believed"):
-        Record.load(path)
     with pytest.raises(AccessRefused, match="takes root to put a host back"):
         check_caller()
 

@@ -10,11 +10,12 @@ import pty
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _states
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._paths import Untrusted
 from ansible_collections.virt.iommufd.plugins.module_utils._states import (
     FileState,
     NodeState,
@@ -23,6 +24,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._states import (
     command,
     group_name,
     kernels_node,
+    make_folder,
+    matching_nodes,
     missing_folders,
     node_state,
     owner_name,
@@ -120,8 +123,9 @@ def test_removed_with_the_folders_that_are_empty(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
     # Somebody has put a file in the place of a folder.
     (tmp_path / "a").write_bytes(b"")
-    remove_file(str(path), folders[:1])
-    assert os.listdir(tmp_path) == ["a"]
+    for count in (1, 2):
+        remove_file(str(path), folders[:count])
+        assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_folder_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,9 +162,79 @@ def test_no_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("", "null"):
         with pytest.raises(IommufdError, match="is no device node"):
             node_state(str(tmp_path / name))
-    monkeypatch.setattr(os, "lstat", refuse(errno.EACCES))
+    assert matching_nodes("/dev/null/none*") == []
+    monkeypatch.setattr(_states, "walk", refuse(errno.EACCES))
+    with pytest.raises(IommufdError, match="/dev cannot be looked at \\(EACCES"):
+        matching_nodes("/dev/nul*")
     with pytest.raises(IommufdError, match="cannot be looked at"):
         node_state("/dev/null")
+
+
+def test_nodes_by_a_pattern(tmp_path: Path) -> None:
+    assert matching_nodes("/dev/nul?") == ["/dev/null"]
+    assert matching_nodes("/dev/null") == ["/dev/null"]
+    assert matching_nodes(f"{tmp_path}/none/*") == []
+    for name in ("b1", "b2", ".b3", "c", "x[1]", "x1"):
+        (tmp_path / name).touch()
+    assert matching_nodes(f"{tmp_path}/b*") == [f"{tmp_path}/b1", f"{tmp_path}/b2"]
+    assert matching_nodes(f"{tmp_path}/*3") == []
+    assert matching_nodes(f"{tmp_path}/.b*") == [f"{tmp_path}/.b3"]
+    assert matching_nodes(f"{tmp_path}/x[1]") == [f"{tmp_path}/x1", f"{tmp_path}/x[1]"]
+    tmp_path.chmod(0o777)
+    with pytest.raises(Untrusted, match="can be written by everybody"):
+        matching_nodes(f"{tmp_path}/b*")
+    tmp_path.chmod(0o755)
+
+
+# What everything does for which somebody else's folder would be enough to be led elsewhere.
+@pytest.mark.parametrize(
+    "act",
+    [
+        read_file_state,
+        missing_folders,
+        lambda path: make_folder(path, 0o700),
+        lambda path: write_file_state(path, FileState(b"root's", 0o600, os.getuid(), os.getgid())),
+        lambda path: remove_file(path, []),
+        lambda path: remove_file(f"{path}.not", [os.path.dirname(path)]),
+        node_state,
+        lambda path: set_node(path, NodeState(0o666, 0, 0)),
+        kernels_node,
+        capability_of,
+        lambda path: set_capability(path, b"x"),
+    ],
+)
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+def test_nothing_is_done_in_a_folder_of_others(tmp_path: Path, act: Callable[[str], Any], mode: int) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "file").write_bytes(b"of root")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "folder").symlink_to(tmp_path / "victim")
+    (tmp_path / "theirs").chmod(mode)
+    with pytest.raises(Untrusted, match=f"{tmp_path}/theirs can be written by (everybody|group)"):
+        act(f"{tmp_path}/theirs/folder/file")
+    assert (tmp_path / "victim" / "file").read_bytes() == b"of root"
+    assert os.listdir(tmp_path / "victim") == ["file"]
+
+
+def test_a_file_that_others_can_write(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    path.chmod(0o666)
+    with pytest.raises(Untrusted, match=f"{path} can be written by everybody"):
+        read_file_state(str(path))
+    assert read_file_state(str(path), own=False)
+    # It is replaced, not written to.
+    write_file_state(str(path), FileState(b"", 0o600, os.getuid(), os.getgid()))
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_that_is_a_link_to_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("none")
+    for act in (read_file_state, missing_folders):
+        with pytest.raises(IommufdError, match=f"is behind a symbolic link that leads to {tmp_path}/none/file"):
+            act(f"{tmp_path}/link/file")
+    with pytest.raises(FileNotFoundError):
+        make_folder(f"{tmp_path}/none/folder", 0o700)
 
 
 def test_what_the_kernel_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     ProcessGone,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import RLIMIT_MODE, Answer
+from ansible_collections.virt.iommufd.plugins.module_utils._paths import Place, Untrusted, Writer
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.plugins.module_utils._target import (
     DomainTarget,
@@ -34,7 +35,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._target import (
     find_iommufds,
     hold_target,
     parse_pid,
-    writers,
 )
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -164,7 +164,12 @@ def pidfile(tmp_path: Path, child: subprocess.Popen[bytes]) -> Path:
 @pytest.fixture
 def only_mine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the folders of this machine are like, only we can write to them."""
-    monkeypatch.setattr(_target, "writers", lambda _path: {0: "/", os.getuid(): "/here"})
+
+    @contextlib.contextmanager
+    def walk(path: str, _trusted: object) -> Iterator[Place]:
+        yield Place(-1, "", path, status=os.stat(path))
+
+    monkeypatch.setattr(_target, "walk", walk)
 
 
 def holds(target: Target) -> int:
@@ -213,18 +218,19 @@ def test_a_pidfile_older_than_its_process_is_stale(pidfile: Path) -> None:
         holds(PidfileTarget(str(pidfile)))
 
 
-@pytest.mark.parametrize(
-    ("found", "words"),
-    [
-        ({0: "/", 4711: "/home/mallory"}, "/home/mallory can be written by uid 4711"),
-        ({0: "/", -1: "/srv/shared"}, "/srv/shared can be written by a group or everybody"),
-    ],
-)
 def test_a_pidfile_that_somebody_else_can_write_does_not_count(
-    pidfile: Path, monkeypatch: pytest.MonkeyPatch, found: dict[int, str], words: str
+    pidfile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_target, "writers", lambda _path: found)
-    with pytest.raises(IommufdError, match=words):
+    def walk(*_arguments: object) -> Any:
+        raise Untrusted("", Writer("/home/mallory", "uid 4711"))
+
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    pidfile = pidfile.rename(tmp_path / "shared" / "pid")
+    with pytest.raises(IommufdError, match=f"cannot be trusted: {tmp_path}/shared can be written by everybody"):
+        holds(PidfileTarget(str(pidfile)))
+    monkeypatch.setattr(_target, "walk", walk)
+    with pytest.raises(IommufdError, match=r"/home/mallory can be written by uid 4711, but .* belongs to uid"):
         holds(PidfileTarget(str(pidfile)))
 
 
@@ -239,12 +245,35 @@ def test_a_pidfile_that_changes_before_it_is_checked_does_not_count(
             target.check(process)
 
 
-def test_the_file_that_was_read_is_judged_and_not_what_lies_there(
-    pidfile: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_target, "writers", lambda _path: {0: "/"})
+def test_the_file_that_was_read_is_the_one_that_is_judged(pidfile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = PidfileTarget(str(pidfile))
+    read = target.read()
+    status = pidfile.stat()
+    assert (read.written, read.device, read.inode) == (status.st_mtime, status.st_dev, status.st_ino)
+    monkeypatch.setattr(PidfileTarget, "read", lambda _self: read._replace(inode=read.inode + 1))
+    with pytest.raises(ProcessGone, match="was replaced while it was read"):
+        holds(target)
+    monkeypatch.setattr(PidfileTarget, "read", lambda _self: read)
     pidfile.chmod(0o666)
-    with pytest.raises(IommufdError, match="can be written by a group or everybody"):
+    with pytest.raises(IommufdError, match=r"child\.pid can be written by everybody"):
+        holds(target)
+    pidfile.unlink()
+    with pytest.raises(ProcessGone, match="was replaced"):
+        holds(target)
+
+
+def test_a_pidfile_that_is_not_to_be_had_in_time(pidfile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_target, "_PATIENCE", 0)
+    with pytest.raises(IommufdError, match=r"child\.pid could not be looked at within 0 seconds\. Is it on a mount"):
+        PidfileTarget(str(pidfile)).resolve()
+
+
+def test_a_pidfile_that_cannot_be_looked_up(pidfile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def walk(*_arguments: object) -> Any:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(_target, "walk", walk)
+    with pytest.raises(IommufdError, match=r"cannot be looked up .EACCES"):
         holds(PidfileTarget(str(pidfile)))
 
 
@@ -265,28 +294,6 @@ def test_a_target_that_changes_between_the_readings_is_refused(child: subprocess
     target: Any = Changing(child.pid, os.getpid())
     with pytest.raises(ProcessGone, match=f"named process {child.pid}, and a moment later {os.getpid()}"):
         holds(target)
-
-
-def test_writers_are_whoever_can_decide_what_the_file_says(tmp_path: Path) -> None:
-    for folder in ("mine", "shared", "sticky"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "pid").touch()
-    (tmp_path / "shared").chmod(0o775)
-    (tmp_path / "sticky").chmod(0o1777)
-    (tmp_path / "way").symlink_to("shared")
-    (tmp_path / "absolute").symlink_to(tmp_path / "shared")
-    (tmp_path / "loop").symlink_to("loop")
-    assert writers(f"{tmp_path}/mine/pid").get(-1) is None
-    assert writers(f"{tmp_path}/mine/pid")[os.getuid()]
-    assert writers(f"{tmp_path}/sticky/pid").get(-1) is None
-    for path in ("shared/pid", "way/pid", "absolute/pid", "shared/../mine/pid", "way/../mine/./pid"):
-        assert writers(f"{tmp_path}/{path}")[-1] == f"{tmp_path}/shared"
-    (tmp_path / "mine" / "pid").chmod(0o1666)
-    assert writers(f"{tmp_path}/mine/pid")[-1] == f"{tmp_path}/mine/pid"
-    with pytest.raises(IommufdError, match="too many symbolic links"):
-        writers(f"{tmp_path}/loop/pid")
-    with pytest.raises(IommufdError, match=r"cannot be looked up .ENOENT"):
-        writers(f"{tmp_path}/missing/pid")
 
 
 STATUS = """

@@ -15,7 +15,8 @@ import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt, _vmm
 from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import with_ipc_lock
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, own_status, read_file
+from ansible_collections.virt.iommufd.plugins.module_utils._paths import Writer
+from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, own_status
 from ansible_collections.virt.iommufd.plugins.module_utils._vmm import (
     Conditions,
     FileSystem,
@@ -111,32 +112,52 @@ def test_paths_that_are_none(path: str) -> None:
 
 
 def refusing(number: int) -> Any:
-    def refuse(*_arguments: object) -> None:
+    def refuse(*_arguments: object, **_options: object) -> None:
         raise OSError(number, "no")
 
     return refuse
 
 
 @pytest.mark.parametrize(
-    ("name", "number", "message"),
+    ("where", "name", "number", "message"),
     [
-        ("open", errno.EACCES, "cannot be looked at .EACCES"),
-        ("getxattr", errno.EIO, "The capabilities of .* cannot be read .EIO"),
+        (_vmm, "walk", errno.EACCES, "cannot be looked at .EACCES"),
+        (os, "getxattr", errno.EIO, "The capabilities of .* cannot be read .EIO"),
     ],
 )
-def test_what_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch, name: str, number: int, message: str) -> None:
-    monkeypatch.setattr(os, name, refusing(number))
+def test_what_may_not_be_looked_at(
+    monkeypatch: pytest.MonkeyPatch, where: Any, name: str, number: int, message: str
+) -> None:
+    monkeypatch.setattr(where, name, refusing(number))
     with pytest.raises(IommufdError, match=message):
         look_at_program(sys.executable)
 
 
-def test_what_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(path: str, *most: int) -> bytes:
-        if path == os.path.realpath(sys.executable):
-            raise OSError(errno.EACCES, "no")
-        return read_file(path, *most)
+def test_what_others_can_write(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs").chmod(0o777)
+    # It would wait for somebody who writes.
+    os.mkfifo(tmp_path / "theirs" / "fifo", 0o755)
+    path = f"{tmp_path}/theirs/fifo"
+    found = look_at_program(path)
+    assert found == Program(path, path, True, writer=Writer(f"{tmp_path}/theirs", "everybody"))
+    assert obstacles(found, GOOD) == [
+        f"{path} cannot be trusted: {tmp_path}/theirs can be written by everybody, who would get with it whatever is"
+        " granted. Have it be root's alone, with all folders on the way."
+    ]
 
-    monkeypatch.setattr(_vmm, "read_file", read)
+
+def test_nobody_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "fifo", 0o755)
+    assert not look_at_program(f"{tmp_path}/fifo").is_program
+    monkeypatch.setattr(_vmm, "_LOOK_PATIENCE", 0.2)
+    monkeypatch.setattr(_vmm, "_look", lambda _path: os.open(f"{tmp_path}/fifo", os.O_RDONLY))
+    with pytest.raises(IommufdError, match=r"fifo was not found within 0\.2 seconds"):
+        look_at_program(f"{tmp_path}/fifo")
+
+
+def test_what_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_vmm, "reopen", refusing(errno.EACCES))
     with pytest.raises(IommufdError, match=r"cannot be read .EACCES"):
         look_at_program(sys.executable)
 
@@ -283,6 +304,20 @@ def test_another_service() -> None:
     assert found.memlock == Limit(None, None)
 
 
+def test_all_that_a_service_runs(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    text = shown(
+        ExecStart=EXEC.format("/bin/sh", "-c { path=/no ; argv[]=x ; }"), ExecStartPre=EXEC.format("/bin/true", "")
+    )
+    text += f"ExecStartPre={EXEC.format(f'{tmp_path}/prepare', '')}\nExecStop={EXEC.format('/bin/sh', '')}\n"
+    found = look_at_unit(answering(text), "vm.service")
+    assert found.program
+    assert found.program.path == "/bin/sh"
+    assert [each.path for each in found.helpers] == ["/bin/true", f"{tmp_path}/prepare"]
+    assert [each.writer for each in found.helpers] == [None, Writer(str(tmp_path), "everybody")]
+    assert f"{tmp_path}/prepare, which cannot be trusted" in unit_obstacles(found)[-1]
+
+
 def test_a_service_of_an_older_systemd() -> None:
     text = shown().replace("LimitMEMLOCKSoft", "Unknown").replace("PrivateUsers=no\n", "")
     found = look_at_unit(answering(text), "vm.service")
@@ -306,7 +341,8 @@ def test_systemd_does_not_answer() -> None:
             look_at_unit(run, "vm.service")
 
 
-UNIT = look_at_unit(answering(shown(ExecStart=EXEC.format(sys.executable, ""), User="vm")), "vm.service")
+UNIT = changed(look_at_unit(answering(shown(User="vm")), "vm.service"), program=QEMU)
+THEIRS = Program("/opt/vm/q", "/opt/vm/q", True, writer=Writer("/opt/vm", "user alice (uid 1002)"))
 
 
 @pytest.mark.parametrize(
@@ -318,6 +354,11 @@ UNIT = look_at_unit(answering(shown(ExecStart=EXEC.format(sys.executable, ""), U
         (changed(UNIT, load_state="masked"), ["systemd cannot start vm.service: its unit is masked."]),
         (changed(UNIT, program=None), ["vm.service starts no program"]),
         (changed(UNIT, program=Program("/q", "/q", present=False)), ["vm.service starts /q, which is not there"]),
+        (
+            changed(UNIT, program=THEIRS),
+            ["vm.service starts /opt/vm/q, which cannot be trusted: /opt/vm can be written by"],
+        ),
+        (changed(UNIT, helpers=(QEMU, THEIRS)), ["vm.service starts /opt/vm/q, which cannot be trusted"]),
         (changed(UNIT, bounding=1), ["has a CapabilityBoundingSet without CAP_IPC_LOCK"]),
         (changed(UNIT, private_users=True), ["vm.service has PrivateUsers"]),
         (changed(UNIT, program=changed(QEMU, xattr=b"")), ["that the kernel does not understand"]),

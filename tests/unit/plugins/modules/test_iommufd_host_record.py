@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pty
@@ -16,7 +17,8 @@ from typing import Any
 import pytest
 import yaml
 from ansible.module_utils import basic
-from ansible_collections.virt.iommufd.plugins.module_utils import _record, _states
+from ansible_collections.virt.iommufd.plugins.module_utils import _grant, _record, _states
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._states import NodeState
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_host_record
 
@@ -44,8 +46,8 @@ class FakeSystemd:
         }
 
     def run(self, words: list[str]) -> tuple[int, str, str]:
-        """Answers the commands behind `timeout -k 5 90`."""
-        program, verb, *rest = words[4:]
+        """Answers a command."""
+        program, verb, *rest = words
         if self.broken and verb == self.broken:
             return 1, "", "Broken\n"
         names = rest[rest.index("--") + 1 :] if "--" in rest else []
@@ -111,7 +113,7 @@ def host(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.setattr(_record, "_TOLD", {f"{tmp_path}/systemd/": "systemd", f"{tmp_path}/udev/": "udev"})
     for name in ("_SYSTEMD_RUNS", "_UDEV_RUNS"):
         monkeypatch.setattr(_record, name, str(tmp_path))
-    monkeypatch.setattr(basic.AnsibleModule, "run_command", lambda _self, words, **_options: host.systemd.run(words))
+    monkeypatch.setattr(iommufd_host_record, "run_command", host.systemd.run)
     return host
 
 
@@ -144,8 +146,19 @@ def test_there_and_back(host: Host, terminal: str) -> None:
     }
     foretold = host.run(_ansible_check_mode=True, **wanted)
     assert host.tree() == before
-    first = host.run(**wanted)
-    assert not first["changed"]
+    assert (foretold["changed"], foretold["granted"]) == (True, [qemu])
+    assert foretold["capabilities"][str(host.root / "bin" / "kvm")]["ipc_lock"] is False
+    first = host.run(_ansible_diff=True, **wanted)
+    assert (first["changed"], first["granted"], first["put_back"]) == (True, [qemu], [])
+    assert first["diff"] == [
+        {
+            "before_header": qemu,
+            "after_header": qemu,
+            "before": "",
+            "after": "permitted: cap_ipc_lock\ninheritable: \neffective: true\n",
+        }
+    ]
+    assert os.getxattr(qemu, "user.stands.in") == GRANTED
     assert (first["recorded"], first["remembered"]) == (foretold["recorded"], foretold["remembered"])
     assert [each["path"] for each in first["recorded"]] == [
         old,
@@ -160,13 +173,14 @@ def test_there_and_back(host: Host, terminal: str) -> None:
     ]
     assert first["capabilities"][str(host.root / "bin" / "kvm")] == {
         "real_path": qemu,
-        "ipc_lock": False,
+        "ipc_lock": True,
         "ours": True,
         "other": [],
     }
     assert first["files"][old]["content"] == "old"
+    assert first["files"][old]["sha256"] == hashlib.sha256(b"old").hexdigest()
     missing = [f"{host.root}/etc/new.d", f"{host.root}/etc/new.d/x"]
-    nothing = {"exists": False, "content": None, "mode": None, "owner": None, "group": None}
+    nothing = {"exists": False, "content": None, "sha256": None, "mode": None, "owner": None, "group": None}
     assert first["files"][new] == {**nothing, "missing": missing}
     assert first["nodes"][terminal]["mode"] == "0620"
     assert first["nodes"][f"{terminal}?"]["exists"] is False
@@ -176,7 +190,6 @@ def test_there_and_back(host: Host, terminal: str) -> None:
         host.file(os.path.relpath(name, host.root), b"of the role")
     host.file("etc/qemu.conf", BLOCK + b"a = 1\nb = 2", 0o600)
     os.chmod(terminal, 0o666)
-    grant(qemu)
     host.systemd.add("u.path", "enabled", "active", "u.service")
     host.systemd.add("u.service", "static", "failed")
     changed = host.tree()
@@ -330,10 +343,10 @@ def test_what_the_system_refuses(host: Host, monkeypatch: pytest.MonkeyPatch) ->
     host.file("old", b"new")
     rename = os.rename
 
-    def refuse(source: str, target: str) -> None:
-        if target == path:
+    def refuse(source: str, target: str, **folders: int) -> None:
+        if target == "old":
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        rename(source, target)
+        rename(source, target, **folders)
 
     monkeypatch.setattr(os, "rename", refuse)
     answer = host.run()
@@ -349,7 +362,7 @@ def test_what_the_system_refuses(host: Host, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_record_that_cannot_be_written(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_path: str, _mode: int) -> None:
+    def refuse(_path: str, _mode: int, **_folder: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "mkdir", refuse)
@@ -370,6 +383,14 @@ def test_a_record_that_cannot_be_written(host: Host, monkeypatch: pytest.MonkeyP
         ({"capabilities": ["{root}/odd"]}, "a form that is not known"),
         ({"blocks": ["{root}/half"]}, "without the other"),
         ({"nodes": ["{root}/old"]}, "is no device node"),
+        ({"capabilities": ["{root}/a_users"]}, "are for the user namespace of uid 1000 only"),
+        ({"capabilities": ["{root}/writable"]}, "{root}/writable can be written by everybody"),
+        ({"capabilities": ["{root}/theirs/qemu"]}, "{root}/theirs can be written by group"),
+        ({"files": ["{root}/theirs/new"]}, "{root}/theirs can be written by group"),
+        ({"files": ["{root}/writable"]}, "{root}/writable can be written by everybody"),
+        ({"blocks": ["{root}/writable"]}, "{root}/writable can be written by everybody"),
+        ({"nodes": ["{root}/theirs/*"]}, "{root}/theirs can be written by group"),
+        ({"nodes": ["/dev/*/1"]}, "in its last part only"),
         ({"units": ["u.mount"]}, "is not the name of a systemd"),
     ],
 )
@@ -379,6 +400,10 @@ def test_what_is_refused_changes_nothing(host: Host, options: dict[str, Any], wh
     host.file("old", b"new")
     host.file("half", b"# BEGIN iommufd_host\n")
     grant(host.file("odd", b"", 0o755), b"?")
+    grant(host.file("a_users", b"", 0o755), struct.pack("<6I", 0x03000001, 1 << 14, 0, 0, 0, 1000))
+    host.file("writable", b"", 0o777)
+    host.file("theirs/qemu", b"", 0o755)
+    (host.root / "theirs").chmod(0o775)
     os.symlink("old", host.root / "link")
     before = host.tree()
     given = {
@@ -390,9 +415,88 @@ def test_what_is_refused_changes_nothing(host: Host, options: dict[str, Any], wh
     for check_mode in (True, False):
         answer = host.run(_ansible_check_mode=check_mode, **given)
         assert answer["failed"]
-        assert why in answer["msg"]
-        assert (answer["changed"], answer["put_back"]) == (False, [])
+        assert why.format(root=host.root) in answer["msg"]
+        assert (answer["changed"], answer["put_back"], answer["granted"]) == (False, [], [])
         assert host.tree() == before
+
+
+def test_a_folder_that_others_got_since(host: Host) -> None:
+    """What was recorded is put back by no other way than by folders that are root's alone."""
+    path, qemu = host.file("a/conf", b"of root"), host.file("bin/qemu", b"", 0o755)
+    host.run(files=[path], capabilities=[qemu])
+    host.file("a/conf", b"of the role")
+    host.file("victim/conf", b"somebody else's")
+    host.file("victim/qemu", b"", 0o755)
+    for folder, place in (("a", path), ("bin", qemu)):
+        (host.root / folder).chmod(0o777)
+        before = host.tree()
+        for check_mode in (True, False):
+            answer = host.run(_ansible_check_mode=check_mode)
+            assert answer["failed"]
+            assert f"{place} cannot be trusted: {host.root}/{folder} can be written by everybody." in answer["msg"]
+            assert (answer["changed"], answer["put_back"]) == (False, [])
+            assert host.tree() == before
+        (host.root / folder).chmod(0o755)
+    assert host.run()["changed"]
+    assert Path(path).read_bytes() == b"of root"
+
+
+def test_a_folder_that_is_swapped_at_the_last_moment(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = host.file("a/conf", b"of root")
+    host.run(files=[path])
+    host.file("a/conf", b"of the role")
+    victim = host.file("victim/conf", b"somebody else's")
+
+    def swap(*arguments: Any) -> Any:
+        (host.root / "a").rename(host.root / "b")
+        (host.root / "a").symlink_to("victim")
+        (host.root).chmod(0o777)
+        return put_back(*arguments)
+
+    put_back = _record.put_back
+    monkeypatch.setattr(iommufd_host_record, "put_back", swap)
+    answer = host.run()
+    host.root.chmod(0o755)
+    assert answer["failed"]
+    assert f"{path} could not be put back" in answer["msg"]
+    assert f"{host.root} can be written by everybody" in answer["msg"]
+    assert Path(victim).read_bytes() == b"somebody else's"
+
+
+def test_what_others_write_after_it_was_recorded(host: Host) -> None:
+    """A file that a role writes as a whole goes back, whoever can write it by now."""
+    path = host.file("f", b"of root")
+    host.run(files=[path])
+    host.file("f", b"of anybody", 0o666)
+    assert host.run(files=[path])["files"][path]["mode"] == "0666"
+    assert host.run()["changed"]
+    assert (Path(path).read_bytes(), Path(path).stat().st_mode & 0o777) == (b"of root", 0o644)
+
+
+def test_a_grant_that_fails(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [host.file(name, b"", 0o755) for name in ("q1", "q2")]
+
+    def fail(path: str) -> bool:
+        if path == paths[1]:
+            raise IommufdError("no")
+        return _grant.grant_patiently(path)
+
+    monkeypatch.setattr(iommufd_host_record, "grant_patiently", fail)
+    answer = host.run(capabilities=paths)
+    assert (answer["failed"], answer["msg"], answer["changed"], answer["granted"]) == (True, "no", True, paths[:1])
+    # It will be taken back all the same.
+    assert [each["path"] for each in answer["remembered"]] == paths
+    assert host.run()["put_back"] == [f"CAP_IPC_LOCK is taken from {paths[0]}."]
+
+
+def test_a_grant_that_was_cut_off(host: Host) -> None:
+    qemu = host.file("qemu", b"", 0o755)
+    host.run(capabilities=[qemu])
+    # Recorded, but not granted yet.
+    os.removexattr(qemu, "user.stands.in")
+    answer = host.run(capabilities=[qemu])
+    assert (answer["recorded"], answer["granted"], answer["changed"]) == ([], [qemu], True)
+    assert host.run(capabilities=[qemu])["changed"] is False
 
 
 def test_a_file_of_ours_that_has_become_a_link(host: Host) -> None:

@@ -1,0 +1,110 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: gives CAP_IPC_LOCK to an executable as a file capability, or tells why not.
+
+It is also the program `iommufd-host-grant`, which a unit runs when a package upgrade has replaced an emulator.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from functools import partial
+
+from ._capabilities import parse_file_capabilities, with_ipc_lock
+from ._child import NoAnswer, in_child
+from ._errors import IommufdError, error_text
+from ._states import capability_in, open_file, set_capability_in, shown
+
+__all__ = (
+    "decide",
+    "grant",
+    "grant_patiently",
+)
+
+_PROGRAM = "iommufd-host-grant"
+
+# A local file is there in no time.
+_PATIENCE = 30
+# What happens while the program runs does not start it again, so it looks several times, so many seconds apart.
+_LOOKS = 3
+_PAUSE = 1
+
+
+def decide(xattr: bytes | None) -> bytes | None:
+    """The extended attribute that gives a file CAP_IPC_LOCK, by the one that it has; None where it needs nothing.
+
+    `xattr` None is a file without one. The capability is added to nothing, or to the host's own, if those are
+    effective. Raises IommufdError where the file has others, which are left as they are.
+    """
+    if parse_file_capabilities(xattr or b"").lifts_memlock:
+        return None
+    return with_ipc_lock(xattr)
+
+
+def grant(path: str) -> bool:
+    """Gives CAP_IPC_LOCK to the executable at path. Whether there was anything to do; to a missing file there is not.
+
+    Raises IommufdError where it may not have it: it is no executable, has capabilities that are left alone, or can be
+    written by somebody else than root, who could make anything of it.
+    """
+    try:
+        with open_file(path) as file:
+            if not file.mode & 0o111:
+                raise IommufdError(f"{shown(path)} is no executable file, so it cannot get CAP_IPC_LOCK.")
+            try:
+                xattr = decide(capability_in(file.fd, path))
+            except IommufdError as exc:
+                raise IommufdError(f"{shown(path)}: {exc} It is left as it is.") from exc
+            if xattr is not None:
+                set_capability_in(file.fd, xattr)
+            return xattr is not None
+    except FileNotFoundError:
+        return False
+    except OSError as exc:
+        raise IommufdError(f"{shown(path)} cannot be given CAP_IPC_LOCK ({error_text(exc.errno)}).") from exc
+
+
+def grant_patiently(path: str) -> bool:
+    """As `grant`, from a child with a time limit: a path may lead to a mount whose server does not answer for ever."""
+    try:
+        return bool(in_child(None, partial(grant, path), _PATIENCE))
+    except NoAnswer as exc:
+        raise IommufdError(
+            f"{shown(path)} did not get CAP_IPC_LOCK within {_PATIENCE} seconds. Is it on a mount whose server is gone?"
+        ) from exc
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The program. 0: each path has it, or is not there; 1: some were refused; 2: it was called wrongly."""
+    # A module pays for each import on each host anew, and needs it not.
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM,
+        description="Gives CAP_IPC_LOCK as a file capability to executables that only root can write.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="an executable; symbolic links are followed")
+    paths = parser.parse_args(arguments).paths
+    failures: list[str] = []
+    for look in range(_LOOKS):
+        time.sleep(_PAUSE if look else 0)
+        failures = _look(paths)
+    for each in failures:
+        print(f"{_PROGRAM}: {each}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _look(paths: list[str]) -> list[str]:
+    """Looks at each path once, and gives what was refused."""
+    failures = []
+    for path in paths:
+        try:
+            if grant_patiently(path):
+                print(f"{_PROGRAM}: {shown(path)} has got CAP_IPC_LOCK.", flush=True)
+        except IommufdError as exc:
+            failures.append(str(exc))
+    return failures
