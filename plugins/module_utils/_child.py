@@ -320,12 +320,12 @@ def run_command(
     deadline = time.monotonic() + seconds
     pipe = subprocess.PIPE
     command = start_command(words, variables, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
-    assert command.stdout
-    assert command.stderr
+    # Both are there, since they were asked for.
+    streams = [each for each in (command.stdout, command.stderr) if each is not None]
     status = None
     try:
-        with command.stdout, command.stderr:
-            output, errors, trouble = _drain(command.stdout.fileno(), command.stderr.fileno(), deadline)
+        with streams[0], streams[1]:
+            output, errors, trouble = _drain(streams[0].fileno(), streams[1].fileno(), deadline)
         status = None if trouble else bury(command.pid, deadline - time.monotonic())
     finally:
         if status is None:

@@ -146,7 +146,7 @@ class Holder(NamedTuple):
         iommufds = row.iommufds
         if iommufds is not None:
             held = [HeldIommufd(*each) for each in iommufds]
-            iommufds = [each._replace(ioases=[(ioas, pages) for ioas, pages in each.ioases]) for each in held]
+            iommufds = [each._replace(ioases=[(pair[0], pair[1]) for pair in each.ioases]) for each in held]
         return row._replace(
             status=Status(*row.status),
             memlock=Limit(*row.memlock),

@@ -48,8 +48,6 @@ class Texts:
 QEMU = "/usr/bin/qemu-system-x86_64"
 UNIT = "vm1.service"
 
-NOBODYS = {"ran": False, "ok": None, "effective": None, "msg": "*"}
-
 
 def process(accounting: str | None, **fields: Any) -> Row:
     """A VM that runs."""
@@ -85,6 +83,7 @@ COMM = "qemu-system-x86"
 
 def info(module: str = "loaded") -> Row:
     """What iommufd_info returns."""
+    emulator = {"present": True, "file_capabilities": None, "version": "*"}
     host = {
         "limits_of_view": [{"what": "*", "why": "*"}],
         "kernel": "*",
@@ -102,8 +101,8 @@ def info(module: str = "loaded") -> Row:
         "iommu_groups": [{"id": 1, "devices": ["*"]}],
         "vfio_devices": [{"node": "*", "address": "*", "iommu_group": 1, "mode": "*", "owner": "*", "group": "*"}],
         "qemu": [
-            {"path": QEMU, "present": True, "file_capabilities": None, "cap_ipc_lock": False, "version": "*"},
-            {"path": "*", "present": True, "file_capabilities": None, "cap_ipc_lock": True, "version": "*"},
+            {"path": QEMU, "writer": None, "cap_ipc_lock": False, **emulator},
+            {"path": "*", "writer": {"place": "*", "who": "*"}, "cap_ipc_lock": True, **emulator},
         ],
         "libvirt": {
             "version": "11.3.0",
@@ -135,17 +134,24 @@ def info(module: str = "loaded") -> Row:
 
 def check(ok: bool, obstacles: bool = False) -> Row:
     """What iommufd_vmm_check returns where something was started; `ok`: with the capability that was granted."""
-    capability = {"ran": True, "ok": ok, "effective": "0000000000004000" if ok else "*", "msg": "*"}
+    capability = {
+        "ran": True,
+        "inconclusive": False,
+        "ok": ok,
+        "effective": "0000000000004000" if ok else "*",
+        "msg": "*",
+    }
     limits = {"memlock_bytes": 2**20, "memlock_unlimited": False}
     emulator = {
         "path": QEMU,
         "real_path": QEMU,
         "present": True,
+        "writer": {"place": "*", "who": "*"} if obstacles else None,
         "is_emulator": True,
         "file_system": {"mount_point": "*", "nosuid": False, "read_only": False},
         "conditions": {"of": "*"},
         "obstacles": ["*"] if obstacles else [],
-        "trial": {"ran": True, "ok": True, "effective": "*", "msg": "*"},
+        "trial": {"ran": True, "inconclusive": False, "ok": True, "effective": "*", "msg": "*"},
         "started": {**capability, "how": "*", "user": "*"},
     }
     unit = {
@@ -165,7 +171,7 @@ def check(ok: bool, obstacles: bool = False) -> Row:
         "emulators": [emulator],
         "units": [unit],
         "users": [],
-        "scratch": {"ran": True, "ok": True, "mode": "process", "msg": "*"},
+        "scratch": {"ran": True, "inconclusive": False, "ok": True, "mode": "process", "msg": "*"},
     }
 
 
@@ -179,7 +185,7 @@ def record() -> Row:
         "recorded": [{"kind": "file", "path": "*"}],
         "remembered": [{"kind": "file", "path": "*", "before": {"mode": "*"}}],
         "each": {
-            "files": {"exists": True, "content": "*", **right, "missing": []},
+            "files": {"exists": True, "content": "?", "sha256": None, **right, "missing": []},
             "capabilities": {"real_path": QEMU, "ipc_lock": False, "ours": True, "other": ["*"]},
             "nodes": {"exists": True, **right},
             "blocks": {"exists": True, "content": "*", "cgroup_device_acl": ["*"]},

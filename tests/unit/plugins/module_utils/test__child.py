@@ -155,7 +155,7 @@ def test_each_answer_has_a_time_of_its_own() -> None:
         time.sleep(60)
 
     said = answers(None, work, 1)
-    assert [next(said) for _ in range(4)] == [0, 1, 2, 3]
+    assert [next(said) for _number in range(4)] == [0, 1, 2, 3]
     with pytest.raises(NoAnswer):
         next(said)
 
