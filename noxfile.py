@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tests" / "tooling"))
 
 import sandbox
-from pythons import NEWEST_CORE, OLDEST_COLLECTIONS, OLDEST_CORE, UNIT_CORES, find_pythons, first
+from pythons import CONTROLLER_CORES, NEWEST_CORE, OLDEST_COLLECTIONS, OLDEST_CORE, UNIT_CORES, find_pythons, first
 
 REQUIREMENTS = "tests/requirements"
 RESULTS = ROOT / ".nox" / "results"
@@ -180,6 +180,25 @@ def units(session: nox.Session) -> None:
     session.run(*pytest, *second, "--cov-fail-under=95", *controllers, env=env)
 
 
+def untrusted(core: str, version: str) -> None:
+    """Make a session that shows, with one ansible-core, that no text that others choose is run or fools a terminal."""
+
+    @nox.session(name=f"untrusted-{'.'.join(core.split('.')[:2])}", python=version)
+    def run(session: nox.Session) -> None:
+        session.install(f"ansible-core=={core}", "-r", f"{REQUIREMENTS}/units.txt")
+        note(session, core)
+        session.run(
+            *("pytest", "-c", "tests/unit/pytest.ini", "--rootdir=tests/untrusted"),
+            *(f"--junitxml={RESULTS}/{session.name}.xml", "tests/untrusted", *session.posargs),
+            env={"PYTHONPATH": "tests/untrusted"},
+        )
+
+
+for core, versions in CONTROLLER_CORES.items():
+    for version in [each for each in versions if each in PYTHONS][:1]:
+        untrusted(core, version)
+
+
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types, strictly, in plugins, unit tests, the lab and the tools."""
@@ -188,8 +207,8 @@ def types(session: nox.Session) -> None:
     folders = ("plugins", "tests/unit", "tests/uapi", "tests/kernel", "tests/bench")
     plugins = sandbox.python_files(ROOT, *folders)
     session.run("mypy", *(str(sandbox.in_tree(tree) / path) for path in plugins), env={"MYPYPATH": str(tree)})
-    # These two are programs, whose modules import one another by their bare names.
-    for folder, *files in (("tests/lab",), ("tests/tooling", "noxfile.py")):
+    # These are programs, whose modules import one another by their bare names.
+    for folder, *files in (("tests/lab",), ("tests/tooling", "noxfile.py"), ("tests/untrusted",)):
         session.run("mypy", folder, *files, env={"MYPYPATH": folder})
 
 

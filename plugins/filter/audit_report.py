@@ -312,7 +312,7 @@ def tell(name: str, result: Any) -> tuple[Row, list[str]]:
     try:
         host = describe_host(result)
         return host, show_host(name, host)
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as exc:
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as exc:
         msg = f"The result is not what this version of virt.iommufd.iommufd_info returns ({exc!r:.100})."
         host = without_answer("failed", msg)
         return host, show_host(name, host)

@@ -14,6 +14,7 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._foreign import harmless
 from ansible_collections.virt.iommufd.plugins.module_utils._size import parse_size
 
 DOCUMENTATION = r"""
@@ -502,6 +503,7 @@ def iommufd_host_plan(info: object, config: object, check: object = None) -> Row
             "iommufd_host_plan takes what virt.iommufd.iommufd_info returned, and the inputs of the role as config."
         )
     try:
-        return plan(info, config, check)
+        # The modules give printable texts. A host that is not to be trusted gives what it likes.
+        return dict(harmless(plan(info, config, check)))
     except KeyError as exc:
         raise AnsibleFilterError(f"iommufd_host_plan: there is no {exc} in its input.") from exc

@@ -12,6 +12,7 @@ from os.path import basename
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
+from ansible_collections.virt.iommufd.plugins.module_utils._foreign import harmless
 
 DOCUMENTATION = r"""
 name: iommufd_host_result
@@ -124,15 +125,23 @@ _value:
           type: str
           sample: /usr/bin/qemu-system-x86_64, as libvirt-qemu, has CAP_IPC_LOCK
         ok:
-          description: Whether it is so; V(null) where it was not tried.
+          description: Whether it is so; V(null) where it was not tried, or nothing was seen that tells.
           type: bool
           sample: true
         evidence:
-          description: What F(/proc) or the kernel said, or why it was not tried.
+          description: What F(/proc) or the kernel said, or why it was not tried or nothing is known.
           type: str
           sample: bare start, CapEff 0000000000004000
     failed:
       description: Those that are not so, as sentences. The role takes its grants back and fails if there are any.
+      type: list
+      elements: str
+    unproven:
+      description:
+        - Those of which nothing is known though they were tried, as sentences, such as where a process was ended by a
+          signal before it was looked at.
+        - The role fails if there are any. Where RV(ignore:failed) is empty it takes back only what it has granted in
+          the same run, since a user of the host may have seen to that.
       type: list
       elements: str
     pending:
@@ -257,9 +266,10 @@ def verified_of(plan: Mapping[str, Any], check: Mapping[str, Any]) -> list[Row]:
 
 
 def _tried(what: str, tried: Mapping[str, Any], ok: bool, evidence: str, counts: bool = True) -> Row:
-    ran = tried["ran"]
-    told = tried["msg"] if not ran or (not ok and tried["msg"]) else evidence
-    return {"what": what, "ok": ok if ran else None, "evidence": told, "counts": counts}
+    known = tried["ran"] and not tried["inconclusive"]
+    told = tried["msg"] if not known or (not ok and tried["msg"]) else evidence
+    unproven = tried["ran"] and not known
+    return {"what": what, "ok": ok if known else None, "evidence": told, "counts": counts, "unproven": unproven}
 
 
 def _capability(who: str, tried: Mapping[str, Any], wanted: bool, evidence: str) -> Row:
@@ -351,6 +361,11 @@ def result(
     failed = [
         f"{each['what']}: no ({each['evidence']})." for each in verified if each["ok"] is False and each["counts"]
     ]
+    unproven = [
+        f"{each['what']}: that is not known ({each['evidence']})."
+        for each in verified
+        if each["unproven"] and each["counts"]
+    ]
     found = found_of(plan, info, record, check)
     pending = pending_of(plan, info, record["put_back"])
     todo = [f"{each['name']} (pid {each['pid']}): {each['todo']}" for each in pending]
@@ -375,6 +390,7 @@ def result(
         "found": found,
         "verified": [{key: each[key] for key in ("what", "ok", "evidence")} for each in verified],
         "failed": failed,
+        "unproven": unproven,
         "pending": pending,
         "todo": todo,
         "put_back": list(record["put_back"]),
@@ -395,6 +411,7 @@ def iommufd_host_result(plan: Any, info: Any, record: Any, check: Any, stale: An
             "iommufd_host_result takes a plan of iommufd_host_plan, and what the three modules of its options returned."
         )
     try:
-        return result(plan, info, record, check, list(stale))
+        # The modules give printable texts. A host that is not to be trusted gives what it likes.
+        return dict(harmless(result(plan, info, record, check, list(stale))))
     except KeyError as exc:
         raise AnsibleFilterError(f"iommufd_host_result: there is no {exc} in its input.") from exc

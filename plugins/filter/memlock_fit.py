@@ -19,6 +19,7 @@ from ansible.errors import AnsibleFilterError
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible_collections.virt.iommufd.plugins.filter.iommufd_host_plan import own_emulators
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._foreign import harmless
 from ansible_collections.virt.iommufd.plugins.module_utils._size import human_size, parse_size
 
 DOCUMENTATION = r"""
@@ -575,7 +576,8 @@ def memlock_fit(
 ) -> dict[str, Any]:
     """The filter: hands over, and turns what is wrong into what Ansible reports."""
     try:
-        return answer(info, memory, user, memlock, vfio_devices, viommu, strategy, overhead)
+        # The module gives printable texts. A host that is not to be trusted gives what it likes.
+        return dict(harmless(answer(info, memory, user, memlock, vfio_devices, viommu, strategy, overhead)))
     except IommufdError as exc:
         raise AnsibleFilterError(f"memlock_fit: {exc}") from exc
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as exc:

@@ -22,11 +22,14 @@ import select
 import signal
 import time
 from collections.abc import Collection, Generator, Iterator, Sequence
-from typing import Any, Callable, NoReturn
+from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
 from ._errors import HostLacks, IommufdError, error_text
-from ._process import printable
+from ._foreign import parse_answer, shown
 from ._user import User, become, has_ids, leave_keyring
+
+if TYPE_CHECKING:
+    import subprocess
 
 __all__ = (
     "COMMAND_SECONDS",
@@ -40,6 +43,7 @@ __all__ = (
     "insist",
     "isolate",
     "run_command",
+    "start_command",
 )
 
 # How long one answer may be.
@@ -206,16 +210,15 @@ def _lines(user: User | None, reader: int, seconds: float) -> Iterator[bytes]:
 def _judge(user: User | None, text: bytes) -> Any:
     """The value in an answer. Raises the error that is in it, or IommufdError where it is no answer."""
     try:
-        answer = json.loads(text)
+        answer = parse_answer(text)
         if "value" in answer:
             return answer["value"]
         kind, message = (str(each) for each in answer["error"])
-    # It may be nested deeper than what reads it may go.
-    except (ValueError, TypeError, KeyError, RecursionError) as exc:
+    except (IommufdError, ValueError, TypeError, KeyError) as exc:
         raise IommufdError(f"{_who(user)} has ended without an answer.") from exc
     # Those that take more than a text do not come from a child.
     errors = {each.__name__: each for each in IommufdError.__subclasses__() if "__init__" not in vars(each)}
-    raise errors.get(kind, IommufdError)(printable(message.encode("utf-8", "surrogateescape")))
+    raise errors.get(kind, IommufdError)(shown(message))
 
 
 def _serve(user: User | None, work: Callable[[], Iterator[Any]], writer: int, keep: Collection[int]) -> NoReturn:
@@ -277,6 +280,31 @@ def _become(user: User | None) -> None:
     os.umask(0o077)
 
 
+def start_command(
+    words: Sequence[str], variables: dict[str, str] | None = None, **streams: Any
+) -> subprocess.Popen[bytes]:
+    """Starts a command as we are, in a session of its own. Raises OSError where it cannot be run.
+
+    It has an environment of its own, or `variables`. `streams` are its stdin, stdout and stderr, and what else it may
+    have of ours, as subprocess.Popen takes them. It is the caller's to end and bury, by `end`, whatever happens, and to
+    say so to the object (`returncode`), which would wait for it.
+    """
+    # A module pays for each import on each host anew, and few need it.
+    import subprocess
+
+    try:
+        # AnsibleModule.run_command waits for a command for ever, also for one that timeout(1) cannot kill.
+        return subprocess.Popen(  # pylint: disable=ansible-bad-function,consider-using-with
+            list(words),
+            env=environment(None) if variables is None else variables,
+            # A child of ours has a session already, and what it runs is to end with it. There are no threads here.
+            preexec_fn=None if _is_child else isolate,  # pylint: disable=subprocess-popen-preexec-fn
+            **streams,
+        )
+    except subprocess.SubprocessError as exc:
+        raise HostLacks(f"{words[0]} cannot be run in a session of its own: {exc}") from exc
+
+
 def run_command(
     words: Sequence[str], seconds: float = COMMAND_SECONDS, variables: dict[str, str] | None = None
 ) -> tuple[int, str, str]:
@@ -286,23 +314,12 @@ def run_command(
     `seconds` is ended with all that it has started in its session, and its exit code is 124, as timeout(1) has it; of
     one that says too much, 125. That of one that a signal ended is the signal's number, less than 0.
     """
-    # A module pays for each import on each host anew, and few need it.
+    # As above.
     import subprocess
 
     deadline = time.monotonic() + seconds
-    try:
-        # AnsibleModule.run_command waits for a command for ever, also for one that timeout(1) cannot kill.
-        command = subprocess.Popen(  # pylint: disable=ansible-bad-function,consider-using-with
-            list(words),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment(None) if variables is None else variables,
-            # A child of ours has a session already, and what it runs is to end with it. There are no threads here.
-            preexec_fn=None if _is_child else isolate,  # pylint: disable=subprocess-popen-preexec-fn
-        )
-    except subprocess.SubprocessError as exc:
-        raise HostLacks(f"{words[0]} cannot be run in a session of its own: {exc}") from exc
+    pipe = subprocess.PIPE
+    command = start_command(words, variables, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
     assert command.stdout
     assert command.stderr
     status = None

@@ -18,21 +18,24 @@ import re
 import shutil
 import stat
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._capabilities import CAP_SYS_RESOURCE, names
 from ._child import in_child, run_command
 from ._errors import DescriptorGone, HostLacks, IommufdError, NotAnIommufd, error_text
+from ._foreign import boolean, member, number, or_none, parse_xml, shown, text, texts
 from ._iommufd import RLIMIT_MODE, IommuFd, Result, iommufd_rdevs
 from ._process import Limit, Process, own_character_device, printable, user_name
 from ._qemu import guest_name
-from ._size import human_size
-from ._target import DomainTarget, PidfileTarget, borrow_iommufd, escaped, find_iommufds, hold_target
+from ._size import SIZE_MAX, human_size
+from ._target import DomainTarget, PidfileTarget, borrow_iommufd, escaped, find_iommufds, hold_target, patiently
 from ._user import User
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
 
 __all__ = (
     "SINCE",
@@ -42,6 +45,7 @@ __all__ = (
     "Seen",
     "SessionDaemon",
     "SessionDomain",
+    "Started",
     "accountings",
     "check_limit",
     "check_startable",
@@ -50,6 +54,7 @@ __all__ = (
     "parse_definition",
     "start",
     "start_daemon",
+    "unit_from_json",
     "version_text",
 )
 
@@ -73,6 +78,7 @@ _ATTEMPTS = 4
 _PAUSE = 2.0
 
 _GIB = 2**30
+_HEXADECIMAL = re.compile(r"(?:0[xX])?[0-9A-Fa-f]{1,8}")
 _PCI_DEVICES = "/sys/bus/pci/devices"
 _VFIO_NODES = "/dev/vfio/devices"
 _LOG_MAX = 65536
@@ -104,15 +110,15 @@ class Definition:
     need_bytes: int | None
 
 
-def parse_definition(text: str) -> Definition:
+def parse_definition(description: str) -> Definition:
     """Reads a domain's XML as libvirt formats it, sizes in KiB. Raises IommufdError for anything else."""
     try:
-        root = ET.fromstring(text)
-        memory = int(root.findtext("memory", "")) * 1024
-        hard_limit = root.findtext("memtune/hard_limit")
-        limit = None if hard_limit is None else int(hard_limit) * 1024
-    except (ET.ParseError, ValueError) as exc:
-        raise IommufdError(f"libvirt's description of the domain cannot be read: {exc}.") from exc
+        root = parse_xml(description)
+    except IommufdError as exc:
+        raise IommufdError(f"libvirt's description of the domain cannot be read: it {exc}.") from exc
+    memory = _kibibytes(root, "memory", "")
+    hard_limit = root.findtext("memtune/hard_limit")
+    limit = None if hard_limit is None else _kibibytes(root, "memtune/hard_limit", hard_limit)
     whole = root.find("iommufd")
     enabled = whole is not None and whole.get("enabled") == "yes"
     fdgroup = whole.get("fdgroup") if whole is not None and enabled else None
@@ -126,24 +132,30 @@ def parse_definition(text: str) -> Definition:
     return Definition(fdgroup, devices, _need(root, memory, limit, len(passed)))
 
 
-def _driver(device: ET.Element, default: str) -> str:
+def _kibibytes(root: Element, path: str, without: str) -> int:
+    try:
+        return number(root.findtext(path, without), SIZE_MAX // 1024) * 1024
+    except IommufdError as exc:
+        raise IommufdError(f"libvirt's description of the domain cannot be read: its <{path}> {exc}.") from exc
+
+
+def _driver(device: Element, default: str) -> str:
     """Whether a device is passed through by iommufd: what it says itself counts more than what the domain says."""
     driver = device.find("driver")
     return default if driver is None else driver.get("iommufd", default)
 
 
-def _address(device: ET.Element) -> str | None:
+def _address(device: Element) -> str | None:
     found = device.find("source/address")
     if found is None:
         return None
-    try:
-        parts = [int(found.get(name, "0"), 16) for name in ("domain", "bus", "slot", "function")]
-    except ValueError:
+    parts = [found.get(name, "0") for name in ("domain", "bus", "slot", "function")]
+    if not all(_HEXADECIMAL.fullmatch(each) for each in parts):
         return None
-    return "{:04x}:{:02x}:{:02x}.{:x}".format(*parts)
+    return "{:04x}:{:02x}:{:02x}.{:x}".format(*(int(each, 16) for each in parts))
 
 
-def _need(root: ET.Element, memory: int, hard_limit: int | None, passed: int) -> int | None:
+def _need(root: Element, memory: int, hard_limit: int | None, passed: int) -> int | None:
     """The limit that libvirt gives the emulator. See qemuDomainGetMemLockLimitBytes() in its src/qemu/qemu_domain.c.
 
     POWER needs more than that; there it is libvirt itself that says so.
@@ -155,7 +167,7 @@ def _need(root: ET.Element, memory: int, hard_limit: int | None, passed: int) ->
     if not passed:
         return 0
     # Behind a vIOMMU each device has an address space of its own, into which all of the memory may be mapped.
-    return memory * (passed if root.find("devices/iommu") is not None else 1) + _GIB
+    return min(memory * (passed if root.find("devices/iommu") is not None else 1) + _GIB, SIZE_MAX)
 
 
 @dataclass(frozen=True)
@@ -180,26 +192,48 @@ class Seen:
     def from_json(cls, given: Any) -> Seen:
         """What `to_json` has made, in another process that may have made something else. Raises IommufdError."""
         try:
-            definition = given["definition"]
-            fdgroup, need = definition["fdgroup"], definition["need_bytes"]
             return cls(
-                int(given["version"]),
-                _text(given["uuid"]),
-                bool(given["active"]),
-                _text(given["state"]),
-                Definition(
-                    None if fdgroup is None else str(fdgroup),
-                    tuple(map(_text, definition["devices"])),
-                    None if need is None else int(need),
-                ),
-                tuple(map(_text, given["obstacles"])),
+                member(given, "version", number),
+                member(given, "uuid", text),
+                member(given, "active", boolean),
+                member(given, "state", text),
+                member(given, "definition", _definition_from_json),
+                member(given, "obstacles", texts),
             )
-        except (KeyError, TypeError, ValueError) as exc:
-            raise IommufdError("What was learned of the domain cannot be read.") from exc
+        except IommufdError as exc:
+            raise IommufdError(f"What was learned of the domain cannot be read: {exc}.") from exc
 
 
-def _text(given: object) -> str:
-    return printable(str(given).encode("utf-8", "surrogateescape"))
+def _definition_from_json(given: object) -> Definition:
+    return Definition(
+        member(given, "fdgroup", or_none(text)),
+        member(given, "devices", texts),
+        member(given, "need_bytes", or_none(number)),
+    )
+
+
+@dataclass(frozen=True)
+class Started:
+    """What became of a start: the domain's state in libvirt's words, and whether it was us who started it."""
+
+    state: str
+    started: bool
+
+    @classmethod
+    def from_json(cls, given: Any) -> Started:
+        """What `start` has returned, in another process that may have returned something else. Raises IommufdError."""
+        try:
+            return cls(member(given, "state", text), member(given, "started", boolean))
+        except IommufdError as exc:
+            raise IommufdError(f"What became of the start cannot be read: {exc}.") from exc
+
+
+def unit_from_json(given: Any) -> str | None:
+    """What `start_daemon` has returned, likewise. Raises IommufdError."""
+    try:
+        return or_none(text)(given)
+    except IommufdError as exc:
+        raise IommufdError(f"Which unit was started cannot be read: it {exc}.") from exc
 
 
 def _binding() -> Any:
@@ -216,7 +250,7 @@ def _binding() -> Any:
 
 def _said(error: Any) -> str:
     """What libvirt itself says of an error."""
-    return printable(str(error.get_error_message() or error).strip().encode("utf-8", "surrogateescape"))
+    return shown(str(error.get_error_message() or error).strip())
 
 
 @contextlib.contextmanager
@@ -308,7 +342,7 @@ def _closed(address: str, node: str) -> str:
 
 
 def start(uri: str, name: str, fdgroup: str, fd: int, paused: bool) -> dict[str, Any]:
-    """Starts a domain with the iommufd behind descriptor `fd` of this process; its `state`, and if we `started` it.
+    """Starts a domain with the iommufd behind descriptor `fd` of this process; what `Started.from_json` takes.
 
     libvirt's daemon holds the descriptor no longer than the connection lasts (virDomainFDAssociate), the emulator for
     as long as it runs. Raises NoDaemon and IommufdError.
@@ -478,16 +512,25 @@ class SessionDomain(PidfileTarget):
     def of(cls, user: User, name: str) -> SessionDomain:
         """The domain of that name."""
         path = f"{_state_folder(user)}/{name}.pid"
-        if not os.path.lexists(path):
+        # It is in a folder of the user's.
+        if not patiently(f"Pidfile {path}", partial(os.path.lexists, path)):
             path = f"{_state_folder(user)}/{escaped(name)}.pid"
         return cls(path, user.uid, name)
 
     def check(self, process: Process) -> None:
         """Raises IommufdError where the process is not the domain's emulator."""
-        if process.uid != self.uid or guest_name(process.arguments()) != os.fsencode(self.name):
+        look = partial(_guest_of, process)
+        # Its memory is the user's, too.
+        guest = patiently(f"The command line of {process}", look, [process.pidfd])
+        if process.uid != self.uid or guest != self.name:
             raise IommufdError(
                 f"{process} is not the emulator of domain {self.name} of uid {self.uid}: {self.path} is stale."
             )
+
+
+def _guest_of(process: Process) -> str | None:
+    guest = guest_name(process.arguments())
+    return None if guest is None else os.fsdecode(guest)
 
 
 def _state_folder(user: User) -> str:

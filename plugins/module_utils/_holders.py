@@ -251,7 +251,7 @@ def _look_at_table(result: Survey, tables: Tables, pid: int, text: bytes) -> Can
     """
     uid = number_in(text, b"Uid")
     try:
-        found = tables.look(pid, uid)
+        found = tables.look(pid, uid, number_in(text, b"FDSize"))
     except PermissionError as exc:
         return Candidate(pid, uid, None) if _add_closed(result, pid, text, _reason(exc)) else None
     except (FileNotFoundError, ProcessLookupError):

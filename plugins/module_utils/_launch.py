@@ -92,7 +92,8 @@ Everything behind the first -- is COMMAND and its arguments. They are passed on 
 _EPILOG = f"""\
 what COMMAND gets:
   The descriptor, which is the only one that is opened for it, and all that {NAME} was given itself: environment,
-  folder, descriptors, process id. Nothing of {NAME} stays behind. SIGPIPE and SIGXFSZ have their defaults.
+  folder, descriptors, process id. Nothing of {NAME} stays behind. SIGPIPE and SIGXFSZ have their defaults. With --user
+  it has neither the controlling terminal nor the session keyring of its caller.
 
 how it is accounted:
   One line on standard error tells. With rlimit_mode=process the kernel charges the process for itself, and checks its

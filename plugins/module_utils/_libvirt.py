@@ -12,11 +12,11 @@ from __future__ import annotations
 import glob
 import os
 import re
-import xml.etree.ElementTree as ET
 from typing import Callable, NamedTuple
 
 from ._capabilities import CAP_SYS_RESOURCE, names
 from ._errors import AccessRefused, IommufdError, error_text
+from ._foreign import parse_xml
 from ._process import Process, printable
 
 __all__ = (
@@ -127,18 +127,7 @@ def look(run: Run) -> Libvirt:
     files = (path.encode("utf-8", "surrogateescape") for pattern in _LIBRARIES for path in glob.glob(pattern))
     installed = library_version(b"\n".join(files))
     names_ = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("service", "socket")]
-    command = [
-        "timeout",
-        "-k",
-        "5",
-        "30",
-        "systemctl",
-        "show",
-        "--no-pager",
-        f"--property={','.join(_PROPERTIES)}",
-        "--",
-        *names_,
-    ]
+    command = ["systemctl", "show", "--no-pager", f"--property={','.join(_PROPERTIES)}", "--", *names_]
     try:
         code, output, errors = run(command)
     except OSError as exc:
@@ -235,7 +224,7 @@ def sets_rlimit_mode(libvirt: Libvirt, offers: bool | None) -> tuple[bool | None
 def offers_iommufd(domain_capabilities: str) -> bool | None:
     """Whether the text of `virsh domcapabilities` offers iommufd for a device; None where it is no such text."""
     try:
-        root = ET.fromstring(domain_capabilities)
-    except (ET.ParseError, ValueError):
+        root = parse_xml(domain_capabilities)
+    except IommufdError:
         return None
     return "yes" in [value.text for value in root.iterfind("devices/hostdev/enum[@name='iommufd']/value")]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from ._size import SIZE_MAX
+
 __all__ = ("guest_memory", "guest_name", "is_session_domain")
 
 _SESSION_FOLDER = re.compile(rb"/libvirt/qemu/lib/domain-[0-9]+-")
@@ -38,10 +40,14 @@ def guest_name(arguments: list[bytes]) -> bytes | None:
 
 
 def guest_memory(arguments: list[bytes]) -> int | None:
-    """The guest's memory in bytes, from `-m size=SIZE,...`, which counts MiB without a suffix; None without."""
+    """The guest's memory in bytes, from `-m size=SIZE,...`, which counts MiB without a suffix.
+
+    None without, and where it says more than any size has.
+    """
     size = _properties(arguments, b"m", b"size").get(b"size", b"")
     found = re.fullmatch(rb"([0-9]{1,18})([bkmgt]?)", size.lower())
-    return int(found.group(1)) * _UNITS[found.group(2) or b"m"] if found else None
+    memory = int(found.group(1)) * _UNITS[found.group(2) or b"m"] if found else None
+    return None if memory is None or memory > SIZE_MAX else memory
 
 
 def is_session_domain(arguments: list[bytes]) -> bool:

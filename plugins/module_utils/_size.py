@@ -22,6 +22,7 @@ __all__ = (
 SIZE_MAX = 2**63 - 1
 
 _PREFIXES = "KMGTPE"
+_COUNTED_OUT = 9999 * 2**60
 
 # As libvirt reads them. QEMU and systemd know the first form, also of 1024, and nothing of the last.
 _UNITS: dict[str, int] = {
@@ -44,7 +45,8 @@ def parse_size(value: object, minimum: int = 0) -> int:
     Raises IommufdError for anything else, for less than `minimum` and for more than SIZE_MAX.
     """
     size = _exact(value)
-    text = f"{value!r:.60}"
+    # Python refuses to write a number of some thousand digits.
+    text = "The number" if isinstance(value, int) and abs(value) > SIZE_MAX * 2 else f"{value!r:.60}"
     if size is None:
         raise IommufdError(f"{text} is not a size: {_RIGHT}.")
     if size.denominator != 1:
@@ -68,7 +70,9 @@ def _exact(value: object) -> Fraction | None:
 
 
 def human_size(count: int) -> str:
-    """Bytes in at most four digits: "65.8 KiB", "512 MiB", "-1.5 GiB"."""
+    """Bytes in at most four digits: "65.8 KiB", "512 MiB", "-1.5 GiB". What no host can have is not counted out."""
+    if abs(count) > _COUNTED_OUT:
+        return "more than 9999 EiB" if count > 0 else "less than -9999 EiB"
     size, unit = float(count), "bytes"
     for prefix in _PREFIXES:
         if round(abs(size)) < 1024:

@@ -26,7 +26,7 @@ _TOLD = 512
 _TOLD_OF_USER = 2**16
 _TOLD_OF_ALL = 2**18
 
-# From this size on it is asked whether another process has the very same table, and that of a few is kept in mind.
+# Of a larger table it is asked whether it is another process's, too, and so many are kept in mind for that.
 LARGE = 4096
 _KEPT = 64
 
@@ -45,34 +45,34 @@ class Tables:
         self._told: Counter[int] = Counter()
         self._large: list[tuple[int, Descriptors]] = []
 
-    def look(self, pid: int, uid: int) -> Descriptors:
+    def look(self, pid: int, uid: int, size: int) -> Descriptors:
         """The devices that a process of the user has open. Raises OSError as the look at /proc/PID/fd does.
 
-        The process is not held: its id may mean another one by now.
+        `size` is that of its table, FDSize in /proc/PID/status. The process is not held: its id may mean another one by
+        now.
         """
-        left = min(DESCRIPTORS_MAX, _OF_USER - self._spent[uid], _OF_ALL - sum(self._spent.values()))
+        large = size > LARGE
+        found = self._twin(pid) if large else None
+        if found is None:
+            found = self._look(pid, uid)
+            if large and len(self._large) < _KEPT:
+                self._large.append((pid, found))
+        return found
+
+    def _look(self, pid: int, uid: int) -> Descriptors:
+        most = min(DESCRIPTORS_MAX, _OF_USER - self._spent[uid], _OF_ALL - sum(self._spent.values()))
         keep = min(_TOLD, _TOLD_OF_USER - self._told[uid], _TOLD_OF_ALL - sum(self._told.values()))
         folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            found = character_devices_in(folder, min(LARGE, left), self._wanted, keep)
-            if found.looked_at == LARGE < left and found.more:
-                found = self._twin(pid) or self._look_at_large(pid, folder, left, keep)
+            # The kernel has work with each descriptor that it lists, so it is not even asked.
+            none = Descriptors({}, 0, more=True)
+            found = character_devices_in(folder, most, self._wanted, keep) if min(most, keep) > 0 else none
         finally:
             os.close(folder)
         self._spent[uid] += found.looked_at
-        if found.looked_at:
-            self._told[uid] += len(found.devices)
+        self._told[uid] += len(found.devices)
         return found
 
     def _twin(self, pid: int) -> Descriptors | None:
         """What was found in a table that is this one, too: processes may share one (clone(2), CLONE_FILES)."""
-        twins = (found for other, found in self._large if share_descriptors(pid, other))
-        found = next(twins, None)
-        # It costs nothing a second time.
-        return found and found._replace(looked_at=0)
-
-    def _look_at_large(self, pid: int, folder: int, most: int, keep: int) -> Descriptors:
-        found = character_devices_in(folder, most, self._wanted, keep)
-        if len(self._large) < _KEPT:
-            self._large.append((pid, found))
-        return found
+        return next((found for other, found in self._large if share_descriptors(pid, other)), None)

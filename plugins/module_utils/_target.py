@@ -11,15 +11,17 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Callable, Union
+from functools import partial
+from typing import Any, Callable, NamedTuple, Union
 
-from ._errors import AccessRefused, IommufdError, NotAnIommufd, ProcessGone, error_text
+from ._child import NoAnswer, in_child
+from ._errors import IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import IommuFd, iommufd_rdevs
 from ._paths import Untrusted, walk
 from ._process import DESCRIPTORS_MAX, DEVICES_MAX, Process, is_path_only, own_character_device, printable
-from ._qemu import guest_name
+from ._running import domain_record
 
 __all__ = (
     "IOMMUFDS_MAX",
@@ -33,18 +35,15 @@ __all__ = (
     "escaped",
     "find_iommufds",
     "hold_target",
-    "running_domains",
+    "patiently",
 )
 
 _PIDFILE_MAX = 64
+# A local file is there in no time, in seconds.
+_PATIENCE = 10
 
 # How many iommufds of one process are worked on. A VMM has one or two.
 IOMMUFDS_MAX = 256
-
-# Where the system libvirt keeps the pidfile and the record of every domain that runs. The folder may belong to the user
-# of the emulators, who could put files of their own there, but none of root's.
-_LIBVIRT_STATE = "/run/libvirt/qemu"
-_LIBVIRT_UID = 0
 
 # xml.sax.saxutils would do, but imports what speaks HTTP, which costs as much as all of this collection.
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&apos;", '"': "&quot;"})
@@ -79,6 +78,28 @@ class PidTarget:
         """Any process will do."""
 
 
+def patiently(what: str, look: Callable[[], Any], keep: Collection[int] = ()) -> Any:
+    """What a look at something of another user's comes to, in a child, since it may last for ever. Raises IommufdError.
+
+    `what` names it; `keep` is as for in_child.
+    """
+    try:
+        return in_child(None, look, _PATIENCE, keep)
+    except NoAnswer as exc:
+        raise IommufdError(
+            f"{what} could not be looked at within {_PATIENCE} seconds. Is it on a mount whose server does not answer?"
+        ) from exc
+
+
+class Pidfile(NamedTuple):
+    """The id in a pidfile, when that was written, in seconds since the epoch, and which file it is."""
+
+    pid: int
+    written: float
+    device: int
+    inode: int
+
+
 @dataclass(frozen=True)
 class PidfileTarget:
     """A process by a file that holds its id, and that only root or the process's own user can have written."""
@@ -90,23 +111,23 @@ class PidfileTarget:
 
     def resolve(self) -> int:
         """The id in the file. Raises IommufdError for any file that is not a pidfile."""
-        return self.read()[0]
+        return self.read().pid
 
     def check(self, process: Process) -> None:
         """Raises IommufdError where the file does not speak for the process: it is older, or somebody else's."""
-        pid, status = self.read()
-        if pid != process.pid:
-            raise ProcessGone(f"{self} named process {process.pid}, and a moment later {pid}. Run the task again.")
+        read = self.read()
+        if read.pid != process.pid:
+            raise ProcessGone(f"{self} named process {process.pid}, and a moment later {read.pid}. Run the task again.")
         # A process writes the file after it has started; the second is for the clock's slewing and a tick's length.
-        if status.st_mtime < process.started() - 1:
+        if read.written < process.started() - 1:
             raise IommufdError(
                 f"{self} is stale: it was written before {process} started, so it meant another process, unless the"
                 " clock was set in between. Give the process by pid or unit if it is the one you mean."
             )
-        self._check_writers(process, status)
+        patiently(str(self), partial(self._check_writers, process, read))
 
-    def _check_writers(self, process: Process, read: os.stat_result) -> None:
-        """Raises IommufdError where somebody else can have written the file. `read`: of the file that was read."""
+    def _check_writers(self, process: Process, read: Pidfile) -> None:
+        """Raises IommufdError where somebody else can have written the file."""
         try:
             with walk(self.path, (0, process.uid)) as place:
                 found = place.status
@@ -118,11 +139,14 @@ class PidfileTarget:
             ) from exc
         except OSError as exc:
             raise IommufdError(f"{self} cannot be looked up ({error_text(exc.errno)}).") from exc
-        if found is None or not os.path.samestat(found, read):
+        if found is None or (found.st_dev, found.st_ino) != (read.device, read.inode):
             raise ProcessGone(f"{self} was replaced while it was read. Run the task again.")
 
-    def read(self) -> tuple[int, os.stat_result]:
-        """The id in the file, and the status of the very file that it was read from. Raises as resolve does."""
+    def read(self) -> Pidfile:
+        """What the file says, and which one it is. Raises as resolve does."""
+        return Pidfile(*patiently(str(self), self._read))
+
+    def _read(self) -> Pidfile:
         if not os.path.isabs(self.path):
             raise IommufdError(f"{self} is not an absolute path.")
         try:
@@ -145,14 +169,14 @@ class PidfileTarget:
         finally:
             os.close(fd)
         try:
-            return parse_pid(text), status
+            return Pidfile(parse_pid(text), status.st_mtime, status.st_dev, status.st_ino)
         except IommufdError as exc:
             raise IommufdError(f"{self} {exc}.") from exc
 
 
 @dataclass(frozen=True)
 class DomainTarget:
-    """The emulator of a running domain of the system libvirt."""
+    """The emulator of a running domain of the system libvirt, by what cannot be renamed or rewritten: see _running."""
 
     name: str
 
@@ -160,56 +184,25 @@ class DomainTarget:
         return f"Domain {self.name}"
 
     def resolve(self) -> int:
-        """The id in libvirt's pidfile. Raises IommufdError where there is no such domain, or it is shut off."""
-        if not self.name or "/" in self.name or "\0" in self.name or self.name in (".", ".."):
-            raise IommufdError(f"{self.name!r} is not the name of a domain: it is a name, not a path.")
+        """The id in libvirt's record. Raises IommufdError where there is no such domain, or it is shut off."""
         try:
-            pid, status = PidfileTarget(self._file("pid")).read()
+            return domain_record(self.name).pid
         except IommufdError as exc:
             if isinstance(exc.__cause__, FileNotFoundError):
                 raise IommufdError(
-                    f"No domain {self.name} is running under the system libvirt: there is no {self._file('pid')}."
-                    " It is shut off, or not defined, or belongs to a user's session (`virsh list --all` tells; for a"
-                    " session give pid or pidfile)."
+                    f"No domain {self.name} is running under the system libvirt, which has no record of it. It is shut"
+                    " off, or not defined, or belongs to a user's session (`virsh list --all` tells; for a session give"
+                    " pid or pidfile)."
                 ) from exc
             raise
-        self._check_owner("pid", status)
-        return pid
 
     def check(self, process: Process) -> None:
         """Raises IommufdError where the process is not the emulator that libvirt started for the domain."""
-        guest = guest_name(process.arguments())
-        if guest != os.fsencode(self.name):
-            shown = "none" if guest is None else printable(guest)
-            raise IommufdError(
-                f"{process} is not the emulator of domain {self.name}: the guest on its command line is {shown}."
-                f" {self._file('pid')} is stale."
-            )
-        try:
-            with open(self._file("xml"), "rb", opener=_no_link) as stream:
-                self._check_owner("xml", os.fstat(stream.fileno()))
-                uid = emulator_uid(stream.read())
-        except OSError as exc:
-            raise IommufdError(
-                f"{self._file('xml')}, libvirt's record of the domain, cannot be read ({error_text(exc.errno)})."
-            ) from exc
-        if uid is not None and uid != process.uid:
-            raise IommufdError(
-                f"{process} is not the emulator of domain {self.name}: libvirt runs that as uid {uid}, and this is"
-                f" uid {process.uid}."
-            )
-
-    def _check_owner(self, suffix: str, status: os.stat_result) -> None:
-        if status.st_uid != _LIBVIRT_UID:
-            raise IommufdError(
-                f"{self._file(suffix)} is not libvirt's: it belongs to uid {status.st_uid}, not to root."
-            )
-
-    def _file(self, suffix: str) -> str:
-        path = f"{_LIBVIRT_STATE}/{self.name}.{suffix}"
-        if suffix == "pid" and not os.path.lexists(path):
-            return f"{_LIBVIRT_STATE}/{escaped(self.name)}.{suffix}"
-        return path
+        record = domain_record(self.name)
+        unit = process.units()[0]
+        against = record.contradiction(self.name, process.pid, process.uid, process.started(), unit)
+        if against:
+            raise IommufdError(f"{process} is not the emulator of domain {self.name}: {against}")
 
 
 @dataclass(frozen=True)
@@ -267,34 +260,6 @@ class UnitTarget:
 def escaped(text: str) -> str:
     """A text as it stands in XML. libvirt writes a domain's name so into the name of its pidfile (seen with 12.8)."""
     return text.translate(_ENTITIES)
-
-
-def running_domains() -> dict[int, str]:
-    """The emulators of the system libvirt's running domains, by libvirt's own pidfiles: ids, and the files' names.
-
-    Raises AccessRefused where this caller may not look. A file that is not root's is not libvirt's, and left out.
-    """
-    found = {}
-    refused = ""
-    try:
-        files = [name for name in os.listdir(_LIBVIRT_STATE) if name.endswith(".pid") and name != "driver.pid"]
-    except FileNotFoundError:
-        return {}
-    except OSError as exc:
-        raise AccessRefused(f"{_LIBVIRT_STATE} cannot be looked at ({error_text(exc.errno)}).") from exc
-    for name in files:
-        try:
-            pid, status = PidfileTarget(f"{_LIBVIRT_STATE}/{name}").read()
-        except IommufdError as exc:
-            # Else it is a domain that has just ended, or something that is not libvirt's.
-            if isinstance(exc.__cause__, PermissionError):
-                refused = printable(os.fsencode(str(exc)))
-            continue
-        if status.st_uid == _LIBVIRT_UID:
-            found[pid] = printable(os.fsencode(name[: -len(".pid")]))
-    if refused and not found:
-        raise AccessRefused(refused)
-    return found
 
 
 Target = Union[PidTarget, PidfileTarget, DomainTarget, UnitTarget]
@@ -377,23 +342,6 @@ def borrow_iommufd(process: Process, fd: int, rdevs: set[int] | None = None) -> 
 def _check_is_iommufd(process: Process, fd: int, rdev: int | None, rdevs: set[int]) -> None:
     if rdev not in rdevs:
         raise NotAnIommufd(f"Descriptor {fd} of {process} is not an iommufd. It is {process.link(fd)}.")
-
-
-def emulator_uid(status_xml: bytes) -> int | None:
-    """The user id that libvirt runs the emulator as, from its status file; None where it did not choose one.
-
-    It is in the label of the security model `dac`, such as `+64055:+64055`. Raises IommufdError for any other text.
-    """
-    # Only domains need it, and a module pays for each import on each host anew.
-    import xml.etree.ElementTree as ET
-
-    try:
-        root = ET.fromstring(status_xml)
-    except (ET.ParseError, ValueError, LookupError) as exc:
-        raise IommufdError(f"libvirt's record of the domain is no XML: {exc}.") from exc
-    label = root.findtext("domain/seclabel[@model='dac']/label")
-    found = re.match(r"\+?([0-9]{1,10}):", label or "")
-    return int(found.group(1)) if found else None
 
 
 def _no_link(path: str, flags: int) -> int:

@@ -25,7 +25,6 @@ from ._paths import Untrusted, Writer, reopen, walk
 from ._process import Limit, Process, in_initial_namespace, own_status, printable, read_file
 
 __all__ = (
-    "PATIENCE",
     "REPLICA",
     "XATTR",
     "Conditions",
@@ -42,12 +41,8 @@ __all__ = (
     "unit_obstacles",
 )
 
-# Runs a command, with `data` as its standard input if given: its exit code, output and errors, as
-# AnsibleModule.run_command gives them.
-Run = Callable[..., "tuple[int, str, str]"]
-
-# Nothing that is run here may take longer.
-PATIENCE = ("timeout", "-k", "5", "120")
+# Runs a command, and gives its exit code, output and errors, as _child.run_command does.
+Run = Callable[["list[str]"], "tuple[int, str, str]"]
 
 # So long may take what is on this host, in seconds.
 _LOOK_PATIENCE = 10
@@ -380,15 +375,8 @@ def _limit(text: str) -> int | None:
 
 def _show(run: Run, unit: str) -> dict[str, str]:
     """The properties of a unit as systemd shows them. Raises IommufdError where it does not answer."""
-    command = [
-        *PATIENCE,
-        "systemctl",
-        "show",
-        "--no-pager",
-        f"--property={','.join((*_UNIT_PROPERTIES, *_HELPERS))}",
-        "--",
-        unit,
-    ]
+    properties = ",".join((*_UNIT_PROPERTIES, *_HELPERS))
+    command = ["systemctl", "show", "--no-pager", f"--property={properties}", "--", unit]
     try:
         code, output, errors = run(command)
     except OSError as exc:

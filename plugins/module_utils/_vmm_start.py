@@ -6,6 +6,10 @@
 
 Whatever is started here has ended when the function that started it returns, and also if this process is killed in
 between: by a guard, by libvirt once the connection is gone, or by systemd after two minutes.
+
+What is started runs as a user who may not be well disposed, and who can stop and end it, or lower its limits. So only
+what was seen is a verdict: a process with what it has, or one that has ended by itself and failed. All else raises
+Interrupted, which says nothing of the host, and nobody is waited for without a deadline.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import resource
 import select
 import shutil
 import signal
@@ -27,13 +32,13 @@ from typing import IO, Callable, NamedTuple, NoReturn, Union, cast
 
 from . import _host
 from ._capabilities import with_ipc_lock
+from ._child import COMMAND_SECONDS, Interrupted, NoAnswer, end, in_child, isolate, start_command
 from ._errors import HostLacks, IommufdError, error_text
 from ._iommufd import RLIMIT_MODE, IommuFd, misc_rdev
-from ._process import Limit, Process, Status, own_status, parse_memlock, parse_status, printable
-from ._target import DomainTarget, PidTarget, escaped, hold_target
+from ._process import Limit, Process, Status, own_status, parse_status, printable
+from ._target import DomainTarget, UnitTarget, escaped, hold_target
 from ._user import User, become, has_ids
 from ._vmm import (
-    PATIENCE,
     REPLICA,
     XATTR,
     Conditions,
@@ -45,6 +50,7 @@ from ._vmm import (
 )
 
 __all__ = (
+    "LIBVIRT_SECONDS",
     "Seen",
     "scratch_mode",
     "session_memlock",
@@ -54,9 +60,14 @@ __all__ = (
     "try_copy",
 )
 
-# In seconds: what one process gets, and libvirt, which may have to find out what the emulators can first.
+# In seconds: what one process gets to live, and half of it to come up; libvirt, which may have to find out what the
+# emulators can first; and a process that only has to read a number.
 _PATIENCE = 120
-_LIBVIRT_PATIENCE = 300
+LIBVIRT_SECONDS = 300
+_READING_SECONDS = 30
+
+# What the kernel may also answer because a user has used up what there is of something.
+_USED_UP = (errno.EAGAIN, errno.ENOMEM, errno.ENFILE, errno.EMFILE, errno.EINTR, errno.ETXTBSY)
 
 # linux/prctl.h
 _PR_CAPBSET_DROP = 24
@@ -92,6 +103,9 @@ _SECURE_BITS = (
     "keep-caps-locked",
 )
 
+# waitid(2), CLD_EXITED: it ended by itself. systemd has it as ExecMainCode.
+_EXITED = str(os.CLD_EXITED)
+
 # What a replica takes over from its unit as it is shown.
 _REPLICATED = ("User", "Group", "SupplementaryGroups", "DynamicUser", "NoNewPrivileges", "PrivateUsers")
 
@@ -126,14 +140,14 @@ def try_copy(program: Program, under: Conditions, user: User) -> Status:
     """Executes a copy of cat(1) that has what the program would have with CAP_IPC_LOCK, and gives what it is then.
 
     The copy lies where the program does, but has no name there, so nothing can stay behind.
-    Raises IommufdError where it cannot be made or executed.
+    Raises IommufdError where it cannot be made or executed, Interrupted where it was kept from ending by itself.
     """
     check_able(under)
     what = f"A copy of cat with CAP_IPC_LOCK next to {program.real_path}"
     with _copy_of_cat(program, what) as copy, tempfile.TemporaryFile() as output:
         arguments = ["cat", "/proc/self/status"]
         with _started(copy, arguments, under, user, output, output) as pid:
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            _await_end(pid, what)
         text = _content(output)
     try:
         return parse_status(b"\n" + text)
@@ -167,15 +181,19 @@ def _copy_of_cat(program: Program, what: str) -> Iterator[int]:
 def start_emulator(program: Program, under: Conditions, user: User) -> Seen:
     """Starts an emulator of QEMU without a machine under these conditions, and looks at it.
 
-    Raises IommufdError where it cannot be executed, or does not come up.
+    Raises IommufdError where it cannot be executed, or fails before it is up, Interrupted where it was kept from that.
     """
     check_able(under)
     with tempfile.TemporaryFile() as output:
         arguments = [program.path, *_IDLE_QEMU, "-qmp", "stdio"]
         with _started(program.path, arguments, under, user, output, output) as pid:
             _await_greeting(program, pid, output)
-            with Process.hold(pid) as process:
-                return _see(process)
+            try:
+                with Process.hold(pid) as process:
+                    return _see(process)
+            except IommufdError as exc:
+                _check_runs(program, pid, output)
+                raise Interrupted(f"{program.path} could not be looked at: {exc}") from exc
 
 
 def check_able(under: Conditions) -> None:
@@ -196,15 +214,48 @@ def _await_greeting(program: Program, pid: int, output: IO[bytes]) -> None:
     """Waits until QEMU has greeted whom it would speak QMP with, which it does once it is up.
 
     A capability of the file has the dynamic loader leave out some of its folders (ld.so(8)), so one that was executed
-    may yet not start. Raises IommufdError where it ends, or says nothing.
+    may yet not start. Raises IommufdError where it fails, Interrupted where it says nothing or was kept from it.
     """
     deadline = time.monotonic() + _PATIENCE / 2
     while _GREETING not in _content(output):
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
-            raise IommufdError(f"{program.path} ended at once: {_line(_content(output))}")
+        _check_runs(program, pid, output)
         if time.monotonic() > deadline:
             said = _line(_content(output))
-            raise IommufdError(f"{program.path} runs, but is not up after {_PATIENCE // 2} seconds: {said}")
+            raise Interrupted(f"{program.path} runs, but is not up after {_PATIENCE // 2} seconds: {said}")
+        time.sleep(0.01)
+
+
+def _check_runs(program: Program, pid: int, output: IO[bytes]) -> None:
+    """Raises IommufdError where an emulator that we have started has failed, Interrupted where it was ended.
+
+    One that waits does not end with success by itself: that is how QEMU ends when it is asked to by a signal.
+    """
+    status = _exit_status(pid, program.path)
+    if status is not None:
+        error = IommufdError if status else Interrupted
+        raise error(f"{program.path} ended at once: {_line(_content(output))}")
+
+
+def _exit_status(pid: int, what: str) -> int | None:
+    """The exit status of a child that has ended by itself, None while it runs. It stays to be buried.
+
+    Raises Interrupted where a signal has ended or stopped it.
+    """
+    now = os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT | os.WNOHANG)
+    if now is None:
+        return None
+    if now.si_code != os.CLD_EXITED:
+        done = "stopped" if now.si_code in (os.CLD_STOPPED, os.CLD_TRAPPED) else "ended"
+        raise Interrupted(f"{what} was {done} by signal {now.si_status}, so nothing is known of it.")
+    return now.si_status
+
+
+def _await_end(pid: int, what: str) -> None:
+    """Waits until a child has ended by itself. Raises Interrupted where it does not."""
+    deadline = time.monotonic() + _PATIENCE / 2
+    while _exit_status(pid, what) is None:
+        if time.monotonic() > deadline:
+            raise Interrupted(f"{what} has not ended after {_PATIENCE // 2} seconds.")
         time.sleep(0.01)
 
 
@@ -224,7 +275,8 @@ def _started(
 ) -> Iterator[int]:
     """A child that executes the program as the user under these conditions, for as long as the context lasts.
 
-    It is killed two minutes later all the same. Raises IommufdError where it cannot come so far, and says why.
+    It is killed two minutes later all the same. Raises IommufdError where it cannot come so far, and says why, and
+    Interrupted where somebody may have kept it from that.
     """
     dropped = [number for number in range(64) if own_status().bounding & ~under.bounding & 1 << number]
     reading, writing = os.pipe()
@@ -232,22 +284,35 @@ def _started(
     if not pid:
         _become(program, arguments, dropped, under.no_new_privs, user, (output.fileno(), errors.fileno()), writing)
     os.close(writing)
+    what = program if isinstance(program, str) else "The copy"
     try:
         with _guard(pid):
-            with open(reading, "rb") as report:
-                # Its end is closed by what is executed.
-                failure = report.read()
+            failure = _failure(reading, pid, what)
             if failure:
                 number, _space, step = failure.decode().partition(" ")
-                raise IommufdError(_not_executed(program, int(number), step, under, user))
+                error = Interrupted if int(number) in _USED_UP else IommufdError
+                raise error(_not_executed(what, int(number), step, under, user))
             yield pid
     finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        os.close(reading)
+        end(pid)
 
 
-def _not_executed(program: Executable, number: int, step: str, under: Conditions, user: User) -> str:
-    what = program if isinstance(program, str) else "The copy"
+def _failure(reading: int, pid: int, what: str) -> bytes:
+    """What the child says of the step that failed; nothing where it was executed, or has ended before.
+
+    Raises Interrupted where it does neither.
+    """
+    deadline = time.monotonic() + _PATIENCE / 2
+    # Its end is closed by what is executed.
+    while not select.select([reading], [], [], 0.05)[0]:
+        _exit_status(pid, what)
+        if time.monotonic() > deadline:
+            raise Interrupted(f"{what} was not executed within {_PATIENCE // 2} seconds.")
+    return os.read(reading, 4096)
+
+
+def _not_executed(what: str, number: int, step: str, under: Conditions, user: User) -> str:
     text = f"{what} cannot be executed as {user.name}: to {step} failed ({error_text(number)})."
     if step == "execute it" and number == errno.EPERM and not has_ipc_lock(under.bounding):
         text += f" CAP_IPC_LOCK is not in the bounding set of {under.of}."
@@ -270,7 +335,7 @@ def _become(
         for number, output in enumerate(outputs, 1):
             os.dup2(output, number)
         os.chdir("/")
-        os.setsid()
+        isolate()
 
     def give_up() -> None:
         for number in dropped:
@@ -320,7 +385,8 @@ def _guard(pid: int) -> Iterator[None]:
         yield
     finally:
         os.close(writing)
-        os.waitpid(guard, 0)
+        # Before the child is buried, whose id may then be somebody else's.
+        end(guard)
 
 
 def _keep_guard(pid: int, reading: int) -> NoReturn:
@@ -341,20 +407,21 @@ def start_domain(run: Run, uri: str, program: Program) -> Seen:
     """Starts a transient domain without devices, paused, looks at its emulator, and has it destroyed.
 
     `uri` leads to the system libvirt of this host. libvirt destroys the domain too if the connection breaks off.
-    Raises IommufdError where libvirt does not start it.
+    Raises Interrupted where libvirt does not start it. Why not it says in words alone, and they are the same for an
+    emulator that could not start and for one that was killed, which may be one that it only asks what it can.
     """
     name = f"{REPLICA}-{os.getpid()}-{os.urandom(4).hex()}"
     identity = str(uuid.uuid4())
-    domain = domain_xml(_domain_capabilities(run, uri, program), name, identity, program.path)
     try:
+        domain = domain_xml(_domain_capabilities(run, uri, program), name, identity, program.path)
         with _created(uri, name, domain) as said:
             try:
                 with hold_target(DomainTarget(name)) as process:
                     return _see(process)
             except IommufdError as exc:
-                raise IommufdError(f"libvirt does not start a domain with {program.path}: {_errors(said)}") from exc
+                raise Interrupted(f"libvirt does not start a domain with {program.path}: {_errors(said)}") from exc
     except OSError as exc:
-        raise IommufdError(f"virsh does not run: {error_text(exc.errno)}.") from exc
+        raise Interrupted(f"virsh does not run: {error_text(exc.errno)}.") from exc
     finally:
         _remove_leftovers(name, identity)
 
@@ -369,26 +436,28 @@ def _created(uri: str, name: str, domain: str) -> Iterator[bytes]:
     try:
         os.write(memory, domain.encode())
         # run_command only waits for an end; with this one there is a conversation.
-        with subprocess.Popen(  # pylint: disable=ansible-bad-function
-            ["timeout", "-k", "5", str(_LIBVIRT_PATIENCE), "virsh", f"--connect={uri}"],
+        virsh = start_command(
+            ["virsh", f"--connect={uri}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "LC_ALL": "C"},
             pass_fds=(memory,),
-        ) as virsh:
-            stdin, stdout = cast("IO[bytes]", virsh.stdin), cast("IO[bytes]", virsh.stdout)
-            # It echoes what it is told, but without the quotes only once it has done what comes before.
-            _tell(stdin, f"create --paused --autodestroy /dev/fd/{memory}\necho it'-'is'-'over\n")
-            try:
-                yield _until(stdout, b"it-is-over")
-            finally:
-                _tell(stdin, f"destroy {name}\n")
-                with contextlib.suppress(BrokenPipeError):
-                    stdin.close()
-                stdout.read()
+        )
     finally:
         os.close(memory)
+    stdin, stdout = cast("IO[bytes]", virsh.stdin), cast("IO[bytes]", virsh.stdout)
+    try:
+        # It echoes what it is told, but without the quotes only once it has done what comes before.
+        _tell(stdin, f"create --paused --autodestroy /dev/fd/{memory}\necho it'-'is'-'over\n")
+        yield _until(stdout, b"it-is-over")
+    finally:
+        _tell(stdin, f"destroy {name}\n")
+        with contextlib.suppress(BrokenPipeError):
+            stdin.close()
+        _until(stdout, None)
+        stdout.close()
+        end(virsh.pid)
+        virsh.returncode = 0
 
 
 def _tell(stream: IO[bytes], words: str) -> None:
@@ -398,10 +467,13 @@ def _tell(stream: IO[bytes], words: str) -> None:
         stream.flush()
 
 
-def _until(stream: IO[bytes], mark: bytes) -> bytes:
-    """What comes up to the mark, or to the end."""
+def _until(stream: IO[bytes], mark: bytes | None) -> bytes:
+    """What comes up to the mark, to the end, or before the time is over."""
+    deadline = time.monotonic() + LIBVIRT_SECONDS
     said = b""
-    while mark not in said:
+    while mark is None or mark not in said:
+        if not select.select([stream], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            break
         more = os.read(stream.fileno(), 65536)
         if not more:
             break
@@ -424,17 +496,11 @@ def _remove_leftovers(name: str, identity: str) -> None:
 
 
 def _domain_capabilities(run: Run, uri: str, program: Program) -> ET.Element:
-    command = ["timeout", "-k", "5", str(_LIBVIRT_PATIENCE), "virsh", f"--connect={uri}", "domcapabilities"]
-    try:
-        code, output, errors = run([*command, f"--emulatorbin={program.path}"])
-    except OSError as exc:
-        raise IommufdError(f"virsh does not run: {error_text(exc.errno)}.") from exc
-    try:
+    code, output, errors = run(["virsh", f"--connect={uri}", "domcapabilities", f"--emulatorbin={program.path}"])
+    with contextlib.suppress(ET.ParseError):
         if not code:
             return ET.fromstring(output)
-    except ET.ParseError:
-        pass
-    raise IommufdError(f"libvirt does not tell what {program.path} can: {_line(os.fsencode(errors or output))}")
+    raise Interrupted(f"libvirt does not tell what {program.path} can: {_line(os.fsencode(errors or output))}")
 
 
 def domain_xml(capabilities: ET.Element, name: str, identity: str, emulator: str) -> str:
@@ -452,7 +518,8 @@ def start_replica(run: Run, unit: Unit) -> Seen:
     """Starts a transient service that runs as the unit would, and looks at its process.
 
     An emulator of QEMU is started as such, without a machine. Of any other program it is not known how to start it
-    without consequences, so sleep(1) takes its place. Raises IommufdError where systemd does not start it.
+    without consequences, so sleep(1) takes its place. Raises IommufdError where its process fails by itself, and
+    Interrupted where it was ended, or changed, or systemd does not start it.
     """
     if unit.program is None:
         raise IommufdError(f"{unit.name} starts no program.")
@@ -460,21 +527,39 @@ def start_replica(run: Run, unit: Unit) -> Seen:
     command = [unit.program.path, *_IDLE_QEMU] if is_qemu(unit.program) else ["sleep", str(2 * _PATIENCE)]
     code, _output, errors = _run(
         run,
-        *("systemd-run", "--quiet", "--collect", "--no-ask-password", f"--unit={name}", "--service-type=exec"),
+        *("systemd-run", "--quiet", "--no-ask-password", f"--unit={name}", "--service-type=exec"),
         *(f"--property={each}" for each in replica_properties(unit)),
         *("--", *command),
     )
     try:
         if code:
-            raise IommufdError(f"systemd does not start a service like {unit.name}: {_why(run, name, errors)}")
-        code, output, errors = _run(run, "systemctl", "show", "--value", "--property=MainPID", "--", name)
+            raise _ended(run, name, f"systemd does not start a service like {unit.name}", errors)
         try:
-            with hold_target(PidTarget(int(output))) as process:
-                return _see(process)
-        except (IommufdError, ValueError) as exc:
-            raise IommufdError(f"A service like {unit.name} ended at once: {_why(run, name, errors)}") from exc
+            with hold_target(UnitTarget(name, run)) as process:
+                seen = _see(process)
+        except IommufdError as exc:
+            raise _ended(run, name, f"A service like {unit.name} ended at once", "") from exc
     finally:
-        _run(run, "systemctl", "stop", "--", name)
+        # One that has failed stays until it is forgotten, so that it can be asked for.
+        for verb in ("stop", "reset-failed"):
+            _run(run, "systemctl", verb, "--", name)
+    if seen.memlock != unit.memlock:
+        raise Interrupted(
+            f"A service like {unit.name} has not the limit of locked memory that systemd gave it. Its user has changed"
+            " that, perhaps."
+        )
+    return seen
+
+
+def _ended(run: Run, name: str, what: str, errors: str) -> IommufdError:
+    """How it is to be told that a service does not run: IommufdError where its process has failed by itself.
+
+    What waits does not end with success by itself, but may when a signal asks it to.
+    """
+    _code, output, _errors = _run(run, "systemctl", "show", "--property=ExecMainCode,ExecMainStatus", "--", name)
+    shown = dict(line.partition("=")[::2] for line in output.splitlines())
+    failed = shown.get("ExecMainCode") == _EXITED and shown.get("ExecMainStatus", "0") != "0"
+    return (IommufdError if failed else Interrupted)(f"{what}: {_why(run, name, errors)}")
 
 
 def replica_properties(unit: Unit) -> list[str]:
@@ -488,8 +573,12 @@ def replica_properties(unit: Unit) -> list[str]:
     words = [word for number, word in enumerate(_SECURE_BITS) if bits >> number & 1]
     found.append(f"SecureBits={' '.join(words)}")
     soft, hard = ("infinity" if each is None else str(each) for each in (unit.memlock.soft, unit.memlock.hard))
+    # The processes of its user are counted, who might see to it that this one is too many.
+    found += [f"LimitMEMLOCK={soft}:{hard}", "LimitNPROC=infinity"]
+    # It may be stopped, or ignore what asks it to end.
+    found += [f"TimeoutStartSec={_PATIENCE // 2}", "KillSignal=SIGKILL"]
     # If nobody is left to stop it.
-    return [*found, f"LimitMEMLOCK={soft}:{hard}", f"RuntimeMaxSec={_PATIENCE}"]
+    return [*found, f"RuntimeMaxSec={_PATIENCE}"]
 
 
 def _why(run: Run, name: str, errors: str) -> str:
@@ -503,24 +592,50 @@ def _why(run: Run, name: str, errors: str) -> str:
 
 def _run(run: Run, *command: str) -> tuple[int, str, str]:
     try:
-        return run([*PATIENCE, *command])
+        return run(list(command))
     except OSError as exc:
         return 127, "", error_text(exc.errno)
 
 
-def session_memlock(run: Run, user: User) -> Limit:
-    """RLIMIT_MEMLOCK in a session that PAM opens for the user. Raises IommufdError where it opens none."""
-    code, output, errors = _run(run, "runuser", "-u", user.name, "--", "cat", "/proc/self/limits")
-    if code:
-        why = _line(os.fsencode(errors)) if errors.strip() else f"exit code {code}."
-        raise IommufdError(f"PAM does not open a session of {user.name}: {why}")
-    return parse_memlock(output.encode())
+def session_memlock(user: User) -> Limit:
+    """RLIMIT_MEMLOCK in a session that PAM opens for the user.
+
+    PAM sets it in the process that opens the session, before it starts another that becomes the user. It is root's, so
+    that the user can neither end it nor change its limits, and keeps them until it is buried. Raises Interrupted where
+    no session was opened; a user who has too many of them can see to that.
+    """
+    with tempfile.TemporaryFile() as said:
+        nothing = subprocess.DEVNULL
+        session = start_command(["runuser", "-u", user.name, "--", "true"], stdin=nothing, stdout=said, stderr=said)
+        try:
+            code = _session_ends(session.pid)
+            limits = resource.prlimit(session.pid, resource.RLIMIT_MEMLOCK)
+        finally:
+            end(session.pid)
+            session.returncode = 0
+        if code:
+            why = _line(_content(said)) if _content(said).strip() else f"exit code {code}."
+            raise Interrupted(f"PAM does not open a session of {user.name}: {why}")
+    return Limit(*(None if each == resource.RLIM_INFINITY else each for each in limits))
+
+
+def _session_ends(pid: int) -> int:
+    """The exit status of runuser(1); 0 also where what it has started as the user was ended or stopped."""
+    deadline = time.monotonic() + COMMAND_SECONDS
+    while True:
+        now = os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT | os.WNOHANG)
+        if now is not None:
+            # It stops itself when its child is stopped, and ends with 128 and the signal that has ended that.
+            return now.si_status if now.si_code == os.CLD_EXITED and now.si_status <= 128 else 0
+        if time.monotonic() > deadline:
+            raise Interrupted(f"PAM does not open a session within {COMMAND_SECONDS} seconds.")
+        time.sleep(0.01)
 
 
 def scratch_mode(user: User) -> str:
     """Opens an iommufd, sets it to per-process accounting, and gives the mode that it has in a child of that user.
 
-    Raises IommufdError where it cannot be opened or set.
+    Raises IommufdError where it cannot be opened, set or read, Interrupted where the child was kept from that.
     """
     rdev = misc_rdev()
     there = _host.node(_host.DEVICE)
@@ -534,29 +649,17 @@ def scratch_mode(user: User) -> str:
         refused = IommuFd(fd).set(RLIMIT_MODE, RLIMIT_MODE.number("process")).errno
         if refused:
             raise IommufdError(f"An iommufd cannot be set to per-process accounting ({error_text(refused)}).")
-        return str(RLIMIT_MODE.value(_mode_as(fd, user)))
+        number = in_child(user, lambda: _mode(fd, user), _READING_SECONDS, [fd])
+    except NoAnswer as exc:
+        raise Interrupted(str(exc)) from exc
     finally:
         os.close(fd)
+    return str(RLIMIT_MODE.value(number))
 
 
-def _mode_as(fd: int, user: User) -> int:
-    """The number of the mode that an iommufd of ours has for a child that has become the user."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            if not has_ids(user):
-                become(user)
-            answer = IommuFd(fd).get(RLIMIT_MODE)
-            os.write(writing, f"{answer.errno} {answer.value}".encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with open(reading, "rb") as report:
-        said = report.read().split()
-    os.waitpid(child, 0)
-    if len(said) != 2:
-        raise IommufdError(f"A child of this process could not become {user.name}.")
-    if int(said[0]):
-        raise IommufdError(f"{user.name} cannot read the mode of an iommufd ({error_text(int(said[0]))}).")
-    return int(said[1])
+def _mode(fd: int, user: User) -> int:
+    """The number of the mode of an iommufd. Raises IommufdError."""
+    answer = IommuFd(fd).get(RLIMIT_MODE)
+    if answer.errno:
+        raise IommufdError(f"{user.name} cannot read the mode of an iommufd ({error_text(answer.errno)}).")
+    return answer.value

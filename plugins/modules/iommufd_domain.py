@@ -324,6 +324,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     Libvirt,
     NoDaemon,
     Seen,
+    Started,
     accountings,
     check_limit,
     check_startable,
@@ -333,6 +334,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     set_mode,
     start,
     start_daemon,
+    unit_from_json,
     version_text,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
@@ -417,7 +419,7 @@ class Task:
             if self.dry_run:
                 self.warnings.append(f"{exc}. So no more can be told than that libvirt would be started first.")
                 return None
-            started = self._as_user(partial(start_daemon, self.libvirt.uri, session.name))
+            started = unit_from_json(self._as_user(partial(start_daemon, self.libvirt.uri, session.name)))
             seen = self._look()
         self.result["libvirt"] = {
             "uri": self.libvirt.uri,
@@ -455,17 +457,17 @@ class Task:
             paused = self.state == "paused"
             try:
                 answer = self._as_user(partial(start, self.libvirt.uri, self.name, fdgroup, fd, paused), [fd])
+                became = Started.from_json(answer)
             except NoAnswer as exc:
                 raise IommufdError(
                     f"{exc} libvirt may still start domain {self.name}: look again (virsh --connect"
                     f" {self.libvirt.uri} domstate {self.name}), or run this task again."
                 ) from exc
-        started = bool(answer["started"])
-        self._domain(seen, str(answer["state"]))
-        if started:
+        self._domain(seen, became.state)
+        if became.started:
             self.result["changed"] = True
             self._diff(seen.state, self.result["domain"]["state"])
-        self._compare(self._look_at_emulator(), started)
+        self._compare(self._look_at_emulator(), became.started)
 
     def _read_limit(self, seen: Seen) -> None:
         """Reads the limit of a user's daemon. Raises IommufdError where libvirt would fail for it."""

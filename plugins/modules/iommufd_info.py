@@ -91,6 +91,11 @@ notes:
     memory of the user's processes under per-user accounting. The kernel's counter also holds what io_uring, AF_XDP and
     perf have charged to that user, and no file shows it. Nor does any show that a process was charged to its user
     before it got CAP_IPC_LOCK.
+  - B(Bounds.) Any user may have descriptors and processes without end, so looking ends. Of a process, 262144 descriptors
+    are looked at, and 256 iommufds; of a user, 1048576 descriptors, 2500 processes that hold an iommufd, and 4096
+    iommufds. A process may keep whoever looks at it for 10 seconds, and one user's processes may do so three times.
+    Names are cut at 255 characters. What is not looked at is told in RV(host.limits_of_view), and the accounting of a
+    process of which that is so is V(null).
   - B(Threads.) Limits, capabilities and descriptors are those of a process's first thread.
 seealso:
   - plugin: virt.iommufd.memlock_fit
@@ -429,7 +434,8 @@ processes:
     domain:
       description:
         - The libvirt domain whose emulator it is; V(null) where there is none or it cannot be told. For the system
-          libvirt its own pidfile vouches for it, for a user's session nothing but the process's command line does.
+          libvirt its own record vouches for it, which only root can read; for a user's session nothing but the
+          process's command line does.
       type: str
       sample: vm1
     domain_uri:
@@ -653,7 +659,6 @@ import os
 import pwd
 import re
 from collections.abc import Collection
-from functools import partial
 from typing import Any, Callable, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
@@ -675,7 +680,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import 
     names,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError, error_text
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, Survey, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import misc_rdev
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
@@ -684,7 +689,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     printable,
     user_name,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._target import escaped, running_domains
+from ansible_collections.virt.iommufd.plugins.module_utils._running import domain_record
 
 Row = dict[str, Any]
 # Runs a command and gives its exit code, output and errors.
@@ -939,25 +944,32 @@ def shown(name: str) -> str:
 
 
 class Names:
-    """What this host calls things: its system libvirt's domains, by process, and VFIO's nodes, by device number."""
+    """What this host calls things: its system libvirt's domains, and VFIO's nodes, by device number."""
 
     def __init__(self, view: View, nodes: dict[int, _host.VfioNode]) -> None:
         self._nodes = nodes
-        self._domains: dict[int, str] = {}
-        try:
-            self._domains = running_domains()
-        except AccessRefused as exc:
-            view.limit("domains", f"The domains of the system libvirt cannot be told: {exc}")
+        self._view: View | None = view
 
     def domain(self, holder: Holder) -> tuple[str | None, str | None]:
         """The domain whose emulator a process is, and the URI of the libvirt that it belongs to; None, None without."""
         if holder.name is None:
             return None, None
         name = shown(holder.name)
-        # Its pidfile has the name as it stands in XML.
-        if self._domains.get(holder.pid) in (name, shown(escaped(holder.name))):
+        if self._is_of_system(holder, holder.name):
             return name, "qemu:///system"
         return (name, "qemu:///session") if holder.session else (None, None)
+
+    def _is_of_system(self, holder: Holder, guest: str) -> bool:
+        """Whether the system libvirt says so. The command line, which is the process's own to change, only asks."""
+        try:
+            record = domain_record(guest)
+        except IommufdError as exc:
+            # Else there is no such domain, or the file is not libvirt's.
+            if isinstance(exc.__cause__, PermissionError) and self._view is not None:
+                self._view.limit("domains", f"The domains of the system libvirt cannot be told: {exc}")
+                self._view = None
+            return False
+        return not record.contradiction(guest, holder.pid, holder.status.uid, holder.started, holder.units[0])
 
     def vfio_devices(self, holder: Holder) -> list[Row]:
         """The devices of VFIO that a process has open."""
@@ -1032,6 +1044,14 @@ def gather(params: Row, run: Run) -> Row:
     return result
 
 
+def run_patiently(words: list[str]) -> tuple[int, str, str]:
+    """Runs a command; its exit code is 127 where it cannot be run at all, as the shell has it."""
+    try:
+        return run_command(words, SECONDS)
+    except OSError as exc:
+        return 127, "", error_text(exc.errno)
+
+
 def main() -> NoReturn:
     subsets = ["host", "processes", "users", "emulators"]
     module = AnsibleModule(
@@ -1044,7 +1064,7 @@ def main() -> NoReturn:
         supports_check_mode=True,
     )
     try:
-        result = gather(module.params, partial(run_command, seconds=SECONDS))
+        result = gather(module.params, run_patiently)
     except IommufdError as exc:
         module.fail_json(msg=str(exc))
     module.exit_json(changed=False, **result)

@@ -39,8 +39,9 @@ options:
     description:
       - The name of a running domain of the system libvirt (C(qemu:///system)). The process is its emulator.
       - Good for a query. libvirt binds the devices before the domain runs, so a change is refused as busy.
-      - The libvirt daemon is not asked, and so not woken. Its pidfile and its record of the domain under
-        C(/run/libvirt/qemu) are read, and must belong to root.
+      - The libvirt daemon is not asked, and so not woken. Its record of the domain under C(/run/libvirt/qemu) is read,
+        which must belong to root and be written after the process started. The control group of the process must be
+        that of the domain, where systemd-machined made one.
       - For a domain of a user's session, give O(pidfile) or O(pid).
     type: str
   unit:
@@ -168,14 +169,13 @@ EXAMPLES = r"""
 - name: Find the running domains of the system libvirt
   ansible.builtin.find:
     paths: /run/libvirt/qemu
-    patterns: '*.pid'
-    excludes: driver.pid
-  register: pidfiles
+    patterns: '*.xml'
+  register: records
 
 - name: Read how each of them is accounted, those without an iommufd left out
   virt.iommufd.iommufd_option:
     domain: "{{ item.path | basename | splitext | first }}"
-  loop: "{{ pidfiles.files }}"
+  loop: "{{ records.files }}"
   loop_control:
     label: "{{ item.path }}"
   register: all_domains

@@ -104,6 +104,10 @@ requirements:
   - systemd for O(units); C(virsh) for O(domain); C(runuser) for O(users).
 notes:
   - B(Privilege.) It takes root for all that is started, and for O(users) and O(scratch). All else is told to anybody.
+  - B(Verdicts.) What is started runs as a user, who may stop and end it, lower its limits, and open so many sessions
+    that PAM refuses one more. So only what was seen counts, a process with what it has, or one that has failed by
+    itself. Where one was ended by a signal, stopped, or not heard of in time, it is tried again, three times in all;
+    then RV(ignore:ok) is V(null), RV(ignore:inconclusive) is V(true), and RV(ignore:msg) tells why.
   - B(Security modules.) What is started without libvirt is not confined as libvirt would confine it. With O(domain) it
     is.
   - B(Others' files.) An emulator that somebody else than root can write, or a folder or link on the way to it, is
@@ -241,15 +245,19 @@ emulators:
           type: bool
           sample: true
         ok:
-          description: Whether the copy had CAP_IPC_LOCK. V(null) where it was not tried.
+          description: Whether the copy had CAP_IPC_LOCK. V(null) where it was not tried, or nothing is known.
           type: bool
           sample: true
+        inconclusive:
+          description: Whether it was tried and nothing was seen that tells. See the notes.
+          type: bool
+          sample: false
         effective:
           description: Its effective capabilities, as C(/proc) shows them. V(null) where it could not be executed.
           type: str
           sample: "0000000000004000"
         msg:
-          description: Why it was not tried, or what is wrong; empty otherwise.
+          description: Why it was not tried, what is wrong, or why nothing is known; empty otherwise.
           type: str
           sample: ""
     started:
@@ -267,10 +275,16 @@ emulators:
         ok:
           description:
             - Whether it had CAP_IPC_LOCK in effect, in the initial user namespace.
-            - V(null) where it was not tried. V(false) also where it could not be started, and then
-              RV(emulators[].started.effective) is V(null).
+            - V(null) where it was not tried, or nothing is known. V(false) also where it could not be executed or has
+              failed by itself, and then RV(emulators[].started.effective) is V(null).
+            - With O(domain), what libvirt does not start is never V(false), since libvirt does not tell apart what
+              failed and what was killed.
           type: bool
           sample: true
+        inconclusive:
+          description: Whether it was tried and nothing was seen that tells. See the notes.
+          type: bool
+          sample: false
         user:
           description: The user that it ran as. V(null) where it did not run.
           type: str
@@ -288,7 +302,7 @@ emulators:
           type: bool
           sample: false
         msg:
-          description: Why it was not tried, or what is wrong; empty otherwise.
+          description: Why it was not tried, what is wrong, or why nothing is known; empty otherwise.
           type: str
           sample: ""
 units:
@@ -377,9 +391,13 @@ units:
           sample: true
         ok:
           description:
-            - As RV(emulators[].started.ok), V(null) where it was not tried.
+            - As RV(emulators[].started.ok), V(null) where it was not tried, or nothing is known.
           type: bool
           sample: true
+        inconclusive:
+          description: Whether it was tried and nothing was seen that tells. See the notes.
+          type: bool
+          sample: false
         user:
           description: The user that it ran as. V(null) where it did not run, or the user has no name here.
           type: str
@@ -397,7 +415,7 @@ units:
           type: bool
           sample: false
         msg:
-          description: Why it was not tried, or what is wrong; empty otherwise.
+          description: Why it was not tried, what is wrong, or why nothing is known; empty otherwise.
           type: str
           sample: ""
 users:
@@ -419,9 +437,13 @@ users:
       type: bool
       sample: true
     ok:
-      description: Whether there was a session. V(null) where it was not tried.
+      description: V(true) where there was a session. V(null) where it was not tried, or there was none.
       type: bool
       sample: true
+    inconclusive:
+      description: Whether it was tried and there was no session, so that nothing is known of the limit. See the notes.
+      type: bool
+      sample: false
     memlock_bytes:
       description: RLIMIT_MEMLOCK in the session, soft. V(null) where that is unlimited, or there was none.
       type: int
@@ -431,7 +453,7 @@ users:
       type: bool
       sample: false
     msg:
-      description: Why it was not tried, or what is wrong; empty otherwise.
+      description: Why it was not tried, what is wrong, or why nothing is known; empty otherwise.
       type: str
       sample: ""
 scratch:
@@ -444,15 +466,19 @@ scratch:
       type: bool
       sample: true
     ok:
-      description: Whether O(user) saw per-process accounting. V(null) where it was not tried.
+      description: Whether O(user) saw per-process accounting. V(null) where it was not tried, or nothing is known.
       type: bool
       sample: true
+    inconclusive:
+      description: Whether it was tried and nothing was seen that tells. See the notes.
+      type: bool
+      sample: false
     mode:
       description: The rlimit mode that O(user) saw. V(null) where none was seen.
       type: str
       sample: process
     msg:
-      description: Why it was not tried, or what is wrong; empty otherwise.
+      description: Why it was not tried, what is wrong, or why nothing is known; empty otherwise.
       type: str
       sample: ""
 """
@@ -463,6 +489,7 @@ from typing import Any, Callable, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, insist, run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Status, printable
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User, find_user
@@ -473,6 +500,7 @@ Row = dict[str, Any]
 NOT_ASKED = "It was not asked for."
 CHECK_MODE = "Not run in check mode."
 
+UNTRIED = {"ran": False, "ok": None, "inconclusive": False}
 STARTED = {"user": None, "effective": None, "memlock_bytes": None, "memlock_unlimited": False}
 
 
@@ -505,13 +533,16 @@ class Task:
     def tried(self, name: str, nothing: Row, act: Callable[[], Row]) -> Row:
         """What came of an option: the row that `act` gives, or `nothing` and why."""
         if not self.params[name]:
-            return {**nothing, "ran": False, "ok": None, "msg": NOT_ASKED}
+            return {**nothing, **UNTRIED, "msg": NOT_ASKED}
         if self._check_mode:
-            return {**nothing, "ran": False, "ok": None, "msg": CHECK_MODE}
+            return {**nothing, **UNTRIED, "msg": CHECK_MODE}
+        tried = {**nothing, "ran": True, "inconclusive": False}
         try:
-            return {**nothing, "ran": True, "msg": "", **act()}
+            return {**tried, "msg": "", **insist(act)}
+        except Interrupted as exc:
+            return {**tried, "ok": None, "inconclusive": True, "msg": str(exc)}
         except IommufdError as exc:
-            return {**nothing, "ran": True, "ok": False, "msg": str(exc)}
+            return {**tried, "ok": False, "msg": str(exc)}
 
 
 def shown(path: str) -> str:
@@ -560,7 +591,8 @@ def emulator_row(task: Task, program: Program, under: Conditions) -> Row:
     def started() -> Row:
         check()
         if task.params["domain"]:
-            return seen_row(_vmm_start.start_domain(task.run, task.params["uri"], program))
+            patient = partial(run_command, seconds=_vmm_start.LIBVIRT_SECONDS)
+            return seen_row(_vmm_start.start_domain(patient, task.params["uri"], program))
         return seen_row(_vmm_start.start_emulator(program, under, task.needed_user()))
 
     return {
@@ -618,10 +650,10 @@ def user_row(task: Task, name: str) -> Row:
     try:
         user = find_user(name)
     except IommufdError as exc:
-        return {**nothing, "ran": False, "ok": None, "msg": str(exc)}
+        return {**nothing, **UNTRIED, "msg": str(exc)}
 
     def session() -> Row:
-        return {"ok": True, **memlock_row(_vmm_start.session_memlock(task.run, user))}
+        return {"ok": True, **memlock_row(_vmm_start.session_memlock(user))}
 
     return task.tried("users", {**nothing, "present": True}, session)
 
@@ -666,9 +698,8 @@ def main() -> NoReturn:
         },
         supports_check_mode=True,
     )
-    run = partial(module.run_command, handle_exceptions=False, environ_update={"LC_ALL": "C"})
     try:
-        result = check(module.params, module.check_mode, run)
+        result = check(module.params, module.check_mode, run_command)
     except IommufdError as exc:
         module.fail_json(msg=str(exc))
     module.exit_json(changed=False, **result)

@@ -56,7 +56,7 @@ EXEC = Program(
 GRANT = Program(
     "iommufd-host-grant",
     "_grant",
-    ("_capabilities", "_child", "_errors", "_grant", "_paths", "_process", "_states", "_user"),
+    ("_capabilities", "_child", "_errors", "_foreign", "_grant", "_paths", "_process", "_states", "_user"),
 )
 
 

@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
@@ -44,7 +46,18 @@ def vmm(start: Start) -> Vmm:
 @pytest.fixture
 def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the module do here what it does in a child, so that a test can come in between its steps."""
-    monkeypatch.setattr(iommufd_option, "in_child", lambda _user, work, _seconds, _keep: work())
+
+    def do(_user: object, work: Callable[[], Any], _seconds: float, _keep: object) -> Any:
+        before = os.listdir("/proc/self/fd")
+        try:
+            return work()
+        finally:
+            # A child ends with what it leaves open.
+            for name in set(os.listdir("/proc/self/fd")) - set(before):
+                with contextlib.suppress(OSError):
+                    os.close(int(name))
+
+    monkeypatch.setattr(iommufd_option, "in_child", do)
 
 
 @pytest.fixture(scope="session")

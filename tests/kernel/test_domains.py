@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Told
-from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, Vmm
+from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, Vmm, as_user
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 NAME = "kernel-test"
@@ -90,19 +93,105 @@ def test_a_running_domain(domain: str, knows_iommufd: bool, told: Told) -> None:
         assert "holds no iommufd. A VMM opens one no earlier than its first VFIO device needs it" in told(answered)
 
 
-def test_a_pidfile_that_means_another_process(vmm: Vmm, domain: str, told: Told) -> None:
-    ghost = STATE / "kernel-test-ghost.pid"
+def test_a_record_that_means_another_process(vmm: Vmm, domain: str, told: Told) -> None:
+    record, ghost = (STATE / f"{each}.xml" for each in (domain, "kernel-test-ghost"))
+    text = record.read_text()
     try:
-        ghost.write_text(str(vmm.pid))
-        message = told(run(domain="kernel-test-ghost", value="process"))
-        assert f"(pid {vmm.pid}) is not the emulator of domain kernel-test-ghost" in message
-        assert "kernel-test-ghost.pid is stale" in message
-        ghost.write_text((STATE / f"{domain}.pid").read_text())
-        message = told(run(domain="kernel-test-ghost", value="process"))
-        assert f"the guest on its command line is {domain}" in message
+        ghost.write_text(text)
+        assert f"libvirt's record of the domain is that of domain {domain}" in told(run(domain="kernel-test-ghost"))
+        # Root itself may write what it likes, but the emulator's control group is still the other domain's.
+        named = text.replace(f"<name>{domain}</name>", "<name>kernel-test-ghost</name>")
+        ghost.write_text(re.sub(r"(<domain [^>]*\bid=')[0-9]+'", r"\g<1>1000000'", named))
+        message = told(run(domain="kernel-test-ghost"))
+        assert "but libvirt has recorded number 1000000 for the domain" in message
+        ghost.write_text(re.sub(r"(<domstatus [^>]*\bpid=')[0-9]+'", rf"\g<1>{vmm.pid}'", named))
+        assert "libvirt runs that as uid" in told(run(domain="kernel-test-ghost", value="process"))
+        os.utime(ghost, (0, 0))
+        assert "so it is stale" in told(run(domain="kernel-test-ghost", value="process"))
     finally:
         ghost.unlink()
     assert vmm.mode == "user"
+
+
+OTHER = "kernel-test-other"
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[str]:
+    """Another running domain, without a device."""
+    path = tmp_path / "domain.xml"
+    path.write_text(DOMAIN.format(name=OTHER, devices=""))
+    virsh("create", "--paused", str(path))
+    try:
+        yield OTHER
+    finally:
+        virsh("destroy", OTHER)
+
+
+# What the emulators' user can do in the folder, which is that user's here: rename root's files, and put others there.
+SWAP = """
+import os, sys
+os.chdir(sys.argv[1])
+for suffix in sys.argv[4:]:
+    names = [f"{each}.{suffix}" for each in sys.argv[2:4]]
+    os.rename(names[0], "swapped")
+    os.rename(names[1], names[0])
+    os.rename("swapped", names[1])
+"""
+
+
+def swap(user: int, first: str, second: str, *suffixes: str) -> None:
+    command = [*as_user(user), sys.executable, "-c", SWAP, str(STATE), first, second, *suffixes]
+    subprocess.run(command, check=True, timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("suffixes", [["pid"], ["xml"], ["pid", "xml"]])
+def test_the_emulators_user_renames_what_is_recorded(domain: str, other: str, told: Told, suffixes: list[str]) -> None:
+    """Neither domain is ever taken for the other."""
+    owner = STATE.stat().st_uid
+    assert owner, "the folder is root's here, so that nobody else can rename anything in it"
+    pids = {name: int((STATE / f"{name}.pid").read_text()) for name in (domain, other)}
+    swap(owner, domain, other, *suffixes)
+    try:
+        for name, pid in pids.items():
+            answered = run(domain=name)
+            if "xml" in suffixes:
+                assert "so it was renamed" in told(answered)
+                assert "process" not in answered
+            else:
+                assert answered["process"]["pid"] == pid
+    finally:
+        swap(owner, domain, other, *suffixes)
+
+
+def test_a_mount_in_the_place_of_a_record(domain: str, told: Told, tmp_path: Path) -> None:
+    """As the emulators' user can make one of FUSE, whose server never answers. It is refused, not read."""
+    copy = tmp_path / "copy.xml"
+    copy.write_bytes((STATE / f"{domain}.xml").read_bytes())
+    for there, place in ((copy, STATE / f"{domain}.xml"), (tmp_path, STATE)):
+        subprocess.run(["mount", "--bind", str(there), str(place)], check=True)
+        try:
+            assert f"{place} is not libvirt's: something is mounted there" in told(run(domain=domain))
+        finally:
+            subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_process_that_shows_another_ones_command_line(domain: str) -> None:
+    """A process of the emulators' user, with libvirt's pidfile of another domain and a command line that suits it."""
+    owner = STATE.stat().st_uid
+    pidfile = STATE / f"{domain}.pid"
+    kept = pidfile.read_bytes()
+    posing = [*as_user(owner), sys.executable, "-c", "import time; print('.', flush=True); time.sleep(60)"]
+    with subprocess.Popen([*posing, "-name", f"guest={domain}"], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout
+            process.stdout.readline()
+            # As if it were another domain's that was renamed: root's file, with another id in it.
+            pidfile.write_text(str(process.pid))
+            assert run(domain=domain)["process"]["pid"] == int(kept)
+        finally:
+            pidfile.write_bytes(kept)
+            process.kill()
 
 
 def test_a_domain_that_is_shut_off(told: Told) -> None:

@@ -32,6 +32,17 @@ NEWEST_CORE: tuple[tuple[str, str], ...] = (
     ("3.11", "2.19.14"),
 )
 
+# Each ansible-core that the collection supports on the controller, with the Pythons that run it, the preferred first:
+# what it takes for a template differs from one to the next.
+CONTROLLER_CORES: dict[str, tuple[str, ...]] = {
+    "2.16.19": ("3.11", "3.12", "3.10"),
+    "2.17.14": ("3.11", "3.12", "3.10"),
+    "2.18.19": ("3.11", "3.12", "3.13"),
+    "2.19.14": ("3.11", "3.12", "3.13"),
+    "2.20.10": ("3.12", "3.13", "3.14"),
+    "2.21.5": ("3.12", "3.13", "3.14"),
+}
+
 _ASK = "import os, sys, ensurepip, venv; print('%d.%d' % sys.version_info[:2], os.path.realpath(sys.executable))"
 
 

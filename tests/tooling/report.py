@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from pythons import UNIT_CORES, find_pythons
+from pythons import CONTROLLER_CORES, UNIT_CORES, find_pythons
 
 # Sessions without which the run is not the whole test, whatever Nox planned.
 REQUIRED = (
@@ -48,6 +48,8 @@ REQUIRED = (
     "types",
     "uapi",
     "units",
+    "untrusted-2.16",
+    "untrusted-2.19",
 )
 
 
@@ -55,7 +57,7 @@ REQUIRED = (
 LINE, TASK_LINES = 600, 12
 
 # Sessions that leave the results of single tests; one that leaves none has tested nothing.
-COUNTED = ("molecule-kernel", "sanity-", "tooling", "uapi", "units-")
+COUNTED = ("molecule-kernel", "sanity-", "tooling", "uapi", "units-", "untrusted-")
 
 
 @dataclass
@@ -175,6 +177,11 @@ def main(results: Path, status: int) -> int:
     if status and not problems:
         problems.append(f"nox ended with status {status}")
     impossible += [f"unit tests on Python {v}: this machine has none" for v in UNIT_CORES if v not in pythons]
+    impossible += [
+        f"untrusted text with ansible-core {core}: this machine has none of Python {', '.join(versions)}"
+        for core, versions in CONTROLLER_CORES.items()
+        if pythons.isdisjoint(versions)
+    ]
 
     for heading, lines in (
         ("What could not run on this machine", impossible),

@@ -17,7 +17,8 @@ SKIP = "<testcase name='a'/><testcase name='b'><skipped>{}</skipped></testcase>"
 
 def write(results: Path, cases: str, ran: dict[str, str]) -> None:
     """Leave in results what Nox and the sessions leave there."""
-    for name in ("molecule-kernel", "sanity-newest", "sanity-oldest", "tooling", "uapi"):
+    counted = [name for name in report.REQUIRED if name.startswith(report.COUNTED) and name != "units"]
+    for name in counted:
         (results / f"{name}.xml").write_text("<testsuites><testcase name='a'/></testsuites>")
     (results / "units-3.11.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
     sessions = [{"name": name, "signatures": [name], "result": result} for name, result in ran.items()]

@@ -65,10 +65,11 @@ def record(*put_back: str, ours: bool | None = None) -> Row:
     return {"put_back": list(put_back), "capabilities": {} if ours is None else there}
 
 
-def started(ok: bool, **fields: Any) -> Row:
+def started(ok: bool, /, **fields: Any) -> Row:
     """An emulator that was started, with the capability or without."""
     done = {
         "ran": True,
+        "inconclusive": False,
         "how": "bare",
         "ok": ok,
         "user": "libvirt-qemu",
@@ -78,11 +79,11 @@ def started(ok: bool, **fields: Any) -> Row:
     return {"path": QEMU, "started": {**done, **fields}}
 
 
-def replica(ok: bool, **fields: Any) -> Row:
+def replica(ok: bool, /, **fields: Any) -> Row:
     """A unit whose replica was started."""
     limits = {"memlock_bytes": 2**20, "memlock_unlimited": False}
-    done = {"ran": True, "ok": ok, "effective": WITH if ok else WITHOUT, "msg": "", **limits, **fields}
-    return {"name": "vm1.service", "ambient_ipc_lock": ok, "replica": done}
+    done = {"ran": True, "inconclusive": False, "ok": ok, "effective": WITH if ok else WITHOUT, "msg": "", **limits}
+    return {"name": "vm1.service", "ambient_ipc_lock": ok, "replica": {**done, **fields}}
 
 
 def check(*rows: Row, scratch: bool | None = True) -> Row:
@@ -93,6 +94,7 @@ def check(*rows: Row, scratch: bool | None = True) -> Row:
         "users": [row for row in rows if "present" in row],
         "scratch": {
             "ran": scratch is not None,
+            "inconclusive": False,
             "ok": scratch,
             "mode": "process" if scratch else None,
             "msg": "Not so.",
@@ -103,7 +105,7 @@ def check(*rows: Row, scratch: bool | None = True) -> Row:
 def session(limit: int | None) -> Row:
     """A user whose session was opened."""
     limits = {"memlock_bytes": limit, "memlock_unlimited": limit is None}
-    return {"user": "alice", "present": True, "ran": True, "msg": "", **limits}
+    return {"user": "alice", "present": True, "ran": True, "inconclusive": False, "msg": "", **limits}
 
 
 @pytest.mark.parametrize(
@@ -148,6 +150,38 @@ def test_what_was_not_tried_is_neither() -> None:
     assert [each["ok"] for each in found["verified"]] == [None, None]
     assert found["verified"][1]["evidence"] == "not run in check mode"
     assert found["failed"] == []
+    assert found["unproven"] == []
+
+
+UNKNOWN: Row = {"ok": None, "inconclusive": True, "effective": None, "msg": "It was ended by signal 9."}
+
+
+@pytest.mark.parametrize(
+    ("made", "row", "unproven"),
+    [
+        (plan("cap_ipc_lock", FILE), started(False, **UNKNOWN), f"{QEMU}, started as libvirt-qemu, has CAP_IPC_LOCK"),
+        (plan("cap_ipc_lock", DROP_IN), replica(False, **UNKNOWN), "A replica of vm1.service has CAP_IPC_LOCK"),
+        (plan("memlock", RAISED), replica(False, **UNKNOWN), "A replica of vm1.service may lock 1073741824 bytes"),
+        (plan("memlock", USERS), {**session(None), **UNKNOWN}, "A session of alice may lock 1073741824 bytes"),
+        # Nothing was granted, so that nothing has to be proven.
+        (plan("native"), started(False, **UNKNOWN), ""),
+        (plan("none"), replica(False, **UNKNOWN), ""),
+    ],
+)
+def test_what_is_not_known(made: Row, row: Row, unproven: str) -> None:
+    found = iommufd_host_result(made, info(), record(), check(row))
+    assert found["failed"] == []
+    expected = [f"{unproven}: that is not known (It was ended by signal 9.)."] if unproven else []
+    assert found["unproven"] == expected
+    assert found["verified"][-1]["ok"] is None
+    assert found["verified"][-1]["evidence"] == "It was ended by signal 9."
+
+
+def test_a_mode_that_is_not_known() -> None:
+    unknown = check()
+    unknown["scratch"].update(UNKNOWN, mode=None)
+    found = iommufd_host_result(plan("none"), info(), record(), unknown)
+    assert (found["failed"], len(found["unproven"])) == ([], 1)
 
 
 @pytest.mark.parametrize(

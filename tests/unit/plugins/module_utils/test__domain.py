@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -113,6 +114,72 @@ def test_definition(text: str, definition: Definition) -> None:
 def test_what_is_no_definition(text: str) -> None:
     with pytest.raises(IommufdError, match=r"^libvirt's description of the domain cannot be read"):
         parse_definition(text)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            "<memory unit='KiB'>{}</memory>".format("9" * 400),
+            r"its <memory> is not from 0 to 9007199254740991 but '999",
+        ),
+        ("<memory unit='KiB'>{}</memory>".format("9" * 5000), r"its <memory> is no number but '999"),
+        ("<memory unit='KiB'>-1</memory>", "its <memory> is no number but '-1'"),
+        ("<memory unit='KiB'>\u0661</memory>", "its <memory> is no number"),
+        ("<memory unit='KiB'>9007199254740992</memory>", "its <memory> is not from 0"),
+        ("<memory>4</memory><memtune><hard_limit>1e9</hard_limit></memtune>", "its <memtune/hard_limit> is no number"),
+        ("<!DOCTYPE a><memory>4</memory>", "it has a DOCTYPE"),
+        ("<memory>4</memory>" + "<a/>" * 2**18, "it has more than 262144 elements"),
+    ],
+)
+def test_a_definition_that_is_not_to_be_believed(more: str, words: str) -> None:
+    with pytest.raises(IommufdError, match=f"^libvirt's description of the domain cannot be read: {words}"):
+        parse_definition(f"<domain>{more}</domain>")
+
+
+def test_whatever_a_libvirt_says_of_a_domain() -> None:
+    """A definition, or our own error: of a domain's XML in which pieces were swapped, doubled or left out."""
+    chance = random.Random(20)
+    text = xml(DEVICE.format("<driver name='vfio' iommufd='yes'/>", 5) * 2 + "<iommu model='intel'/>")
+    pieces = re.findall(r"<[^>]*>|[^<]+", text)
+    nasty = [
+        "9" * 400,
+        "9" * 5000,
+        "-1",
+        "1e9",
+        "\u0661",
+        "\0",
+        "&lol;",
+        "]]>",
+        "<!DOCTYPE a>",
+        "<memory>",
+        "'",
+        "\ud800",
+    ]
+    read = refused = 0
+    for _attempt in range(5000):
+        spoilt = list(pieces)
+        for _change in range(chance.randrange(1, 4)):
+            at = chance.randrange(len(spoilt))
+            spoilt[at : at + chance.randrange(2)] = [chance.choice([*pieces, *nasty])] * chance.randrange(3)
+        try:
+            need = parse_definition("".join(spoilt)).need_bytes
+            read += need is None or 0 <= need < 2**63
+        except IommufdError as exc:
+            refused += str(exc).startswith("libvirt's description of the domain cannot be read: ")
+    # Each was one of the two, and both have happened.
+    assert read + refused == 5000
+    assert min(read, refused) > 100
+
+
+def test_no_definition_needs_more_than_any_size() -> None:
+    definition = f"<domain><memory>{2**53 - 1}</memory><devices>{DEVICE.format('', 5) * 3}<iommu/></devices></domain>"
+    assert parse_definition(definition).need_bytes == 2**63 - 1
+
+
+def test_an_address_of_any_length_is_none() -> None:
+    assert parse_definition(xml(DEVICE.format("", "f" * 5000))).devices == ()
+    assert parse_definition(xml(DEVICE.format("", "\u0661"))).devices == ()
 
 
 SEEN = Seen(12_008_000, "u-u-i-d", False, "shut off", Definition("g", ("0000:00:05.1",), 2 * GIB), ("No way.",))

@@ -38,6 +38,11 @@ def test_the_guests_name(arguments: list[bytes], name: bytes | None) -> None:
         (b"http.server", None),
         (b"slots=2", None),
         (b"64Q", None),
+        (b"8388607T", 8388607 * 2**40),
+        # More than any size has.
+        (b"8388608T", None),
+        (b"9" * 18 + b"T", None),
+        (b"9" * 400, None),
     ],
 )
 def test_the_guests_memory(text: bytes, memory: int | None) -> None:

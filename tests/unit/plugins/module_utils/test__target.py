@@ -8,12 +8,13 @@ import contextlib
 import errno
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _target
+from ansible_collections.virt.iommufd.plugins.module_utils import _running, _target
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     DescriptorGone,
     IommufdError,
@@ -31,7 +32,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._target import (
     Target,
     UnitTarget,
     borrow_iommufd,
-    emulator_uid,
     find_iommufds,
     hold_target,
     parse_pid,
@@ -245,23 +245,27 @@ def test_a_pidfile_that_changes_before_it_is_checked_does_not_count(
             target.check(process)
 
 
-def test_the_file_that_was_read_is_the_one_that_is_judged(
-    pidfile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_file_that_was_read_is_the_one_that_is_judged(pidfile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = PidfileTarget(str(pidfile))
-    pid, status = target.read()
-    (tmp_path / "other").write_text(f"{pid}\n")
-    other = os.stat(tmp_path / "other")
-    monkeypatch.setattr(PidfileTarget, "read", lambda _self: (pid, other))
+    read = target.read()
+    status = pidfile.stat()
+    assert (read.written, read.device, read.inode) == (status.st_mtime, status.st_dev, status.st_ino)
+    monkeypatch.setattr(PidfileTarget, "read", lambda _self: read._replace(inode=read.inode + 1))
     with pytest.raises(ProcessGone, match="was replaced while it was read"):
         holds(target)
-    monkeypatch.setattr(PidfileTarget, "read", lambda _self: (pid, status))
+    monkeypatch.setattr(PidfileTarget, "read", lambda _self: read)
     pidfile.chmod(0o666)
     with pytest.raises(IommufdError, match=r"child\.pid can be written by everybody"):
         holds(target)
     pidfile.unlink()
     with pytest.raises(ProcessGone, match="was replaced"):
         holds(target)
+
+
+def test_a_pidfile_that_is_not_to_be_had_in_time(pidfile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_target, "_PATIENCE", 0)
+    with pytest.raises(IommufdError, match=r"child\.pid could not be looked at within 0 seconds\. Is it on a mount"):
+        PidfileTarget(str(pidfile)).resolve()
 
 
 def test_a_pidfile_that_cannot_be_looked_up(pidfile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,83 +297,110 @@ def test_a_target_that_changes_between_the_readings_is_refused(child: subprocess
 
 
 STATUS = """
-<domstatus state='running' pid='%d'><domain type='kvm' id='1'>
-  <seclabel type='dynamic' model='apparmor'><label>libvirt-0815</label></seclabel>
+<domstatus state='running' pid='%d'><domain type='kvm' id='1'><name>%s</name>
   <seclabel type='dynamic' model='dac'><label>%s</label></seclabel>
 </domain></domstatus>
 """
-
-
-@pytest.mark.parametrize(
-    ("label", "uid"), [("+64055:+64055", 64055), ("107:107", 107), ("qemu:qemu", None), ("", None)]
-)
-def test_the_emulators_user_is_read_from_libvirts_record(label: str, uid: int | None) -> None:
-    assert emulator_uid((STATUS % (42, label)).encode()) == uid
-
-
-def test_a_record_that_is_no_xml_is_refused() -> None:
-    with pytest.raises(IommufdError, match="no XML"):
-        emulator_uid(b"<domstatus")
+ME = f"+{os.getuid()}:+{os.getgid()}"
 
 
 @pytest.fixture
 def libvirt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Libvirt's state folder, which counts as root's."""
-    monkeypatch.setattr(_target, "_LIBVIRT_STATE", str(tmp_path))
-    monkeypatch.setattr(_target, "_LIBVIRT_UID", os.getuid())
+    """Libvirt's folder, whose files count as root's."""
+    monkeypatch.setattr(_running, "_FOLDER", str(tmp_path))
+    monkeypatch.setattr(_running, "_LIBVIRT_UID", os.getuid())
     return tmp_path
 
 
 @pytest.fixture
-def emulator() -> Iterator[subprocess.Popen[bytes]]:
-    """A process whose command line is that of the domain vm1's emulator."""
-    command = ["sh", "-c", "echo ready; read line", "-name", "guest=vm1,debug-threads=on"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        yield process
+def emulators() -> Iterator[dict[str, int]]:
+    """Two processes of one user, whose command lines are those of emulators of vm1 and of vm2."""
+    with contextlib.ExitStack() as stack:
+        pids = {}
+        for name in ("vm1", "vm2"):
+            command = ["sh", "-c", "echo ready; read line", "-name", f"guest={name},debug-threads=on"]
+            process = stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            )
+            assert process.stdout is not None
+            process.stdout.readline()
+            pids[name] = process.pid
+        yield pids
 
 
-def test_a_domains_emulator_is_held(libvirt: Path, emulator: subprocess.Popen[bytes]) -> None:
-    (libvirt / "vm1.pid").write_text(str(emulator.pid))
-    (libvirt / "vm1.xml").write_text(STATUS % (emulator.pid, f"+{os.getuid()}:+{os.getgid()}"))
-    assert holds(DomainTarget("vm1")) == emulator.pid
-    (libvirt / "vm1.xml").write_text(STATUS % (emulator.pid, "+4711:+4711"))
+def write(folder: Path, name: str, pid: int, label: str = ME) -> None:
+    """Libvirt's record of a domain, and the pidfile beside it."""
+    (folder / f"{name}.pid").write_text(str(pid))
+    (folder / f"{name}.xml").write_text(STATUS % (pid, name, label))
+
+
+def test_a_domains_emulator_is_held(libvirt: Path, emulators: dict[str, int]) -> None:
+    write(libvirt, "vm1", emulators["vm1"])
+    assert holds(DomainTarget("vm1")) == emulators["vm1"]
+    write(libvirt, "vm1", emulators["vm1"], "+4711:+4711")
     with pytest.raises(IommufdError, match="libvirt runs that as uid 4711"):
         holds(DomainTarget("vm1"))
-    (libvirt / "vm1.xml").unlink()
-    with pytest.raises(IommufdError, match="libvirt's record of the domain, cannot be read"):
+    (libvirt / "vm1.xml").write_text("<domstatus")
+    with pytest.raises(IommufdError, match=r"vm1.xml is no record of libvirt's: it is no XML"):
         holds(DomainTarget("vm1"))
-    (libvirt / "vm2.pid").write_text(str(emulator.pid))
-    with pytest.raises(IommufdError, match=r"not the emulator of domain vm2: .* is vm1\. .* is stale"):
+
+
+def test_a_domain_whose_files_were_renamed_to_another_ones(libvirt: Path, emulators: dict[str, int]) -> None:
+    write(libvirt, "vm1", emulators["vm1"])
+    write(libvirt, "vm2", emulators["vm2"])
+    for suffix in ("pid", "xml"):
+        (libvirt / f"vm1.{suffix}").rename(libvirt / f"vm2.{suffix}")
+    # The user of the emulators can have the command line agree with that, too, as vm2's does.
+    with pytest.raises(
+        IommufdError, match=r"is not the emulator of domain vm2: .* is that of domain vm1, so it was re"
+    ):
         holds(DomainTarget("vm2"))
-    (libvirt / "vm3.pid").write_text(str(os.getpid()))
-    with pytest.raises(IommufdError, match="on its command line is none"):
-        holds(DomainTarget("vm3"))
-
-
-@pytest.mark.parametrize("suffix", ["pid", "xml"])
-def test_a_record_that_is_not_libvirts_does_not_count(
-    libvirt: Path, emulator: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, suffix: str
-) -> None:
-    (libvirt / "vm1.pid").write_text(str(emulator.pid))
-    (libvirt / "vm1.xml").write_text(STATUS % (emulator.pid, f"+{os.getuid()}:+{os.getgid()}"))
-    real, theirs = os.fstat, os.stat(libvirt / f"vm1.{suffix}").st_ino
-
-    def somebody_elses(fd: int) -> os.stat_result:
-        status = real(fd)
-        return os.stat_result([*status[:4], 4711, *status[5:]]) if status.st_ino == theirs else status
-
-    monkeypatch.setattr(os, "fstat", somebody_elses)
-    with pytest.raises(IommufdError, match=f"vm1.{suffix} is not libvirt's: it belongs to uid 4711"):
+    with pytest.raises(IommufdError, match="No domain vm1 is running"):
         holds(DomainTarget("vm1"))
+
+
+def test_a_pidfile_that_was_renamed_is_not_believed(libvirt: Path, emulators: dict[str, int]) -> None:
+    write(libvirt, "vm1", emulators["vm1"])
+    (libvirt / "vm1.pid").write_text(str(emulators["vm2"]))
+    assert holds(DomainTarget("vm1")) == emulators["vm1"]
+
+
+def test_a_record_that_was_kept_for_a_later_process(libvirt: Path, emulators: dict[str, int]) -> None:
+    write(libvirt, "vm1", emulators["vm1"])
+    os.utime(libvirt / "vm1.xml", (0, time.time() - 60))
+    with pytest.raises(IommufdError, match="was written before that process started, so it is stale"):
+        holds(DomainTarget("vm1"))
+
+
+@pytest.mark.parametrize(
+    ("unit", "words"),
+    [
+        (
+            r"machine-qemu\x2d2\x2dvm2.scope",
+            r"it is in machine-qemu\\x2d2\\x2dvm2.scope, but libvirt has recorded number 1",
+        ),
+        (r"machine-qemu\x2d11\x2dvm1.scope", "libvirt has recorded number 1 for the domain"),
+        (r"machine-qemu\x2d1\x2dvm1.scope", ""),
+        (r"virt\x2dmachine-qemu\x2d2\x2dvm2.scope", ""),
+        ("libvirtd.service", ""),
+        (None, ""),
+    ],
+)
+def test_the_control_group_has_to_be_the_domains(
+    libvirt: Path, emulators: dict[str, int], monkeypatch: pytest.MonkeyPatch, unit: str | None, words: str
+) -> None:
+    write(libvirt, "vm1", emulators["vm1"])
+    monkeypatch.setattr(Process, "units", lambda _self: (unit, None))
+    if words:
+        with pytest.raises(IommufdError, match=words):
+            holds(DomainTarget("vm1"))
+    else:
+        assert holds(DomainTarget("vm1")) == emulators["vm1"]
 
 
 def test_a_domain_that_is_shut_off_is_refused(libvirt: Path) -> None:
+    (libvirt / "vm1.pid").write_text("1")
     with pytest.raises(IommufdError, match=r"No domain vm1 is running.*shut off"):
-        holds(DomainTarget("vm1"))
-    (libvirt / "vm1.pid").touch()
-    with pytest.raises(IommufdError, match="is empty"):
         holds(DomainTarget("vm1"))
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _host, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils import _child, _host, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status, parse_status
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget, hold_target
@@ -129,8 +130,91 @@ def test_an_emulator_that_does_not_come_up(
 ) -> None:
     Path(emulator.path).write_text("#!/bin/sh\necho 'I wait.'; exec sleep 600\n")
     monkeypatch.setattr(_vmm_start, "_PATIENCE", 4)
-    with pytest.raises(IommufdError, match=r"runs, but is not up after 2 seconds: I wait\.$"):
+    with pytest.raises(Interrupted, match=r"runs, but is not up after 2 seconds: I wait\.$"):
         start_emulator(emulator, OWN, MYSELF)
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("kill -KILL $$", "was ended by signal 9, so nothing is known of it"),
+        ("kill -STOP $$; sleep 600", "was stopped by signal 19, so nothing is known of it"),
+        # As QEMU does when it is asked to by a signal.
+        ("exit 0", "ended at once: it said nothing"),
+    ],
+)
+def test_an_emulator_that_others_may_have_ended(emulator: Program, children: list[int], script: str, told: str) -> None:
+    Path(emulator.path).write_text(f"#!/bin/sh\n{script}\n")
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match=told):
+        start_emulator(emulator, OWN, MYSELF)
+    assert time.monotonic() - began < 30
+
+
+def test_an_emulator_that_is_ended_while_it_is_looked_at(
+    emulator: Program, children: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see = _vmm_start._see
+
+    def end_and_see(process: Process) -> Seen:
+        os.kill(process.pid, number)
+        _await(lambda: _has_ended(process))
+        return see(process)
+
+    monkeypatch.setattr(_vmm_start, "_see", end_and_see)
+    number = signal.SIGKILL
+    with pytest.raises(Interrupted, match="was ended by signal 9"):
+        start_emulator(emulator, OWN, MYSELF)
+
+
+def test_an_emulator_that_cannot_be_looked_at(
+    emulator: Program, children: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_process: Process) -> NoReturn:
+        raise IommufdError("no")
+
+    monkeypatch.setattr(_vmm_start, "_see", refuse)
+    with pytest.raises(Interrupted, match=r"could not be looked at: no$"):
+        start_emulator(emulator, OWN, MYSELF)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_child_that_is_kept_from_becoming_the_emulator(
+    emulator: Program, children: list[int], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(_vmm_start, "isolate", lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Interrupted, match=f"by signal {number:d}, so nothing is known of it"):
+        start_emulator(emulator, OWN, MYSELF)
+
+
+def test_a_child_that_never_becomes_the_emulator(
+    emulator: Program, children: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_vmm_start, "isolate", lambda: time.sleep(600))
+    monkeypatch.setattr(_vmm_start, "_PATIENCE", 1)
+    with pytest.raises(Interrupted, match="was not executed within 0 seconds"):
+        start_emulator(emulator, OWN, MYSELF)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.EAGAIN, Interrupted),
+        (errno.ENOMEM, Interrupted),
+        (errno.EPERM, IommufdError),
+        (errno.ENOENT, IommufdError),
+    ],
+)
+def test_what_a_user_can_use_up(
+    emulator: Program, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[IommufdError]
+) -> None:
+    def refuse(*_words: object) -> NoReturn:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(os, "execve", refuse)
+    with pytest.raises(IommufdError, match="to execute it failed") as raised:
+        start_emulator(emulator, OWN, MYSELF)
+    assert raised.type is kind
 
 
 def test_a_user_that_one_cannot_become(emulator: Program, children: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,8 +238,9 @@ def test_the_step_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, steps: in
         if not steps:
             raise OSError(errno.EPERM, f"{option} {value}")
 
-    for name in ("dup2", "setsid", "chdir"):
+    for name in ("dup2", "chdir"):
         monkeypatch.setattr(os, name, lambda *_words: None)
+    monkeypatch.setattr(_vmm_start, "isolate", lambda: None)
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(_vmm_start, "_prctl", refuse)
     reading, writing = os.pipe()
@@ -234,6 +319,31 @@ def test_a_copy_that_says_something_else(
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda _name, path: "/bin/echo")
     with pytest.raises(IommufdError, match=r"was executed, but failed: /proc/self/status$"):
+        try_copy(emulator, OWN, MYSELF)
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("kill -KILL $$", "was ended by signal 9"),
+        ("kill -STOP $$; sleep 600", "was stopped by signal 19"),
+        ("exec sleep 600", "has not ended after 1 seconds"),
+    ],
+)
+def test_a_copy_that_others_may_have_ended(
+    emulator: Program, children: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, told: str
+) -> None:
+    # A script cannot be executed by a descriptor that is closed by that.
+    (tmp_path / "cat").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "cat").chmod(0o755)
+
+    @contextlib.contextmanager
+    def copy(_program: Program, _what: str) -> Iterator[str]:
+        yield str(tmp_path / "cat")
+
+    monkeypatch.setattr(_vmm_start, "_copy_of_cat", copy)
+    monkeypatch.setattr(_vmm_start, "_PATIENCE", 3)
+    with pytest.raises(Interrupted, match=told):
         try_copy(emulator, OWN, MYSELF)
 
 
@@ -316,7 +426,7 @@ done
 @pytest.fixture
 def virsh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Puts a virsh in the place of the real one that notes what it is told, and gives an answer."""
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(_child, "_PATH", f"{tmp_path}:{_child._PATH}")
 
     def put(answer: str) -> None:
         (tmp_path / "virsh").write_text(VIRSH.format(folder=tmp_path, answer=answer))
@@ -363,7 +473,7 @@ def test_a_domain_is_created_and_destroyed(
 def test_a_domain_that_is_not_created(virsh: Callable[[str], None], emulator: Program, tmp_path: Path) -> None:
     virsh("error: Failed to create\nerror: no such thing")
     message = "libvirt does not start a domain with .*: error: Failed to create error: no such thing$"
-    with pytest.raises(IommufdError, match=message):
+    with pytest.raises(Interrupted, match=message):
         start_domain(tells(CAPABILITIES), "qemu:///test", emulator)
     assert "destroy" in (tmp_path / "told").read_text()
 
@@ -371,8 +481,23 @@ def test_a_domain_that_is_not_created(virsh: Callable[[str], None], emulator: Pr
 def test_a_virsh_that_ends_at_once(virsh: Callable[[str], None], emulator: Program, tmp_path: Path) -> None:
     virsh("")
     (tmp_path / "virsh").write_text("#!/bin/sh\nexec <&-\necho 'error: failed to connect'; exit 1\n")
-    with pytest.raises(IommufdError, match=r"libvirt does not start a domain with .*: error: failed to connect$"):
+    with pytest.raises(Interrupted, match=r"libvirt does not start a domain with .*: error: failed to connect$"):
         start_domain(tells(CAPABILITIES), "qemu:///test", emulator)
+
+
+@pytest.mark.parametrize("script", ["echo so far; exec sleep 600", "echo so far; kill -STOP $$"])
+def test_a_virsh_that_says_no_more(
+    virsh: Callable[[str], None], emulator: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    virsh("")
+    (tmp_path / "virsh").write_text(f"#!/bin/sh\n{script}\n")
+    monkeypatch.setattr(_vmm_start, "LIBVIRT_SECONDS", 1)
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match=r"libvirt does not start a domain with .*: so far$"):
+        start_domain(tells(CAPABILITIES), "qemu:///test", emulator)
+    assert time.monotonic() - began < 30
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +509,7 @@ def test_a_virsh_that_ends_at_once(virsh: Callable[[str], None], emulator: Progr
     ],
 )
 def test_libvirt_does_not_know_the_emulator(emulator: Program, run: Run, why: str) -> None:
-    with pytest.raises(IommufdError, match=f"libvirt does not tell what .* can: {why}"):
+    with pytest.raises(Interrupted, match=f"libvirt does not tell what .* can: {why}"):
         start_domain(run, "qemu:///test", emulator)
 
 
@@ -393,16 +518,16 @@ def missing(_command: list[str]) -> tuple[int, str, str]:
 
 
 def test_there_is_no_virsh(emulator: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(IommufdError, match="virsh does not run: ENOENT"):
+    with pytest.raises(Interrupted, match="virsh does not run: ENOENT"):
         start_domain(missing, "qemu:///test", emulator)
-    monkeypatch.setenv("PATH", "/nothing")
-    with pytest.raises(IommufdError, match="virsh does not run: ENOENT"):
+    monkeypatch.setattr(_child, "_PATH", "/nothing")
+    with pytest.raises(Interrupted, match="virsh does not run: ENOENT"):
         start_domain(tells(CAPABILITIES), "qemu:///test", emulator)
 
 
 def unit(program: Program, **settings: str) -> Unit:
     flags = {"active": False, "no_new_privs": False, "private_users": False, "outdated": False}
-    limit = Limit(1, None)
+    limit = Limit(*_limits())
     return Unit(
         "vm.service",
         "vm.service",
@@ -420,9 +545,11 @@ def unit(program: Program, **settings: str) -> Unit:
 
 
 def test_what_a_replica_takes_over(emulator: Program) -> None:
-    usual = ["LimitMEMLOCK=1:infinity", "RuntimeMaxSec=120"]
+    usual = ["LimitMEMLOCK=1:infinity", "LimitNPROC=infinity", "TimeoutStartSec=60", "KillSignal=SIGKILL"]
+    usual.append("RuntimeMaxSec=120")
     none = ["CapabilityBoundingSet=", "AmbientCapabilities=", "SecureBits="]
-    assert replica_properties(unit(emulator)) == [*none, *usual]
+    limit = Limit(1, None)
+    assert replica_properties(changed(unit(emulator), memlock=limit)) == [*none, *usual]
     settings = {
         "User": "vm",
         "Group": "",
@@ -433,7 +560,7 @@ def test_what_a_replica_takes_over(emulator: Program) -> None:
         "SecureBits": "17",
         "ExecStart": "not this",
     }
-    assert replica_properties(unit(emulator, **settings)) == [
+    assert replica_properties(changed(unit(emulator, **settings), memlock=limit)) == [
         "User=vm",
         "SupplementaryGroups=kvm disk",
         "NoNewPrivileges=yes",
@@ -447,18 +574,19 @@ def test_what_a_replica_takes_over(emulator: Program) -> None:
 class Systemd:
     """Starts nothing, and gives this process for what it was to start."""
 
-    def __init__(self, code: int = 0, pid: str = str(os.getpid()), journal: str = "") -> None:
-        self._code, self._pid, self._journal = code, pid, journal
+    def __init__(self, code: int = 0, pid: str = str(os.getpid()), journal: str = "", ended: str = "0 0") -> None:
+        self._code, self._pid, self._journal, self._ended = code, pid, journal, ended
         self.commands: list[list[str]] = []
 
     def __call__(self, command: list[str]) -> tuple[int, str, str]:
-        assert command[:4] == ["timeout", "-k", "5", "120"]
-        self.commands.append(command[4:])
-        if command[4] == "systemd-run":
+        self.commands.append(command)
+        if command[0] == "systemd-run":
             return self._code, "", "Job failed.\n" if self._code else ""
-        if command[4:6] == ["systemctl", "show"]:
-            return 0, f"{self._pid}\n", ""
-        if command[4] == "journalctl":
+        if command[:3] == ["systemctl", "show", "--property=ExecMainCode,ExecMainStatus"]:
+            return 0, "ExecMainCode={}\nExecMainStatus={}\n".format(*self._ended.split()), ""
+        if command[:2] == ["systemctl", "show"]:
+            return 0, f"MainPID={self._pid}\n", ""
+        if command[0] == "journalctl":
             return 0, self._journal.format(self.name), ""
         return 0, "", ""
 
@@ -466,6 +594,11 @@ class Systemd:
     def name(self) -> str:
         (name,) = [word[7:] for word in self.commands[0] if word.startswith("--unit=")]
         return name
+
+    def check_ended(self) -> None:
+        """It is forgotten only once it was asked for."""
+        assert "--collect" not in self.commands[0]
+        assert self.commands[-2:] == [["systemctl", verb, "--", self.name] for verb in ("stop", "reset-failed")]
 
 
 @pytest.mark.parametrize("qemu", [True, False])
@@ -475,42 +608,89 @@ def test_a_replica_is_started_and_stopped(emulator: Program, qemu: bool) -> None
     assert (seen.user, seen.status.uid) == (MYSELF.name, os.getuid())
     command = systemd.commands[0][systemd.commands[0].index("--") + 1 :]
     assert command[:2] == ([emulator.path, "-no-user-config"] if qemu else ["sleep", "240"])
-    assert systemd.commands[-1] == ["systemctl", "stop", "--", systemd.name]
+    systemd.check_ended()
+
+
+FAILED = "Starting\n{0}: Failed at step USER spawning x: No such process\n{0}: Failed.\n"
 
 
 @pytest.mark.parametrize(
-    ("systemd", "message"),
+    ("systemd", "kind", "message"),
     [
-        (Systemd(code=1), "systemd does not start a service like vm.service: Job failed.$"),
+        # CLD_EXITED with a status is a verdict; CLD_KILLED, and what ends with success, is none.
         (
-            Systemd(code=1, journal="Starting\n{0}: Failed at step USER spawning x: No such process\n{0}: Failed.\n"),
+            Systemd(code=1, journal=FAILED, ended="1 217"),
+            IommufdError,
             "vm.service: Failed at step USER spawning x: No such process$",
         ),
-        (Systemd(pid="0", journal="x\n{0}: ended\n"), "A service like vm.service ended at once: x ended$"),
-        (Systemd(pid=""), "A service like vm.service ended at once: it said nothing.$"),
+        (Systemd(pid="0", journal="x\n{0}: ended\n", ended="1 1"), IommufdError, "ended at once: x ended$"),
+        (Systemd(pid="0", ended="2 9"), Interrupted, "A service like vm.service ended at once: it said nothing.$"),
+        (Systemd(pid="0", ended="1 0"), Interrupted, "ended at once"),
+        (Systemd(pid=""), Interrupted, "ended at once"),
+        (Systemd(code=1), Interrupted, "systemd does not start a service like vm.service: Job failed.$"),
+        (Systemd(code=124, ended="2 15"), Interrupted, "systemd does not start a service"),
     ],
 )
-def test_a_replica_that_does_not_start(emulator: Program, systemd: Systemd, message: str) -> None:
-    with pytest.raises(IommufdError, match=message):
+def test_a_replica_that_does_not_start(
+    emulator: Program, systemd: Systemd, kind: type[IommufdError], message: str
+) -> None:
+    with pytest.raises(IommufdError, match=message) as raised:
         start_replica(systemd, unit(emulator))
-    assert systemd.commands[-1] == ["systemctl", "stop", "--", systemd.name]
+    assert raised.type is kind
+    systemd.check_ended()
+
+
+def test_a_replica_whose_limit_somebody_has_changed(emulator: Program) -> None:
+    """As its user may by prlimit(2)."""
+    systemd = Systemd()
+    with pytest.raises(Interrupted, match="has not the limit of locked memory that systemd gave it"):
+        start_replica(systemd, changed(unit(emulator), memlock=Limit(123, 123)))
+    systemd.check_ended()
 
 
 def test_there_is_no_systemd(emulator: Program) -> None:
-    with pytest.raises(IommufdError, match=r"systemd does not start a service like vm.service: ENOENT"):
+    with pytest.raises(Interrupted, match=r"systemd does not start a service like vm.service: ENOENT"):
         start_replica(missing, unit(emulator))
 
 
-def test_the_limit_in_a_session() -> None:
-    limits = Path("/proc/self/limits").read_text()
-    assert session_memlock(tells(limits), MYSELF) == Limit(*_limits())
-    for run, why in (
-        (tells("", 1, "runuser: no\n"), "runuser: no$"),
-        (tells("", 124), "exit code 124.$"),
-        (missing, "ENOENT"),
-    ):
-        with pytest.raises(IommufdError, match=f"PAM does not open a session of {MYSELF.name}: {why}"):
-            session_memlock(run, MYSELF)
+@pytest.fixture
+def runuser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a runuser in the place of the real one."""
+    monkeypatch.setattr(_child, "_PATH", f"{tmp_path}:{_child._PATH}")
+
+    def put(script: str) -> None:
+        (tmp_path / "runuser").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "runuser").chmod(0o755)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    "script", ['test "$*" = "-u {name} -- true"', "exit 137", "kill -STOP $$", "ulimit -S -l 8; kill -STOP $$"]
+)
+def test_the_limit_in_a_session(runuser: Callable[[str], None], script: str) -> None:
+    runuser(script.format(name=MYSELF.name))
+    soft, hard = _limits()
+    expected = Limit(8192 if "ulimit" in script else soft, hard)
+    assert session_memlock(MYSELF) == expected
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.parametrize(
+    ("script", "why"), [("echo 'runuser: no' >&2; exit 1", "runuser: no$"), ("exit 126", "exit code 126.$")]
+)
+def test_a_session_that_is_not_opened(runuser: Callable[[str], None], script: str, why: str) -> None:
+    runuser(script)
+    with pytest.raises(Interrupted, match=f"PAM does not open a session of {MYSELF.name}: {why}"):
+        session_memlock(MYSELF)
+
+
+def test_a_session_that_takes_too_long(runuser: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    runuser("sleep 600")
+    monkeypatch.setattr(_vmm_start, "COMMAND_SECONDS", 1)
+    with pytest.raises(Interrupted, match="PAM does not open a session within 1 seconds"):
+        session_memlock(MYSELF)
 
 
 @pytest.fixture
@@ -544,9 +724,20 @@ def test_an_iommufd_and_a_user_that_one_cannot_become(
     def refuse(_user: User) -> NoReturn:
         raise PermissionError(errno.EPERM, "no")
 
-    monkeypatch.setattr(_vmm_start, "has_ids", lambda _user: False)
-    monkeypatch.setattr(_vmm_start, "become", refuse)
-    with pytest.raises(IommufdError, match=f"could not become {MYSELF.name}"):
+    monkeypatch.setattr(_child, "has_ids", lambda _user: False)
+    monkeypatch.setattr(_child, "become", refuse)
+    with pytest.raises(IommufdError, match=f"cannot become user {MYSELF.name} .EPERM") as raised:
+        scratch_mode(MYSELF)
+    assert raised.type is IommufdError
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_iommufd_and_a_child_that_is_kept_from_reading(
+    iommu: FakeKernel, children: list[int], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(_vmm_start, "_READING_SECONDS", 1)
+    monkeypatch.setattr(_vmm_start, "_mode", lambda _fd, _user: os.kill(os.getpid(), number))
+    with pytest.raises(Interrupted):
         scratch_mode(MYSELF)
 
 

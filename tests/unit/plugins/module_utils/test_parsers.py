@@ -12,6 +12,7 @@ from typing import Any, Callable
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import parse_file_capabilities
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._foreign import number, parse_answer, parse_xml
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import parse_dev, parse_misc
 from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import library_version, offers_iommufd, parse_units
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
@@ -25,11 +26,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     printable,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_memory, guest_name
-from ansible_collections.virt.iommufd.plugins.module_utils._target import (
-    UnitTarget,
-    emulator_uid,
-    parse_pid,
-)
+from ansible_collections.virt.iommufd.plugins.module_utils._running import parse_domain_record
+from ansible_collections.virt.iommufd.plugins.module_utils._target import UnitTarget, parse_pid
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -40,7 +38,10 @@ PARSERS: list[Callable[[bytes], Any]] = [
     parse_pidfd,
     parse_dev,
     parse_misc,
-    emulator_uid,
+    lambda text: parse_domain_record(text, 0),
+    number,
+    parse_answer,
+    parse_xml,
     printable,
     parse_memlock,
     parse_cgroup,
@@ -58,7 +59,8 @@ LIMITS = resource.getrlimit(resource.RLIMIT_MEMLOCK)
 PIECES = [
     *(b"Uid:\t", b"State:\t", b"Z (zombie)\n", b"VmSize:", b"1000\t1000\n", b"42", b":", b"\n", b" ", b"\0", b"\xff"),
     *(b"42 (a) b) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20", b" iommu", b"10:123", b"9999999999999999999"),
-    *(b"<domstatus>", b"<domain>", b"<seclabel model='dac'><label>", b"+1:+1", b"</label></seclabel>", b"</domain>"),
+    *(b"<domstatus pid='1'>", b"<domain id='1'>", b"<name>a</name>", b"</domstatus>"),
+    *(b"<domain>", b"<seclabel model='dac'><label>", b"+1:+1", b"</label></seclabel>", b"</domain>"),
     *(
         b"Pid:\t",
         b"<?xml version='1.0' encoding='",

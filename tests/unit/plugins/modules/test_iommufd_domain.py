@@ -385,3 +385,52 @@ def test_what_libvirt_could_not_start(run: Run, libvirt: FakeLibvirt, null_is_io
     assert "<iommufd enabled='yes' fdgroup='iommufd'/>" in answer["msg"]
     assert answer["domain"]["state"] == "shut off"
     assert null_is_iommufd.calls == []
+
+
+@pytest.mark.usefixtures("limit")
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        ("9" * 400, "its <memory> is not from 0 to"),
+        ("9" * 5000, "its <memory> is no number"),
+        ("-9", "its <memory> is no number"),
+        ("4</memory><a>&lt;</a><!DOCTYPE b><memory>", "has a DOCTYPE"),
+    ],
+)
+def test_a_libvirt_that_says_what_cannot_be(run: Run, libvirt: FakeLibvirt, memory: str, words: str) -> None:
+    libvirt.domains["vm1"].xml = XML.replace("<memory unit='KiB'>4<", f"<memory unit='KiB'>{memory}<")
+    answer = run()
+    assert answer["failed"]
+    assert answer["msg"].startswith("libvirt's description of the domain cannot be read: ")
+    assert words in answer["msg"]
+    assert len(answer["msg"]) < 300
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ([], "What was learned of the domain cannot be read: version is looked for in what is no object"),
+        (None, "What was learned of the domain cannot be read: version is looked for"),
+        ({"version": 10**400}, "What was learned of the domain cannot be read: version is not from 0 to"),
+    ],
+)
+def test_a_child_that_answers_something_else(
+    run: Run, monkeypatch: pytest.MonkeyPatch, said: object, words: str
+) -> None:
+    monkeypatch.setattr(iommufd_domain, "in_child", lambda *_given: said)
+    assert words in run()["msg"]
+
+
+@pytest.mark.parametrize("said", [[], None, {"state": 3, "started": True}, {"state": "running", "started": "yes"}])
+def test_a_child_that_answers_something_else_of_the_start(
+    run: Run, monkeypatch: pytest.MonkeyPatch, said: object
+) -> None:
+    asked = vars(iommufd_domain)["in_child"]
+    monkeypatch.setattr(
+        iommufd_domain,
+        "in_child",
+        lambda user, work, seconds, keep: said if keep else asked(user, work, seconds, keep),
+    )
+    answer = run()
+    assert answer["failed"]
+    assert answer["msg"].startswith("What became of the start cannot be read: ")

@@ -14,8 +14,9 @@ import pytest
 import yaml
 from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import _host
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import survey
+from ansible_collections.virt.iommufd.plugins.module_utils._running import DomainRecord
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -140,14 +141,15 @@ def test_the_domain_capabilities(monkeypatch: pytest.MonkeyPatch, code: int, off
 
 
 def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> dict[int, str]:
-        raise AccessRefused("/run/libvirt/qemu is closed.")
+    def refuse(_name: str) -> DomainRecord:
+        raise IommufdError("/run/libvirt/qemu is closed.") from PermissionError()
 
     monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: False)
-    monkeypatch.setattr(iommufd_info, "running_domains", refuse)
+    monkeypatch.setattr(iommufd_info, "domain_record", refuse)
     monkeypatch.setattr(_host, "proc_hides", lambda: "hidepid=2")
     monkeypatch.setattr(iommufd_info, "names", lambda _mask: [])
     seen = survey()
+    seen.holders = [each._replace(name="vm1") for each in seen.holders]
     seen.closed = {"EACCES: Permission denied.": [1, 2, 3, 4, 5, 6]}
     monkeypatch.setattr(iommufd_info, "survey", lambda _nodes: seen)
     limits = run(gather_subset=["processes"])["host"]["limits_of_view"]
@@ -156,14 +158,19 @@ def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("name", "session", "running", "domain"),
+    ("name", "session", "record", "domain"),
     [
-        ("vm1", False, "vm1", ("vm1", "qemu:///system")),
-        ("a&b", False, "a&amp;b", ("a&b", "qemu:///system")),
-        ("vm1", False, "vm2", (None, None)),
-        ("vm1", True, "", ("vm1", "qemu:///session")),
-        (None, True, "vm1", (None, None)),
-        ("\udcff\x1b", True, "", ("\\xff\\x1b", "qemu:///session")),
+        ("vm1", False, {}, ("vm1", "qemu:///system")),
+        # What the process shows is its own to change, and what files are called that of the emulators' user.
+        ("vm1", False, {"name": "vm2"}, (None, None)),
+        ("vm1", False, {"pid": 1}, (None, None)),
+        ("vm1", False, {"uid": 4711}, (None, None)),
+        ("vm1", False, {"written": 0.0}, (None, None)),
+        ("vm1", True, None, ("vm1", "qemu:///session")),
+        ("vm1", False, None, (None, None)),
+        ("a/b", False, {}, (None, None)),
+        (None, True, {}, (None, None)),
+        ("\udcff\x1b", True, {}, ("\\xff\\x1b", "qemu:///session")),
     ],
 )
 def test_whose_domain(
@@ -171,12 +178,19 @@ def test_whose_domain(
     monkeypatch: pytest.MonkeyPatch,
     name: str | None,
     session: bool,
-    running: str,
+    record: dict[str, Any] | None,
     domain: tuple[str | None, str | None],
 ) -> None:
     null = os.stat(os.devnull).st_rdev
     (holder,) = survey({null}).holders
-    monkeypatch.setattr(iommufd_info, "running_domains", lambda: {holder.pid: running})
+    there = DomainRecord(holder.pid, 1, "vm1", None, holder.started + 1)._replace(**record or {})
+
+    def read(asked: str) -> DomainRecord:
+        if record is None or "/" in asked:
+            raise IommufdError("There is none.")
+        return there
+
+    monkeypatch.setattr(iommufd_info, "domain_record", read)
     nodes = {null: _host.VfioNode("/dev/vfio/5", ["a"], 5, True)}
     names = iommufd_info.Names(iommufd_info.View(), nodes)
     assert names.domain(holder._replace(name=name, session=session)) == domain

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_start
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, own_status
 from ansible_collections.virt.iommufd.plugins.module_utils._vmm_start import Seen
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
@@ -45,7 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     """Runs the module as root, on a host whose systemd knows one service; the answer is the JSON that it prints."""
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     text = "".join(f"{key}={value}\n" for key, value in UNIT.items())
-    monkeypatch.setattr(basic.AnsibleModule, "run_command", lambda _module, _command, **_how: (0, text, ""))
+    monkeypatch.setattr(iommufd_vmm_check, "run_command", lambda _command: (0, text, ""))
 
     def run_module(**options: Any) -> dict[str, Any]:
         monkeypatch.setattr(basic, "_ANSIBLE_ARGS", json.dumps({"ANSIBLE_MODULE_ARGS": options}).encode())
@@ -88,7 +89,8 @@ def seen(effective: int = IPC_LOCK, initial: bool = True, limit: int | None = 40
 def test_nothing_is_asked_for(run: Run) -> None:
     answer = run()
     assert (answer["emulators"], answer["units"], answer["users"]) == ([], [], [])
-    assert answer["scratch"] == {"ran": False, "ok": None, "mode": None, "msg": "It was not asked for."}
+    untried = {"ran": False, "ok": None, "inconclusive": False, "mode": None, "msg": "It was not asked for."}
+    assert answer["scratch"] == untried
 
 
 def test_what_is_only_looked_at(run: Run, tmp_path: Path) -> None:
@@ -121,6 +123,7 @@ def test_check_mode_starts_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         (emulator,), (unit,), (user,) = answer["emulators"], answer["units"], answer["users"]
         for row in (emulator["trial"], emulator["started"], unit["replica"], user, answer["scratch"]):
             assert (row["ran"], row["ok"], row["msg"]) == (False, None, "Not run in check mode.")
+            assert row["inconclusive"] is False
         assert emulator["started"]["how"] == ("domain" if domain else "bare")
         assert user["present"]
 
@@ -145,17 +148,26 @@ def test_what_was_started(run: Run, monkeypatch: pytest.MonkeyPatch, was: Seen, 
         assert bool(started["msg"]) == (was.initial is False)
 
 
-def test_what_could_not_be_started(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "ok", "times"),
+    [(IommufdError, False, 1), (HostLacks, False, 1), (Interrupted, None, 3)],
+)
+def test_what_could_not_be_started(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: type[IommufdError], ok: bool | None, times: int
+) -> None:
     def fail(*_words: object) -> None:
-        raise IommufdError("It is broken.")
+        tried.append(0)
+        raise kind("It is broken.")
 
+    tried: list[int] = []
     for name in ("try_copy", "start_emulator", "start_replica", "session_memlock", "scratch_mode"):
         monkeypatch.setattr(_vmm_start, name, fail)
     how = {"trial": True, "start": True, "scratch": True, "user": MYSELF, "users": [MYSELF], "units": ["vm.service"]}
     answer = run(**how, emulators=[SHELL, str(tmp_path)])
     rows = [*(answer["emulators"][0][name] for name in ("trial", "started")), answer["units"][0]["replica"]]
     for row in [*rows, answer["users"][0], answer["scratch"]]:
-        assert (row["ran"], row["ok"], row["msg"]) == (True, False, "It is broken.")
+        assert (row["ran"], row["ok"], row["inconclusive"], row["msg"]) == (True, ok, ok is None, "It is broken.")
+    assert len(tried) == 5 * times
     for name in ("trial", "started"):
         assert "is no executable program" in answer["emulators"][1][name]["msg"]
 
@@ -178,13 +190,12 @@ def test_users(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("mode", "ok"), [("process", True), ("user", False)])
 def test_scratch(run: Run, monkeypatch: pytest.MonkeyPatch, mode: str, ok: bool) -> None:
     monkeypatch.setattr(_vmm_start, "scratch_mode", lambda _user: mode)
-    assert run(scratch=True, user=MYSELF)["scratch"] == {"ran": True, "ok": ok, "mode": mode, "msg": ""}
+    told = {"ran": True, "ok": ok, "inconclusive": False, "mode": mode, "msg": ""}
+    assert run(scratch=True, user=MYSELF)["scratch"] == told
 
 
 def test_a_service_that_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        basic.AnsibleModule, "run_command", lambda _module, _command, **_how: (0, "LoadState=not-found\n", "")
-    )
+    monkeypatch.setattr(iommufd_vmm_check, "run_command", lambda _command: (0, "LoadState=not-found\n", ""))
     (unit,) = run(units=["vm.service"], start=True)["units"]
     assert (unit["present"], unit["load_state"], unit["user"], unit["exec"]) == (False, "not-found", None, None)
     assert unit["obstacles"] == ["systemd has no unit vm.service."]

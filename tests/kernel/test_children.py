@@ -1,0 +1,234 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What a user can do to whatever is started as that user for a look, and what it gets to see of root's."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import pty
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable, NoReturn
+
+import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils._user import find_user
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
+from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, RUN_MODULE, TREE, VM, Answer, change_user
+from ansible_collections.virt.iommufd.tests.kernel.run_module import run
+
+QEMU = "/usr/bin/qemu-system-x86_64"
+SERVICE = Path("/run/systemd/system/kernel-test-children.service")
+
+# linux/keyctl.h, and the numbers of x86-64.
+SYS_ADD_KEY, SYS_KEYCTL = 248, 250
+KEYCTL_JOIN_SESSION_KEYRING = 1
+SESSION_KEYRING = -3
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_hangs() -> Iterator[None]:
+    """Ends all of it, should the module hang."""
+    signal.alarm(PATIENCE)
+    yield
+    signal.alarm(0)
+
+
+@contextlib.contextmanager
+def user_who(acts: Callable[[int], NoReturn]) -> Iterator[int]:
+    """A process of the user vm that does something for ever; gives what it writes to its descriptor."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(reading)
+            os.setsid()
+            change_user(VM)
+            acts(writing)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    try:
+        yield reading
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it has ended"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+
+
+def all_get(number: int) -> Callable[[int], NoReturn]:
+    """Sends a signal to all processes of its user but itself."""
+
+    def act(_writing: int) -> NoReturn:
+        while True:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(-1, number)
+
+    return act
+
+
+def own_processes() -> Iterator[int]:
+    """The other processes of this user that came after this one."""
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) > os.getpid():
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{name}").st_uid == os.getuid():
+                    yield int(name)
+
+
+def lower_limits(_writing: int) -> NoReturn:
+    """Takes all processes of its user the right to lock memory."""
+    while True:
+        for pid in own_processes():
+            with contextlib.suppress(OSError):
+                resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (4096, 4096))
+
+
+def spy(writing: int) -> NoReturn:
+    """Tells of each process of its user: its name, its terminal, and whether root's secret is in its environment."""
+    while True:
+        for pid in own_processes():
+            with contextlib.suppress(OSError):
+                name, _end, stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+                secret = "S3CRET" in Path(f"/proc/{pid}/environ").read_text(errors="replace")
+                told = {"name": name.partition("(")[2], "terminal": int(stat.split()[4]), "secret": secret}
+                os.write(writing, json.dumps(told).encode() + b"\n")
+
+
+def checked(**options: Any) -> Answer:
+    answered = run(iommufd_vmm_check, **options)
+    assert not answered.get("failed"), answered
+    return answered
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[str]:
+    """A service of the user vm."""
+    SERVICE.write_text("[Service]\nUser=vm\nExecStart=/usr/bin/sleep 600\nLimitMEMLOCK=123M\n")
+    assert not os.system("systemctl daemon-reload")
+    yield SERVICE.name
+    SERVICE.unlink()
+    assert not os.system("systemctl daemon-reload")
+
+
+def test_a_user_who_ends_all_that_is_started(service: str) -> None:
+    with user_who(all_get(signal.SIGKILL)):
+        answered = checked(
+            emulators=[QEMU],
+            units=[service],
+            users=["vm"],
+            user="vm",
+            trial=True,
+            start=True,
+            scratch=True,
+        )
+    [emulator], [unit], [user] = answered["emulators"], answered["units"], answered["users"]
+    rows = [emulator["started"], unit["replica"], emulator["trial"], answered["scratch"], user]
+    assert [row for row in rows if row["ok"] is False] == []
+    # These take long enough to be hit each time. The session's limit is seen in a process of root's.
+    assert [row["inconclusive"] for row in rows[:2]] == [True, True]
+    assert "was ended by signal 9, so nothing is known of it" in emulator["started"]["msg"]
+    assert (user["ok"], user["inconclusive"]) == (True, False)
+
+
+def test_a_user_who_stops_all_that_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_vmm_start, "_READING_SECONDS", 3, raising=False)
+    began = time.monotonic()
+    with user_who(all_get(signal.SIGSTOP)):
+        answered = checked(emulators=[QEMU], users=["vm"], user="vm", trial=True, start=True, scratch=True)
+    assert time.monotonic() - began < PATIENCE / 4
+    [emulator], [user] = answered["emulators"], answered["users"]
+    rows = [emulator["started"], emulator["trial"], answered["scratch"], user]
+    assert [row for row in rows if row["ok"] is False] == []
+    assert emulator["started"]["inconclusive"]
+    assert "was stopped by signal 19, so nothing is known of it" in emulator["started"]["msg"]
+    assert (user["ok"], user["inconclusive"]) == (True, False)
+
+
+def test_a_user_who_asks_the_emulator_to_end() -> None:
+    """QEMU ends with success then."""
+    with user_who(all_get(signal.SIGTERM)):
+        started = checked(emulators=[QEMU], user="vm", start=True)["emulators"][0]["started"]
+    assert (started["ok"], started["inconclusive"]) == (None, True)
+
+
+def test_a_user_who_lowers_limits(service: str) -> None:
+    [before] = checked(users=["vm"])["users"]
+    with user_who(lower_limits):
+        answered = checked(units=[service], users=["vm"] * 3, start=True)
+    assert [row["memlock_bytes"] for row in answered["users"]] == [before["memlock_bytes"]] * 3
+    replica = answered["units"][0]["replica"]
+    assert replica["ok"] is None
+    assert "has not the limit of locked memory that systemd gave it" in replica["msg"]
+
+
+def test_a_user_sees_neither_the_environment_nor_the_terminal_of_root() -> None:
+    program = ["python3", str(RUN_MODULE), json.dumps({"users": ["vm"] * 8}), "iommufd_vmm_check"]
+    environment = {**os.environ, "PASSWORD": "S3CRET", "PYTHONPATH": str(TREE), "PYTHONDONTWRITEBYTECODE": "1"}
+    seen: list[Answer] = []
+    with user_who(spy) as reading:
+        # Each is there for a moment only.
+        while not any(each["name"] in ("true", "cat") for each in seen):
+            module, terminal = pty.fork()
+            if not module:
+                os.execvpe(program[0], program, environment)
+            said = b""
+            with contextlib.suppress(OSError):
+                # EIO once the other side is closed.
+                while more := os.read(terminal, 65536):
+                    said += more
+            os.close(terminal)
+            assert os.waitpid(module, 0)[1] == 0, said
+            while select.select([reading], [], [], 0)[0]:
+                seen += [json.loads(line) for line in os.read(reading, 65536).splitlines() if line.endswith(b"}")]
+    assert [each for each in seen if each["secret"] or each["terminal"]] == []
+
+
+def test_a_user_gets_no_key_of_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is started tells itself what it can find: its session's keys, its environment, its terminal."""
+    assert _libc.syscall(SYS_KEYCTL, KEYCTL_JOIN_SESSION_KEYRING, None) > 0
+    key = _libc.syscall(SYS_ADD_KEY, b"user", b"kernel-test", b"S3CRET", 6, SESSION_KEYRING)
+    assert key > 0
+    told = Path("/run/kernel-test-told")
+    told.touch()
+    os.chown(told, VM, VM)
+    code = f"""
+import ctypes, json, os, time
+libc = ctypes.CDLL(None)
+KEYCTL_SEARCH = 10
+try:
+    terminal = os.open('/dev/tty', os.O_RDWR)
+except OSError:
+    terminal = None
+found = libc.syscall({SYS_KEYCTL}, KEYCTL_SEARCH, {SESSION_KEYRING}, b'user', b'kernel-test', 0)
+with open('{told}', 'w') as stream:
+    json.dump([os.getuid(), found, terminal, 'PASSWORD' in os.environ], stream)
+print('{{"QMP"', flush=True)
+time.sleep(600)
+"""
+    monkeypatch.setattr(_vmm_start, "_IDLE_QEMU", ("-c", code))
+    monkeypatch.setenv("PASSWORD", "S3CRET")
+    try:
+        program = _vmm.look_at_program(os.path.realpath(sys.executable))
+        _vmm_start.start_emulator(program, _vmm.own_conditions(), find_user("vm"))
+        uid, found, terminal, environment = json.loads(told.read_text())
+    finally:
+        told.unlink()
+    assert (uid, found, terminal, environment) == (VM, -1, None, False)
+    # It is there all the while.
+    buffer = ctypes.create_string_buffer(6)
+    assert _libc.syscall(SYS_KEYCTL, 11, key, buffer, 6) == 6
+    assert buffer.raw == b"S3CRET"

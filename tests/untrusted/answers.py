@@ -1,0 +1,201 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What the collection's modules answer, in tests, on a host where others choose every text that others can choose."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+__all__ = ("ARITHMETIC", "HARMLESS", "Texts", "answers")
+
+Row = dict[str, Any]
+
+# What a template makes of {{ 7 * 191 }}, which is short enough to be cut nowhere.
+ARITHMETIC = "1337"
+# What is to be seen of it.
+HARMLESS = "7*191"
+
+# It clears a screen, sets a title, feigns a line of Ansible's, and turns the direction of what follows.
+CONTROLS = "\x1b[2J\x1b]0;x\x07\r\nok: [localhost] => feigned\u202e\x9b2J\x7f\b\t\u2028"
+
+
+class Texts:
+    """Texts that would touch the file `mark` if they were templated, and the terminal if they were printed as is."""
+
+    def __init__(self, mark: Path) -> None:
+        expression = f"{{{{ lookup('pipe', 'touch {mark}') }}}}"
+        statement = f"{{% set x = lookup('ansible.builtin.pipe', 'touch {mark}') %}}"
+        self.expression = expression
+        printable = ["{{7*191}}", expression, statement, f"!unsafe {expression}"]
+        self._printable = itertools.cycle(printable)
+        self._any = itertools.cycle([*printable, f"{CONTROLS}{expression}{statement}{CONTROLS}"])
+
+    def fill(self, given: Any) -> Any:
+        """The same with one of the texts in the place of each `*`, and one that is printable in that of each `?`."""
+        if isinstance(given, str):
+            for sign, texts in (("*", self._any), ("?", self._printable)):
+                given = given.replace(sign, next(texts)) if sign in given else given
+            return given
+        if isinstance(given, dict):
+            return {self.fill(key): self.fill(value) for key, value in given.items()}
+        return [self.fill(each) for each in given] if isinstance(given, list) else given
+
+
+QEMU = "/usr/bin/qemu-system-x86_64"
+UNIT = "vm1.service"
+
+NOBODYS = {"ran": False, "ok": None, "effective": None, "msg": "*"}
+
+
+def process(accounting: str | None, **fields: Any) -> Row:
+    """A VM that runs."""
+    return {
+        "pid": 4242,
+        "comm": "*",
+        "uid": 64055,
+        "user": "*",
+        "started": "*",
+        "name": "*",
+        "domain": "*",
+        "domain_uri": "*",
+        "unit": "*",
+        "user_unit": "*",
+        "memory_bytes": 67108864,
+        "pinned_bytes": 67371008,
+        "locked_bytes": 0,
+        "memlock_bytes": 104857600,
+        "memlock_unlimited": False,
+        "accounting": accounting,
+        "charged_bytes": 67371008,
+        "headroom_bytes": 37486592,
+        "iommufds": [{"fd": 9, "rlimit_mode": "user", "settable": False, "ioases": [], "msg": "*"}],
+        "vfio_devices": [{"fd": 10, "node": "*", "addresses": ["*"]}],
+        "notes": ["*", "*"],
+        **fields,
+    }
+
+
+# The name of the emulator, by which the role knows whose capability a VM would have.
+COMM = "qemu-system-x86"
+
+
+def info(module: str = "loaded") -> Row:
+    """What iommufd_info returns."""
+    host = {
+        "limits_of_view": [{"what": "*", "why": "*"}],
+        "kernel": "*",
+        "machine": "*",
+        "module": module,
+        "device": {"path": "*", "present": module != "absent", "rdev": "*", "mode": "*", "owner": "*", "group": "*"},
+        "options": {"rlimit_mode": {"readable": True, "settable": True}},
+        "caller": {
+            "uid": 0,
+            "initial_user_namespace": True,
+            "capabilities": ["cap_ipc_lock", "cap_sys_ptrace", "cap_sys_resource"],
+        },
+        "yama_ptrace_scope": 1,
+        "iommus": ["*"],
+        "iommu_groups": [{"id": 1, "devices": ["*"]}],
+        "vfio_devices": [{"node": "*", "address": "*", "iommu_group": 1, "mode": "*", "owner": "*", "group": "*"}],
+        "qemu": [
+            {"path": QEMU, "present": True, "file_capabilities": None, "cap_ipc_lock": False, "version": "*"},
+            {"path": "*", "present": True, "file_capabilities": None, "cap_ipc_lock": True, "version": "*"},
+        ],
+        "libvirt": {
+            "version": "11.3.0",
+            # One of the two that there are; systemd gives the name.
+            "unit": "libvirtd.service",
+            "pid": 812,
+            "cap_sys_resource": True,
+            "domain_capabilities_iommufd": None,
+            "sets_rlimit_mode": False,
+            "reason": "*",
+        },
+    }
+    processes = [
+        # Of each text that may be a VM's name there is one that is.
+        *(process("user") for _number in range(5)),
+        *(process("user", domain=None) for _number in range(5)),
+        *(process("user", domain=None, name=None) for _number in range(5)),
+        *(process(None, domain=None, name=None, unit=None) for _number in range(5)),
+        *(process("user", comm=COMM) for _number in range(5)),
+        *(process("user", comm=COMM, domain=None, name=None) for _number in range(5)),
+        # What is taken back leaves the VMs that have it as they are.
+        *(process("none", comm=COMM) for _number in range(5)),
+    ]
+    charge = {"charged_bytes": 67371008, "uncertain_bytes": 0, "memlock_bytes": 104857600, "memlock_unlimited": False}
+    users = [{"uid": 64055, "user": "*", "pids": [4242], "at_risk": True, **charge}]
+    narrowed = {"pids": None, "uids": None}
+    return {"changed": False, "host": host, "processes": processes, "users": users, "narrowed": narrowed}
+
+
+def check(ok: bool, obstacles: bool = False) -> Row:
+    """What iommufd_vmm_check returns where something was started; `ok`: with the capability that was granted."""
+    capability = {"ran": True, "ok": ok, "effective": "0000000000004000" if ok else "*", "msg": "*"}
+    limits = {"memlock_bytes": 2**20, "memlock_unlimited": False}
+    emulator = {
+        "path": QEMU,
+        "real_path": QEMU,
+        "present": True,
+        "is_emulator": True,
+        "file_system": {"mount_point": "*", "nosuid": False, "read_only": False},
+        "conditions": {"of": "*"},
+        "obstacles": ["*"] if obstacles else [],
+        "trial": {"ran": True, "ok": True, "effective": "*", "msg": "*"},
+        "started": {**capability, "how": "*", "user": "*"},
+    }
+    unit = {
+        "name": UNIT,
+        "asked": UNIT,
+        "present": True,
+        "load_state": "*",
+        "outdated": False,
+        "user": "*",
+        "exec": "*",
+        "ambient_ipc_lock": False,
+        "obstacles": [],
+        "replica": {**capability, **limits, "user": "*"},
+    }
+    return {
+        "changed": False,
+        "emulators": [emulator],
+        "units": [unit],
+        "users": [],
+        "scratch": {"ran": True, "ok": True, "mode": "process", "msg": "*"},
+    }
+
+
+def record() -> Row:
+    """What iommufd_host_record returns; the stub makes a row of each of these for what it is asked for."""
+    right = {"mode": "0600", "owner": "*", "group": "*"}
+    return {
+        "changed": True,
+        # The role tells these as they are, when it takes back what it granted.
+        "put_back": ["?", "?", f"CAP_IPC_LOCK is taken from {QEMU}.", "CAP_IPC_LOCK is taken from ?."],
+        "recorded": [{"kind": "file", "path": "*"}],
+        "remembered": [{"kind": "file", "path": "*", "before": {"mode": "*"}}],
+        "each": {
+            "files": {"exists": True, "content": "*", **right, "missing": []},
+            "capabilities": {"real_path": QEMU, "ipc_lock": False, "ours": True, "other": ["*"]},
+            "nodes": {"exists": True, **right},
+            "blocks": {"exists": True, "content": "*", "cgroup_device_acl": ["*"]},
+            "units": {"exists": True, "enabled": False, "active": False},
+        },
+    }
+
+
+def answers(texts: Texts, module: str = "loaded", ok: bool = True, obstacles: bool = False) -> Row:
+    """The answers of all modules, by their names."""
+    filled = texts.fill(
+        {
+            "iommufd_info": info(module),
+            "iommufd_vmm_check": check(ok, obstacles),
+            "iommufd_host_record": record(),
+        }
+    )
+    assert isinstance(filled, dict)
+    return {**filled, "done": {"changed": True, "msg": "done"}}
