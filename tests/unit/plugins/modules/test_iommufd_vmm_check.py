@@ -250,24 +250,21 @@ def test_what_others_can_write_is_not_started(run: Run, tmp_path: Path, monkeypa
     emulator = tmp_path / "emulator"
     emulator.write_bytes(Path(SHELL).read_bytes())
     emulator.chmod(0o777)
-    monkeypatch.setitem(UNIT, "ExecStart", f"{{ path={emulator} ; argv[]=x ; }}")
-    monkeypatch.setattr(
-        basic.AnsibleModule,
-        "run_command",
-        lambda _module, _command, **_how: (0, "".join(f"{key}={value}\n" for key, value in UNIT.items()), ""),
-    )
+    unit = {**UNIT, "ExecStart": f"{{ path={emulator} ; argv[]=x ; }}"}
+    text = "".join(f"{key}={value}\n" for key, value in unit.items())
+    monkeypatch.setattr(iommufd_vmm_check, "run_command", lambda _command: (0, text, ""))
     for name in ("try_copy", "start_emulator", "start_replica", "start_domain"):
         monkeypatch.setattr(_vmm_start, name, lambda *_arguments, name=name: pytest.fail(name))
     for domain in (False, True):
         answer = run(
             emulators=[str(emulator)], units=["vm.service"], user=MYSELF, trial=True, start=True, domain=domain
         )
-        (row,), (unit,) = answer["emulators"], answer["units"]
+        (row,), (of_unit,) = answer["emulators"], answer["units"]
         why = f"{emulator} can be written by everybody, who would get with it whatever is granted."
         assert (row["present"], row["is_emulator"]) == (True, False)
         assert row["writer"] == {"place": str(emulator), "who": "everybody"}
         for message in (*row["obstacles"], row["trial"]["msg"], row["started"]["msg"]):
             assert message.startswith(f"{emulator} cannot be trusted: {why}")
-        assert (row["trial"]["ok"], row["started"]["ok"], unit["replica"]["ok"]) == (False, False, False)
-        assert unit["obstacles"] == [unit["replica"]["msg"]]
-        assert unit["replica"]["msg"].startswith(f"vm.service starts {emulator}, which cannot be trusted: {why}")
+        assert (row["trial"]["ok"], row["started"]["ok"], of_unit["replica"]["ok"]) == (False, False, False)
+        assert of_unit["obstacles"] == [of_unit["replica"]["msg"]]
+        assert of_unit["replica"]["msg"].startswith(f"vm.service starts {emulator}, which cannot be trusted: {why}")
