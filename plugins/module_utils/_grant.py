@@ -94,7 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
         time.sleep(_PAUSE if look else 0)
         failures = _look(paths)
     for each in failures:
-        print(f"{_PROGRAM}: {each}", file=sys.stderr)
+        # It is a program of its own, and no module.
+        sys.stderr.write(f"{_PROGRAM}: {each}\n")
     return 1 if failures else 0
 
 
@@ -104,7 +105,8 @@ def _look(paths: list[str]) -> list[str]:
     for path in paths:
         try:
             if grant_patiently(path):
-                print(f"{_PROGRAM}: {shown(path)} has got CAP_IPC_LOCK.", flush=True)
+                sys.stdout.write(f"{_PROGRAM}: {shown(path)} has got CAP_IPC_LOCK.\n")
+                sys.stdout.flush()
         except IommufdError as exc:
             failures.append(str(exc))
     return failures

@@ -65,25 +65,25 @@ def record(*put_back: str, ours: bool | None = None) -> Row:
     return {"put_back": list(put_back), "capabilities": {} if ours is None else there}
 
 
-def started(ok: bool, /, **fields: Any) -> Row:
+def started(has: bool, /, **fields: Any) -> Row:
     """An emulator that was started, with the capability or without."""
     done = {
         "ran": True,
         "inconclusive": False,
         "how": "bare",
-        "ok": ok,
+        "ok": has,
         "user": "libvirt-qemu",
-        "effective": WITH if ok else WITHOUT,
+        "effective": WITH if has else WITHOUT,
         "msg": "",
     }
     return {"path": QEMU, "started": {**done, **fields}}
 
 
-def replica(ok: bool, /, **fields: Any) -> Row:
+def replica(has: bool, /, **fields: Any) -> Row:
     """A unit whose replica was started."""
     limits = {"memlock_bytes": 2**20, "memlock_unlimited": False}
-    done = {"ran": True, "inconclusive": False, "ok": ok, "effective": WITH if ok else WITHOUT, "msg": "", **limits}
-    return {"name": "vm1.service", "ambient_ipc_lock": ok, "replica": {**done, **fields}}
+    done = {"ran": True, "inconclusive": False, "ok": has, "effective": WITH if has else WITHOUT, "msg": "", **limits}
+    return {"name": "vm1.service", "ambient_ipc_lock": has, "replica": {**done, **fields}}
 
 
 def check(*rows: Row, scratch: bool | None = True) -> Row:
