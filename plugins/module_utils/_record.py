@@ -472,9 +472,12 @@ def to_grant(view: View) -> dict[str, bytes]:
 
 
 def has_ipc_lock(xattr: bytes | None) -> bool:
-    """Whether a file gives CAP_IPC_LOCK in any way. Raises IommufdError where the form is not known."""
+    """Whether a file gives CAP_IPC_LOCK on this host in any way. Raises IommufdError where the form is not known.
+
+    What is for another user namespace was never granted here, and is left as it is.
+    """
     given = parse_file_capabilities(xattr or b"")
-    return CAP_IPC_LOCK in (*given.permitted, *given.inheritable)
+    return not given.root_uid and CAP_IPC_LOCK in (*given.permitted, *given.inheritable)
 
 
 def _is_wanted(item: Item, wanted: Wanted, view: View) -> bool:
@@ -776,9 +779,16 @@ def _capability_back(item: Item, xattrs: dict[str, bytes | None]) -> Step:
             # Never granted, or lost since, as by an upgrade of the package.
             return Step(item.path, item=item)
         # What somebody has added or taken away since stays so.
-        xattr = item.state if now == with_ipc_lock(item.state) else without_ipc_lock(now)
+        xattr = item.state if now == _granted(item.state) else without_ipc_lock(now)
         sides = (shown_capabilities(now), shown_capabilities(xattr))
     return Step(item.path, SetCapability(item.path, xattr), f"CAP_IPC_LOCK is taken from {item.path}.", *sides, item)
+
+
+def _granted(before: bytes | None) -> bytes | None:
+    """What the attribute became when CAP_IPC_LOCK was granted; None where it could not be."""
+    with contextlib.suppress(IommufdError):
+        return with_ipc_lock(before)
+    return None
 
 
 def shown_capabilities(xattr: bytes | None) -> str:

@@ -21,7 +21,7 @@ from . import _libvirt
 from ._capabilities import CAP_IPC_LOCK, XATTR, FileCapabilities, names, parse_file_capabilities
 from ._child import NoAnswer, in_child
 from ._errors import IommufdError, ProcessGone, error_text
-from ._paths import Untrusted, Writer, reopen, walk
+from ._paths import Untrusted, Writer, reopen, walk, writer_of
 from ._process import Limit, Process, in_initial_namespace, own_status, printable, read_file
 
 __all__ = (
@@ -135,9 +135,7 @@ def look_at_program(path: str) -> Program:
     try:
         found = in_child(None, partial(_look, path), _LOOK_PATIENCE)
     except NoAnswer as exc:
-        raise IommufdError(
-            f"{path} was not found within {_LOOK_PATIENCE} seconds. Is it on a mount whose server is gone?"
-        ) from exc
+        raise IommufdError(_not_found(path)) from exc
     real_path, present, is_program, file_system, xattr, writer = found
     return Program(
         path,
@@ -148,6 +146,10 @@ def look_at_program(path: str) -> Program:
         None if xattr is None else bytes.fromhex(xattr),
         None if writer is None else Writer(*writer),
     )
+
+
+def _not_found(path: str) -> str:
+    return f"{path} was not found within {_LOOK_PATIENCE} seconds. Is it on a mount whose server is gone?"
 
 
 def _look(path: str) -> list[Any]:
@@ -360,8 +362,24 @@ def look_at_unit(run: Run, name: str) -> Unit:
         outdated=shown.get("NeedDaemonReload") == "yes",
         memlock=Limit(soft, hard),
         settings=shown,
-        helpers=tuple(look_at_program(path) for path in dict.fromkeys(helpers) if path not in paths[:1]),
+        helpers=tuple(_look_for_writer(path) for path in dict.fromkeys(helpers) if path not in paths[:1]),
     )
+
+
+def _look_for_writer(path: str) -> Program:
+    """A program of which nothing matters but who can write it. Raises IommufdError where nobody answers."""
+
+    def look() -> Writer | None:
+        try:
+            return writer_of(path)
+        except OSError:
+            return None
+
+    try:
+        found = in_child(None, look, _LOOK_PATIENCE)
+    except NoAnswer as exc:
+        raise IommufdError(_not_found(path)) from exc
+    return Program(path, path, present=True, writer=None if found is None else Writer(*found))
 
 
 def _paths_in(commands: str) -> list[str]:

@@ -383,8 +383,8 @@ def work(record: Record, wanted: Wanted, dry_run: bool, run: Run, result: Row) -
     # Reading it now fails before anything is changed, where it can't be read.
     state_rows(wanted, view, record.items)
     result["diff"] = diff_of(steps, view, grants)
-    result["put_back"] = [step.says for step in steps if step.says]
     if dry_run:
+        result["put_back"] = [step.says for step in steps if step.says]
         for step in steps:
             if step.item is not None:
                 record.drop(step.item)
@@ -448,8 +448,8 @@ def main() -> NoReturn:
         run_module(module, result)
     except IommufdError as exc:
         result["msg"] = str(exc)
-        # What failed before anything was done has not put back what it was about to.
-        result["put_back"] = exc.done if isinstance(exc, PutBackFailed) else []
+        if isinstance(exc, PutBackFailed):
+            result["put_back"] = exc.done
     if not module._diff or "msg" in result:
         result.pop("diff", None)
     result["changed"] = bool(result["put_back"] or result["granted"])

@@ -91,11 +91,11 @@ notes:
     memory of the user's processes under per-user accounting. The kernel's counter also holds what io_uring, AF_XDP and
     perf have charged to that user, and no file shows it. Nor does any show that a process was charged to its user
     before it got CAP_IPC_LOCK.
-  - B(Bounds.) Any user may have descriptors and processes without end, so looking ends. Of a process, 262144 descriptors
-    are looked at, and 256 iommufds; of a user, 1048576 descriptors, 2500 processes that hold an iommufd, and 4096
-    iommufds. A process may keep whoever looks at it for 10 seconds, and one user's processes may do so three times.
-    Names are cut at 255 characters. What is not looked at is told in RV(host.limits_of_view), and the accounting of a
-    process of which that is so is V(null).
+  - B(Bounds.) Any user may have descriptors and processes without end, so looking ends. Of a process, 262144
+    descriptors are looked at, and 256 iommufds; of a user, 1048576 descriptors, 2500 processes that hold an iommufd,
+    and 4096 iommufds. A process may keep whoever looks at it for 10 seconds, and one user's processes may do so three
+    times. Names are cut at 255 characters. What is not looked at is told in RV(host.limits_of_view), and the accounting
+    of a process of which that is so is V(null).
   - B(Threads.) Limits, capabilities and descriptors are those of a process's first thread.
 seealso:
   - plugin: virt.iommufd.memlock_fit

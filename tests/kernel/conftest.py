@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import os
 from collections.abc import Iterator
@@ -43,19 +42,23 @@ def vmm(start: Start) -> Vmm:
     return started
 
 
+def descriptors() -> set[int]:
+    """Those of this process, but for the one by which they are listed."""
+    return {int(name) for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")}
+
+
 @pytest.fixture
 def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the module do here what it does in a child, so that a test can come in between its steps."""
 
     def do(_user: object, work: Callable[[], Any], _seconds: float, _keep: object) -> Any:
-        before = os.listdir("/proc/self/fd")
+        before = descriptors()
         try:
             return work()
         finally:
             # A child ends with what it leaves open.
-            for name in set(os.listdir("/proc/self/fd")) - set(before):
-                with contextlib.suppress(OSError):
-                    os.close(int(name))
+            for fd in descriptors() - before:
+                os.close(fd)
 
     monkeypatch.setattr(iommufd_option, "in_child", do)
 

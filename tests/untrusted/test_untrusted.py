@@ -26,6 +26,9 @@ from answers import ARITHMETIC, HARMLESS, UNIT, Texts, answers
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATIENCE = 300
 
+# What the role would ask this machine for, with Ansible's own module.
+FACTS = {"architecture": "x86_64", "os_family": "Debian", "apparmor": {"status": "enabled"}}
+
 # Those that look at the host or change it. The others do nothing in check mode, but for what they do on the controller.
 OF_ANSIBLE = ("blockinfile", "file", "systemd_service")
 OF_OTHERS = ("capabilities", "modprobe")
@@ -95,7 +98,9 @@ class Controller:
     def role(self, *variables: dict[str, Any], **given: Any) -> str:
         """The same of a playbook with the role, in check mode, once for each set of variables."""
         playbook = self.place / "role.yml"
-        play = {"hosts": "localhost", "gather_facts": False, "roles": [{"role": "virt.iommufd.iommufd_host"}]}
+        task = {"ansible.builtin.set_fact": {**FACTS, "cacheable": True}}
+        role = {"ansible.builtin.include_role": {"name": "virt.iommufd.iommufd_host"}}
+        play = {"hosts": "localhost", "gather_facts": False, "tasks": [task, role]}
         playbook.write_text(json.dumps([{**play, "vars": each} for each in variables]), encoding="utf-8")
         return self.run(str(playbook), {}, "--check", "--diff", **given)
 
@@ -177,6 +182,7 @@ ACCESS = {
 def test_the_role(controller: Controller) -> None:
     printed = controller.role({**PRESENT, **ACCESS}, yaml=True)
     assert "Ensure that units which run are restarted" in printed
+    assert "/etc/apparmor.d/abstractions/libvirt-qemu.d/iommufd_host" in printed
     assert "iommufd_host_result:" in printed
     controller.check(printed)
 

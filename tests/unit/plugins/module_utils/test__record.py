@@ -124,6 +124,8 @@ def test_the_diff_does_not_show_the_bytes_of_a_program() -> None:
         # Somebody has changed it since: only the one bit goes.
         (None, xattr(NET_RAW | IPC_LOCK), xattr(NET_RAW)),
         (xattr(NET_RAW), GRANTED, None),
+        # By an earlier release, which knew no better.
+        (struct.pack("<6I", 0x03000001, IPC_LOCK, 0, 0, 0, 1000), GRANTED, None),
         (None, xattr(IPC_LOCK, False), None),
         (
             b"",
@@ -146,6 +148,8 @@ def test_a_capability_back(before: bytes | None, now: bytes, after: bytes | None
         (None, {QEMU: b""}),
         (None, {QEMU: xattr(NET_RAW)}),
         (xattr(IPC_LOCK, False), {QEMU: xattr(IPC_LOCK, False)}),
+        # It is for another user namespace, and was never granted here.
+        (None, {QEMU: struct.pack("<6I", 0x03000001, IPC_LOCK, 0, 0, 0, 1000)}),
     ],
 )
 def test_no_capability_to_take(before: bytes | None, xattrs: dict[str, bytes | None]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import os
 import struct
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._vmm import (
     unit_obstacles,
 )
 
+# A program that is root's alone wherever the tests run, which their Python need not be.
+SHELL = "/bin/sh"
 IPC_LOCK = 1 << 14
 NET_ADMIN = struct.pack("<5I", 0x02000001, 1 << 12, 0, 0, 0)
 NOTHING = struct.pack("<5I", 0x02000000, 0, 0, 0, 0)
@@ -87,12 +88,12 @@ def test_what_can_be_an_emulator(tmp_path: Path, content: bytes, mode: int, is_p
 
 
 def test_where_it_lies() -> None:
-    place = look_at_program(sys.executable).file_system
+    place = look_at_program(SHELL).file_system
     assert place
-    flags = os.statvfs(sys.executable).f_flag
+    flags = os.statvfs(SHELL).f_flag
     assert (place.nosuid, place.read_only) == (bool(flags & os.ST_NOSUID), bool(flags & os.ST_RDONLY))
     assert place.mount_point
-    assert os.path.realpath(sys.executable).startswith(place.mount_point)
+    assert os.path.realpath(SHELL).startswith(place.mount_point)
 
 
 @pytest.mark.parametrize("path", ["/nothing-of-this-name", "/etc/passwd/below", "{}/loop"])
@@ -130,7 +131,7 @@ def test_what_may_not_be_looked_at(
 ) -> None:
     monkeypatch.setattr(where, name, refusing(number))
     with pytest.raises(IommufdError, match=message):
-        look_at_program(sys.executable)
+        look_at_program(SHELL)
 
 
 def test_what_others_can_write(tmp_path: Path) -> None:
@@ -159,13 +160,13 @@ def test_nobody_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_what_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_vmm, "reopen", refusing(errno.EACCES))
     with pytest.raises(IommufdError, match=r"cannot be read .EACCES"):
-        look_at_program(sys.executable)
+        look_at_program(SHELL)
 
 
 @pytest.mark.parametrize(("number", "xattr"), [(errno.ENODATA, None), (errno.EOPNOTSUPP, None), (errno.EINVAL, b"")])
 def test_attributes_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, number: int, xattr: bytes | None) -> None:
     monkeypatch.setattr(os, "getxattr", refusing(number))
-    assert look_at_program(sys.executable).xattr == xattr
+    assert look_at_program(SHELL).xattr == xattr
 
 
 MOUNTINFO = rb"""19 1 254:0 / / rw,relatime shared:1 - ext4 /dev/root rw
@@ -276,7 +277,7 @@ EXEC = "{{ path={} ; argv[]={} -S ; ignore_errors=no ; pid=0 }}"
 
 
 def test_a_service() -> None:
-    path = sys.executable
+    path = SHELL
     command = EXEC.format(path, path)
     found = look_at_unit(
         answering(shown(ExecStart=command, User="vm", MainPID="42", ActiveState="active")), "vm@.service"

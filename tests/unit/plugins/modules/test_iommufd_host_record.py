@@ -489,6 +489,20 @@ def test_a_grant_that_fails(host: Host, monkeypatch: pytest.MonkeyPatch) -> None
     assert host.run()["put_back"] == [f"CAP_IPC_LOCK is taken from {paths[0]}."]
 
 
+def test_a_grant_that_fails_after_something_was_put_back(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, qemu = host.file("f", b"old"), host.file("qemu", b"", 0o755)
+    host.run(files=[path])
+    host.file("f", b"new")
+
+    def fail(_path: str) -> bool:
+        raise IommufdError("no")
+
+    monkeypatch.setattr(iommufd_host_record, "grant_patiently", fail)
+    answer = host.run(capabilities=[qemu])
+    assert (answer["failed"], answer["changed"], answer["granted"]) == (True, True, [])
+    assert answer["put_back"] == [f"{path} is what it was."]
+
+
 def test_a_grant_that_was_cut_off(host: Host) -> None:
     qemu = host.file("qemu", b"", 0o755)
     host.run(capabilities=[qemu])

@@ -107,6 +107,25 @@ def test_what_takes_seconds_is_asked_on_demand(run: Run, tmp_path: Path, monkeyp
     assert why == f"{broken} --version gives no version: exit code 3, no \\x1b[1m"
 
 
+def test_an_emulator_of_somebody_else_is_not_executed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulator = tmp_path / "theirs" / "qemu"
+    emulator.parent.mkdir()
+    emulator.write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\necho version 1.0\n")
+    emulator.chmod(0o755)
+    emulator.parent.chmod(0o777)
+    monkeypatch.setattr(_host, "_EMULATORS", ())
+    host = run(gather_subset=["emulators"], emulators=[str(emulator)])["host"]
+    (row,) = host["qemu"]
+    assert (row["path"], row["present"], row["version"], row["cap_ipc_lock"]) == (str(emulator), True, None, None)
+    assert row["writer"] == {"place": str(emulator.parent), "who": "everybody"}
+    first, second = (each["why"] for each in host["limits_of_view"] if each["what"] == "emulators")
+    assert first.startswith(f"{emulator} cannot be trusted: {emulator.parent} can be written by everybody.")
+    assert second.startswith(f"{emulator} was not asked for its version: {emulator} cannot be trusted")
+    assert not (tmp_path / "executed").exists()
+
+
 @pytest.mark.parametrize(("code", "offers"), [(0, False), (1, None)])
 def test_the_domain_capabilities(monkeypatch: pytest.MonkeyPatch, code: int, offers: bool | None) -> None:
     unit = "Id=virtqemud.service\nLoadState=loaded\nCapabilityBoundingSet=cap_sys_resource\n"

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import pwd
-import sys
 from pathlib import Path
 from typing import Any, Callable
 
@@ -23,6 +22,8 @@ from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
 
 Run = Callable[..., "dict[str, Any]"]
 
+# A program that is root's alone wherever the tests run.
+SHELL = "/bin/sh"
 IPC_LOCK = 1 << 14
 MYSELF = pwd.getpwuid(os.getuid()).pw_name
 RETURN = yaml.safe_load(iommufd_vmm_check.RETURN)
@@ -33,7 +34,7 @@ UNIT = {
     "ActiveState": "active",
     "MainPID": "42",
     "User": "vm",
-    "ExecStart": f"{{ path={sys.executable} ; argv[]=x ; }}",
+    "ExecStart": f"{{ path={SHELL} ; argv[]=x ; }}",
     "CapabilityBoundingSet": "cap_ipc_lock",
     "AmbientCapabilities": "cap_ipc_lock",
     "LimitMEMLOCK": "4096",
@@ -93,19 +94,19 @@ def test_nothing_is_asked_for(run: Run) -> None:
 
 
 def test_what_is_only_looked_at(run: Run, tmp_path: Path) -> None:
-    answer = run(emulators=[sys.executable, str(tmp_path / "none"), str(tmp_path)], units=["vm@.service"])
+    answer = run(emulators=[SHELL, str(tmp_path / "none"), str(tmp_path)], units=["vm@.service"])
     first, second, third = answer["emulators"]
     assert (first["present"], first["is_emulator"], first["real_path"]) == (
         True,
         True,
-        os.path.realpath(sys.executable),
+        os.path.realpath(SHELL),
     )
     assert (second["present"], second["is_emulator"], second["file_system"]) == (False, False, None)
     assert (third["present"], third["is_emulator"]) == (True, False)
     assert not first["trial"]["ran"]
     (unit,) = answer["units"]
     assert (unit["name"], unit["asked"]) == ("vm@.service", "vm@iommufd-host-check.service")
-    assert (unit["pid"], unit["user"], unit["exec"], unit["memlock_bytes"]) == (42, "vm", sys.executable, 4096)
+    assert (unit["pid"], unit["user"], unit["exec"], unit["memlock_bytes"]) == (42, "vm", SHELL, 4096)
     assert (unit["bounding_ipc_lock"], unit["ambient_ipc_lock"], unit["file_capability"]) == (True, True, False)
     assert unit["replica"]["msg"] == "It was not asked for."
 
@@ -118,7 +119,7 @@ def test_check_mode_starts_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(_vmm_start, name, start)
     asked = {"trial": True, "start": True, "scratch": True, "users": [MYSELF], "user": MYSELF}
     for domain in (True, False):
-        answer = run(emulators=[sys.executable], units=["vm.service"], domain=domain, **asked, _ansible_check_mode=True)
+        answer = run(emulators=[SHELL], units=["vm.service"], domain=domain, **asked, _ansible_check_mode=True)
         (emulator,), (unit,), (user,) = answer["emulators"], answer["units"], answer["users"]
         for row in (emulator["trial"], emulator["started"], unit["replica"], user, answer["scratch"]):
             assert (row["ran"], row["ok"], row["msg"]) == (False, None, "Not run in check mode.")
@@ -138,7 +139,7 @@ def test_check_mode_starts_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_was_started(run: Run, monkeypatch: pytest.MonkeyPatch, was: Seen, row: dict[str, Any]) -> None:
     for name in ("start_emulator", "start_domain", "start_replica"):
         monkeypatch.setattr(_vmm_start, name, lambda *_words: was)
-    how = {"start": True, "user": MYSELF, "emulators": [sys.executable], "units": ["vm.service"]}
+    how = {"start": True, "user": MYSELF, "emulators": [SHELL], "units": ["vm.service"]}
     bare, domain = run(**how), run(**how, domain=True)
     for started in (bare["emulators"][0]["started"], domain["emulators"][0]["started"], bare["units"][0]["replica"]):
         assert {key: started[key] for key in row} == row
@@ -162,7 +163,7 @@ def test_what_could_not_be_started(
     for name in ("try_copy", "start_emulator", "start_replica", "session_memlock", "scratch_mode"):
         monkeypatch.setattr(_vmm_start, name, fail)
     how = {"trial": True, "start": True, "scratch": True, "user": MYSELF, "users": [MYSELF], "units": ["vm.service"]}
-    answer = run(**how, emulators=[sys.executable, str(tmp_path)])
+    answer = run(**how, emulators=[SHELL, str(tmp_path)])
     rows = [*(answer["emulators"][0][name] for name in ("trial", "started")), answer["units"][0]["replica"]]
     for row in [*rows, answer["users"][0], answer["scratch"]]:
         assert (row["ran"], row["ok"], row["inconclusive"], row["msg"]) == (True, ok, ok is None, "It is broken.")
@@ -174,7 +175,7 @@ def test_what_could_not_be_started(
 def test_the_trial(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for status, ok in ((seen().status, True), (seen(0).status, False)):
         monkeypatch.setattr(_vmm_start, "try_copy", lambda *_words, status=status: status)
-        trial = run(emulators=[sys.executable], user=MYSELF, trial=True)["emulators"][0]["trial"]
+        trial = run(emulators=[SHELL], user=MYSELF, trial=True)["emulators"][0]["trial"]
         assert (trial["ran"], trial["ok"], bool(trial["msg"])) == (True, ok, not ok)
 
 
@@ -220,7 +221,7 @@ def test_what_cannot_be_asked_for(run: Run, options: dict[str, Any], words: str)
 
 def test_a_user_is_only_needed_to_become_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_vmm_start, "start_domain", lambda *_words: seen())
-    assert run(start=True, domain=True, emulators=[sys.executable])["emulators"][0]["started"]["ok"]
+    assert run(start=True, domain=True, emulators=[SHELL])["emulators"][0]["started"]["ok"]
 
 
 @pytest.mark.parametrize("asked", [{"trial": True}, {"start": True}, {"scratch": True}, {"users": ["root"]}])
@@ -235,7 +236,7 @@ def test_it_takes_root(run: Run, monkeypatch: pytest.MonkeyPatch, asked: dict[st
 def test_whom_conditions_are_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     under = _vmm.Conditions("libvirtd.service (pid 7)", 0, no_new_privs=True, initial=None)
     monkeypatch.setattr(_vmm, "conditions", lambda _run: under)
-    (emulator,) = run(emulators=[sys.executable])["emulators"]
+    (emulator,) = run(emulators=[SHELL])["emulators"]
     assert emulator["conditions"] == {
         "of": "libvirtd.service (pid 7)",
         "bounding_ipc_lock": False,
@@ -243,3 +244,27 @@ def test_whom_conditions_are_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
         "initial_user_namespace": None,
     }
     assert len(emulator["obstacles"]) == 2
+
+
+def test_what_others_can_write_is_not_started(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulator = tmp_path / "emulator"
+    emulator.write_bytes(Path(SHELL).read_bytes())
+    emulator.chmod(0o777)
+    unit = {**UNIT, "ExecStart": f"{{ path={emulator} ; argv[]=x ; }}"}
+    text = "".join(f"{key}={value}\n" for key, value in unit.items())
+    monkeypatch.setattr(iommufd_vmm_check, "run_command", lambda _command: (0, text, ""))
+    for name in ("try_copy", "start_emulator", "start_replica", "start_domain"):
+        monkeypatch.setattr(_vmm_start, name, lambda *_arguments, name=name: pytest.fail(name))
+    for domain in (False, True):
+        answer = run(
+            emulators=[str(emulator)], units=["vm.service"], user=MYSELF, trial=True, start=True, domain=domain
+        )
+        (row,), (of_unit,) = answer["emulators"], answer["units"]
+        why = f"{emulator} can be written by everybody, who would get with it whatever is granted."
+        assert (row["present"], row["is_emulator"]) == (True, False)
+        assert row["writer"] == {"place": str(emulator), "who": "everybody"}
+        for message in (*row["obstacles"], row["trial"]["msg"], row["started"]["msg"]):
+            assert message.startswith(f"{emulator} cannot be trusted: {why}")
+        assert (row["trial"]["ok"], row["started"]["ok"], of_unit["replica"]["ok"]) == (False, False, False)
+        assert of_unit["obstacles"] == [of_unit["replica"]["msg"]]
+        assert of_unit["replica"]["msg"].startswith(f"vm.service starts {emulator}, which cannot be trusted: {why}")
