@@ -103,8 +103,9 @@ _SECURE_BITS = (
     "keep-caps-locked",
 )
 
-# waitid(2), CLD_EXITED: it ended by itself. systemd has it as ExecMainCode.
+# waitid(2): it ended by itself, or by a signal. systemd has that as ExecMainCode.
 _EXITED = str(os.CLD_EXITED)
+_KILLED = (str(os.CLD_KILLED), str(os.CLD_DUMPED))
 
 # What a replica takes over from its unit as it is shown.
 _REPLICATED = ("User", "Group", "SupplementaryGroups", "DynamicUser", "NoNewPrivileges", "PrivateUsers")
@@ -558,7 +559,10 @@ def _ended(run: Run, name: str, what: str, errors: str) -> IommufdError:
     """
     _code, output, _errors = _run(run, "systemctl", "show", "--property=ExecMainCode,ExecMainStatus", "--", name)
     shown = dict(line.partition("=")[::2] for line in output.splitlines())
-    failed = shown.get("ExecMainCode") == _EXITED and shown.get("ExecMainStatus", "0") != "0"
+    code, status = shown.get("ExecMainCode"), shown.get("ExecMainStatus", "0")
+    if code in _KILLED:
+        return Interrupted(f"{what}: signal {status} has ended its process, so nothing is known of it.")
+    failed = code == _EXITED and status != "0"
     return (IommufdError if failed else Interrupted)(f"{what}: {_why(run, name, errors)}")
 
 
