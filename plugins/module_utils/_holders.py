@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ._budget import Account
 from ._capabilities import CAP_IPC_LOCK, names
-from ._child import answers
+from ._child import answers, in_child
 from ._errors import DescriptorGone, IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import (
     HUGE_PAGES,
@@ -498,7 +498,10 @@ def _add_leaderless(result: Survey) -> None:
     """Counts those whose first thread has ended while others run on. One that ends as a whole looks so for a moment."""
     if result.leaderless:
         time.sleep(_ENDING)
-    lingering = [pid for pid in result.leaderless if _lingers(pid)]
+    lingering = result.leaderless
+    with contextlib.suppress(IommufdError):
+        # One that keeps us waiting is not known to end.
+        lingering = in_child(None, lambda: [pid for pid in lingering if _lingers(pid)], _PATIENCE) if lingering else []
     if lingering:
         result.closed.setdefault(_LEADERLESS, []).extend(lingering)
 

@@ -300,8 +300,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._target import (
 
 UINT32_MAX = 2**32 - 1
 
-# What the kernel answers in no time; a busy host gets so long.
-SECONDS = 30
+# What the kernel and systemd answer in no time; a busy host gets so long.
+SECONDS = 120
 
 OPTIONS = {option.name: option for option in (RLIMIT_MODE, HUGE_PAGES)}
 
@@ -453,23 +453,31 @@ def label(each: Row) -> str:
     return f"{ioas}iommufd {each['fd']}"
 
 
-def run(module: AnsibleModule, result: dict[str, Any]) -> None:
+def attempt(target: Target, fd: int | None, job: Job) -> Row:
+    """What came of the job, for a child: `process`, once it is known, with `rows` and `truncated`, or `msg`."""
+    answer: Row = {}
+    try:
+        with hold_target(target) as process:
+            answer["process"] = {"pid": process.pid, "comm": process.comm, "uid": process.uid, "user": process.user}
+            answer["rows"], answer["truncated"] = work(process, fd, job)
+    except IommufdError as exc:
+        answer["msg"] = str(exc)
+    return answer
+
+
+def run(module: AnsibleModule, result: Row) -> None:
     """Does what the task asks for, and fills in the return value. Raises IommufdError."""
     params = module.params
     job = job_of(params, module.check_mode)
-    with hold_target(target_of(module)) as process:
-        result["process"] = {
-            "pid": process.pid,
-            "comm": process.comm,
-            "uid": process.uid,
-            "user": process.user,
-        }
-        # The process may put something in the place of its iommufd that takes for ever to close.
-        do = partial(work, process, params["fd"], job)
-        rows, truncated = in_child(None, do, SECONDS, [process.pidfd])
+    # A process may keep whoever looks at it, and may put something in the place of its iommufd that takes for ever to
+    # close. So all of it is done in a child.
+    answer = in_child(None, partial(attempt, target_of(module), params["fd"], job), SECONDS)
+    result.update({name: answer[name] for name in ("process",) if name in answer})
+    if "msg" in answer:
+        raise IommufdError(answer["msg"])
     if job.option.per_ioas:
-        result["truncated"] = truncated
-    result.update(report(rows, params["tolerate"]))
+        result["truncated"] = answer["truncated"]
+    result.update(report(answer["rows"], params["tolerate"]))
 
 
 def main() -> NoReturn:

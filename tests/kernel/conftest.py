@@ -51,7 +51,7 @@ def descriptors() -> set[int]:
 def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the module do here what it does in a child, so that a test can come in between its steps."""
 
-    def do(_user: object, work: Callable[[], Any], _seconds: float, _keep: object) -> Any:
+    def do(_user: object, work: Callable[[], Any], _seconds: float) -> Any:
         before = descriptors()
         try:
             return work()

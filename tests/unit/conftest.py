@@ -79,7 +79,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     """Answers every ioctl, here: what would be done in a child, out of its sight, is done in its place."""
     fake = FakeKernel()
     monkeypatch.setattr(fcntl, "ioctl", fake.ioctl)
-    monkeypatch.setattr(iommufd_option, "in_child", lambda _user, work, _seconds, _keep: through_json(work()))
+    monkeypatch.setattr(iommufd_option, "in_child", lambda _user, work, _seconds: through_json(work()))
     monkeypatch.setattr(_holders, "answers", lambda _user, work, _seconds: (through_json(each) for each in work()))
     return fake
 
