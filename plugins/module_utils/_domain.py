@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._capabilities import CAP_SYS_RESOURCE, names
 from ._child import in_child, run_command
@@ -49,6 +49,7 @@ __all__ = (
     "accountings",
     "check_limit",
     "check_startable",
+    "daemon_limit",
     "look",
     "new_iommufd",
     "parse_definition",
@@ -627,24 +628,50 @@ def new_iommufd() -> Iterator[int]:
         os.close(fd)
 
 
-def accountings(target: PidfileTarget | DomainTarget, wanted: int) -> tuple[Process, list[tuple[str, Result]]]:
-    """An emulator, and what each of its iommufds has for an rlimit mode: its name, and what a change would come to.
+def accountings(target: PidfileTarget | DomainTarget, wanted: int) -> tuple[dict[str, Any], list[tuple[str, Result]]]:
+    """An emulator, described, and for each of its iommufds its name and what a change of the rlimit mode would come to.
 
     Nothing is changed. Raises what hold_target, in_child and borrow_iommufd do.
     """
-    with hold_target(target) as process:
-        # The emulator may put something in the place of its iommufd that takes for ever to close.
-        found = in_child(None, partial(_dry_runs, process, wanted), _SECONDS, [process.pidfd])
-        return process, [(subject, Result(*given)) for subject, given in found]
+    # The emulator may keep whoever looks at it, and put something in the place of its iommufd that is never closed.
+    process, found = in_child(None, partial(_dry_runs, target, wanted), _SECONDS)
+    return process, [(subject, Result(*given)) for subject, given in found]
 
 
-def _dry_runs(process: Process, wanted: int) -> list[tuple[str, Result]]:
+def _dry_runs(target: PidfileTarget | DomainTarget, wanted: int) -> tuple[dict[str, Any], list[tuple[str, Result]]]:
     found = []
-    for fd in find_iommufds(process):
-        # One that is closed meanwhile, or only names the device, charges nobody.
-        with contextlib.suppress(DescriptorGone, NotAnIommufd), borrow_iommufd(process, fd) as iommufd:
-            found.append((f"iommufd {fd} of {process}", iommufd.change(RLIMIT_MODE, wanted, dry_run=True)))
-    return found
+    with hold_target(target) as process:
+        for fd in find_iommufds(process):
+            # One that is closed meanwhile, or only names the device, charges nobody.
+            with contextlib.suppress(DescriptorGone, NotAnIommufd), borrow_iommufd(process, fd) as iommufd:
+                found.append((f"iommufd {fd} of {process}", iommufd.change(RLIMIT_MODE, wanted, dry_run=True)))
+        return process.describe(), found
+
+
+class DaemonLimit(NamedTuple):
+    """The process of a user's libvirt daemon and its hard limit on locked memory in bytes, None for unlimited.
+
+    `refused` is why a domain would not start for it, empty where nothing keeps it.
+    """
+
+    pid: int
+    hard: int | None
+    refused: str
+
+
+def daemon_limit(target: PidfileTarget, name: str, user: User, need: int | None) -> DaemonLimit:
+    """Looks at a user's daemon, before it starts a domain that needs so much. Raises as hold_target does."""
+
+    def look() -> DaemonLimit:
+        with hold_target(target) as daemon:
+            limit = daemon.memlock()
+            try:
+                check_limit(name, user, daemon, limit, need)
+            except IommufdError as exc:
+                return DaemonLimit(daemon.pid, limit.hard, str(exc))
+            return DaemonLimit(daemon.pid, limit.hard, "")
+
+    return DaemonLimit(*in_child(None, look, _SECONDS))
 
 
 def set_mode(fd: int, wanted: int, dry_run: bool) -> Result:

@@ -25,7 +25,7 @@ import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ._errors import AccessRefused, DescriptorGone, HostLacks, IommufdError, ProcessGone, error_text
 
@@ -389,6 +389,10 @@ class Process:
         See current_user() at iopt_alloc_pages() in drivers/iommu/iommufd/pages.c.
         """
         return self.status.uid
+
+    def describe(self) -> dict[str, Any]:
+        """Who it is, as modules return it."""
+        return {"pid": self.pid, "comm": self.comm, "uid": self.uid, "user": self.user}
 
     @classmethod
     @contextlib.contextmanager

@@ -69,6 +69,9 @@ _READING_SECONDS = 30
 # What the kernel may also answer because a user has used up what there is of something.
 _USED_UP = (errno.EAGAIN, errno.ENOMEM, errno.ENFILE, errno.EMFILE, errno.EINTR, errno.ETXTBSY)
 
+# What the kernel and systemd answer in no time; a busy host gets so long.
+_LOOK_SECONDS = 120
+
 # linux/prctl.h
 _PR_CAPBSET_DROP = 24
 _PR_SET_NO_NEW_PRIVS = 38
@@ -137,6 +140,17 @@ def _see(process: Process) -> Seen:
     return Seen(process.user, process.status, process.memlock(), process.in_initial_user_namespace())
 
 
+def _look_at(hold: contextlib.AbstractContextManager[Process]) -> Seen:
+    """What is seen of a process, held in a child: it is a user's, who may keep whoever looks waiting for ever."""
+
+    def look() -> Seen:
+        with hold as process:
+            return _see(process)
+
+    user, status, memlock, initial = in_child(None, look, _LOOK_SECONDS)
+    return Seen(user, Status(*status), Limit(*memlock), initial)
+
+
 def try_copy(program: Program, under: Conditions, user: User) -> Status:
     """Executes a copy of cat(1) that has what the program would have with CAP_IPC_LOCK, and gives what it is then.
 
@@ -190,8 +204,7 @@ def start_emulator(program: Program, under: Conditions, user: User) -> Seen:
         with _started(program.path, arguments, under, user, output, output) as pid:
             _await_greeting(program, pid, output)
             try:
-                with Process.hold(pid) as process:
-                    return _see(process)
+                return _look_at(Process.hold(pid))
             except IommufdError as exc:
                 _check_runs(program, pid, output)
                 raise Interrupted(f"{program.path} could not be looked at: {exc}") from exc
@@ -417,8 +430,7 @@ def start_domain(run: Run, uri: str, program: Program) -> Seen:
         domain = domain_xml(_domain_capabilities(run, uri, program), name, identity, program.path)
         with _created(uri, name, domain) as said:
             try:
-                with hold_target(DomainTarget(name)) as process:
-                    return _see(process)
+                return _look_at(hold_target(DomainTarget(name)))
             except IommufdError as exc:
                 raise Interrupted(f"libvirt does not start a domain with {program.path}: {_errors(said)}") from exc
     except OSError as exc:
@@ -536,8 +548,7 @@ def start_replica(run: Run, unit: Unit) -> Seen:
         if code:
             raise _ended(run, name, f"systemd does not start a service like {unit.name}", errors)
         try:
-            with hold_target(UnitTarget(name, run)) as process:
-                seen = _see(process)
+            seen = _look_at(hold_target(UnitTarget(name, run)))
         except IommufdError as exc:
             raise _ended(run, name, f"A service like {unit.name} ended at once", "") from exc
     finally:

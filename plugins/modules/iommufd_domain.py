@@ -326,8 +326,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     Seen,
     Started,
     accountings,
-    check_limit,
     check_startable,
+    daemon_limit,
     is_session,
     look,
     new_iommufd,
@@ -346,8 +346,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     Result,
     explain,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
-from ansible_collections.virt.iommufd.plugins.module_utils._target import hold_target
 from ansible_collections.virt.iommufd.plugins.module_utils._user import find_user
 
 URIS = ("qemu:///session", "qemu:///system")
@@ -474,12 +472,10 @@ class Task:
         target, session = self.libvirt.daemon(), self.libvirt.session
         if target is None or session is None:
             return
-        with hold_target(target) as daemon:
-            limit = daemon.memlock()
-            self.result["libvirt"].update(
-                pid=daemon.pid, memlock_bytes=limit.hard, memlock_unlimited=limit.hard is None
-            )
-            check_limit(self.name, session, daemon, limit, seen.definition.need_bytes)
+        limit = daemon_limit(target, self.name, session, seen.definition.need_bytes)
+        self.result["libvirt"].update(pid=limit.pid, memlock_bytes=limit.hard, memlock_unlimited=limit.hard is None)
+        if limit.refused:
+            raise IommufdError(limit.refused)
 
     def _foretell(self, seen: Seen | None, state: str | None) -> None:
         """What would happen, but for what only the start itself can tell. Raises IommufdError."""
@@ -504,7 +500,7 @@ class Task:
 
     def _look_at_emulator(self) -> list[tuple[str, Result]]:
         process, found = accountings(self.libvirt.emulator_of(self.name), self.wanted)
-        self.result["process"] = describe(process)
+        self.result["process"] = process
         modes = {None if each.before is None else str(RLIMIT_MODE.value(each.before)) for _name, each in found}
         self.result["rlimit_mode"] = modes.pop() if len(modes) == 1 else None
         return found
@@ -529,11 +525,6 @@ class Task:
                     f"Domain {self.name} {'was started' if started else 'runs already'}."
                     f" {explain(result, subject, RLIMIT_MODE, self.wanted)}{also}"
                 )
-
-
-def describe(process: Process) -> dict[str, Any]:
-    """A process, in the return value."""
-    return {"pid": process.pid, "comm": process.comm, "uid": process.uid, "user": process.user}
 
 
 def main() -> NoReturn:

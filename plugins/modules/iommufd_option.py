@@ -458,7 +458,7 @@ def attempt(target: Target, fd: int | None, job: Job) -> Row:
     answer: Row = {}
     try:
         with hold_target(target) as process:
-            answer["process"] = {"pid": process.pid, "comm": process.comm, "uid": process.uid, "user": process.user}
+            answer["process"] = process.describe()
             answer["rows"], answer["truncated"] = work(process, fd, job)
     except IommufdError as exc:
         answer["msg"] = str(exc)

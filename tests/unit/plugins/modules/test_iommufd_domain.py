@@ -124,7 +124,7 @@ def test_start(run: Run, libvirt: FakeLibvirt, null_is_iommufd: FakeKernel, stat
 def enough(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Whatever limit this process has is enough, but where a test is about that."""
     if "limit" not in request.fixturenames:
-        monkeypatch.setattr(iommufd_domain, "check_limit", lambda *_given: None)
+        monkeypatch.setattr(_domain, "check_limit", lambda *_given: None)
 
 
 def test_check_mode(run: Run, libvirt: FakeLibvirt, null_is_iommufd: FakeKernel) -> None:
