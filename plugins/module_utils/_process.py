@@ -31,7 +31,6 @@ from ._errors import AccessRefused, DescriptorGone, HostLacks, IommufdError, Pro
 
 __all__ = (
     "DESCRIPTORS_MAX",
-    "DEVICES_MAX",
     "Descriptors",
     "Limit",
     "Process",
@@ -68,10 +67,8 @@ _AT_FDCWD = -100
 _AT_STATX_DONT_SYNC = 0x4000
 _STATX_TYPE = 0x1
 
-# How many descriptors of one process are looked at, and how many of those on devices are told. A limit of a million is
-# common; a VMM has some hundreds.
+# How many descriptors of one process are looked at. A limit of a million is common; a VMM has some hundreds.
 DESCRIPTORS_MAX = 2**18
-DEVICES_MAX = 2**13
 
 # What is read of a command line. The longest of a VMM has some kilobytes and hundreds of arguments.
 _CMDLINE_MAX = 2**18
@@ -172,7 +169,7 @@ class Descriptors(NamedTuple):
 
 
 def character_devices_in(
-    folder: int, most: int = DESCRIPTORS_MAX, wanted: Container[int] | None = None, keep: int = DEVICES_MAX
+    folder: int, most: int = DESCRIPTORS_MAX, wanted: Container[int] | None = None, keep: int = DESCRIPTORS_MAX
 ) -> Descriptors:
     """The descriptors of a process that are open on character devices, by its folder /proc/PID/fd, which is open here.
 

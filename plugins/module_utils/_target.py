@@ -20,7 +20,7 @@ from ._child import NoAnswer, in_child
 from ._errors import IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import IommuFd, iommufd_rdevs
 from ._paths import Untrusted, walk
-from ._process import DESCRIPTORS_MAX, DEVICES_MAX, Process, is_path_only, own_character_device, printable
+from ._process import DESCRIPTORS_MAX, Process, is_path_only, own_character_device, printable
 from ._running import domain_record
 
 __all__ = (
@@ -295,8 +295,8 @@ def find_iommufds(process: Process) -> list[int]:
     fds = [fd for fd, rdev in found.devices.items() if rdev in iommufds]
     if found.more or len(fds) > IOMMUFDS_MAX:
         raise IommufdError(
-            f"{process} has more descriptors than are looked through ({DESCRIPTORS_MAX}, {DEVICES_MAX} on devices,"
-            f" {IOMMUFDS_MAX} on iommufds): give the one that is meant by its number."
+            f"{process} has more descriptors than are looked through ({DESCRIPTORS_MAX}, of which {IOMMUFDS_MAX} may be"
+            " iommufds): give the one that is meant by its number."
         )
     return fds
 

@@ -105,13 +105,11 @@ def test_more_iommufds_than_are_worked_on(
     monkeypatch.setattr(_target, "IOMMUFDS_MAX", 2)
     assert set(find_iommufds(held)) == {50, 51}
     monkeypatch.setattr(_target, "IOMMUFDS_MAX", 1)
-    with pytest.raises(IommufdError, match=r"has more descriptors than are looked through .* 1 on iommufds"):
+    with pytest.raises(IommufdError, match=r"has more descriptors than are looked through .*1 may be iommufds"):
         find_iommufds(held)
     some = held.character_devices()._replace(more=True)
     monkeypatch.setattr(Process, "character_devices", lambda _process: some)
-    with pytest.raises(
-        IommufdError, match=r"has more descriptors than are looked through \(262144, 8192 on devices, 1 "
-    ):
+    with pytest.raises(IommufdError, match=r"has more descriptors than are looked through \(262144, of which 1 "):
         find_iommufds(held)
 
 
