@@ -82,7 +82,7 @@ class NoAnswer(IommufdError):
 
 
 class Interrupted(IommufdError):
-    """A signal ended the child, so nothing is known: the user that it had become may have sent that."""
+    """Nothing is known: the user that the child had become may have ended it, or have had it fail."""
 
 
 def environment(user: User | None) -> dict[str, str]:
@@ -148,8 +148,8 @@ def in_child(user: User | None, work: Callable[[], Any], seconds: float, keep: C
     """What `work` returns in a child that has become the user; None: in one that stays who we are.
 
     `keep` are descriptors of ours that it may use; it has no other. What it returns must be good for JSON. An
-    IommufdError that it raises is raised here; so is one where the child ends without an answer, Interrupted where a
-    signal ended it, and NoAnswer where it takes longer than `seconds`. Nothing that it has started in its session goes
+    IommufdError that it raises is raised here; so is one where the child fails otherwise or ends without an answer,
+    Interrupted where a signal ended it or it was not root's, and NoAnswer where it takes longer than `seconds`. Nothing that it has started in its session goes
     on; the child itself only if nothing can end it.
     """
 
@@ -159,7 +159,7 @@ def in_child(user: User | None, work: Callable[[], Any], seconds: float, keep: C
     with contextlib.closing(answers(user, once, seconds, keep)) as said:
         for each in said:
             return each
-    raise IommufdError(f"{_who(user)} has ended without an answer.")
+    raise _unheard(user, "has ended without an answer.")
 
 
 def answers(
@@ -190,6 +190,11 @@ def _who(user: User | None) -> str:
     return f"The process that does this as {'root' if user is None else f'user {user.name}'}"
 
 
+def _unheard(user: User | None, what: str) -> IommufdError:
+    """How it is to be told that a child has not done its work. Its user may have lowered its limits, or ended it."""
+    return (IommufdError if user is None or user.uid == 0 else Interrupted)(f"{_who(user)} {what}")
+
+
 def _lines(user: User | None, reader: int, seconds: float) -> Iterator[bytes]:
     """The lines that come out of a pipe, until its other end is closed. Raises NoAnswer for one that takes too long."""
     deadline = time.monotonic() + seconds
@@ -206,7 +211,7 @@ def _lines(user: User | None, reader: int, seconds: float) -> Iterator[bytes]:
             yield line
             deadline = time.monotonic() + seconds
         if len(text) > _ANSWER_MAX:
-            raise IommufdError(f"{_who(user)} has ended without an answer: what it says has no end.")
+            raise _unheard(user, "has ended without an answer: what it says has no end.")
 
 
 def _judge(user: User | None, text: bytes) -> Any:
@@ -217,7 +222,7 @@ def _judge(user: User | None, text: bytes) -> Any:
             return answer["value"]
         kind, message = (str(each) for each in answer["error"])
     except (IommufdError, ValueError, TypeError, KeyError) as exc:
-        raise IommufdError(f"{_who(user)} has ended without an answer.") from exc
+        raise _unheard(user, "has ended without an answer.") from exc
     # Those that take more than a text do not come from a child.
     errors = {each.__name__: each for each in IommufdError.__subclasses__() if "__init__" not in vars(each)}
     raise errors.get(kind, IommufdError)(shown(message))
@@ -249,7 +254,8 @@ def _answers(user: User | None, work: Callable[[], Iterator[Any]], keep: Collect
     except IommufdError as exc:
         yield {"error": [type(exc).__name__, str(exc)]}
     except Exception as exc:
-        yield {"error": ["IommufdError", f"{_who(user)} failed with {type(exc).__name__}: {exc}"]}
+        error = _unheard(user, f"failed with {type(exc).__name__}: {exc}")
+        yield {"error": [type(error).__name__, str(error)]}
 
 
 def close_all_but(keep: Collection[int]) -> None:

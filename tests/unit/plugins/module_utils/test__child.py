@@ -112,6 +112,20 @@ def test_a_child_that_ends() -> None:
     assert raised.type is IommufdError
 
 
+@pytest.mark.parametrize(
+    "work", [lambda: os._exit(0), lambda: os._exit(3), lambda: itemgetter(1)([]), lambda: "x" * 2**21]
+)
+@pytest.mark.parametrize(("uid", "kind"), [(0, IommufdError), (1001, Interrupted)])
+def test_a_child_that_its_user_may_have_had_fail(
+    monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any], uid: int, kind: type[IommufdError]
+) -> None:
+    """By its limits, for one."""
+    monkeypatch.setattr(_child, "has_ids", lambda _user: True)
+    with pytest.raises(IommufdError, match=r"^The process that does this as user vm ") as raised:
+        in_child(User("vm", uid, uid, "/"), work, 30)
+    assert raised.type is kind
+
+
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGTERM])
 def test_a_child_that_is_ended(number: int) -> None:
     with pytest.raises(Interrupted, match=f"^{WHO} was ended by signal {number:d}, before it could answer"):
