@@ -149,8 +149,8 @@ def in_child(user: User | None, work: Callable[[], Any], seconds: float, keep: C
 
     `keep` are descriptors of ours that it may use; it has no other. What it returns must be good for JSON. An
     IommufdError that it raises is raised here; so is one where the child fails otherwise or ends without an answer,
-    Interrupted where a signal ended it or it was not root's, and NoAnswer where it takes longer than `seconds`. Nothing that it has started in its session goes
-    on; the child itself only if nothing can end it.
+    Interrupted where a signal ended it or it was not root's, and NoAnswer where it takes longer than `seconds`. Nothing
+    that it has started in its session goes on; the child itself only if nothing can end it.
     """
 
     def once() -> Iterator[Any]:

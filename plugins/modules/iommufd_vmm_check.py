@@ -114,8 +114,9 @@ notes:
     is.
   - B(Others' files.) An emulator that somebody else than root can write, or a folder or link on the way to it, is
     neither executed nor copied, and is told in RV(emulators[].obstacles) with that place. So is each program of a unit
-    in RV(units[].obstacles). What is behind such a place is not even looked at. What is not found within 10 seconds, as
-    on a mount whose server is gone, fails the module.
+    in RV(units[].obstacles). What is behind such a place is not even looked at. A user's FUSE mount is such a place,
+    and a mount with C(nosuid) that somebody may have brought files along on; a tmpfs begins empty. What is not found
+    within 10 seconds, as on a mount whose server is gone, fails the module.
 seealso:
   - module: virt.iommufd.iommufd_info
     description: Tells which emulators and VMs of a host have CAP_IPC_LOCK now.
