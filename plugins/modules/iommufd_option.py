@@ -266,7 +266,7 @@ from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.parsing.convert_bool import boolean
-from ansible_collections.virt.iommufd.plugins.module_utils._child import in_child, run_command
+from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer, in_child, run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     DescriptorGone,
     IommufdError,
@@ -301,7 +301,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._target import (
 UINT32_MAX = 2**32 - 1
 
 # What the kernel and systemd answer in no time; a busy host gets so long.
-SECONDS = 120
+SECONDS = 60
 
 OPTIONS = {option.name: option for option in (RLIMIT_MODE, HUGE_PAGES)}
 
@@ -471,7 +471,14 @@ def run(module: AnsibleModule, result: Row) -> None:
     job = job_of(params, module.check_mode)
     # A process may keep whoever looks at it, and may put something in the place of its iommufd that takes for ever to
     # close. So all of it is done in a child.
-    answer = in_child(None, partial(attempt, target_of(module), params["fd"], job), SECONDS)
+    target = target_of(module)
+    try:
+        answer = in_child(None, partial(attempt, target, params["fd"], job), SECONDS)
+    except NoAnswer as exc:
+        raise IommufdError(
+            f"{target} keeps whoever looks at it waiting, for more than {SECONDS} seconds: it is stuck, as in executing a"
+            " program from a mount whose server does not answer. It may have been set, or not: look again."
+        ) from exc
     result.update({name: answer[name] for name in ("process",) if name in answer})
     if "msg" in answer:
         raise IommufdError(answer["msg"])
