@@ -476,8 +476,8 @@ def run(module: AnsibleModule, result: Row) -> None:
         answer = in_child(None, partial(attempt, target, params["fd"], job), SECONDS)
     except NoAnswer as exc:
         raise IommufdError(
-            f"{target} keeps whoever looks at it waiting, for more than {SECONDS} seconds: it is stuck, as in executing a"
-            " program from a mount whose server does not answer. It may have been set, or not: look again."
+            f"{target} keeps whoever looks at it waiting, for more than {SECONDS} seconds: it is stuck, as in executing"
+            " a program while the server of a mount does not answer. It may have been set, or not: look again."
         ) from exc
     result.update({name: answer[name] for name in ("process",) if name in answer})
     if "msg" in answer:

@@ -159,7 +159,7 @@ def test_a_child_that_cannot_be_killed_is_not_waited_for(trap: Trap, tmp_path: P
 
 
 @pytest.fixture
-def stuck(trap: Trap) -> Iterator[int]:
+def stuck(trap: Trap) -> int:
     """A process with an iommufd that executes a program, and never comes to it.
 
     The kernel closes descriptors then, and waits for FLUSH of the one that is on the trap's mount. Meanwhile it holds
@@ -174,8 +174,8 @@ def stuck(trap: Trap) -> Iterator[int]:
     while pid not in trap.caught():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    yield pid
     # It ends with the server of the trap, whose fixture waits for it.
+    return pid
 
 
 def test_a_process_that_is_stuck_in_executing_a_program(
