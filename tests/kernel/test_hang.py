@@ -185,19 +185,27 @@ def test_a_process_that_is_stuck_in_executing_a_program(
 ) -> None:
     honest = start()
     honest.open()
-    # That is the danger.
+    # That is the danger, on kernels that hold the lock meanwhile: 6.18 does, 6.12 does not.
     looking = [sys.executable, "-I", "-S", "-c", f"import os; os.write(1, b'.'); open('/proc/{stuck}/maps').read()"]
     with subprocess.Popen(looking, stdout=subprocess.PIPE) as waiting:
         assert waiting.stdout
         assert waiting.stdout.read(1) == b"."
-        with pytest.raises(subprocess.TimeoutExpired):
+        try:
             waiting.wait(3)
+            hangs = False
+        except subprocess.TimeoutExpired:
+            hangs = True
         waiting.kill()
     began = time.monotonic()
     answered = look("processes")
     assert time.monotonic() - began < 60
-    assert "keeps whoever looks at it waiting" in limits(answered)["descriptors"]
-    assert str(stuck) in limits(answered)["descriptors"]
     assert process(answered, honest.pid)["accounting"] == "user"
     monkeypatch.setattr(iommufd_option, "SECONDS", 3)
-    assert "keeps whoever looks at it waiting" in told(run(pid=stuck, value="process"))
+    result = run(pid=stuck, value="process")
+    if hangs:
+        assert "keeps whoever looks at it waiting" in limits(answered)["descriptors"]
+        assert str(stuck) in limits(answered)["descriptors"]
+        assert "keeps whoever looks at it waiting" in told(result)
+    else:
+        assert process(answered, stuck)["accounting"] == "user"
+        assert result["changed"]
