@@ -207,5 +207,5 @@ def test_a_process_that_is_stuck_in_executing_a_program(
         assert str(stuck) in limits(answered)["descriptors"]
         assert "keeps whoever looks at it waiting" in told(result)
     else:
-        assert process(answered, stuck)["accounting"] == "user"
+        assert process(answered, stuck)["iommufds"]
         assert result["changed"]
