@@ -443,7 +443,9 @@ processes:
       type: str
       sample: qemu:///system
     unit:
-      description: The unit of the system's service manager that it belongs to; V(null) where there is none.
+      description:
+        - The unit of the system's service manager that it belongs to; V(null) where there is none.
+        - That goes by its control group. The name of a group below a container's counts for nothing.
       type: str
       sample: machine-qemu\x2d1\x2dvm1.scope
     user_unit:
