@@ -163,6 +163,7 @@ Reasons = dict[str, list[int]]
 class Survey:
     """What was seen. `others_pinned`: by user, what processes have pinned of which no iommufd was looked at.
 
+    `unseen`: the users of such processes that may hold one all the same.
     The rest is what was not seen, each a reason and the processes: `hidden` as a whole, `closed` their descriptors, or
     some of them, and `refused` their iommufds. `leaderless` are those whose first thread has ended, until it is known
     whether the others will too.
@@ -170,6 +171,7 @@ class Survey:
 
     holders: list[Holder] = field(default_factory=list)
     others_pinned: dict[int, int] = field(default_factory=dict)
+    unseen: set[int] = field(default_factory=set)
     hidden: Reasons = field(default_factory=dict)
     closed: Reasons = field(default_factory=dict)
     refused: Reasons = field(default_factory=dict)
@@ -260,6 +262,8 @@ def _look_at_table(result: Survey, tables: Tables, pid: int, text: bytes) -> Can
         result.closed.setdefault(TOO_MANY, []).append(pid)
     if found.devices:
         return Candidate(pid, uid, found.devices, found.more)
+    if found.more:
+        result.unseen.add(uid)
     _add_other(result, pid, text)
     return None
 
@@ -328,6 +332,7 @@ def _within_bounds(result: Survey, candidates: list[Candidate], rdevs: set[int])
 
 def _leave_out(result: Survey, candidate: Candidate, reason: str) -> None:
     result.refused.setdefault(reason, []).append(candidate.pid)
+    result.unseen.add(candidate.uid)
     _add_other(result, candidate.pid)
 
 
@@ -340,6 +345,8 @@ def _add_answer(result: Survey, candidate: Candidate, answer: Answer) -> None:
         _add_other(result, candidate.pid)
     if answer.refused:
         result.refused.setdefault(answer.refused, []).append(candidate.pid)
+        if answer.holder is None:
+            result.unseen.add(candidate.uid)
 
 
 def _look_at_each(candidates: list[Candidate], rdevs: set[int], nodes: Collection[int]) -> Iterator[Answer]:
@@ -496,25 +503,33 @@ def _add_closed(result: Survey, pid: int, text: bytes, error: str) -> bool:
 
 def _add_leaderless(result: Survey) -> None:
     """Counts those whose first thread has ended while others run on. One that ends as a whole looks so for a moment."""
-    if result.leaderless:
-        time.sleep(_ENDING)
-    lingering = result.leaderless
-    with contextlib.suppress(IommufdError):
-        # One that keeps us waiting is not known to end.
-        lingering = in_child(None, lambda: [pid for pid in lingering if _lingers(pid)], _PATIENCE) if lingering else []
-    if lingering:
-        result.closed.setdefault(_LEADERLESS, []).extend(lingering)
+    if not result.leaderless:
+        return
+    time.sleep(_ENDING)
+    pids = result.leaderless
+    try:
+        lingering = in_child(None, lambda: [(pid, *found) for pid in pids if (found := _lingers(pid))], _PATIENCE)
+    except IommufdError as exc:
+        # One that keeps us waiting is not known to end, and nothing is known of what the others have pinned.
+        result.hidden.setdefault(str(exc), []).extend(pids)
+        return
+    for pid, uid, pinned in lingering:
+        result.closed.setdefault(_LEADERLESS, []).append(pid)
+        result.unseen.add(uid)
+        if pinned:
+            result.others_pinned[uid] = result.others_pinned.get(uid, 0) + pinned
 
 
-def _lingers(pid: int) -> bool:
-    """Whether a thread of the process is not about to end."""
+def _lingers(pid: int) -> tuple[int, int] | None:
+    """The user of a process, and what it has pinned, by a thread that is not about to end; None without one."""
     folder = f"/proc/{pid}/task"
     with contextlib.suppress(OSError):
         for thread in os.listdir(folder)[:_THREADS_MAX]:
             with contextlib.suppress(OSError):
                 if not parse_stat(read_file(f"{folder}/{thread}/stat")).flags & _PF_EXITING:
-                    return True
-    return False
+                    status = parse_status(read_file(f"{folder}/{thread}/status"))
+                    return status.uid, status.pinned_bytes
+    return None
 
 
 def _status(pid: int) -> Status | None:

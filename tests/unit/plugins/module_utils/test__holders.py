@@ -154,7 +154,7 @@ def test_threads_that_end(
         flags = threads[int(path.split("/")[4])]
         if flags is None:
             raise ProcessLookupError(errno.ESRCH, "gone")
-        return stat("vm", flags)
+        return STATUS % 8 if path.endswith("/status") else stat("vm", flags)
 
     monkeypatch.setattr(Process, "hold", refuse(IommufdError("The first thread has ended.")))
     monkeypatch.setattr(_holders, "_status_text", lambda _pid: LEADERLESS)
@@ -163,6 +163,16 @@ def test_threads_that_end(
     monkeypatch.setattr(os, "listdir", lambda path: ["0", "1"] if str(path).endswith("/task") else listed(path))
     result = survey()
     assert (list(result.closed), result.hidden) == ([_holders._LEADERLESS] * lingers, {})
+    # The first thread has no memory any more; the others tell what the process has pinned.
+    assert (result.others_pinned, result.unseen) == (({7: 8192}, {7}) if lingers else ({}, set()))
+
+
+def test_threads_that_keep_us_waiting(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Process, "hold", refuse(IommufdError("The first thread has ended.")))
+    monkeypatch.setattr(_holders, "_status_text", lambda _pid: LEADERLESS)
+    monkeypatch.setattr(_holders, "in_child", refuse(NoAnswer("It hangs.")))
+    result = survey()
+    assert (result.closed, list(result.hidden)) == ({}, ["It hangs."])
 
 
 def test_another_that_is_hidden(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +276,7 @@ def test_too_many_of_a_user_or_of_all_are_counted(crowd: list[int], monkeypatch:
     assert [holder.pid for holder in result.holders] == crowd == [1, 2, 3, 4, 7]
     assert result.refused == {_holders._TOO_MANY_HOLDERS: [5, 6]}
     # What they have pinned is not lost.
-    assert result.others_pinned == {7: 2 * 8192}
+    assert (result.others_pinned, result.unseen) == ({7: 2 * 8192}, {7})
     monkeypatch.setattr(_holders, "_IOMMUFDS_OF_USER", 1)
     result = Survey()
     _holders._look_at_all(result, CANDIDATES, {1}, set())
@@ -304,6 +314,7 @@ def test_whose_processes_mean_harm_is_not_looked_at_any_more(
     reason = {"swaps": "It swaps.", "hangs": "It hangs.", "is killed": "It was killed."}[trouble]
     assert result.refused == {reason: [1, 2, 4], _holders._HANGS: [5, 6]}
     assert [holder.pid for holder in result.holders] == ([1, 2, 3, 4, 7] if trouble == "swaps" else [3, 7])
+    assert result.unseen == {7}
     # Each time another child goes on after the one that it hung at.
     assert started == [[1, 2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6, 7], [3, 4, 5, 6, 7], [7]]
 
