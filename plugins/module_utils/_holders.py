@@ -165,6 +165,7 @@ Reasons = dict[str, list[int]]
 @dataclass
 class Survey:
     """What was seen. `others_pinned`: by user, what processes have pinned of which no iommufd was looked at.
+    `unseen`: the users of such processes that may hold one all the same.
 
     The rest is what was not seen, each a reason and the processes: `hidden` as a whole, `closed` their descriptors, or
     some of them, and `refused` their iommufds. `leaderless` are those whose first thread has ended, until it is known
@@ -173,6 +174,7 @@ class Survey:
 
     holders: list[Holder] = field(default_factory=list)
     others_pinned: dict[int, int] = field(default_factory=dict)
+    unseen: set[int] = field(default_factory=set)
     hidden: Reasons = field(default_factory=dict)
     closed: Reasons = field(default_factory=dict)
     refused: Reasons = field(default_factory=dict)
@@ -183,17 +185,19 @@ class Survey:
         """What `add` takes."""
         holders = [each.to_json() for each in self.holders]
         pinned = list(self.others_pinned.items())
-        return [holders, pinned, self.hidden, self.closed, self.refused, self.leaderless, self.large]
+        unseen = list(self.unseen)
+        return [holders, pinned, unseen, self.hidden, self.closed, self.refused, self.leaderless, self.large]
 
     def add(self, given: list[Any]) -> None:
         """Adds what another survey came to, which a child of this caller's own has made."""
-        holders, pinned, hidden, closed, refused, leaderless, large = given
+        holders, pinned, unseen, hidden, closed, refused, leaderless, large = given
         self.holders += [Holder.from_json(each) for each in holders]
         for uid, size in pinned:
             self.others_pinned[uid] = self.others_pinned.get(uid, 0) + size
         for mine, others in ((self.hidden, hidden), (self.closed, closed), (self.refused, refused)):
             for reason, pids in others.items():
                 mine.setdefault(reason, []).extend(pids)
+        self.unseen.update(unseen)
         self.leaderless += leaderless
         self.large += [(size, pid) for size, pid in large]
 
@@ -260,7 +264,8 @@ def _look_at_all(
         except IommufdError:
             reason = _KEEPS_WAITING
         if time.monotonic() > deadline:
-            result.closed.setdefault(_KEEPS_WAITING, []).extend(pids[done:])
+            for pid in pids[done:]:
+                _leave_out(result, pid)
             return
         stop = max(done, _POSITION.unpack_from(position)[0])
         if reason and stop < len(pids):
@@ -272,8 +277,13 @@ def _look_at_all(
 
 def _skip(result: Survey, pid: int, budget: Budget) -> None:
     """Leaves a process out that has kept a child waiting, and has its user pay for it."""
-    result.closed.setdefault(_KEEPS_WAITING, []).append(pid)
+    _leave_out(result, pid)
     budget.seconds[who_pays(owner_of(pid))] += _PENALTY
+
+
+def _leave_out(result: Survey, pid: int) -> None:
+    result.closed.setdefault(_KEEPS_WAITING, []).append(pid)
+    result.unseen.add(owner_of(pid))
 
 
 def _batches(
@@ -339,7 +349,7 @@ class _Look:
             self._seen.large.append((size, pid))
         elif self._budget.seconds[payer] >= _OF_USER:
             self._seen.closed.setdefault(_KEEPS_WAITING, []).append(pid)
-            _add_other(self._seen, pid, text)
+            self._add_unseen(pid, text)
         else:
             self._look(pid, payer, size, text)
         self._budget.seconds[payer] += time.monotonic() - began
@@ -359,12 +369,18 @@ class _Look:
         rdevs = self._rdevs(found.devices)
         fds = [fd for fd, rdev in found.devices.items() if rdev in rdevs]
         if not fds:
+            if found.more:
+                seen.unseen.add(number_in(text, b"Uid"))
             _add_other(seen, pid, text)
         elif not self._budget.may_hold(payer):
             seen.refused.setdefault(TOO_MANY_HOLDERS, []).append(pid)
-            _add_other(seen, pid, text)
+            self._add_unseen(pid, text)
         else:
             self._add(pid, payer, found, found.more)
+
+    def _add_unseen(self, pid: int, text: bytes) -> None:
+        self._seen.unseen.add(number_in(text, b"Uid"))
+        _add_other(self._seen, pid, text)
 
     def _rdevs(self, devices: dict[int, int]) -> set[int]:
         """The numbers that an iommufd has. /dev/vfio/vfio is asked what it is only where somebody has it open."""
@@ -393,6 +409,8 @@ class _Look:
                     self._budget.hold(payer, len(told), sum(len(each.ioases) for each in told))
                 if refused:
                     seen.refused.setdefault(refused, []).append(pid)
+                if not held and refused:
+                    seen.unseen.add(process.uid)
                 if not held:
                     _add_other(seen, pid)
         except ProcessGone:
@@ -528,25 +546,33 @@ def _add_closed(result: Survey, pid: int, text: bytes, error: str) -> bool:
 
 def _add_leaderless(result: Survey) -> None:
     """Counts those whose first thread has ended while others run on. One that ends as a whole looks so for a moment."""
-    if result.leaderless:
-        time.sleep(_ENDING)
-    lingering = result.leaderless
-    with contextlib.suppress(IommufdError):
-        # One that keeps us waiting is not known to end.
-        lingering = in_child(None, lambda: [pid for pid in lingering if _lingers(pid)], _PATIENCE) if lingering else []
-    if lingering:
-        result.closed.setdefault(_LEADERLESS, []).extend(lingering)
+    if not result.leaderless:
+        return
+    time.sleep(_ENDING)
+    pids = result.leaderless
+    try:
+        lingering = in_child(None, lambda: [(pid, *found) for pid in pids if (found := _lingers(pid))], _PATIENCE)
+    except IommufdError as exc:
+        # One that keeps us waiting is not known to end, and nothing is known of what the others have pinned.
+        result.hidden.setdefault(str(exc), []).extend(pids)
+        return
+    for pid, uid, pinned in lingering:
+        result.closed.setdefault(_LEADERLESS, []).append(pid)
+        result.unseen.add(uid)
+        if pinned:
+            result.others_pinned[uid] = result.others_pinned.get(uid, 0) + pinned
 
 
-def _lingers(pid: int) -> bool:
-    """Whether a thread of the process is not about to end."""
+def _lingers(pid: int) -> tuple[int, int] | None:
+    """The user of a process, and what it has pinned, by a thread that is not about to end; None without one."""
     folder = f"/proc/{pid}/task"
     with contextlib.suppress(OSError):
         for thread in os.listdir(folder)[:_THREADS_MAX]:
             with contextlib.suppress(OSError):
                 if not parse_stat(read_file(f"{folder}/{thread}/stat")).flags & _PF_EXITING:
-                    return True
-    return False
+                    status = parse_status(read_file(f"{folder}/{thread}/status"))
+                    return status.uid, status.pinned_bytes
+    return None
 
 
 def _status(pid: int) -> Status | None:

@@ -272,6 +272,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     IommufdError,
     NotAnIommufd,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._foreign import first_of
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     CHANGED,
     FAILED,
@@ -302,6 +303,10 @@ UINT32_MAX = 2**32 - 1
 
 # What the kernel and systemd answer in no time; a busy host gets so long.
 SECONDS = 60
+
+# A process may have hundreds of iommufds, and thousands of IOASes. All of them are in the return value.
+LABELS_MAX = 20
+WARNINGS_MAX = 10
 
 OPTIONS = {option.name: option for option in (RLIMIT_MODE, HUGE_PAGES)}
 
@@ -433,18 +438,25 @@ def report(rows: list[Row], tolerate: list[str]) -> dict[str, Any]:
     values = {each["after"] for each in rows}
     troubled = [each for each in rows if each["outcome"] not in (CHANGED, UNCHANGED)]
     failed = [each for each in troubled if each["outcome"] not in tolerate]
+    tolerated = [each["msg"] for each in troubled if each["outcome"] in tolerate]
     changed = [each for each in rows if each["outcome"] == CHANGED]
     result: dict[str, Any] = {
         "changed": bool(changed),
         "value": values.pop() if len(values) == 1 else None,
         "iommufds": rows,
         "diff": {side: {label(each): each[side] for each in rows} for side in ("before", "after")},
-        "warnings": [each["msg"] for each in troubled if each not in failed],
+        "warnings": [first_of(tolerated)] if len(tolerated) > WARNINGS_MAX else tolerated,
     }
     if failed:
-        done = f" Changed all the same: {', '.join(label(each) for each in changed)}." if changed else ""
-        result["msg"] = " ".join(each["msg"] for each in failed) + done
+        result["msg"] = first_of([each["msg"] for each in failed]) + also(changed)
     return result
+
+
+def also(changed: list[Row]) -> str:
+    """What was changed though the rest has failed, as a sentence to add; empty if nothing was."""
+    more = f" and {len(changed) - LABELS_MAX} more" if len(changed) > LABELS_MAX else ""
+    labels = ", ".join(label(each) for each in changed[:LABELS_MAX])
+    return f" Changed all the same: {labels}{more}." if changed else ""
 
 
 def label(each: Row) -> str:

@@ -149,7 +149,7 @@ def test_threads_that_end(
         flags = threads[int(path.split("/")[4])]
         if flags is None:
             raise ProcessLookupError(errno.ESRCH, "gone")
-        return stat("vm", flags)
+        return STATUS % 8 if path.endswith("/status") else stat("vm", flags)
 
     monkeypatch.setattr(Process, "hold", refuse(IommufdError("The first thread has ended.")))
     monkeypatch.setattr(_holders, "_status_text", lambda _pid: LEADERLESS)
@@ -158,6 +158,16 @@ def test_threads_that_end(
     monkeypatch.setattr(os, "listdir", lambda path: ["0", "1"] if str(path).endswith("/task") else listed(path))
     result = survey()
     assert (list(result.closed), result.hidden) == ([_holders._LEADERLESS] * lingers, {})
+    # The first thread has no memory any more; the others tell what the process has pinned.
+    assert (result.others_pinned, result.unseen) == (({7: 8192}, {7}) if lingers else ({}, set()))
+
+
+def test_threads_that_keep_us_waiting(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Process, "hold", refuse(IommufdError("The first thread has ended.")))
+    monkeypatch.setattr(_holders, "_status_text", lambda _pid: LEADERLESS)
+    monkeypatch.setattr(_holders, "in_child", refuse(NoAnswer("It hangs.")))
+    result = survey()
+    assert (result.closed, list(result.hidden)) == ({}, ["It hangs."])
 
 
 def test_another_that_is_hidden(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +316,7 @@ def test_too_many_of_a_user_or_of_all_are_counted(crowd: Crowd, monkeypatch: pyt
     assert [holder.pid for holder in result.holders] == crowd.looked == [1, 2, 3, 4, 7]
     assert result.refused == {TOO_MANY_HOLDERS: [5, 6]}
     # What they have pinned is not lost.
-    assert result.others_pinned == {7: 2 * 8192}
+    assert (result.others_pinned, result.unseen) == ({7: 2 * 8192}, {7})
     monkeypatch.setattr(_tables, "_IOMMUFDS_OF_USER", 1)
     assert survey().refused == {TOO_MANY_HOLDERS: [2, 4, 5, 6, 7]}
     monkeypatch.setattr(_tables, "_HOLDERS", 1)
@@ -324,6 +334,7 @@ def test_whose_processes_keep_us_waiting_is_not_looked_at_any_more(crowd: Crowd,
     # After the third time, the sixth of that user is not even looked at.
     assert crowd.looked == [1, 2, 3, 4, 5, 7]
     assert result.closed == {_holders._KEEPS_WAITING: [2, 4, 5, 6]}
+    assert result.unseen == {7}
     # Each time another child goes on after the one that it hung at.
     assert crowd.started == [[1, 2, 3, 4, 5, 6, 7], [3, 4, 5, 6, 7], [5, 6, 7], [6, 7]]
 
@@ -354,7 +365,7 @@ def test_a_users_time_has_an_end(crowd: Crowd) -> None:
     result = survey()
     assert [holder.pid for holder in result.holders] == [1, 2, 3, 7]
     assert result.closed == {_holders._KEEPS_WAITING: [4, 5, 6]}
-    assert result.others_pinned == {7: 3 * 8192}
+    assert (result.others_pinned, result.unseen) == ({7: 3 * 8192}, {7})
 
 
 def test_an_end_to_all_looks(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,6 +373,7 @@ def test_an_end_to_all_looks(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> N
     result = survey()
     assert [holder.pid for holder in result.holders] == [1]
     assert result.closed == {_holders._KEEPS_WAITING: [2, 3, 4, 5, 6, 7]}
+    assert result.unseen == {7, 8}
 
 
 def test_containers_and_large_tables_come_last(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
