@@ -15,21 +15,19 @@ the user is, and whoever reads it checks what it holds.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
 import select
 import signal
 import time
-from collections.abc import Collection, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Callable, NoReturn
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from typing import Any, Callable, NoReturn, Optional
 
-from ._errors import HostLacks, IommufdError, error_text
+from ._errors import IommufdError, error_text
 from ._foreign import parse_answer, shown
-from ._user import User, become, has_ids, leave_keyring
-
-if TYPE_CHECKING:
-    import subprocess
+from ._user import User, be_private, become, has_ids, leave_keyring
 
 __all__ = (
     "COMMAND_SECONDS",
@@ -37,6 +35,7 @@ __all__ = (
     "NoAnswer",
     "answers",
     "bury",
+    "close_all_but",
     "end",
     "environment",
     "in_child",
@@ -57,6 +56,9 @@ _OUTPUT_MAX = 2**22
 
 # What a process takes at most to end after it was killed, in seconds, unless it cannot.
 _ENDING = 2.0
+
+# A child's standard input, output and errors: descriptors of ours, or None for /dev/null.
+Streams = tuple[Optional[int], Optional[int], Optional[int]]
 
 # As timeout(1) gives it, and as systemd names it.
 _TIMED_OUT = 124
@@ -80,7 +82,7 @@ class NoAnswer(IommufdError):
 
 
 class Interrupted(IommufdError):
-    """A signal ended the child, so nothing is known: the user that it had become may have sent that."""
+    """Nothing is known: the user that the child had become may have ended it, or have had it fail."""
 
 
 def environment(user: User | None) -> dict[str, str]:
@@ -146,9 +148,9 @@ def in_child(user: User | None, work: Callable[[], Any], seconds: float, keep: C
     """What `work` returns in a child that has become the user; None: in one that stays who we are.
 
     `keep` are descriptors of ours that it may use; it has no other. What it returns must be good for JSON. An
-    IommufdError that it raises is raised here; so is one where the child ends without an answer, Interrupted where a
-    signal ended it, and NoAnswer where it takes longer than `seconds`. Nothing that it has started in its session goes
-    on; the child itself only if nothing can end it.
+    IommufdError that it raises is raised here; so is one where the child fails otherwise or ends without an answer,
+    Interrupted where a signal ended it or it was not root's, and NoAnswer where it takes longer than `seconds`. Nothing
+    that it has started in its session goes on; the child itself only if nothing can end it.
     """
 
     def once() -> Iterator[Any]:
@@ -157,7 +159,7 @@ def in_child(user: User | None, work: Callable[[], Any], seconds: float, keep: C
     with contextlib.closing(answers(user, once, seconds, keep)) as said:
         for each in said:
             return each
-    raise IommufdError(f"{_who(user)} has ended without an answer.")
+    raise _unheard(user, "has ended without an answer.")
 
 
 def answers(
@@ -188,6 +190,11 @@ def _who(user: User | None) -> str:
     return f"The process that does this as {'root' if user is None else f'user {user.name}'}"
 
 
+def _unheard(user: User | None, what: str) -> IommufdError:
+    """How it is to be told that a child has not done its work. Its user may have lowered its limits, or ended it."""
+    return (IommufdError if user is None or user.uid == 0 else Interrupted)(f"{_who(user)} {what}")
+
+
 def _lines(user: User | None, reader: int, seconds: float) -> Iterator[bytes]:
     """The lines that come out of a pipe, until its other end is closed. Raises NoAnswer for one that takes too long."""
     deadline = time.monotonic() + seconds
@@ -204,7 +211,7 @@ def _lines(user: User | None, reader: int, seconds: float) -> Iterator[bytes]:
             yield line
             deadline = time.monotonic() + seconds
         if len(text) > _ANSWER_MAX:
-            raise IommufdError(f"{_who(user)} has ended without an answer: what it says has no end.")
+            raise _unheard(user, "has ended without an answer: what it says has no end.")
 
 
 def _judge(user: User | None, text: bytes) -> Any:
@@ -215,7 +222,7 @@ def _judge(user: User | None, text: bytes) -> Any:
             return answer["value"]
         kind, message = (str(each) for each in answer["error"])
     except (IommufdError, ValueError, TypeError, KeyError) as exc:
-        raise IommufdError(f"{_who(user)} has ended without an answer.") from exc
+        raise _unheard(user, "has ended without an answer.") from exc
     # Those that take more than a text do not come from a child.
     errors = {each.__name__: each for each in IommufdError.__subclasses__() if "__init__" not in vars(each)}
     raise errors.get(kind, IommufdError)(shown(message))
@@ -240,17 +247,18 @@ def _answers(user: User | None, work: Callable[[], Iterator[Any]], keep: Collect
     _is_child = True
     try:
         isolate()
-        _close_all_but(keep)
+        close_all_but(keep)
         _become(user)
         for each in work():
             yield {"value": each}
     except IommufdError as exc:
         yield {"error": [type(exc).__name__, str(exc)]}
     except Exception as exc:
-        yield {"error": ["IommufdError", f"{_who(user)} failed with {type(exc).__name__}: {exc}"]}
+        error = _unheard(user, f"failed with {type(exc).__name__}: {exc}")
+        yield {"error": [type(error).__name__, str(error)]}
 
 
-def _close_all_but(keep: Collection[int]) -> None:
+def close_all_but(keep: Collection[int]) -> None:
     """Leaves these descriptors open, and puts /dev/null in the place of the standard ones."""
     null = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
@@ -271,6 +279,7 @@ def _become(user: User | None) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_MAX, _MEMORY_MAX))
         try:
             become(user)
+            be_private()
         except OSError as exc:
             raise IommufdError(
                 f"This caller (uid {os.geteuid()}) cannot become user {user.name} ({error_text(exc.errno)}): run the"
@@ -281,32 +290,68 @@ def _become(user: User | None) -> None:
 
 
 def start_command(
-    words: Sequence[str], variables: dict[str, str] | None = None, **streams: Any
-) -> subprocess.Popen[bytes]:
-    """Starts a command as we are, in a session of its own. Raises OSError where it cannot be run.
+    words: Sequence[str],
+    streams: Streams,
+    variables: Mapping[str, str] | None = None,
+    seconds: float = COMMAND_SECONDS,
+    keep: Collection[int] = (),
+) -> int:
+    """Starts a command as we are, in a session of its own, and gives its process, which is to be ended by `end`.
 
-    It has an environment of its own, or `variables`. `streams` are its stdin, stdout and stderr, and what else it may
-    have of ours, as subprocess.Popen takes them. It is the caller's to end and bury, by `end`, whatever happens, and to
-    say so to the object (`returncode`), which would wait for it.
+    It has an environment of its own, or `variables`; no descriptors of ours but the streams and those to `keep`.
+    Raises OSError where it cannot be executed, and NoAnswer where that takes longer than `seconds`, as on a mount whose
+    server does not answer; it has ended then.
     """
-    # A module pays for each import on each host anew, and few need it.
-    import subprocess
-
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        _execute(words, streams, environment(None) if variables is None else variables, keep, writing)
+    os.close(writing)
+    runs = False
     try:
-        # AnsibleModule.run_command waits for a command for ever, also for one that timeout(1) cannot kill.
-        return subprocess.Popen(  # pylint: disable=ansible-bad-function,consider-using-with
-            list(words),
-            env=environment(None) if variables is None else variables,
-            # A child of ours has a session already, and what it runs is to end with it. There are no threads here.
-            preexec_fn=None if _is_child else isolate,  # pylint: disable=subprocess-popen-preexec-fn
-            **streams,
-        )
-    except subprocess.SubprocessError as exc:
-        raise HostLacks(f"{words[0]} cannot be run in a session of its own: {exc}") from exc
+        # Its end is closed by what is executed.
+        if not select.select([reading], [], [], max(0.0, seconds))[0]:
+            raise NoAnswer(f"{words[0]} was not executed within {seconds:.0f} seconds.")
+        failure = os.read(reading, 64)
+        if failure:
+            raise OSError(int(failure), os.strerror(int(failure)), words[0])
+        runs = True
+    finally:
+        os.close(reading)
+        if not runs:
+            end(pid)
+    return pid
+
+
+def _execute(
+    words: Sequence[str], streams: Streams, variables: Mapping[str, str], keep: Collection[int], report: int
+) -> NoReturn:
+    """Never returns: the process becomes the command, or writes into the pipe what failed, and ends."""
+    try:
+        # A child of ours has a session already, and what it runs is to end with it.
+        if not _is_child:
+            isolate()
+        close_all_but({report, *keep, *(each for each in streams if each is not None)})
+        for standard, stream in enumerate(streams):
+            if stream is not None:
+                os.dup2(stream, standard)
+        for fd in keep:
+            os.set_inheritable(fd, True)
+        # Python ignores these, and what is executed would, too.
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        os.execvpe(words[0], list(words), dict(variables))
+    except OSError as exc:
+        os.write(report, str(exc.errno).encode())
+    except ValueError:
+        # There is a zero byte in a word.
+        os.write(report, str(errno.EINVAL).encode())
+    finally:
+        os._exit(127)
 
 
 def run_command(
-    words: Sequence[str], seconds: float = COMMAND_SECONDS, variables: dict[str, str] | None = None
+    words: Sequence[str], seconds: float = COMMAND_SECONDS, variables: Mapping[str, str] | None = None
 ) -> tuple[int, str, str]:
     """Runs a command as we are, and gives its exit code, output and errors. Raises OSError where it cannot be run.
 
@@ -314,28 +359,31 @@ def run_command(
     `seconds` is ended with all that it has started in its session, and its exit code is 124, as timeout(1) has it; of
     one that says too much, 125. That of one that a signal ended is the signal's number, less than 0.
     """
-    # As above.
-    import subprocess
-
     deadline = time.monotonic() + seconds
-    pipe = subprocess.PIPE
-    command = start_command(words, variables, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
-    # Both are there, since they were asked for.
-    streams = [each for each in (command.stdout, command.stderr) if each is not None]
-    status = None
-    try:
-        with streams[0], streams[1]:
-            output, errors, trouble = _drain(streams[0].fileno(), streams[1].fileno(), deadline)
-        status = None if trouble else bury(command.pid, deadline - time.monotonic())
-    finally:
-        if status is None:
-            end(command.pid)
-        # So that nobody waits for it later.
-        command.returncode = 0
+    # AnsibleModule.run_command, as subprocess, waits without an end for a command that cannot be executed or killed.
+    with contextlib.ExitStack() as stack:
+        output, writing_output = os.pipe()
+        errors, writing_errors = os.pipe()
+        stack.callback(os.close, output)
+        stack.callback(os.close, errors)
+        try:
+            pid = start_command(words, (None, writing_output, writing_errors), variables, seconds)
+        except NoAnswer:
+            return _TIMED_OUT, "", f"It {_LATE.format(seconds=seconds)}."
+        finally:
+            os.close(writing_output)
+            os.close(writing_errors)
+        status = None
+        try:
+            said, complaints, trouble = _drain(output, errors, deadline)
+            status = None if trouble else bury(pid, deadline - time.monotonic())
+        finally:
+            if status is None:
+                end(pid)
     if status is None:
         code, why = trouble or (_TIMED_OUT, _LATE)
-        return code, output, f"{errors}It {why.format(seconds=seconds)}."
-    return os.waitstatus_to_exitcode(status), output, errors
+        return code, said, f"{complaints}It {why.format(seconds=seconds)}."
+    return os.waitstatus_to_exitcode(status), said, complaints
 
 
 def _drain(output: int, errors: int, deadline: float) -> tuple[str, str, tuple[int, str] | None]:

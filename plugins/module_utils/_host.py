@@ -278,7 +278,7 @@ def _from_json(given: Any) -> Emulator:
 
 def _look_at(path: str) -> Emulator:
     try:
-        with walk(path, follow=True) as place:
+        with walk(path, follow=True, program=True) as place:
             status = place.status
             if place.found is None or status is None or not stat.S_ISREG(status.st_mode) or not status.st_mode & 0o111:
                 return Emulator(place.real_path, present=False)

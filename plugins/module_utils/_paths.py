@@ -6,6 +6,9 @@
 
 Each part of a path is opened in the folder before it and judged as what was opened. What is done afterwards is done to
 these descriptors, so it does not matter what lies at the path by then.
+
+Where a part is on another mount than the folder before it, the mount is judged first, by what the kernel has of it: a
+user's own has any owner and mode that the user would like it to have, or a server that never answers.
 """
 
 from __future__ import annotations
@@ -13,19 +16,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from ._errors import IommufdError
-from ._process import printable, user_name
+from ._process import mount_id, printable, read_file, user_name
 
 __all__ = (
+    "Mount",
     "Place",
     "Untrusted",
     "Writer",
     "check_writers",
     "entries",
+    "parse_mount",
     "reopen",
     "sync",
     "walk",
@@ -40,6 +46,11 @@ _SYMLINKS_MAX = 40
 
 _TO_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+_MOUNTINFO = "/proc/self/mountinfo"
+
+# What is on these was written here, under the kernel's eyes. On any other, somebody may have brought it along.
+_BEGIN_EMPTY = ("devtmpfs", "proc", "ramfs", "sysfs", "tmpfs")
 
 
 class Writer(NamedTuple):
@@ -83,13 +94,16 @@ def walk(
     follow: bool = False,
     changes: bool = False,
     judge_last: bool = True,
+    program: bool = False,
 ) -> Iterator[Place]:
     """Goes along an absolute path, and stops at the first place that somebody else can write than the trusted users.
 
     Nothing behind such a place is touched: it may be a mount whose server never answers. Writers are the owners of
     each folder and link and of the file itself, and whom the mode lets write; an access control list shows there too,
     as the group's bits. In a sticky folder such as /tmp others can neither replace nor remove what is not theirs, so
-    they count only for what is not there, and where the caller `changes` what is at the path.
+    they count only for what is not there, and where the caller `changes` what is at the path. A writer is also the
+    user of a FUSE mount, and where the path is that of a `program`, to be executed or given capabilities, whoever has
+    mounted a file system nosuid: users bring theirs along in this way, on a stick for one, with files of any owner.
 
     `trusted`: user ids; None is root. `follow`: also a link in the last part. `judge_last` False: whoever may write
     what the path leads to, such as a device node, is of no interest.
@@ -98,18 +112,18 @@ def walk(
     """
     if not path.startswith("/") or "\0" in path:
         raise IommufdError(f"{path!r} is not an absolute path.")
-    with contextlib.closing(_Walk(path, _TRUSTED if trusted is None else trusted)) as walker:
+    with contextlib.closing(_Walk(path, _TRUSTED if trusted is None else trusted, program)) as walker:
         yield walker.go(follow, changes, judge_last)
 
 
-def check_writers(path: str, trusted: Collection[int] | None = None, *, follow: bool = True) -> None:
-    """Raises as `walk` does; what is not there is nobody's."""
-    with walk(path, trusted, follow=follow):
+def check_writers(path: str, trusted: Collection[int] | None = None) -> None:
+    """Raises as `walk` does of a program; what is not there is nobody's."""
+    with walk(path, trusted, follow=True, program=True):
         pass
 
 
 def writer_of(path: str, trusted: Collection[int] | None = None) -> Writer | None:
-    """The first place on the way to a file that somebody else can write; None where there is none. Raises OSError."""
+    """The first place on the way to a program that somebody else can write; None without one. Raises OSError."""
     try:
         check_writers(path, trusted)
     except Untrusted as exc:
@@ -143,12 +157,15 @@ def sync(folder: int) -> None:
 class _Walk:
     """A walk in progress: the folder that it has come to, and what it has open."""
 
-    def __init__(self, path: str, trusted: Collection[int]) -> None:
+    def __init__(self, path: str, trusted: Collection[int], program: bool) -> None:
         self._path = path
         self._trusted = trusted
+        self._program = program
         self._folder = -1
         self._where = "/"
         self._found = -1
+        # The mount that the folder is on.
+        self._mount = b""
         # Who can add names to the folder, beside the trusted users.
         self._adds = ""
 
@@ -161,7 +178,7 @@ class _Walk:
 
     def go(self, follow: bool, changes: bool, judge_last: bool) -> Place:
         """See `walk`."""
-        self._enter(_root(), "/")
+        self._enter_root()
         # The next one is at the end. With each, whether it is of a link.
         parts = [(part, False) for part in _parts(self._path)]
         links = 0
@@ -175,6 +192,9 @@ class _Walk:
             except FileNotFoundError:
                 return self._nothing([part, *(each for each, _of_link in reversed(parts))], of_link)
             self._found = fd
+            mount = mount_id(fd)
+            if mount != self._mount:
+                self._judge_mount(here, mount)
             status = os.fstat(fd)
             if stat.S_ISLNK(status.st_mode) and (parts or follow):
                 self._judge(here, status)
@@ -184,7 +204,7 @@ class _Walk:
                 lead = os.readlink("", dir_fd=fd)
                 self._leave()
                 if lead.startswith("/"):
-                    self._enter(_root(), "/")
+                    self._enter_root()
                 parts += [(each, True) for each in _parts(lead)]
                 continue
             if not parts:
@@ -194,7 +214,7 @@ class _Walk:
             if not stat.S_ISDIR(status.st_mode):
                 raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), self._path)
             self._found = -1
-            self._enter(fd, here)
+            self._enter(fd, here, mount)
 
     def _here(self, part: str) -> str:
         if part == ".":
@@ -216,10 +236,15 @@ class _Walk:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._path)
         return Place(self._folder, names[-1], os.path.join(self._where, *names), tuple(names[:-1]), dangling=of_link)
 
-    def _enter(self, folder: int, where: str) -> None:
+    def _enter_root(self) -> None:
+        root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        # Whoever has mounted that is root's equal.
+        self._enter(root, "/", mount_id(root))
+
+    def _enter(self, folder: int, where: str, mount: bytes) -> None:
         if self._folder >= 0:
             os.close(self._folder)
-        self._folder, self._where = folder, where
+        self._folder, self._where, self._mount = folder, where, mount
         status = os.fstat(folder)
         self._judge(where, status)
         self._adds = _others(status)
@@ -227,6 +252,19 @@ class _Walk:
     def _leave(self) -> None:
         os.close(self._found)
         self._found = -1
+
+    def _judge_mount(self, here: str, number: bytes) -> None:
+        """Raises Untrusted where a mount is somebody's who is not trusted. Only the kernel is asked.
+
+        Something on it has to be open, so that its number is not another's by now.
+        """
+        mount = parse_mount(read_file(_MOUNTINFO), number)
+        if mount is None:
+            raise self._untrusted(here, "whoever has mounted it, which the kernel does not tell")
+        if mount.uid is not None and mount.uid not in self._trusted:
+            raise self._untrusted(here, f"{_user(mount.uid)}, whose FUSE mount it is")
+        if self._program and mount.nosuid and mount.kind not in _BEGIN_EMPTY:
+            raise self._untrusted(here, f"whoever has brought the {mount.kind} that is mounted there nosuid")
 
     def _judge(self, here: str, status: os.stat_result) -> None:
         if status.st_uid not in self._trusted:
@@ -251,8 +289,36 @@ class _Walk:
         )
 
 
-def _root() -> int:
-    return os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+class Mount(NamedTuple):
+    """What the kernel has of a mount: the type of its file system, and of FUSE the user who serves it."""
+
+    kind: str
+    nosuid: bool
+    uid: int | None = None
+
+
+def parse_mount(mountinfo: bytes, number: bytes) -> Mount | None:
+    """The mount of that number in the text of /proc/self/mountinfo; None where it has none, or is not understood.
+
+    See proc_pid_mountinfo(5). Its fields have no spaces: the kernel writes these, as other odd bytes, as backslash and
+    three octal digits, and no number, type or option that counts here has any. Of FUSE the user is always told:
+    fuse_show_options() in fs/fuse/inode.c.
+    """
+    for line in mountinfo.splitlines():
+        fields = line.split(b" ")
+        if fields[0] != number:
+            continue
+        with contextlib.suppress(ValueError, IndexError):
+            dash = fields.index(b"-", 6)
+            kind = fields[dash + 1].decode("ascii")
+            nosuid = b"nosuid" in fields[5].split(b",")
+            if not re.fullmatch(r"fuse(blk)?(\..*)?", kind):
+                return Mount(kind, nosuid)
+            users = [each[8:] for each in fields[dash + 3].split(b",") if each.startswith(b"user_id=")]
+            if len(users) == 1 and users[0].isdigit():
+                return Mount(kind, nosuid, int(users[0]))
+        return None
+    return None
 
 
 def _parts(path: str) -> list[str]:

@@ -39,6 +39,7 @@ __all__ = (
     "character_devices_in",
     "in_initial_namespace",
     "is_path_only",
+    "mount_id",
     "number_in",
     "own_character_device",
     "own_status",
@@ -240,6 +241,17 @@ def read_file(path: str, most: int = sys.maxsize) -> bytes:
         return text
     finally:
         os.close(fd)
+
+
+def mount_id(fd: int) -> bytes:
+    """The number of the mount that a descriptor of ours is on, as mountinfo has it. Raises IommufdError and OSError.
+
+    The kernel alone tells that. Whatever else is asked of what is there, the server of a mount may never answer.
+    """
+    found = re.search(rb"^mnt_id:\s*([0-9]+)$", read_file(f"/proc/self/fdinfo/{fd}"), re.MULTILINE)
+    if not found:
+        raise IommufdError("The kernel does not tell which mount a file is on.")
+    return found.group(1)
 
 
 def number_in(text: bytes, name: bytes) -> int:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from ._errors import IommufdError, error_text
 from ._foreign import XML_MAX, number, parse_xml, shown
-from ._process import read_file
+from ._process import mount_id
 
 __all__ = (
     "DomainRecord",
@@ -130,17 +130,9 @@ def _look(stack: contextlib.ExitStack, path: str, flags: int, folder: int | None
 
 
 def _check_not_mounted(place: str, fd: int, folder: int) -> None:
-    """Raises IommufdError where something is mounted there: users may mount on what is theirs, with a server of theirs.
-
-    That is told by the kernel alone. Whatever else is asked of such a mount, its server may never answer.
-    """
-    if _mount_id(fd) != _mount_id(folder):
+    """Raises IommufdError where something is mounted there: users may mount on what is theirs."""
+    if mount_id(fd) != mount_id(folder):
         raise IommufdError(f"{place} is not libvirt's: something is mounted there.")
-
-
-def _mount_id(fd: int) -> bytes:
-    found = re.search(rb"^mnt_id:\s*([0-9]+)$", read_file(f"/proc/self/fdinfo/{fd}"), re.MULTILINE)
-    return found.group(1) if found else b""
 
 
 def parse_domain_record(text: bytes, written: float) -> DomainRecord:

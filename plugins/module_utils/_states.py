@@ -357,7 +357,7 @@ def open_file(path: str) -> Iterator[OpenFile]:
     Raises FileNotFoundError where there is none, other OSErrors; and Untrusted where somebody else than root can write
     it or anything on the way.
     """
-    with walk(path, follow=True) as place:
+    with walk(path, follow=True, program=True) as place:
         if place.found is None or place.status is None or not stat.S_ISREG(place.status.st_mode):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         fd = reopen(place.found)

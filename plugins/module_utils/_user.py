@@ -10,17 +10,20 @@ import ctypes
 import errno
 import os
 import pwd
+import resource
 from dataclasses import dataclass
 
 from ._errors import IommufdError
 
 __all__ = (
     "User",
+    "be_private",
     "become",
     "find_user",
     "groups_of",
     "has_ids",
     "leave_keyring",
+    "no_core",
 )
 
 # linux/keyctl.h, and the number of keyctl(2), for which the C library has no function. Else it is that of
@@ -28,6 +31,9 @@ __all__ = (
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _SYS_KEYCTL = {"x86_64": 250, "i386": 288, "i686": 288, "armv7l": 311, "armv8l": 311, "ppc64le": 271, "s390x": 280}
 _SYS_KEYCTL_GENERIC = 219
+
+# linux/prctl.h
+_PR_SET_DUMPABLE = 4
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -71,12 +77,29 @@ def become(user: User) -> None:
     """Makes this process the user's, with all of the user's groups and no way back. Raises OSError.
 
     A change of all three user ids from root's empties the permitted, effective and ambient capability sets, unless the
-    securebits tell otherwise (capabilities(7)), and keeps the user from tracing the process (PR_SET_DUMPABLE).
+    securebits tell otherwise (capabilities(7)).
     """
     # Once it is another user it may not change its groups.
     os.setgroups(sorted(groups_of(user)))
     os.setresgid(user.gid, user.gid, user.gid)
     os.setresuid(user.uid, user.uid, user.uid)
+
+
+def be_private() -> None:
+    """Keeps this process, until it executes something, from the other processes of the user that it has become.
+
+    They can neither trace it nor read its memory, in which there is what it had as root, and it leaves no core dump. By
+    itself a change of user does that only where fs.suid_dumpable is not 1. Raises OSError.
+    """
+    if _libc.prctl(_PR_SET_DUMPABLE, *[ctypes.c_ulong(0)] * 4) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    no_core()
+
+
+def no_core() -> None:
+    """Keeps this process, and what it executes, from leaving a core dump."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def leave_keyring() -> None:

@@ -155,7 +155,7 @@ def _not_found(path: str) -> str:
 def _look(path: str) -> list[Any]:
     """What there is to know of a program, beside the path: in the form that it comes from a child in."""
     try:
-        with walk(path, follow=True) as place:
+        with walk(path, follow=True, program=True) as place:
             if place.found is None or place.status is None:
                 return [place.real_path, False, False, None, None, None]
             return [place.real_path, True, *_look_at_file(path, place.found, place.status), None]

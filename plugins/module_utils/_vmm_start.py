@@ -7,8 +7,9 @@
 Whatever is started here has ended when the function that started it returns, and also if this process is killed in
 between: by a guard, by libvirt once the connection is gone, or by systemd after two minutes.
 
-What is started runs as a user who may not be well disposed, and who can stop and end it, or lower its limits. So only
-what was seen is a verdict: a process with what it has, or one that has ended by itself and failed. All else raises
+What is started runs as a user who may not be well disposed, and who can stop and end it, or lower its limits, of which
+it then fails by itself. So only what was seen is a verdict: a process with what it has, one of root's that has ended by
+itself and failed, or one that the kernel has refused to execute for a reason that only root can give. All else raises
 Interrupted, which says nothing of the host, and nobody is waited for without a deadline.
 """
 
@@ -22,22 +23,21 @@ import resource
 import select
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 import uuid
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from typing import IO, Callable, NamedTuple, NoReturn, Union, cast
+from typing import IO, Callable, NamedTuple, NoReturn, Union
 
 from . import _host
 from ._capabilities import with_ipc_lock
-from ._child import COMMAND_SECONDS, Interrupted, NoAnswer, end, in_child, isolate, start_command
+from ._child import COMMAND_SECONDS, Interrupted, NoAnswer, close_all_but, end, in_child, isolate, start_command
 from ._errors import HostLacks, IommufdError, error_text
 from ._iommufd import RLIMIT_MODE, IommuFd, misc_rdev
 from ._process import Limit, Process, Status, own_status, parse_status, printable
 from ._target import DomainTarget, UnitTarget, escaped, hold_target
-from ._user import User, become, has_ids
+from ._user import User, be_private, become, has_ids, no_core
 from ._vmm import (
     REPLICA,
     XATTR,
@@ -66,8 +66,12 @@ _PATIENCE = 120
 LIBVIRT_SECONDS = 300
 _READING_SECONDS = 30
 
-# What the kernel may also answer because a user has used up what there is of something.
-_USED_UP = (errno.EAGAIN, errno.ENOMEM, errno.ENFILE, errno.EMFILE, errno.EINTR, errno.ETXTBSY)
+# What the kernel answers for what root has decided: the bounding set, and a file that only root can write, with its
+# mode, its place and its interpreter. All else a user may bring about, by limits or by using up what there is.
+_REFUSALS = (errno.EPERM, errno.EACCES, errno.ENOENT, errno.ENOEXEC)
+
+# What may be written by what is started, in bytes: it writes into a file of root's.
+_OUTPUT_MAX = 2**20
 
 # What the kernel and systemd answer in no time; a busy host gets so long.
 _LOOK_SECONDS = 120
@@ -155,19 +159,31 @@ def try_copy(program: Program, under: Conditions, user: User) -> Status:
     """Executes a copy of cat(1) that has what the program would have with CAP_IPC_LOCK, and gives what it is then.
 
     The copy lies where the program does, but has no name there, so nothing can stay behind.
-    Raises IommufdError where it cannot be made or executed, Interrupted where it was kept from ending by itself.
+    Raises IommufdError where it cannot be made, or the kernel refuses to execute it; Interrupted where nothing is seen.
     """
     check_able(under)
     what = f"A copy of cat with CAP_IPC_LOCK next to {program.real_path}"
     with _copy_of_cat(program, what) as copy, tempfile.TemporaryFile() as output:
         arguments = ["cat", "/proc/self/status"]
         with _started(copy, arguments, under, user, output, output) as pid:
-            _await_end(pid, what)
+            failed = _await_end(pid, what)
         text = _content(output)
+    why = f"{what} was executed, but failed: {_line(text)}"
+    if failed:
+        # It may have said half of it.
+        raise _ended_by_itself(user.uid == 0, why)
     try:
         return parse_status(b"\n" + text)
     except IommufdError as exc:
-        raise IommufdError(f"{what} was executed, but failed: {_line(text)}") from exc
+        raise _ended_by_itself(user.uid == 0, why) from exc
+
+
+def _ended_by_itself(is_root: bool, message: str) -> IommufdError:
+    """How it is to be told that a process has failed: IommufdError of root's, Interrupted of any other user's.
+
+    Such a one can have it fail, by prlimit(2) for one.
+    """
+    return (IommufdError if is_root else Interrupted)(message)
 
 
 @contextlib.contextmanager
@@ -196,17 +212,18 @@ def _copy_of_cat(program: Program, what: str) -> Iterator[int]:
 def start_emulator(program: Program, under: Conditions, user: User) -> Seen:
     """Starts an emulator of QEMU without a machine under these conditions, and looks at it.
 
-    Raises IommufdError where it cannot be executed, or fails before it is up, Interrupted where it was kept from that.
+    Raises IommufdError where the kernel refuses to execute it, or root's fails before it is up; Interrupted where
+    nothing is seen.
     """
     check_able(under)
     with tempfile.TemporaryFile() as output:
         arguments = [program.path, *_IDLE_QEMU, "-qmp", "stdio"]
         with _started(program.path, arguments, under, user, output, output) as pid:
-            _await_greeting(program, pid, output)
+            _await_greeting(program, pid, output, user)
             try:
                 return _look_at(Process.hold(pid))
             except IommufdError as exc:
-                _check_runs(program, pid, output)
+                _check_runs(program, pid, output, user)
                 raise Interrupted(f"{program.path} could not be looked at: {exc}") from exc
 
 
@@ -224,30 +241,31 @@ def check_able(under: Conditions) -> None:
         )
 
 
-def _await_greeting(program: Program, pid: int, output: IO[bytes]) -> None:
+def _await_greeting(program: Program, pid: int, output: IO[bytes], user: User) -> None:
     """Waits until QEMU has greeted whom it would speak QMP with, which it does once it is up.
 
     A capability of the file has the dynamic loader leave out some of its folders (ld.so(8)), so one that was executed
-    may yet not start. Raises IommufdError where it fails, Interrupted where it says nothing or was kept from it.
+    may yet not start. Raises as `_check_runs` does, and Interrupted where it says nothing.
     """
     deadline = time.monotonic() + _PATIENCE / 2
     while _GREETING not in _content(output):
-        _check_runs(program, pid, output)
+        _check_runs(program, pid, output, user)
         if time.monotonic() > deadline:
             said = _line(_content(output))
             raise Interrupted(f"{program.path} runs, but is not up after {_PATIENCE // 2} seconds: {said}")
         time.sleep(0.01)
 
 
-def _check_runs(program: Program, pid: int, output: IO[bytes]) -> None:
-    """Raises IommufdError where an emulator that we have started has failed, Interrupted where it was ended.
+def _check_runs(program: Program, pid: int, output: IO[bytes], user: User) -> None:
+    """Raises Interrupted where an emulator that we have started has ended, IommufdError where it is root's and failed.
 
     One that waits does not end with success by itself: that is how QEMU ends when it is asked to by a signal.
     """
     status = _exit_status(pid, program.path)
     if status is not None:
-        error = IommufdError if status else Interrupted
-        raise error(f"{program.path} ended at once: {_line(_content(output))}")
+        raise _ended_by_itself(
+            bool(status) and user.uid == 0, f"{program.path} ended at once: {_line(_content(output))}"
+        )
 
 
 def _exit_status(pid: int, what: str) -> int | None:
@@ -264,10 +282,13 @@ def _exit_status(pid: int, what: str) -> int | None:
     return now.si_status
 
 
-def _await_end(pid: int, what: str) -> None:
-    """Waits until a child has ended by itself. Raises Interrupted where it does not."""
+def _await_end(pid: int, what: str) -> int:
+    """Waits until a child has ended by itself, and gives its exit status. Raises Interrupted where it does not."""
     deadline = time.monotonic() + _PATIENCE / 2
-    while _exit_status(pid, what) is None:
+    while True:
+        status = _exit_status(pid, what)
+        if status is not None:
+            return status
         if time.monotonic() > deadline:
             raise Interrupted(f"{what} has not ended after {_PATIENCE // 2} seconds.")
         time.sleep(0.01)
@@ -304,7 +325,7 @@ def _started(
             failure = _failure(reading, pid, what)
             if failure:
                 number, _space, step = failure.decode().partition(" ")
-                error = Interrupted if int(number) in _USED_UP else IommufdError
+                error = IommufdError if int(number) in _REFUSALS else Interrupted
                 raise error(_not_executed(what, int(number), step, under, user))
             yield pid
     finally:
@@ -345,11 +366,15 @@ def _become(
     """Never returns: the process becomes the program, or writes into the pipe which step failed, and ends."""
 
     def redirect() -> None:
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        close_all_but({report, *outputs, *([program] if isinstance(program, int) else [])})
         for number, output in enumerate(outputs, 1):
             os.dup2(output, number)
         os.chdir("/")
         isolate()
+        no_core()
+        _soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        most = _OUTPUT_MAX if hard == resource.RLIM_INFINITY else min(hard, _OUTPUT_MAX)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     def give_up() -> None:
         for number in dropped:
@@ -360,6 +385,7 @@ def _become(
     def change_user() -> None:
         if not has_ids(user):
             become(user)
+            be_private()
 
     steps: tuple[tuple[str, Callable[[], object]], ...] = (
         ("leave the caller's session", redirect),
@@ -433,6 +459,8 @@ def start_domain(run: Run, uri: str, program: Program) -> Seen:
                 return _look_at(hold_target(DomainTarget(name)))
             except IommufdError as exc:
                 raise Interrupted(f"libvirt does not start a domain with {program.path}: {_errors(said)}") from exc
+    except NoAnswer as exc:
+        raise Interrupted(str(exc)) from exc
     except OSError as exc:
         raise Interrupted(f"virsh does not run: {error_text(exc.errno)}.") from exc
     finally:
@@ -445,39 +473,38 @@ def _created(uri: str, name: str, domain: str) -> Iterator[bytes]:
 
     virsh stays connected meanwhile: the domain ends with the connection (--autodestroy), and that with this process.
     """
-    memory = os.memfd_create("domain")
-    try:
-        os.write(memory, domain.encode())
+    with contextlib.ExitStack() as stack:
+
+        def pipe() -> tuple[IO[bytes], IO[bytes]]:
+            reading, writing = os.pipe()
+            return stack.enter_context(open(reading, "rb", 0)), stack.enter_context(open(writing, "wb", 0))
+
+        memory = stack.enter_context(open(os.memfd_create("domain"), "wb", 0))
+        memory.write(domain.encode())
+        (stdin, told), (said, stdout) = pipe(), pipe()
         # run_command only waits for an end; with this one there is a conversation.
         virsh = start_command(
             ["virsh", f"--connect={uri}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=(memory,),
+            (stdin.fileno(), stdout.fileno(), stdout.fileno()),
+            keep=[memory.fileno()],
         )
-    finally:
-        os.close(memory)
-    stdin, stdout = cast("IO[bytes]", virsh.stdin), cast("IO[bytes]", virsh.stdout)
-    try:
-        # It echoes what it is told, but without the quotes only once it has done what comes before.
-        _tell(stdin, f"create --paused --autodestroy /dev/fd/{memory}\necho it'-'is'-'over\n")
-        yield _until(stdout, b"it-is-over")
-    finally:
-        _tell(stdin, f"destroy {name}\n")
-        with contextlib.suppress(BrokenPipeError):
-            stdin.close()
-        _until(stdout, None)
+        stack.callback(end, virsh)
+        stdin.close()
         stdout.close()
-        end(virsh.pid)
-        virsh.returncode = 0
+        try:
+            # It echoes what it is told, but without the quotes only once it has done what comes before.
+            _tell(told, f"create --paused --autodestroy /dev/fd/{memory.fileno()}\necho it'-'is'-'over\n")
+            yield _until(said, b"it-is-over")
+        finally:
+            _tell(told, f"destroy {name}\n")
+            told.close()
+            _until(said, None)
 
 
 def _tell(stream: IO[bytes], words: str) -> None:
     """Writes, also to a program that has ended already, whose output tells why."""
     with contextlib.suppress(BrokenPipeError):
         stream.write(words.encode())
-        stream.flush()
 
 
 def _until(stream: IO[bytes], mark: bytes | None) -> bytes:
@@ -531,8 +558,8 @@ def start_replica(run: Run, unit: Unit) -> Seen:
     """Starts a transient service that runs as the unit would, and looks at its process.
 
     An emulator of QEMU is started as such, without a machine. Of any other program it is not known how to start it
-    without consequences, so sleep(1) takes its place. Raises IommufdError where its process fails by itself, and
-    Interrupted where it was ended, or changed, or systemd does not start it.
+    without consequences, so sleep(1) takes its place. Raises Interrupted where its process has ended, or was changed,
+    or systemd does not start it, and IommufdError where it is root's and has failed by itself.
     """
     if unit.program is None:
         raise IommufdError(f"{unit.name} starts no program.")
@@ -546,11 +573,11 @@ def start_replica(run: Run, unit: Unit) -> Seen:
     )
     try:
         if code:
-            raise _ended(run, name, f"systemd does not start a service like {unit.name}", errors)
+            raise _ended(run, name, unit, f"systemd does not start a service like {unit.name}", errors)
         try:
             seen = _look_at(hold_target(UnitTarget(name, run)))
         except IommufdError as exc:
-            raise _ended(run, name, f"A service like {unit.name} ended at once", "") from exc
+            raise _ended(run, name, unit, f"A service like {unit.name} ended at once", "") from exc
     finally:
         # One that has failed stays until it is forgotten, so that it can be asked for.
         for verb in ("stop", "reset-failed"):
@@ -563,8 +590,8 @@ def start_replica(run: Run, unit: Unit) -> Seen:
     return seen
 
 
-def _ended(run: Run, name: str, what: str, errors: str) -> IommufdError:
-    """How it is to be told that a service does not run: IommufdError where its process has failed by itself.
+def _ended(run: Run, name: str, unit: Unit, what: str, errors: str) -> IommufdError:
+    """How it is to be told that a service does not run: IommufdError where its process is root's and has failed.
 
     What waits does not end with success by itself, but may when a signal asks it to.
     """
@@ -574,7 +601,7 @@ def _ended(run: Run, name: str, what: str, errors: str) -> IommufdError:
     if code in _KILLED:
         return Interrupted(f"{what}: signal {status} has ended its process, so nothing is known of it.")
     failed = code == _EXITED and status != "0"
-    return (IommufdError if failed else Interrupted)(f"{what}: {_why(run, name, errors)}")
+    return _ended_by_itself(failed and unit.user == "root", f"{what}: {_why(run, name, errors)}")
 
 
 def replica_properties(unit: Unit) -> list[str]:
@@ -620,14 +647,15 @@ def session_memlock(user: User) -> Limit:
     no session was opened; a user who has too many of them can see to that.
     """
     with tempfile.TemporaryFile() as said:
-        nothing = subprocess.DEVNULL
-        session = start_command(["runuser", "-u", user.name, "--", "true"], stdin=nothing, stdout=said, stderr=said)
         try:
-            code = _session_ends(session.pid)
-            limits = resource.prlimit(session.pid, resource.RLIMIT_MEMLOCK)
+            session = start_command(["runuser", "-u", user.name, "--", "true"], (None, said.fileno(), said.fileno()))
+        except NoAnswer as exc:
+            raise Interrupted(str(exc)) from exc
+        try:
+            code = _session_ends(session)
+            limits = resource.prlimit(session, resource.RLIMIT_MEMLOCK)
         finally:
-            end(session.pid)
-            session.returncode = 0
+            end(session)
         if code:
             why = _line(_content(said)) if _content(said).strip() else f"exit code {code}."
             raise Interrupted(f"PAM does not open a session of {user.name}: {why}")

@@ -105,15 +105,18 @@ requirements:
 notes:
   - B(Privilege.) It takes root for all that is started, and for O(users) and O(scratch). All else is told to anybody.
   - B(Verdicts.) What is started runs as a user, who may stop and end it, lower its limits, and open so many sessions
-    that PAM refuses one more. So only what was seen counts, a process with what it has, or one that has failed by
-    itself. Where one was ended by a signal, stopped, or not heard of in time, it is tried again, three times in all;
-    then RV(ignore:ok) is V(null), RV(ignore:inconclusive) is V(true), and RV(ignore:msg) tells why.
+    that PAM refuses one more. So only what was seen counts, a process with what it has, or one that the kernel refuses
+    to execute since its file, its folder or the bounding set does not let it. Where one has ended, failed, was stopped,
+    or was not heard of in time before it was seen, it is tried again, three times in all; then RV(ignore:ok) is
+    V(null), RV(ignore:inconclusive) is V(true), and RV(ignore:msg) tells why. What runs as root and has failed by
+    itself counts, too, since nobody else can have seen to that.
   - B(Security modules.) What is started without libvirt is not confined as libvirt would confine it. With O(domain) it
     is.
   - B(Others' files.) An emulator that somebody else than root can write, or a folder or link on the way to it, is
     neither executed nor copied, and is told in RV(emulators[].obstacles) with that place. So is each program of a unit
-    in RV(units[].obstacles). What is behind such a place is not even looked at. What is not found within 10 seconds, as
-    on a mount whose server is gone, fails the module.
+    in RV(units[].obstacles). What is behind such a place is not even looked at. A user's FUSE mount is such a place,
+    and a mount with C(nosuid) that somebody may have brought files along on; a tmpfs begins empty. What is not found
+    within 10 seconds, as on a mount whose server is gone, fails the module.
 seealso:
   - module: virt.iommufd.iommufd_info
     description: Tells which emulators and VMs of a host have CAP_IPC_LOCK now.
@@ -275,8 +278,8 @@ emulators:
         ok:
           description:
             - Whether it had CAP_IPC_LOCK in effect, in the initial user namespace.
-            - V(null) where it was not tried, or nothing is known. V(false) also where it could not be executed or has
-              failed by itself, and then RV(emulators[].started.effective) is V(null).
+            - V(null) where it was not tried, or nothing is known. V(false) also where the kernel refuses to execute it,
+              and then RV(emulators[].started.effective) is V(null).
             - With O(domain), what libvirt does not start is never V(false), since libvirt does not tell apart what
               failed and what was killed.
           type: bool

@@ -97,6 +97,16 @@ def lower_limits(_writing: int) -> NoReturn:
                 resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (4096, 4096))
 
 
+def take_memory(_writing: int) -> NoReturn:
+    """Takes whatever comes to be its user's nearly all memory, so that it fails by itself."""
+    while True:
+        last = int(Path("/proc/loadavg").read_text().split()[-1])
+        # What has just become its user's does not look like it in /proc.
+        for pid in range(max(os.getpid() + 1, last - 20), last + 4):
+            with contextlib.suppress(OSError):
+                resource.prlimit(pid, resource.RLIMIT_AS, (2**16, 2**16))
+
+
 def spy(writing: int) -> NoReturn:
     """Tells of each process of its user: its name, its terminal, and whether root's secret is in its environment."""
     while True:
@@ -173,6 +183,19 @@ def test_a_user_who_lowers_limits(service: str) -> None:
     replica = answered["units"][0]["replica"]
     assert replica["ok"] is None
     assert "has not the limit of locked memory that systemd gave it" in replica["msg"]
+
+
+def test_a_user_who_has_all_that_is_started_fail(service: str) -> None:
+    """It ends by itself then, as if it could not start."""
+    with user_who(take_memory):
+        answered = checked(emulators=[QEMU], units=[service], user="vm", trial=True, start=True, scratch=True)
+    [emulator], [unit] = answered["emulators"], answered["units"]
+    # The emulator and the unit have no capability: that may have been seen, before.
+    for row in (emulator["trial"], answered["scratch"]):
+        assert row["ok"] is not False, row
+    for row in (emulator["started"], unit["replica"]):
+        assert row["inconclusive"] or row["effective"] is not None, row
+    assert emulator["started"]["inconclusive"]
 
 
 def test_a_user_sees_neither_the_environment_nor_the_terminal_of_root() -> None:

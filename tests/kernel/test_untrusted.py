@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import time
@@ -19,9 +21,18 @@ from typing import Any, Callable
 import pytest
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_host_record, iommufd_info, iommufd_vmm_check
 from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import GRANT, zipapp
-from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, CAPABILITIES, Answer, as_user
+from ansible_collections.virt.iommufd.tests.kernel.conftest import Told
+from ansible_collections.virt.iommufd.tests.kernel.harness import (
+    ALICE,
+    CAPABILITIES,
+    PATIENCE,
+    Answer,
+    Vmm,
+    as_user,
+    change_user,
+)
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
-from ansible_collections.virt.iommufd.tests.kernel.test_fuse import mount
+from ansible_collections.virt.iommufd.tests.kernel.test_fuse import ENOSYS, GETATTR, INIT, LOOKUP, OPEN, OPENDIR, mount
 
 # On the file system that the emulators are on; the folder of an ordinary user is in it.
 PLACE = Path("/opt/iommufd-untrusted-test")
@@ -409,3 +420,150 @@ def start_fuse() -> Iterator[Callable[[Path], None]]:
     os.close(fuse)
     for mount_point in mounted:
         subprocess.run(["umount", "--lazy", str(mount_point)], check=True)
+
+
+# linux/fuse.h: what FUSE asks besides to read a file, and what it wants no answer to.
+READ, FLUSH = 15, 25
+UNANSWERED = (2, 42)
+
+
+def claims_root(request: bytes, content: bytes) -> tuple[int, bytes]:
+    """An errno and an answer. There is a file of each name, with this content: root's, 0755, and written just now."""
+
+    def attributes(node: int) -> bytes:
+        kind = stat.S_IFDIR if node == 1 else stat.S_IFREG
+        times = [0, int(time.time()) + 60, 0, 0, 0, 0]
+        return struct.pack("=3Q3Q3I7I", node, len(content), 1, *times, kind | 0o755, 1, 0, 0, 0, 4096, 0)
+
+    _length, opcode, _unique, node = struct.unpack_from("=IIQQ", request)
+    if opcode == INIT:
+        return 0, struct.pack("=IIIIHHIIHHI28x", 7, 31, 4096, 0, 1, 1, 4096, 1, 0, 0, 0)
+    if opcode == LOOKUP:
+        return 0, struct.pack("=QQQQII", 2, 0, 0, 0, 0, 0) + attributes(2)
+    if opcode == GETATTR:
+        return 0, struct.pack("=QII", 0, 0, 0) + attributes(node)
+    if opcode in (OPEN, OPENDIR):
+        return 0, struct.pack("=QII", 1, 0, 0)
+    if opcode == READ:
+        offset, size = struct.unpack_from("=QI", request, 48)
+        return 0, content[offset : offset + size]
+    return (0 if opcode == FLUSH else ENOSYS), b""
+
+
+def serve_as_alice(fuse: int, noted: int, content: bytes, deaf: bool) -> None:
+    """Notes what it is asked, each by one byte."""
+    os.setsid()
+    change_user(ALICE)
+    while True:
+        request = os.read(fuse, 2**18)
+        _length, opcode, unique = struct.unpack_from("=IIQ", request)
+        os.write(noted, bytes([opcode]))
+        if opcode not in UNANSWERED and not deaf:
+            error, body = claims_root(request, content)
+            os.write(fuse, struct.pack("=IiQ", 16 + len(body), -error, unique) + body)
+
+
+@pytest.fixture
+def her_mount() -> Iterator[Callable[..., Callable[[], set[int]]]]:
+    """Mounts on her folder what a process of hers serves, as fusermount(1) does where users may let others see it.
+
+    Gives what tells what that process was asked.
+    """
+    subprocess.run(["modprobe", "fuse"], check=True)
+    with contextlib.ExitStack() as stack:
+
+        def start(content: str, deaf: bool = False) -> Callable[[], set[int]]:
+            fuse = os.open("/dev/fuse", os.O_RDWR)
+            mount(HERS, fuse, f"user_id={ALICE},group_id={ALICE},allow_other")
+            stack.callback(subprocess.run, ["umount", "--lazy", str(HERS)], check=True)
+            reading, writing = os.pipe()
+            os.set_blocking(reading, False)
+            server = os.fork()
+            if not server:
+                try:
+                    serve_as_alice(fuse, writing, content.encode(), deaf)
+                finally:
+                    os._exit(1)
+            stack.callback(os.waitpid, server, 0)
+            stack.callback(os.kill, server, signal.SIGKILL)
+            stack.callback(os.close, reading)
+            os.close(fuse)
+            os.close(writing)
+
+            def asked() -> set[int]:
+                with contextlib.suppress(BlockingIOError):
+                    return set(os.read(reading, 65536))
+                return set()
+
+            return asked
+
+        yield start
+
+
+WHOSE = f"user alice (uid {ALICE}), whose FUSE mount it is"
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_users_mount_that_claims_to_be_roots(her_mount: Callable[..., Callable[[], set[int]]], deaf: bool) -> None:
+    """Its server says what owner and mode a file has, and root would execute what it likes."""
+    marker = PLACE / "executed"
+    asked = her_mount(f"#!/bin/sh\ntouch {marker}\necho version 1.0\n", deaf)
+    path = HERS / "emulator"
+    (PLACE / "link").symlink_to(path)
+    signal.alarm(PATIENCE)
+    try:
+        began = time.monotonic()
+        for each in (path, PLACE / "link"):
+            row, limits = info(each, "emulators")
+            assert row["writer"] == {"place": str(HERS), "who": WHOSE}
+            assert row["version"] is None
+            assert f"{HERS} can be written by {WHOSE}" in limits
+            assert check(each, start=True, trial=True, user="nobody")["writer"] == row["writer"]
+            answered = run(iommufd_host_record, capabilities=[str(each)])
+            assert answered["failed"]
+            assert f"{HERS} can be written by {WHOSE}" in answered["msg"]
+            assert grant(each).returncode == 1
+        assert run(iommufd_host_record, files=[f"{HERS}/conf"])["failed"]
+        # Nobody has waited for her.
+        assert time.monotonic() - began < 60
+    finally:
+        signal.alarm(0)
+    assert not marker.exists()
+    # The kernel itself has told the server who it is.
+    assert asked() <= {INIT}
+    if not deaf:
+        # That is the trap.
+        assert (path.stat().st_uid, path.stat().st_mode & 0o777) == (0, 0o755)
+
+
+def test_a_pidfile_on_such_a_mount(her_mount: Callable[..., Callable[[], set[int]]], vmm: Vmm, told: Told) -> None:
+    her_mount(f"{vmm.pid}\n")
+    message = told(run(pidfile=str(HERS / "pid"), value="process"))
+    assert f"{HERS} can be written by {WHOSE}, but " in message
+    assert vmm.mode == "user"
+
+
+def test_a_program_that_was_brought_along() -> None:
+    """On what users may mount, as a stick, it has any owner that they have given it elsewhere."""
+    marker = PLACE / "executed"
+    stick = PLACE / "stick"
+    stick.mkdir()
+    path = stick / "emulator"
+    path.write_text(f"#!/bin/sh\ntouch {marker}\necho version 1.0\n")
+    path.chmod(0o755)
+    subprocess.run(["mount", "--bind", str(stick), str(stick)], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,nosuid,nodev", str(stick)], check=True)
+        row, _limits = info(path, "emulators")
+        assert row["writer"]["place"] == str(stick)
+        assert row["writer"]["who"].startswith("whoever has brought the ")
+        assert row["version"] is None
+        assert check(path, start=True, user="nobody")["started"]["ok"] is False
+        assert run(iommufd_host_record, capabilities=[str(path)])["failed"]
+        assert grant(path).returncode == 1
+    finally:
+        subprocess.run(["umount", str(stick)], check=True)
+    assert not marker.exists()
+    # It is the mount alone that is wrong with it.
+    assert info(path, "emulators")[0]["version"] == "1.0"
+    assert marker.exists()

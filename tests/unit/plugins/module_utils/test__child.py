@@ -112,6 +112,20 @@ def test_a_child_that_ends() -> None:
     assert raised.type is IommufdError
 
 
+@pytest.mark.parametrize(
+    "work", [lambda: os._exit(0), lambda: os._exit(3), lambda: itemgetter(1)([]), lambda: "x" * 2**21]
+)
+@pytest.mark.parametrize(("uid", "kind"), [(0, IommufdError), (1001, Interrupted)])
+def test_a_child_that_its_user_may_have_had_fail(
+    monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any], uid: int, kind: type[IommufdError]
+) -> None:
+    """By its limits, for one."""
+    monkeypatch.setattr(_child, "has_ids", lambda _user: True)
+    with pytest.raises(IommufdError, match=r"^The process that does this as user vm ") as raised:
+        in_child(User("vm", uid, uid, "/"), work, 30)
+    assert raised.type is kind
+
+
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGTERM])
 def test_a_child_that_is_ended(number: int) -> None:
     with pytest.raises(Interrupted, match=f"^{WHO} was ended by signal {number:d}, before it could answer"):
@@ -223,6 +237,43 @@ def test_a_command() -> None:
     assert (code, session) == (0, pid)
     with pytest.raises(FileNotFoundError):
         run_command(["/no/such"], 30)
+    with pytest.raises(FileNotFoundError):
+        run_command(["no-such"], 30)
+    with pytest.raises(PermissionError):
+        run_command(["/etc/passwd"], 30)
+    with pytest.raises(OSError, match="Invalid argument"):
+        run_command(["true", "\0"], 30)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_command_has_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "1")
+    ours = os.open(os.devnull, os.O_RDONLY)
+    os.set_inheritable(ours, True)
+    script = "for fd in /proc/$$/fd/*; do readlink $fd | cut -c1-5; done"
+    try:
+        assert run_command(["sh", "-c", script], 30)[1].split() == ["/dev/", "pipe:", "pipe:"]
+        assert "SECRET" not in run_command(["env"], 30)[1]
+        assert run_command(["env"], 30, {"A": "1", "PATH": "/usr/bin:/bin"})[1] == "A=1\nPATH=/usr/bin:/bin\n"
+    finally:
+        os.close(ours)
+    # SIGPIPE ends it, as it would at a prompt.
+    assert run_command(["grep", "^SigIgn:", "/proc/self/status"], 30)[1] == "SigIgn:\t0000000000000000\n"
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_command_that_is_never_executed(monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
+    """As where it lies on a mount whose server does not answer."""
+    if before:
+        monkeypatch.setattr(_child, "isolate", lambda: time.sleep(60))
+    else:
+        monkeypatch.setattr(os, "execvpe", lambda *_given: time.sleep(60))
+    began = time.monotonic()
+    assert run_command(["true"], 1) == (124, "", "It took longer than 1 seconds, and was ended.")
+    assert time.monotonic() - began < 30
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 @pytest.mark.parametrize(
@@ -306,10 +357,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_the_steps_to_another_user(fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_child, "become", lambda user: fake.calls.append(("become", user)))
+    monkeypatch.setattr(_child, "be_private", lambda: fake.calls.append("private"))
     monkeypatch.setattr(resource, "setrlimit", lambda *given: fake.calls.append(given))
     _child._become(VM)
     limit = (resource.RLIMIT_AS, (2**31, 2**31))
-    assert fake.calls == [limit, ("become", VM), ("chdir", "/"), ("umask", 0o077)]
+    assert fake.calls == [limit, ("become", VM), "private", ("chdir", "/"), ("umask", 0o077)]
     assert fake.environ == environment(VM)
 
 
@@ -325,7 +377,7 @@ def test_who_may_not_become_another_user(fake: SimpleNamespace, monkeypatch: pyt
 
 
 def test_the_descriptors_that_are_closed(fake: SimpleNamespace) -> None:
-    _child._close_all_but({7})
+    _child.close_all_but({7})
     assert fake.calls == [("dup2", 9, 0), ("dup2", 9, 1), ("dup2", 9, 2), ("close", 3), ("close", 9)]
 
 
@@ -348,7 +400,7 @@ def test_the_childs_life(work: Callable[[], Any], said: Any, monkeypatch: pytest
     def end(code: int) -> None:
         raise SystemExit(code)
 
-    for name in ("isolate", "_close_all_but", "_become"):
+    for name in ("isolate", "close_all_but", "_become"):
         monkeypatch.setattr(_child, name, lambda *_given: None)
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(_child, "_is_child", False)

@@ -7,16 +7,19 @@ from __future__ import annotations
 import grp
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _paths
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import (
+    Mount,
     Untrusted,
     Writer,
     check_writers,
     entries,
+    parse_mount,
     reopen,
     sync,
     walk,
@@ -192,3 +195,139 @@ def test_what_was_found_is_what_is_opened(place: Path) -> None:
         (place / "mine").rename(place / "moved")
         (place / "mine").symlink_to("shared")
         os.stat("astray", dir_fd=found.folder, follow_symlinks=False)
+
+
+LINE = "99 27 0:50 / /mnt rw,{0} shared:5 master:1 - {1} {2} {3}\n"
+FUSE = "rw,user_id={},group_id=1,default_permissions,allow_other"
+
+
+@pytest.mark.parametrize(
+    ("text", "mount"),
+    [
+        (LINE.format("relatime", "ext4", "/dev/sda1", "rw,discard"), Mount("ext4", nosuid=False)),
+        (LINE.format("nosuid,nodev", "vfat", "/dev/sdb1", "rw,uid=7"), Mount("vfat", nosuid=True)),
+        # Without optional fields.
+        ("99 27 0:50 / /mnt ro,nosuid - tmpfs tmpfs rw\n", Mount("tmpfs", nosuid=True)),
+        (LINE.format("nosuid", "fuse", "x", FUSE.format(7)), Mount("fuse", nosuid=True, uid=7)),
+        (LINE.format("nodev", "fuse.sshfs", "x", FUSE.format(7)), Mount("fuse.sshfs", nosuid=False, uid=7)),
+        (LINE.format("nodev", "fuseblk", "/dev/sdb1", FUSE.format(0)), Mount("fuseblk", nosuid=False, uid=0)),
+        # Root's of a guest, whose host serves it.
+        (LINE.format("relatime", "virtiofs", "tag", "rw"), Mount("virtiofs", nosuid=False)),
+        # The source is the user's choice, and so is what comes behind "fuse.".
+        (LINE.format("nodev", "fuse.a\\040-\\040ext4", "-", FUSE.format(7)), Mount("fuse.a\\040-\\040ext4", False, 7)),
+        (LINE.format("nodev", "fuse", "user_id=0,\\040\\012", FUSE.format(7)), Mount("fuse", False, 7)),
+        # Nothing that is understood.
+        (LINE.format("nodev", "fuse", "x", "rw"), None),
+        (LINE.format("nodev", "fuse", "x", FUSE.format(-1)), None),
+        (LINE.format("nodev", "fuse", "x", FUSE.format("7,user_id=0")), None),
+        (LINE.format("nodev", "\xe4", "x", "rw"), None),
+        ("99 27 0:50 / /mnt rw,nosuid - fuse x\n", None),
+        ("99 27 0:50 / /mnt rw,nosuid\n", None),
+        ("99\n", None),
+        ("199 99 0:50 / /mnt rw - ext4 x rw\n9 99 0:50 / /mnt rw - ext4 x rw\n", None),
+        ("", None),
+    ],
+)
+def test_what_the_kernel_has_of_a_mount(text: str, mount: Mount | None) -> None:
+    others = "27 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n"
+    assert parse_mount(f"{others}{text}{others}".encode(), b"99") == mount
+
+
+def test_the_mounts_of_this_machine() -> None:
+    with open("/proc/self/mountinfo", "rb") as stream:
+        text = stream.read()
+    found = [parse_mount(text, line.split()[0]) for line in text.splitlines()]
+    assert found
+    assert None not in found
+
+
+@pytest.fixture
+def mounted(
+    place: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], str]:
+    """Has the folder `mine` and all in it pass for a mount; nothing but the kernel may be asked of that."""
+    mountinfo = tmp_path_factory.mktemp("proc") / "mountinfo"
+    real = _paths.mount_id
+
+    def mount_id(fd: int) -> bytes:
+        where = os.readlink(f"/proc/self/fd/{fd}")
+        return b"99" if f"{where}/".startswith(f"{place}/mine/") else real(fd)
+
+    def put(line: str) -> str:
+        with open("/proc/self/mountinfo", encoding="utf-8") as stream:
+            mountinfo.write_text(stream.read() + line)
+        return f"{place}/mine"
+
+    monkeypatch.setattr(_paths, "mount_id", mount_id)
+    monkeypatch.setattr(_paths, "_MOUNTINFO", str(mountinfo))
+    return put
+
+
+def never_asked(where: str) -> Callable[[int], os.stat_result]:
+    """An fstat that nothing on a mount is asked by."""
+    real = os.fstat
+
+    def fstat(fd: int) -> os.stat_result:
+        assert not os.readlink(f"/proc/self/fd/{fd}").startswith(where)
+        return real(fd)
+
+    return fstat
+
+
+@pytest.mark.parametrize(
+    ("line", "who"),
+    [
+        (LINE.format("nosuid,nodev", "fuse.x", "x", FUSE.format(4711)), "uid 4711, whose FUSE mount it is"),
+        (LINE.format("nosuid,nodev", "fuseblk", "x", FUSE.format(4711)), "uid 4711, whose FUSE mount it is"),
+        (LINE.format("nodev", "fuse", "x", "rw"), "whoever has mounted it, which the kernel does not tell"),
+        ("", "whoever has mounted it, which the kernel does not tell"),
+    ],
+)
+@pytest.mark.parametrize("program", [True, False])
+def test_a_mount_of_somebody_else(
+    place: Path, mounted: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, line: str, who: str, program: bool
+) -> None:
+    """Whatever owners its server gives the files: it is not asked, and so cannot keep us waiting either."""
+    where = mounted(line)
+    monkeypatch.setattr(os, "fstat", never_asked(where))
+    (place / "to").symlink_to("mine/file")
+    for path in ("mine", "mine/file", "mine/none/at/all", "to", "mine/../sticky"):
+        with pytest.raises(Untrusted) as raised, walk(f"{place}/{path}", follow=True, program=program):
+            pass
+        assert raised.value.writer == Writer(where, who)
+        assert str(raised.value).endswith("If that is not meant to be, name another path.")
+
+
+def test_a_mount_of_somebody_who_is_trusted(place: Path, mounted: Callable[[str], str]) -> None:
+    mounted(LINE.format("nosuid,nodev", "fuse", "x", FUSE.format(4711)))
+    with walk(f"{place}/mine/file", (0, ME, 4711)) as found:
+        assert found.found is not None
+    mounted(LINE.format("relatime", "fuse", "x", FUSE.format(0)))
+    with walk(f"{place}/mine/file", program=True) as found:
+        assert found.found is not None
+
+
+@pytest.mark.parametrize(
+    ("line", "who"),
+    [
+        (LINE.format("relatime", "ext4", "/dev/sdb1", "rw"), ""),
+        (LINE.format("nosuid,nodev", "tmpfs", "tmpfs", "rw"), ""),
+        (LINE.format("nosuid,nodev", "ext4", "/dev/sdb1", "rw"), "ext4"),
+        (LINE.format("nosuid,nodev", "fuseblk", "/dev/sdb1", FUSE.format(0)), "fuseblk"),
+        (LINE.format("nosuid,nodev", "cifs", "//host/share", "rw"), "cifs"),
+    ],
+)
+def test_a_program_that_somebody_may_have_brought_along(
+    place: Path, mounted: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, line: str, who: str
+) -> None:
+    """What users may mount is nosuid, always. It may say that all is root's."""
+    where = mounted(line)
+    # Of a file that is no program, its owner is believed.
+    with walk(f"{place}/mine/file") as found:
+        assert found.found is not None
+    if who:
+        monkeypatch.setattr(os, "fstat", never_asked(where))
+        expected = Writer(where, f"whoever has brought the {who} that is mounted there nosuid")
+        assert writer_of(f"{place}/mine/file") == expected
+    else:
+        assert writer_of(f"{place}/mine/file") is None

@@ -25,6 +25,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     Process,
     character_devices_in,
     is_path_only,
+    mount_id,
     own_character_device,
     printable,
 )
@@ -259,3 +260,16 @@ def test_processes_that_cannot_hold_an_iommufd(
 )
 def test_printable(raw: bytes, text: str) -> None:
     assert printable(raw) == text
+
+
+def test_mounts_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    (proc, root) = (os.open(path, os.O_PATH) for path in ("/proc", "/"))
+    try:
+        assert mount_id(proc) != mount_id(root)
+        assert mount_id(proc).isdigit()
+        monkeypatch.setattr(_process, "read_file", lambda _path: b"pos:\t0\nflags:\t0\n")
+        with pytest.raises(IommufdError, match="does not tell which mount"):
+            mount_id(proc)
+    finally:
+        os.close(proc)
+        os.close(root)

@@ -6,11 +6,21 @@ from __future__ import annotations
 
 import os
 import pwd
+import resource
 from typing import Any
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _user
+from ansible_collections.virt.iommufd.plugins.module_utils._child import in_child
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._user import User, become, find_user, groups_of, has_ids
+from ansible_collections.virt.iommufd.plugins.module_utils._user import (
+    User,
+    be_private,
+    become,
+    find_user,
+    groups_of,
+    has_ids,
+)
 
 VM = User("vm", 1001, 1002, "/home/vm")
 
@@ -59,3 +69,14 @@ def test_the_steps_to_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getgrouplist", lambda name, gid: [gid, 36])
     become(VM)
     assert order == [("setgroups", [36, 1002]), ("setresgid", 1002, 1002, 1002), ("setresuid", 1001, 1001, 1001)]
+
+
+def test_who_is_private() -> None:
+    def look() -> list[int]:
+        # PR_SET_DUMPABLE to 1, as it is after a change of user where fs.suid_dumpable is 1; PR_GET_DUMPABLE.
+        assert not _user._libc.prctl(4, 1, 0, 0, 0)
+        assert _user._libc.prctl(3, 0, 0, 0, 0)
+        be_private()
+        return [_user._libc.prctl(3, 0, 0, 0, 0), *resource.getrlimit(resource.RLIMIT_CORE)]
+
+    assert in_child(None, look, 30) == [0, 0, 0]

@@ -51,6 +51,9 @@ IPC_LOCK = 1 << 14
 MYSELF = User(pwd.getpwuid(os.getuid()).pw_name, os.getuid(), os.getgid(), "/")
 OWN = own_conditions()
 
+# Of whoever is not root it is not known whether he has had it fail.
+USERS = [(User("root", 0, 0, "/"), IommufdError), (User("vm", 1001, 1001, "/"), Interrupted)]
+
 
 def changed(thing: Any, /, **other: Any) -> Any:
     return thing._replace(**other)
@@ -63,6 +66,12 @@ def emulator(tmp_path: Path) -> Program:
     path.write_text("#!/bin/sh\necho '{\"QMP\": {}}'\nexec sleep 600\n")
     path.chmod(0o755)
     return changed(look_at_program(str(path)), is_program=True)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has this process pass for that of any user, as only root could be."""
+    monkeypatch.setattr(_vmm_start, "has_ids", lambda _user: True)
 
 
 @pytest.fixture
@@ -119,10 +128,81 @@ def test_outside_of_the_bounding_set(emulator: Program, monkeypatch: pytest.Monk
         start_emulator(emulator, Conditions("libvirtd.service", 0, OWN.no_new_privs, True), MYSELF)
 
 
-def test_an_emulator_that_ends_before_it_is_up(emulator: Program, children: list[int]) -> None:
+@pytest.mark.usefixtures("anybody")
+@pytest.mark.parametrize(("user", "kind"), USERS)
+def test_an_emulator_that_ends_before_it_is_up(
+    emulator: Program, children: list[int], user: User, kind: type[IommufdError]
+) -> None:
     Path(emulator.path).write_text('#!/bin/sh\nsleep 0.5; echo "qemu: no\nsuch $1" >&2; exit 1\n')
-    with pytest.raises(IommufdError, match=r"ended at once: qemu: no such -no-user-config$"):
+    with pytest.raises(IommufdError, match=r"ended at once: qemu: no such -no-user-config$") as raised:
+        start_emulator(emulator, OWN, user)
+    assert raised.type is kind
+
+
+@pytest.mark.usefixtures("anybody")
+@pytest.mark.parametrize(("user", "kind"), USERS)
+def test_an_emulator_whose_limits_are_lowered(
+    emulator: Program,
+    children: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    user: User,
+    kind: type[IommufdError],
+) -> None:
+    """By its user, while it starts: it then fails by itself."""
+    (tmp_path / "go").unlink(missing_ok=True)
+    script = (
+        f"echo $$ >{tmp_path}/pid; while ! test -e {tmp_path}/go; do sleep 0.02; done; echo x >{tmp_path}/x || exit 1"
+    )
+    Path(emulator.path).write_text(f"#!/bin/sh\n{script}\nsleep 600\n")
+    look = _vmm_start._check_runs
+
+    def lower_and_look(program: Program, pid: int, output: Any, who: User) -> None:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, 0))
+        (tmp_path / "go").touch()
+        look(program, pid, output, who)
+
+    monkeypatch.setattr(_vmm_start, "_check_runs", lower_and_look)
+    with pytest.raises(IommufdError) as raised:
+        start_emulator(emulator, OWN, user)
+    assert raised.type is kind
+
+
+def test_what_an_emulator_is_given(emulator: Program, tmp_path: Path) -> None:
+    """No descriptor that this process has inherited, no core dump, and little that it may write."""
+    (tmp_path / "secret").touch()
+    ours = os.open(tmp_path / "secret", os.O_RDONLY)
+    os.set_inheritable(ours, True)
+    found = tmp_path / "found"
+    look = "for fd in /proc/$$/fd/*; do readlink $fd; done; ulimit -c; ulimit -f; ulimit -H -f"
+    Path(emulator.path).write_text(f"#!/bin/bash\n{{ {look}; }} >{found}\necho '{{\"QMP\": {{}}}}'\nexec sleep 600\n")
+    try:
         start_emulator(emulator, OWN, MYSELF)
+    finally:
+        os.close(ours)
+    *descriptors, core, soft, hard = found.read_text().split()
+    assert {os.devnull, str(found)} < set(descriptors)
+    assert str(tmp_path / "secret") not in descriptors
+    # bash counts in units of 1024 bytes.
+    assert (core, soft, hard) == ("0", "1024", "1024")
+
+
+def test_an_emulator_that_says_too_much(
+    emulator: Program, children: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes into a file of root's."""
+    Path(emulator.path).write_text("#!/bin/sh\nexec dd if=/dev/zero bs=65536 count=4096 status=none\n")
+    sizes: list[int] = []
+    content = _vmm_start._content
+
+    def note(output: Any) -> bytes:
+        sizes.append(os.fstat(output.fileno()).st_size)
+        return content(output)
+
+    monkeypatch.setattr(_vmm_start, "_content", note)
+    with pytest.raises(IommufdError):
+        start_emulator(emulator, OWN, MYSELF)
+    assert max(sizes) <= 2**20
 
 
 def test_an_emulator_that_does_not_come_up(
@@ -203,9 +283,14 @@ def test_a_child_that_never_becomes_the_emulator(
         (errno.ENOMEM, Interrupted),
         (errno.EPERM, IommufdError),
         (errno.ENOENT, IommufdError),
+        (errno.EACCES, IommufdError),
+        (errno.ENOEXEC, IommufdError),
+        # By a limit of the stack.
+        (errno.E2BIG, Interrupted),
+        (errno.EIO, Interrupted),
     ],
 )
-def test_what_a_user_can_use_up(
+def test_what_a_user_can_bring_about(
     emulator: Program, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[IommufdError]
 ) -> None:
     def refuse(*_words: object) -> NoReturn:
@@ -240,7 +325,10 @@ def test_the_step_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, steps: in
 
     for name in ("dup2", "chdir"):
         monkeypatch.setattr(os, name, lambda *_words: None)
-    monkeypatch.setattr(_vmm_start, "isolate", lambda: None)
+    for name in ("isolate", "no_core"):
+        monkeypatch.setattr(_vmm_start, name, lambda: None)
+    monkeypatch.setattr(_vmm_start, "close_all_but", lambda _keep: None)
+    monkeypatch.setattr(resource, "setrlimit", lambda *_given: None)
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(_vmm_start, "_prctl", refuse)
     reading, writing = os.pipe()
@@ -314,12 +402,27 @@ def test_a_copy_is_tried(emulator: Program, attributes: list[bytes], children: l
     assert sorted(os.listdir(os.path.dirname(emulator.path))) == before
 
 
+@pytest.mark.usefixtures("anybody")
+@pytest.mark.parametrize(("user", "kind"), USERS)
 def test_a_copy_that_says_something_else(
-    emulator: Program, attributes: list[bytes], monkeypatch: pytest.MonkeyPatch
+    emulator: Program, attributes: list[bytes], monkeypatch: pytest.MonkeyPatch, user: User, kind: type[IommufdError]
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda _name, path: "/bin/echo")
-    with pytest.raises(IommufdError, match=r"was executed, but failed: /proc/self/status$"):
-        try_copy(emulator, OWN, MYSELF)
+    with pytest.raises(IommufdError, match=r"was executed, but failed: /proc/self/status$") as raised:
+        try_copy(emulator, OWN, user)
+    assert raised.type is kind
+
+
+@pytest.mark.usefixtures("anybody")
+@pytest.mark.parametrize(("user", "kind"), USERS)
+def test_a_copy_that_says_half_of_it(
+    emulator: Program, attributes: list[bytes], monkeypatch: pytest.MonkeyPatch, user: User, kind: type[IommufdError]
+) -> None:
+    """As with a limit of what it may write: what is missing then may be the capability."""
+    monkeypatch.setattr(_vmm_start, "_OUTPUT_MAX", 600)
+    with pytest.raises(IommufdError, match=r"was executed, but failed: Name: ") as raised:
+        try_copy(emulator, OWN, user)
+    assert raised.type is kind
 
 
 @pytest.mark.parametrize(
@@ -615,7 +718,7 @@ FAILED = "Starting\n{0}: Failed at step USER spawning x: No such process\n{0}: F
 @pytest.mark.parametrize(
     ("systemd", "kind", "message"),
     [
-        # CLD_EXITED with a status is a verdict; CLD_KILLED, and what ends with success, is none.
+        # CLD_EXITED with a status is a verdict of root's; CLD_KILLED, and what ends with success, is none.
         (
             Systemd(code=1, journal=FAILED, ended="1 217"),
             IommufdError,
@@ -633,10 +736,12 @@ FAILED = "Starting\n{0}: Failed at step USER spawning x: No such process\n{0}: F
 def test_a_replica_that_does_not_start(
     emulator: Program, systemd: Systemd, kind: type[IommufdError], message: str
 ) -> None:
-    with pytest.raises(IommufdError, match=message) as raised:
-        start_replica(systemd, unit(emulator))
-    assert raised.type is kind
-    systemd.check_ended()
+    for user in ("root", "vm", None):
+        with pytest.raises(IommufdError, match=message) as raised:
+            start_replica(systemd, changed(unit(emulator), user=user))
+        assert raised.type is (kind if user == "root" else Interrupted)
+        systemd.check_ended()
+        systemd.commands.clear()
 
 
 def test_a_replica_whose_limit_somebody_has_changed(emulator: Program) -> None:
