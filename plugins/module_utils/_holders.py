@@ -165,11 +165,11 @@ Reasons = dict[str, list[int]]
 @dataclass
 class Survey:
     """What was seen. `others_pinned`: by user, what processes have pinned of which no iommufd was looked at.
-    `unseen`: the users of such processes that may hold one all the same.
 
-    The rest is what was not seen, each a reason and the processes: `hidden` as a whole, `closed` their descriptors, or
-    some of them, and `refused` their iommufds. `leaderless` are those whose first thread has ended, until it is known
-    whether the others will too, and `large` those that wait for the end, with the sizes of their tables.
+    `unseen`: the users of such processes that may hold one all the same. The rest is what was not seen, each a reason
+    and the processes: `hidden` as a whole, `closed` their descriptors, or some of them, and `refused` their iommufds.
+    `leaderless` are those whose first thread has ended, until it is known whether the others will too, and `large`
+    those that wait for the end, with the sizes of their tables.
     """
 
     holders: list[Holder] = field(default_factory=list)
