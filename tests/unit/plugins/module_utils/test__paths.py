@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _paths
+from ansible_collections.virt.iommufd.plugins.module_utils import _paths, _process
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import (
     Mount,
@@ -247,7 +247,7 @@ def mounted(
 ) -> Callable[[str], str]:
     """Has the folder `mine` and all in it pass for a mount; nothing but the kernel may be asked of that."""
     mountinfo = tmp_path_factory.mktemp("proc") / "mountinfo"
-    real = _paths.mount_id
+    real = _process.mount_id
 
     def mount_id(fd: int) -> bytes:
         where = os.readlink(f"/proc/self/fd/{fd}")
