@@ -12,6 +12,7 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 from ansible_collections.virt.iommufd.plugins.module_utils._size import human_size
+from ansible_collections.virt.iommufd.plugins.plugin_utils._views import UNSEEN
 
 DOCUMENTATION = r"""
 name: audit_report
@@ -125,7 +126,7 @@ _value:
               description:
                 - V(over limit) where more is charged than its limit allows.
                 - V(at risk) where it is accounted per user, and another VM such as the user's largest would not fit.
-                - V(unknown) where its accounting is.
+                - V(unknown) where its accounting is, and where it is not known whether another VM would fit.
                 - V(ok) otherwise, or V(not limited) where nothing limits it.
               type: str
               sample: at risk
@@ -188,10 +189,10 @@ def describe_host(result: Any) -> Row:
         return without_answer("failed", "The task was skipped on this host.")
     if "processes" not in result:
         return without_answer("failed", "The result lacks processes: run virt.iommufd.iommufd_info with that subset.")
-    at_risk = {user["uid"] for user in result.get("users", []) if user["at_risk"]}
+    at_risk = {user["uid"]: user["at_risk"] for user in result.get("users", [])}
     vms = [describe_vm(process, at_risk) for process in result["processes"]]
     limits = list(result["host"]["limits_of_view"])
-    hidden = any(limit["what"] in ("processes", "descriptors") for limit in limits)
+    hidden = any(limit["what"] in UNSEEN for limit in limits)
     host = result["host"]
     status, (verdict, summary) = "ok", sum_up(vms, hidden)
     if not vms and host.get("module", "") in NO_IOMMUFD:
@@ -207,8 +208,8 @@ def without_answer(status: str, msg: str) -> Row:
     return {"status": status, "msg": msg, "limits_of_view": [], "vms": [], "verdict": status, "summary": summary}
 
 
-def describe_vm(process: Mapping[str, Any], at_risk: set[int]) -> Row:
-    """What the report's data tells of a process; `at_risk` are the users whose next VM would not fit."""
+def describe_vm(process: Mapping[str, Any], at_risk: Mapping[int, bool | None]) -> Row:
+    """What the report's data tells of a process; `at_risk`: of users, whether the next VM would not fit, if known."""
     called = (process[field] for field in ("domain", "name", "unit"))
     return {
         "vm": next(filter(None, called), f"{process['comm']} ({process['pid']})"),
@@ -224,14 +225,16 @@ def describe_vm(process: Mapping[str, Any], at_risk: set[int]) -> Row:
     }
 
 
-def judge(process: Mapping[str, Any], at_risk: set[int]) -> str:
+def judge(process: Mapping[str, Any], at_risk: Mapping[int, bool | None]) -> str:
     if process["accounting"] is None:
         return UNKNOWN
     if process["headroom_bytes"] is None:
         return NOT_LIMITED
     if process["headroom_bytes"] < 0:
         return OVER_LIMIT
-    return AT_RISK if process["accounting"] == "user" and process["uid"] in at_risk else OK
+    # Without the subset users there is no word on that.
+    risk = at_risk.get(process["uid"], False) if process["accounting"] == "user" else False
+    return UNKNOWN if risk is None else AT_RISK if risk else OK
 
 
 def sum_up(vms: list[Row], hidden: bool) -> tuple[str, str]:

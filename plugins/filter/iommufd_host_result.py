@@ -303,10 +303,14 @@ def pending_of(plan: Mapping[str, Any], info: Mapping[str, Any], put_back: list[
 
 
 def _is_of(unit: str | None, name: str) -> bool:
-    """Whether a unit is the one of that name, or an instance of it where it is a template."""
+    """Whether a unit is the one of that name, or an instance of it where it is a template.
+
+    An instance reaches systemctl, which takes some names for patterns, so it has nothing in it that no unit's has.
+    """
     prefix, at, suffix = name.partition("@")
-    instance = bool(at) and suffix == ".service" and unit is not None and unit.startswith(prefix + at)
-    return unit == name or instance
+    if not at or suffix != ".service":
+        return unit == name
+    return unit is not None and bool(re.fullmatch(re.escape(prefix) + r"@[A-Za-z0-9:_.\\@-]+\.service", unit))
 
 
 def _old(plan: Mapping[str, Any], process: Mapping[str, Any], put_back: list[str]) -> str:

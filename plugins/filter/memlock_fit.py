@@ -21,6 +21,7 @@ from ansible_collections.virt.iommufd.plugins.filter.iommufd_host_plan import ow
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._foreign import harmless
 from ansible_collections.virt.iommufd.plugins.module_utils._size import human_size, parse_size
+from ansible_collections.virt.iommufd.plugins.plugin_utils._views import UNSEEN
 
 DOCUMENTATION = r"""
 name: memlock_fit
@@ -82,8 +83,8 @@ options:
       - V(cap_ipc_lock) is a VMM that has CAP_IPC_LOCK.
       - V(auto) finds out. If all emulators for the host's own architecture have CAP_IPC_LOCK, so has the VM. If O(user)
         is libvirt's, C(libvirt-qemu) or C(qemu), and libvirt sets per-process accounting, the VM gets that. Otherwise
-        it will be as all running VMs of O(user) are, or per user if there are none. If they differ, it may be as any of
-        them is.
+        it will be as all running VMs of O(user) are, or per user if there are none. If they differ, or not all of them
+        were seen, it may be as any of them is, or per user.
       - Where the host has no emulator for its own architecture, or the input does not tell that, all of its emulators
         count.
       - Where that leaves several possibilities open, all are looked at, and the answer is definite if they agree.
@@ -202,9 +203,6 @@ STRATEGIES = {"user": "user", "process": "process", "cap_ipc_lock": "none"}
 # What the result of a task says where it has nothing to say of the host.
 TROUBLES = ("unreachable", "failed", "skipped")
 
-# What stands in limits_of_view where more may be charged than was seen.
-UNSEEN = ("processes", "descriptors", "iommufds")
-
 UNKNOWN_LIMIT = (
     "libvirt raises the limit for a <hostdev> only: a domain that names iommufd in <qemu:commandline> has the limit of"
     " libvirt's daemon, unless it has a <memtune><hard_limit>."
@@ -218,7 +216,7 @@ class User:
     """The user that the VMM will run as, and what is charged to it under per-user accounting.
 
     `uid` is None for a name that the input does not know. `unsure` may be charged too. `hidden`: there may be more,
-    since there may be processes that were not seen.
+    since there may be processes that were not seen. `partly`: it may have VMs that were not seen, or not whole.
     """
 
     name: str
@@ -226,6 +224,7 @@ class User:
     charged: int
     unsure: int
     hidden: bool
+    partly: bool
 
 
 @dataclass(frozen=True)
@@ -299,12 +298,16 @@ def find_user(info: Info, user: Any) -> User:
             " this one among them."
         )
     charges = [row for row in info["users"] if row["uid"] == uid]
+    unsure = sum(row["uncertain_bytes"] for row in charges)
+    unseen = {each["what"] for each in info["host"]["limits_of_view"]}.intersection(UNSEEN)
     return User(
         name=name,
         uid=uid,
         charged=sum(row["charged_bytes"] for row in charges),
-        unsure=sum(row["uncertain_bytes"] for row in charges),
-        hidden=any(each["what"] == "processes" for each in info["host"]["limits_of_view"]),
+        unsure=unsure,
+        # What processes have pinned whose descriptors or iommufds were not seen is in uncertain_bytes.
+        hidden="processes" in unseen,
+        partly="processes" in unseen or bool(unsure and unseen),
     )
 
 
@@ -405,7 +408,15 @@ def from_libvirt(libvirt: Info, user: User) -> tuple[list[str], str] | None:
 
 def from_processes(info: Info, user: User) -> tuple[list[str], str]:
     """How the user's running VMs are accounted, else what the kernel does by itself."""
-    shown = {process["accounting"] for process in info["processes"] if process["uid"] == user.uid} - {None}
+    shown = {process["accounting"] for process in info["processes"] if process["uid"] == user.uid}
+    partly = user.partly or None in shown
+    shown.discard(None)
+    if shown and partly and shown != {"user"}:
+        accountings = [each for each in STRATEGIES.values() if each in {*shown, "user"}]
+        return (
+            accountings,
+            f"{user.name} may have other VMs than were seen whole, and the kernel's default is per user.",
+        )
     if len(shown) == 1:
         (accounting,) = shown
         how = {"user": "are accounted per user", "process": "are accounted per process", "none": "have CAP_IPC_LOCK"}
@@ -518,8 +529,7 @@ def what_would_tell(info: Info, user: User, vm: Vm, verdicts: list[Verdict]) -> 
     ways = []
     if not vm.known:
         ways.append("give memlock: the domain's <hard_limit>, or LimitMEMLOCK of libvirt's daemon")
-    unseen = {each["what"] for each in info["host"]["limits_of_view"]} & {*UNSEEN}
-    if verdicts[0].accounting == "user" and (user.hidden or (user.unsure and unseen)):
+    if verdicts[0].accounting == "user" and user.partly:
         ways.append("run virt.iommufd.iommufd_info as root (become: true) on the host itself, where it sees everything")
     exact, seen = replace(vm, most=vm.least), replace(user, hidden=False)
     if any(judge(exact, seen, each.accounting).fits is not judge(vm, seen, each.accounting).fits for each in verdicts):

@@ -53,7 +53,8 @@ class Account(NamedTuple):
 class Total(NamedTuple):
     """What a user's processes come to. `limit` is the smallest of those that are charged, None if that is unlimited.
 
-    `uncertain` is what others of the user's processes have pinned, and may be charged to the user.
+    `uncertain` is what others of the user's processes have pinned, and may be charged to the user. `at_risk`: whether
+    another process like the largest would not fit into the smallest limit, None where that cannot be told.
     """
 
     pids: list[int]
@@ -61,11 +62,7 @@ class Total(NamedTuple):
     uncertain: int
     largest: int
     limit: int | None
-
-    @property
-    def at_risk(self) -> bool:
-        """Whether another process like the largest would not fit into the smallest limit."""
-        return self.limit is not None and self.charged + self.largest > self.limit
+    at_risk: bool | None
 
 
 def accounting(account: Account) -> str | None:
@@ -85,18 +82,34 @@ def charged(account: Account) -> int | None:
     return {USER: account.pinned, PROCESS: account.locked, NONE: 0, None: None}[accounting(account)]
 
 
-def total(accounts: Iterable[Account], others_pinned: int = 0) -> Total:
-    """What the processes of one user come to; `others_pinned` is what those without an iommufd have pinned."""
+def total(accounts: Iterable[Account], others_pinned: int = 0, unseen: bool = False) -> Total:
+    """What the processes of one user come to; `others_pinned` is what those without an iommufd have pinned.
+
+    `unseen`: the user may have others with an iommufd.
+    """
     accounts = list(accounts)
     mine = [each for each in accounts if accounting(each) == USER]
-    limits = [each.limit for each in mine if each.limit is not None]
-    return Total(
-        pids=[each.pid for each in mine],
-        charged=sum(each.pinned for each in mine),
-        uncertain=others_pinned + sum(each.pinned for each in accounts if accounting(each) is None),
-        largest=max((each.pinned for each in mine), default=0),
-        limit=min(limits, default=None),
-    )
+    unknown = [each for each in accounts if accounting(each) is None]
+    sum_ = sum(each.pinned for each in mine)
+    uncertain = others_pinned + sum(each.pinned for each in unknown)
+    risk: bool | None = _lacks_room(mine, sum_)
+    if not risk and (unseen or _lacks_room([*mine, *unknown], sum_ + uncertain)):
+        risk = None
+    return Total([each.pid for each in mine], sum_, uncertain, _largest(mine), _smallest_limit(mine), risk)
+
+
+def _lacks_room(accounts: list[Account], sum_: int) -> bool:
+    """Whether another process like the largest of these would not fit into their smallest limit, on top of a sum."""
+    limit = _smallest_limit(accounts)
+    return limit is not None and sum_ + _largest(accounts) > limit
+
+
+def _largest(accounts: list[Account]) -> int:
+    return max((each.pinned for each in accounts), default=0)
+
+
+def _smallest_limit(accounts: list[Account]) -> int | None:
+    return min((each.limit for each in accounts if each.limit is not None), default=None)
 
 
 def largest_limit(accounts: Iterable[Account]) -> int | None:

@@ -21,12 +21,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._capabilities import CAP_SYS_RESOURCE, names
 from ._child import in_child, run_command
 from ._errors import DescriptorGone, HostLacks, IommufdError, NotAnIommufd, error_text
-from ._foreign import boolean, member, number, or_none, parse_xml, shown, text, texts
+from ._foreign import boolean, first_of, member, number, or_none, parse_xml, shown, text, texts
 from ._iommufd import RLIMIT_MODE, IommuFd, Result, iommufd_rdevs
 from ._process import Limit, Process, own_character_device, printable, user_name
 from ._qemu import guest_name
@@ -82,6 +83,10 @@ _GIB = 2**30
 _HEXADECIMAL = re.compile(r"(?:0[xX])?[0-9A-Fa-f]{1,8}")
 _PCI_DEVICES = "/sys/bus/pci/devices"
 _VFIO_NODES = "/dev/vfio/devices"
+# No domain has so many devices.
+_DEVICES_MAX = 256
+# A device may have several nodes, and each may be one.
+_OBSTACLES_MAX = 2 * _DEVICES_MAX
 _LOG_MAX = 65536
 _LOG_LINES = 5
 # What the kernel answers in no time; a busy host gets so long.
@@ -102,8 +107,8 @@ class Definition:
     """What a domain's XML says of its devices and memory.
 
     `fdgroup` is the name under which libvirt expects the iommufd, None without. `devices` are the addresses of the PCI
-    devices that are passed through by iommufd. `need_bytes` is the limit on locked memory that libvirt gives the
-    emulator, None where that is no limit at all.
+    devices that are passed through by iommufd, or of the first of them. `need_bytes` is the limit on locked memory that
+    libvirt gives the emulator, None where that is no limit at all.
     """
 
     fdgroup: str | None
@@ -130,7 +135,7 @@ def parse_definition(description: str) -> Definition:
         for each in passed
         if _driver(each, "yes" if enabled else "no") == "yes" and (address := _address(each)) is not None
     )
-    return Definition(fdgroup, devices, _need(root, memory, limit, len(passed)))
+    return Definition(fdgroup, devices[:_DEVICES_MAX], _need(root, memory, limit, len(passed)))
 
 
 def _kibibytes(root: Element, path: str, without: str) -> int:
@@ -199,7 +204,7 @@ class Seen:
                 member(given, "active", boolean),
                 member(given, "state", text),
                 member(given, "definition", _definition_from_json),
-                member(given, "obstacles", texts),
+                member(given, "obstacles", texts(_OBSTACLES_MAX)),
             )
         except IommufdError as exc:
             raise IommufdError(f"What was learned of the domain cannot be read: {exc}.") from exc
@@ -208,7 +213,7 @@ class Seen:
 def _definition_from_json(given: object) -> Definition:
     return Definition(
         member(given, "fdgroup", or_none(text)),
-        member(given, "devices", texts),
+        member(given, "devices", texts(_DEVICES_MAX)),
         member(given, "need_bytes", or_none(number)),
     )
 
@@ -302,7 +307,7 @@ def look(uri: str, name: str, unprivileged: bool) -> dict[str, Any]:
             active,
             _state(domain),
             definition,
-            tuple(obstacles(definition.devices)) if unprivileged and not active else (),
+            tuple(islice(obstacles(definition.devices), _OBSTACLES_MAX)) if unprivileged and not active else (),
         ).to_json()
 
 
@@ -581,7 +586,7 @@ def check_startable(name: str, libvirt: Libvirt, seen: Seen) -> str:
             " <hostdev> without <driver iommufd='no'/>, or start it as any other."
         )
     if seen.obstacles:
-        raise IommufdError(f"Domain {name} cannot be started. {' '.join(seen.obstacles)}")
+        raise IommufdError(f"Domain {name} cannot be started. {first_of(seen.obstacles)}")
     return definition.fdgroup
 
 

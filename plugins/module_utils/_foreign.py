@@ -17,6 +17,7 @@ from ._errors import IommufdError
 from ._process import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from xml.etree.ElementTree import Element
 
 Value = TypeVar("Value")
@@ -25,6 +26,7 @@ __all__ = (
     "COUNT_MAX",
     "XML_MAX",
     "boolean",
+    "first_of",
     "harmless",
     "member",
     "number",
@@ -45,6 +47,9 @@ _JSON_DIGITS_MAX = 20
 # A text for people, or a name.
 _TEXT_MAX = 4096
 _BRIEF_MAX = 80
+
+# How many sentences of one kind are told at once.
+_TOLD_MAX = 10
 
 # libvirt sends no longer text. A domain's has some kilobytes, and some hundred of elements and attributes; each of
 # these takes a hundred times the memory that it has in the text.
@@ -122,11 +127,24 @@ def boolean(given: object) -> bool:
     return given
 
 
-def texts(given: object) -> tuple[str, ...]:
-    """A list of texts, as they may be shown. Raises IommufdError where it is something else."""
-    if not isinstance(given, (list, tuple)):
-        raise IommufdError(f"is no list but {_brief(given)}")
-    return tuple(map(text, given))
+def texts(most: int) -> Callable[[object], tuple[str, ...]]:
+    """What reads a list of so many texts at most, as they may be shown; it raises IommufdError for anything else."""
+
+    def read(given: object) -> tuple[str, ...]:
+        if not isinstance(given, (list, tuple)):
+            raise IommufdError(f"is no list but {_brief(given)}")
+        if len(given) > most:
+            raise IommufdError(f"has more than {most} texts")
+        return tuple(map(text, given))
+
+    return read
+
+
+def first_of(sentences: Sequence[str]) -> str:
+    """The first ten sentences as one text, cut where it is long all the same, and how many more there are."""
+    more = len(sentences) - _TOLD_MAX
+    rest = f" There {'are' if more > 1 else 'is'} {more} more like these." if more > 0 else ""
+    return shown(" ".join(sentences[:_TOLD_MAX])) + rest
 
 
 def member(given: object, name: str, read: Callable[[object], Value]) -> Value:

@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
+import struct
 import time
-from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,9 +32,9 @@ from ._iommufd import (
     iommufd_rdevs,
     misc_rdev,
 )
-from ._process import Limit, Process, Status, number_in, parse_stat, parse_status, read_file
+from ._process import Descriptors, Limit, Process, Status, number_in, parse_stat, parse_status, read_file
 from ._qemu import guest_memory, guest_name, is_session_domain
-from ._tables import LARGE, TOO_MANY, Tables
+from ._tables import CONTAINERS, LARGE, TOO_MANY, TOO_MANY_HOLDERS, Budget, Tables, who_pays
 from ._target import IOMMUFDS_MAX, Swapped, borrow_iommufd
 
 __all__ = ("HeldIommufd", "Holder", "Survey", "survey")
@@ -47,17 +48,20 @@ _IOASES_MAX = 1024
 _NODES_MAX = 256
 _NAME_MAX = 255
 
-# How many processes that hold an iommufd are looked at of one user, and of all, and how many iommufds. There is no host
-# with so many VMs.
-_OF_USER = 2500
-_OF_ALL = 10000
-_IOMMUFDS_OF_USER = 4096
-
-# In seconds: how long one process may keep us, and all together. How often one user's processes may, and all.
+# In seconds: how long one process may keep us, what that counts when it does, how long all of a user's processes may,
+# and how long all together.
 _PATIENCE = 10
+_PENALTY = 20
+_OF_USER = 60
 _SECONDS = 300
-_STRIKES_OF_USER = 3
-_STRIKES_OF_ALL = 32
+
+# After so many processes, so many that hold an iommufd, or so many seconds, a child tells what it has seen.
+_BATCH = 256
+_HOLDERS_AT_ONCE = 16
+_PULSE = 0.5
+
+# An index in a list of processes, which child and parent share.
+_POSITION = struct.Struct("=q")
 
 # As the kernel writes it. A process without memory has no such line.
 _NOTHING_PINNED = b"\nVmPin:\t       0 kB\n"
@@ -65,12 +69,11 @@ _NOTHING_PINNED = b"\nVmPin:\t       0 kB\n"
 _CURE = "That takes root with CAP_SYS_PTRACE (become: true) on the host itself, and kernel.yama.ptrace_scope below 3."
 _LEADERLESS = "The first thread has ended while others run on, which puts the descriptors out of reach."
 _TOO_MANY_IOMMUFDS = f"It has more than {IOMMUFDS_MAX} iommufds, or IOASes, than are looked at."
-_TOO_MANY_HOLDERS = (
-    f"There are too many processes with an iommufd. At most {_OF_USER} of a user's are looked at, with"
-    f" {_IOMMUFDS_OF_USER} iommufds, and {_OF_ALL} of all."
-)
 _SWAPS = "It puts other files in the place of its iommufds while they are looked at."
-_HANGS = "Processes of its user keep whoever looks at their iommufds waiting, or put other files in their place."
+_KEEPS_WAITING = (
+    f"It, or another process of its user, keeps whoever looks at it waiting. All of a user's may do so for {_OF_USER}"
+    f" seconds, and all on a host for {_SECONDS}."
+)
 
 # Threads end one after the other when a process does, within this many seconds after it was told to.
 _ENDING = 0.1
@@ -163,29 +166,40 @@ Reasons = dict[str, list[int]]
 class Survey:
     """What was seen. `others_pinned`: by user, what processes have pinned of which no iommufd was looked at.
 
-    The rest is what was not seen, each a reason and the processes: `hidden` as a whole, `closed` their descriptors, or
-    some of them, and `refused` their iommufds. `leaderless` are those whose first thread has ended, until it is known
-    whether the others will too.
+    `unseen`: the users of such processes that may hold one all the same. The rest is what was not seen, each a reason
+    and the processes: `hidden` as a whole, `closed` their descriptors, or some of them, and `refused` their iommufds.
+    `leaderless` are those whose first thread has ended, until it is known whether the others will too, and `large`
+    those that wait for the end, with the sizes of their tables.
     """
 
     holders: list[Holder] = field(default_factory=list)
     others_pinned: dict[int, int] = field(default_factory=dict)
+    unseen: set[int] = field(default_factory=set)
     hidden: Reasons = field(default_factory=dict)
     closed: Reasons = field(default_factory=dict)
     refused: Reasons = field(default_factory=dict)
     leaderless: list[int] = field(default_factory=list)
+    large: list[tuple[int, int]] = field(default_factory=list)
 
+    def to_json(self) -> list[Any]:
+        """What `add` takes."""
+        holders = [each.to_json() for each in self.holders]
+        pinned = list(self.others_pinned.items())
+        unseen = list(self.unseen)
+        return [holders, pinned, unseen, self.hidden, self.closed, self.refused, self.leaderless, self.large]
 
-class Candidate(NamedTuple):
-    """A process that seems to hold an iommufd. `devices` None: it does not let this caller look at its descriptors.
-
-    `more`: it has descriptors that were not looked at.
-    """
-
-    pid: int
-    uid: int
-    devices: dict[int, int] | None
-    more: bool = False
+    def add(self, given: list[Any]) -> None:
+        """Adds what another survey came to, which a child of this caller's own has made."""
+        holders, pinned, unseen, hidden, closed, refused, leaderless, large = given
+        self.holders += [Holder.from_json(each) for each in holders]
+        for uid, size in pinned:
+            self.others_pinned[uid] = self.others_pinned.get(uid, 0) + size
+        for mine, others in ((self.hidden, hidden), (self.closed, closed), (self.refused, refused)):
+            for reason, pids in others.items():
+                mine.setdefault(reason, []).extend(pids)
+        self.unseen.update(unseen)
+        self.leaderless += leaderless
+        self.large += [(size, pid) for size, pid in large]
 
 
 def survey(nodes: Collection[int] = ()) -> Survey:
@@ -193,21 +207,16 @@ def survey(nodes: Collection[int] = ()) -> Survey:
 
     `nodes` are the numbers of other devices of which it is told who has them open beside an iommufd.
     """
-    misc = misc_rdev()
-    if misc is None:
-        # Nobody can hold one.
-        return Survey()
     result = Survey()
-    tables = Tables({misc, VFIO_CONTAINER_RDEV, *nodes})
-    found = [each for pid, text in _small_first(result) if (each := _look_at_table(result, tables, pid, text))]
-    # Whether /dev/vfio/vfio is an iommufd is found out only where somebody has it open.
-    open_ = {rdev for each in found for rdev in (each.devices or {}).values()}
-    rdevs = iommufd_rdevs(open_ & {misc, VFIO_CONTAINER_RDEV})
-    candidates = [each for each in found if each.devices is None or not rdevs.isdisjoint(each.devices.values())]
-    for each in found:
-        if each.devices is not None and rdevs.isdisjoint(each.devices.values()):
-            _add_other(result, each.pid)
-    _look_at_all(result, candidates, rdevs, nodes)
+    if misc_rdev() is None:
+        # Nobody can hold one.
+        return result
+    look = partial(_look_at_all, result, Budget(), nodes, time.monotonic() + _SECONDS)
+    # What containers have comes last, and large tables of descriptors after all others: nobody is to keep others from
+    # being seen.
+    look(sorted(_pids(), key=_is_of_container), is_last=False)
+    if result.large:
+        look([pid for _size, pid in sorted(result.large, key=lambda each: (_is_of_container(each[1]), each))], True)
     _add_leaderless(result)
     result.holders.sort(key=lambda holder: holder.pid)
     return result
@@ -217,160 +226,201 @@ def _pids() -> Iterator[int]:
     return (int(name) for name in os.listdir("/proc") if name.isdigit())
 
 
-def _small_first(result: Survey) -> Iterator[tuple[int, bytes]]:
-    """All processes and what is said of them, those with large tables of descriptors last, and of these the smaller.
-
-    How much is looked at has an end, and nobody who fills tables is to keep others' from being looked at.
-    """
-    large = []
-    for pid in _pids():
-        text = _status_text_of(result, pid)
-        size = 0 if text is None else number_in(text, b"FDSize")
-        if size > LARGE:
-            large.append((size, pid))
-        elif text is not None:
-            yield pid, text
-    for _size, pid in sorted(large):
-        text = _status_text_of(result, pid)
-        if text is not None:
-            yield pid, text
+def _is_of_container(pid: int) -> bool:
+    return who_pays(owner_of(pid)) == CONTAINERS
 
 
-def _status_text_of(result: Survey, pid: int) -> bytes | None:
+def owner_of(pid: int) -> int:
+    """The user that a process seems to be of, root where it has ended: what is in its folder may keep us waiting."""
     try:
-        return _status_text(pid)
-    except PermissionError as exc:
-        result.hidden.setdefault(_reason(exc), []).append(pid)
-        return None
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return 0
 
 
-def _look_at_table(result: Survey, tables: Tables, pid: int, text: bytes) -> Candidate | None:
-    """The process, if it has one of the devices open, or does not let this caller look but has pinned memory.
+def _look_at_all(
+    result: Survey, budget: Budget, nodes: Collection[int], deadline: float, pids: list[int], is_last: bool
+) -> None:
+    """Looks at processes in children, which nobody waits for where they hang. Nearly always one does for all.
 
-    It is not held, so this is a hint: its id may mean another one by now.
+    Any user can have a look at a process of theirs last for ever: by a descriptor on a FUSE mount that is closed while
+    the process executes a program (the kernel holds exec_update_lock meanwhile, see begin_new_exec() in fs/exec.c), or
+    that is put in the place of an iommufd.
     """
-    uid = number_in(text, b"Uid")
-    try:
-        found = tables.look(pid, uid, number_in(text, b"FDSize"))
-    except PermissionError as exc:
-        return Candidate(pid, uid, None) if _add_closed(result, pid, text, _reason(exc)) else None
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    if found.more:
-        result.closed.setdefault(TOO_MANY, []).append(pid)
-    if found.devices:
-        return Candidate(pid, uid, found.devices, found.more)
-    _add_other(result, pid, text)
-    return None
-
-
-class Answer(NamedTuple):
-    """What came of a look at a candidate, good for JSON. `holder` is as Holder.to_json makes it, None without one.
-
-    Then `gone` tells that the process has ended, and `hidden` why it could not be held, if one of these is so.
-    `refused` is why an iommufd could not be shared. `swapped`: something else was shared in its place, which may take
-    for ever to close, so whoever has it looks at nobody else.
-    """
-
-    holder: list[Any] | None = None
-    gone: bool = False
-    hidden: str = ""
-    refused: str = ""
-    swapped: bool = False
-
-
-def _look_at_all(result: Survey, candidates: list[Candidate], rdevs: set[int], nodes: Collection[int]) -> None:
-    """Looks at the candidates in children, which nobody waits for where they hang. Nearly always one does for all."""
-    deadline = time.monotonic() + _SECONDS
-    waiting = _within_bounds(result, candidates, rdevs)
-    strikes: Counter[int] = Counter()
-    while waiting:
-        culprit = waiting[0]
-        reason = ""
-        if strikes[culprit.uid] >= _STRIKES_OF_USER or sum(strikes.values()) >= _STRIKES_OF_ALL:
-            reason = _HANGS
-        elif time.monotonic() > deadline:
-            reason = f"No time was left for it after {_SECONDS} seconds."
-        if reason:
-            _leave_out(result, waiting.popleft(), reason)
-            continue
-        work = partial(_look_at_each, list(waiting), rdevs, nodes)
+    # Where the child is, which it cannot tell any more once it hangs.
+    position = mmap.mmap(-1, _POSITION.size)
+    while pids:
+        done, reason = 0, ""
+        _POSITION.pack_into(position, 0, 0)
+        work = partial(_batches, pids, budget, nodes, position, is_last)
         try:
             with contextlib.closing(answers(None, work, _PATIENCE)) as said:
-                for given in said:
-                    culprit = waiting.popleft()
-                    answer = Answer(*given)
-                    _add_answer(result, culprit, answer)
-                    if answer.swapped or time.monotonic() > deadline:
-                        # It has nothing to say any more, or must not; and its own end may take for ever.
+                for answer in said:
+                    done, seen, spent = answer
+                    result.add(seen)
+                    budget.load(spent)
+                    if time.monotonic() > deadline:
                         break
-        except IommufdError as exc:
-            # Whoever is the first now is the one that the child was at.
-            culprit = waiting.popleft()
-            _leave_out(result, culprit, _reason(exc))
-        strikes[culprit.uid] += 1
-
-
-def _within_bounds(result: Survey, candidates: list[Candidate], rdevs: set[int]) -> deque[Candidate]:
-    """Those candidates that are looked at. What the others have pinned is counted."""
-    waiting: deque[Candidate] = deque()
-    of_user: Counter[int] = Counter()
-    iommufds: Counter[int] = Counter()
-    for each in candidates:
-        if of_user[each.uid] >= _OF_USER or iommufds[each.uid] >= _IOMMUFDS_OF_USER or len(waiting) >= _OF_ALL:
-            _leave_out(result, each, _TOO_MANY_HOLDERS)
-        else:
-            waiting.append(each)
-        of_user[each.uid] += 1
-        iommufds[each.uid] += min(IOMMUFDS_MAX, sum(rdev in rdevs for rdev in (each.devices or {}).values()))
-    return waiting
-
-
-def _leave_out(result: Survey, candidate: Candidate, reason: str) -> None:
-    result.refused.setdefault(reason, []).append(candidate.pid)
-    _add_other(result, candidate.pid)
-
-
-def _add_answer(result: Survey, candidate: Candidate, answer: Answer) -> None:
-    if answer.holder is not None:
-        result.holders.append(Holder.from_json(answer.holder))
-    elif answer.hidden:
-        result.hidden.setdefault(answer.hidden, []).append(candidate.pid)
-    elif not answer.gone:
-        _add_other(result, candidate.pid)
-    if answer.refused:
-        result.refused.setdefault(answer.refused, []).append(candidate.pid)
-
-
-def _look_at_each(candidates: list[Candidate], rdevs: set[int], nodes: Collection[int]) -> Iterator[Answer]:
-    """The life of a child: what comes of each candidate, up to one that has had it share what may never close."""
-    for each in candidates:
-        answer = _look_at(each, rdevs, nodes)
-        yield answer
-        if answer.swapped:
+        except IommufdError:
+            reason = _KEEPS_WAITING
+        if time.monotonic() > deadline:
+            for pid in pids[done:]:
+                _leave_out(result, pid)
             return
+        stop = max(done, _POSITION.unpack_from(position)[0])
+        if reason and stop < len(pids):
+            _skip(result, pids[stop], budget)
+            pids = pids[done:stop] + pids[stop + 1 :]
+        else:
+            pids = pids[done:]
 
 
-def _look_at(candidate: Candidate, rdevs: set[int], nodes: Collection[int]) -> Answer:
-    """What there is to be told of a candidate."""
-    swapped = False
-    try:
-        with Process.hold(candidate.pid) as process:
-            if candidate.devices is None:
-                return Answer(_holder(process, {}, None, more=False).to_json())
-            fds = [fd for fd, rdev in candidate.devices.items() if rdev in rdevs]
-            held, refused, swapped = _held_iommufds(process, fds[:IOMMUFDS_MAX], rdevs)
-            if not held:
-                return Answer(refused=refused, swapped=swapped)
-            many = len(fds) > IOMMUFDS_MAX or sum(len(each.ioases) for each in held) > _IOASES_MAX
-            devices = _still_open(process, candidate.devices, nodes)
-            holder = _holder(process, devices, _cut(held), candidate.more or many or swapped)
-            return Answer(holder.to_json(), refused=refused or (_TOO_MANY_IOMMUFDS if many else ""), swapped=swapped)
-    except ProcessGone:
-        return Answer(gone=True, swapped=swapped)
-    except IommufdError as exc:
-        # Without its first thread it shows no iommufd either.
-        return Answer(hidden="" if _is_leaderless(candidate.pid) else _reason(exc), swapped=swapped)
+def _skip(result: Survey, pid: int, budget: Budget) -> None:
+    """Leaves a process out that has kept a child waiting, and has its user pay for it."""
+    _leave_out(result, pid)
+    budget.seconds[who_pays(owner_of(pid))] += _PENALTY
+
+
+def _leave_out(result: Survey, pid: int) -> None:
+    result.closed.setdefault(_KEEPS_WAITING, []).append(pid)
+    result.unseen.add(owner_of(pid))
+
+
+def _batches(
+    pids: list[int], budget: Budget, nodes: Collection[int], position: mmap.mmap, is_last: bool
+) -> Iterator[list[Any]]:
+    """The life of a child: how many of the processes it has looked at, what was seen since, and what was spent so far.
+
+    It ends where something else than an iommufd was shared with it, which may take for ever to close.
+    """
+    look = _Look(budget, nodes, is_last)
+    pulse = time.monotonic() + _PULSE
+    for index, pid in enumerate(pids):
+        _POSITION.pack_into(position, 0, index)
+        look.at(pid)
+        if look.swapped:
+            yield [index + 1, look.taken(), budget.to_json()]
+            return
+        if look.is_full() or index % _BATCH == _BATCH - 1 or time.monotonic() > pulse:
+            yield [index + 1, look.taken(), budget.to_json()]
+            pulse = time.monotonic() + _PULSE
+    yield [len(pids), look.taken(), budget.to_json()]
+
+
+class _Look:
+    """A look at one process after the other. `is_last`: large tables do not wait any more.
+
+    `swapped`: a process has put something else in the place of its iommufd, and that is open here now.
+    """
+
+    def __init__(self, budget: Budget, nodes: Collection[int], is_last: bool) -> None:
+        self._budget = budget
+        self._nodes = nodes
+        self._is_last = is_last
+        misc = misc_rdev()
+        self._iommufds = set() if misc is None else {misc}
+        self._tables = Tables({*self._iommufds, VFIO_CONTAINER_RDEV, *nodes}, budget)
+        self._container_asked = False
+        self._seen = Survey()
+        self.swapped = False
+
+    def taken(self) -> list[Any]:
+        """What was seen since the last time, good for JSON."""
+        seen, self._seen = self._seen, Survey()
+        return seen.to_json()
+
+    def is_full(self) -> bool:
+        """Whether that is as much as should be told at once."""
+        return len(self._seen.holders) >= _HOLDERS_AT_ONCE
+
+    def at(self, pid: int) -> None:
+        """Looks at a process."""
+        began = time.monotonic()
+        try:
+            text = _status_text(pid)
+        except PermissionError as exc:
+            self._seen.hidden.setdefault(_reason(exc), []).append(pid)
+            return
+        if text is None:
+            return
+        payer = who_pays(number_in(text, b"Uid"))
+        size = number_in(text, b"FDSize")
+        if size > LARGE and not self._is_last:
+            self._seen.large.append((size, pid))
+        elif self._budget.seconds[payer] >= _OF_USER:
+            self._seen.closed.setdefault(_KEEPS_WAITING, []).append(pid)
+            self._add_unseen(pid, text)
+        else:
+            self._look(pid, payer, size, text)
+        self._budget.seconds[payer] += time.monotonic() - began
+
+    def _look(self, pid: int, payer: int, size: int, text: bytes) -> None:
+        seen = self._seen
+        try:
+            found = self._tables.look(pid, payer, size)
+        except PermissionError as exc:
+            if _add_closed(seen, pid, text, _reason(exc)):
+                self._add(pid, payer, None, more=False)
+            return
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        if found.more:
+            seen.closed.setdefault(TOO_MANY, []).append(pid)
+        rdevs = self._rdevs(found.devices)
+        fds = [fd for fd, rdev in found.devices.items() if rdev in rdevs]
+        if not fds:
+            if found.more:
+                seen.unseen.add(number_in(text, b"Uid"))
+            _add_other(seen, pid, text)
+        elif not self._budget.may_hold(payer):
+            seen.refused.setdefault(TOO_MANY_HOLDERS, []).append(pid)
+            self._add_unseen(pid, text)
+        else:
+            self._add(pid, payer, found, found.more)
+
+    def _add_unseen(self, pid: int, text: bytes) -> None:
+        self._seen.unseen.add(number_in(text, b"Uid"))
+        _add_other(self._seen, pid, text)
+
+    def _rdevs(self, devices: dict[int, int]) -> set[int]:
+        """The numbers that an iommufd has. /dev/vfio/vfio is asked what it is only where somebody has it open."""
+        if VFIO_CONTAINER_RDEV in devices.values() and not self._container_asked:
+            self._container_asked = True
+            self._iommufds |= iommufd_rdevs({VFIO_CONTAINER_RDEV})
+        return self._iommufds
+
+    def _add(self, pid: int, payer: int, found: Descriptors | None, more: bool) -> None:
+        """Adds the process if it holds an iommufd still, or does not let this caller look."""
+        seen = self._seen
+        try:
+            with Process.hold(pid) as process:
+                if found is None:
+                    seen.holders.append(_holder(process, {}, None, more))
+                    return
+                rdevs = self._rdevs(found.devices)
+                fds = [fd for fd, rdev in found.devices.items() if rdev in rdevs]
+                held, refused, self.swapped = _held_iommufds(process, fds[:IOMMUFDS_MAX], rdevs)
+                if held:
+                    told = _cut(held, self._budget.ioases_left(payer))
+                    many = len(fds) > IOMMUFDS_MAX or told != held
+                    refused = refused or (_TOO_MANY_IOMMUFDS if many else "")
+                    devices = _still_open(process, found.devices, self._nodes)
+                    seen.holders.append(_holder(process, devices, told, more or many or self.swapped))
+                    self._budget.hold(payer, len(told), sum(len(each.ioases) for each in told))
+                if refused:
+                    seen.refused.setdefault(refused, []).append(pid)
+                if not held and refused:
+                    seen.unseen.add(process.uid)
+                if not held:
+                    _add_other(seen, pid)
+        except ProcessGone:
+            pass
+        except IommufdError as exc:
+            if _is_leaderless(pid):
+                # Without its first thread it shows no iommufd either.
+                _add_other(seen, pid)
+            else:
+                seen.hidden.setdefault(_reason(exc), []).append(pid)
 
 
 def _is_leaderless(pid: int) -> bool:
@@ -412,9 +462,9 @@ def _held_iommufds(process: Process, fds: list[int], rdevs: set[int]) -> tuple[l
     return found, refused, False
 
 
-def _cut(held: list[HeldIommufd]) -> list[HeldIommufd]:
-    """The iommufds with no more IOASes than are told."""
-    left = _IOASES_MAX
+def _cut(held: list[HeldIommufd], left: int) -> list[HeldIommufd]:
+    """The iommufds with no more IOASes than may be told."""
+    left = min(left, _IOASES_MAX)
     found = []
     for each in held:
         found.append(each._replace(ioases=each.ioases[:left]))
@@ -496,25 +546,33 @@ def _add_closed(result: Survey, pid: int, text: bytes, error: str) -> bool:
 
 def _add_leaderless(result: Survey) -> None:
     """Counts those whose first thread has ended while others run on. One that ends as a whole looks so for a moment."""
-    if result.leaderless:
-        time.sleep(_ENDING)
-    lingering = result.leaderless
-    with contextlib.suppress(IommufdError):
-        # One that keeps us waiting is not known to end.
-        lingering = in_child(None, lambda: [pid for pid in lingering if _lingers(pid)], _PATIENCE) if lingering else []
-    if lingering:
-        result.closed.setdefault(_LEADERLESS, []).extend(lingering)
+    if not result.leaderless:
+        return
+    time.sleep(_ENDING)
+    pids = result.leaderless
+    try:
+        lingering = in_child(None, lambda: [(pid, *found) for pid in pids if (found := _lingers(pid))], _PATIENCE)
+    except IommufdError as exc:
+        # One that keeps us waiting is not known to end, and nothing is known of what the others have pinned.
+        result.hidden.setdefault(str(exc), []).extend(pids)
+        return
+    for pid, uid, pinned in lingering:
+        result.closed.setdefault(_LEADERLESS, []).append(pid)
+        result.unseen.add(uid)
+        if pinned:
+            result.others_pinned[uid] = result.others_pinned.get(uid, 0) + pinned
 
 
-def _lingers(pid: int) -> bool:
-    """Whether a thread of the process is not about to end."""
+def _lingers(pid: int) -> tuple[int, int] | None:
+    """The user of a process, and what it has pinned, by a thread that is not about to end; None without one."""
     folder = f"/proc/{pid}/task"
     with contextlib.suppress(OSError):
         for thread in os.listdir(folder)[:_THREADS_MAX]:
             with contextlib.suppress(OSError):
                 if not parse_stat(read_file(f"{folder}/{thread}/stat")).flags & _PF_EXITING:
-                    return True
-    return False
+                    status = parse_status(read_file(f"{folder}/{thread}/status"))
+                    return status.uid, status.pinned_bytes
+    return None
 
 
 def _status(pid: int) -> Status | None:

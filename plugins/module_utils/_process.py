@@ -98,6 +98,11 @@ _INITIAL = {"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}
 _PF_KTHREAD = 0x00200000
 
 
+# systemd.unit(5). A template, which has nothing behind its @, has no processes.
+_UNIT = re.compile(rb"[A-Za-z0-9:_.\\-]+(?:@[A-Za-z0-9:_.\\@-]+)?\.(?:service|scope)")
+_UNIT_NAME_MAX = 255
+
+
 class Statx(ctypes.Structure):
     """`struct statx` of linux/stat.h, as far as it is read here, and room for the rest of its 256 bytes."""
 
@@ -322,14 +327,21 @@ def parse_memlock(text: bytes) -> Limit:
 def parse_cgroup(text: bytes) -> tuple[str | None, str | None]:
     """The unit of the system's service manager, and that of a user's, in the text of /proc/PID/cgroup; None without.
 
-    systemd names a unit's control group after it, below those of its slices. A name that could be taken for one of the
-    kernel's own files begins with an underscore more (systemd.io, CONTROL_GROUP_INTERFACE).
+    systemd names a unit's control group after it, below those of its slices and of nothing else. Whoever got a group of
+    its own, such as a manager of containers, names those below as it likes, after units of the host too.
     """
     found = re.search(rb"^(?:0:|[0-9]+:name=systemd):(/.*)$", text, re.MULTILINE)
-    parts = found.group(1).split(b"/") if found else []
-    units = [printable(part[part[:1] == b"_" :]) for part in parts if part.endswith((b".service", b".scope"))]
-    unit = units[0] if units else None
-    return unit, units[1] if unit and re.match(r"user@[0-9]+\.service$", unit) and len(units) > 1 else None
+    # A name that could be taken for one of the kernel's own files begins with an underscore more (systemd.io,
+    # CONTROL_GROUP_INTERFACE).
+    parts = (part[part[:1] == b"_" :] for part in found.group(1).split(b"/") if part) if found else iter(())
+    unit = _unit_among(parts)
+    return unit, _unit_among(parts) if unit and re.fullmatch(r"user@[0-9]+\.service", unit) else None
+
+
+def _unit_among(parts: Iterator[bytes]) -> str | None:
+    """The unit that has the first group in a path which is no slice; None where that is no unit's. Goes up to there."""
+    part = next((each for each in parts if not each.endswith(b".slice")), b"")
+    return part.decode("ascii") if len(part) <= _UNIT_NAME_MAX and _UNIT.fullmatch(part) else None
 
 
 class Stat(NamedTuple):

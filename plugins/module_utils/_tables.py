@@ -10,43 +10,102 @@ Any user may have millions of descriptors, and may have them again in each of th
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Container
 
 from ._process import DESCRIPTORS_MAX, Descriptors, character_devices_in, share_descriptors
 
-__all__ = ("LARGE", "TOO_MANY", "Tables")
+__all__ = ("CONTAINERS", "LARGE", "TOO_MANY", "TOO_MANY_HOLDERS", "Budget", "Tables", "who_pays")
 
-# How many descriptors are looked at of all of a user's processes, and of all on the host. Each takes some microseconds.
-_OF_USER = 2**20
-_OF_ALL = 2**22
+# Users of containers have ids from here on: those of /etc/subuid from 100000 (login.defs(5), SUB_UID_MIN), those of
+# systemd-nspawn from 524288 (systemd.io, UIDS-GIDS). One user may have thousands of them, so they count as one.
+CONTAINERS = 2**16
 
-# How many of a process are told, of all of a user's processes, and of all.
-_TOLD = 512
+# How much is looked at of all of a user's processes, and of all on the host. A descriptor takes some microseconds.
+_DESCRIPTORS_OF_USER = 2**20
+_DESCRIPTORS = 2**22
+
+# How many descriptors on devices are told of a process, of all of a user's processes, and of all.
+_TOLD_OF_PROCESS = 512
 _TOLD_OF_USER = 2**16
-_TOLD_OF_ALL = 2**18
+_TOLD = 2**18
+
+# How many processes that hold an iommufd are looked at of one user, and of all, and how many iommufds and IOASes of one
+# user's are told. There is no host with so many VMs.
+_HOLDERS_OF_USER = 2500
+_HOLDERS = 10000
+_IOMMUFDS_OF_USER = 4096
+_IOASES_OF_USER = 4096
 
 # Of a larger table it is asked whether it is another process's, too, and so many are kept in mind for that.
 LARGE = 4096
 _KEPT = 64
 
 TOO_MANY = (
-    f"There are too many descriptors. At most {DESCRIPTORS_MAX} are looked at of one process, {_OF_USER} of all of a"
-    f" user's processes, and {_OF_ALL} of all on a host. An iommufd among the others is not seen."
+    f"There are too many descriptors. At most {DESCRIPTORS_MAX} are looked at of one process, {_DESCRIPTORS_OF_USER} of"
+    f" all of a user's processes, and {_DESCRIPTORS} of all on a host. An iommufd among the others is not seen."
 )
+TOO_MANY_HOLDERS = (
+    f"There are too many processes with an iommufd. At most {_HOLDERS_OF_USER} of a user's are looked at, with"
+    f" {_IOMMUFDS_OF_USER} iommufds, and {_HOLDERS} of all."
+)
+
+
+def who_pays(uid: int) -> int:
+    """Whose budget is spent by a look at a process of this user: CONTAINERS stands for all users of containers."""
+    return min(uid, CONTAINERS)
+
+
+class Budget:
+    """What was spent so far, by who pays: descriptors looked at and told, holders, iommufds, IOASes, seconds."""
+
+    def __init__(self) -> None:
+        self.descriptors: Counter[int] = Counter()
+        self.told: Counter[int] = Counter()
+        self.holders: Counter[int] = Counter()
+        self.iommufds: Counter[int] = Counter()
+        self.ioases: Counter[int] = Counter()
+        self.seconds: defaultdict[int, float] = defaultdict(float)
+
+    def to_json(self) -> list[list[tuple[int, float]]]:
+        """What `load` takes."""
+        return [list(each.items()) for each in vars(self).values()]
+
+    def load(self, given: list[list[tuple[int, float]]]) -> None:
+        """Takes over what a child has spent."""
+        for mine, pairs in zip(vars(self).values(), given):
+            mine.clear()
+            mine.update(dict(pairs))
+
+    def may_hold(self, payer: int) -> bool:
+        """Whether one more process that holds an iommufd is looked at."""
+        return (
+            self.holders[payer] < _HOLDERS_OF_USER
+            and self.iommufds[payer] < _IOMMUFDS_OF_USER
+            and sum(self.holders.values()) < _HOLDERS
+        )
+
+    def ioases_left(self, payer: int) -> int:
+        """How many IOASes may be told still."""
+        return max(0, _IOASES_OF_USER - self.ioases[payer])
+
+    def hold(self, payer: int, iommufds: int, ioases: int) -> None:
+        """Notes down a process that holds iommufds."""
+        self.holders[payer] += 1
+        self.iommufds[payer] += iommufds
+        self.ioases[payer] += ioases
 
 
 class Tables:
     """Looks at tables of descriptors. `wanted` are the numbers of the devices that are looked for."""
 
-    def __init__(self, wanted: Container[int]) -> None:
+    def __init__(self, wanted: Container[int], budget: Budget) -> None:
         self._wanted = wanted
-        self._spent: Counter[int] = Counter()
-        self._told: Counter[int] = Counter()
+        self._budget = budget
         self._large: list[tuple[int, Descriptors]] = []
 
-    def look(self, pid: int, uid: int, size: int) -> Descriptors:
-        """The devices that a process of the user has open. Raises OSError as the look at /proc/PID/fd does.
+    def look(self, pid: int, payer: int, size: int) -> Descriptors:
+        """The devices that a process has open. Raises OSError as the look at /proc/PID/fd does.
 
         `size` is that of its table, FDSize in /proc/PID/status. The process is not held: its id may mean another one by
         now.
@@ -54,14 +113,15 @@ class Tables:
         large = size > LARGE
         found = self._twin(pid) if large else None
         if found is None:
-            found = self._look(pid, uid)
+            found = self._look(pid, payer)
             if large and len(self._large) < _KEPT:
                 self._large.append((pid, found))
         return found
 
-    def _look(self, pid: int, uid: int) -> Descriptors:
-        most = min(DESCRIPTORS_MAX, _OF_USER - self._spent[uid], _OF_ALL - sum(self._spent.values()))
-        keep = min(_TOLD, _TOLD_OF_USER - self._told[uid], _TOLD_OF_ALL - sum(self._told.values()))
+    def _look(self, pid: int, payer: int) -> Descriptors:
+        looked, told = self._budget.descriptors, self._budget.told
+        most = min(DESCRIPTORS_MAX, _DESCRIPTORS_OF_USER - looked[payer], _DESCRIPTORS - sum(looked.values()))
+        keep = min(_TOLD_OF_PROCESS, _TOLD_OF_USER - told[payer], _TOLD - sum(told.values()))
         folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             # The kernel has work with each descriptor that it lists, so it is not even asked.
@@ -69,8 +129,8 @@ class Tables:
             found = character_devices_in(folder, most, self._wanted, keep) if min(most, keep) > 0 else none
         finally:
             os.close(folder)
-        self._spent[uid] += found.looked_at
-        self._told[uid] += len(found.devices)
+        looked[payer] += found.looked_at
+        told[payer] += len(found.devices)
         return found
 
     def _twin(self, pid: int) -> Descriptors | None:

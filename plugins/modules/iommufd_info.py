@@ -117,9 +117,9 @@ EXAMPLES = r"""
   ansible.builtin.debug:
     msg: "{{ info.processes | selectattr('accounting', 'equalto', 'user') | map(attribute='name') }}"
 
-- name: Fail where another VM as large as the largest one would not start
+- name: Fail where another VM as large as the largest one may not start
   ansible.builtin.assert:
-    that: info.users | selectattr('at_risk') | length == 0
+    that: info.users | rejectattr('at_risk', 'false') | length == 0
 
 - name: Look at one user's VMs only
   virt.iommufd.iommufd_info:
@@ -443,7 +443,9 @@ processes:
       type: str
       sample: qemu:///system
     unit:
-      description: The unit of the system's service manager that it belongs to; V(null) where there is none.
+      description:
+        - The unit of the system's service manager that it belongs to; V(null) where there is none.
+        - That goes by its control group. The name of a group below a container's counts for nothing.
       type: str
       sample: machine-qemu\x2d1\x2dvm1.scope
     user_unit:
@@ -574,7 +576,8 @@ processes:
       sample: 67371008
     headroom_bytes:
       description:
-        - How much more it could pin. Under V(user) the charge of all of the user's processes counts.
+        - How much more it could pin. Under V(user) the charge of all of the user's processes counts, which may be more
+          by up to RV(users[].uncertain_bytes), and by what processes have pinned that were not seen.
         - Less than 0 where more is charged than the limit allows. V(null) where nothing limits it, or where
           RV(processes[].accounting) is V(null).
       type: int
@@ -630,11 +633,15 @@ users:
     headroom_bytes:
       description:
         - How much more the one with the smallest limit could pin; less than 0 where more is charged than that allows.
+        - It may be less by up to RV(users[].uncertain_bytes), and by what processes have pinned that were not seen.
         - V(null) where RV(users[].memlock_bytes) is.
       type: int
       sample: 37486592
     at_risk:
-      description: Whether another VM as large as the largest, with the smallest limit, would not fit.
+      description:
+        - Whether another VM as large as the largest, with the smallest limit, would not fit.
+        - V(null) where it would as far as was seen, but might not because of RV(users[].uncertain_bytes), or of
+          processes of the user that were not, or may not have been, seen.
       type: bool
       sample: true
 narrowed:
@@ -998,11 +1005,15 @@ def process_and_user_rows(view: View, pids: list[int] | None, uids: set[int] | N
     nodes = _host.vfio_nodes()
     seen = look_at_processes(view, nodes)
     names_ = Names(view, nodes)
-    accounts: dict[int, list[Account]] = {uid: [] for uid in (*(uids or ()), *seen.others_pinned)}
+    accounts: dict[int, list[Account]] = {uid: [] for uid in (*(uids or ()), *seen.others_pinned, *seen.unseen)}
     account_of = {holder.pid: holder.account() for holder in seen.holders}
     for account in account_of.values():
         accounts.setdefault(account.uid, []).append(account)
-    totals = {uid: total(some, seen.others_pinned.get(uid, 0)) for uid, some in accounts.items()}
+    # Whose the processes are that were not seen at all is not known.
+    hidden = any(limit["what"] == "processes" for limit in view.limits)
+    totals = {
+        uid: total(some, seen.others_pinned.get(uid, 0), hidden or uid in seen.unseen) for uid, some in accounts.items()
+    }
     largest = {uid: largest_limit(some) for uid, some in accounts.items()}
     processes = []
     for holder in seen.holders:
@@ -1017,7 +1028,7 @@ def process_and_user_rows(view: View, pids: list[int] | None, uids: set[int] | N
     users = [
         user_row(uid, of_user)
         for uid, of_user in sorted(totals.items())
-        if (of_user.pids or of_user.uncertain if uids is None else uid in uids)
+        if (of_user.pids or of_user.uncertain or uid in seen.unseen if uids is None else uid in uids)
     ]
     return processes, users
 

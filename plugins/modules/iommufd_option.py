@@ -266,12 +266,13 @@ from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.parsing.convert_bool import boolean
-from ansible_collections.virt.iommufd.plugins.module_utils._child import in_child, run_command
+from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer, in_child, run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     DescriptorGone,
     IommufdError,
     NotAnIommufd,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._foreign import first_of
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     CHANGED,
     FAILED,
@@ -301,7 +302,11 @@ from ansible_collections.virt.iommufd.plugins.module_utils._target import (
 UINT32_MAX = 2**32 - 1
 
 # What the kernel and systemd answer in no time; a busy host gets so long.
-SECONDS = 120
+SECONDS = 60
+
+# A process may have hundreds of iommufds, and thousands of IOASes. All of them are in the return value.
+LABELS_MAX = 20
+WARNINGS_MAX = 10
 
 OPTIONS = {option.name: option for option in (RLIMIT_MODE, HUGE_PAGES)}
 
@@ -433,18 +438,25 @@ def report(rows: list[Row], tolerate: list[str]) -> dict[str, Any]:
     values = {each["after"] for each in rows}
     troubled = [each for each in rows if each["outcome"] not in (CHANGED, UNCHANGED)]
     failed = [each for each in troubled if each["outcome"] not in tolerate]
+    tolerated = [each["msg"] for each in troubled if each["outcome"] in tolerate]
     changed = [each for each in rows if each["outcome"] == CHANGED]
     result: dict[str, Any] = {
         "changed": bool(changed),
         "value": values.pop() if len(values) == 1 else None,
         "iommufds": rows,
         "diff": {side: {label(each): each[side] for each in rows} for side in ("before", "after")},
-        "warnings": [each["msg"] for each in troubled if each not in failed],
+        "warnings": [first_of(tolerated)] if len(tolerated) > WARNINGS_MAX else tolerated,
     }
     if failed:
-        done = f" Changed all the same: {', '.join(label(each) for each in changed)}." if changed else ""
-        result["msg"] = " ".join(each["msg"] for each in failed) + done
+        result["msg"] = first_of([each["msg"] for each in failed]) + also(changed)
     return result
+
+
+def also(changed: list[Row]) -> str:
+    """What was changed though the rest has failed, as a sentence to add; empty if nothing was."""
+    more = f" and {len(changed) - LABELS_MAX} more" if len(changed) > LABELS_MAX else ""
+    labels = ", ".join(label(each) for each in changed[:LABELS_MAX])
+    return f" Changed all the same: {labels}{more}." if changed else ""
 
 
 def label(each: Row) -> str:
@@ -471,7 +483,14 @@ def run(module: AnsibleModule, result: Row) -> None:
     job = job_of(params, module.check_mode)
     # A process may keep whoever looks at it, and may put something in the place of its iommufd that takes for ever to
     # close. So all of it is done in a child.
-    answer = in_child(None, partial(attempt, target_of(module), params["fd"], job), SECONDS)
+    target = target_of(module)
+    try:
+        answer = in_child(None, partial(attempt, target, params["fd"], job), SECONDS)
+    except NoAnswer as exc:
+        raise IommufdError(
+            f"{target} keeps whoever looks at it waiting, for more than {SECONDS} seconds: it is stuck, as in executing"
+            " a program while the server of a mount does not answer. It may have been set, or not: look again."
+        ) from exc
     result.update({name: answer[name] for name in ("process",) if name in answer})
     if "msg" in answer:
         raise IommufdError(answer["msg"])

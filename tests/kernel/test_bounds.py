@@ -19,8 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
 
-from ansible_collections.virt.iommufd.plugins.module_utils import _holders
-from ansible_collections.virt.iommufd.plugins.module_utils._tables import TOO_MANY
+from ansible_collections.virt.iommufd.plugins.module_utils._tables import TOO_MANY, TOO_MANY_HOLDERS
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start
 from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, RUN_MODULE, TREE, VM, Answer
 from ansible_collections.virt.iommufd.tests.kernel.info import limits
@@ -96,4 +95,4 @@ def test_one_user_with_processes_and_descriptors_without_end(
     assert all(len(each["name"]) < 300 for each in theirs)
     said = limits(answered)
     assert TOO_MANY in said["descriptors"]
-    assert _holders._TOO_MANY_HOLDERS in said["iommufds"]
+    assert TOO_MANY_HOLDERS in said["iommufds"]

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Holders that keep whoever looks at them waiting: a file on a FUSE mount in the place of an iommufd, just in time.
+"""Holders that keep whoever looks at them waiting, by a file on a FUSE mount: in the place of an iommufd, just in time.
 
 To close such a file asks its server (FUSE_FLUSH), and the wait for that answer ends with no signal, SIGKILL included.
 """
@@ -14,6 +14,7 @@ import os
 import signal
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +23,10 @@ from typing import NamedTuple
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _child
 from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer, in_child
-from ansible_collections.virt.iommufd.tests.kernel.conftest import Start
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
+from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
 from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, Vmm
-from ansible_collections.virt.iommufd.tests.kernel.info import limits, look
+from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, process
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 from ansible_collections.virt.iommufd.tests.kernel.test_fuse import FLUSH, answer, mount
 
@@ -52,6 +54,7 @@ class Trap(NamedTuple):
     vmm: Vmm
     fd: int
     notes: int
+    file: Path
 
     def caught(self) -> list[int]:
         """The processes that wait for the server."""
@@ -84,7 +87,7 @@ def trap(start: Start, tmp_path: Path) -> Iterator[Trap]:
     os.close(note)
     try:
         vmm.do("swap", str(fd), str(mount_point / "file"))
-        yield Trap(vmm, fd, notes)
+        yield Trap(vmm, fd, notes, mount_point / "file")
     finally:
         vmm.end()
         os.kill(server, signal.SIGKILL)
@@ -93,7 +96,7 @@ def trap(start: Start, tmp_path: Path) -> Iterator[Trap]:
         os.close(notes)
         signal.alarm(0)
         # Those that were left behind are ours, and end now.
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 3
         with contextlib.suppress(ChildProcessError):
             while time.monotonic() < deadline:
                 if not os.waitpid(-1, os.WNOHANG)[0]:
@@ -101,8 +104,10 @@ def trap(start: Start, tmp_path: Path) -> Iterator[Trap]:
 
 
 def is_stuck(pid: int) -> bool:
-    """Whether a process is in uninterruptible sleep, though it was killed."""
-    return b") D " in Path(f"/proc/{pid}/stat").read_bytes()
+    """Whether a process does not end though it is killed."""
+    os.kill(pid, signal.SIGKILL)
+    time.sleep(0.2)
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -153,3 +158,54 @@ def test_a_child_that_cannot_be_killed_is_not_waited_for(trap: Trap, tmp_path: P
     assert time.monotonic() - began < 1 + 2 * _child._ENDING + 10
     (caught,) = trap.caught()
     assert is_stuck(caught)
+
+
+@pytest.fixture
+def stuck(trap: Trap) -> int:
+    """A process with an iommufd that executes a program, and never comes to it.
+
+    The kernel closes descriptors then, and waits for FLUSH of the one that is on the trap's mount. Meanwhile it holds
+    what whoever looks into /proc has to wait for, exec_update_lock.
+    """
+    pid = os.fork()
+    if not pid:
+        os.set_inheritable(os.open("/dev/iommu", os.O_RDWR), True)
+        os.open(trap.file, os.O_RDONLY)
+        os.execv("/bin/true", ["true"])
+    deadline = time.monotonic() + PATIENCE / 2
+    while pid not in trap.caught():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # It ends with the server of the trap, whose fixture waits for it.
+    return pid
+
+
+def test_a_process_that_is_stuck_in_executing_a_program(
+    stuck: int, start: Start, monkeypatch: pytest.MonkeyPatch, told: Told
+) -> None:
+    honest = start()
+    honest.open()
+    # That is the danger, on kernels that hold the lock meanwhile: 6.18 does, 6.12 does not.
+    looking = [sys.executable, "-I", "-S", "-c", f"import os; os.write(1, b'.'); open('/proc/{stuck}/maps').read()"]
+    with subprocess.Popen(looking, stdout=subprocess.PIPE) as waiting:
+        assert waiting.stdout
+        assert waiting.stdout.read(1) == b"."
+        try:
+            waiting.wait(3)
+            hangs = False
+        except subprocess.TimeoutExpired:
+            hangs = True
+        waiting.kill()
+    began = time.monotonic()
+    answered = look("processes")
+    assert time.monotonic() - began < 60
+    assert process(answered, honest.pid)["accounting"] == "user"
+    monkeypatch.setattr(iommufd_option, "SECONDS", 3)
+    result = run(pid=stuck, value="process")
+    if hangs:
+        assert "keeps whoever looks at it waiting" in limits(answered)["descriptors"]
+        assert str(stuck) in limits(answered)["descriptors"]
+        assert "keeps whoever looks at it waiting" in told(result)
+    else:
+        assert process(answered, stuck)["iommufds"]
+        assert result["changed"]

@@ -147,7 +147,10 @@ def test_a_process_whose_first_thread_has_ended(start: Start) -> None:
     vmm.do("end_leader")
     answered = look()
     # Its descriptors are out of reach, so it must be among what could not be seen.
-    assert str(vmm.pid) in " ".join(limits(answered).values())
+    assert str(vmm.pid) in limits(answered)["descriptors"]
+    # What it has pinned is not, since the other threads show it.
+    row = user(answered, VM)
+    assert (row["pids"], row["uncertain_bytes"], row["at_risk"]) == ([], MIB, None)
 
 
 def test_a_process_of_many_threads(start: Start) -> None:

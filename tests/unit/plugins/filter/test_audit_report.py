@@ -46,7 +46,7 @@ def unlimited(**fields: Any) -> Row:
     return process(memlock_bytes=None, memlock_unlimited=True, headroom_bytes=None, **fields)
 
 
-def info(*processes: Row, at_risk: bool = False, **host: Any) -> Row:
+def info(*processes: Row, at_risk: bool | None = False, **host: Any) -> Row:
     """What the module returned on a host."""
     return {
         "host": {"limits_of_view": [], "module": "loaded", **host},
@@ -101,6 +101,9 @@ def test_a_user_without_a_name() -> None:
     [
         pytest.param(process(), False, "ok", id="per user"),
         pytest.param(process(), True, "at risk", id="per user, and no other fits"),
+        pytest.param(process(), None, "unknown", id="per user, and another one might not fit"),
+        pytest.param(process(accounting="process"), None, "ok", id="per process, and it does not matter"),
+        pytest.param(process(headroom_bytes=-4096), None, "over limit", id="over limit, whatever else there is"),
         pytest.param(process(uid=1000), True, "ok", id="it is another user who is at risk"),
         pytest.param(process(accounting="process"), True, "ok", id="per process"),
         pytest.param(process(headroom_bytes=0), False, "ok", id="nothing left"),
@@ -111,7 +114,7 @@ def test_a_user_without_a_name() -> None:
         pytest.param(process(accounting=None, headroom_bytes=None), True, "unknown", id="unknown"),
     ],
 )
-def test_the_verdict_on_a_vm(vm: Row, at_risk: bool, expected: str) -> None:
+def test_the_verdict_on_a_vm(vm: Row, at_risk: bool | None, expected: str) -> None:
     row = told(info(vm, at_risk=at_risk))
     assert (row["vms"][0]["verdict"], row["verdict"]) == (expected, expected)
 
@@ -152,13 +155,17 @@ UNKNOWN = process(accounting=None, domain="vm4")
         pytest.param(info(FINE, limits_of_view=unseen("libvirt")), "ok", "ok", "1 VM, 1 ok", id="hidden details"),
         pytest.param(info(FINE, module="absent"), "ok", "ok", "1 VM, 1 ok", id="a VM of a kernel without iommufd"),
         pytest.param(info(), "ok", "no VMs", "no VMs", id="no VMs"),
-        pytest.param(
-            info(limits_of_view=unseen("processes")),
-            "ok",
-            "unknown",
-            "no VMs seen, but not all processes could be looked at",
-            id="no VMs seen",
+        *(
+            pytest.param(
+                info(limits_of_view=unseen(what)),
+                "ok",
+                "unknown",
+                "no VMs seen, but not all processes could be looked at",
+                id=f"no VMs seen, {what}",
+            )
+            for what in ("processes", "descriptors", "iommufds")
         ),
+        pytest.param(info(limits_of_view=unseen("libvirt", "users")), "ok", "no VMs", "no VMs", id="other limits"),
         pytest.param(info(module="absent"), "no_iommufd", "no iommufd", "no iommufd in this kernel", id="no iommufd"),
         pytest.param(info(module="loadable"), "no_iommufd", "no iommufd", "iommufd is not loaded", id="not loaded"),
         pytest.param(

@@ -16,6 +16,7 @@ Row = dict[str, Any]
 QEMU = "/usr/bin/qemu-system-x86_64"
 FILE = {"what": "cap_ipc_lock", "to": QEMU, "by": "file capability", "value": "ep"}
 DROP_IN = {"what": "cap_ipc_lock", "to": "vm1.service", "by": "drop-in", "value": "ambient"}
+TEMPLATE = {**DROP_IN, "to": "vm@.service"}
 RAISED = {"what": "memlock", "to": "vm1.service", "by": "drop-in", "value": 2**30}
 USERS = {"what": "memlock", "to": "alice", "by": "limits.d", "value": 2**30}
 TAKEN = f"CAP_IPC_LOCK is taken from {QEMU}."
@@ -241,10 +242,23 @@ def test_what_still_runs_as_before(made: Row, held: Row, put_back: list[str], to
     [
         (plan("cap_ipc_lock", FILE), "vm1.service", None),
         (plan("cap_ipc_lock", FILE, DROP_IN), "vm1.service", "vm1.service"),
-        (plan("cap_ipc_lock", {**DROP_IN, "to": "vm@.service"}), "vm@1.service", "vm@1.service"),
+        (plan("cap_ipc_lock", TEMPLATE), "vm@1.service", "vm@1.service"),
+        (plan("cap_ipc_lock", TEMPLATE), r"vm@a\x2db:c_d@e.service", r"vm@a\x2db:c_d@e.service"),
+        # Only what the plan names is restarted, and nothing that systemctl would take for a pattern.
+        (plan("cap_ipc_lock", FILE, DROP_IN), "sshd.service", None),
+        (plan("cap_ipc_lock", FILE, DROP_IN), "vm*.service", None),
+        (plan("cap_ipc_lock", FILE, TEMPLATE), "vm@.service", None),
+        (plan("cap_ipc_lock", FILE, TEMPLATE), "vm@*.service", None),
+        (plan("cap_ipc_lock", FILE, TEMPLATE), "vm@[a-z].service", None),
+        (plan("cap_ipc_lock", FILE, TEMPLATE), "vm@1.service sshd.service", None),
+        (plan("cap_ipc_lock", FILE, TEMPLATE), "vm@1.service\nsshd.service", None),
+        (plan("cap_ipc_lock", FILE, TEMPLATE), "vm@1.scope", None),
+        (plan("cap_ipc_lock", FILE, TEMPLATE), "vm@1", None),
+        (plan("cap_ipc_lock", FILE, TEMPLATE), "vmx@1.service", None),
+        (plan("cap_ipc_lock", FILE, TEMPLATE), None, None),
     ],
 )
-def test_what_a_restart_of_its_unit_would_cure(made: Row, unit: str, dropped_in: str | None) -> None:
+def test_what_a_restart_of_its_unit_would_cure(made: Row, unit: str | None, dropped_in: str | None) -> None:
     (row,) = iommufd_host_result(made, info(process(unit=unit)), record(), check())["pending"]
     assert row["dropped_in"] == dropped_in
 

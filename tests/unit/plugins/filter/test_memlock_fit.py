@@ -190,6 +190,17 @@ ENDS = "and ends with -12 (Cannot allocate memory)."
             f"{ON_TOP_OF} 64.2 MiB, it is within its limit of 200 MiB.",
             id="what was not seen is counted",
         ),
+        *(
+            pytest.param(
+                info(host=host(limits_of_view=unseen(what)), users=[user(uncertain_bytes=2 * PINNED)]),
+                "200M",
+                None,
+                f"{ON_TOP_OF} 64.2 MiB to 193 MiB, it may be anything from 71.8 MiB below to 57 MiB over its limit of"
+                " 200 MiB.",
+                id=f"{what} of the user",
+            )
+            for what in ("descriptors", "iommufds")
+        ),
         pytest.param(
             info(host=host(limits_of_view=unseen("processes"))),
             "200M",
@@ -318,6 +329,7 @@ def test_overhead_is_measured(processes: list[Row], expected: int) -> None:
 SHOWS_NOTHING = "No running VM of libvirt-qemu shows its accounting, and the kernel's default is per user."
 NO_HOST = "The input lacks the subset host, which may tell more of the accounting."
 SOME = "Some of the host's emulators have CAP_IPC_LOCK, or may have it, so the VM may too."
+OTHER_VMS = "libvirt-qemu may have other VMs than were seen whole, and the kernel's default is per user."
 BARE: Row = {"limits_of_view": []}
 
 
@@ -338,10 +350,38 @@ BARE: Row = {"limits_of_view": []}
         ),
         pytest.param(info(), "user", "The running VMs of libvirt-qemu are accounted per user.", id="running VMs"),
         pytest.param(
-            info(processes=[process(accounting="process"), process(uid=1000), process(accounting=None)]),
+            info(processes=[process(accounting="process"), process(uid=1000), process(uid=1000, accounting=None)]),
             "process",
             "The running VMs of libvirt-qemu are accounted per process.",
             id="running VMs per process",
+        ),
+        pytest.param(
+            info(processes=[process(accounting="process"), process(accounting=None)]),
+            None,
+            OTHER_VMS,
+            id="one is unknown",
+        ),
+        pytest.param(
+            info(
+                processes=[process(accounting="process")],
+                users=[user(uncertain_bytes=PINNED)],
+                host=host(limits_of_view=unseen("iommufds")),
+            ),
+            None,
+            OTHER_VMS,
+            id="the iommufds of some are hidden",
+        ),
+        pytest.param(
+            info(processes=[process(accounting="process")], host=host(limits_of_view=unseen("iommufds"))),
+            "process",
+            "The running VMs of libvirt-qemu are accounted per process.",
+            id="the iommufds of others are hidden",
+        ),
+        pytest.param(
+            info(processes=[process(), process(accounting=None)]),
+            "user",
+            "The running VMs of libvirt-qemu are accounted per user.",
+            id="the default is the strictest anyway",
         ),
         pytest.param(
             info(processes=[process(accounting="none")]),
@@ -379,6 +419,13 @@ def test_auto(data: Row, accounting: str | None, reason: str) -> None:
     assert answer["accounting"] == accounting
     assert answer["reason"].startswith(f"{reason} The VM pins 64 MiB and up to ")
     assert answer["fits"]
+
+
+def test_auto_is_not_sure_where_vms_are_hidden() -> None:
+    data = info(processes=[process(accounting="none")], host=host(limits_of_view=unseen("processes")))
+    answer = fit(data, memlock="1T")
+    assert (answer["accounting"], answer["fits"]) == (None, None)
+    assert answer["reason"].startswith(OTHER_VMS)
 
 
 @pytest.mark.parametrize("who", ["libvirt-qemu", "qemu", 64055, "64055"])

@@ -62,7 +62,7 @@ def test_the_users_total() -> None:
     assert of_user.pids == [1, 2, 3]
     assert (of_user.charged, of_user.uncertain, of_user.largest) == (33 * MIB, 4 * MIB, 24 * MIB)
     assert of_user.limit == 40 * MIB
-    assert of_user.at_risk
+    assert of_user.at_risk is True
     assert [headroom(each, of_user) for each in some] == [7 * MIB, 31 * MIB, None, -23 * MIB, None, None]
     assert largest_limit(some[:2]) == 64 * MIB
     assert largest_limit(some) is None
@@ -72,12 +72,38 @@ def test_the_users_total() -> None:
 def test_nobody_is_charged() -> None:
     of_user = total([])
     assert (of_user.pids, of_user.charged, of_user.largest, of_user.limit) == ([], 0, 0, None)
-    assert not of_user.at_risk
+    assert of_user.at_risk is False
+    assert total([], unseen=True).at_risk is None
 
 
 @pytest.mark.parametrize(("limit", "risk"), [(48 * MIB, False), (48 * MIB - 1, True), (None, False)])
 def test_another_one_as_large_just_fits_or_does_not(limit: int | None, risk: bool) -> None:
     assert total([account("user", limit=limit)]).at_risk is risk
+
+
+@pytest.mark.parametrize(
+    ("others", "others_pinned", "unseen", "risk"),
+    [
+        ([], 0, False, False),
+        ([], 0, True, None),
+        # What others of the user's have pinned may be charged, too.
+        ([], 16 * MIB, False, False),
+        ([], 16 * MIB + 4096, False, None),
+        ([account(None, pinned=16 * MIB, limit=None)], 0, False, False),
+        ([account(None, pinned=16 * MIB, limit=None)], 4096, False, None),
+        # One that may be charged may be the largest, or the one with the smallest limit.
+        ([account(None, pinned=20 * MIB + 4096, limit=None)], 0, False, None),
+        ([account(None, pinned=0, limit=48 * MIB)], 0, False, False),
+        ([account(None, pinned=0, limit=48 * MIB - 1)], 0, False, None),
+        ([account(modes=None, pinned=0, limit=48 * MIB - 1)], 0, False, None),
+        ([account("process", limit=MIB)], 0, False, False),
+        # What is certain stays so.
+        ([account("user", pinned=20 * MIB)], 0, True, True),
+    ],
+)
+def test_another_one_might_not_fit(others: list[Account], others_pinned: int, unseen: bool, risk: bool | None) -> None:
+    one = account("user", limit=64 * MIB)
+    assert total([one, *others], others_pinned, unseen).at_risk is risk
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,23 @@ def test_what_was_seen_crosses_over_to_another_process() -> None:
     assert Seen.from_json(json.loads(json.dumps(bare.to_json()))) == bare
 
 
+def test_more_devices_than_any_domain_has() -> None:
+    definition = parse_definition(xml(DEVICE.format("", 5) * 2000))
+    assert (len(definition.devices), definition.need_bytes) == (256, parse_definition(xml()).need_bytes)
+    seen = dataclasses.replace(SEEN, definition=definition, obstacles=("No way.",) * 512)
+    assert Seen.from_json(json.loads(json.dumps(seen.to_json()))) == seen
+    for change in ({"obstacles": ["No."] * 513}, {"definition": {**vars(definition), "devices": ["a"] * 257}}):
+        with pytest.raises(IommufdError, match=r"has more than [0-9]+ texts\.$"):
+            Seen.from_json({**seen.to_json(), **change})
+
+
+def test_not_all_obstacles_are_told() -> None:
+    seen = dataclasses.replace(SEEN, obstacles=("a" * 4000,) * 512)
+    with pytest.raises(IommufdError, match=r"\.\.\. There are 502 more like these\.$") as raised:
+        check_startable("vm1", Libvirt(SESSION, VM), seen)
+    assert len(str(raised.value)) < 4300
+
+
 @pytest.mark.parametrize("change", [{"version": "x"}, {"definition": 3}, {"obstacles": None}, {"definition": {}}])
 def test_what_another_process_made_up(change: dict[str, Any]) -> None:
     with pytest.raises(IommufdError, match="cannot be read"):

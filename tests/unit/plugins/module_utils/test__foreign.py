@@ -16,6 +16,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._foreign import (
     COUNT_MAX,
     XML_MAX,
     boolean,
+    first_of,
     member,
     number,
     or_none,
@@ -107,15 +108,38 @@ def test_what_is_shown_is_cut() -> None:
 
 
 @pytest.mark.parametrize(
+    ("count", "told"),
+    [
+        (0, ""),
+        (1, "No."),
+        (10, "No. " * 9 + "No."),
+        (11, "No. " * 10 + "There is 1 more like these."),
+        (5000, "No. " * 10 + "There are 4990 more like these."),
+    ],
+)
+def test_the_first_of_some_sentences(count: int, told: str) -> None:
+    assert first_of(["No."] * count) == told
+
+
+def test_the_first_of_some_sentences_is_cut() -> None:
+    told = first_of(["\x1b[2J" + "a" * 4096] * 5000)
+    assert told.isprintable()
+    assert len(told) < 4200
+    assert told.endswith("... There are 4990 more like these.")
+
+
+@pytest.mark.parametrize(
     ("read", "given", "words"),
     [
         (text, 3, "is no text but 3"),
         (text, None, "is no text but <NoneType>"),
         (boolean, 1, "is neither true nor false but 1"),
         (boolean, "true", "is neither true nor false but 'true'"),
-        (texts, "abc", "is no list but 'abc'"),
-        (texts, {}, "is no list but <dict>"),
-        (texts, ["a", None], "is no text but <NoneType>"),
+        (texts(3), "abc", "is no list but 'abc'"),
+        (texts(3), {}, "is no list but <dict>"),
+        (texts(3), ["a", None], "is no text but <NoneType>"),
+        (texts(3), ["a"] * 4, "has more than 3 texts"),
+        (texts(0), ["a"], "has more than 0 texts"),
     ],
 )
 def test_what_is_of_another_kind(read: Callable[[object], object], given: object, words: str) -> None:

@@ -8,10 +8,12 @@ import errno
 import json
 import os
 import subprocess
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _holders
+from ansible_collections.virt.iommufd.plugins.module_utils import _holders, _iommufd, _tables
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, NoAnswer
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     AccessRefused,
@@ -19,16 +21,9 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     IommufdError,
     ProcessGone,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._holders import (
-    Answer,
-    Candidate,
-    HeldIommufd,
-    Holder,
-    Survey,
-    survey,
-)
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
-from ansible_collections.virt.iommufd.plugins.module_utils._tables import Tables
+from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, survey
+from ansible_collections.virt.iommufd.plugins.module_utils._process import Descriptors, Process
+from ansible_collections.virt.iommufd.plugins.module_utils._tables import LARGE, TOO_MANY_HOLDERS, Budget, Tables
 from ansible_collections.virt.iommufd.plugins.module_utils._target import Swapped
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -154,7 +149,7 @@ def test_threads_that_end(
         flags = threads[int(path.split("/")[4])]
         if flags is None:
             raise ProcessLookupError(errno.ESRCH, "gone")
-        return stat("vm", flags)
+        return STATUS % 8 if path.endswith("/status") else stat("vm", flags)
 
     monkeypatch.setattr(Process, "hold", refuse(IommufdError("The first thread has ended.")))
     monkeypatch.setattr(_holders, "_status_text", lambda _pid: LEADERLESS)
@@ -163,6 +158,16 @@ def test_threads_that_end(
     monkeypatch.setattr(os, "listdir", lambda path: ["0", "1"] if str(path).endswith("/task") else listed(path))
     result = survey()
     assert (list(result.closed), result.hidden) == ([_holders._LEADERLESS] * lingers, {})
+    # The first thread has no memory any more; the others tell what the process has pinned.
+    assert (result.others_pinned, result.unseen) == (({7: 8192}, {7}) if lingers else ({}, set()))
+
+
+def test_threads_that_keep_us_waiting(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Process, "hold", refuse(IommufdError("The first thread has ended.")))
+    monkeypatch.setattr(_holders, "_status_text", lambda _pid: LEADERLESS)
+    monkeypatch.setattr(_holders, "in_child", refuse(NoAnswer("It hangs.")))
+    result = survey()
+    assert (result.closed, list(result.hidden)) == ({}, ["It hangs."])
 
 
 def test_another_that_is_hidden(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,79 +246,152 @@ def test_it_is_the_borrowing_that_tells(held: Process, monkeypatch: pytest.Monke
     assert _holders._held_iommufds(held, [50, 51], set()) == ([], _holders._SWAPS, True)
 
 
+class Crowd:
+    """A host of seven processes, 1, 2, 4, 5 and 6 of user 7, 3 and 7 of user 8. `trouble` tells what one makes."""
+
+    PIDS = (1, 2, 3, 4, 5, 6, 7)
+
+    def __init__(self, holder: Holder) -> None:
+        self.holder = holder
+        self.looked: list[int] = []
+        self.started: list[list[int]] = []
+        self.trouble: dict[int, Callable[[Any], object]] = {}
+        self.seconds = 0.0
+        self.size = 64
+
+    @staticmethod
+    def uid(pid: int) -> int:
+        return 8 if pid in (3, 7) else 7
+
+    def status(self, pid: int) -> bytes:
+        return (STATUS.replace(b"\t7\t7\t7\t7", b"\t%d" % self.uid(pid)) + b"FDSize:\t%d\n" % self.size) % 8
+
+    def add(self, look: Any, pid: int, payer: int, _found: object, more: bool = False) -> None:
+        self.looked.append(pid)
+        if pid in self.trouble:
+            self.trouble[pid](look)
+        look._seen.holders.append(self.holder._replace(pid=pid))
+        look._budget.hold(payer, 1, 0)
+        look._budget.seconds[payer] += self.seconds
+
+    def children(self, _user: object, work: Any, _seconds: float) -> Any:
+        self.started.append(list(work.args[0]))
+        # Each child has a copy of what was spent.
+        spent = Budget()
+        spent.load(work.args[1].to_json())
+        yield from json.loads(
+            json.dumps(list(self.until_it_ends(partial(work.func, work.args[0], spent, *work.args[2:]))))
+        )
+        if self.failure:
+            raise self.failure
+
+    failure: Exception | None = None
+
+    def until_it_ends(self, work: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        self.failure = None
+        try:
+            yield from work()
+        except IommufdError as exc:
+            self.failure = exc
+
+
 @pytest.fixture
-def crowd(alone: FakeKernel, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Seven candidates, by the numbers of those that were looked at; each is what the child is, under another id."""
-    (holder,) = survey().holders
-    looked: list[int] = []
-
-    def look(candidate: Candidate, _rdevs: set[int], _nodes: object) -> Answer:
-        looked.append(candidate.pid)
-        return Answer(holder._replace(pid=candidate.pid).to_json())
-
-    monkeypatch.setattr(_holders, "_look_at", look)
-    monkeypatch.setattr(_holders, "_status_text", lambda _pid: STATUS % 8)
-    return looked
-
-
-CANDIDATES = [Candidate(pid, uid, {50: 1}) for pid, uid in ((1, 7), (2, 7), (3, 8), (4, 7), (5, 7), (6, 7), (7, 8))]
+def crowd(alone: FakeKernel, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> Crowd:
+    """All of them seem to hold an iommufd. Each look at one is told at once."""
+    crowd = Crowd(survey().holders[0])
+    monkeypatch.setattr(_holders, "_pids", lambda: iter(crowd.PIDS))
+    monkeypatch.setattr(_holders, "_is_of_container", lambda _pid: False)
+    monkeypatch.setattr(_holders, "_status_text", crowd.status)
+    monkeypatch.setattr(Tables, "look", lambda *_given: Descriptors({50: _iommufd.misc_rdev() or 0}, 1, False))
+    monkeypatch.setattr(_holders._Look, "_add", lambda look, *given, **more: crowd.add(look, *given, **more))
+    monkeypatch.setattr(_holders, "answers", crowd.children)
+    monkeypatch.setattr(_holders, "_BATCH", 1)
+    monkeypatch.setattr(_holders, "owner_of", crowd.uid)
+    return crowd
 
 
-def test_too_many_of_a_user_or_of_all_are_counted(crowd: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_holders, "_OF_USER", 3)
-    result = Survey()
-    _holders._look_at_all(result, CANDIDATES, set(), set())
-    assert [holder.pid for holder in result.holders] == crowd == [1, 2, 3, 4, 7]
-    assert result.refused == {_holders._TOO_MANY_HOLDERS: [5, 6]}
+def test_too_many_of_a_user_or_of_all_are_counted(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tables, "_HOLDERS_OF_USER", 3)
+    result = survey()
+    assert [holder.pid for holder in result.holders] == crowd.looked == [1, 2, 3, 4, 7]
+    assert result.refused == {TOO_MANY_HOLDERS: [5, 6]}
     # What they have pinned is not lost.
-    assert result.others_pinned == {7: 2 * 8192}
-    monkeypatch.setattr(_holders, "_IOMMUFDS_OF_USER", 1)
-    result = Survey()
-    _holders._look_at_all(result, CANDIDATES, {1}, set())
-    assert result.refused == {_holders._TOO_MANY_HOLDERS: [2, 4, 5, 6, 7]}
-    monkeypatch.setattr(_holders, "_OF_ALL", 2)
-    monkeypatch.setattr(_holders, "_IOMMUFDS_OF_USER", 9)
-    result = Survey()
-    _holders._look_at_all(result, CANDIDATES, set(), set())
-    assert result.refused == {_holders._TOO_MANY_HOLDERS: [3, 4, 5, 6, 7]}
+    assert (result.others_pinned, result.unseen) == ({7: 2 * 8192}, {7})
+    monkeypatch.setattr(_tables, "_IOMMUFDS_OF_USER", 1)
+    assert survey().refused == {TOO_MANY_HOLDERS: [2, 4, 5, 6, 7]}
+    monkeypatch.setattr(_tables, "_HOLDERS", 1)
+    assert survey().refused == {TOO_MANY_HOLDERS: [2, 3, 4, 5, 6, 7]}
 
 
-@pytest.mark.parametrize("trouble", ["swaps", "hangs", "is killed"])
-def test_whose_processes_mean_harm_is_not_looked_at_any_more(
-    crowd: list[int], monkeypatch: pytest.MonkeyPatch, trouble: str
-) -> None:
-    look = _holders._look_at
-    started: list[list[int]] = []
+@pytest.mark.parametrize("trouble", [NoAnswer("It hangs."), Interrupted("It was killed.")])
+def test_whose_processes_keep_us_waiting_is_not_looked_at_any_more(crowd: Crowd, trouble: Exception) -> None:
+    def fail(_look: object) -> None:
+        raise trouble
 
-    def misbehave(candidate: Candidate, rdevs: set[int], nodes: Any) -> Answer:
-        answer = look(candidate, rdevs, nodes)
-        if candidate.uid != 7:
-            return answer
-        if trouble == "swaps":
-            return answer._replace(refused="It swaps.", swapped=True)
-        raise NoAnswer("It hangs.") if trouble == "hangs" else Interrupted("It was killed.")
-
-    def children(_user: object, work: Any, _seconds: float) -> Any:
-        started.append([each.pid for each in work.args[0]])
-        yield from work()
-
-    monkeypatch.setattr(_holders, "_look_at", misbehave)
-    monkeypatch.setattr(_holders, "answers", children)
-    result = Survey()
-    _holders._look_at_all(result, CANDIDATES, set(), set())
-    reason = {"swaps": "It swaps.", "hangs": "It hangs.", "is killed": "It was killed."}[trouble]
-    assert result.refused == {reason: [1, 2, 4], _holders._HANGS: [5, 6]}
-    assert [holder.pid for holder in result.holders] == ([1, 2, 3, 4, 7] if trouble == "swaps" else [3, 7])
+    crowd.trouble = dict.fromkeys((2, 4, 5), fail)
+    result = survey()
+    assert [holder.pid for holder in result.holders] == [1, 3, 7]
+    # After the third time, the sixth of that user is not even looked at.
+    assert crowd.looked == [1, 2, 3, 4, 5, 7]
+    assert result.closed == {_holders._KEEPS_WAITING: [2, 4, 5, 6]}
+    assert result.unseen == {7}
     # Each time another child goes on after the one that it hung at.
-    assert started == [[1, 2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6, 7], [3, 4, 5, 6, 7], [7]]
+    assert crowd.started == [[1, 2, 3, 4, 5, 6, 7], [3, 4, 5, 6, 7], [5, 6, 7], [6, 7]]
 
 
-def test_an_end_to_all_looks(crowd: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_not_told_is_looked_at_again(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_look: object) -> None:
+        raise NoAnswer("It hangs.")
+
+    monkeypatch.setattr(_holders, "_BATCH", 99)
+    crowd.trouble = {4: fail}
+    result = survey()
+    assert crowd.started == [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 5, 6, 7]]
+    assert [holder.pid for holder in result.holders] == [1, 2, 3, 5, 6, 7]
+
+
+def test_a_child_with_what_may_never_close_looks_at_nobody_else(crowd: Crowd) -> None:
+    def swap(look: Any) -> None:
+        look.swapped = True
+
+    crowd.trouble = {3: swap}
+    result = survey()
+    assert crowd.started == [[1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7]]
+    assert [holder.pid for holder in result.holders] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_users_time_has_an_end(crowd: Crowd) -> None:
+    crowd.seconds = _holders._OF_USER / 2 + 1
+    result = survey()
+    assert [holder.pid for holder in result.holders] == [1, 2, 3, 7]
+    assert result.closed == {_holders._KEEPS_WAITING: [4, 5, 6]}
+    assert (result.others_pinned, result.unseen) == ({7: 3 * 8192}, {7})
+
+
+def test_an_end_to_all_looks(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_holders, "_SECONDS", -1)
-    result = Survey()
-    _holders._look_at_all(result, CANDIDATES, set(), set())
-    assert crowd == []
-    assert result.refused == {"No time was left for it after -1 seconds.": [1, 2, 3, 4, 5, 6, 7]}
+    result = survey()
+    assert [holder.pid for holder in result.holders] == [1]
+    assert result.closed == {_holders._KEEPS_WAITING: [2, 3, 4, 5, 6, 7]}
+    assert result.unseen == {7, 8}
+
+
+def test_containers_and_large_tables_come_last(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_holders, "_is_of_container", lambda pid: pid in (1, 2))
+    survey()
+    assert crowd.looked == [3, 4, 5, 6, 7, 1, 2]
+    crowd.looked.clear()
+    crowd.size = LARGE + 1
+    survey()
+    assert crowd.looked == [3, 4, 5, 6, 7, 1, 2]
+    assert len(crowd.started) == 3
+
+
+def test_whose_process_is_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not _holders._is_of_container(os.getpid())
+    assert not _holders._is_of_container(2**31 - 1)
+    monkeypatch.setattr(_holders, "owner_of", lambda _pid: 100_000)
+    assert _holders._is_of_container(1)
 
 
 def test_more_than_is_told_of_one(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,6 +405,8 @@ def test_more_than_is_told_of_one(alone: FakeKernel, monkeypatch: pytest.MonkeyP
     assert [ioas for ioas, _pages in holder.iommufds[0].ioases] == [1, 2, 3, 4, 5]
     assert (holder.name, holder.more) == ("xxxx...", True)
     assert list(result.refused) == [_holders._TOO_MANY_IOMMUFDS]
+    monkeypatch.setattr(_tables, "_IOASES_OF_USER", 2)
+    assert survey().holders[0].iommufds == [holder.iommufds[0]._replace(ioases=[(1, True), (2, True)])]
     monkeypatch.setattr(_holders, "IOMMUFDS_MAX", 1)
     alone.ioases = {}
     assert survey().holders[0].more

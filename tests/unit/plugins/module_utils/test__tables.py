@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from typing import Any
@@ -15,30 +16,30 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     character_devices_in,
     share_descriptors,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._tables import LARGE, Tables
+from ansible_collections.virt.iommufd.plugins.module_utils._tables import CONTAINERS, LARGE, Budget, Tables, who_pays
 
 NULL = os.stat(os.devnull).st_rdev
 
 
 def test_what_is_looked_for(child: subprocess.Popen[bytes]) -> None:
-    assert set(Tables({NULL}).look(child.pid, 7, 64).devices) >= {50, 51}
-    assert Tables({NULL + 1}).look(child.pid, 7, 64).devices == {}
+    assert set(Tables({NULL}, Budget()).look(child.pid, 7, 64).devices) >= {50, 51}
+    assert Tables({NULL + 1}, Budget()).look(child.pid, 7, 64).devices == {}
 
 
 def test_nobody_there() -> None:
     with pytest.raises(FileNotFoundError):
-        Tables({NULL}).look(2**31 - 1, 7, 64)
+        Tables({NULL}, Budget()).look(2**31 - 1, 7, 64)
 
 
-@pytest.mark.parametrize("name", ["_OF_USER", "_OF_ALL"])
+@pytest.mark.parametrize("name", ["_DESCRIPTORS_OF_USER", "_DESCRIPTORS"])
 def test_an_end_to_all_looks(child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    count = Tables({NULL}).look(child.pid, 7, 64).looked_at
+    count = Tables({NULL}, Budget()).look(child.pid, 7, 64).looked_at
     monkeypatch.setattr(_tables, name, count + 2)
-    tables = Tables({NULL})
+    tables = Tables({NULL}, Budget())
     assert not tables.look(child.pid, 7, 64).more
     assert (tables.look(child.pid, 7, 64).looked_at, tables.look(child.pid, 7, 64)) == (2, Descriptors({}, 0, True))
     # One user's are not another's.
-    assert tables.look(child.pid, 8, 64).looked_at == (count if name == "_OF_USER" else 0)
+    assert tables.look(child.pid, 8, 64).looked_at == (count if name == "_DESCRIPTORS_OF_USER" else 0)
 
 
 def test_a_large_table_is_looked_at_once(child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +51,7 @@ def test_a_large_table_is_looked_at_once(child: subprocess.Popen[bytes], monkeyp
         return look(*given)
 
     monkeypatch.setattr(_tables, "character_devices_in", note)
-    tables = Tables({NULL})
+    tables = Tables({NULL}, Budget())
     # A process has the same table as itself.
     assert tables.look(child.pid, 7, LARGE + 1) == tables.look(child.pid, 7, LARGE + 1)
     assert len(looked) == 1
@@ -66,9 +67,25 @@ def test_who_shares_a_table(child: subprocess.Popen[bytes]) -> None:
 
 
 def test_an_end_to_what_is_told(child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tables, "_TOLD", 1)
+    monkeypatch.setattr(_tables, "_TOLD_OF_PROCESS", 1)
     monkeypatch.setattr(_tables, "_TOLD_OF_USER", 2)
-    tables = Tables({NULL})
+    tables = Tables({NULL}, Budget())
     assert [len(tables.look(child.pid, 7, 64).devices) for _each in range(3)] == [1, 1, 0]
     found = tables.look(child.pid, 8, 64)
     assert (len(found.devices), found.more) == (1, True)
+
+
+def test_who_pays() -> None:
+    assert [who_pays(uid) for uid in (0, 1000, 65535, 65536, 100_000, 2**32 - 2)] == [0, 1000, 65535, *[CONTAINERS] * 3]
+
+
+def test_a_budget_goes_to_a_child_and_back() -> None:
+    spent = Budget()
+    spent.hold(7, 2, 3)
+    spent.descriptors[8] = 5
+    spent.seconds[9] = 0.5
+    other = Budget()
+    other.hold(1, 1, 1)
+    other.load(json.loads(json.dumps(spent.to_json())))
+    assert vars(other) == vars(spent)
+    assert (other.ioases_left(7), other.ioases_left(8)) == (4093, 4096)

@@ -16,6 +16,7 @@ from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import _host
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import survey
+from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit
 from ansible_collections.virt.iommufd.plugins.module_utils._running import DomainRecord
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
@@ -155,6 +156,36 @@ def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.Monke
     limits = run(gather_subset=["processes"])["host"]["limits_of_view"]
     assert [each["what"] for each in limits] == ["processes", "processes", "descriptors", "domains"]
     assert "the descriptors of 6 processes (1, 2, 3, 4, 5, ...): EACCES: Permission denied." in limits[2]["why"]
+
+
+@pytest.mark.parametrize(
+    ("unseen", "hidden", "at_risk"),
+    [
+        (set(), {}, False),
+        ({os.getuid()}, {}, None),
+        ({os.getuid() + 1}, {}, False),
+        # It may be anybody's.
+        (set(), {"EACCES: Permission denied.": [1]}, None),
+    ],
+)
+def test_nobody_is_called_safe_who_was_not_seen_whole(
+    run: Run,
+    alone: FakeKernel,
+    monkeypatch: pytest.MonkeyPatch,
+    unseen: set[int],
+    hidden: dict[str, list[int]],
+    at_risk: bool | None,
+) -> None:
+    monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: True)
+    monkeypatch.setattr(_host, "proc_hides", lambda: "")
+    seen = survey()
+    (holder,) = seen.holders
+    bare = holder.status._replace(effective=0)
+    seen.holders = [holder._replace(memlock=Limit(2**40, 2**40), status=bare)]
+    (seen.unseen, seen.hidden) = (unseen, hidden)
+    monkeypatch.setattr(iommufd_info, "survey", lambda _nodes: seen)
+    rows = {each["uid"]: each["at_risk"] for each in run(gather_subset=["users"])["users"]}
+    assert rows == {os.getuid(): at_risk, **dict.fromkeys(unseen)}
 
 
 @pytest.mark.parametrize(

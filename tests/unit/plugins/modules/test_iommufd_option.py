@@ -173,3 +173,22 @@ def test_huge_pages_on_a_kernel_without_the_option(run: Run, null_is_iommufd: Fa
     assert "failed" not in answer
     assert answer["iommufds"][0]["outcome"] == "unsupported"
     assert "the option huge_pages" in str(answer["warnings"])
+
+
+def rows(count: int, outcome: str, msg: str) -> list[dict[str, Any]]:
+    return [
+        {"fd": fd, "ioas_id": None, "before": "user", "after": "user", "outcome": outcome, "msg": msg}
+        for fd in range(count)
+    ]
+
+
+def test_no_more_is_told_at_once_than_can_be_read() -> None:
+    failed = iommufd_option.report([*rows(256, "failed", "No. " + "a" * 500), *rows(25, "changed", "")], [])
+    assert "There are 246 more like these." in failed["msg"]
+    assert failed["msg"].endswith(", iommufd 18, iommufd 19 and 5 more.")
+    assert len(failed["msg"]) < 5000
+    assert len(failed["iommufds"]) == 281
+    tolerated = iommufd_option.report(rows(256, "denied", "No."), ["denied"])
+    assert tolerated["warnings"] == [f"{'No. ' * 10}There are 246 more like these."]
+    assert "msg" not in tolerated
+    assert iommufd_option.report(rows(10, "denied", "No."), ["denied"])["warnings"] == ["No."] * 10
