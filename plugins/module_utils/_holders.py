@@ -199,7 +199,7 @@ class Survey:
                 mine.setdefault(reason, []).extend(pids)
         self.unseen.update(unseen)
         self.leaderless += leaderless
-        self.large += [(size, pid) for size, pid in large]
+        self.large.extend((size, pid) for size, pid in large)
 
 
 def survey(nodes: Collection[int] = ()) -> Survey:
@@ -376,7 +376,7 @@ class _Look:
             seen.refused.setdefault(TOO_MANY_HOLDERS, []).append(pid)
             self._add_unseen(pid, text)
         else:
-            self._add(pid, payer, found, found.more)
+            self._add(pid, payer, found, more=found.more)
 
     def _add_unseen(self, pid: int, text: bytes) -> None:
         self._seen.unseen.add(number_in(text, b"Uid"))

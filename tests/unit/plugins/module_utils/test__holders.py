@@ -299,11 +299,15 @@ class Crowd:
 def crowd(alone: FakeKernel, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> Crowd:
     """All of them seem to hold an iommufd. Each look at one is told at once."""
     crowd = Crowd(survey().holders[0])
+
+    def add(look: Any, *given: Any, more: bool) -> None:
+        crowd.add(look, *given, more=more)
+
     monkeypatch.setattr(_holders, "_pids", lambda: iter(crowd.PIDS))
     monkeypatch.setattr(_holders, "_is_of_container", lambda _pid: False)
     monkeypatch.setattr(_holders, "_status_text", crowd.status)
     monkeypatch.setattr(Tables, "look", lambda *_given: Descriptors({50: _iommufd.misc_rdev() or 0}, 1, False))
-    monkeypatch.setattr(_holders._Look, "_add", lambda look, *given, **more: crowd.add(look, *given, **more))
+    monkeypatch.setattr(_holders._Look, "_add", add)
     monkeypatch.setattr(_holders, "answers", crowd.children)
     monkeypatch.setattr(_holders, "_BATCH", 1)
     monkeypatch.setattr(_holders, "owner_of", crowd.uid)
