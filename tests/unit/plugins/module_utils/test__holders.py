@@ -266,7 +266,7 @@ class Crowd:
     def status(self, pid: int) -> bytes:
         return (STATUS.replace(b"\t7\t7\t7\t7", b"\t%d" % self.uid(pid)) + b"FDSize:\t%d\n" % self.size) % 8
 
-    def add(self, look: Any, pid: int, payer: int, _found: object, more: bool = False) -> None:
+    def add(self, look: Any, pid: int, payer: int) -> None:
         self.looked.append(pid)
         if pid in self.trouble:
             self.trouble[pid](look)
@@ -300,8 +300,9 @@ def crowd(alone: FakeKernel, child: subprocess.Popen[bytes], monkeypatch: pytest
     """All of them seem to hold an iommufd. Each look at one is told at once."""
     crowd = Crowd(survey().holders[0])
 
-    def add(look: Any, *given: Any, more: bool) -> None:
-        crowd.add(look, *given, more=more)
+    def add(look: Any, pid: int, payer: int, _found: object, *, more: bool) -> None:
+        assert not more
+        crowd.add(look, pid, payer)
 
     monkeypatch.setattr(_holders, "_pids", lambda: iter(crowd.PIDS))
     monkeypatch.setattr(_holders, "_is_of_container", lambda _pid: False)
