@@ -184,34 +184,34 @@ def character_devices_in(
     FileNotFoundError where the process has ended.
     """
     found: dict[int, int] = {}
-    count = 0
+    count = -1
+    readlink = os.readlink
     with os.scandir(folder) as entries:
-        # There may be millions: they are not even listed at once.
-        for entry in entries:
+        # There may be millions: they are not even listed at once. A call more for each costs as much as all of this.
+        for count, entry in enumerate(entries):
             if count == most or len(found) == keep:
                 return Descriptors(dict(sorted(found.items())), count, more=True)
-            count += 1
-            rdev = _device_behind(entry.name, folder)
-            if rdev is not None and (wanted is None or rdev in wanted):
-                found[int(entry.name)] = rdev
-    return Descriptors(dict(sorted(found.items())), count, more=False)
+            name = entry.name
+            try:
+                link = readlink(name, dir_fd=folder)
+            except PermissionError:
+                raise
+            except OSError as exc:
+                if exc.errno != errno.ENAMETOOLONG:
+                    # It is closed, or the process has ended.
+                    continue
+                # A path too long to be told may lead to a device all the same.
+                link = "/"
+            # What is on no file system (a socket, a pipe, an eventfd) is called `type:[...]`, and is no device.
+            if link[0] in "/(":
+                rdev = _device_behind(name, folder)
+                if rdev is not None and (wanted is None or rdev in wanted):
+                    found[int(name)] = rdev
+    return Descriptors(dict(sorted(found.items())), count + 1, more=False)
 
 
 def _device_behind(name: str, folder: int) -> int | None:
     """The device number of the character device that a descriptor is open on; None where it is something else."""
-    try:
-        link = os.readlink(name, dir_fd=folder)
-    except PermissionError:
-        raise
-    except OSError as exc:
-        if exc.errno != errno.ENAMETOOLONG:
-            # It is closed, or the process has ended.
-            return None
-        # A path too long to be told may lead to a device all the same.
-        link = "/"
-    # What is on no file system (a socket, a pipe, an eventfd) is called `type:[...]`, and is no device.
-    if link[0] not in "/(":
-        return None
     try:
         return character_device(name, folder)
     except OSError as exc:
