@@ -250,7 +250,7 @@ def _look_at_all(
     # Where the child is, which it cannot tell any more once it hangs.
     position = mmap.mmap(-1, _POSITION.size)
     while pids:
-        done, reason = 0, ""
+        done, hangs = 0, False
         _POSITION.pack_into(position, 0, 0)
         work = partial(_batches, pids, budget, nodes, position, is_last)
         try:
@@ -262,13 +262,14 @@ def _look_at_all(
                     if time.monotonic() > deadline:
                         break
         except IommufdError:
-            reason = _KEEPS_WAITING
+            hangs = True
         if time.monotonic() > deadline:
             for pid in pids[done:]:
                 _leave_out(result, pid)
             return
         stop = max(done, _POSITION.unpack_from(position)[0])
-        if reason and stop < len(pids):
+        # One that has ended without a word would else be followed by others that do the same.
+        if (hangs or not done) and stop < len(pids):
             _skip(result, pids[stop], budget)
             pids = pids[done:stop] + pids[stop + 1 :]
         else:

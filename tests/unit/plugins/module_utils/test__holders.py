@@ -355,6 +355,13 @@ def test_what_was_not_told_is_looked_at_again(crowd: Crowd, monkeypatch: pytest.
     assert [holder.pid for holder in result.holders] == [1, 2, 3, 5, 6, 7]
 
 
+def test_a_child_that_ends_without_a_word(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_holders, "answers", lambda *_given: (each for each in ""))
+    result = survey()
+    assert result.holders == []
+    assert result.closed == {_holders._KEEPS_WAITING: [1, 2, 3, 4, 5, 6, 7]}
+
+
 def test_a_child_with_what_may_never_close_looks_at_nobody_else(crowd: Crowd) -> None:
     def swap(look: Any) -> None:
         look.swapped = True
