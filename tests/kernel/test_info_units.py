@@ -139,9 +139,9 @@ def test_a_unit_of_a_users_manager(lingering: None, kind: str) -> None:
 
 
 @pytest.fixture
-def group() -> Iterator[Path]:
+def group(request: pytest.FixtureRequest) -> Iterator[Path]:
     """Where a control group can be made by hand."""
-    top = Path("/sys/fs/cgroup/kernel-test")
+    top = Path("/sys/fs/cgroup", request.param)
     top.mkdir()
     yield top
     for path in sorted(top.rglob("*"), reverse=True):
@@ -151,15 +151,25 @@ def group() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"),
+    ("group", "name", "shown"),
     [
-        (b"no-unit", None),
-        (b"a\x1b[31mb\xe2\x80\xae\xff.service", r"a\x1b[31mb\u202e\xff.service"),
-        (b"a:b c\t.scope", r"a:b c\t.scope"),
-        (b"user@1002.service", "user@1002.service"),
+        # Whoever was given a group names those below it as he likes.
+        ("kernel-test", b"no-unit", None),
+        ("kernel-test", b"user@1002.service", None),
+        ("kernel-test", b"a.scope", None),
+        # systemd names a unit's after it, and puts it below those of slices.
+        ("kerneltest.slice", b"user@1002.service", "user@1002.service"),
+        ("kerneltest.slice", b"a:b.scope", "a:b.scope"),
+        # These are no names of units.
+        ("kerneltest.slice", b"no-unit", None),
+        ("kerneltest.slice", b"a\x1b[31mb\xe2\x80\xae\xff.service", None),
+        ("kerneltest.slice", b"a:b c\t.scope", None),
     ],
+    indirect=["group"],
 )
-def test_a_control_group_of_a_strange_name(start: Start, group: Path, name: bytes, shown: str | None) -> None:
+def test_a_control_group_names_a_unit_where_systemd_made_it(
+    start: Start, group: Path, name: bytes, shown: str | None
+) -> None:
     vmm = start()
     vmm.open()
     path = os.path.join(os.fsencode(group), name)
