@@ -24,6 +24,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ._borrow import borrow_iommufd, find_iommufds
 from ._capabilities import CAP_SYS_RESOURCE, names
 from ._child import in_child, run_command
 from ._errors import DescriptorGone, HostLacks, IommufdError, NotAnIommufd, error_text
@@ -32,7 +33,7 @@ from ._iommufd import RLIMIT_MODE, IommuFd, Result, iommufd_rdevs
 from ._process import Limit, Process, own_character_device, printable, user_name
 from ._qemu import guest_name
 from ._size import SIZE_MAX, human_size
-from ._target import DomainTarget, PidfileTarget, borrow_iommufd, escaped, find_iommufds, hold_target, patiently
+from ._target import DomainTarget, PidfileTarget, escaped, hold_target, patiently
 from ._user import User
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+from ._borrow import IOMMUFDS_MAX, Swapped, borrow_iommufd
 from ._budget import Account
 from ._capabilities import CAP_IPC_LOCK, names
 from ._child import answers, in_child
@@ -35,7 +36,6 @@ from ._iommufd import (
 from ._process import Descriptors, Limit, Process, Status, number_in, parse_stat, parse_status, read_file
 from ._qemu import guest_memory, guest_name, is_session_domain
 from ._tables import CONTAINERS, LARGE, TOO_MANY, TOO_MANY_HOLDERS, Budget, Tables, who_pays
-from ._target import IOMMUFDS_MAX, Swapped, borrow_iommufd
 
 __all__ = ("HeldIommufd", "Holder", "Survey", "survey")
 

@@ -23,7 +23,6 @@ import stat
 import sys
 import time
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -385,8 +384,7 @@ def _yama() -> str:
         return "Yama is not in this kernel"
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     """A running process, held by a pidfd from `Process.hold` on.
 
     `status` is what it was when the process was held; `user` is the name of its user here, None where it has none.
@@ -397,7 +395,7 @@ class Process:
     comm: str
     user: str | None
     status: Status
-    _start_ticks: int
+    start_ticks: int
     pidfd: int
 
     def __str__(self) -> str:
@@ -460,7 +458,7 @@ class Process:
 
     def started(self) -> float:
         """When the process started, in seconds since the epoch, by the clock as it is set now."""
-        return _booted() + self._start_ticks / os.sysconf("SC_CLK_TCK")
+        return _booted() + self.start_ticks / os.sysconf("SC_CLK_TCK")
 
     def arguments(self) -> list[bytes]:
         """The command line that the process shows, or its beginning. Raises ProcessGone or AccessRefused.

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Private to this collection: what a task names: a process, and the iommufds it holds."""
+"""Private to this collection: the process that a task names."""
 
 from __future__ import annotations
 
@@ -12,28 +12,24 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
 
 from ._child import NoAnswer, in_child
-from ._errors import IommufdError, NotAnIommufd, ProcessGone, error_text
-from ._iommufd import IommuFd, iommufd_rdevs
-from ._paths import Untrusted, walk
-from ._process import DESCRIPTORS_MAX, Process, is_path_only, own_character_device, printable
-from ._running import domain_record
+from ._errors import IommufdError, ProcessGone, error_text
+from ._process import Process, printable
+
+if TYPE_CHECKING:
+    from ._running import DomainRecord
 
 __all__ = (
-    "IOMMUFDS_MAX",
     "DomainTarget",
     "PidTarget",
     "PidfileTarget",
-    "Swapped",
     "Target",
     "UnitTarget",
-    "borrow_iommufd",
     "escaped",
-    "find_iommufds",
     "hold_target",
     "patiently",
 )
@@ -41,9 +37,6 @@ __all__ = (
 _PIDFILE_MAX = 64
 # A local file is there in no time, in seconds.
 _PATIENCE = 10
-
-# How many iommufds of one process are worked on. A VMM has one or two.
-IOMMUFDS_MAX = 256
 
 # xml.sax.saxutils would do, but imports what speaks HTTP, which costs as much as all of this collection.
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&apos;", '"': "&quot;"})
@@ -61,8 +54,7 @@ def parse_pid(text: bytes) -> int:
     return int(text)
 
 
-@dataclass(frozen=True)
-class PidTarget:
+class PidTarget(NamedTuple):
     """A process by its id."""
 
     pid: int
@@ -128,6 +120,9 @@ class PidfileTarget:
 
     def _check_writers(self, process: Process, read: Pidfile) -> None:
         """Raises IommufdError where somebody else can have written the file."""
+        # Most tasks name no pidfile, and importing this costs each of them.
+        from ._paths import Untrusted, walk
+
         try:
             with walk(self.path, (0, process.uid)) as place:
                 found = place.status
@@ -174,8 +169,7 @@ class PidfileTarget:
             raise IommufdError(f"{self} {exc}.") from exc
 
 
-@dataclass(frozen=True)
-class DomainTarget:
+class DomainTarget(NamedTuple):
     """The emulator of a running domain of the system libvirt, by what cannot be renamed or rewritten: see _running."""
 
     name: str
@@ -183,10 +177,17 @@ class DomainTarget:
     def __str__(self) -> str:
         return f"Domain {self.name}"
 
+    def record(self) -> DomainRecord:
+        """What libvirt has recorded of it. Raises IommufdError."""
+        # As above.
+        from ._running import domain_record
+
+        return domain_record(self.name)
+
     def resolve(self) -> int:
         """The id in libvirt's record. Raises IommufdError where there is no such domain, or it is shut off."""
         try:
-            return domain_record(self.name).pid
+            return self.record().pid
         except IommufdError as exc:
             if isinstance(exc.__cause__, FileNotFoundError):
                 raise IommufdError(
@@ -198,22 +199,21 @@ class DomainTarget:
 
     def check(self, process: Process) -> None:
         """Raises IommufdError where the process is not the emulator that libvirt started for the domain."""
-        record = domain_record(self.name)
+        record = self.record()
         unit = process.units()[0]
         against = record.contradiction(self.name, process.pid, process.uid, process.started(), unit)
         if against:
             raise IommufdError(f"{process} is not the emulator of domain {self.name}: {against}")
 
 
-@dataclass(frozen=True)
-class UnitTarget:
+class UnitTarget(NamedTuple):
     """The main process of a systemd unit of the system.
 
     `run` runs a command and gives its exit code, output and errors, as AnsibleModule.run_command does.
     """
 
     name: str
-    run: Callable[[list[str]], tuple[int, str, str]] = field(repr=False)
+    run: Callable[[list[str]], tuple[int, str, str]]
 
     def __str__(self) -> str:
         return f"Unit {self.name}"
@@ -282,66 +282,6 @@ def hold_target(target: Target) -> Iterator[Process]:
         # What check learned by the process's id was about this process only if it still lives.
         process.check_alive()
         yield process
-
-
-def find_iommufds(process: Process) -> list[int]:
-    """The descriptors of the process that are open on an iommufd, whatever the node's name, in rising order.
-
-    Raises AccessRefused or ProcessGone, and IommufdError where there are more than anybody could have looked at.
-    Nothing is borrowed or opened for it.
-    """
-    found = process.character_devices()
-    iommufds = iommufd_rdevs(set(found.devices.values()))
-    fds = [fd for fd, rdev in found.devices.items() if rdev in iommufds]
-    if found.more or len(fds) > IOMMUFDS_MAX:
-        raise IommufdError(
-            f"{process} has more descriptors than are looked through ({DESCRIPTORS_MAX}, of which {IOMMUFDS_MAX} may be"
-            " iommufds): give the one that is meant by its number."
-        )
-    return fds
-
-
-class Swapped(NotAnIommufd):
-    """The process has put something else in the place of its iommufd, which is shared now and stays open."""
-
-
-@contextlib.contextmanager
-def borrow_iommufd(process: Process, fd: int, rdevs: set[int] | None = None) -> Iterator[IommuFd]:
-    """The process's iommufd `fd`, shared while the context lasts. `rdevs`: the device numbers of an iommufd, if known.
-
-    It is for a child (`_child.in_child`), whose end nobody waits for. What turns out to be no iommufd once it is shared
-    stays open there: to close it may take for ever, as its server likes it. An iommufd has no such thing.
-    Raises NotAnIommufd where it is something else, Swapped where the process has put that in its place between one look
-    and the next. Raises what Process.borrow and Process.character_device do.
-    """
-    # Before it is borrowed, so that what was never an iommufd is not shared at all.
-    rdev = process.character_device(fd)
-    if rdevs is None:
-        rdevs = set() if rdev is None else iommufd_rdevs({rdev})
-    _check_is_iommufd(process, fd, rdev, rdevs)
-    borrowed = process.borrow(fd)
-    # The check that counts: nobody but us can swap what is behind a descriptor of ours.
-    try:
-        _check_is_iommufd(process, fd, own_character_device(borrowed), rdevs)
-    except NotAnIommufd as exc:
-        raise Swapped(str(exc)) from exc
-    try:
-        if is_path_only(borrowed):
-            raise NotAnIommufd(
-                f"Descriptor {fd} of {process} was opened with O_PATH: it names {process.link(fd)}, but has no iommufd"
-                " behind it."
-            )
-        yield IommuFd(borrowed)
-        # While we share it, it outlives the process and its descriptor: what was done to it then was done for nobody.
-        process.check_alive()
-        _check_is_iommufd(process, fd, process.character_device(fd), rdevs)
-    finally:
-        os.close(borrowed)
-
-
-def _check_is_iommufd(process: Process, fd: int, rdev: int | None, rdevs: set[int]) -> None:
-    if rdev not in rdevs:
-        raise NotAnIommufd(f"Descriptor {fd} of {process} is not an iommufd. It is {process.link(fd)}.")
 
 
 def _no_link(path: str, flags: int) -> int:

@@ -11,7 +11,7 @@ import errno
 import os
 import pwd
 import resource
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ._errors import IommufdError
 
@@ -39,8 +39,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 
-@dataclass(frozen=True)
-class User:
+class User(NamedTuple):
     """A user of this host, as its user database has it."""
 
     name: str

@@ -260,12 +260,12 @@ iommufds:
       sample: ""
 """
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.parsing.convert_bool import boolean
+from ansible_collections.virt.iommufd.plugins.module_utils._borrow import borrow_iommufd, find_iommufds
 from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer, in_child, run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     DescriptorGone,
@@ -294,8 +294,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._target import (
     PidTarget,
     Target,
     UnitTarget,
-    borrow_iommufd,
-    find_iommufds,
     hold_target,
 )
 
@@ -352,8 +350,7 @@ def row(fd: int, ioas_id: int | None, option: Option, result: Result, msg: str) 
     }
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """What is to be done with each iommufd: `wanted` is the kernel's number of the value, None for a query."""
 
     option: Option

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd, _process, _target
+from ansible_collections.virt.iommufd.plugins.module_utils import _borrow, _iommufd, _process
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import IommuFd
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidfileTarget
@@ -31,9 +31,9 @@ STEPS: dict[str, tuple[Any, str, int]] = {
     "resolve again": (PidfileTarget, "resolve", 2),
     "check the pidfile": (PidfileTarget, "check", 1),
     "find": (Process, "character_devices", 1),
-    "look": (_target, "_check_is_iommufd", 1),
+    "look": (_borrow, "_check_is_iommufd", 1),
     "borrow": (_process, "_pidfd_getfd", 1),
-    "check": (_target, "_check_is_iommufd", 2),
+    "check": (_borrow, "_check_is_iommufd", 2),
     "get": (IommuFd, "get", 1),
     "probe": (IommuFd, "probe", 1),
     "set": (IommuFd, "_send", 3),

@@ -532,8 +532,8 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         process.stdin.close()
 
 
-ME = dataclasses.replace(VM, uid=os.getuid())
-OTHER = dataclasses.replace(VM, uid=os.getuid() + 1)
+ME = VM._replace(uid=os.getuid())
+OTHER = VM._replace(uid=os.getuid() + 1)
 
 
 def test_the_emulator_and_the_daemon_of_a_user(emulator: int, monkeypatch: pytest.MonkeyPatch) -> None:

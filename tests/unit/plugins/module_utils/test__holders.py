@@ -14,6 +14,7 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _holders, _iommufd, _tables
+from ansible_collections.virt.iommufd.plugins.module_utils._borrow import Swapped
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, NoAnswer
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     AccessRefused,
@@ -24,7 +25,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Descriptors, Process
 from ansible_collections.virt.iommufd.plugins.module_utils._tables import LARGE, TOO_MANY_HOLDERS, Budget, Tables
-from ansible_collections.virt.iommufd.plugins.module_utils._target import Swapped
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
 STATUS = b"Name:\tvm\nUid:\t7\t7\t7\t7\nVmSize:\t9 kB\nVmPin:\t%d kB\nCapPrm:\t0\nCapEff:\t4000\nCapBnd:\t0\n"
