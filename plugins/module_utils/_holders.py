@@ -367,9 +367,8 @@ class _Look:
             return
         if found.more:
             seen.closed.setdefault(TOO_MANY, []).append(pid)
-        rdevs = self._rdevs(found.devices)
-        fds = [fd for fd, rdev in found.devices.items() if rdev in rdevs]
-        if not fds:
+        rdevs = self._rdevs(found.devices) if found.devices else ()
+        if not any(rdev in rdevs for rdev in found.devices.values()):
             if found.more:
                 seen.unseen.add(number_in(text, b"Uid"))
             _add_other(seen, pid, text)
@@ -584,7 +583,7 @@ def _status(pid: int) -> Status | None:
 
 def _status_text(pid: int) -> bytes | None:
     try:
-        return read_file(f"/proc/{pid}/status")
+        return read_file(f"/proc/{pid}/status", in_one=True)
     except (FileNotFoundError, ProcessLookupError):
         return None
 

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Container, Iterator
 from functools import cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 from ._errors import AccessRefused, DescriptorGone, HostLacks, IommufdError, ProcessGone, error_text
@@ -69,6 +70,12 @@ _STATX_TYPE = 0x1
 
 # How many descriptors of one process are looked at. A limit of a million is common; a VMM has some hundreds.
 DESCRIPTORS_MAX = 2**18
+
+# How many of them are listed at once.
+_NAMES_AT_ONCE = 4096
+
+# How much of a file is read at once, in bytes.
+_READ_AT_ONCE = 16384
 
 # What is read of a command line. The longest of a VMM has some kilobytes and hundreds of arguments.
 _CMDLINE_MAX = 2**18
@@ -183,42 +190,38 @@ def character_devices_in(
     FileNotFoundError where the process has ended.
     """
     found: dict[int, int] = {}
-    count = -1
+    looked_at = 0
     readlink = os.readlink
     with os.scandir(folder) as entries:
-        # There may be millions: they are not even listed at once. A call more for each costs as much as all of this.
-        for count, entry in enumerate(entries):
-            if count == most or len(found) == keep:
-                return Descriptors(dict(sorted(found.items())), count, more=True)
-            name = entry.name
-            try:
-                link = readlink(name, dir_fd=folder)
-            except PermissionError:
-                raise
-            except OSError as exc:
-                if exc.errno != errno.ENAMETOOLONG:
-                    # It is closed, or the process has ended.
+        # There may be millions: they are not listed at once. A call more for each costs as much as all of this.
+        while names := [each.name for each in islice(entries, min(_NAMES_AT_ONCE, most - looked_at))]:
+            for name in names:
+                try:
+                    # What is on no file system (a socket, a pipe, an eventfd) is called `type:[...]`, and is no device.
+                    if readlink(name, dir_fd=folder)[0] not in "/(":
+                        continue
+                except PermissionError:
+                    raise
+                except OSError as exc:
+                    # A path too long to be told may lead to a device all the same. Else it is closed, or the process
+                    # has ended.
+                    if exc.errno != errno.ENAMETOOLONG:
+                        continue
+                try:
+                    rdev = character_device(name, folder)
+                except OSError as exc:
+                    if exc.errno == errno.ENOSYS:
+                        raise HostLacks(_no_system_call("statx", "4.11")) from exc
+                    # On a FUSE mount, which refuses everybody but its owner, root too; on a network mount that is no
+                    # more; or closed by now. Whatever it is, it is no device.
                     continue
-                # A path too long to be told may lead to a device all the same.
-                link = "/"
-            # What is on no file system (a socket, a pipe, an eventfd) is called `type:[...]`, and is no device.
-            if link[0] in "/(":
-                rdev = _device_behind(name, folder)
                 if rdev is not None and (wanted is None or rdev in wanted):
+                    if len(found) == keep:
+                        return Descriptors(dict(sorted(found.items())), looked_at + names.index(name), more=True)
                     found[int(name)] = rdev
-    return Descriptors(dict(sorted(found.items())), count + 1, more=False)
-
-
-def _device_behind(name: str, folder: int) -> int | None:
-    """The device number of the character device that a descriptor is open on; None where it is something else."""
-    try:
-        return character_device(name, folder)
-    except OSError as exc:
-        if exc.errno == errno.ENOSYS:
-            raise HostLacks(_no_system_call("statx", "4.11")) from exc
-        # On a FUSE mount, which refuses everybody but its owner, root too; on a network mount that is no more; or
-        # closed by now. Whatever it is, it is no device.
-        return None
+            looked_at += len(names)
+        more = looked_at == most and next(entries, None) is not None
+    return Descriptors(dict(sorted(found.items())), looked_at, more)
 
 
 def printable(raw: bytes) -> str:
@@ -229,14 +232,19 @@ def printable(raw: bytes) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
-def read_file(path: str, most: int = sys.maxsize) -> bytes:
-    """A file of /proc, or the beginning of it."""
+def read_file(path: str, most: int = sys.maxsize, in_one: bool = False) -> bytes:
+    """A file of /proc, or the beginning of it.
+
+    `in_one`: the kernel makes it as a whole (single_open() in fs/seq_file.c), so a read that is not filled is the last.
+    """
     # A file object costs several times what the kernel takes for a file of /proc, and there are many to read.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         text = b""
-        while len(text) < most and (more := os.read(fd, min(16384, most - len(text)))):
+        while len(text) < most and (more := os.read(fd, min(_READ_AT_ONCE, most - len(text)))):
             text += more
+            if in_one and len(more) < _READ_AT_ONCE:
+                break
         return text
     finally:
         os.close(fd)
@@ -255,7 +263,11 @@ def mount_id(fd: int) -> bytes:
 
 def number_in(text: bytes, name: bytes) -> int:
     """A number in the text of /proc/PID/status, which is asked of every process of a host; -1 where there is none."""
-    word = text.partition(b"\n" + name + b":")[2][:30].split(None, 1)[:1]
+    found = text.find(b"\n" + name + b":")
+    if found < 0:
+        return -1
+    begins = found + len(name) + 2
+    word = text[begins : begins + 30].split(None, 1)[:1]
     return int(word[0]) if word and word[0].isdigit() else -1
 
 

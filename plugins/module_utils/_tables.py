@@ -56,8 +56,12 @@ def who_pays(uid: int) -> int:
     return min(uid, CONTAINERS)
 
 
+# In the place of who pays: what all have spent.
+_ALL = -1
+
+
 class Budget:
-    """What was spent so far, by who pays: descriptors looked at and told, holders, iommufds, IOASes, seconds."""
+    """What was spent so far, by who pays and by all: descriptors looked at and told, holders, and what those hold."""
 
     def __init__(self) -> None:
         self.descriptors: Counter[int] = Counter()
@@ -82,7 +86,7 @@ class Budget:
         return (
             self.holders[payer] < _HOLDERS_OF_USER
             and self.iommufds[payer] < _IOMMUFDS_OF_USER
-            and sum(self.holders.values()) < _HOLDERS
+            and self.holders[_ALL] < _HOLDERS
         )
 
     def ioases_left(self, payer: int) -> int:
@@ -91,7 +95,8 @@ class Budget:
 
     def hold(self, payer: int, iommufds: int, ioases: int) -> None:
         """Notes down a process that holds iommufds."""
-        self.holders[payer] += 1
+        for each in (payer, _ALL):
+            self.holders[each] += 1
         self.iommufds[payer] += iommufds
         self.ioases[payer] += ioases
 
@@ -120,8 +125,8 @@ class Tables:
 
     def _look(self, pid: int, payer: int) -> Descriptors:
         looked, told = self._budget.descriptors, self._budget.told
-        most = min(DESCRIPTORS_MAX, _DESCRIPTORS_OF_USER - looked[payer], _DESCRIPTORS - sum(looked.values()))
-        keep = min(_TOLD_OF_PROCESS, _TOLD_OF_USER - told[payer], _TOLD - sum(told.values()))
+        most = min(DESCRIPTORS_MAX, _DESCRIPTORS_OF_USER - looked[payer], _DESCRIPTORS - looked[_ALL])
+        keep = min(_TOLD_OF_PROCESS, _TOLD_OF_USER - told[payer], _TOLD - told[_ALL])
         folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             # The kernel has work with each descriptor that it lists, so it is not even asked.
@@ -129,8 +134,10 @@ class Tables:
             found = character_devices_in(folder, most, self._wanted, keep) if min(most, keep) > 0 else none
         finally:
             os.close(folder)
-        looked[payer] += found.looked_at
-        told[payer] += len(found.devices)
+        for each in (payer, _ALL):
+            looked[each] += found.looked_at
+            if found.devices:
+                told[each] += len(found.devices)
         return found
 
     def _twin(self, pid: int) -> Descriptors | None:
