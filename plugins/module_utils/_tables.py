@@ -56,8 +56,8 @@ def who_pays(uid: int) -> int:
     return min(uid, CONTAINERS)
 
 
-# In the place of who pays: what all have spent.
-_ALL = -1
+# In the place of who pays, whom it is beyond: what all have spent.
+_ALL = CONTAINERS + 1
 
 
 class Budget:
@@ -136,8 +136,7 @@ class Tables:
             os.close(folder)
         for each in (payer, _ALL):
             looked[each] += found.looked_at
-            if found.devices:
-                told[each] += len(found.devices)
+            told[each] += len(found.devices)
         return found
 
     def _twin(self, pid: int) -> Descriptors | None:

@@ -75,6 +75,14 @@ def test_an_end_to_what_is_told(child: subprocess.Popen[bytes], monkeypatch: pyt
     assert (len(found.devices), found.more) == (1, True)
 
 
+def test_an_end_to_what_is_told_of_all(child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tables, "_TOLD_OF_PROCESS", 1)
+    monkeypatch.setattr(_tables, "_TOLD", 2)
+    tables = Tables({NULL}, Budget())
+    # Where a text names no user, -1 pays, and is one of them.
+    assert [len(tables.look(child.pid, payer, 64).devices) for payer in (-1, 7, 8)] == [1, 1, 0]
+
+
 def test_who_pays() -> None:
     assert [who_pays(uid) for uid in (0, 1000, 65535, 65536, 100_000, 2**32 - 2)] == [0, 1000, 65535, *[CONTAINERS] * 3]
 
