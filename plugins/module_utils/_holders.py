@@ -367,8 +367,7 @@ class _Look:
             return
         if found.more:
             seen.closed.setdefault(TOO_MANY, []).append(pid)
-        rdevs = self._rdevs(found.devices) if found.devices else ()
-        if not any(rdev in rdevs for rdev in found.devices.values()):
+        if self._rdevs(found.devices).isdisjoint(found.devices.values()):
             if found.more:
                 seen.unseen.add(number_in(text, b"Uid"))
             _add_other(seen, pid, text)

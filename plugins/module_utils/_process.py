@@ -25,6 +25,7 @@ import time
 from collections.abc import Container, Iterator
 from functools import cache
 from itertools import islice
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from ._errors import AccessRefused, DescriptorGone, HostLacks, IommufdError, ProcessGone, error_text
@@ -70,9 +71,6 @@ _STATX_TYPE = 0x1
 
 # How many descriptors of one process are looked at. A limit of a million is common; a VMM has some hundreds.
 DESCRIPTORS_MAX = 2**18
-
-# How many of them are listed at once.
-_NAMES_AT_ONCE = 4096
 
 # How much of a file is read at once, in bytes.
 _READ_AT_ONCE = 16384
@@ -126,6 +124,8 @@ class Statx(ctypes.Structure):
 # One for all calls: to make it takes as long as the call.
 _STATX = Statx()
 _STATX_REFERENCE = ctypes.byref(_STATX)
+
+_NAME = attrgetter("name")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -190,38 +190,36 @@ def character_devices_in(
     FileNotFoundError where the process has ended.
     """
     found: dict[int, int] = {}
-    looked_at = 0
+    count = 0
     readlink = os.readlink
     with os.scandir(folder) as entries:
         # There may be millions: they are not listed at once. A call more for each costs as much as all of this.
-        while names := [each.name for each in islice(entries, min(_NAMES_AT_ONCE, most - looked_at))]:
-            for name in names:
-                try:
-                    # What is on no file system (a socket, a pipe, an eventfd) is called `type:[...]`, and is no device.
-                    if readlink(name, dir_fd=folder)[0] not in "/(":
-                        continue
-                except PermissionError:
-                    raise
-                except OSError as exc:
-                    # A path too long to be told may lead to a device all the same. Else it is closed, or the process
-                    # has ended.
-                    if exc.errno != errno.ENAMETOOLONG:
-                        continue
-                try:
-                    rdev = character_device(name, folder)
-                except OSError as exc:
-                    if exc.errno == errno.ENOSYS:
-                        raise HostLacks(_no_system_call("statx", "4.11")) from exc
-                    # On a FUSE mount, which refuses everybody but its owner, root too; on a network mount that is no
-                    # more; or closed by now. Whatever it is, it is no device.
+        for count, name in enumerate(map(_NAME, islice(entries, most)), 1):
+            try:
+                # What is on no file system (a socket, a pipe, an eventfd) is called `type:[...]`, and is no device.
+                if readlink(name, dir_fd=folder)[0] not in "/(":
                     continue
-                if rdev is not None and (wanted is None or rdev in wanted):
-                    if len(found) == keep:
-                        return Descriptors(dict(sorted(found.items())), looked_at + names.index(name), more=True)
-                    found[int(name)] = rdev
-            looked_at += len(names)
-        more = looked_at == most and next(entries, None) is not None
-    return Descriptors(dict(sorted(found.items())), looked_at, more)
+            except PermissionError:
+                raise
+            except OSError as exc:
+                # A path too long to be told may lead to a device all the same. Else it is closed, or the process has
+                # ended.
+                if exc.errno != errno.ENAMETOOLONG:
+                    continue
+            try:
+                rdev = character_device(name, folder)
+            except OSError as exc:
+                if exc.errno == errno.ENOSYS:
+                    raise HostLacks(_no_system_call("statx", "4.11")) from exc
+                # On a FUSE mount, which refuses everybody but its owner, root too; on a network mount that is no more;
+                # or closed by now. Whatever it is, it is no device.
+                continue
+            if rdev is not None and (wanted is None or rdev in wanted):
+                if len(found) == keep:
+                    return Descriptors(dict(sorted(found.items())), count - 1, more=True)
+                found[int(name)] = rdev
+        more = count == most and next(entries, None) is not None
+    return Descriptors(dict(sorted(found.items())), count, more)
 
 
 def printable(raw: bytes) -> str:

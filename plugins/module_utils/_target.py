@@ -177,9 +177,9 @@ class DomainTarget(NamedTuple):
     def __str__(self) -> str:
         return f"Domain {self.name}"
 
-    def record(self) -> DomainRecord:
+    def _record(self) -> DomainRecord:
         """What libvirt has recorded of it. Raises IommufdError."""
-        # As above.
+        # Most tasks name no domain, either.
         from ._running import domain_record
 
         return domain_record(self.name)
@@ -187,7 +187,7 @@ class DomainTarget(NamedTuple):
     def resolve(self) -> int:
         """The id in libvirt's record. Raises IommufdError where there is no such domain, or it is shut off."""
         try:
-            return self.record().pid
+            return self._record().pid
         except IommufdError as exc:
             if isinstance(exc.__cause__, FileNotFoundError):
                 raise IommufdError(
@@ -199,7 +199,7 @@ class DomainTarget(NamedTuple):
 
     def check(self, process: Process) -> None:
         """Raises IommufdError where the process is not the emulator that libvirt started for the domain."""
-        record = self.record()
+        record = self._record()
         unit = process.units()[0]
         against = record.contradiction(self.name, process.pid, process.uid, process.started(), unit)
         if against:
