@@ -6,15 +6,13 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
-from ansible_collections.virt.iommufd.tests.kernel.harness import VM, Answer, Vmm
+from ansible_collections.virt.iommufd.tests.kernel.harness import VM, Answer, Vmm, kernel_config
 
 Start = Callable[..., Vmm]
 Told = Callable[[Answer], str]
@@ -66,7 +64,7 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def container_is_iommufd() -> bool:
     """Whether /dev/vfio/vfio is an iommufd, by the kernel's configuration."""
-    return b"CONFIG_IOMMUFD_VFIO_CONTAINER=y" in gzip.decompress(Path("/proc/config.gz").read_bytes())
+    return "CONFIG_IOMMUFD_VFIO_CONTAINER=y" in kernel_config()
 
 
 @pytest.fixture

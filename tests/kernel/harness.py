@@ -65,6 +65,11 @@ CAPABILITIES = {"ipc_lock": 14, "sys_resource": 24}
 Answer = dict[str, Any]
 
 
+def kernel_config() -> str:
+    """How the kernel that runs here was configured, with the modules that the lab has built for it."""
+    return Path("/lib/modules", os.uname().release, "config").read_text(encoding="ascii")
+
+
 def _checked(result: int) -> int:
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import gzip
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _uapi
 from ansible_collections.virt.iommufd.tests.kernel.contract import Contract
-from ansible_collections.virt.iommufd.tests.kernel.harness import CONTAINER, VM
+from ansible_collections.virt.iommufd.tests.kernel.harness import CONTAINER, VM, kernel_config
 from ansible_collections.virt.iommufd.tests.lab.guest.pinner import Pinner
 
 
@@ -34,8 +32,8 @@ class RealKernel:
     def __init__(self) -> None:
         self.vmm = Pinner()
         self.fd: int = self.vmm.open()["fd"]
-        config = gzip.decompress(Path("/proc/config.gz").read_bytes())
-        self.legacy_container = b"CONFIG_IOMMUFD_VFIO_CONTAINER=y" not in config
+        config = kernel_config()
+        self.legacy_container = "CONFIG_IOMMUFD_VFIO_CONTAINER=y" not in config
 
     def send(self, argument: _uapi.IommuOption) -> int:
         return send(self.fd, argument)

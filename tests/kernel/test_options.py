@@ -6,9 +6,7 @@
 
 from __future__ import annotations
 
-import gzip
 import os
-from pathlib import Path
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _process
@@ -17,7 +15,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import RLIMI
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget, hold_target
 from ansible_collections.virt.iommufd.plugins.modules.iommufd_option import Job, work
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
-from ansible_collections.virt.iommufd.tests.kernel.harness import CONTAINER, Vmm
+from ansible_collections.virt.iommufd.tests.kernel.harness import CONTAINER, Vmm, kernel_config
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 DEVICE = "/dev/vfio/devices/vfio0"
@@ -126,7 +124,7 @@ def test_the_process_itself_tells_a_shared_descriptor_from_a_new_one(vmm: Vmm, m
 
 def test_a_vfio_container_counts_where_iommufd_provides_it(start: Start, told: Told) -> None:
     # That is for the kernel's configuration to say; the module has nothing but what its own open of it answers.
-    provided = b"CONFIG_IOMMUFD_VFIO_CONTAINER=y" in gzip.decompress(Path("/proc/config.gz").read_bytes())
+    provided = "CONFIG_IOMMUFD_VFIO_CONTAINER=y" in kernel_config()
     vmm = start(0)
     fd = vmm.open(CONTAINER)
     if provided:

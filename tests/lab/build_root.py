@@ -12,20 +12,19 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import store
-from build_kernel import archive_options
+from build_kernel import last_step, suite_options
 from guests import Root
 from progress import LabError, Progress, environment, run
 
 _HERE = Path(__file__).parent
 _OVERLAY = _HERE / "root" / "overlay"
 _CUSTOMIZE = _HERE / "root" / "customize.sh"
-_OWN_KERNEL = _HERE / "root" / "own-kernel.sh"
 # To be raised with every change below that makes something else from the same inputs.
 _RECIPE = 1
 # The guests' name in their known_hosts, whatever the port.
@@ -42,7 +41,7 @@ def make_key() -> Path:
 
 
 def root_artifact(root: Root) -> store.Artifact:
-    """The root file system: root.img (ext4, sparse) and known_hosts; with a kernel of its own bzImage and initrd.img.
+    """The root file system: root.img (ext4, sparse) and known_hosts.
 
     Makes the SSH key if there is none.
     """
@@ -54,8 +53,6 @@ def root_artifact(root: Root) -> store.Artifact:
         "customize": _CUSTOMIZE.read_text(encoding="utf-8"),
         "recipe": _RECIPE,
     }
-    if root.own_kernel:
-        inputs["own_kernel"] = _OWN_KERNEL.read_text(encoding="utf-8")
     return store.Artifact("root", root.name, inputs)
 
 
@@ -83,13 +80,13 @@ def _overlay() -> dict[str, bytes]:
     return files
 
 
-def _write_overlay(archive: Path, scripts: Iterable[Path]) -> None:
-    """Writes the overlay and the customizing scripts as a tar file in which everything belongs to root."""
+def _write_overlay(archive: Path) -> None:
+    """Writes the overlay and the customizing script as a tar file in which everything belongs to root."""
     with tarfile.open(archive, "w") as tar:
         folder = tarfile.TarInfo("root/.ssh")
         folder.type, folder.mode = tarfile.DIRTYPE, 0o700
         tar.addfile(folder)
-        for name, content in {**_overlay(), **{script.name: script.read_bytes() for script in scripts}}.items():
+        for name, content in {**_overlay(), _CUSTOMIZE.name: _CUSTOMIZE.read_bytes()}.items():
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(content), 0o600 if ".ssh" in name else 0o644
             tar.addfile(entry, io.BytesIO(content))
@@ -99,25 +96,22 @@ def _build(root: Root, work: Path) -> Mapping[str, Any]:
     log = work / "build.log"
     progress = Progress(f"root {root.name}: installing {len(root.packages)} packages and what they need")
     overlay = work / "overlay.tar"
-    scripts = [_CUSTOMIZE, _OWN_KERNEL] if root.own_kernel else [_CUSTOMIZE]
-    _write_overlay(overlay, scripts)
+    _write_overlay(overlay)
     archive = work / "root.tar"
     command = [
         "mmdebstrap",
         "--variant=minbase",
         f"--include={','.join(root.packages)}",
-        *archive_options(root.suite),
+        *suite_options(root.suite),
         f'--customize-hook=tar-in "{overlay}" /',
-        *(f'--customize-hook=chroot "$1" sh /{script.name} && rm "$1/{script.name}"' for script in scripts),
+        f'--customize-hook=chroot "$1" sh /{_CUSTOMIZE.name} && rm "$1/{_CUSTOMIZE.name}"',
         root.suite.name,
         str(archive),
     ]
-    run(command, log, progress, _last_step)
+    run(command, log, progress, last_step)
     progress.done()
 
     facts = _look_into(archive, work)
-    if root.own_kernel:
-        facts["kernel_release"] = _take_kernel(archive, work)
 
     # fakeroot keeps owners and modes that an ordinary user cannot give; both steps must share it.
     progress = Progress(f"root {root.name}: making the disk")
@@ -135,25 +129,6 @@ def _build(root: Root, work: Path) -> Mapping[str, Any]:
     shutil.rmtree(tree)
     progress.done()
     return facts
-
-
-def _last_step(line: str) -> str:
-    """What mmdebstrap or apt says it does, cut to the width of a progress line."""
-    return line.strip()[:60] or "working"
-
-
-def _take_kernel(archive: Path, work: Path) -> str:
-    """Copies the kernel and its initramfs out of the new file system; the kernel's release."""
-    release = ""
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            found = re.fullmatch(r"\./boot/(vmlinuz|initrd\.img)-(.+)", member.name)
-            content = found and tar.extractfile(member)
-            if found and content:
-                release = found[2]
-                with (work / {"vmlinuz": "bzImage"}.get(found[1], found[1])).open("wb") as target:
-                    shutil.copyfileobj(content, target)
-    return release
 
 
 def _look_into(archive: Path, work: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from types import FrameType
 import machine
 import store
 import tools
-from build_kernel import make_headers
+from build_kernel import make_kernel
 from guests import DEFAULT_GUEST, GUESTS, guest_named
 from machine import Machine
 from progress import LabError, environment
@@ -187,11 +187,8 @@ def _inventory(options: argparse.Namespace) -> int:
 
 
 def _headers(options: argparse.Namespace) -> int:
-    guest = guest_named(options.guest)
-    if guest.kernel is None:
-        raise LabError(f"guest {guest.name} boots its distribution's kernel, whose source the lab does not fetch")
     tools.require()
-    print(make_headers(guest.kernel))
+    print(make_kernel(guest_named(options.guest).kernel) / "include")
     return 0
 
 

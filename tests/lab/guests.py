@@ -4,7 +4,7 @@
 
 """What the lab can be: the guests, and the kernels and root file systems that they are put together from.
 
-Nothing here acts. To add a guest, add an entry; to add a kernel option, add it to a fragment in kernel/.
+Nothing here acts. To add a guest, add an entry.
 """
 
 from __future__ import annotations
@@ -24,43 +24,45 @@ class Suite:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel: the source package it is built from, and the fragments, kernel/NAME.config, that configure it."""
+    """Debian's kernel of a suite, and what the lab builds for it.
 
-    name: str
-    suite: Suite
-    package: str
-    fragments: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Root:
-    """A root file system: what is installed from which suite, and the size of its (sparse) disk.
-
-    own_kernel: among the packages is the distribution's kernel, for a guest that boots no other.
+    packages: the kernel, its headers and its source. container: whose /dev/vfio/vfio is, `legacy` (VFIO's own) or
+    `iommufd`.
     """
 
     name: str
     suite: Suite
     packages: tuple[str, ...]
+    container: str
+
+
+@dataclass(frozen=True)
+class Root:
+    """A root file system: what is installed from which suite, and the size of its (sparse) disk."""
+
+    name: str
+    suite: Suite
+    packages: tuple[str, ...]
     size_mib: int = 4096
-    own_kernel: bool = False
 
 
 @dataclass(frozen=True)
 class Guest:
-    """A machine: a kernel (None: the root file system's own), a root file system, and its memory."""
+    """A machine: a kernel, a root file system, and memory.
+
+    modules: the kernel's, `lab` (with iommufd) or `packaged` (as Debian ships them).
+    """
 
     name: str
-    kernel: Kernel | None
+    kernel: Kernel
     root: Root
+    modules: str = "lab"
     memory_mib: int = 2048
     purpose: str = ""
 
 
 TRIXIE = Suite("trixie")
 SID = Suite("sid", may_be_expired=True)
-
-_FRAGMENTS = ("machine", "userland", "observed", "iommufd")
 
 _PACKAGES = (
     # the system
@@ -91,22 +93,23 @@ _PACKAGES = (
     "python3-libvirt",
 )
 
-KERNEL_6_12 = Kernel("6.12", TRIXIE, "linux-source-6.12", (*_FRAGMENTS, "container-legacy"))
-KERNEL_7 = Kernel("7", SID, "linux-source", (*_FRAGMENTS, "container-iommufd"))
+KERNEL_TRIXIE = Kernel("trixie", TRIXIE, ("linux-image-amd64", "linux-headers-amd64", "linux-source-6.12"), "legacy")
+KERNEL_SID = Kernel("sid", SID, ("linux-image-amd64", "linux-headers-amd64", "linux-source"), "iommufd")
 
 ROOT_TRIXIE = Root("trixie", TRIXIE, _PACKAGES)
 ROOT_SID = Root("sid", SID, _PACKAGES)
-ROOT_STOCK = Root("stock", TRIXIE, (*_PACKAGES, "linux-image-amd64", "initramfs-tools", "zstd"), own_kernel=True)
 
 DEFAULT_GUEST = "fallback"
 
 GUESTS: dict[str, Guest] = {
     guest.name: guest
     for guest in (
-        Guest("fallback", KERNEL_6_12, ROOT_TRIXIE, purpose="libvirt leaves the mode alone: the failure and its cures"),
+        Guest(
+            "fallback", KERNEL_TRIXIE, ROOT_TRIXIE, purpose="libvirt leaves the mode alone: the failure and its cures"
+        ),
         # Room for two domains of more than 1 GiB each.
-        Guest("native", KERNEL_7, ROOT_SID, memory_mib=3584, purpose="libvirt sets the mode itself"),
-        Guest("stock", None, ROOT_STOCK, purpose="Debian's own kernel, which has no iommufd"),
+        Guest("native", KERNEL_SID, ROOT_SID, memory_mib=3584, purpose="libvirt sets the mode itself"),
+        Guest("stock", KERNEL_TRIXIE, ROOT_TRIXIE, "packaged", purpose="Debian's own modules, without iommufd"),
     )
 }
 

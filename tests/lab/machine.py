@@ -7,6 +7,8 @@
 A guest's folder is runs/CHECKOUT/GUEST in the cache, so that two checkouts do not disturb one another; nor do two runs
 of one checkout, where each has a name of its own in LAB_INSTANCE (a run within another: that one's, a dot and more). It
 holds state.json from the moment that QEMU runs until `down`; with it there and its process gone, the guest has died.
+
+A guest is booted once, and saved as it is then: disk, memory and devices. `up` restores that, which takes seconds.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import store
 from build_kernel import make_kernel
@@ -35,14 +40,21 @@ from progress import LabError, Progress, end_group, environment, tail
 # A loaded machine emulates slowly; a guest that is broken mostly ends by itself, since a panic ends QEMU.
 BOOT_TIMEOUT = 300.0
 _QMP_TIMEOUT = 30.0
+# A restored guest has nothing left to do but to answer.
+_RESTORE_TIMEOUT = 60.0
+_SAVE_TIMEOUT = 120.0
+# To be raised with every change below that saves something else from the same inputs.
+_RECIPE = 1
+# The name of the state in the disk's image
+_TAG = "booted"
+# What is waited for before a guest is saved: all that begins at boot has ended, and what was written is on the disk.
+_SETTLE = "systemctl is-system-running --wait || { systemctl list-units --failed --no-legend; exit 1; }; sync"
 _PORT_ATTEMPTS = 5
 # unix(7): sun_path has 108 bytes, one of them for the end.
 _SOCKET_PATH_MAX = 107
 # Three devices with a driver of their own to take from: 1234:11e8, which nothing in the kernel claims.
 _PASSTHROUGH_DEVICES = 3
 _PARAMETERS = (
-    "root=/dev/vda",
-    "rw",
     "console=ttyS0",
     "loglevel=5",
     # It reboots at once, which -no-reboot turns into the end of QEMU.
@@ -72,8 +84,9 @@ class State:
 class Machine:
     """One guest of this checkout."""
 
-    def __init__(self, guest: Guest, runs: Path | None = None) -> None:
+    def __init__(self, guest: Guest, runs: Path | None = None, prefix: Sequence[str] = ()) -> None:
         self.guest = guest
+        self._prefix = prefix
         self.name = guest.name
         self.folder = (runs or _runs()) / guest.name
         self.ssh_config = self.folder / "ssh_config"
@@ -108,30 +121,36 @@ class Machine:
         return state
 
     def build(self) -> None:
-        """Makes what it is booted from, if it is missing."""
-        self._make()
+        """Makes what it is started from, if it is missing."""
+        self._make_saved(*self._make())
 
     def up(self) -> bool:
-        """Boots it and waits until SSH answers. False if it was up already.
+        """Restores it as it was once booted, or boots it with LAB_FRESH=1, and waits until SSH answers.
 
-        Raises LabError if it dies or does not answer in time. Unless the wait ends well, the guest is ended too.
+        False if it was up already. Raises LabError if it dies or does not answer in time. Unless the wait ends well,
+        the guest is ended too.
         """
         kernel, root = self._make()
+        fresh = os.environ.get("LAB_FRESH", "") not in ("", "0")
+        saved = None if fresh else self._make_saved(kernel, root)
         with self._lock():
             state = self.state
             if state is not None and _is_alive(state):
                 # Perhaps whoever booted it was killed before it was done.
-                self._wait_for_ssh(state, Progress(f"guest {self.name}: runs already"))
+                self._wait_for_ssh(state, Progress(f"guest {self.name}: runs already"), BOOT_TIMEOUT)
                 return False
-            self._prepare(root)
-            progress = Progress(f"guest {self.name}: booting")
-            state = self._start(kernel, root)
+            if saved is None:
+                self._boot(kernel, root)
+                return True
             try:
-                self._wait_for_ssh(state, progress)
-            except BaseException:
-                self._end(state)
-                self._state_file.unlink()
-                raise
+                self._restore(kernel, root, saved)
+            except LabError as error:
+                # It may be damaged, and whatever it is, booting is the way out.
+                print(
+                    f"lab: guest {self.name}: its saved state is thrown away and made again: {error}", file=sys.stderr
+                )
+                store.discard(self._saved(kernel, root))
+                self._restore(kernel, root, self._make_saved(kernel, root))
             return True
 
     def down(self) -> bool:
@@ -166,34 +185,87 @@ class Machine:
             yield
 
     def _make(self) -> tuple[Path, Path]:
-        """The folders of its kernel and of its root file system, which may be the same."""
-        if self.guest.kernel is None:
-            root = make_root(self.guest.root)
-            return root, root
+        """The folders of its kernel and of its root file system."""
         return make_kernel(self.guest.kernel), make_root(self.guest.root)
 
-    def _prepare(self, root: Path) -> None:
-        """Makes the run's folder: a throw-away disk over the cached one, and what SSH needs."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True, mode=0o700)
+    def _saved(self, kernel: Path, root: Path) -> store.Artifact:
+        """Its disk once it has booted, with the state of the whole machine: disk.qcow2."""
+        inputs = {
+            "kernel": kernel.name,
+            "root": root.name,
+            "qemu": _version(),
+            "command": [word.replace(str(kernel), kernel.name) for word in self._qemu(kernel, 0)],
+            "settle": _SETTLE,
+            "recipe": _RECIPE,
+        }
+        return store.Artifact("booted", self.name, inputs)
+
+    def _make_saved(self, kernel: Path, root: Path) -> Path:
+        return store.make(self._saved(kernel, root), partial(self._save, kernel, root))
+
+    def _save(self, kernel: Path, root: Path, work: Path) -> dict[str, str]:
+        """Boots the guest in a folder of its own, waits until it is quiet, and saves it."""
+        # Nobody would look for it once this process has been killed.
+        once = Machine(self.guest, work / "run", ("setpriv", "--pdeathsig", "KILL"))
+        state = once._boot(kernel, root)
+        try:
+            progress = Progress(f"guest {self.name}: saving it as it is")
+            # Over no connection that lasts: a restored guest would have the ends of it.
+            settled = once._run_alone(_SETTLE, BOOT_TIMEOUT)
+            if settled.returncode != 0:
+                raise LabError(f"guest {self.name} does not come to rest: {(settled.stdout + settled.stderr).strip()}")
+            said = once._qmp("human-monitor-command", {"command-line": f"savevm {_TAG}"}, _SAVE_TIMEOUT)
+            if said:
+                raise LabError(f"guest {self.name} cannot be saved: {said.strip()}")
+            progress.done()
+        finally:
+            once._end(state)
+        (once.folder / "disk.qcow2").rename(work / "disk.qcow2")
+        shutil.rmtree(work / "run")
+        return {"kernel": kernel.name, "root": root.name}
+
+    def _boot(self, kernel: Path, root: Path) -> State:
+        self._prepare(root)
         image = root / "root.img"
         command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(image)]
         command.append(str(self.folder / "disk.qcow2"))
         made = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
         if made.returncode != 0:
             raise LabError(f"cannot make the disk of guest {self.name}: {made.stderr.strip()}")
+        return self._await(self._start(kernel, root), Progress(f"guest {self.name}: booting"), BOOT_TIMEOUT)
+
+    def _restore(self, kernel: Path, root: Path, saved: Path) -> State:
+        progress = Progress(f"guest {self.name}: restoring")
+        self._prepare(root)
+        shutil.copyfile(saved / "disk.qcow2", self.folder / "disk.qcow2")
+        return self._await(self._start(kernel, root, "-loadvm", _TAG), progress, _RESTORE_TIMEOUT)
+
+    def _await(self, state: State, progress: Progress, seconds: float) -> State:
+        """Waits until SSH answers; ends the guest where it does not."""
+        try:
+            self._wait_for_ssh(state, progress, seconds)
+        except BaseException:
+            self._end(state)
+            self._state_file.unlink()
+            raise
+        return state
+
+    def _prepare(self, root: Path) -> None:
+        """Makes the run's folder, with what SSH needs."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, mode=0o700)
         # Copies: what a run needs must outlast a rebuild of the cache.
         shutil.copy(root / "known_hosts", self.folder)
         shutil.copy(make_key(), self.private_key)
 
-    def _start(self, kernel: Path, root: Path) -> State:
+    def _start(self, kernel: Path, root: Path, *more: str) -> State:
         """Starts QEMU on a free port and writes down its state."""
         for _attempt in range(_PORT_ATTEMPTS):
             port = _free_port()
             self._write_ssh_config(port)
             with self._qemu_log.open("wb") as log:
                 process = subprocess.Popen(
-                    self._qemu(kernel, port),
+                    [*self._prefix, *self._qemu(kernel, port), *more],
                     # The monitor's socket is named relative to this folder, as its path may be too long for a socket.
                     cwd=self.folder,
                     stdin=subprocess.DEVNULL,
@@ -218,8 +290,10 @@ class Machine:
     def _qemu(self, kernel: Path, port: int) -> list[str]:
         # Software emulation unless told otherwise: a /dev/kvm that exists need not be able to boot this.
         accel = os.environ.get("LAB_ACCEL", "tcg")
-        devices = ["intel-iommu,intremap=on,device-iotlb=on", "virtio-rng-pci"]
-        devices += ["virtio-blk-pci,drive=root", "virtio-net-pci,netdev=net,romfile="]
+        # A new identity at each start: a restored guest's random numbers must not be those of its twins.
+        devices = ["intel-iommu,intremap=on,device-iotlb=on", "vmgenid,guid=auto", "virtio-rng-pci"]
+        devices += ["virtio-blk-pci,drive=root", "virtio-blk-pci,drive=modules"]
+        devices += ["virtio-net-pci,netdev=net,romfile="]
         devices += ["edu"] * _PASSTHROUGH_DEVICES
         command = [
             "qemu-system-x86_64",
@@ -232,16 +306,12 @@ class Machine:
             *("-serial", "file:console.log"),
             *("-qmp", "unix:qmp,server=on,wait=off"),
             *("-kernel", str(kernel / "bzImage")),
+            *("-initrd", str(kernel / "initrd.img")),
             *("-append", " ".join(_PARAMETERS)),
             *("-drive", "if=none,id=root,file=disk.qcow2,format=qcow2,cache=unsafe"),
+            *("-drive", f"if=none,id=modules,file={_comma(kernel / self.guest.modules)}.img,format=raw,readonly=on"),
             *("-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:22"),
         ]
-        if self.guest.kernel is None:
-            command += ["-initrd", str(kernel / "initrd.img")]
-        else:
-            modules = _comma(kernel / "modules.img")
-            command += ["-drive", f"if=none,id=modules,file={modules},format=raw,readonly=on"]
-            devices.append("virtio-blk-pci,drive=modules")
         for device in devices:
             command += ["-device", device]
         return command
@@ -259,33 +329,43 @@ class Machine:
             time.sleep(0.1)
         return False
 
-    def _qmp(self, command: str) -> None:
-        """Sends one command to QEMU's monitor. Raises OSError if there is none."""
+    def _qmp(self, command: str, arguments: dict[str, str] | None = None, seconds: float = 5) -> Any:
+        """What QEMU's monitor answers to one command. Raises OSError if there is none, and LabError if it refuses."""
         folder = os.open(self.folder, os.O_PATH | os.O_DIRECTORY)
         try:
             with socket.socket(socket.AF_UNIX) as monitor:
-                monitor.settimeout(5)
+                monitor.settimeout(seconds)
                 # The short name of a path that may be too long for a socket's address
                 monitor.connect(f"/proc/self/fd/{folder}/qmp")
                 with monitor.makefile("rw", encoding="utf-8") as stream:
                     stream.readline()
-                    for execute in ("qmp_capabilities", command):
-                        stream.write(json.dumps({"execute": execute}) + "\n")
+                    answer: dict[str, Any] = {}
+                    for request in (
+                        {"execute": "qmp_capabilities"},
+                        {"execute": command, "arguments": arguments or {}},
+                    ):
+                        stream.write(json.dumps(request) + "\n")
                         stream.flush()
-                        if not stream.readline():
-                            raise ConnectionError("QEMU's monitor closed the connection")
+                        answer = {}
+                        # Between request and answer it tells what happens.
+                        while not answer.keys() & {"return", "error"}:
+                            line = stream.readline()
+                            if not line:
+                                raise ConnectionError("QEMU's monitor closed the connection")
+                            answer = json.loads(line)
         finally:
             os.close(folder)
+        if "error" in answer:
+            raise LabError(f"QEMU of guest {self.name} refuses {command}: {answer['error'].get('desc')}")
+        return answer["return"]
 
-    def _wait_for_ssh(self, state: State, progress: Progress) -> None:
+    def _wait_for_ssh(self, state: State, progress: Progress, seconds: float) -> None:
         answer = "waiting for SSH"
         while True:
             if not _is_alive(state):
                 raise LabError(f"guest {self.name} died while it booted{self._last_words()}")
-            if progress.seconds > BOOT_TIMEOUT:
-                raise LabError(
-                    f"guest {self.name} did not answer by SSH within {BOOT_TIMEOUT:.0f} s{self._last_words()}"
-                )
+            if progress.seconds > seconds:
+                raise LabError(f"guest {self.name} did not answer by SSH within {seconds:.0f} s{self._last_words()}")
             progress.show(answer)
             if _greets(state.port):
                 refusal = self._try_ssh()
@@ -296,20 +376,33 @@ class Machine:
             time.sleep(0.2)
 
     def _try_ssh(self) -> str | None:
-        """Logs in once; None if that works, else what ssh says."""
+        """Logs in once and sets the clock, which a restored guest has from its past; what ssh says if that fails."""
         try:
-            tried = subprocess.run(
-                self.ssh_command(["true"]),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=60,
-                env=environment(),
-                check=False,
-            )
+            tried = self._run(self.ssh_command([f"date --set=@{time.time():.2f}"]), 60)
         except subprocess.TimeoutExpired:
             return "ssh does not come back"
         return None if tried.returncode == 0 else tried.stderr.strip().replace("\n", "; ")
+
+    def _run_alone(self, command: str, seconds: float) -> subprocess.CompletedProcess[str]:
+        """Runs a command over a connection of its own, once those that are kept have been closed."""
+        ssh, *words = self.ssh_command([command])
+        self._run([ssh, "-O", "exit", *self.ssh_command()[1:]], 60)
+        try:
+            return self._run([ssh, "-o", "ControlPath=none", *words], seconds)
+        except subprocess.TimeoutExpired:
+            raise LabError(f"guest {self.name} did not come to rest within {seconds:.0f} s") from None
+
+    @staticmethod
+    def _run(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            env=environment(),
+            check=False,
+        )
 
     def _write_ssh_config(self, port: int) -> None:
         """For `ssh -F`: everything about this one guest, and nothing of the user's own configuration."""
@@ -406,6 +499,13 @@ def _greets(port: int) -> bool:
             return connection.recv(4) == b"SSH-"
     except OSError:
         return False
+
+
+def _version() -> str:
+    """Which QEMU this is: no other need be able to read what it saves."""
+    command = ["qemu-system-x86_64", "--version"]
+    told = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
+    return told.stdout.partition("\n")[0]
 
 
 def _comma(path: Path) -> str:

@@ -105,6 +105,12 @@ def make(artifact: Artifact, build: Callable[[Path], Mapping[str, Any]]) -> Path
     return artifact.path
 
 
+def discard(artifact: Artifact) -> None:
+    """Throws an artifact away: it is of no use."""
+    with lock(f"{artifact.kind}-{artifact.path.name}", f"{artifact.kind} {artifact.name} is being made by another run"):
+        shutil.rmtree(artifact.path, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def lock(name: str, while_waiting: str) -> Iterator[None]:
     """Holds the lock of that name, waiting for whoever holds it, and saying so.

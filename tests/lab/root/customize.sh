@@ -7,6 +7,8 @@
 set -eu
 
 echo lab > /etc/hostname
+# Where the initramfs mounts the modules of the kernel that is booted
+mkdir -p /usr/lib/modules
 
 # Two plain users: one whose processes hold VFIO devices, and somebody else.
 useradd --uid 1001 --create-home --shell /bin/bash vm
