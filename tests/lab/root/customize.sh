@@ -14,10 +14,11 @@ mkdir -p /usr/lib/modules
 useradd --uid 1001 --create-home --shell /bin/bash vm
 useradd --uid 1002 --create-home --shell /bin/bash alice
 
-# What waits or works at boot and has nothing to do in a guest that lives for an hour.
+# What waits or works at boot and has nothing to do in a guest that lives for an hour; and every timer of the calendar,
+# since days have passed for a guest that is restored.
 systemctl mask --quiet \
     apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service \
-    fstrim.timer man-db.timer systemd-networkd-wait-online.service getty@tty1.service \
+    fstrim.timer logrotate.timer man-db.timer systemd-networkd-wait-online.service getty@tty1.service \
     serial-getty@ttyS0.service libvirt-guests.service
 # libvirt is started by its sockets, when somebody asks for it. Disabling its service disables them too.
 systemctl disable --quiet libvirtd.service
