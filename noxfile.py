@@ -210,13 +210,13 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tooling(session: nox.Session) -> None:
-    """Test the report that decides whether a run has passed."""
+    """Test the report that decides whether a run has passed, and the lab against bad luck."""
     session.install("-r", f"{REQUIREMENTS}/units.txt")
     RESULTS.mkdir(parents=True, exist_ok=True)
     session.run(
-        *("pytest", "-c", "tests/unit/pytest.ini", "--rootdir=tests/tooling"),
-        *(f"--junitxml={RESULTS}/{session.name}.xml", "tests/tooling", *session.posargs),
-        env={"PYTHONPATH": "tests/tooling"},
+        *("pytest", "-c", "tests/unit/pytest.ini", "--rootdir=tests", f"--junitxml={RESULTS}/{session.name}.xml"),
+        *("tests/tooling", "tests/lab", *session.posargs),
+        env={"PYTHONPATH": "tests/tooling:tests/lab"},
     )
 
 

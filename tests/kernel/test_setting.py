@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The option set, queried and set back, by the module as a program of its own; the kernel is asked inside the target."""
+"""The option set, queried and set back, by the module as a program; the kernel is asked inside the target."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import pytest
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
@@ -121,7 +121,7 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
 
 def test_bad_input(vmm: Vmm, start: Start, told: Told, container_is_iommufd: bool) -> None:
     """Each is a failure that names the thing, and changes nothing."""
-    fds: dict[Union[str, int], int] = {
+    fds: dict[str | int, int] = {
         "null": vmm.do("open", os.devnull, "r")["fd"],
         "path": vmm.do("open", "/dev/iommu", "path")["fd"],
         "socket": vmm.do("hold_socket")["fd"],
