@@ -260,7 +260,7 @@ class IommuFd:
 _HINTS = {
     ("huge_pages", errno.ENOENT): (" It has no IOAS of this id: a query without ioas_id lists those it has."),
     ("huge_pages", errno.EINVAL): (
-        " The kernel turns huge pages off only while no memory is mapped in the IOAS: do it before the VM maps any,"
+        " The kernel turns huge pages off only while no memory is mapped for a device: do it before the VM maps any,"
         " or restart the VM."
     ),
 }
