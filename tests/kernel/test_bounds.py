@@ -19,10 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
 
+import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._tables import TOO_MANY, TOO_MANY_HOLDERS
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start
 from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, RUN_MODULE, TREE, VM, Answer
 from ansible_collections.virt.iommufd.tests.kernel.info import limits
+
+pytestmark = pytest.mark.once
 
 UNIT = "crowd-of-one.service"
 CROWD = Path(__file__).with_name("crowd_of_one.py")

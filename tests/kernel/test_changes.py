@@ -22,7 +22,7 @@ from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
 from ansible_collections.virt.iommufd.tests.kernel.harness import CONTAINER, Answer, Vmm, reusing, start_ticks
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
-pytestmark = pytest.mark.usefixtures("in_place")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("in_place")]
 
 # What the module does, in this order: the function that does it, and which of its calls it is.
 STEPS: dict[str, tuple[Any, str, int]] = {

@@ -27,6 +27,8 @@ from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
 from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, RUN_MODULE, TREE, VM, Answer, change_user
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
+pytestmark = pytest.mark.once
+
 QEMU = "/usr/bin/qemu-system-x86_64"
 SERVICE = Path("/run/systemd/system/kernel-test-children.service")
 

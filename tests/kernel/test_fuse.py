@@ -23,6 +23,8 @@ from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
 from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
+pytestmark = pytest.mark.once
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 # linux/fuse.h. The few requests that it takes to open the one file of a file system.

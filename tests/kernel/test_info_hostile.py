@@ -19,6 +19,8 @@ from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, CONTAIN
 from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, look_at, process, user
 from ansible_collections.virt.iommufd.tests.kernel.test_fuse import mount, server
 
+pytestmark = pytest.mark.once
+
 __all__ = ("server",)
 
 

@@ -31,6 +31,8 @@ EVERY_SET = ("CapInh", "CapPrm", "CapEff", "CapAmb")
 COMMAND = r"""
 import errno, fcntl, json, os, resource, struct, sys
 
+pytestmark = pytest.mark.once
+
 def tried(function, *arguments):
     try:
         function(*arguments)

@@ -18,6 +18,8 @@ from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
 from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, VM, Vmm, as_user, run_apart
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def place(vmm: Vmm) -> Callable[..., Path]:

@@ -27,6 +27,8 @@ from ansible_collections.virt.iommufd.plugins.modules import iommufd_host_record
 from ansible_collections.virt.iommufd.tests.kernel.harness import CAPABILITIES, VM, Answer, as_user, change_user
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
+pytestmark = pytest.mark.once
+
 RECORD = Path("/var/lib/iommufd_host/record.json")
 # On the file system that the emulators are on.
 PLACE = Path("/opt/iommufd-host-record-test")

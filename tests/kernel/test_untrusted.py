@@ -34,6 +34,8 @@ from ansible_collections.virt.iommufd.tests.kernel.harness import (
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 from ansible_collections.virt.iommufd.tests.kernel.test_fuse import ENOSYS, GETATTR, INIT, LOOKUP, OPEN, OPENDIR, mount
 
+pytestmark = pytest.mark.once
+
 # On the file system that the emulators are on; the folder of an ordinary user is in it.
 PLACE = Path("/opt/iommufd-untrusted-test")
 HERS = PLACE / "alice"

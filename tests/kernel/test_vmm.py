@@ -139,6 +139,7 @@ GIVEN = (
 )
 
 
+@pytest.mark.once
 def test_with_capabilities(folder: Path) -> None:
     (folder / "given").mkdir()
     paths = [Path(shutil.copy(QEMU, folder / "given" / f"qemu-system-{number}")) for number in range(len(GIVEN))]
@@ -157,6 +158,7 @@ def test_with_capabilities(folder: Path) -> None:
     assert [row["ok"] for row in trials] == [True] * 4
 
 
+@pytest.mark.once
 def test_through_a_link(qemu: Path, folder: Path) -> None:
     command("setcap", "cap_ipc_lock+ep", str(qemu))
     link = folder / "link"
@@ -168,6 +170,7 @@ def test_through_a_link(qemu: Path, folder: Path) -> None:
     assert (row["path"], row["real_path"], row["started"]["ok"]) == (str(link), str(qemu), True)
 
 
+@pytest.mark.once
 def test_what_has_the_capability_but_does_not_come_up(folder: Path) -> None:
     # Its user may have seen to that, by a signal or a limit.
     for name in ("false", "true"):
@@ -181,6 +184,7 @@ def test_what_has_the_capability_but_does_not_come_up(folder: Path) -> None:
         assert (started["effective"], started["msg"]) == (None, f"{path} ended at once: it said nothing.")
 
 
+@pytest.mark.once
 def test_what_is_no_emulator(folder: Path) -> None:
     script = folder / "qemu-system-script"
     script.write_text(f'#!/bin/sh\nexec {QEMU} "$@"\n')
@@ -210,6 +214,7 @@ def mounted(folder: Path, *words: str) -> Iterator[Path]:
         target.rmdir()
 
 
+@pytest.mark.once
 def test_nosuid_is_an_obstacle_that_nothing_tells(folder: Path) -> None:
     with mounted(folder, "-t", "tmpfs", "-o", "nosuid,mode=755", "none") as target:
         path = Path(shutil.copy(QEMU, target))
@@ -221,6 +226,7 @@ def test_nosuid_is_an_obstacle_that_nothing_tells(folder: Path) -> None:
         assert (row["started"]["ok"], row["started"]["effective"]) == (False, NOTHING)
 
 
+@pytest.mark.once
 def test_a_read_only_mount(qemu: Path, folder: Path) -> None:
     with mounted(folder, "--bind", "-o", "ro", str(folder)) as target:
         row = emulator(target / qemu.name, trial=True, user=USER)
@@ -230,6 +236,7 @@ def test_a_read_only_mount(qemu: Path, folder: Path) -> None:
         assert "cannot be made (EROFS: " in row["trial"]["msg"]
 
 
+@pytest.mark.once
 def test_a_mount_from_which_nothing_can_be_executed(folder: Path) -> None:
     """What is no obstacle to a capability shows in the trial all the same."""
     with mounted(folder, "-t", "tmpfs", "-o", "noexec,mode=755", "none") as target:
@@ -272,6 +279,7 @@ def test_a_bounding_set_without_it_makes_every_start_fail(qemu: Path) -> None:
         assert f"(EPERM: Operation not permitted). CAP_IPC_LOCK is not in the bounding set of {of}." in started["msg"]
 
 
+@pytest.mark.once
 def test_no_new_privileges_void_it_in_silence(qemu: Path) -> None:
     command("setcap", "cap_ipc_lock+ep", str(qemu))
     with libvirt_with("NoNewPrivileges=yes"):
@@ -294,6 +302,7 @@ def test_no_new_privileges_void_it_in_silence(qemu: Path) -> None:
         (["--no-new-privs"], "This caller runs with NoNewPrivileges"),
     ],
 )
+@pytest.mark.once
 def test_a_caller_who_is_worse_off_than_libvirt(qemu: Path, how: list[str], words: str) -> None:
     options = {"emulators": [str(qemu)], "trial": True, "start": True, "user": USER}
     [row] = run_apart(["setpriv", *how], "iommufd_vmm_check", **options)["emulators"]
@@ -304,6 +313,7 @@ def test_a_caller_who_is_worse_off_than_libvirt(qemu: Path, how: list[str], word
         assert words in what["msg"]
 
 
+@pytest.mark.once
 def test_an_ordinary_user_may_look_but_starts_nothing(qemu: Path) -> None:
     options: dict[str, Any] = {"emulators": [str(qemu)], "units": [LIBVIRT]}
     answered = run_apart(as_user(1002), "iommufd_vmm_check", **options)
@@ -315,6 +325,7 @@ def test_an_ordinary_user_may_look_but_starts_nothing(qemu: Path) -> None:
     assert "uid 1002 cannot be asked for trial, which takes root: run the task with become: true" in refused["msg"]
 
 
+@pytest.mark.once
 def test_check_mode_starts_nothing(qemu: Path) -> None:
     asked = {"trial": True, "start": True, "scratch": True, "user": USER, "users": ["vm"]}
     for domain in (False, True):
@@ -324,6 +335,7 @@ def test_check_mode_starts_nothing(qemu: Path) -> None:
             assert (what["ran"], what["ok"], what["msg"]) == (False, None, "Not run in check mode.")
 
 
+@pytest.mark.once
 def test_what_was_started_ends_with_the_module() -> None:
     reading, writing = os.pipe()
     module = os.fork()
@@ -487,6 +499,7 @@ def test_units_that_do_not_start() -> None:
     assert template["replica"]["ok"]
 
 
+@pytest.mark.once
 def test_the_limit_of_a_session() -> None:
     limits = Path("/etc/security/limits.d/90-kernel-test.conf")
     limits.write_text("vm - memlock 123456\nalice - memlock unlimited\n")
@@ -507,6 +520,7 @@ def test_an_iommufd_that_is_set_for_somebody_else(user: str) -> None:
     assert check(scratch=True, user=user)["scratch"] == told
 
 
+@pytest.mark.once
 def test_an_iommufd_that_is_none() -> None:
     hide = ["unshare", "--mount", "sh", "-c", 'mount --bind /dev/null /dev/iommu && exec "$@"', "sh"]
     scratch = run_apart(hide, "iommufd_vmm_check", scratch=True, user=USER)["scratch"]
@@ -514,6 +528,7 @@ def test_an_iommufd_that_is_none() -> None:
     assert "this kernel has no iommufd" in scratch["msg"]
 
 
+@pytest.mark.once
 def test_an_iommufd_that_cannot_be_set() -> None:
     less = ["setpriv", "--bounding-set=-sys_resource"]
     scratch = run_apart(less, "iommufd_vmm_check", scratch=True, user=USER)["scratch"]
