@@ -18,6 +18,22 @@ Start = Callable[..., Vmm]
 Told = Callable[[Answer], str]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--share", default="1/1", help="N/M: of the files with tests that run once, each M-th from the N-th on"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests that run once, in another guest."""
+    number, guests = map(int, config.getoption("share").split("/"))
+    once = [item for item in items if item.get_closest_marker("once")]
+    mine = sorted({item.path for item in once})[number - 1 :: guests]
+    elsewhere = [item for item in once if item.path not in mine]
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [item for item in items if item not in elsewhere]
+
+
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Starts processes, each of an ordinary user unless told otherwise."""
