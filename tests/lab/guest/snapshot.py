@@ -48,6 +48,9 @@ OWN_WILL = (
     "/var/lib/dpkg/lock*",
     "/var/lib/dpkg/triggers/*",
     "/var/lib/dpkg/available",
+    # and what it keeps of each package, which are most of the files there are: a package that comes or goes shows in
+    # /etc or among the programs
+    "/var/lib/dpkg/info",
 )
 
 
