@@ -8,9 +8,10 @@
     snapshot compare FILE    prints, as a JSON list of sentences, what is different now; an empty list if nothing is
 
 Looked at are the trees of /etc, /usr/local and /var/lib (kind, mode, owner, group, extended attributes, content), the
-file capabilities of all programs, the modes and owners of iommufd's and VFIO's device nodes, which units are enabled,
-which failed, and which units, of those that are loaded, have a name with `iommufd`. Times are not compared: to restore
-a file is to write it. What the host itself changes while it runs is left out, by name and for a reason, in OWN_WILL.
+file capabilities of all programs, which packages there are, the modes and owners of iommufd's and VFIO's device nodes,
+which units are enabled, which failed, and which units, of those that are loaded, have a name with `iommufd`. Times are
+not compared: to restore a file is to write it. What the host itself changes while it runs is left out, by name and for
+a reason, in OWN_WILL.
 """
 
 from __future__ import annotations
@@ -48,8 +49,7 @@ OWN_WILL = (
     "/var/lib/dpkg/lock*",
     "/var/lib/dpkg/triggers/*",
     "/var/lib/dpkg/available",
-    # and what it keeps of each package, which are most of the files there are: a package that comes or goes shows in
-    # /etc or among the programs
+    # and what it keeps of each package, which are most of the files there are: which packages there are is looked at
     "/var/lib/dpkg/info",
 )
 
@@ -112,6 +112,7 @@ def take() -> dict[str, dict[str, Any]]:
     return {
         "file": {path: describe(path) for top in TREES for path in walk(top)},
         "program": programs(),
+        "package": {path.stem: True for path in Path("/var/lib/dpkg/info").glob("*.list")},
         "node": nodes(),
         # Units that systemd made for this run alone, such as those of mounts, come and go.
         "unit file": {words[0]: words[1] for words in systemctl("list-unit-files") if words[1] != "transient"},
