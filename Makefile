@@ -14,8 +14,8 @@ BIN := $(CURDIR)/$(VENV)/bin
 # Where Ansible finds the collection, whatever the name of this folder.
 TREE := $(CURDIR)/$(VENV)/tree
 RESULTS := .nox/results
-# How many test sessions run at once. A guest keeps less than a processor busy: it is waited for, and waits.
-PARALLEL ?= 3
+# How many test sessions run at once. A third makes each slower by as much as it does, on two processors.
+PARALLEL ?= 2
 LAB := $(BIN)/python tests/lab
 # What ends the guest of 'demo' and 'bench', to be copied from there.
 STOP := $(if $(LAB_INSTANCE),LAB_INSTANCE=$(LAB_INSTANCE) )$(VENV)/bin/python tests/lab down fallback
