@@ -69,8 +69,8 @@ options:
       - The value that the option is to have. If not given, the option is only queried.
       - For O(option=rlimit_mode), V(user) charges the user, over all of the user's processes, which is what the kernel
         starts with; V(process) charges the process, which shows as C(VmLck) in C(/proc/PID/status).
-      - For O(option=huge_pages), a boolean. The kernel starts with V(true), and refuses V(false) once memory is mapped for
-        a device.
+      - For O(option=huge_pages), a boolean. The kernel starts with V(true), and refuses V(false) once memory is mapped
+        for a device.
     type: str
   ioas_id:
     description:
