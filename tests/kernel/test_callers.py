@@ -70,11 +70,16 @@ def test_root_without_cap_sys_ptrace(vmm: Vmm, told: Told) -> None:
     assert vmm.mode == "user"
 
 
+@pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("tolerate", [["denied"], []])
-def test_root_without_cap_sys_resource(vmm: Vmm, told: Told, tolerate: list[str]) -> None:
+def test_root_without_cap_sys_resource(vmm: Vmm, told: Told, tolerate: list[str], check: bool) -> None:
     without = ["setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource"]
-    answered = run_apart(without, pid=vmm.pid, value="process", tolerate=tolerate)
-    assert "takes CAP_SYS_RESOURCE in the initial user namespace" in told(answered)
+    assert run_apart(without, pid=vmm.pid)["value"] == "user"
+    answered = run_apart(without, pid=vmm.pid, value="process", tolerate=tolerate, _ansible_check_mode=check)
+    message = told(answered)
+    assert "takes CAP_SYS_RESOURCE in the initial user namespace" in message
+    assert "CAP_IPC_LOCK" in message
+    assert (answered["changed"], answered["value"]) == (False, "user")
     assert answered.get("failed", False) == (not tolerate)
     assert [each["outcome"] for each in answered["iommufds"]] == ["denied"]
     assert vmm.mode == "user"
