@@ -22,6 +22,8 @@ import pytest
 from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import EXEC, zipapp
 from ansible_collections.virt.iommufd.tests.kernel.harness import CAPABILITIES, MIB, VM, as_user
 
+pytestmark = pytest.mark.once
+
 PROGRAM = Path("/run/iommufd-exec-test")
 SEEN = Path("/run/iommufd-exec-seen")
 NOTHING = "0000000000000000"
@@ -30,8 +32,6 @@ EVERY_SET = ("CapInh", "CapPrm", "CapEff", "CapAmb")
 # It tells about itself in JSON, and asks the kernel for the mode of its iommufd. Its first word is the descriptor.
 COMMAND = r"""
 import errno, fcntl, json, os, resource, struct, sys
-
-pytestmark = pytest.mark.once
 
 def tried(function, *arguments):
     try:

@@ -96,6 +96,7 @@ depmod --basedir /tmp/base "$release"
 initramfs=/tmp/initramfs
 mkdir -p "$initramfs/bin" "$initramfs/modules"
 cp /bin/busybox "$initramfs/bin/"
+ln -s busybox "$initramfs/bin/sh"
 cp /init "$initramfs/init"
 chmod 755 "$initramfs/init"
 # In the order in which they must be loaded
@@ -106,7 +107,7 @@ done | sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++ { printf "%02d %s\
         case $file in
             *.xz) unpack='xz -dc' ;;
             *.zst) unpack='zstd -dc' ;;
-            *) unpack=cat ;;
+            *) unpack='cat' ;;
         esac
         $unpack "$file" > "$initramfs/modules/$number.ko"
     done
