@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -24,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -49,6 +51,9 @@ _RECIPE = 1
 _TAG = "booted"
 # What is waited for before a guest is saved: all that begins at boot has ended, and what was written is on the disk.
 _SETTLE = "systemctl is-system-running --wait || { systemctl list-units --failed --no-legend; exit 1; }; sync"
+# The tests' own programs, and where a guest has them.
+_PROGRAMS = Path(__file__).parent / "guest"
+_PROGRAMS_IN_GUEST = "/usr/local/bin"
 _PORT_ATTEMPTS = 5
 # unix(7): sun_path has 108 bytes, one of them for the end.
 _SOCKET_PATH_MAX = 107
@@ -378,9 +383,13 @@ class Machine:
             time.sleep(0.2)
 
     def _try_ssh(self) -> str | None:
-        """Logs in once and sets the clock, which a restored guest has from its past; what ssh says if that fails."""
+        """Logs in once, sets the clock, which a restored guest has from its past, and brings the tests' own programs.
+
+        Gives what ssh says if that fails.
+        """
+        awaken = f"date --set=@{time.time():.2f} && tar --extract --directory={_PROGRAMS_IN_GUEST}"
         try:
-            tried = self._run(self.ssh_command([f"date --set=@{time.time():.2f}"]), 60)
+            tried = self._run(self.ssh_command([awaken]), 60, _programs())
         except subprocess.TimeoutExpired:
             return "ssh does not come back"
         return None if tried.returncode == 0 else tried.stderr.strip().replace("\n", "; ")
@@ -395,16 +404,12 @@ class Machine:
             raise LabError(f"guest {self.name} did not come to rest within {seconds:.0f} s") from None
 
     @staticmethod
-    def _run(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            env=environment(),
-            check=False,
+    def _run(command: Sequence[str], seconds: float, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command, input=stdin, capture_output=True, timeout=seconds, env=environment(), check=False
         )
+        said, complaints = (each.decode(errors="replace") for each in (done.stdout, done.stderr))
+        return subprocess.CompletedProcess(done.args, done.returncode, said, complaints)
 
     def _write_ssh_config(self, port: int) -> None:
         """For `ssh -F`: everything about this one guest, and nothing of the user's own configuration."""
@@ -513,6 +518,18 @@ def _version() -> str:
 def _comma(path: Path) -> str:
     """A path as QEMU's option parser wants it."""
     return str(path).replace(",", ",,")
+
+
+def _programs() -> bytes:
+    """The tests' programs for guests, as an archive. The one that Python is to import itself is none."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for path in sorted(_PROGRAMS.glob("*.py")):
+            content = b"#!/usr/bin/python3\n" + path.read_bytes()
+            entry = tarfile.TarInfo(path.stem)
+            entry.size, entry.mode = len(content), 0o755
+            tar.addfile(entry, io.BytesIO(content))
+    return archive.getvalue()
 
 
 def _quoted(path: Path) -> str:
