@@ -180,6 +180,8 @@ class Machine:
             "ansible_user": "root",
             "ansible_ssh_private_key_file": str(self.private_key),
             "ansible_ssh_common_args": f"-F {shlex.quote(str(self.ssh_config))}",
+            # What a command leaves running must not end with a terminal.
+            "ansible_ssh_use_tty": False,
             "ansible_python_interpreter": "/usr/bin/python3",
         }
 
