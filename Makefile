@@ -64,7 +64,7 @@ clean:  ## remove everything that was made here (not the lab's cache: 'python3 t
 lab-tools: $(VENV)/stamp
 	@$(LAB) tools --install
 
-$(VENV)/stamp: $(wildcard tests/requirements/*.txt) tests/tooling/fetch_collections.py Makefile
+$(VENV)/stamp: $(wildcard tests/requirements/*.txt) Makefile
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed: apt-get install python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	    package="python$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"; \
@@ -77,5 +77,4 @@ $(VENV)/stamp: $(wildcard tests/requirements/*.txt) tests/tooling/fetch_collecti
 	@$(BIN)/python -m pip --disable-pip-version-check install -q -r tests/requirements/dev.txt
 	@mkdir -p $(TREE)/ansible_collections/virt
 	@ln -s $(CURDIR) $(TREE)/ansible_collections/virt/iommufd
-	@$(BIN)/python tests/tooling/fetch_collections.py $(TREE)
 	@touch $@

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tests" / "tooling"))
 
 import sandbox
-from pythons import CONTROLLER_CORES, NEWEST_CORE, OLDEST_COLLECTIONS, OLDEST_CORE, UNIT_CORES, find_pythons, first
+from pythons import CONTROLLER_CORES, NEWEST_CORE, OLDEST_CORE, UNIT_CORES, find_pythons, first
 
 REQUIREMENTS = "tests/requirements"
 RESULTS = ROOT / ".nox" / "results"
@@ -35,7 +35,7 @@ TOOLS = str(Path(sys.executable).parent)
 TOOLS_PYTHON = "{}.{}".format(*sys.version_info[:2])
 os.environ["PATH"] = os.pathsep.join([TOOLS, *(str(Path(p).parent) for p in PYTHONS.values()), os.environ["PATH"]])
 
-# The collection and those that it depends on, as the Makefile puts them beside the tools.
+# The collection, as the Makefile puts it beside the tools.
 os.environ["ANSIBLE_COLLECTIONS_PATH"] = str(Path(sys.prefix) / "tree")
 
 nox.options.reuse_venv = "yes"
@@ -117,12 +117,11 @@ def sanity_oldest(session: nox.Session) -> None:
 
 @nox.session(name="syntax-oldest", python=(first(OLDEST_CORE, PYTHONS) or ["3.11"])[0])
 def syntax_oldest(session: nox.Session) -> None:
-    """Have the oldest supported ansible-core read the role and the playbooks, beside the oldest community.general."""
+    """Have the oldest supported ansible-core read the role and the playbooks."""
     core = dict(OLDEST_CORE)[str(session.python)]
     note(session, core)
     session.install(f"ansible-core=={core}", "-c", f"{REQUIREMENTS}/constraints.txt")
     tree = sandbox.link_tree(ROOT, Path(session.create_tmp()))
-    session.run("python", "tests/tooling/fetch_collections.py", str(tree), OLDEST_COLLECTIONS)
     # What a role includes when it runs is not read before; what a playbook imports is.
     files = sorted(path.relative_to(ROOT / "roles") for path in ROOT.glob("roles/*/tasks/*.yml"))
     tasks = [{"import_role": {"name": f"virt.iommufd.{path.parts[0]}", "tasks_from": path.name}} for path in files]

@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
+from ansible_collections.virt.iommufd.plugins.plugin_utils._host_files import grant_files
 
 DOCUMENTATION = r"""
 name: iommufd_host_kept
@@ -18,8 +19,8 @@ version_added: 0.1.0
 author:
   - The virt.iommufd contributors (@virt-iommufd)
 description:
-  - Tells what the role C(virt.iommufd.iommufd_host) lists for M(virt.iommufd.iommufd_host_record) a second time, so
-    that all else is put back, where the host did not pass its verification. It touches nothing.
+  - Tells what the role C(virt.iommufd.iommufd_host) wants a second time, so that all else is put back, where the host
+    did not pass its verification. It touches nothing.
   - Where something is not as it should be, all grants go. Where that is only not known, those go that the same run has
     made, and what was in force before stays, because a user of the host can see to it that nothing is known.
 options:
@@ -27,8 +28,8 @@ options:
     description: The plan, as P(virt.iommufd.iommufd_host_plan#filter) returned it.
     type: dict
     required: true
-  record:
-    description: What M(virt.iommufd.iommufd_host_record) returned for the plan, before anything was changed.
+  applied:
+    description: What M(virt.iommufd.iommufd_host_apply) returned for the plan.
     type: dict
     required: true
   failed:
@@ -42,92 +43,54 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Ensure that what this run has granted is taken back, and nothing else
-  virt.iommufd.iommufd_host_record:
-    files: "{{ kept.files }}"
-    capabilities: "{{ kept.capabilities }}"
-    nodes: "{{ kept.nodes }}"
-    blocks: "{{ kept.blocks }}"
-    units: "{{ kept.units }}"
-  vars:
-    kept: "{{ plan | virt.iommufd.iommufd_host_kept(record=record, failed=false) }}"
+- name: Report which files stay
+  ansible.builtin.debug:
+    msg: "{{ (plan | virt.iommufd.iommufd_host_kept(applied=applied, failed=false)).files | map(attribute='path') }}"
 """
 
 RETURN = r"""
 _value:
-  description: What stays. The first five are options of M(virt.iommufd.iommufd_host_record).
+  description:
+    - What stays, in the form of RV(virt.iommufd.iommufd_host_plan#filter:_value.wanted).
+    - Files of grants that stay hold what they held before the run.
   type: dict
-  contains:
-    files:
-      description: Files that stay.
-      type: list
-      elements: str
-    capabilities:
-      description: Emulators that keep their file capability.
-      type: list
-      elements: str
-    nodes:
-      description: As in the plan; the device nodes are no grant.
-      type: list
-      elements: str
-    blocks:
-      description: As in the plan.
-      type: list
-      elements: str
-    units:
-      description: The units that give the capability of RV(ignore:capabilities) back after an upgrade.
-      type: list
-      elements: str
-    rewritten:
-      description:
-        - Those of the files of grants that name emulators, as in the plan, with C(emulators) being
-          RV(ignore:capabilities).
-      type: list
-      elements: dict
-    restored:
-      description: The other files of grants, with the keys C(path) and C(content), as they were before this run.
-      type: list
-      elements: dict
 """
 
 Row = dict[str, Any]
 
 
-def kept(plan: Mapping[str, Any], record: Mapping[str, Any], failed: bool) -> Row:
+def kept(plan: Mapping[str, Any], applied: Mapping[str, Any], failed: bool) -> Row:
     """What stays, as RETURN describes it."""
-    new = {(each["kind"], each["path"]) for each in record["recorded"]}
-    there = record["capabilities"]
+    wanted = plan["wanted"]
+    new = {(each["kind"], each["path"]) for each in applied["recorded"]}
+    there = applied["capabilities"]
     capabilities = [
         path
-        for path in plan["capabilities"]
+        for path in wanted["capabilities"]
         # What others have granted is not ours to keep or to take.
         if not failed and there[path]["ours"] and ("capability", there[path]["real_path"]) not in new
     ]
-
-    def stays(row: Row) -> bool:
-        if not row["grants"]:
-            return True
-        if _is_of_emulators(row):
-            return bool(capabilities)
-        return not failed and ("file", row["path"]) not in new
-
-    files = [row for row in plan["files"] if stays(row)]
-    grants = [row for row in files if row["grants"]]
-    before = {row["path"]: record["files"][row["path"]]["content"] for row in grants if not _is_of_emulators(row)}
-    return {
-        "files": [row["path"] for row in files],
-        "capabilities": capabilities,
-        "nodes": plan["nodes"],
-        "blocks": plan["blocks"],
-        "units": plan["units"] if capabilities else [],
-        "rewritten": [{**row, "emulators": capabilities} for row in grants if "emulators" in row],
-        "restored": [{"path": path, "content": content} for path, content in before.items() if content is not None],
-    }
+    of_grants = plan["files_of_grants"]
+    of_emulators = {row["path"] for row in grant_files({})}
+    before = {each["path"]: each["before"] for each in applied["made"] if each["path"] in of_grants}
+    files = [
+        _as_before(row, before.get(row["path"]))
+        for row in wanted["files"]
+        if row["path"] not in of_emulators and _stays(row["path"], of_grants, new, failed)
+    ]
+    if capabilities:
+        files += grant_files({path: there[path]["real_path"] for path in capabilities})
+    return {**wanted, "files": files, "capabilities": capabilities, "units": wanted["units"] if capabilities else []}
 
 
-def _is_of_emulators(row: Row) -> bool:
-    """Whether a file is there to give emulators their capability back: all such files stay and go together."""
-    return bool(row["grants"]) and "grant" not in row and "raised" not in row
+def _stays(path: str, of_grants: Sequence[str], new: set[tuple[str, str]], failed: bool) -> bool:
+    """Whether a file stays: what is no grant does, and a grant that is no failure and was there before the run."""
+    return path not in of_grants or not (failed or ("file", path) in new)
+
+
+def _as_before(row: Row, content: str | None) -> Row:
+    """A file as it was before the run. One that the run did not write, or that held no text, stays as it is."""
+    return row if content is None else {**row, "content": content}
 
 
 class FilterModule:
@@ -137,13 +100,13 @@ class FilterModule:
         return {"iommufd_host_kept": iommufd_host_kept}
 
 
-def iommufd_host_kept(plan: Any, record: Any, failed: Any) -> Row:
+def iommufd_host_kept(plan: Any, applied: Any, failed: Any) -> Row:
     """The filter. Raises AnsibleFilterError where it is not given what it takes."""
-    if not isinstance(plan, Mapping) or not isinstance(record, Mapping) or not isinstance(failed, bool):
+    if not isinstance(plan, Mapping) or not isinstance(applied, Mapping) or not isinstance(failed, bool):
         raise AnsibleFilterError(
-            "iommufd_host_kept takes a plan of iommufd_host_plan, what iommufd_host_record returned for it, and failed."
+            "iommufd_host_kept takes a plan of iommufd_host_plan, what iommufd_host_apply returned for it, and failed."
         )
     try:
-        return kept(plan, record, failed)
+        return kept(plan, applied, failed)
     except KeyError as exc:
         raise AnsibleFilterError(f"iommufd_host_kept: there is no {exc} in its input.") from exc

@@ -16,6 +16,15 @@ from ansible.errors import AnsibleFilterError
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._foreign import harmless
 from ansible_collections.virt.iommufd.plugins.module_utils._size import parse_size
+from ansible_collections.virt.iommufd.plugins.plugin_utils._host_files import (
+    apparmor_file,
+    drop_in,
+    grant_files,
+    launcher,
+    limits_file,
+    modules_file,
+    udev_rules,
+)
 
 DOCUMENTATION = r"""
 name: iommufd_host_plan
@@ -105,38 +114,56 @@ _value:
       type: list
       elements: str
       sample: [/usr/bin/qemu-system-x86_64]
-    capabilities:
-      description: Those of them that get CAP_IPC_LOCK as a file capability.
-      type: list
-      elements: str
-      sample: [/usr/bin/qemu-system-x86_64]
     grants:
       description: What is granted, to whom, and by what means, with the keys C(what), C(to), C(by) and C(value).
       type: list
       elements: dict
-    files:
-      description:
-        - The files that the role writes, with the keys C(path), C(template), and what the template takes. Programs have
-          none, but C(lookup), the one that packs them.
-        - The key C(grants) tells whether a file is part of a grant.
-      type: list
-      elements: dict
-    units:
-      description: The systemd units of those files that are enabled and started.
+    files_of_grants:
+      description: Those of the files that are a grant to a unit or a user, by their paths.
       type: list
       elements: str
-    nodes:
-      description: The device nodes whose owner and mode the udev rule changes, as paths and shell patterns.
-      type: list
-      elements: str
-    blocks:
-      description: The files of others in which the role keeps a block of its own.
-      type: list
-      elements: str
-    acl:
-      description: The device nodes that C(cgroup_device_acl) must have, beside what it has.
-      type: list
-      elements: str
+    wanted:
+      description: The options of the internal module that makes the host so, by their names.
+      type: dict
+      contains:
+        modules:
+          description: The kernel modules that are loaded.
+          type: list
+          elements: str
+        files:
+          description:
+            - The files that the role writes, with the keys C(path), and C(content), or C(program) for a program of this
+              collection that is made on the host.
+          type: list
+          elements: dict
+        capabilities:
+          description: The emulators that get CAP_IPC_LOCK as a file capability.
+          type: list
+          elements: str
+          sample: [/usr/bin/qemu-system-x86_64]
+        nodes:
+          description: The device nodes whose owner and mode a udev rule changes, as paths and shell patterns.
+          type: list
+          elements: str
+        group:
+          description: The group that the rule gives them.
+          type: str
+        mode:
+          description: The mode that the rule gives them.
+          type: str
+        blocks:
+          description:
+            - The files of others in which the role keeps a block of its own, with the keys C(path) and C(devices), the
+              device nodes that C(cgroup_device_acl) must have beside what it has.
+          type: list
+          elements: dict
+        units:
+          description: The systemd units of those files that are enabled and started.
+          type: list
+          elements: str
+        reload:
+          description: Whether systemd has not read all files of the units of VMs yet.
+          type: bool
     access:
       description: What is done to let QEMU open the device nodes by itself, or why nothing is.
       type: list
@@ -147,14 +174,9 @@ Row = dict[str, Any]
 
 # uname -m, where the name of QEMU's emulator is another one.
 _EMULATOR_OF = {"ppc64le": "ppc64", "i686": "i386", "armv7l": "arm"}
-_MODULES_FILE = "/etc/modules-load.d/iommufd_host.conf"
-_UDEV_FILE = "/etc/udev/rules.d/80-iommufd_host.rules"
-_LIMITS_FILE = "/etc/security/limits.d/80-iommufd_host.conf"
-_LAUNCHER = "/usr/local/bin/iommufd-exec"
-_GRANT = "/usr/local/libexec/iommufd-host-grant"
-_APPARMOR_FILE = "/etc/apparmor.d/abstractions/libvirt-qemu.d/iommufd_host"
 _QEMU_CONF = "/etc/libvirt/qemu.conf"
-_DROP_IN = "50-iommufd_host.conf"
+# What gives emulators their capability back, of grant_files.
+_GRANT_UNITS = ("iommufd-host-grant.path", "iommufd-host-grant.timer")
 # As shell patterns.
 _NODES = ["/dev/iommu", "/dev/vfio/devices/*"]
 # The first libvirt that passes descriptors to QEMU, which then opens no node by itself: its NEWS.
@@ -178,6 +200,13 @@ _DEFAULTS: Row = {
     "launcher": False,
     "architecture": "",
     "apparmor": False,
+}
+
+_NOTHING: Row = {
+    **{name: [] for name in ("modules", "files", "capabilities", "nodes", "blocks", "units")},
+    "group": "",
+    "mode": "",
+    "reload": False,
 }
 
 _NO_IOMMUFD = (
@@ -395,7 +424,7 @@ def access(config: Mapping[str, Any], libvirt: Mapping[str, Any]) -> tuple[bool,
     said = [f"udev gives the device nodes to group {config['device_group'] or config['user']}"]
     said.append(f"cgroup_device_acl in {_QEMU_CONF} has the device nodes")
     if config["apparmor"]:
-        said.append(f"AppArmor lets QEMU open them: {_APPARMOR_FILE}")
+        said.append(f"AppArmor lets QEMU open them: {apparmor_file()['path']}")
     return True, said, []
 
 
@@ -413,35 +442,41 @@ def grants_of(choice: Choice, capabilities: list[str], units: list[str], config:
     ]
 
 
-def files_of(grants: list[Row], config: Mapping[str, Any], opens: bool) -> list[Row]:
-    """The files that the role writes, each with its template and what that takes."""
-    modules = {"template": "modules-load.conf.j2", "modules": config["modules"]}
-    files: list[Row] = [{"path": _MODULES_FILE, "grants": False, **modules}]
+def files_of_grants(grants: list[Row]) -> list[Row]:
+    """The files that are a grant to a unit or a user."""
+    raised = [grant for grant in grants if grant["by"] == "limits.d"]
+    drop_ins = [drop_in(grant) for grant in grants if grant["by"] == "drop-in"]
+    return drop_ins + ([limits_file(raised)] if raised else [])
+
+
+def wanted_of(
+    grants: list[Row], config: Mapping[str, Any], opens: bool, host: Mapping[str, Any], check: Mapping[str, Any] | None
+) -> Row:
+    """What the host is to have, as the internal module takes it."""
     group, mode = config["device_group"], config["device_mode"]
     if opens:
         group, mode = group or config["user"], mode or "0660"
-    if group or mode:
-        rights = {"template": "udev.rules.j2", "group": group, "mode": mode}
-        files.append({"path": _UDEV_FILE, "grants": False, **rights})
-    if config["launcher"]:
-        files.append({"path": _LAUNCHER, "grants": False, "template": None, "lookup": "iommufd_exec"})
-    if opens and config["apparmor"]:
-        files.append({"path": _APPARMOR_FILE, "grants": False, "template": "apparmor.j2"})
-    for grant in grants:
-        if grant["by"] == "drop-in":
-            path = f"/etc/systemd/system/{grant['to']}.d/{_DROP_IN}"
-            files.append({"path": path, "grants": True, "template": "drop-in.conf.j2", "grant": grant})
-    raised = [grant for grant in grants if grant["by"] == "limits.d"]
-    if raised:
-        files.append({"path": _LIMITS_FILE, "grants": True, "template": "limits.conf.j2", "raised": raised})
+    there = [each["node"] for each in host["vfio_devices"]]
     granted = [grant["to"] for grant in grants if grant["by"] == "file capability"]
-    if granted:
-        files.append({"path": _GRANT, "grants": True, "template": None, "lookup": "iommufd_host_grant"})
-        for kind in ("service", "path", "timer"):
-            path = f"/etc/systemd/system/iommufd-host-grant.{kind}"
-            template = f"iommufd-host-grant.{kind}.j2"
-            files.append({"path": path, "grants": True, "template": template, "emulators": granted, "program": _GRANT})
-    return files
+    nodes = list(_NODES) if group or mode else []
+    files = [modules_file(config["modules"])]
+    files += [udev_rules(group, mode)] if nodes else []
+    files += [launcher()] if config["launcher"] else []
+    files += [apparmor_file()] if opens and config["apparmor"] else []
+    files += files_of_grants(grants)
+    real = {each["path"]: each["real_path"] for each in check["emulators"]} if check else {}
+    files += grant_files({path: real.get(path, path) for path in granted}) if granted else []
+    return {
+        "modules": config["modules"],
+        "files": files,
+        "capabilities": granted,
+        "nodes": nodes,
+        "group": group,
+        "mode": mode,
+        "blocks": [{"path": _QEMU_CONF, "devices": [_NODES[0], *dict.fromkeys(_VFIO_NODES + there)]}] if opens else [],
+        "units": list(_GRANT_UNITS) if granted else [],
+        "reload": any(unit["outdated"] for unit in check["units"]) if check else False,
+    }
 
 
 def plan(info: Mapping[str, Any], config: Mapping[str, Any], check: Mapping[str, Any] | None) -> Row:
@@ -464,9 +499,6 @@ def plan(info: Mapping[str, Any], config: Mapping[str, Any], check: Mapping[str,
     if not errors and check is not None:
         errors = check_errors(check, config["emulators"] or capabilities, units, choice.strategy)
     grants = [] if errors else grants_of(choice, capabilities, units, config)
-    files = [] if errors else files_of(grants, config, opens)
-    rules = any(each["path"] == _UDEV_FILE for each in files)
-    there = [each["node"] for each in host["vfio_devices"]]
     return {
         "supported": supported,
         "kernel": host["kernel"],
@@ -479,12 +511,8 @@ def plan(info: Mapping[str, Any], config: Mapping[str, Any], check: Mapping[str,
         "units_of_vms": units,
         "memlock_users": config["memlock_users"] if choice.strategy == "memlock" else [],
         "grants": grants,
-        "capabilities": capabilities if grants else [],
-        "files": files,
-        "units": ["iommufd-host-grant.path", "iommufd-host-grant.timer"] if capabilities and grants else [],
-        "nodes": _NODES if rules else [],
-        "blocks": [_QEMU_CONF] if opens and not errors else [],
-        "acl": [_NODES[0], *dict.fromkeys(_VFIO_NODES + there)] if opens else [],
+        "files_of_grants": [each["path"] for each in files_of_grants(grants)],
+        "wanted": _NOTHING if errors else wanted_of(grants, config, opens, host, check),
         "access": said,
     }
 
@@ -503,7 +531,8 @@ def iommufd_host_plan(info: object, config: object, check: object = None) -> Row
             "iommufd_host_plan takes what virt.iommufd.iommufd_info returned, and the inputs of the role as config."
         )
     try:
-        # The modules give printable texts. A host that is not to be trusted gives what it likes.
-        return dict(harmless(plan(info, config, check)))
+        # The modules give printable texts. A host that is not to be trusted gives what it likes. What is made of that
+        # may have lines: files do.
+        return plan({"host": harmless(info["host"])}, config, harmless(check))
     except KeyError as exc:
         raise AnsibleFilterError(f"iommufd_host_plan: there is no {exc} in its input.") from exc

@@ -13,6 +13,7 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 from ansible_collections.virt.iommufd.plugins.module_utils._foreign import harmless
+from ansible_collections.virt.iommufd.plugins.plugin_utils._host_files import LAUNCHER, unit_with_drop_in
 
 DOCUMENTATION = r"""
 name: iommufd_host_result
@@ -32,19 +33,18 @@ options:
     description: What M(virt.iommufd.iommufd_info) returned, with all of its default subsets.
     type: dict
     required: true
-  record:
-    description: What M(virt.iommufd.iommufd_host_record) returned for the plan.
+  applied:
+    description: What M(virt.iommufd.iommufd_host_apply) returned for the plan.
     type: dict
     required: true
   check:
     description: What M(virt.iommufd.iommufd_vmm_check) returned once the plan was carried out.
     type: dict
     required: true
-  stale:
-    description: Daemons that have to be restarted, by the names of their units.
-    type: list
-    elements: str
-    default: []
+  restarts:
+    description: Whether the role restarts itself what has to be, so that the operator need not.
+    type: bool
+    default: false
 seealso:
   - plugin: virt.iommufd.iommufd_host_plan
     plugin_type: filter
@@ -54,7 +54,7 @@ seealso:
 EXAMPLES = r"""
 - name: Report what the operator still has to do
   ansible.builtin.debug:
-    msg: "{{ (plan | virt.iommufd.iommufd_host_result(info=info, record=record, check=check)).todo }}"
+    msg: "{{ (plan | virt.iommufd.iommufd_host_result(info=info, applied=applied, check=check)).todo }}"
 """
 
 RETURN = r"""
@@ -185,6 +185,22 @@ _value:
       description: What this run put back of what an earlier one had done, each a sentence.
       type: list
       elements: str
+    restart:
+      description: What reads anew only when it starts what this run has changed. VMs outlive a daemon of libvirt's.
+      type: dict
+      contains:
+        daemons:
+          description: Daemons, by the names of their units.
+          type: list
+          elements: str
+          sample: [libvirtd.service]
+        units:
+          description:
+            - Units with a drop-in of the role's that was changed or put back, or that still run without it. Of a
+              template it is a pattern of systemctl's for all of its instances.
+          type: list
+          elements: str
+          sample: [vm1.service, vm@*.service]
 """
 
 Row = dict[str, Any]
@@ -197,16 +213,16 @@ _RESTART = {
 
 
 def found_of(
-    plan: Mapping[str, Any], info: Mapping[str, Any], record: Mapping[str, Any], check: Mapping[str, Any]
+    plan: Mapping[str, Any], info: Mapping[str, Any], applied: Mapping[str, Any], check: Mapping[str, Any]
 ) -> list[Row]:
-    """What somebody else has granted. `record` knows the role's own grants, by which others' are told apart."""
+    """What somebody else has granted. `applied` knows the role's own grants, by which others' are told apart."""
     found = []
-    for path, there in record["capabilities"].items():
+    for path, there in applied["capabilities"].items():
         if _of_others(there):
             found.append({"what": "cap_ipc_lock", "to": path, "why": "The file had it before this role knew of it."})
     # The information is from before what is put back was put back.
-    known = {*_taken_from(record["put_back"]), *plan["capabilities"]}
-    known.update(there["real_path"] for there in record["capabilities"].values())
+    known = {*_taken_from(applied["put_back"]), *plan["wanted"]["capabilities"]}
+    known.update(there["real_path"] for there in applied["capabilities"].values())
     for emulator in info["host"]["qemu"]:
         if emulator["cap_ipc_lock"] and emulator["path"] not in known:
             why = "The file has it, and neither this run nor an earlier one granted it."
@@ -219,14 +235,15 @@ def found_of(
     return found
 
 
-def _taken_from(put_back: list[str]) -> list[str]:
-    """The emulators that CAP_IPC_LOCK was taken from, by the sentences of the record module."""
-    return [found[1] for each in put_back if (found := re.fullmatch(r"CAP_IPC_LOCK is taken from (.*)\.", each))]
+def _taken_from(put_back: list[Row]) -> list[str]:
+    """The emulators that CAP_IPC_LOCK was taken from."""
+    return [each["path"] for each in put_back if each["kind"] == "capability"]
 
 
-def _dropped_in(put_back: list[str]) -> list[str]:
-    """The units whose drop-in was put back, likewise."""
-    return [found[1] for each in put_back if (found := re.search(r"/([^/]+)\.d/50-iommufd_host\.conf ", each))]
+def _dropped_in(changes: list[Row]) -> list[str]:
+    """The units whose drop-in was changed."""
+    units = [unit_with_drop_in(each["path"]) for each in changes if each["kind"] == "file"]
+    return [unit for unit in units if unit is not None]
 
 
 def _of_others(there: Mapping[str, Any] | None) -> bool:
@@ -285,7 +302,7 @@ def _limit(who: str, tried: Mapping[str, Any], wanted: int | None) -> Row:
     return _tried(f"{who} may lock {text}", tried, ok, "unlimited" if limit is None else f"{limit} bytes")
 
 
-def pending_of(plan: Mapping[str, Any], info: Mapping[str, Any], put_back: list[str]) -> list[Row]:
+def pending_of(plan: Mapping[str, Any], info: Mapping[str, Any], put_back: list[Row]) -> list[Row]:
     """The VMs that still run as they were started before."""
     rows = []
     for process in info["processes"]:
@@ -313,7 +330,7 @@ def _is_of(unit: str | None, name: str) -> bool:
     return unit is not None and bool(re.fullmatch(re.escape(prefix) + r"@[A-Za-z0-9:_.\\@-]+\.service", unit))
 
 
-def _old(plan: Mapping[str, Any], process: Mapping[str, Any], put_back: list[str]) -> str:
+def _old(plan: Mapping[str, Any], process: Mapping[str, Any], put_back: list[Row]) -> str:
     """Why a VM is not yet as the strategy has it; empty where it is, or the strategy has nothing for it."""
     accounting, concerned = process["accounting"], False
     if plan["strategy"] == "memlock":
@@ -353,12 +370,24 @@ def _would_have(process: Mapping[str, Any], grants: list[Row]) -> bool:
     return False
 
 
+def restart_of(info: Mapping[str, Any], applied: Mapping[str, Any], pending: list[Row]) -> Row:
+    """What reads anew only when it starts what was changed. Where a unit does not run, systemd leaves it alone."""
+    changes = [*applied["put_back"], *applied["made"]]
+    libvirt = info["host"]["libvirt"]
+    stale = bool(libvirt["pid"]) and any(each["kind"] == "block" for each in changes)
+    rewritten = [each for each in applied["made"] if each.get("content")]
+    units = _dropped_in([*applied["put_back"], *rewritten])
+    units += [each["dropped_in"] for each in pending if each["dropped_in"]]
+    patterns = {unit.replace("@.service", "@*.service") for unit in units}
+    return {"daemons": [libvirt["unit"]] if stale else [], "units": sorted(patterns)}
+
+
 def result(
     plan: Mapping[str, Any],
     info: Mapping[str, Any],
-    record: Mapping[str, Any],
+    applied: Mapping[str, Any],
     check: Mapping[str, Any],
-    stale: list[str],
+    restarts: bool,
 ) -> Row:
     """The whole result, as RETURN describes it."""
     verified = verified_of(plan, check)
@@ -370,13 +399,16 @@ def result(
         for each in verified
         if each["unproven"] and each["counts"]
     ]
-    found = found_of(plan, info, record, check)
-    pending = pending_of(plan, info, record["put_back"])
+    found = found_of(plan, info, applied, check)
+    pending = pending_of(plan, info, applied["put_back"])
     todo = [f"{each['name']} (pid {each['pid']}): {each['todo']}" for each in pending]
-    todo += [
-        f"Restart {unit}, which reads qemu.conf only when it starts; VMs go on running meanwhile." for unit in stale
-    ]
-    if any(each.endswith("/iommufd-exec is removed.") for each in record["put_back"]):
+    restart = restart_of(info, applied, pending)
+    if not restarts:
+        todo += [
+            f"Restart {unit}, which reads qemu.conf only when it starts; VMs go on running meanwhile."
+            for unit in restart["daemons"]
+        ]
+    if any(each["path"] == LAUNCHER and each["gone"] for each in applied["put_back"]):
         todo.append(
             "iommufd-exec is gone, so a unit that has it in ExecStart= does not start any more. Where one has, set"
             " iommufd_host_launcher to true for this host and run the role again."
@@ -390,14 +422,15 @@ def result(
         ]
     return {
         **{key: plan[key] for key in ("supported", "kernel", "requested", "strategy", "certain", "why", "access")},
-        "grants": [grant for grant in plan["grants"] if not _of_others(record["capabilities"].get(grant["to"]))],
+        "grants": [grant for grant in plan["grants"] if not _of_others(applied["capabilities"].get(grant["to"]))],
         "found": found,
         "verified": [{key: each[key] for key in ("what", "ok", "evidence")} for each in verified],
         "failed": failed,
         "unproven": unproven,
         "pending": pending,
         "todo": todo,
-        "put_back": list(record["put_back"]),
+        "put_back": [each["text"] for each in applied["put_back"]],
+        "restart": restart,
     }
 
 
@@ -408,14 +441,14 @@ class FilterModule:
         return {"iommufd_host_result": iommufd_host_result}
 
 
-def iommufd_host_result(plan: Any, info: Any, record: Any, check: Any, stale: Any = ()) -> Row:
+def iommufd_host_result(plan: Any, info: Any, applied: Any, check: Any, restarts: bool = False) -> Row:
     """The filter. Raises AnsibleFilterError where it is not given what it takes."""
-    if not all(isinstance(each, Mapping) for each in (plan, info, record, check)):
+    if not all(isinstance(each, Mapping) for each in (plan, info, applied, check)):
         raise AnsibleFilterError(
             "iommufd_host_result takes a plan of iommufd_host_plan, and what the three modules of its options returned."
         )
     try:
         # The modules give printable texts. A host that is not to be trusted gives what it likes.
-        return dict(harmless(result(plan, info, record, check, list(stale))))
+        return dict(harmless(result(plan, info, applied, check, restarts)))
     except KeyError as exc:
         raise AnsibleFilterError(f"iommufd_host_result: there is no {exc} in its input.") from exc

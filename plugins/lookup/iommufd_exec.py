@@ -45,13 +45,17 @@ _raw:
   elements: path
 """
 
+import hashlib
+import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ansible import constants
 from ansible.errors import AnsibleLookupError
 from ansible.plugins.lookup import LookupBase
-from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import EXEC, packed
+from ansible_collections.virt.iommufd.plugins.module_utils._programs import EXEC, zipapp
 
 
 class LookupModule(LookupBase):
@@ -63,3 +67,17 @@ class LookupModule(LookupBase):
         # Ansible makes the folder when it starts and removes it when it ends. Types do not know what its configuration
         # holds.
         return [packed(EXEC, vars(constants)["DEFAULT_LOCAL_TMP"])]
+
+
+def packed(name: str, folder: str) -> str:
+    """Puts the program's file into a folder, unless it is there already, and gives the path of it."""
+    content = zipapp(name)
+    path = Path(folder, f"{name}-{hashlib.sha256(content).hexdigest()[:16]}")
+    if not path.exists():
+        # Others may look it up at the same time.
+        descriptor, scratch = tempfile.mkstemp(dir=path.parent)
+        with open(descriptor, "wb") as stream:
+            stream.write(content)
+        os.chmod(scratch, 0o700)
+        os.replace(scratch, path)
+    return str(path)

@@ -7,7 +7,7 @@
 What is asked for and what is said of it are `parse`, `fill` and `verdict`, which touch nothing; `launch` does it, from
 the step that needs most privilege to the one that needs none. Whatever fails before the last starts nothing.
 
-On a host it runs as a zipapp that plugin_utils/_zipapp.py makes of this file and those that it imports.
+On a host it runs as a zipapp that module_utils/_programs.py makes of this file and those that it imports.
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ __all__ = (
     "owner_name",
     "read_file_state",
     "remove_file",
+    "remove_unfinished",
     "set_capability",
     "set_capability_in",
     "set_node",
@@ -200,10 +201,11 @@ def make_folder(path: str, mode: int) -> None:
             sync(place.folder)
 
 
-def write_file_state(path: str, state: FileState) -> None:
+def write_file_state(path: str, state: FileState, check: Callable[[str], None] | None = None) -> None:
     """Puts a file in the place of whatever has its name, in one step. Missing folders are made.
 
-    Raises OSError; and IommufdError where somebody else than root can write a folder on the way.
+    `check` gets the path of the new file before, and raises IommufdError where it is to stay out. Raises OSError; and
+    IommufdError where somebody else than root can write a folder on the way.
     """
     for folder in missing_folders(path):
         make_folder(folder, 0o755)
@@ -222,6 +224,12 @@ def write_file_state(path: str, state: FileState) -> None:
             # Last, as a change of the owner clears some of it.
             os.fchmod(fd, state.mode)
             os.fsync(fd)
+        if check:
+            try:
+                check(os.path.join(os.path.dirname(path), new))
+            except IommufdError:
+                os.unlink(new, dir_fd=place.folder)
+                raise
         os.rename(new, place.name, src_dir_fd=place.folder, dst_dir_fd=place.folder)
         sync(place.folder)
 
@@ -231,12 +239,7 @@ def remove_file(path: str, folders: Sequence[str]) -> None:
 
     Raises IommufdError where somebody else than root can write a folder on the way.
     """
-    # A file in the place of a folder is somebody else's.
-    with contextlib.suppress(NotADirectoryError), walk(path, changes=True, judge_last=False) as place:
-        for each in () if place.missing else (place.name + _NEW, place.name):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(each, dir_fd=place.folder)
-                sync(place.folder)
+    _remove(path, (_NEW, ""))
     for folder in reversed(folders):
         try:
             with walk(folder, changes=True, judge_last=False) as place:
@@ -248,6 +251,20 @@ def remove_file(path: str, folders: Sequence[str]) -> None:
             if exc.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 return
             raise
+
+
+def remove_unfinished(path: str) -> None:
+    """Removes what a run that was cut off has left of a new file. Raises as `remove_file` does."""
+    _remove(path, (_NEW,))
+
+
+def _remove(path: str, suffixes: Sequence[str]) -> None:
+    # A file in the place of a folder is somebody else's.
+    with contextlib.suppress(NotADirectoryError), walk(path, changes=True, judge_last=False) as place:
+        for suffix in () if place.missing else suffixes:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(place.name + suffix, dir_fd=place.folder)
+                sync(place.folder)
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ def bench_launcher(rounds: int) -> Iterator[Finding]:
     """What iommufd-exec adds to the start of a VMM."""
     # The tree that the Makefile puts beside the tools.
     sys.path.insert(0, str(Path(sys.prefix) / "tree"))
-    from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import EXEC, INTERPRETER, zipapp
+    from ansible_collections.virt.iommufd.plugins.module_utils._programs import EXEC, INTERPRETER, zipapp
 
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "iommufd-exec")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import EXEC, zipapp
+from ansible_collections.virt.iommufd.plugins.module_utils._programs import EXEC, zipapp
 from ansible_collections.virt.iommufd.tests.kernel.harness import CAPABILITIES, MIB, VM, as_user
 
 pytestmark = pytest.mark.once

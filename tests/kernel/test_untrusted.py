@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.modules import iommufd_host_record, iommufd_info, iommufd_vmm_check
-from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import GRANT, zipapp
+from ansible_collections.virt.iommufd.plugins.module_utils._programs import GRANT, zipapp
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_host_apply, iommufd_info, iommufd_vmm_check
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Told
 from ansible_collections.virt.iommufd.tests.kernel.harness import (
     ALICE,
@@ -136,7 +136,7 @@ def test_a_capability_that_a_user_gave_to_his_own_file() -> None:
         " left as it is.\n"
     )
     assert xattr(EMULATOR) == before
-    answered = run(iommufd_host_record, capabilities=[str(EMULATOR)])
+    answered = run(iommufd_host_apply, capabilities=[str(EMULATOR)])
     assert answered["failed"]
     assert f"are for the user namespace of uid {ALICE} only" in answered["msg"]
     assert xattr(EMULATOR) == before
@@ -144,13 +144,13 @@ def test_a_capability_that_a_user_gave_to_his_own_file() -> None:
 
 def test_a_recorded_emulator_that_got_a_users_capability() -> None:
     """What was granted and then replaced is not granted again by more than what it was."""
-    assert run(iommufd_host_record, capabilities=[str(EMULATOR)])["granted"] == [str(EMULATOR)]
+    assert [each["path"] for each in run(iommufd_host_apply, capabilities=[str(EMULATOR)])["made"]] == [str(EMULATOR)]
     theirs = struct.pack("<6I", 0x03000001, 1 << 7, 0, 0, 0, ALICE)
     os.setxattr(EMULATOR, XATTR, theirs)
     assert grant(EMULATOR).returncode == 1
-    assert run(iommufd_host_record, capabilities=[str(EMULATOR)])["failed"]
+    assert run(iommufd_host_apply, capabilities=[str(EMULATOR)])["failed"]
     assert xattr(EMULATOR) == theirs
-    assert not run(iommufd_host_record)["changed"]
+    assert not run(iommufd_host_apply)["changed"]
     assert xattr(EMULATOR) == theirs
 
 
@@ -188,12 +188,12 @@ def test_an_emulator_that_somebody_else_can_write(kind: str) -> None:
     """Each refuses it by itself, and names the place."""
     path, place = her_file(kind)
     real = Path(os.path.realpath(path))
-    assert run(iommufd_host_record, capabilities=[str(path)], _ansible_check_mode=True)["failed"]
-    answered = run(iommufd_host_record, capabilities=[str(path)])
+    assert run(iommufd_host_apply, capabilities=[str(path)], _ansible_check_mode=True)["failed"]
+    answered = run(iommufd_host_apply, capabilities=[str(path)])
     assert answered["failed"]
     said = f"{path} cannot be trusted: {place} can be written by "
     assert said in answered["msg"]
-    assert (answered["changed"], answered["granted"]) == (False, [])
+    assert (answered["changed"], answered["made"]) == (False, [])
     row, limits = info(path)
     assert row["writer"]["place"] == str(place)
     assert said + row["writer"]["who"] in limits
@@ -213,14 +213,14 @@ def test_an_emulator_that_somebody_else_can_write(kind: str) -> None:
 
 def test_an_emulator_that_was_replaced_since() -> None:
     """Granted while it was root's, and somebody else's by now: neither granted again, nor given what it had."""
-    assert run(iommufd_host_record, capabilities=[str(EMULATOR)])["granted"] == [str(EMULATOR)]
+    assert [each["path"] for each in run(iommufd_host_apply, capabilities=[str(EMULATOR)])["made"]] == [str(EMULATOR)]
     PLACE.chmod(0o777)
     try:
         alice('mv "$1" "$1.old"; cp /usr/bin/cat "$1"; chmod 0777 "$1"', EMULATOR)
         assert grant(EMULATOR).returncode == 1
         assert xattr(EMULATOR) is None
         for options in ({"capabilities": [str(EMULATOR)]}, {}):
-            answered = run(iommufd_host_record, **options)
+            answered = run(iommufd_host_apply, **options)
             assert answered["failed"]
             assert f"{PLACE} can be written by everybody" in answered["msg"]
             assert not answered["changed"]
@@ -228,7 +228,7 @@ def test_an_emulator_that_was_replaced_since() -> None:
     finally:
         PLACE.chmod(0o755)
         EMULATOR.with_suffix(".old").rename(EMULATOR)
-    assert run(iommufd_host_record)["changed"]
+    assert run(iommufd_host_apply)["changed"]
     assert xattr(EMULATOR) is None
 
 
@@ -280,12 +280,18 @@ def swap(folder: Path, target: Path) -> None:
     alice('mv "$1" "$1.moved"; ln -s "$2" "$1"', folder, target)
 
 
+def of_role(path: Path | str) -> list[dict[str, str]]:
+    """A file as the role wants it."""
+    return [{"path": str(path), "content": "of the role"}]
+
+
 def test_a_folder_that_is_somebody_elses_when_it_is_recorded() -> None:
-    for options in ({"files": [f"{HERS}/a/conf"]}, {"blocks": [f"{HERS}/a/conf"]}, {"nodes": [f"{HERS}/*"]}):
-        answered = run(iommufd_host_record, **options)
+    block = {"path": f"{HERS}/a/conf", "devices": ["/dev/iommu"]}
+    for options in ({"files": of_role(f"{HERS}/a/conf")}, {"blocks": [block]}, {"nodes": [f"{HERS}/*"]}):
+        answered = run(iommufd_host_apply, **options)
         assert answered["failed"]
         assert f"{HERS} can be written by user alice (uid {ALICE})" in answered["msg"]
-    assert run(iommufd_host_record, record=f"{HERS}/lib/record.json")["failed"]
+    assert run(iommufd_host_apply, record=f"{HERS}/lib/record.json")["failed"]
     assert not (HERS / "lib").exists()
 
 
@@ -298,21 +304,20 @@ def test_a_folder_that_was_swapped_since(existed: bool) -> None:
     path = folder / "conf"
     if existed:
         path.write_text("mine now")
-    assert not run(iommufd_host_record, files=[str(path)]).get("failed")
-    path.write_text("of the role")
+    assert not run(iommufd_host_apply, files=of_role(path)).get("failed")
     # By a mistake of whoever administers the host, the folders become hers.
     for each in (PLACE, folder):
         os.chown(each, ALICE, ALICE)
     swap(folder, kept.parent)
     try:
-        answered = run(iommufd_host_record)
+        answered = run(iommufd_host_apply)
         assert answered["failed"]
         assert f"{PLACE} can be written by user alice (uid {ALICE})" in answered["msg"]
         assert (answered["changed"], answered["put_back"]) == (False, [])
         assert (kept.read_text(), kept.stat().st_mode & 0o777, os.listdir(kept.parent)) == ("of root", 0o600, ["conf"])
         # The link alone, in a folder that is root's again.
         os.chown(PLACE, 0, 0)
-        answered = run(iommufd_host_record)
+        answered = run(iommufd_host_apply)
         assert answered["failed"]
         assert f"{folder} can be written by user alice" in answered["msg"]
         assert kept.read_text() == "of root"
@@ -321,7 +326,7 @@ def test_a_folder_that_was_swapped_since(existed: bool) -> None:
         folder.unlink()
         folder.with_suffix(".moved").rename(folder)
         os.chown(folder, 0, 0)
-    assert run(iommufd_host_record)["changed"]
+    assert run(iommufd_host_apply)["changed"]
     assert path.exists() == existed
     assert kept.read_text() == "of root"
 
@@ -336,25 +341,24 @@ def test_a_folder_that_is_swapped_all_the_time() -> None:
         "while :; do mv settings settings.moved; ln -s victim settings; rm settings; mv settings.moved settings; done"
     )
     refused = 0
-    for turn in range(40):
+    for _turn in range(40):
         if not path.exists():
             path.write_text("old")
-        assert not run(iommufd_host_record, files=[str(path)]).get("failed")
-        path.write_text(f"of the role {turn}")
+        assert not run(iommufd_host_apply, files=of_role(path)).get("failed")
         os.chown(PLACE, ALICE, ALICE)
         command = [*as_user(ALICE), "sh", "-c", swapping]
         with subprocess.Popen(
             command, cwd=PLACE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         ) as swapper:
             time.sleep(0.05)
-            refused += bool(run(iommufd_host_record).get("failed"))
+            refused += bool(run(iommufd_host_apply).get("failed"))
             os.killpg(swapper.pid, signal.SIGKILL)
         os.chown(PLACE, 0, 0)
         if folder.is_symlink():
             folder.unlink()
         if not folder.exists():
             folder.with_suffix(".moved").rename(folder)
-        assert not run(iommufd_host_record).get("failed")
+        assert not run(iommufd_host_apply).get("failed")
         assert (kept.read_text(), os.listdir(kept.parent)) == ("of root", ["conf"])
     assert refused == 40
 
@@ -375,7 +379,7 @@ def dead() -> Iterator[Path]:
 
 @pytest.mark.parametrize("link", [False, True])
 def test_a_mount_whose_server_does_not_answer(dead: Path, link: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (("_host", "_PATIENCE"), ("_vmm", "_LOOK_PATIENCE"), ("_record", "_PATIENCE")):
+    for module, name in (("_host", "_PATIENCE"), ("_vmm", "_LOOK_PATIENCE"), ("_wanted", "_PATIENCE")):
         monkeypatch.setattr(f"ansible_collections.virt.iommufd.plugins.module_utils.{module}.{name}", 1)
     path = dead
     if link:
@@ -388,8 +392,8 @@ def test_a_mount_whose_server_does_not_answer(dead: Path, link: bool, monkeypatc
     answered = run(iommufd_vmm_check, emulators=[str(path)])
     assert answered["failed"]
     assert f"{path} was not found within 1 seconds" in answered["msg"]
-    for options in ({"capabilities": [str(path)]}, {"files": [f"{dead.parent}/conf"]}):
-        answered = run(iommufd_host_record, **options)
+    for options in ({"capabilities": [str(path)]}, {"files": of_role(f"{dead.parent}/conf")}):
+        answered = run(iommufd_host_apply, **options)
         assert answered["failed"]
         assert "within 1 seconds" in answered["msg"]
     assert time.monotonic() - began < 30
@@ -403,7 +407,7 @@ def test_a_mount_of_an_ordinary_user_is_not_even_asked(start_fuse: Callable[[Pat
     path = mount_point / "emulator"
     assert info(path)[0]["writer"]["place"] == str(HERS)
     assert check(path)["writer"]["place"] == str(HERS)
-    assert run(iommufd_host_record, capabilities=[str(path)])["failed"]
+    assert run(iommufd_host_apply, capabilities=[str(path)])["failed"]
     assert time.monotonic() - began < 9
 
 
@@ -521,11 +525,11 @@ def test_a_users_mount_that_claims_to_be_roots(her_mount: Callable[..., Callable
             assert row["version"] is None
             assert f"{HERS} can be written by {WHOSE}" in limits
             assert check(each, start=True, trial=True, user="nobody")["writer"] == row["writer"]
-            answered = run(iommufd_host_record, capabilities=[str(each)])
+            answered = run(iommufd_host_apply, capabilities=[str(each)])
             assert answered["failed"]
             assert f"{HERS} can be written by {WHOSE}" in answered["msg"]
             assert grant(each).returncode == 1
-        assert run(iommufd_host_record, files=[f"{HERS}/conf"])["failed"]
+        assert run(iommufd_host_apply, files=of_role(f"{HERS}/conf"))["failed"]
         # Nobody has waited for her.
         assert time.monotonic() - began < 60
     finally:
@@ -561,7 +565,7 @@ def test_a_program_that_was_brought_along() -> None:
         assert row["writer"]["who"].startswith("whoever has brought the ")
         assert row["version"] is None
         assert check(path, start=True, user="nobody")["started"]["ok"] is False
-        assert run(iommufd_host_record, capabilities=[str(path)])["failed"]
+        assert run(iommufd_host_apply, capabilities=[str(path)])["failed"]
         assert grant(path).returncode == 1
     finally:
         subprocess.run(["umount", str(stick)], check=True)

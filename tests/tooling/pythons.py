@@ -23,8 +23,6 @@ UNIT_CORES: dict[str, str] = {
 
 # For 'ansible-test sanity': versions of ansible-core with the Pythons that can run them, in order of preference.
 OLDEST_CORE: tuple[tuple[str, str], ...] = (("3.11", "2.16.19"), ("3.12", "2.16.19"), ("3.10", "2.16.19"))
-# The package `ansible` of that ansible-core's first days, with the oldest community.general that galaxy.yml allows.
-OLDEST_COLLECTIONS = "ansible==9.0.1"
 NEWEST_CORE: tuple[tuple[str, str], ...] = (
     ("3.13", "2.21.5"),
     ("3.12", "2.21.5"),

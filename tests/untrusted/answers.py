@@ -10,7 +10,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-__all__ = ("ARITHMETIC", "HARMLESS", "Texts", "answers")
+__all__ = ("ARITHMETIC", "DROP_IN", "HARMLESS", "UNIT", "Texts", "answers")
 
 Row = dict[str, Any]
 
@@ -47,6 +47,7 @@ class Texts:
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 UNIT = "vm1.service"
+DROP_IN = f"/etc/systemd/system/{UNIT}.d/50-iommufd_host.conf"
 
 
 def process(accounting: str | None, **fields: Any) -> Row:
@@ -132,11 +133,14 @@ def info(module: str = "loaded") -> Row:
     return {"changed": False, "host": host, "processes": processes, "users": users, "narrowed": narrowed}
 
 
-def check(ok: bool, obstacles: bool = False) -> Row:
-    """What iommufd_vmm_check returns where something was started; `ok`: with the capability that was granted."""
+def check(ok: bool | None, obstacles: bool = False) -> Row:
+    """What iommufd_vmm_check returns where something was started; `ok`: with the capability that was granted.
+
+    None is what is not known.
+    """
     capability = {
         "ran": True,
-        "inconclusive": False,
+        "inconclusive": ok is None,
         "ok": ok,
         "effective": "0000000000004000" if ok else "*",
         "msg": "*",
@@ -144,7 +148,7 @@ def check(ok: bool, obstacles: bool = False) -> Row:
     limits = {"memlock_bytes": 2**20, "memlock_unlimited": False}
     emulator = {
         "path": QEMU,
-        "real_path": QEMU,
+        "real_path": "*",
         "present": True,
         "writer": {"place": "*", "who": "*"} if obstacles else None,
         "is_emulator": True,
@@ -175,32 +179,39 @@ def check(ok: bool, obstacles: bool = False) -> Row:
     }
 
 
-def record() -> Row:
-    """What iommufd_host_record returns; the stub makes a row of each of these for what it is asked for."""
-    right = {"mode": "0600", "owner": "*", "group": "*"}
+def applied() -> Row:
+    """What iommufd_host_apply returns; the stub makes a row of each of these for what it is asked for."""
+    # The role tells these texts as they are, when it takes back what it granted.
+    put_back = [
+        {"kind": "file", "path": "*", "text": "?", "gone": True},
+        {"kind": "file", "path": "/etc/systemd/system/*.d/50-iommufd_host.conf", "text": "?", "gone": False},
+        {"kind": "capability", "path": QEMU, "text": f"CAP_IPC_LOCK is taken from {QEMU}.", "gone": False},
+        {"kind": "capability", "path": "*", "text": "CAP_IPC_LOCK is taken from ?.", "gone": False},
+    ]
+    made = [
+        {"kind": "file", "path": "*", "text": "?", "content": True, "before": "*"},
+        # What a host says that a file held goes back to the host.
+        {"kind": "file", "path": DROP_IN, "text": "?", "content": True, "before": "*\n*\n"},
+        {"kind": "block", "path": "*", "text": "?"},
+        {"kind": "unit", "path": "*", "text": "?"},
+    ]
     return {
         "changed": True,
-        # The role tells these as they are, when it takes back what it granted.
-        "put_back": ["?", "?", f"CAP_IPC_LOCK is taken from {QEMU}.", "CAP_IPC_LOCK is taken from ?."],
+        "put_back": put_back,
+        "made": made,
         "recorded": [{"kind": "file", "path": "*"}],
         "remembered": [{"kind": "file", "path": "*", "before": {"mode": "*"}}],
-        "each": {
-            "files": {"exists": True, "content": "?", "sha256": None, **right, "missing": []},
-            "capabilities": {"real_path": QEMU, "ipc_lock": False, "ours": True, "other": ["*"]},
-            "nodes": {"exists": True, **right},
-            "blocks": {"exists": True, "content": "*", "cgroup_device_acl": ["*"]},
-            "units": {"exists": True, "enabled": False, "active": False},
-        },
+        "each": {"capabilities": {"real_path": "?", "ipc_lock": True, "ours": True, "other": ["*"]}},
     }
 
 
-def answers(texts: Texts, module: str = "loaded", ok: bool = True, obstacles: bool = False) -> Row:
+def answers(texts: Texts, module: str = "loaded", ok: bool | None = True, obstacles: bool = False) -> Row:
     """The answers of all modules, by their names."""
     filled = texts.fill(
         {
             "iommufd_info": info(module),
             "iommufd_vmm_check": check(ok, obstacles),
-            "iommufd_host_record": record(),
+            "iommufd_host_apply": applied(),
         }
     )
     assert isinstance(filled, dict)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answers import ARITHMETIC, HARMLESS, UNIT, Texts, answers
+from answers import ARITHMETIC, DROP_IN, HARMLESS, UNIT, Texts, answers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATIENCE = 300
@@ -29,9 +29,9 @@ PATIENCE = 300
 # What the role would ask this machine for, with Ansible's own module.
 FACTS = {"architecture": "x86_64", "os_family": "Debian", "apparmor": {"status": "enabled"}}
 
-# Those that look at the host or change it. The others do nothing in check mode, but for what they do on the controller.
-OF_ANSIBLE = ("blockinfile", "file", "systemd_service")
-OF_OTHERS = ("capabilities", "modprobe")
+# What changes the host beside the collection's own. The others do nothing in check mode, but for what they do on the
+# controller.
+OF_ANSIBLE = ("systemd_service",)
 
 
 class Controller:
@@ -41,7 +41,9 @@ class Controller:
         self.place = place
         self.mark = place / "mark"
         self.texts = Texts(self.mark)
+        self.given: dict[str, Any] = {}
         self._answers = place / "answers.json"
+        self._asked = place / "answers.json.asked"
         collection = place / "ansible_collections" / "virt" / "iommufd"
         for folder in ("meta", "plugins", "roles", "playbooks"):
             shutil.copytree(ROOT / folder, collection / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -50,8 +52,6 @@ class Controller:
             self._stub(path)
         for name in OF_ANSIBLE:
             self._stub(modules / f"{name}.py")
-        for name in OF_OTHERS:
-            self._stub(place / "ansible_collections" / "community" / "general" / "plugins" / "modules" / f"{name}.py")
         for path in (collection / "roles").glob("*/tasks/*.yml"):
             text = path.read_text(encoding="utf-8")
             stubbed = re.sub(rf"\bansible\.builtin\.({'|'.join(OF_ANSIBLE)}):", r"virt.iommufd.\1:", text)
@@ -65,7 +65,9 @@ class Controller:
     def run(self, playbook: str, variables: dict[str, Any], *more: str, yaml: bool = False, **given: Any) -> str:
         """What Ansible prints, with an exit code 0 unless the playbook is to fail; `given` is for the answers."""
         fails = given.pop("fails", False)
-        self._answers.write_text(json.dumps(answers(self.texts, **given)), encoding="utf-8")
+        self.given = answers(self.texts, **given)
+        self._answers.write_text(json.dumps(self.given), encoding="utf-8")
+        self._asked.unlink(missing_ok=True)
         extra = self.place / "variables.json"
         extra.write_text(json.dumps(variables), encoding="utf-8")
         environment = {
@@ -103,6 +105,11 @@ class Controller:
         play = {"hosts": "localhost", "gather_facts": False, "tasks": [task, role]}
         playbook.write_text(json.dumps([{**play, "vars": each} for each in variables]), encoding="utf-8")
         return self.run(str(playbook), {}, "--check", "--diff", **given)
+
+    def asked(self, module: str) -> list[dict[str, Any]]:
+        """The options of each run of a module, the last playbook's."""
+        runs = [json.loads(line) for line in self._asked.read_text(encoding="utf-8").splitlines()]
+        return [options for name, options in runs if name == module]
 
     def check(self, printed: str) -> None:
         """Nothing was run; what would have run is told as it is; and nothing reaches the terminal but what it shows."""
@@ -191,6 +198,19 @@ def test_a_verification_that_fails(controller: Controller) -> None:
     printed = controller.role(PRESENT, ok=False, fails=True)
     assert "The host did not pass its verification" in printed
     controller.check(printed)
+
+
+def test_a_verification_that_is_not_known(controller: Controller) -> None:
+    """What was in force before stays, as the host says that it was."""
+    printed = controller.role(PRESENT, ok=None, fails=True)
+    assert "It could not be proven that the host is as it should be" in printed
+    controller.check(printed)
+    (first, second) = controller.asked("iommufd_host_apply")
+    (before,) = [row["before"] for row in controller.given["iommufd_host_apply"]["made"] if row["path"] == DROP_IN]
+    assert re.search("{[{%]", before)
+    contents = [{row["path"]: row.get("content") for row in options["files"]} for options in (first, second)]
+    assert contents[0][DROP_IN].endswith("\n[Service]\nAmbientCapabilities=CAP_IPC_LOCK\n")
+    assert contents[1][DROP_IN] == before
 
 
 def test_a_host_without_iommufd_and_one_that_is_put_back(controller: Controller) -> None:

@@ -10,100 +10,123 @@ import pytest
 from ansible.errors import AnsibleFilterError
 from ansible_collections.virt.iommufd.plugins.filter import iommufd_host_kept as plugin
 from ansible_collections.virt.iommufd.plugins.filter.iommufd_host_kept import iommufd_host_kept
+from ansible_collections.virt.iommufd.plugins.plugin_utils import _host_files
 
 Row = dict[str, Any]
 
 KVM, QEMU, OTHER = "/usr/bin/kvm", "/usr/bin/qemu-system-x86_64", "/opt/qemu"
+REAL = {KVM: QEMU, QEMU: QEMU, OTHER: OTHER}
 UNITS = ["iommufd-host-grant.path", "iommufd-host-grant.timer"]
-MODULES: Row = {"path": "/etc/modules-load.d/iommufd_host.conf", "grants": False, "template": "m"}
-DROP_IN: Row = {"path": "/etc/vm1.d/50.conf", "grants": True, "template": "d", "grant": {"to": "vm1.service"}}
-LIMITS: Row = {"path": "/etc/limits.conf", "grants": True, "template": "l", "raised": []}
-WATCH: Row = {"path": "/etc/grant.path", "grants": True, "template": "p"}
-PROGRAM: Row = {"path": "/usr/local/libexec/grant", "grants": True, "template": None}
+MODULES: Row = _host_files.modules_file(["iommufd"])
+LAUNCHER: Row = _host_files.launcher()
+DROP_IN: Row = _host_files.drop_in({"what": "memlock", "to": "vm1.service", "value": 2**30})
+LIMITS: Row = _host_files.limits_file([{"to": "alice", "value": 2**30}])
 
 
-def plan(*files: Row, emulators: tuple[str, ...] = ()) -> Row:
-    """A plan; of its fields, those that matter here."""
+def of_emulators(*emulators: str) -> list[Row]:
+    """The files that give emulators their capability back."""
+    return _host_files.grant_files({path: REAL[path] for path in emulators})
+
+
+WATCH = of_emulators()[2]
+
+
+def plan(*grants: Row, emulators: tuple[str, ...] = ()) -> Row:
+    """A plan; of its fields, those that matter here. `grants`: the files that are one to a unit or a user."""
     return {
-        "files": [MODULES, *({**each, "emulators": list(emulators)} if each == WATCH else each for each in files)],
-        "capabilities": list(emulators),
-        "units": UNITS if emulators else [],
-        "nodes": ["/dev/iommu"],
-        "blocks": ["/etc/libvirt/qemu.conf"],
+        "files_of_grants": [each["path"] for each in grants],
+        "wanted": {
+            "modules": ["iommufd"],
+            "files": [MODULES, LAUNCHER, *grants, *(of_emulators(*emulators) if emulators else [])],
+            "capabilities": list(emulators),
+            "nodes": ["/dev/iommu"],
+            "group": "kvm",
+            "mode": "0660",
+            "blocks": [{"path": "/etc/libvirt/qemu.conf", "devices": ["/dev/iommu"]}],
+            "units": UNITS if emulators else [],
+            "reload": False,
+        },
     }
 
 
-def record(*new: tuple[str, str], others: str = "") -> Row:
-    """What iommufd_host_record returned; `others`: an emulator that somebody else has given the capability."""
-    real = {KVM: QEMU, QEMU: QEMU, OTHER: OTHER}
-    files = (MODULES, DROP_IN, LIMITS, WATCH, PROGRAM)
+def before(path: str) -> str:
+    return f"{path} before\n"
+
+
+def applied(*new: tuple[str, str], others: str = "", written: tuple[Row, ...] = (DROP_IN, LIMITS)) -> Row:
+    """What iommufd_host_apply returned.
+
+    `new`: what this run has recorded; `others`: an emulator that somebody else has given the capability; `written`:
+    files that the run has written over what they held.
+    """
+    files = (MODULES, WATCH, *written)
+    made: list[Row] = [{"kind": "file", "path": each["path"], "before": before(each["path"])} for each in files]
     return {
         "recorded": [{"kind": kind, "path": path} for kind, path in new],
-        "capabilities": {path: {"real_path": to, "ours": path != others} for path, to in real.items()},
-        "files": {each["path"]: {"content": f"{each['path']} before"} for each in files},
+        "capabilities": {path: {"real_path": to, "ours": path != others} for path, to in REAL.items()},
+        "made": [{"kind": "module", "path": "iommufd"}, {"kind": "capability", "path": QEMU}, *made],
     }
 
 
 def restored(*files: Row) -> list[Row]:
-    return [{"path": each["path"], "content": f"{each['path']} before"} for each in files]
-
-
-def paths(*files: Row) -> list[str]:
-    return [each["path"] for each in (MODULES, *files)]
+    return [{"path": each["path"], "content": before(each["path"])} for each in files]
 
 
 def test_what_has_failed_leaves_no_grant() -> None:
-    found = iommufd_host_kept(plan(DROP_IN, LIMITS, WATCH, PROGRAM, emulators=(QEMU,)), record(), failed=True)
-    assert found == {
-        "files": paths(),
-        "capabilities": [],
-        "nodes": ["/dev/iommu"],
-        "blocks": ["/etc/libvirt/qemu.conf"],
-        "units": [],
-        "rewritten": [],
-        "restored": [],
-    }
+    made = plan(DROP_IN, LIMITS, emulators=(QEMU,))
+    found = iommufd_host_kept(made, applied(), failed=True)
+    # The rest is no grant, and stays as it is wanted.
+    assert found == {**made["wanted"], "files": [MODULES, LAUNCHER], "capabilities": [], "units": []}
+    assert found["nodes"] == ["/dev/iommu"]
+    assert [each["path"] for each in found["blocks"]] == ["/etc/libvirt/qemu.conf"]
 
 
 def test_what_was_in_force_before_stays() -> None:
-    found = iommufd_host_kept(plan(DROP_IN, LIMITS, WATCH, PROGRAM, emulators=(QEMU,)), record(), failed=False)
-    assert found == {
-        "files": paths(DROP_IN, LIMITS, WATCH, PROGRAM),
-        "capabilities": [QEMU],
-        "nodes": ["/dev/iommu"],
-        "blocks": ["/etc/libvirt/qemu.conf"],
-        "units": UNITS,
-        "rewritten": [{**WATCH, "emulators": [QEMU]}],
-        "restored": restored(DROP_IN, LIMITS),
-    }
+    made = plan(DROP_IN, LIMITS, emulators=(QEMU,))
+    found = iommufd_host_kept(made, applied(), failed=False)
+    files = [MODULES, LAUNCHER, *restored(DROP_IN, LIMITS), *of_emulators(QEMU)]
+    assert found == {**made["wanted"], "files": files}
+    assert (found["capabilities"], found["units"]) == ([QEMU], UNITS)
+    assert found["nodes"] == ["/dev/iommu"]
+    assert [each["path"] for each in found["blocks"]] == ["/etc/libvirt/qemu.conf"]
 
 
 def test_what_this_run_has_granted_goes() -> None:
     new = [("capability", QEMU), ("file", DROP_IN["path"]), ("file", WATCH["path"]), ("unit", UNITS[0])]
-    found = iommufd_host_kept(plan(DROP_IN, LIMITS, WATCH, PROGRAM, emulators=(KVM,)), record(*new), failed=False)
-    assert (found["files"], found["capabilities"], found["units"]) == (paths(LIMITS), [], [])
-    assert (found["rewritten"], found["restored"]) == ([], restored(LIMITS))
+    found = iommufd_host_kept(plan(DROP_IN, LIMITS, emulators=(KVM,)), applied(*new), failed=False)
+    assert (found["capabilities"], found["units"]) == ([], [])
+    assert found["files"] == [MODULES, LAUNCHER, *restored(LIMITS)]
 
 
 def test_one_of_two_emulators_is_new() -> None:
     """What gives the capability back must forget the one, and may be new itself."""
-    new = [("capability", OTHER), ("file", PROGRAM["path"]), ("unit", UNITS[1])]
-    found = iommufd_host_kept(plan(WATCH, PROGRAM, emulators=(KVM, OTHER)), record(*new), failed=False)
-    assert (found["files"], found["capabilities"], found["units"]) == (paths(WATCH, PROGRAM), [KVM], UNITS)
-    assert found["rewritten"] == [{**WATCH, "emulators": [KVM]}]
+    new = [("capability", OTHER), ("file", of_emulators()[0]["path"]), ("unit", UNITS[1])]
+    found = iommufd_host_kept(plan(emulators=(KVM, OTHER)), applied(*new), failed=False)
+    assert (found["capabilities"], found["units"]) == ([KVM], UNITS)
+    assert found["files"] == [MODULES, LAUNCHER, *of_emulators(KVM)]
+    # It goes on watching the file behind a link.
+    watch = [each["content"] for each in found["files"] if each["path"] == WATCH["path"]]
+    assert f"PathChanged={KVM}\nPathChanged={QEMU}\n" in watch[0]
+    assert OTHER not in str(found)
 
 
 def test_what_others_have_granted_is_not_ours_to_keep() -> None:
-    made = plan(WATCH, emulators=(QEMU,))
-    found = iommufd_host_kept(made, record(others=QEMU), failed=False)
-    assert (found["files"], found["capabilities"], found["units"]) == (paths(), [], [])
+    found = iommufd_host_kept(plan(emulators=(QEMU,)), applied(others=QEMU), failed=False)
+    assert (found["files"], found["capabilities"], found["units"]) == ([MODULES, LAUNCHER], [], [])
 
 
-def test_a_file_that_holds_no_text() -> None:
-    known = record()
-    known["files"][LIMITS["path"]]["content"] = None
-    found = iommufd_host_kept(plan(LIMITS), known, failed=False)
-    assert (found["files"], found["restored"]) == (paths(LIMITS), [])
+def test_a_file_that_held_no_text() -> None:
+    """Nor any that somebody had removed: it stays as it was written."""
+    known = applied()
+    (row,) = [each for each in known["made"] if each["path"] == LIMITS["path"]]
+    row["before"] = None
+    assert iommufd_host_kept(plan(LIMITS), known, failed=False)["files"] == [MODULES, LAUNCHER, LIMITS]
+
+
+def test_a_file_that_the_run_did_not_write() -> None:
+    """It is as it was wanted already."""
+    found = iommufd_host_kept(plan(DROP_IN, LIMITS), applied(written=(LIMITS,)), failed=False)
+    assert found["files"] == [MODULES, LAUNCHER, DROP_IN, *restored(LIMITS)]
 
 
 @pytest.mark.parametrize("arguments", [(None, {}, False), ({}, None, False), ({}, {}, None), ({}, {}, False)])

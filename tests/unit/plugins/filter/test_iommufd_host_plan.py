@@ -4,12 +4,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ansible.errors import AnsibleFilterError
 from ansible_collections.virt.iommufd.plugins.filter import iommufd_host_plan as plugin
 from ansible_collections.virt.iommufd.plugins.filter.iommufd_host_plan import iommufd_host_plan
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_host_apply
+
+APPLY = Path(__file__).resolve().parents[4] / "roles" / "iommufd_host" / "tasks" / "apply.yml"
 
 Row = dict[str, Any]
 
@@ -43,11 +48,12 @@ def info(libvirt: Row, **host: Any) -> Row:
 
 
 def emulator(path: str = QEMU, **fields: Any) -> Row:
-    return {"path": path, "present": True, "writer": None, "is_emulator": True, "obstacles": [], **fields}
+    found = {"real_path": path, "present": True, "writer": None, "is_emulator": True, "obstacles": []}
+    return {"path": path, **found, **fields}
 
 
 def unit(name: str, **fields: Any) -> Row:
-    return {"name": name, "present": True, "user": "vm", "obstacles": [], **fields}
+    return {"name": name, "present": True, "user": "vm", "outdated": False, "obstacles": [], **fields}
 
 
 def check(*rows: Row) -> Row:
@@ -64,6 +70,19 @@ def plan(libvirt: Row, *rows: Row, host: Row | None = None, **config: Any) -> Ro
     others = [emulator(path) for path in [QEMU, *config.get("emulators", [])] if path not in named]
     others += [unit(name) for name in units if name not in named]
     return iommufd_host_plan(info(libvirt, **(host or {})), config, check(*rows, *others))
+
+
+def paths(made: Row) -> list[str]:
+    return [each["path"] for each in made["wanted"]["files"]]
+
+
+def content(made: Row, path: str) -> list[str]:
+    """The lines of a file of the plan, without the first, which says whose it is."""
+    (found,) = [each["content"] for each in made["wanted"]["files"] if each["path"] == path]
+    assert found.endswith("\n")
+    (ours, *lines) = found.splitlines()
+    assert ours.startswith("# Put here by the Ansible role virt.iommufd.iommufd_host")
+    return list(lines)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +105,21 @@ def test_the_user_of_vms(libvirt: Row, rows: list[Row], config: Row, user: str) 
 
 FILE = {"what": "cap_ipc_lock", "to": QEMU, "by": "file capability", "value": "ep"}
 DROP_IN = {"what": "cap_ipc_lock", "to": "vm1.service", "by": "drop-in", "value": "ambient"}
+
+MODULES_FILE = "/etc/modules-load.d/iommufd_host.conf"
+UDEV_FILE = "/etc/udev/rules.d/80-iommufd_host.rules"
+APPARMOR_FILE = "/etc/apparmor.d/abstractions/libvirt-qemu.d/iommufd_host"
+DROP_IN_FILE = "/etc/systemd/system/vm1.service.d/50-iommufd_host.conf"
+PROGRAM = "/usr/local/libexec/iommufd-host-grant"
+GRANT_FILES = [PROGRAM, *(f"/etc/systemd/system/iommufd-host-grant.{kind}" for kind in ("service", "path", "timer"))]
+
+# What a host is to have where something stands against the plan.
+NOTHING: Row = {
+    **{name: [] for name in ("modules", "files", "capabilities", "nodes", "blocks", "units")},
+    "group": "",
+    "mode": "",
+    "reload": False,
+}
 
 
 @pytest.mark.parametrize(
@@ -119,14 +153,24 @@ def test_strategies(libvirt: Row, config: Row, strategy: str, certain: bool, gra
     assert (made["strategy"], made["certain"], made["grants"]) == (strategy, certain, grants)
     assert made["requested"] == config.get("strategy", "auto")
     assert made["why"].endswith(".")
-    assert made["capabilities"] == [grant["to"] for grant in grants if grant["by"] == "file capability"]
+    wanted = made["wanted"]
+    assert wanted["capabilities"] == [grant["to"] for grant in grants if grant["by"] == "file capability"]
     # What comes back after an upgrade is watched where there is something that an upgrade drops.
     watched = ["iommufd-host-grant.path", "iommufd-host-grant.timer"]
-    assert made["units"] == (watched if made["capabilities"] else [])
-    paths = [each["path"] for each in made["files"]]
-    assert len([path for path in paths if "iommufd-host-grant." in path]) == (3 if made["capabilities"] else 0)
-    assert ("/etc/systemd/system/vm1.service.d/50-iommufd_host.conf" in paths) == (DROP_IN in grants)
-    assert [each["grants"] for each in made["files"]] == [False] + [True] * (len(paths) - 1)
+    assert wanted["units"] == (watched if wanted["capabilities"] else [])
+    assert made["files_of_grants"] == ([DROP_IN_FILE] if DROP_IN in grants else [])
+    of_emulators = GRANT_FILES if wanted["capabilities"] else []
+    assert paths(made) == [MODULES_FILE, *made["files_of_grants"], *of_emulators]
+    assert set(wanted) == set(NOTHING)
+
+
+def test_what_is_wanted_are_the_options_of_the_module() -> None:
+    """All of them but where the record is, and the role passes each."""
+    options = set(yaml.safe_load(iommufd_host_apply.DOCUMENTATION)["options"]) - {"record"}
+    assert set(NOTHING) == options
+    (task,) = yaml.safe_load(APPLY.read_text("utf-8"))
+    passed = {name: f"{{{{ __iommufd_host_wanted.{name} }}}}" for name in options}
+    assert task["virt.iommufd.iommufd_host_apply"] == passed
 
 
 def test_a_limit_for_units_and_users() -> None:
@@ -136,10 +180,13 @@ def test_a_limit_for_units_and_users() -> None:
         {"what": "memlock", "to": "vm@.service", "by": "drop-in", "value": 3 * 2**29},
         {"what": "memlock", "to": "alice", "by": "limits.d", "value": 3 * 2**29},
     ]
-    assert [each["path"] for each in made["files"]][1:] == [
+    assert made["files_of_grants"] == [
         "/etc/systemd/system/vm@.service.d/50-iommufd_host.conf",
         "/etc/security/limits.d/80-iommufd_host.conf",
     ]
+    assert paths(made) == [MODULES_FILE, *made["files_of_grants"]]
+    assert content(made, made["files_of_grants"][0]) == ["[Service]", "LimitMEMLOCK=1610612736"]
+    assert content(made, made["files_of_grants"][1])[-1] == "alice - memlock 1572864"
     assert made["memlock_users"] == ["alice"]
     assert plan(OLD, strategy="memlock", memlock="infinity", units=["a"])["grants"][0]["value"] is None
 
@@ -166,7 +213,7 @@ def test_a_limit_for_units_and_users() -> None:
 def test_what_cannot_be_asked_for(config: Row, words: str) -> None:
     made = plan(OLD, **config)
     assert words in " ".join(made["errors"])
-    assert (made["grants"], made["files"], made["capabilities"], made["units"], made["blocks"]) == ([], [], [], [], [])
+    assert (made["grants"], made["files_of_grants"], made["wanted"]) == ([], [], NOTHING)
 
 
 @pytest.mark.parametrize(
@@ -228,31 +275,62 @@ def test_a_kernel_with_iommufd(module: str | None, present: bool) -> None:
 def test_access_for_an_older_libvirt() -> None:
     made = plan(OLD, qemu_access=True, apparmor=True)
     assert made["errors"] == []
-    assert [each["template"] for each in made["files"]][:3] == ["modules-load.conf.j2", "udev.rules.j2", "apparmor.j2"]
-    assert made["files"][1]["group"] == "libvirt-qemu"
-    assert made["files"][1]["mode"] == "0660"
-    assert made["blocks"] == ["/etc/libvirt/qemu.conf"]
-    assert made["nodes"] == ["/dev/iommu", "/dev/vfio/devices/*"]
-    assert made["acl"][0] == "/dev/iommu"
-    assert made["acl"][1:17] == [f"/dev/vfio/devices/vfio{number}" for number in range(16)]
-    assert made["acl"][17:] == ["/dev/vfio/devices/vfio20"]
+    assert paths(made)[:3] == [MODULES_FILE, UDEV_FILE, APPARMOR_FILE]
+    wanted = made["wanted"]
+    assert (wanted["group"], wanted["mode"]) == ("libvirt-qemu", "0660")
+    assert content(made, UDEV_FILE)[0] == 'SUBSYSTEM=="misc", KERNEL=="iommu", GROUP="libvirt-qemu", MODE="0660"'
+    assert [each["path"] for each in wanted["blocks"]] == ["/etc/libvirt/qemu.conf"]
+    assert wanted["nodes"] == ["/dev/iommu", "/dev/vfio/devices/*"]
+    devices = wanted["blocks"][0]["devices"]
+    assert devices[0] == "/dev/iommu"
+    assert devices[1:17] == [f"/dev/vfio/devices/vfio{number}" for number in range(16)]
+    assert devices[17:] == ["/dev/vfio/devices/vfio20"]
+    # None of it is a grant to somebody.
+    assert made["files_of_grants"] == []
     assert len(made["access"]) == 3
-    assert "apparmor.j2" not in [each["template"] for each in plan(OLD, qemu_access=True)["files"]]
+    assert APPARMOR_FILE in made["access"][2]
+    assert APPARMOR_FILE not in paths(plan(OLD, qemu_access=True))
+    # What is asked for by name goes before what the access takes.
+    wanted = plan(OLD, qemu_access=True, device_group="kvm", device_mode="0666")["wanted"]
+    assert (wanted["group"], wanted["mode"]) == ("kvm", "0666")
 
 
 def test_access_that_is_not_needed_or_not_possible() -> None:
     made = plan(NEW, qemu_access=True, apparmor=True)
     assert made["errors"] == []
-    assert (made["blocks"], made["acl"], made["nodes"], len(made["files"])) == ([], [], [], 1)
+    wanted = made["wanted"]
+    assert (wanted["blocks"], wanted["nodes"], wanted["group"], wanted["mode"]) == ([], [], "", "")
+    assert paths(made) == [MODULES_FILE]
     assert made["access"] == ["Nothing: libvirt 12.8.0 opens the device nodes itself and passes them to QEMU."]
     assert "there is none here" in plan(NO_LIBVIRT, qemu_access=True, units=["a"])["errors"][0]
 
 
 def test_rights_of_the_device_nodes() -> None:
-    (_modules, rule, *_grants) = plan(OLD, device_group="kvm", device_mode="0660")["files"]
-    assert (rule["template"], rule["group"], rule["mode"]) == ("udev.rules.j2", "kvm", "0660")
-    assert plan(OLD, device_group="kvm")["nodes"][0] == "/dev/iommu"
-    assert plan(OLD)["nodes"] == []
+    made = plan(OLD, device_group="kvm", device_mode="0660")
+    assert paths(made)[1] == UDEV_FILE
+    assert (made["wanted"]["group"], made["wanted"]["mode"]) == ("kvm", "0660")
+    assert content(made, UDEV_FILE)[0] == 'SUBSYSTEM=="misc", KERNEL=="iommu", GROUP="kvm", MODE="0660"'
+    for made in (plan(OLD, device_group="kvm"), plan(OLD, device_mode="0660")):
+        assert made["wanted"]["nodes"] == ["/dev/iommu", "/dev/vfio/devices/*"]
+    assert plan(OLD)["wanted"]["nodes"] == []
+
+
+def test_kernel_modules() -> None:
+    made = plan(NEW)
+    assert made["wanted"]["modules"] == ["iommufd", "vfio-pci"]
+    assert content(made, MODULES_FILE) == ["iommufd", "vfio-pci"]
+    made = plan(NEW, modules=["iommufd"])
+    assert made["wanted"]["modules"] == ["iommufd"]
+    assert content(made, MODULES_FILE) == ["iommufd"]
+
+
+def test_systemd_reads_again_what_it_has_not_read() -> None:
+    """A run that was cut off after it had written a drop-in has told nobody."""
+    assert plan(OLD, units=["vm1"])["wanted"]["reload"] is False
+    rows = [unit("vm1.service"), unit("vm2.service", outdated=True)]
+    assert plan(OLD, *rows, units=["vm1", "vm2"])["wanted"]["reload"] is True
+    # By what iommufd_info tells alone, that is not known yet.
+    assert iommufd_host_plan(info(OLD), {"architecture": "x86_64"})["wanted"]["reload"] is False
 
 
 def test_an_emulator_of_another_name() -> None:
@@ -278,22 +356,44 @@ def test_what_ansible_finds() -> None:
 
 def test_the_launcher_is_a_file_of_the_plan_where_it_is_asked_for() -> None:
     path = "/usr/local/bin/iommufd-exec"
-    assert path not in [each["path"] for each in plan(OLD)["files"]]
+    assert path not in paths(plan(OLD))
     made = plan(NO_LIBVIRT, launcher=True)
-    assert {"path": path, "grants": False, "template": None, "lookup": "iommufd_exec"} in made["files"]
+    assert {"path": path, "program": "iommufd-exec"} in made["wanted"]["files"]
     # It takes no grant.
     assert (made["strategy"], made["certain"], made["grants"]) == ("none", True, [])
+    assert made["files_of_grants"] == []
     # What libvirt starts does not use it.
     assert plan(OLD, launcher=True)["grants"] == [FILE]
 
 
 def test_what_grants_again_is_a_program_of_our_own() -> None:
-    path = "/usr/local/libexec/iommufd-host-grant"
-    files = {each["path"]: each for each in plan(OLD)["files"]}
-    assert files[path] == {"path": path, "grants": True, "template": None, "lookup": "iommufd_host_grant"}
-    service = files["/etc/systemd/system/iommufd-host-grant.service"]
-    assert (service["program"], service["emulators"]) == (path, [QEMU])
-    assert path not in [each["path"] for each in plan(NEW)["files"]]
+    made = plan(OLD)
+    assert {"path": PROGRAM, "program": "iommufd-host-grant"} in made["wanted"]["files"]
+    assert f"ExecStart={PROGRAM} {QEMU}" in content(made, GRANT_FILES[1])
+    assert f"PathChanged={QEMU}" in content(made, GRANT_FILES[2])
+    assert PROGRAM not in paths(plan(NEW))
+
+
+def test_an_emulator_behind_a_link_is_watched_at_both_ends() -> None:
+    made = plan(OLD, emulator("/usr/bin/kvm", real_path=QEMU), emulators=["/usr/bin/kvm"])
+    assert made["wanted"]["capabilities"] == ["/usr/bin/kvm"]
+    assert f"ExecStart={PROGRAM} /usr/bin/kvm" in content(made, GRANT_FILES[1])
+    lines = content(made, GRANT_FILES[2])
+    assert [line for line in lines if line.startswith("PathChanged=")] == [
+        "PathChanged=/usr/bin/kvm",
+        f"PathChanged={QEMU}",
+    ]
+
+
+def test_what_a_host_answers_adds_no_line_to_a_file() -> None:
+    """Nor does it move a cursor; but the lines of a file stay lines."""
+    hostile = f"{QEMU}\n[Service]\nExecStart=/bin/sh\x1b[2J"
+    made = plan(OLD, emulator(real_path=hostile), host={"kernel": hostile})
+    lines = content(made, GRANT_FILES[2])
+    assert "[Service]" not in lines
+    shown = f"{QEMU}\\n[Service]\\nExecStart=/bin/sh\\x1b[2J"
+    assert f"PathChanged={shown}" in lines
+    assert made["kernel"] == shown
 
 
 WRITER = {"place": "/opt/vm", "who": "user alice (uid 1002)"}
@@ -307,7 +407,7 @@ def test_an_emulator_that_others_can_write(config: Row) -> None:
     host = {"qemu": [{"path": QEMU, "present": True, "writer": WRITER}]}
     made = iommufd_host_plan(info(OLD, **host), config)
     assert [each.startswith(SAYS.format(QEMU)) for each in made["errors"]] == [True]
-    assert (made["grants"], made["files"], made["capabilities"], made["units"]) == ([], [], [], [])
+    assert (made["grants"], made["files_of_grants"], made["wanted"]) == ([], [], NOTHING)
     # Another one is nobody's concern.
     host = {"qemu": [{"path": "/opt/vm/q", "present": True, "writer": WRITER}, *info(OLD)["host"]["qemu"]]}
     assert iommufd_host_plan(info(OLD, **host), config)["errors"] == []

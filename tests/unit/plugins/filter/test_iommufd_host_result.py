@@ -19,9 +19,29 @@ DROP_IN = {"what": "cap_ipc_lock", "to": "vm1.service", "by": "drop-in", "value"
 TEMPLATE = {**DROP_IN, "to": "vm@.service"}
 RAISED = {"what": "memlock", "to": "vm1.service", "by": "drop-in", "value": 2**30}
 USERS = {"what": "memlock", "to": "alice", "by": "limits.d", "value": 2**30}
-TAKEN = f"CAP_IPC_LOCK is taken from {QEMU}."
-DROPPED = "/etc/systemd/system/vm1.service.d/50-iommufd_host.conf is removed."
 WITH, WITHOUT = "0000000000004000", "0000000000000000"
+
+
+def drop_in_of(unit: str) -> str:
+    return f"/etc/systemd/system/{unit}.d/50-iommufd_host.conf"
+
+
+def removed(path: str) -> Row:
+    """A file that was put back by removing it."""
+    return {"kind": "file", "path": path, "text": f"{path} is removed.", "gone": True}
+
+
+TAKEN = {"kind": "capability", "path": QEMU, "text": f"CAP_IPC_LOCK is taken from {QEMU}.", "gone": False}
+DROPPED = removed(drop_in_of("vm1.service"))
+
+
+def written(path: str, content: bool = True) -> Row:
+    """A file that was written; `content`: with another content, and not only another mode."""
+    return {"kind": "file", "path": path, "text": f"{path} is written.", "content": content, "before": ""}
+
+
+def block(text: str, **fields: Any) -> Row:
+    return {"kind": "block", "path": "/etc/libvirt/qemu.conf", "text": text, **fields}
 
 
 def plan(strategy: str, *grants: Row) -> Row:
@@ -36,7 +56,7 @@ def plan(strategy: str, *grants: Row) -> Row:
         "user": "libvirt-qemu",
         "access": [],
         "grants": list(grants),
-        "capabilities": [grant["to"] for grant in grants if grant["by"] == "file capability"],
+        "wanted": {"capabilities": [grant["to"] for grant in grants if grant["by"] == "file capability"]},
     }
 
 
@@ -56,14 +76,19 @@ def process(**fields: Any) -> Row:
     }
 
 
-def info(*processes: Row, capable: bool = False) -> Row:
-    return {"host": {"qemu": [{"path": QEMU, "cap_ipc_lock": capable}]}, "processes": list(processes)}
+def info(*processes: Row, capable: bool = False, libvirt: int | None = 812) -> Row:
+    """What iommufd_info returned; `libvirt`: the process id of the system libvirt's daemon, None where none runs."""
+    host = {
+        "qemu": [{"path": QEMU, "cap_ipc_lock": capable}],
+        "libvirt": {"unit": "libvirtd.service", "pid": libvirt},
+    }
+    return {"host": host, "processes": list(processes)}
 
 
-def record(*put_back: str, ours: bool | None = None) -> Row:
-    """What iommufd_host_record returned; `ours`: whose capability the emulator has, None where it was not asked for."""
+def applied(*put_back: Row, made: tuple[Row, ...] = (), ours: bool | None = None) -> Row:
+    """What iommufd_host_apply returned; `ours`: whose capability the emulator has, None where it was not asked for."""
     there = {QEMU: {"real_path": QEMU, "ipc_lock": True, "ours": ours, "other": []}}
-    return {"put_back": list(put_back), "capabilities": {} if ours is None else there}
+    return {"put_back": list(put_back), "made": list(made), "capabilities": {} if ours is None else there}
 
 
 def started(has: bool, /, **fields: Any) -> Row:
@@ -131,7 +156,7 @@ def session(limit: int | None) -> Row:
     ],
 )
 def test_what_was_verified(made: Row, row: Row, ok: bool, failed: str) -> None:
-    found = iommufd_host_result(made, info(), record(), check(row))
+    found = iommufd_host_result(made, info(), applied(), check(row))
     assert found["verified"][0]["what"] == "The rlimit mode can be set for libvirt-qemu, and read back"
     assert found["verified"][0]["ok"] is True
     assert found["verified"][-1]["ok"] is ok
@@ -141,13 +166,13 @@ def test_what_was_verified(made: Row, row: Row, ok: bool, failed: str) -> None:
 
 
 def test_a_mode_that_cannot_be_set_is_a_failure() -> None:
-    found = iommufd_host_result(plan("none"), info(), record(), check(scratch=False))
+    found = iommufd_host_result(plan("none"), info(), applied(), check(scratch=False))
     assert found["failed"] == ["The rlimit mode can be set for libvirt-qemu, and read back: no (Not so.)."]
 
 
 def test_what_was_not_tried_is_neither() -> None:
     row = started(False, ran=False, effective=None, msg="not run in check mode")
-    found = iommufd_host_result(plan("cap_ipc_lock", FILE), info(), record(), check(row, scratch=None))
+    found = iommufd_host_result(plan("cap_ipc_lock", FILE), info(), applied(), check(row, scratch=None))
     assert [each["ok"] for each in found["verified"]] == [None, None]
     assert found["verified"][1]["evidence"] == "not run in check mode"
     assert found["failed"] == []
@@ -170,7 +195,7 @@ UNKNOWN: Row = {"ok": None, "inconclusive": True, "effective": None, "msg": "It 
     ],
 )
 def test_what_is_not_known(made: Row, row: Row, unproven: str) -> None:
-    found = iommufd_host_result(made, info(), record(), check(row))
+    found = iommufd_host_result(made, info(), applied(), check(row))
     assert found["failed"] == []
     expected = [f"{unproven}: that is not known (It was ended by signal 9.)."] if unproven else []
     assert found["unproven"] == expected
@@ -181,7 +206,7 @@ def test_what_is_not_known(made: Row, row: Row, unproven: str) -> None:
 def test_a_mode_that_is_not_known() -> None:
     unknown = check()
     unknown["scratch"].update(UNKNOWN, mode=None)
-    found = iommufd_host_result(plan("none"), info(), record(), unknown)
+    found = iommufd_host_result(plan("none"), info(), applied(), unknown)
     assert (found["failed"], len(found["unproven"])) == ([], 1)
 
 
@@ -226,15 +251,15 @@ def test_a_mode_that_is_not_known() -> None:
         (plan("none"), process(accounting="none"), [], ""),
     ],
 )
-def test_what_still_runs_as_before(made: Row, held: Row, put_back: list[str], todo: str) -> None:
-    found = iommufd_host_result(made, info(held), record(*put_back), check())
+def test_what_still_runs_as_before(made: Row, held: Row, put_back: list[Row], todo: str) -> None:
+    found = iommufd_host_result(made, info(held), applied(*put_back), check())
     assert len(found["pending"]) == bool(todo)
     if todo:
         (row,) = found["pending"]
         assert todo in row["todo"]
         assert (row["pid"], row["accounting"]) == (4242, held["accounting"])
         assert f"(pid 4242): {row['todo']}" in found["todo"][0]
-    assert found["put_back"] == put_back
+    assert found["put_back"] == [each["text"] for each in put_back]
 
 
 @pytest.mark.parametrize(
@@ -259,41 +284,98 @@ def test_what_still_runs_as_before(made: Row, held: Row, put_back: list[str], to
     ],
 )
 def test_what_a_restart_of_its_unit_would_cure(made: Row, unit: str | None, dropped_in: str | None) -> None:
-    (row,) = iommufd_host_result(made, info(process(unit=unit)), record(), check())["pending"]
+    found = iommufd_host_result(made, info(process(unit=unit)), applied(), check())
+    (row,) = found["pending"]
     assert row["dropped_in"] == dropped_in
+    assert found["restart"]["units"] == ([dropped_in] if dropped_in else [])
+
+
+@pytest.mark.parametrize(
+    ("known", "units"),
+    [
+        (applied(), []),
+        (applied(made=(written(drop_in_of("vm1.service")),)), ["vm1.service"]),
+        # What it holds is what it held, so that a unit which runs has it.
+        (applied(made=(written(drop_in_of("vm1.service"), content=False),)), []),
+        (applied(DROPPED), ["vm1.service"]),
+        (applied(DROPPED, made=(written(drop_in_of("vm1.service")),)), ["vm1.service"]),
+        (
+            applied(removed(drop_in_of("b.service")), made=(written(drop_in_of("a.service")),)),
+            ["a.service", "b.service"],
+        ),
+        # A pattern of systemctl's for all instances.
+        (applied(removed(drop_in_of("vm@.service"))), ["vm@*.service"]),
+        (applied(removed(drop_in_of("vm@1.service"))), ["vm@1.service"]),
+        # Neither other files nor other things with such a path.
+        (applied(removed("/etc/systemd/system/vm1.service.d/override.conf")), []),
+        (applied(removed("/etc/systemd/system/iommufd-host-grant.service")), []),
+        (applied({**DROPPED, "kind": "node"}), []),
+        (applied(removed(drop_in_of("*.service"))), []),
+        (applied(TAKEN, made=({"kind": "unit", "path": "vm1.service", "text": "vm1.service is enabled."},)), []),
+    ],
+)
+def test_units_to_restart(known: Row, units: list[str]) -> None:
+    for restarts in (False, True):
+        found = iommufd_host_result(plan("none"), info(), known, check(), restarts)
+        assert found["restart"] == {"daemons": [], "units": units}
+
+
+def test_a_unit_that_still_runs_as_before_is_restarted_once() -> None:
+    held = [process(unit="vm@1.service"), process(unit="vm1.service"), process(unit="vm1.service", domain=None)]
+    known = applied(made=(written(drop_in_of("vm1.service")),))
+    found = iommufd_host_result(plan("cap_ipc_lock", FILE, DROP_IN, TEMPLATE), info(*held), known, check())
+    assert found["restart"]["units"] == ["vm1.service", "vm@1.service"]
 
 
 def test_what_goes_with_the_launcher() -> None:
-    gone = "/usr/local/bin/iommufd-exec is removed."
-    (todo,) = iommufd_host_result(plan("none"), info(), record(gone), check())["todo"]
+    gone = removed("/usr/local/bin/iommufd-exec")
+    (todo,) = iommufd_host_result(plan("none"), info(), applied(gone), check())["todo"]
     assert "does not start any more" in todo
+    # Somebody else's file that was there before is there again.
+    back = {**gone, "text": "/usr/local/bin/iommufd-exec is what it was.", "gone": False}
+    assert iommufd_host_result(plan("none"), info(), applied(back), check())["todo"] == []
 
 
 def test_what_others_have_granted() -> None:
     made = plan("cap_ipc_lock", FILE)
-    assert iommufd_host_result(made, info(capable=True), record(ours=True), check())["found"] == []
-    (found,) = iommufd_host_result(made, info(capable=True), record(ours=False), check())["found"]
+    assert iommufd_host_result(made, info(capable=True), applied(ours=True), check())["found"] == []
+    (found,) = iommufd_host_result(made, info(capable=True), applied(ours=False), check())["found"]
     assert (found["what"], found["to"]) == ("cap_ipc_lock", QEMU)
-    assert iommufd_host_result(made, info(capable=True), record(ours=True), check())["grants"] == [FILE]
-    assert iommufd_host_result(made, info(capable=True), record(ours=False), check())["grants"] == []
-    left = iommufd_host_result(plan("native"), info(capable=True), record(), check())
+    assert iommufd_host_result(made, info(capable=True), applied(ours=True), check())["grants"] == [FILE]
+    assert iommufd_host_result(made, info(capable=True), applied(ours=False), check())["grants"] == []
+    left = iommufd_host_result(plan("native"), info(capable=True), applied(), check())
     assert [each["to"] for each in left["found"]] == [QEMU]
     assert f"setcap -r {QEMU}" in left["todo"][0]
     # What this run has put back was there when the host was looked at.
-    assert iommufd_host_result(plan("native"), info(capable=True), record(TAKEN), check())["found"] == []
-    (found,) = iommufd_host_result(plan("none"), info(), record(), check(replica(True)))["found"]
+    assert iommufd_host_result(plan("native"), info(capable=True), applied(TAKEN), check())["found"] == []
+    (found,) = iommufd_host_result(plan("none"), info(), applied(), check(replica(True)))["found"]
     assert found["to"] == "vm1.service"
-    assert iommufd_host_result(plan("cap_ipc_lock", DROP_IN), info(), record(), check(replica(True)))["found"] == []
+    assert iommufd_host_result(plan("cap_ipc_lock", DROP_IN), info(), applied(), check(replica(True)))["found"] == []
 
 
 def test_daemons_to_restart() -> None:
-    found = iommufd_host_result(plan("none"), info(), record(), check(), ["libvirtd.service"])
-    assert found["todo"] == [
-        "Restart libvirtd.service, which reads qemu.conf only when it starts; VMs go on running meanwhile."
-    ]
+    for known in (applied(made=(block("It is there."),)), applied(block("It is removed.", gone=False))):
+        found = iommufd_host_result(plan("none"), info(), known, check())
+        assert found["restart"] == {"daemons": ["libvirtd.service"], "units": []}
+        assert found["todo"] == [
+            "Restart libvirtd.service, which reads qemu.conf only when it starts; VMs go on running meanwhile."
+        ]
+        # The role does it by itself.
+        found = iommufd_host_result(plan("none"), info(), known, check(), restarts=True)
+        assert (found["restart"]["daemons"], found["todo"]) == (["libvirtd.service"], [])
+        # One that does not run reads it when it starts.
+        found = iommufd_host_result(plan("none"), info(libvirt=None), known, check())
+        assert (found["restart"]["daemons"], found["todo"]) == ([], [])
+    assert iommufd_host_result(plan("none"), info(), applied(DROPPED, TAKEN), check())["restart"]["daemons"] == []
 
 
-@pytest.mark.parametrize("arguments", [(None, {}, {}, {}), ({}, {}, {}, None), ({}, {}, {}, {})])
+def test_what_a_host_answers_moves_no_cursor() -> None:
+    row = {**TAKEN, "text": "It is\x1b[2J\ntaken."}
+    found = iommufd_host_result(plan("none"), info(), applied(row), check())
+    assert found["put_back"] == [r"It is\x1b[2J\ntaken."]
+
+
+@pytest.mark.parametrize("arguments", [(None, {}, {}, {}), ({}, {}, [], {}), ({}, {}, {}, None), ({}, {}, {}, {})])
 def test_other_input(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(AnsibleFilterError, match="iommufd_host_result"):
         iommufd_host_result(*arguments)

@@ -11,7 +11,7 @@ import pytest
 from ansible import constants
 from ansible.errors import AnsibleLookupError
 from ansible_collections.virt.iommufd.plugins.lookup.iommufd_exec import LookupModule
-from ansible_collections.virt.iommufd.plugins.plugin_utils._zipapp import EXEC, zipapp
+from ansible_collections.virt.iommufd.plugins.module_utils._programs import EXEC, zipapp
 
 
 @pytest.fixture

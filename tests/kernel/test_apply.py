@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What iommufd_host_record remembers and puts back, on a host whose root, systemd and udev are real."""
+"""What iommufd_host_apply makes, remembers and puts back, on a host whose root, systemd and udev are real."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from typing import Any, Callable
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import with_ipc_lock
 from ansible_collections.virt.iommufd.plugins.module_utils._record import locked
-from ansible_collections.virt.iommufd.plugins.modules import iommufd_host_record
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_host_apply
 from ansible_collections.virt.iommufd.tests.kernel.harness import CAPABILITIES, VM, Answer, as_user, change_user
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
@@ -31,15 +31,18 @@ pytestmark = pytest.mark.once
 
 RECORD = Path("/var/lib/iommufd_host/record.json")
 # On the file system that the emulators are on.
-PLACE = Path("/opt/iommufd-host-record-test")
+PLACE = Path("/opt/iommufd-host-apply-test")
 EMULATOR = PLACE / "emulator"
 SYSTEMD = Path("/etc/systemd/system")
-RULE = Path("/etc/udev/rules.d/80-iommufd-host-record-test.rules")
-SITES_RULE = RULE.with_name("70-iommufd-host-record-test.rules")
-GRANT = "iommufd-host-record-test"
+RULE = Path("/etc/udev/rules.d/80-iommufd-host-apply-test.rules")
+SITES_RULE = RULE.with_name("70-iommufd-host-apply-test.rules")
+GRANT = "iommufd-host-apply-test"
 QEMU_CONF = Path("/etc/libvirt/qemu.conf")
 BEGIN, END = "# BEGIN iommufd_host\n", "# END iommufd_host\n"
 NODE = "/dev/vfio/devices/vfio2"
+PROGRAM = PLACE / "program"
+# Of a driver that no device here has.
+MODULE = "dummy"
 
 XATTR = "security.capability"
 IPC_LOCK, NET_RAW = 1 << CAPABILITIES["ipc_lock"], 1 << 13
@@ -50,9 +53,9 @@ def plain(permitted: int, inheritable: int = 0, effective: bool = True) -> bytes
     return struct.pack("<5I", 0x02000000 | effective, permitted, inheritable, 0, 0)
 
 
-def record(**options: Any) -> Answer:
+def apply(**options: Any) -> Answer:
     """The module's answer, which must not be a failure."""
-    answered = run(iommufd_host_record, **options)
+    answered = run(iommufd_host_apply, **options)
     assert not answered.get("failed"), answered
     return answered
 
@@ -117,9 +120,10 @@ def host() -> Iterator[None]:
     shutil.copy2("/usr/bin/cat", EMULATOR)
     yield
     left = RECORD.exists()
-    run(iommufd_host_record)
+    run(iommufd_host_apply)
     for name in (f"{GRANT}.path", f"{GRANT}.service"):
         subprocess.run(["systemctl", "stop", name], check=False, capture_output=True, timeout=120)
+    subprocess.run(["modprobe", "--remove", MODULE], check=True, capture_output=True, timeout=120)
     shutil.rmtree(PLACE)
     os.chown(NODE, *before[1:])
     os.chmod(NODE, before[0])
@@ -134,77 +138,92 @@ def write(path: Path, content: str) -> str:
     return str(path)
 
 
-def wanted() -> dict[str, list[str]]:
-    """All that a role is about to change, one of each kind and more."""
+def file(path: Path, content: str) -> dict[str, str]:
+    return {"path": str(path), "content": content}
+
+
+def unit_files(path: Path = EMULATOR) -> dict[str, Any]:
+    """A service that grants, as often as something happens to the file."""
+    command = f"/bin/sh -c 'getcap {path} | grep -q ipc_lock || setcap cap_ipc_lock+ep {path}'"
+    watch = f"[Path]\nPathChanged={path}\n[Install]\nWantedBy=paths.target multi-user.target\n"
     return {
         "files": [
-            *(str(SYSTEMD / f"{GRANT}.{kind}") for kind in ("path", "service")),
-            str(SYSTEMD / "ssh.service.d" / "50-iommufd-host-record-test.conf"),
-            str(RULE),
-            "/etc/iommufd-host-record-test/a/b.conf",
-            "/etc/hostname",
+            file(SYSTEMD / f"{GRANT}.path", watch),
+            file(SYSTEMD / f"{GRANT}.service", f"[Service]\nType=oneshot\nExecStart={command}\n"),
         ],
-        "capabilities": [str(EMULATOR)],
-        "nodes": ["/dev/vfio/devices/*"],
-        "blocks": [str(QEMU_CONF)],
         "units": [f"{GRANT}.path"],
     }
 
 
-def write_units() -> None:
-    """A service that grants, as often as something happens to the file."""
-    command = f"/bin/sh -c 'getcap {EMULATOR} | grep -q ipc_lock || setcap cap_ipc_lock+ep {EMULATOR}'"
-    write(SYSTEMD / f"{GRANT}.service", f"[Service]\nType=oneshot\nExecStart={command}\n")
-    path = f"[Path]\nPathChanged={EMULATOR}\n[Install]\nWantedBy=paths.target multi-user.target\n"
-    write(SYSTEMD / f"{GRANT}.path", path)
+def rule() -> dict[str, Any]:
+    """A rule of udev, and the nodes that it is about."""
+    text = 'SUBSYSTEM=="vfio-dev", GROUP="tape", MODE="0664"\n'
+    return {"files": [file(RULE, text)], "nodes": ["/dev/vfio/devices/*"], "group": "tape", "mode": "0664"}
 
 
-def start_units() -> None:
-    # With no more reloads than it takes: each costs seconds.
-    shell("systemctl", "enable", "--no-reload", f"{GRANT}.path")
-    shell("systemctl", "daemon-reload")
-    shell("systemctl", "start", f"{GRANT}.path")
+def wanted() -> dict[str, Any]:
+    """One of each kind and more."""
+    return {
+        **rule(),
+        **unit_files(),
+        "files": [
+            *unit_files()["files"],
+            file(SYSTEMD / "ssh.service.d" / "50-iommufd-host-apply-test.conf", "[Service]\nLimitMEMLOCK=77M\n"),
+            *rule()["files"],
+            file(Path("/etc/iommufd-host-apply-test/a/b.conf"), "of the role\n"),
+            file(Path("/etc/hostname"), "of-the-role\n"),
+            {"path": str(PROGRAM), "program": "iommufd-host-grant"},
+        ],
+        "modules": ["vfio-pci", MODULE],
+        "capabilities": [str(EMULATOR)],
+        "blocks": [{"path": str(QEMU_CONF), "devices": ["/dev/iommu"]}],
+    }
 
 
-def change_all() -> None:
-    """Does what a role would, with the system's own tools."""
-    write_units()
-    files = wanted()["files"]
-    write(Path(files[2]), "[Service]\nAmbientCapabilities=CAP_IPC_LOCK\n")
-    write(RULE, 'SUBSYSTEM=="vfio-dev", GROUP="tape", MODE="0664"\n')
-    for path in files[4:]:
-        write(Path(path), "of the role\n")
-    QEMU_CONF.write_text(BEGIN + "cgroup_device_acl = [ '/dev/iommu' ]\n" + END + QEMU_CONF.read_text())
-    start_units()
-    shell("udevadm", "control", "--reload")
-    shell("udevadm", "trigger", "--settle", "--action=change", "--subsystem-match=vfio-dev")
+def is_loaded() -> bool:
+    return MODULE in Path("/proc/modules").read_text().split()
+
+
+def paths_of(rows: list[dict[str, Any]], kind: str) -> list[str]:
+    return [each["path"] for each in rows if each["kind"] == kind]
 
 
 def test_a_host_there_and_back() -> None:
     set_xattr(plain(0, effective=False))
-    before, etc = (tree(Path("/etc"), PLACE), units(), node()), tree(Path("/etc"))
-    foretold = record(_ansible_check_mode=True, **wanted())
-    assert (tree(Path("/etc"), PLACE), units(), node()) == before
-    first = record(**wanted())
-    assert first["granted"] == foretold["granted"] == [str(EMULATOR)]
+    before = (tree(Path("/etc"), PLACE), units(), node())
+    foretold = apply(_ansible_check_mode=True, **wanted())
+    assert (tree(Path("/etc"), PLACE), units(), node(), is_loaded()) == (*before, False)
+    first = apply(**wanted())
+    assert (first["made"], first["recorded"]) == (foretold["made"], foretold["recorded"])
+    assert paths_of(first["made"], "module") == [MODULE]
+    assert paths_of(first["made"], "file") == [each["path"] for each in wanted()["files"]]
     assert first["capabilities"][str(EMULATOR)]["ipc_lock"]
+    # By what the system says of itself.
+    assert is_loaded()
     assert xattr() == plain(IPC_LOCK)
-    # Nothing else is changed.
-    assert (tree(Path("/etc")), units(), node()) == (etc, *before[1:])
-    # QEMU's configuration, as the package brings it, sets nothing.
-    assert first["blocks"][str(QEMU_CONF)] == {"exists": True, "content": None, "cgroup_device_acl": None}
-    change_all()
     assert has_ipc_lock()
-    assert node()[:2] == (0o664, 0)
+    assert node() == (0o664, 0, grp.getgrnam("tape").gr_gid)
+    for each in wanted()["files"][:-1]:
+        path = Path(each["path"])
+        assert (path.read_text(), path.stat().st_mode & 0o7777, path.stat().st_uid) == (each["content"], 0o644, 0)
+    assert PROGRAM.stat().st_mode & 0o7777 == 0o755
+    # It cannot be given what is no executable.
+    assert subprocess.run([PROGRAM, "/etc/passwd"], check=False, capture_output=True, timeout=120).returncode == 1
+    assert shell("systemctl", "show", "--property=LimitMEMLOCK", "ssh.service") == f"LimitMEMLOCK={77 * 2**20}\n"
+    told = shell("systemctl", "show", "--property=UnitFileState,ActiveState", f"{GRANT}.path").split()
+    assert sorted(told) == ["ActiveState=active", "UnitFileState=enabled"]
+    # QEMU's configuration, as the package brings it, sets nothing.
+    block, rest = QEMU_CONF.read_text().split(END)
+    assert (block.splitlines()[0] + "\n", rest) == (BEGIN, before[0][str(QEMU_CONF)][3].decode())
+    assert '"/dev/kvm",' in block
+    assert '"/dev/iommu",' in block
     changed = tree(Path("/etc"), PLACE)
-    second = record(**wanted())
+    second = apply(**wanted())
     assert (second["changed"], second["recorded"], second["remembered"]) == (False, [], first["remembered"])
-    assert second["units"][f"{GRANT}.path"] == {"exists": True, "enabled": True, "active": True}
-    assert second["nodes"][NODE] == {"exists": True, "mode": "0664", "owner": "root", "group": "tape"}
-    assert second["blocks"][str(QEMU_CONF)]["content"] == "cgroup_device_acl = [ '/dev/iommu' ]\n"
-    foretold = record(_ansible_check_mode=True)
+    assert tree(Path("/etc"), PLACE) == changed
+    foretold = apply(_ansible_check_mode=True)
     assert (tree(Path("/etc"), PLACE), RECORD.exists()) == (changed, True)
-    back = record()
+    back = apply()
     assert back["changed"]
     assert back["put_back"] == foretold["put_back"]
     assert (tree(Path("/etc"), PLACE), units(), node()) == before
@@ -213,7 +232,22 @@ def test_a_host_there_and_back() -> None:
     # What udev has read is what is there now.
     shell("udevadm", "trigger", "--settle", "--action=change", "--subsystem-match=vfio-dev")
     assert node() == before[2]
-    assert record()["put_back"] == []
+    assert apply()["put_back"] == []
+
+
+def test_what_somebody_has_changed_is_made_again() -> None:
+    apply(**wanted())
+    Path("/etc/hostname").chmod(0o600)
+    os.chmod(NODE, 0o600)
+    shell("systemctl", "stop", f"{GRANT}.path")
+    PROGRAM.write_text("#!/bin/sh\n")
+    again = apply(**wanted())
+    assert paths_of(again["made"], "file") == ["/etc/hostname", str(PROGRAM)]
+    assert [each["content"] for each in again["made"] if each["kind"] == "file"] == [False, True]
+    assert paths_of(again["made"], "unit") == [f"{GRANT}.path"]
+    assert node()[0] == 0o664
+    assert shell("systemctl", "is-active", f"{GRANT}.path") == "active\n"
+    assert not apply(**wanted())["changed"]
 
 
 @pytest.mark.parametrize(
@@ -232,16 +266,16 @@ def test_the_bytes_of_an_executable(before: bytes | None) -> None:
     set_xattr(before)
     # The kernel may show it in another form than it was given.
     before = xattr()
-    first = record(capabilities=[str(EMULATOR)])
-    assert (first["changed"], first["granted"]) == (True, [str(EMULATOR)])
+    first = apply(capabilities=[str(EMULATOR)])
+    assert (first["changed"], paths_of(first["made"], "capability")) == (True, [str(EMULATOR)])
     assert first["capabilities"][str(EMULATOR)]["ours"]
     granted = with_ipc_lock(before)
     assert xattr() == granted
     assert has_ipc_lock()
-    second = record(capabilities=[str(EMULATOR)])
-    assert (second["changed"], second["granted"]) == (False, [])
+    second = apply(capabilities=[str(EMULATOR)])
+    assert (second["changed"], second["made"]) == (False, [])
     assert second["capabilities"][str(EMULATOR)]["ipc_lock"]
-    assert record()["changed"]
+    assert apply()["changed"]
     assert xattr() == before
     assert not has_ipc_lock()
     if before is None:
@@ -252,22 +286,22 @@ def test_the_bytes_of_an_executable(before: bytes | None) -> None:
 
 @pytest.mark.parametrize("granted", [plain(IPC_LOCK | NET_RAW), plain(IPC_LOCK | NET_RAW, effective=False)])
 def test_what_somebody_added_stays(granted: bytes) -> None:
-    record(capabilities=[str(EMULATOR)])
+    apply(capabilities=[str(EMULATOR)])
     set_xattr(granted)
-    assert record()["changed"]
+    assert apply()["changed"]
     assert xattr() == struct.pack("<5I", struct.unpack_from("<I", granted)[0], NET_RAW, 0, 0, 0)
 
 
 def test_what_somebody_else_granted_stays() -> None:
     shell("setcap", "cap_ipc_lock=ep", str(EMULATOR))
-    answered = record(capabilities=[str(EMULATOR)])
+    answered = apply(capabilities=[str(EMULATOR)])
     assert answered["capabilities"][str(EMULATOR)] == {
         "real_path": str(EMULATOR),
         "ipc_lock": True,
         "ours": False,
         "other": [],
     }
-    assert not record()["changed"]
+    assert not apply()["changed"]
     assert has_ipc_lock()
 
 
@@ -280,21 +314,22 @@ def upgrade(value: bytes | None = None) -> None:
 
 
 def test_an_upgrade_of_the_package() -> None:
-    record(capabilities=[str(EMULATOR)])
+    apply(capabilities=[str(EMULATOR)])
     # This version comes with a capability of its own.
     upgrade(plain(NET_RAW))
-    again = record(capabilities=[str(EMULATOR)])
-    assert [each["path"] for each in again["recorded"]] == again["granted"] == [str(EMULATOR)]
+    again = apply(capabilities=[str(EMULATOR)])
+    assert [each["path"] for each in again["recorded"]] == [str(EMULATOR)]
+    assert paths_of(again["made"], "capability") == [str(EMULATOR)]
     assert xattr() == with_ipc_lock(plain(NET_RAW))
-    assert record()["changed"]
+    assert apply()["changed"]
     assert xattr() == plain(NET_RAW)
     # With another upgrade, or with its removal, there is nothing to take.
-    record(capabilities=[str(EMULATOR)])
+    apply(capabilities=[str(EMULATOR)])
     upgrade()
-    assert not record()["changed"]
-    record(capabilities=[str(EMULATOR)])
+    assert not apply()["changed"]
+    apply(capabilities=[str(EMULATOR)])
     EMULATOR.rename(PLACE / "gone")
-    assert not record()["changed"]
+    assert not apply()["changed"]
 
 
 def wait_for(done: Callable[[], bool], seconds: float) -> bool:
@@ -305,29 +340,25 @@ def wait_for(done: Callable[[], bool], seconds: float) -> bool:
 
 
 def test_a_unit_that_stays_does_not_grant_it_again() -> None:
-    kept = {name: wanted()[name][:2] for name in ("files", "units")}
-    record(capabilities=[str(EMULATOR)], **kept)
-    write_units()
-    start_units()
+    apply(capabilities=[str(EMULATOR)], **unit_files())
     # It is at work: it grants what is taken away.
-    os.utime(EMULATOR)
-    assert wait_for(has_ipc_lock, 60)
-    shell("systemctl", "stop", f"{GRANT}.service")
     set_xattr(None)
     assert wait_for(has_ipc_lock, 60)
-    answered = record(**kept)
-    assert answered["units"][f"{GRANT}.path"] == {"exists": True, "enabled": True, "active": False}
+    shell("systemctl", "stop", f"{GRANT}.service")
+    answered = apply(**unit_files(PLACE / "other"))
+    assert f"{GRANT}.path is stopped until it is started with what it has to do now." in [
+        each["text"] for each in answered["put_back"]
+    ]
+    assert paths_of(answered["made"], "unit") == [f"{GRANT}.path"]
+    assert shell("systemctl", "is-active", f"{GRANT}.path") == "active\n"
     assert not wait_for(has_ipc_lock, 3)
 
 
 def test_a_unit_whose_file_somebody_has_removed() -> None:
     before = tree(Path("/etc"))
-    options = {name: wanted()[name][:2] for name in ("files", "units")}
-    record(**options)
-    write_units()
-    start_units()
+    apply(**unit_files())
     (SYSTEMD / f"{GRANT}.path").unlink()
-    assert record()["changed"]
+    assert apply()["changed"]
     assert tree(Path("/etc")) == before
     assert f"{GRANT}.path" not in shell("systemctl", "list-units", "--all", "--no-legend", "--no-pager")
 
@@ -341,14 +372,13 @@ def test_a_node_that_comes_later(sites_rule: bool) -> None:
         assert not os.path.exists(NODE)
         if sites_rule:
             write(SITES_RULE, 'SUBSYSTEM=="vfio-dev", GROUP="audio", MODE="0640"\n')
-        record(files=[str(RULE)], nodes=["/dev/vfio/devices/*"])
-        write(RULE, 'SUBSYSTEM=="vfio-dev", GROUP="tape", MODE="0664"\n')
-        shell("udevadm", "control", "--reload")
+        apply(**rule())
         (driver / "bind").write_text(device.name)
         shell("udevadm", "settle")
         assert node() == (0o664, 0, grp.getgrnam("tape").gr_gid)
-        assert record(files=[str(RULE)], nodes=["/dev/vfio/devices/*"])["recorded"] == []
-        assert record()["changed"]
+        again = apply(**rule())
+        assert (again["changed"], again["recorded"]) == (False, [])
+        assert apply()["changed"]
         assert node() == ((0o640, 0, grp.getgrnam("audio").gr_gid) if sites_rule else (0o600, 0, 0))
     finally:
         SITES_RULE.unlink(missing_ok=True)
@@ -386,10 +416,10 @@ def cut_off(at: int, commands: bool, **options: Any) -> bool:
             return call
 
         try:
-            target, names = (iommufd_host_record, ("run_command",)) if commands else (os, CALLS)
+            target, names = (iommufd_host_apply, ("run_command",)) if commands else (os, CALLS)
             for name in names:
                 setattr(target, name, counted(getattr(target, name)))
-            answered = run(iommufd_host_record, **options)
+            answered = run(iommufd_host_apply, **options)
             os._exit(3 if answered.get("failed") else 0)
         finally:
             os._exit(4)
@@ -398,22 +428,13 @@ def cut_off(at: int, commands: bool, **options: Any) -> bool:
     return status == signal.SIGKILL
 
 
-SOME = {
-    "files": [str(PLACE / "old"), str(PLACE / "a" / "b" / "new")],
+SOME: dict[str, Any] = {
+    "files": [file(PLACE / "old", "of the role"), file(PLACE / "a" / "b" / "new", "of the role")],
     "capabilities": [str(EMULATOR)],
-    "blocks": [str(PLACE / "conf"), str(PLACE / "c" / "new")],
+    "blocks": [{"path": str(PLACE / name), "devices": ["/dev/iommu"]} for name in ("conf", "c/new")],
     "nodes": [NODE],
 }
-
-
-def change_some() -> None:
-    for path in SOME["files"]:
-        write(Path(path), "of the role")
-    for path in SOME["blocks"]:
-        rest = Path(path).read_text() if os.path.exists(path) else ""
-        write(Path(path), BEGIN + "x\n" + END + rest)
-    set_xattr(with_ipc_lock(xattr()))
-    os.chmod(NODE, 0o664)
+SOME_PATHS = [*(each["path"] for name in ("files", "blocks") for each in SOME[name]), str(EMULATOR), NODE]
 
 
 def items_in_record() -> set[str]:
@@ -432,31 +453,38 @@ def test_cut_off_anywhere() -> None:
     write(PLACE / "conf", "a = 1\nb = 2")
     os.setxattr(PLACE / "old", "user.of.the.file", b"value")
     set_xattr(plain(0, effective=False))
-    paths = [path for some in SOME.values() for path in some]
-    before = tree(PLACE), node(), {path: state_of(path) for path in paths}
+    before = tree(PLACE), node(), {path: state_of(path) for path in SOME_PATHS}
 
     def check(when: str) -> None:
         assert (tree(PLACE), node()) == before[:2], when
         assert not RECORD.parent.exists(), when
 
-    at = 0
-    while cut_off(at, False, **SOME):
-        record()
-        check(f"record, call {at}")
-        assert cut_off(at, False, **SOME)
-        record(**SOME)
-        assert items_in_record() == set(paths)
-        record()
-        at += 1
-    assert at > 5
+    def not_back() -> set[str]:
+        return {path for path in SOME_PATHS if state_of(path) != before[2][path]}
+
+    apply(**SOME)
+    made = tree(PLACE)
+    apply()
     at, killed = 0, True
     while killed:
-        record(**SOME)
-        change_some()
+        killed = cut_off(at, False, **SOME)
+        assert not_back() <= items_in_record(), f"on, call {at}"
+        if at % 2:
+            apply(**SOME)
+            assert tree(PLACE) == made, f"on, call {at}"
+            assert items_in_record() == set(SOME_PATHS)
+        apply()
+        check(f"on, call {at}")
+        at += 1
+    assert at > 20
+    at, killed = 0, True
+    while killed:
+        apply(**SOME)
+        # As a rule of the caller's would.
+        os.chmod(NODE, 0o664)
         killed = cut_off(at, False)
-        not_back = {path for path in paths if state_of(path) != before[2][path]}
-        assert not_back <= items_in_record(), f"undo, call {at}"
-        record()
+        assert not_back() <= items_in_record(), f"undo, call {at}"
+        apply()
         check(f"undo, call {at}")
         at += 1
     assert at > 20
@@ -464,14 +492,15 @@ def test_cut_off_anywhere() -> None:
 
 def test_cut_off_before_systemd_is_told() -> None:
     before = tree(Path("/etc")), units()
-    options = {name: wanted()[name][:2] for name in ("files", "units")}
-    record(capabilities=[str(EMULATOR)], **options)
-    write_units()
-    set_xattr(plain(IPC_LOCK))
-    start_units()
-    # It shows, disables, stops and forgets both units before that.
+    options = {"capabilities": [str(EMULATOR)], **unit_files()}
+    # It shows the unit and enables it before that.
+    assert cut_off(2, True, **options)
+    apply(**options)
+    assert shell("systemctl", "is-active", f"{GRANT}.path") == "active\n"
+    shell("systemctl", "stop", f"{GRANT}.service")
+    # It shows, disables, stops and forgets the unit before that.
     assert cut_off(6, True)
-    record()
+    apply()
     assert (tree(Path("/etc")), units(), xattr()) == (*before, None)
     assert not wait_for(has_ipc_lock, 1)
 
@@ -479,14 +508,14 @@ def test_cut_off_before_systemd_is_told() -> None:
 def refused(why: str, **options: Any) -> None:
     before = tree(PLACE, RECORD.parent)
     for check_mode in (True, False):
-        answered = run(iommufd_host_record, _ansible_check_mode=check_mode, **options)
+        answered = run(iommufd_host_apply, _ansible_check_mode=check_mode, **options)
         assert answered["failed"]
         assert why in answered["msg"]
         assert tree(PLACE, RECORD.parent) == before
 
 
 def test_whose_record_is_believed() -> None:
-    record(capabilities=[str(EMULATOR)])
+    apply(capabilities=[str(EMULATOR)])
     set_xattr(plain(IPC_LOCK))
     for path in (RECORD, RECORD.parent):
         os.chown(path, VM, 0)
@@ -501,7 +530,7 @@ def test_whose_record_is_believed() -> None:
     RECORD.write_bytes(content)
     with locked(str(RECORD)):
         refused("Another run works with the record")
-    assert record()["changed"]
+    assert apply()["changed"]
     assert xattr() is None
 
 
@@ -511,7 +540,7 @@ def test_an_ordinary_user() -> None:
     if not child:
         try:
             change_user(VM)
-            os.write(writer, json.dumps(run(iommufd_host_record)).encode())
+            os.write(writer, json.dumps(run(iommufd_host_apply)).encode())
         finally:
             os._exit(0)
     os.close(writer)
@@ -520,7 +549,7 @@ def test_an_ordinary_user() -> None:
     os.waitpid(child, 0)
     assert answered["failed"]
     assert answered["msg"] == (
-        f"It takes root to put a host back, and this is uid {VM}. Run the task as root (become: true)."
+        f"It takes root to change a host and to put it back, and this is uid {VM}. Run the task as root (become: true)."
     )
 
 
@@ -536,19 +565,17 @@ def set_flags(path: Path, flags: int) -> None:
 
 def test_a_file_that_cannot_be_removed() -> None:
     path = PLACE / "kept"
-    record(files=[str(path)], capabilities=[str(EMULATOR)])
-    write(path, "")
-    set_xattr(plain(IPC_LOCK))
+    apply(files=[file(path, "")], capabilities=[str(EMULATOR)])
     set_flags(path, _IMMUTABLE)
     try:
-        answered = run(iommufd_host_record)
+        answered = run(iommufd_host_apply)
         assert answered["failed"]
         assert f"{path} could not be put back: EPERM: Operation not permitted." in answered["msg"]
         assert {each["path"] for each in answered["remembered"]} == {str(path), str(EMULATOR)}
         assert has_ipc_lock()
     finally:
         set_flags(path, 0)
-    assert record()["changed"]
+    assert apply()["changed"]
     assert not path.exists()
     assert not has_ipc_lock()
 
@@ -557,9 +584,9 @@ def test_capabilities_that_cannot_be_read() -> None:
     """An attribute of no bytes, which Python's os.setxattr writes for one, makes a file that nobody can execute."""
     set_xattr(b"")
     for check_mode in (True, False):
-        answered = run(iommufd_host_record, capabilities=[str(EMULATOR)], _ansible_check_mode=check_mode)
+        answered = run(iommufd_host_apply, capabilities=[str(EMULATOR)], _ansible_check_mode=check_mode)
         assert answered["failed"]
         assert f"Take them away (setcap -r {EMULATOR})." in answered["msg"]
     assert not RECORD.parent.exists()
     shell("setcap", "-r", str(EMULATOR))
-    assert record(capabilities=[str(EMULATOR)])["capabilities"][str(EMULATOR)]["ours"]
+    assert apply(capabilities=[str(EMULATOR)])["capabilities"][str(EMULATOR)]["ours"]
