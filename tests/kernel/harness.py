@@ -105,6 +105,11 @@ class Acts(Pinner):
         os.close(other)
         return {}
 
+    def put_at_signal(self, path: str, fd: str) -> Answer:
+        """Does so at SIGUSR1, which a child of the tests can send, that has nothing else of theirs."""
+        signal.signal(signal.SIGUSR1, lambda _number, _frame: self.put(path, fd))
+        return {}
+
     def swap(self, fd: str, *paths: str) -> NoReturn:
         """Swaps what is behind a descriptor, as fast as it can, for ever."""
         others = [os.dup(int(fd)), socket.socket(socket.AF_UNIX).detach()]

@@ -4,6 +4,8 @@
 
 """Holders that keep whoever looks at them waiting, by a file on a FUSE mount: in the place of an iommufd, just in time.
 
+A process that swaps the two as fast as it can has that luck now and then. Here it is told when.
+
 To close such a file asks its server (FUSE_FLUSH), and the wait for that answer ends with no signal, SIGKILL included.
 """
 
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _child
+from ansible_collections.virt.iommufd.plugins.module_utils import _child, _process
 from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer, in_child
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
@@ -29,9 +31,6 @@ from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, Vmm
 from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, process
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 from ansible_collections.virt.iommufd.tests.kernel.test_fuse import FLUSH, answer, mount
-
-# How often a run is tried until one has shared the file: each has a chance of some percent.
-TRIES = 3000
 
 
 def serve_but_flush(fuse: int, friend: int, note: int) -> None:
@@ -49,7 +48,7 @@ def serve_but_flush(fuse: int, friend: int, note: int) -> None:
 
 
 class Trap(NamedTuple):
-    """A process that swaps its iommufd `fd` for a file on its FUSE mount and back, and who fell for it so far."""
+    """A process with an iommufd `fd` and a file on its FUSE mount, and who waits for that file's server so far."""
 
     vmm: Vmm
     fd: int
@@ -86,7 +85,6 @@ def trap(start: Start, tmp_path: Path) -> Iterator[Trap]:
     os.close(fuse)
     os.close(note)
     try:
-        vmm.do("swap", str(fd), str(mount_point / "file"))
         yield Trap(vmm, fd, notes, mount_point / "file")
     finally:
         vmm.end()
@@ -110,42 +108,50 @@ def is_stuck(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
 
 
+@pytest.fixture
+def sprung(trap: Trap, monkeypatch: pytest.MonkeyPatch) -> Trap:
+    """The trap, with the file put in the place of the iommufd that was found there, just before it is shared."""
+    share = _process._pidfd_getfd
+    trap.vmm.do("put_at_signal", str(trap.file), str(trap.fd))
+
+    def share_what_is_there_now(pidfd: int, fd: int) -> int:
+        if f"\nPid:\t{trap.vmm.pid}\n" in Path(f"/proc/self/fdinfo/{pidfd}").read_text():
+            os.kill(trap.vmm.pid, signal.SIGUSR1)
+            while os.readlink(f"/proc/{trap.vmm.pid}/fd/{fd}") != str(trap.file):
+                time.sleep(0.01)
+        return share(pidfd, fd)
+
+    monkeypatch.setattr(_process, "_pidfd_getfd", share_what_is_there_now)
+    return trap
+
+
 @pytest.mark.parametrize("asked", [False, True])
-def test_an_iommufd_that_cannot_be_closed(trap: Trap, asked: bool) -> None:
-    for _each in range(TRIES):
-        began = time.monotonic()
-        answered = run(pid=trap.vmm.pid, value="process", **({"fd": trap.fd} if asked else {}))
-        took = time.monotonic() - began
-        caught = trap.caught()
-        if caught:
-            break
-    else:
-        pytest.fail("Nobody has shared the file, so nothing was tried.")
+def test_an_iommufd_that_cannot_be_closed(sprung: Trap, asked: bool) -> None:
+    began = time.monotonic()
+    answered = run(pid=sprung.vmm.pid, value="process", **({"fd": sprung.fd} if asked else {}))
+    took = time.monotonic() - began
+    caught = sprung.caught()
     # It was asked about an iommufd, and said what it was; or that was not the one.
     assert not asked or "is not an iommufd. It is " in answered["msg"]
     assert took < 30
     # What waits was left behind, and is not this process.
-    assert caught == [pid for pid in caught if pid != os.getpid()]
+    assert caught
+    assert os.getpid() not in caught
     assert all(is_stuck(pid) for pid in caught)
 
 
-def test_a_look_at_a_host_goes_on_behind_one_that_hangs(trap: Trap, start: Start) -> None:
+def test_a_look_at_a_host_goes_on_behind_one_that_hangs(sprung: Trap, start: Start) -> None:
     honest = start()
     honest.open()
-    for _each in range(TRIES):
-        began = time.monotonic()
-        answered = look("processes")
-        took = time.monotonic() - began
-        if trap.caught():
-            break
-    else:
-        pytest.fail("Nobody has shared the file, so nothing was tried.")
-    assert took < 60
+    began = time.monotonic()
+    answered = look("processes")
+    assert time.monotonic() - began < 60
+    assert sprung.caught()
     assert "puts other files in the place of its iommufds" in limits(answered)["iommufds"]
     rows = {each["pid"]: each for each in answered["processes"]}
     assert rows[honest.pid]["accounting"] == "user"
     # With one that was not to be seen, nobody knows how it is accounted.
-    assert trap.vmm.pid not in rows or rows[trap.vmm.pid]["accounting"] is None
+    assert sprung.vmm.pid not in rows or rows[sprung.vmm.pid]["accounting"] is None
 
 
 def test_a_child_that_cannot_be_killed_is_not_waited_for(trap: Trap, tmp_path: Path) -> None:
