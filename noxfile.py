@@ -210,7 +210,8 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tooling(session: nox.Session) -> None:
     """Test the report that decides whether a run has passed, and the lab against bad luck."""
-    session.install("-r", f"{REQUIREMENTS}/units.txt")
+    core = importlib.metadata.version("ansible-core")
+    session.install("-r", f"{REQUIREMENTS}/units.txt", f"ansible-core=={core}")
     RESULTS.mkdir(parents=True, exist_ok=True)
     session.run(
         *("pytest", "-c", "tests/unit/pytest.ini", "--rootdir=tests", f"--junitxml={RESULTS}/{session.name}.xml"),
