@@ -306,9 +306,9 @@ def test_there_and_back(host: Host, terminal: str) -> None:
     assert (host.told(), host.loaded(), os.stat(terminal).st_mode & 0o777) == ([], ["iommufd"], 0o620)
     assert (foretold["changed"], foretold["put_back"]) == (True, [])
     first = host.run(_ansible_diff=True, **wanted)
-    # What is foretold is what is done, to the word.
+    # What is foretold is what is done, to the word. Not every ansible-core adds the parameters of the call.
     for answer in (foretold, first):
-        del answer["invocation"]
+        answer.pop("invocation", None)
     assert first == foretold
     assert [(each["kind"], each["path"], each["text"]) for each in first["made"]] == [
         ("module", "vfio-pci", "The kernel module vfio-pci is loaded."),
