@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ._grant import decide
-from ._record import BLOCK, CAPABILITY, FILE, MODULE, NODE, SYSTEMD, UDEV, UNIT
+from ._record import BLOCK, CAPABILITY, FILE, MODULE, NODE, RELABEL, RESTART, SYSTEMD, UDEV, UNIT
 from ._states import BEGIN, END, FileState, NodeState, UnitState, setting_of, split_block
 from ._steps import (
     EnableUnit,
@@ -18,6 +19,7 @@ from ._steps import (
     Grant,
     LoadModule,
     Relabel,
+    RemoveUnfinished,
     RunUnit,
     Step,
     StopUnit,
@@ -65,8 +67,8 @@ def after(steps: list[Step], view: View) -> View:
     return replace(view, units=units)
 
 
-def steps_on(wanted: Wanted, view: View) -> list[Step]:
-    """What is to be done so that the host has what is wanted, in this order.
+def steps_on(wanted: Wanted, view: View, due: Iterable[tuple[str, str]] = ()) -> list[Step]:
+    """What is to be done so that the host has what is wanted, in this order, and what is `due` since an earlier run.
 
     What grants anything by itself comes after all that it reads. Raises IommufdError where it cannot be told how.
     """
@@ -75,13 +77,13 @@ def steps_on(wanted: Wanted, view: View) -> list[Step]:
     files = [step for path, file in wanted.files.items() for step in _write(path, file, view)]
     files += [step for path, nodes in wanted.blocks.items() for step in _write_block(path, nodes, view)]
     units = [step for name in wanted.units for step in _enable(name, view.units[name])]
-    runs = [step for name in wanted.units for step in _run(name, view.units[name], files)]
+    runs = [step for name in wanted.units for step in _run(name, view.units[name], files, due)]
     told = [UDEV] if _others(wanted, view) else []
     told += [SYSTEMD] if wanted.reload or units else []
     reload = reload_for(files, *told)
     follow = Step(NODE, "device nodes", FollowRules(wanted.nodes))
     rules = [follow for step in reload if wanted.nodes and _tells(step, UDEV)]
-    return [*modules, *grants, *files, *_relabel(files, view), *units, *reload, *rules, *runs]
+    return [*modules, *grants, *files, *_relabel(files, view, due), *units, *reload, *rules, *runs]
 
 
 def _tells(step: Step, whom: str) -> bool:
@@ -106,10 +108,15 @@ def _write(path: str, file: WantedFile, view: View) -> list[Step]:
     # What else a file has, such as its label, is its own.
     state = replace(now or _NEW, content=file.content, mode=file.mode, uid=_ROOT, gid=_ROOTS_GROUP)
     if now == state:
-        return []
+        return _clean(FILE, path, view)
     sides = ("" if now is None else _shown(now, state), _shown(state, now))
     says = f"{path} is {'made' if now is None else 'written'}."
     return [Step(FILE, path, WriteFile(path, state, file.program), says, *sides)]
+
+
+def _clean(kind: str, path: str, view: View) -> list[Step]:
+    """Where a run was cut off, and nothing is to be written now."""
+    return [Step(kind, path, RemoveUnfinished(path))] if path in view.unfinished else []
 
 
 def _shown(state: FileState, other: FileState | None) -> str:
@@ -127,7 +134,7 @@ def _write_block(path: str, nodes: tuple[str, ...], view: View) -> list[Step]:
     text = _block(list(dict.fromkeys((*there, *nodes))))
     state = replace(now or _NEW, content=b"%s\n%s%s\n%s" % (BEGIN, text, END, rest))
     if now == state:
-        return []
+        return _clean(BLOCK, path, view)
     # The rest of the file may hold a password, which nobody needs to see here.
     sides = ("" if block is None else shown_content(block), shown_content(text))
     return [Step(BLOCK, path, WriteFile(path, state), f"{path} has the block of iommufd_host.", *sides)]
@@ -143,11 +150,12 @@ def _block(nodes: list[str]) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
 
 
-def _relabel(files: list[Step], view: View) -> list[Step]:
+def _relabel(files: list[Step], view: View, due: Iterable[tuple[str, str]]) -> list[Step]:
     """New files get the label of their place; those that were there keep theirs."""
+    old = [path for what, path in due if what == RELABEL and view.files.get(path) is not None]
     new = [step.path for step in files if isinstance(step.effect, WriteFile) and _LABEL not in step.effect.state.xattrs]
     folders = [folder for path in new for folder in view.missing[path]]
-    paths = tuple(dict.fromkeys((*folders, *new)))
+    paths = tuple(dict.fromkeys((*folders, *new, *old)))
     return [Step(FILE, paths[-1], Relabel(paths))] if paths else []
 
 
@@ -168,9 +176,9 @@ def _enable(name: str, now: UnitState) -> list[Step]:
     return [Step(UNIT, name, EnableUnit(name), f"{name} is enabled.", f"{now}\n", f"{replace(now, enabled=True)}\n")]
 
 
-def _run(name: str, now: UnitState, files: list[Step]) -> list[Step]:
-    rewritten = os.path.join(_UNIT_FILES, name) in {step.path for step in files}
-    if now.active and not rewritten:
+def _run(name: str, now: UnitState, files: list[Step], due: Iterable[tuple[str, str]]) -> list[Step]:
+    rewritten = os.path.join(_UNIT_FILES, name) in {step.path for step in files if step.says}
+    if now.active and not rewritten and (RESTART, name) not in due:
         return []
     says = f"{name} is started{' anew' if now.active else ''}."
     sides = (f"{now}\n", f"{replace(now, active=True)}\n") if not now.active else ("", "")

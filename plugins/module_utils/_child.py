@@ -27,7 +27,7 @@ from typing import Any, Callable, NoReturn, Optional
 
 from ._errors import IommufdError, error_text
 from ._foreign import parse_answer, shown
-from ._user import User, be_private, become, has_ids, leave_keyring
+from ._user import User, be_private, become, end_with, has_ids, leave_keyring
 
 __all__ = (
     "COMMAND_SECONDS",
@@ -167,9 +167,10 @@ def answers(
 ) -> Generator[Any, None, None]:
     """What `work` yields in a child, one after the other, as `in_child` does it; `seconds` is for each of them."""
     reader, writer = os.pipe()
+    parent = os.getpid()
     pid = os.fork()
     if not pid:
-        _serve(user, work, writer, keep)
+        _serve(parent, user, work, writer, keep)
     os.close(writer)
     status: int | None = None
     try:
@@ -228,11 +229,13 @@ def _judge(user: User | None, text: bytes) -> Any:
     raise errors.get(kind, IommufdError)(shown(message))
 
 
-def _serve(user: User | None, work: Callable[[], Iterator[Any]], writer: int, keep: Collection[int]) -> NoReturn:
+def _serve(
+    parent: int, user: User | None, work: Callable[[], Iterator[Any]], writer: int, keep: Collection[int]
+) -> NoReturn:
     """The child's whole life. Nothing that is the parent's is cleaned up, flushed or run here."""
     code = 1
     try:
-        for answer in _answers(user, work, {writer, *keep}):
+        for answer in _answers(parent, user, work, {writer, *keep}):
             left = memoryview(json.dumps(answer).encode("ascii") + b"\n")
             while left:
                 left = left[os.write(writer, left) :]
@@ -242,10 +245,14 @@ def _serve(user: User | None, work: Callable[[], Iterator[Any]], writer: int, ke
         os._exit(code)
 
 
-def _answers(user: User | None, work: Callable[[], Iterator[Any]], keep: Collection[int]) -> Iterator[dict[str, Any]]:
+def _answers(
+    parent: int, user: User | None, work: Callable[[], Iterator[Any]], keep: Collection[int]
+) -> Iterator[dict[str, Any]]:
     global _is_child
     _is_child = True
     try:
+        # The next run shall not find anything that this one still changes.
+        end_with(parent)
         isolate()
         close_all_but(keep)
         _become(user)
@@ -303,9 +310,10 @@ def start_command(
     server does not answer; it has ended then.
     """
     reading, writing = os.pipe()
+    parent = os.getpid()
     pid = os.fork()
     if not pid:
-        _execute(words, streams, environment(None) if variables is None else variables, keep, writing)
+        _execute(parent, words, streams, environment(None) if variables is None else variables, keep, writing)
     os.close(writing)
     runs = False
     try:
@@ -324,10 +332,16 @@ def start_command(
 
 
 def _execute(
-    words: Sequence[str], streams: Streams, variables: Mapping[str, str], keep: Collection[int], report: int
+    parent: int,
+    words: Sequence[str],
+    streams: Streams,
+    variables: Mapping[str, str],
+    keep: Collection[int],
+    report: int,
 ) -> NoReturn:
     """Never returns: the process becomes the command, or writes into the pipe what failed, and ends."""
     try:
+        end_with(parent)
         # A child of ours has a session already, and what it runs is to end with it.
         if not _is_child:
             isolate()

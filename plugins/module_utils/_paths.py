@@ -304,7 +304,8 @@ def parse_mount(mountinfo: bytes, number: bytes) -> Mount | None:
     three octal digits, and no number, type or option that counts here has any. Of FUSE the user is always told:
     fuse_show_options() in fs/fuse/inode.c.
     """
-    for line in mountinfo.splitlines():
+    # Each line ends so, and the kernel leaves the others that Python takes for an end as they are in a name.
+    for line in mountinfo.split(b"\n"):
         fields = line.split(b" ")
         if fields[0] != number:
             continue

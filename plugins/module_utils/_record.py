@@ -28,6 +28,9 @@ __all__ = (
     "KINDS",
     "MODULE",
     "NODE",
+    "RELABEL",
+    "RELOAD",
+    "RESTART",
     "SYSTEMD",
     "UDEV",
     "UNIT",
@@ -52,7 +55,12 @@ _VERSION = 1
 # Who may have to be told of a file that was changed.
 SYSTEMD = "systemd"
 UDEV = "udev"
-RELOADS = (SYSTEMD, UDEV)
+
+# What is still to be done once a change is made, and cannot be seen of the host afterwards: to have one of these read
+# its files, to start a unit anew, to give a file its label.
+RELOAD = "reload"
+RESTART = "restart"
+RELABEL = "relabel"
 
 # Only root can make a file there. How long a run waits for another, in seconds.
 _LOCK = "/run/iommufd_host.lock"
@@ -71,7 +79,8 @@ class Item:
     """One thing that the record remembers.
 
     `before` is how it was: of a file its FileState as JSON; of a capability the extended attribute as hexadecimal
-    digits in `xattr`; of a node `mode`, `uid` and `gid`; of a unit `enabled` and `active`. None is what was not there.
+    digits in `xattr`; of a node `mode`, `uid`, `gid` and the `device` that it led to; of a unit `enabled` and `active`.
+    None is what was not there.
     A node that was not there, or a pattern of nodes, stands for all nodes of this name that come later. Of a block,
     only whether its file was there matters. `folders` were missing then, the outermost first.
     """
@@ -123,11 +132,11 @@ def _state_of(kind: str, before: Any) -> Any:
 
 @dataclass
 class Record:
-    """The record in its file. `reloads` are those that have yet to be told of files that were changed."""
+    """The record in its file. `due` is what is still to be done for a change that was made: what, and to which."""
 
     path: str
     items: list[Item] = field(default_factory=list)
-    reloads: list[str] = field(default_factory=list)
+    due: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def folder(self) -> str:
@@ -154,7 +163,7 @@ class Record:
             version = given["version"]
             if version == _VERSION:
                 record.items = [Item.from_json(each) for each in given["items"]]
-                record.reloads = [each for each in RELOADS if each in given["reloads"]]
+                record.due = [(str(what), str(thing)) for what, thing in given["due"]]
                 return record
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
             raise RecordUnusable(
@@ -169,13 +178,17 @@ class Record:
     def save(self) -> None:
         """Writes the record in one step. Raises OSError, and IommufdError where others could write it."""
         make_folder(self.folder, 0o700)
-        content = {"version": _VERSION, "items": [item.to_json() for item in self.items], "reloads": self.reloads}
+        content = {"version": _VERSION, "items": [item.to_json() for item in self.items], "due": self.due}
         text = json.dumps(content, indent=1).encode("ascii") + b"\n"
         write_file_state(self.path, FileState(text, 0o600, os.geteuid(), os.getegid()))
 
     def remove(self) -> None:
         """Removes the record, and its folder if nothing else is in it. Raises OSError."""
         remove_file(self.path, [self.folder])
+
+    def due_for(self, what: str) -> list[str]:
+        """To which of them something is still to be done."""
+        return [thing for each, thing in self.due if each == what]
 
     def add(self, items: list[Item]) -> None:
         """Remembers items, each in the place of what was remembered of the same thing."""

@@ -39,7 +39,9 @@ __all__ = (
     "capability_in",
     "capability_of",
     "command",
+    "device_of",
     "group_name",
+    "is_unfinished",
     "kernels_node",
     "make_folder",
     "matching_nodes",
@@ -197,7 +199,11 @@ def make_folder(path: str, mode: int) -> None:
         if place.missing:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         if place.found is None:
-            os.mkdir(place.name, mode, dir_fd=place.folder)
+            mask = os.umask(0)
+            try:
+                os.mkdir(place.name, mode, dir_fd=place.folder)
+            finally:
+                os.umask(mask)
             sync(place.folder)
 
 
@@ -251,6 +257,12 @@ def remove_file(path: str, folders: Sequence[str]) -> None:
             if exc.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 return
             raise
+
+
+def is_unfinished(path: str) -> bool:
+    """Whether a run that was cut off has left a new file next to this one. Raises as `read_file_state` does."""
+    with _reading(path), walk(path + _NEW, changes=True, judge_last=False) as place:
+        return place.found is not None
 
 
 def remove_unfinished(path: str) -> None:
@@ -347,6 +359,18 @@ def kernels_node(path: str) -> NodeState:
         text = stream.read()
     said = dict(re.findall(r"^(DEVMODE|DEVUID|DEVGID)=([0-9]+)$", text, re.MULTILINE))
     return NodeState(int(said.get("DEVMODE", "600"), 8), int(said.get("DEVUID", "0")), int(said.get("DEVGID", "0")))
+
+
+def device_of(path: str) -> str:
+    """What the node leads to: the device's folder in sysfs, which names the bus and the place; "" where it is gone.
+
+    Of a device without one, its number.
+    """
+    with _node(path) as found:
+        if not found:
+            return ""
+        rdev = found[1].st_rdev
+    return os.path.realpath(f"{_SYS_CHAR}/{os.major(rdev)}:{os.minor(rdev)}")
 
 
 def set_node(path: str, state: NodeState) -> None:

@@ -17,7 +17,7 @@ from ._capabilities import parse_file_capabilities
 from ._errors import IommufdError, error_text
 from ._grant import grant_patiently
 from ._programs import INTERPRETER
-from ._record import SYSTEMD, UDEV, Item, Record
+from ._record import RELABEL, RELOAD, RESTART, SYSTEMD, UDEV, Item, Record
 from ._states import (
     FileState,
     NodeState,
@@ -52,6 +52,7 @@ __all__ = (
     "StopUnit",
     "WriteFile",
     "make_steps",
+    "note_due",
     "reload_for",
     "shown_capabilities",
     "shown_content",
@@ -69,7 +70,10 @@ _RESTORECON = "restorecon"
 
 
 class Effect(Protocol):
-    """A change of the host, which can be made again without harm."""
+    """A change of the host, which can be made again without harm.
+
+    Some have `due`: what the record has to remember until it is made, as nothing on the host shows that it is missing.
+    """
 
     def make(self, run: Run) -> None:
         """Raises OSError or IommufdError."""
@@ -98,6 +102,11 @@ class Relabel:
     """Gives new files and folders what SELinux's policy has for their paths, where it is in force."""
 
     paths: tuple[str, ...]
+
+    @property
+    def due(self) -> list[tuple[str, str]]:
+        """See Effect."""
+        return [(RELABEL, path) for path in self.paths]
 
     def make(self, run: Run) -> None:
         """See Effect."""
@@ -165,17 +174,14 @@ class Grant:
 
 @dataclass(frozen=True)
 class SetNode:
-    """Lets the same ones open a node as before. `by_rules`: what udev's rules make of it counts."""
+    """Lets the same ones open a node as before."""
 
     path: str
     state: NodeState
-    by_rules: bool
 
     def make(self, run: Run) -> None:
         """See Effect."""
         set_node(self.path, self.state)
-        if self.by_rules and os.path.exists(_UDEV_RUNS):
-            command(run, "udevadm", "trigger", "--settle", "--action=change", self.path)
 
 
 @dataclass(frozen=True)
@@ -245,6 +251,11 @@ class RunUnit:
     name: str
     anew: bool
 
+    @property
+    def due(self) -> list[tuple[str, str]]:
+        """See Effect."""
+        return [(RESTART, self.name)] if self.anew else []
+
     def make(self, run: Run) -> None:
         """See Effect."""
         command(run, "systemctl", "restart" if self.anew else "start", "--", self.name)
@@ -255,6 +266,11 @@ class Reload:
     """Has systemd and udev read their files again. One that does not run needs no telling."""
 
     whom: tuple[str, ...]
+
+    @property
+    def due(self) -> list[tuple[str, str]]:
+        """See Effect."""
+        return [(RELOAD, each) for each in self.whom]
 
     def make(self, run: Run) -> None:
         """See Effect."""
@@ -301,31 +317,39 @@ def reload_for(steps: list[Step], *more: str) -> list[Step]:
     return [Step("", "systemd and udev", Reload(whom))] if whom else []
 
 
+def note_due(record: Record, steps: list[Step]) -> bool:
+    """Has the record remember what will be due once a part of the steps is made. Whether it is new to it."""
+    new = [each for step in steps for each in _due(step) if each not in record.due]
+    record.due += new
+    return bool(new)
+
+
 def make_steps(record: Record, steps: list[Step], run: Run) -> list[Step]:
     """Makes the steps, and has the record forget each thing once it is back. Gives those that have changed something.
 
-    Whenever this is cut off, the record still names all that is not back, and who has to be told. Raises StepFailed.
+    Whenever this is cut off, the record still names all that is not back, and what is still due. Raises StepFailed.
     """
     done: list[Step] = []
     step = Step("", record.path)
-    reloads = [whom for each in steps if isinstance(each.effect, Reload) for whom in each.effect.whom]
     try:
-        if reloads != record.reloads:
-            record.reloads = reloads
+        if note_due(record, steps):
             record.save()
         for step in steps:
             if step.effect is not None:
                 step.effect.make(run)
             if step.item is not None:
                 record.drop(step.item)
-                record.save()
-            if isinstance(step.effect, Reload):
-                record.reloads = []
+            record.due = [each for each in record.due if each not in _due(step)]
+            if step.item is not None or _due(step):
                 record.save()
             done += [step] if step.says else []
     except (OSError, IommufdError) as exc:
         raise StepFailed(step, exc, done) from exc
     return done
+
+
+def _due(step: Step) -> list[tuple[str, str]]:
+    return getattr(step.effect, "due", [])
 
 
 def shown_content(content: bytes) -> str:

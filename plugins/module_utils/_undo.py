@@ -16,9 +16,10 @@ from dataclasses import replace
 
 from ._capabilities import CAP_IPC_LOCK, parse_file_capabilities, with_ipc_lock, without_ipc_lock
 from ._errors import IommufdError
-from ._record import BLOCK, CAPABILITY, FILE, KINDS, NODE, SYSTEMD, UNIT, Item, Record
+from ._record import BLOCK, CAPABILITY, FILE, KINDS, NODE, RELOAD, SYSTEMD, UNIT, Item, Record
 from ._states import BEGIN, END, FileState, UnitState, split_block
 from ._steps import (
+    FollowRules,
     RemoveFile,
     RemoveUnfinished,
     SetCapability,
@@ -96,8 +97,11 @@ def _new_file(kind: str, path: str, record: Record, view: View) -> Item:
 
 def _new_node(path: str, view: View) -> Item:
     state = view.nodes.get(path)
-    before = None if state is None else {"mode": f"{state.mode:04o}", "uid": state.uid, "gid": state.gid}
-    return Item(NODE, path, before)
+    if state is None:
+        return Item(NODE, path, None)
+    # The kernel gives the next device whatever number is free, and its node the name.
+    device = view.devices[path]
+    return Item(NODE, path, {"mode": f"{state.mode:04o}", "uid": state.uid, "gid": state.gid, "device": device})
 
 
 def _new_unit(name: str, unit: UnitState) -> Item:
@@ -129,7 +133,7 @@ def steps_back(record: Record, wanted: Wanted, view: View) -> list[Step]:
     if any(step.effect for step in capabilities):
         units += _pauses([item.path for item in record.items if item.kind == UNIT and item not in gone], view)
     disabled = [SYSTEMD for step in units if isinstance(step.effect, StopUnit) and step.effect.disable]
-    reload = reload_for(files, *record.reloads, *disabled)
+    reload = reload_for(files, *record.due_for(RELOAD), *disabled)
     nodes = [step for item in of[NODE] for step in _nodes_back(item, record, view)]
     starts = [_start(item) for item in of[UNIT] if _was_in_use(item)]
     return [*units, *files, *capabilities, *reload, *nodes, *starts]
@@ -225,17 +229,19 @@ def _granted(before: bytes | None) -> bytes | None:
 
 
 def _nodes_back(item: Item, record: Record, view: View) -> list[Step]:
-    if item.before is not None:
+    rules = None
+    if item.before is not None and view.devices.get(item.path) in (None, item.before.get("device")):
         aims = {item.path: item.state}
         says = "{} is open to the same ones as before: {}."
     else:
-        own = {each.path for each in record.items if each.kind == NODE and each.before is not None}
+        own = {each.path for each in record.items if each.kind == NODE and each.before is not None} - {item.path}
         aims = {path: view.kernels_nodes[path] for path in view.matches[item.path] if path not in own}
         says = "{} is as the kernel and the rules of udev make it: {}, if there is no other rule."
+        # Also where a run was cut off before.
+        rules = FollowRules(tuple(aims)) if aims else None
     steps = []
     for path, aim in aims.items():
         now = view.nodes.get(path)
         if now not in (None, aim):
-            effect = SetNode(path, aim, by_rules=item.before is None)
-            steps.append(Step(NODE, path, effect, says.format(path, aim), str(now), str(aim)))
-    return [*steps, Step(item.kind, item.path, item=item)]
+            steps.append(Step(NODE, path, SetNode(path, aim), says.format(path, aim), str(now), str(aim)))
+    return [*steps, Step(item.kind, item.path, rules, item=item)]

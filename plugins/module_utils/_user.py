@@ -11,6 +11,7 @@ import errno
 import os
 import pwd
 import resource
+import signal
 from typing import NamedTuple
 
 from ._errors import IommufdError
@@ -19,6 +20,7 @@ __all__ = (
     "User",
     "be_private",
     "become",
+    "end_with",
     "find_user",
     "groups_of",
     "has_ids",
@@ -33,6 +35,7 @@ _SYS_KEYCTL = {"x86_64": 250, "i386": 288, "i686": 288, "armv7l": 311, "armv8l":
 _SYS_KEYCTL_GENERIC = 219
 
 # linux/prctl.h
+_PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -90,10 +93,22 @@ def be_private() -> None:
     They can neither trace it nor read its memory, in which there is what it had as root, and it leaves no core dump. By
     itself a change of user does that only where fs.suid_dumpable is not 1. Raises OSError.
     """
-    if _libc.prctl(_PR_SET_DUMPABLE, *[ctypes.c_ulong(0)] * 4) < 0:
+    _prctl(_PR_SET_DUMPABLE, 0)
+    no_core()
+
+
+def end_with(parent: int) -> None:
+    """Has the kernel kill this process when its parent ends, until it becomes another user. Raises OSError."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        # It has ended already.
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3) < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-    no_core()
 
 
 def no_core() -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import resource
 import select
@@ -47,6 +48,7 @@ from ._vmm import (
     Unit,
     has_ipc_lock,
     is_qemu,
+    unit_obstacles,
 )
 
 __all__ = (
@@ -163,7 +165,7 @@ def try_copy(program: Program, under: Conditions, user: User) -> Status:
     """
     check_able(under)
     what = f"A copy of cat with CAP_IPC_LOCK next to {program.real_path}"
-    with _copy_of_cat(program, what) as copy, tempfile.TemporaryFile() as output:
+    with _copy_of_cat(program, what) as copy, _output() as output:
         arguments = ["cat", "/proc/self/status"]
         with _started(copy, arguments, under, user, output, output) as pid:
             failed = _await_end(pid, what)
@@ -216,7 +218,7 @@ def start_emulator(program: Program, under: Conditions, user: User) -> Seen:
     nothing is seen.
     """
     check_able(under)
-    with tempfile.TemporaryFile() as output:
+    with _output() as output:
         arguments = [program.path, *_IDLE_QEMU, "-qmp", "stdio"]
         with _started(program.path, arguments, under, user, output, output) as pid:
             _await_greeting(program, pid, output, user)
@@ -294,9 +296,18 @@ def _await_end(pid: int, what: str) -> int:
         time.sleep(0.01)
 
 
+def _output() -> IO[bytes]:
+    """A file of a fixed size for what a program says. A user who takes it from the program can make no more of it."""
+    fd = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.fchmod(fd, 0o600)
+    os.ftruncate(fd, _OUTPUT_MAX)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    return open(fd, "r+b", buffering=0)
+
+
 def _content(output: IO[bytes]) -> bytes:
     """What was written so far, also while others write where they are in the file."""
-    return os.pread(output.fileno(), 65536, 0)
+    return os.pread(output.fileno(), 65536, 0).rstrip(b"\0")
 
 
 def _line(text: bytes) -> str:
@@ -587,7 +598,19 @@ def start_replica(run: Run, unit: Unit) -> Seen:
             f"A service like {unit.name} has not the limit of locked memory that systemd gave it. Its user has changed"
             " that, perhaps."
         )
+    if not seen.lifts_memlock and unit.user != "root" and _gives_ipc_lock(unit):
+        # A process of that user with the same capability may have traced it. What root has decided that would take the
+        # capability away is in unit_obstacles().
+        raise Interrupted(
+            f"A service like {unit.name} has not got CAP_IPC_LOCK that systemd gave it. Its user has changed that,"
+            " perhaps."
+        )
     return seen
+
+
+def _gives_ipc_lock(unit: Unit) -> bool:
+    """Whether systemd starts the unit with CAP_IPC_LOCK, which its program keeps unless something voids it."""
+    return has_ipc_lock(unit.ambient) and not unit_obstacles(unit)
 
 
 def _ended(run: Run, name: str, unit: Unit, what: str, errors: str) -> IommufdError:
@@ -646,7 +669,7 @@ def session_memlock(user: User) -> Limit:
     that the user can neither end it nor change its limits, and keeps them until it is buried. Raises Interrupted where
     no session was opened; a user who has too many of them can see to that.
     """
-    with tempfile.TemporaryFile() as said:
+    with _output() as said:
         try:
             session = start_command(["runuser", "-u", user.name, "--", "true"], (None, said.fileno(), said.fileno()))
         except NoAnswer as exc:

@@ -25,6 +25,8 @@ from ._states import (
     Run,
     UnitState,
     capability_in,
+    device_of,
+    is_unfinished,
     kernels_node,
     matching_nodes,
     missing_folders,
@@ -130,18 +132,21 @@ class View:
     """What is on the host, of all that is wanted or remembered.
 
     `files` holds those of blocks too. `real` leads from a listed executable to the file behind it, and `xattrs` from
-    there to its extended attribute, with no entry where it is gone. `nodes` are those that are there, and
-    `kernels_nodes` what the kernel makes of them. `matches` are the nodes that a listed path or pattern stands for now.
-    `missing` are the folders on the way to a file that are not there. `modules` are those of the kernel that are there,
-    loaded or built in. `gid` is that of the listed group.
+    there to its extended attribute, with no entry where it is gone. `nodes` are those that are there, `kernels_nodes`
+    what the kernel makes of them, and `devices` what they lead to. `matches` are the nodes that a listed path or
+    pattern stands for now. `missing` are the folders on the way to a file that are not there, `unfinished` the files of
+    which a run that was cut off has left a new one. `modules` are those of the kernel that are there, loaded or built
+    in. `gid` is that of the listed group.
     """
 
     files: dict[str, FileState | None] = field(default_factory=dict)
     missing: dict[str, list[str]] = field(default_factory=dict)
+    unfinished: set[str] = field(default_factory=set)
     real: dict[str, str] = field(default_factory=dict)
     xattrs: dict[str, bytes | None] = field(default_factory=dict)
     nodes: dict[str, NodeState] = field(default_factory=dict)
     kernels_nodes: dict[str, NodeState] = field(default_factory=dict)
+    devices: dict[str, str] = field(default_factory=dict)
     matches: dict[str, list[str]] = field(default_factory=dict)
     units: dict[str, UnitState] = field(default_factory=dict)
     modules: frozenset[str] = frozenset()
@@ -164,6 +169,8 @@ def look(items: list[Item], wanted: Wanted, run: Run) -> View:
     for path in files:
         view.files[path] = state = read_file_state(path, own=path in own)
         view.missing[path] = missing_folders(path)
+        if is_unfinished(path):
+            view.unfinished.add(path)
         if state is not None and path in blocks:
             # Where the block ends must be known before anything is changed.
             with about(path):
@@ -185,6 +192,7 @@ def look(items: list[Item], wanted: Wanted, run: Run) -> View:
             if node is not None:
                 view.nodes[each] = node
                 view.kernels_nodes[each] = kernels_node(each)
+                view.devices[each] = device_of(each)
     view.units.update(unit_states(list(dict.fromkeys([*wanted.units, *remembered[UNIT]])), run))
     return view
 

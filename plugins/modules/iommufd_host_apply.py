@@ -289,7 +289,7 @@ from ..module_utils._errors import IommufdError, error_text
 from ..module_utils._programs import PROGRAMS, zipapp
 from ..module_utils._record import CAPABILITY, FILE, NODE, Item, Record, check_caller, locked
 from ..module_utils._states import FileState, NodeState, Run, group_name, owner_name, shown
-from ..module_utils._steps import Grant, RemoveFile, Step, StepFailed, WriteFile, make_steps
+from ..module_utils._steps import Grant, RemoveFile, Step, StepFailed, WriteFile, make_steps, note_due
 from ..module_utils._undo import new_items, steps_back
 from ..module_utils._wanted import View, Wanted, WantedFile, check_path, look
 
@@ -393,7 +393,7 @@ def work(record: Record, wanted: Wanted, dry_run: bool, run: Run, result: Row) -
     view = look(record.items, wanted, run)
     back = steps_back(record, wanted, view)
     new = new_items(record, wanted, view)
-    on = steps_on(wanted, after(back, view))
+    on = steps_on(wanted, after(back, view), record.due)
     result["diff"] = [diff_row(step) for step in (*back, *on) if step.says and (step.before or step.after)]
     if dry_run:
         result["put_back"] = [back_row(step) for step in back if step.says]
@@ -408,12 +408,13 @@ def work(record: Record, wanted: Wanted, dry_run: bool, run: Run, result: Row) -
             # A folder that was there a moment ago may be gone with what was in it.
             view = look(record.items, wanted, run)
             new = new_items(record, wanted, view)
-            on = steps_on(wanted, view)
+            on = steps_on(wanted, view, record.due)
         record.add(new)
-        keep(record, bool(new))
+        keep(record, note_due(record, on) or bool(new))
         make(record, on, view, run, result)
-        # Of what holds nothing, only who had yet to be told was written.
-        keep(record, False)
+        # What is due still is due to nothing that is wanted. Of a record that holds nothing, only that was written.
+        old, record.due = record.due, []
+        keep(record, bool(old))
     result["recorded"] = [{"kind": item.kind, "path": shown(item.path)} for item in new]
     result["capabilities"] = capability_rows(view, on, record.items)
 
@@ -447,7 +448,7 @@ def make(record: Record, steps: list[Step], view: View, run: Run, result: Row) -
 def keep(record: Record, changed: bool) -> None:
     """Writes the record, or removes it with the last thing in it. Raises IommufdError."""
     try:
-        if not record.items:
+        if not record.items and not record.due:
             record.remove()
         elif changed:
             record.save()

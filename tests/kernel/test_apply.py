@@ -447,6 +447,34 @@ def state_of(path: str) -> Any:
     return tree(Path(path)).get(path) if os.path.lexists(path) else None
 
 
+def rebind(*devices: str) -> None:
+    """Has VFIO let go of PCI devices, and take them in this order. The kernel gives each the lowest free number."""
+    driver = Path("/sys/bus/pci/drivers/vfio-pci")
+    for act in ("unbind", "bind"):
+        for each in devices:
+            (driver / act).write_text(each)
+    shell("udevadm", "settle")
+
+
+def test_another_device_gets_the_name() -> None:
+    """What the node of one was open to is nothing that the next one's node is to be open to."""
+    first, second = "/dev/vfio/devices/vfio0", "/dev/vfio/devices/vfio1"
+    devices = [Path(f"/sys/class/vfio-dev/vfio{number}/device").resolve().name for number in (0, 1)]
+    before = [os.stat(each).st_mode & 0o777 for each in (first, second)]
+    assert before[0] != 0o600
+    try:
+        apply(**{**rule(), "nodes": ["/dev/vfio/devices/vfio*"]})
+        rebind(*reversed(devices))
+        assert Path("/sys/class/vfio-dev/vfio0/device").resolve().name == devices[1]
+        apply()
+        assert not RECORD.exists()
+        assert os.stat(first).st_mode & 0o777 == 0o600
+    finally:
+        rebind(*devices)
+        for each, mode in zip((first, second), before):
+            os.chmod(each, mode)
+
+
 def test_cut_off_anywhere() -> None:
     """Killed before each of its calls, the record names all that is not back, and the next run makes it good."""
     write(PLACE / "old", "old")

@@ -24,6 +24,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._steps import (
     Relabel,
     Reload,
     RemoveFile,
+    RemoveUnfinished,
     RunUnit,
     StartUnit,
     Step,
@@ -323,6 +324,19 @@ def test_a_unit_whose_file_stays_is_left_alone() -> None:
         units={"u.path": USED},
     )
     assert effects(wanted, view)[2:] == [RELOAD]
+
+
+def test_what_a_run_that_was_cut_off_has_left() -> None:
+    """It had written the files, and not yet done what follows. What nobody wants any more is left out."""
+    wanted = Wanted(files={UNIT_FILE: FILE, RULE: FILE}, units=("u.path",))
+    view = View(files={UNIT_FILE: MADE, RULE: LABELLED, "/gone": None}, units={"u.path": USED}, unfinished={RULE})
+    assert effects(wanted, view) == [RemoveUnfinished(RULE)]
+    due = [("restart", "u.path"), ("restart", "v.path"), ("relabel", UNIT_FILE), ("relabel", "/gone")]
+    assert [step.effect for step in steps_on(wanted, view, due)] == [
+        RemoveUnfinished(RULE),
+        Relabel((UNIT_FILE,)),
+        RunUnit("u.path", anew=True),
+    ]
 
 
 def test_the_diff_of_a_unit() -> None:

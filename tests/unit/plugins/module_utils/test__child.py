@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -28,6 +29,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._child import (
     in_child,
     insist,
     run_command,
+    start_command,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import NoDaemon
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
@@ -216,6 +218,44 @@ def test_what_a_child_has_started_ends_with_it(tmp_path: Path) -> None:
         pytest.fail("It goes on.")
 
 
+def test_nothing_goes_on_without_us(tmp_path: Path) -> None:
+    """Neither a child nor a command: the next run would not know what they change later."""
+    pids = tmp_path / "pids"
+    pids.touch()
+
+    def note(pid: int) -> None:
+        with pids.open("a") as stream:
+            stream.write(f"{pid}\n")
+
+    def work() -> None:
+        note(os.getpid())
+        note(start_command(["sleep", "600"], (None, None, None)))
+        time.sleep(600)
+
+    ours = os.fork()
+    if not ours:
+        with contextlib.suppress(BaseException):
+            note(start_command(["sleep", "600"], (None, None, None)))
+            in_child(None, work, 600)
+        os._exit(1)
+    deadline = time.monotonic() + 60
+    while pids.read_text().count("\n") < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(ours, signal.SIGKILL)
+    os.waitpid(ours, 0)
+    for pid in pids.read_text().split():
+        while running(pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def running(pid: str) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    return False
+
+
 def test_a_child_has_a_session_and_keys_of_its_own() -> None:
     def look() -> list[Any]:
         return [os.getsid(0) == os.getpid(), _user._libc.syscall(ctypes.c_long(number), 0, -3, 0)]
@@ -402,13 +442,13 @@ def test_the_childs_life(work: Callable[[], Any], said: Any, monkeypatch: pytest
     def end(code: int) -> None:
         raise SystemExit(code)
 
-    for name in ("isolate", "close_all_but", "_become"):
+    for name in ("end_with", "isolate", "close_all_but", "_become"):
         monkeypatch.setattr(_child, name, lambda *_given: None)
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(_child, "_is_child", False)
     reader, writer = os.pipe()
     with pytest.raises(SystemExit, match=r"^0$"):
-        _child._serve(None, lambda: (work() for _once in "1"), writer, [])
+        _child._serve(1, None, lambda: (work() for _once in "1"), writer, [])
     os.close(writer)
     with open(reader, "rb") as stream:
         assert json.loads(stream.read()) == said

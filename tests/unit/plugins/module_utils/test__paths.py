@@ -233,6 +233,15 @@ def test_what_the_kernel_has_of_a_mount(text: str, mount: Mount | None) -> None:
     assert parse_mount(f"{others}{text}{others}".encode(), b"99") == mount
 
 
+@pytest.mark.parametrize("end", ["\r", "\v", "\f", "\x1c", "\x85"])
+def test_a_mount_that_is_named_as_the_beginning_of_a_line(end: str) -> None:
+    """Its user may rename it. The kernel writes a line feed in a name as digits, and these as they are."""
+    theirs = f"98 1 0:9 / /home/alice/x{end}99 rw,nosuid - fuse.hers hers rw,user_id=1001,group_id=1001\n"
+    text = f"{theirs}99 1 0:10 / /opt rw - tmpfs none rw\n".encode("latin-1")
+    assert parse_mount(text, b"99") == Mount("tmpfs", False)
+    assert parse_mount(text, b"98") == Mount("fuse.hers", True, 1001)
+
+
 def test_the_mounts_of_this_machine() -> None:
     with open("/proc/self/mountinfo", "rb") as stream:
         text = stream.read()

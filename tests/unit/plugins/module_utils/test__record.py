@@ -74,7 +74,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_the_record_on_disk(path: str) -> None:
     assert Record.load(path) == Record(path)
-    record = Record(path, ITEMS, ["systemd"])
+    record = Record(path, ITEMS, [("reload", "systemd"), ("relabel", "/a")])
     record.save()
     assert Record.load(path) == record
     assert [os.stat(each).st_mode & 0o777 for each in (path, record.folder)] == [0o600, 0o700]
@@ -103,7 +103,7 @@ def test_the_folder_stays_with_what_else_is_in_it(path: str) -> None:
         (b"\xff\xfe", "is damaged"),
         (b"[]", "is damaged"),
         (b"{}", "is damaged \\(KeyError: 'version'"),
-        (b'{"version": 1, "reloads": [], "items": [{}]}', "is damaged"),
+        (b'{"version": 1, "due": [], "items": [{}]}', "is damaged"),
         (b'{"version": 2}', "is of version 2, and this release knows version 1 only"),
     ],
 )

@@ -126,9 +126,7 @@ def test_nobody_is_told_of_nodes_that_are_not_there() -> None:
     assert told.said == []
 
 
-@pytest.mark.parametrize(
-    "effect", [Relabel(("/a",)), Reload(("systemd", "udev")), SetNode("/dev/none", NodeState(0o600, 0, 0), True)]
-)
+@pytest.mark.parametrize("effect", [Relabel(("/a",)), Reload(("systemd", "udev")), FollowRules(("/dev/none",))])
 def test_nobody_is_told_who_is_not_there(effect: Effect, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_SYSTEMD_RUNS", "_UDEV_RUNS", "_SELINUX_RUNS"):
         monkeypatch.setattr(_steps, name, "/none")
@@ -245,13 +243,12 @@ def terminal() -> Iterator[str]:
     os.close(theirs)
 
 
-@pytest.mark.parametrize("by_rules", [True, False])
-def test_a_node(terminal: str, by_rules: bool) -> None:
+def test_a_node(terminal: str) -> None:
     told = Told()
     status = os.stat(terminal)
-    SetNode(terminal, NodeState(0o604, status.st_uid, status.st_gid), by_rules).make(told)
+    SetNode(terminal, NodeState(0o604, status.st_uid, status.st_gid)).make(told)
     assert os.stat(terminal).st_mode & 0o7777 == 0o604
-    assert told.said == ([f"udevadm trigger --settle --action=change {terminal}"] if by_rules else [])
+    assert told.said == []
 
 
 def step(path: str, effect: Effect | None = None, says: str = "It is.", item: Item | None = None) -> Step:
@@ -317,10 +314,14 @@ def test_each_thing_is_forgotten_once_it_is_back(record: Record) -> None:
     assert make_steps(record, steps, told) == [steps[0], steps[4]]
     assert [names(each) for act in (first, second, third) for each in act.seen] == ["abc", "c", "c"]
     # Who has to be told is known before anything is done, and until it is done.
-    assert [each.reloads for act in (first, second, third) for each in act.seen] == [["systemd"], ["systemd"], []]
+    assert [each.due_for("reload") for act in (first, second, third) for each in act.seen] == [
+        ["systemd"],
+        ["systemd"],
+        [],
+    ]
     assert told.said == ["systemctl daemon-reload"]
     assert Record.load(record.path) == record
-    assert (names(record), record.reloads) == ("c", [])
+    assert (names(record), record.due) == ("c", [])
 
 
 def test_nothing_is_written_where_there_is_nothing_to_do(record: Record) -> None:
@@ -352,7 +353,7 @@ def test_a_step_that_fails(record: Record, error: Exception, why: str) -> None:
     assert told.said == []
     # Whoever runs this again knows what is left.
     left = Record.load(record.path)
-    assert (names(left), left.reloads) == ("bc", ["udev"])
+    assert (names(left), left.due_for("reload")) == ("bc", ["udev"])
 
 
 def test_a_signal_that_cuts_it_off(record: Record) -> None:
@@ -365,7 +366,7 @@ def test_a_signal_that_cuts_it_off(record: Record) -> None:
     with pytest.raises(KeyboardInterrupt):
         make_steps(record, steps, Told())
     left = Record.load(record.path)
-    assert (names(left), left.reloads) == ("bc", ["systemd"])
+    assert (names(left), left.due_for("reload")) == ("bc", ["systemd"])
 
 
 def test_somebody_who_cannot_be_told_stays_to_be_told(record: Record) -> None:
@@ -373,7 +374,7 @@ def test_somebody_who_cannot_be_told_stays_to_be_told(record: Record) -> None:
     with pytest.raises(StepFailed, match=r"^systemd and udev: 'udevadm control --reload' failed: Broken\.$"):
         make_steps(record, steps, Told("udevadm"))
     left = Record.load(record.path)
-    assert (names(left), left.reloads) == ("bc", ["systemd", "udev"])
+    assert (names(left), left.due_for("reload")) == ("bc", ["systemd", "udev"])
 
 
 def test_a_record_that_cannot_be_written(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:

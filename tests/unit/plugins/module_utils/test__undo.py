@@ -22,6 +22,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._record import (
 from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState, UnitState
 from ansible_collections.virt.iommufd.plugins.module_utils._steps import (
     Effect,
+    FollowRules,
     Reload,
     RemoveFile,
     RemoveUnfinished,
@@ -65,7 +66,8 @@ def of_unit(before: tuple[bool, bool] | None) -> Item:
 
 
 def of_node(path: str, mode: str | None) -> Item:
-    return Item(NODE, path, None if mode is None else {"mode": mode, "uid": 0, "gid": 0})
+    device = "/sys/devices/0000:01:00.0"
+    return Item(NODE, path, None if mode is None else {"mode": mode, "uid": 0, "gid": 0, "device": device})
 
 
 def effects(items: list[Item], view: View, wanted: Wanted | None = None) -> list[Effect]:
@@ -200,24 +202,41 @@ OURS = NodeState(0o660, 0, 36)
 @pytest.mark.parametrize(
     ("items", "nodes", "after"),
     [
-        ([of_node("/d/1", "0640")], {"/d/1": OURS}, [SetNode("/d/1", NodeState(0o640, 0, 0), by_rules=False)]),
+        ([of_node("/d/1", "0640")], {"/d/1": OURS}, [SetNode("/d/1", NodeState(0o640, 0, 0))]),
         ([of_node("/d/1", "0640")], {"/d/1": NodeState(0o640, 0, 0)}, []),
         ([of_node("/d/1", "0640")], {}, []),
-        ([of_node("/d/1", None)], {"/d/1": OURS}, [SetNode("/d/1", KERNELS, by_rules=True)]),
-        ([of_node("/d/1", None)], {"/d/1": KERNELS}, []),
+        ([of_node("/d/1", None)], {"/d/1": OURS}, [SetNode("/d/1", KERNELS), FollowRules(("/d/1",))]),
+        # A run may have been cut off before udev was told.
+        ([of_node("/d/1", None)], {"/d/1": KERNELS}, [FollowRules(("/d/1",))]),
         ([of_node("/d/1", None)], {}, []),
         # The one that came later is nobody's but the pattern's.
         (
             [of_node("/d/*", None), of_node("/d/1", "0600")],
             {"/d/1": OURS, "/d/2": OURS},
-            [SetNode("/d/1", KERNELS, by_rules=False), SetNode("/d/2", KERNELS, by_rules=True)],
+            [SetNode("/d/1", KERNELS), SetNode("/d/2", KERNELS), FollowRules(("/d/2",))],
         ),
     ],
 )
 def test_nodes_back(items: list[Item], nodes: dict[str, NodeState], after: list[Effect]) -> None:
     matches = {item.path: [path for path in nodes if item.path in (path, "/d/*")] for item in items}
-    view = View(nodes=nodes, kernels_nodes=dict.fromkeys(nodes, KERNELS), matches=matches)
+    view = View(
+        nodes=nodes,
+        kernels_nodes=dict.fromkeys(nodes, KERNELS),
+        devices=dict.fromkeys(nodes, "/sys/devices/0000:01:00.0"),
+        matches=matches,
+    )
     assert effects(items, view) == after
+
+
+def test_the_node_of_another_device() -> None:
+    """The kernel gave it the number that was free. What was right for the one before is not for this one."""
+    view = View(
+        nodes={"/d/1": NodeState(0o600, 0, 36)},
+        kernels_nodes={"/d/1": KERNELS},
+        devices={"/d/1": "/sys/devices/0000:02:00.0"},
+        matches={"/d/1": ["/d/1"]},
+    )
+    assert effects([of_node("/d/1", "0666")], view) == [SetNode("/d/1", KERNELS), FollowRules(("/d/1",))]
 
 
 UNUSED, USED = UnitState(False, False, False), UnitState(True, True, True, ("u.service",))
@@ -268,11 +287,15 @@ def test_the_order() -> None:
 
 def test_who_has_yet_to_be_told_of_an_earlier_run() -> None:
     """One that was cut off after it had written a file, or removed it, and before it told anybody."""
-    steps = steps_back(Record("/r/r", [], ["systemd", "udev"]), Wanted(), View())
+    steps = steps_back(
+        Record("/r/r", [], [("reload", "systemd"), ("reload", "udev"), ("restart", "v.path")]), Wanted(), View()
+    )
     assert [(step.effect, step.says) for step in steps] == [(Reload(("systemd", "udev")), "")]
     rule = "/etc/udev/rules.d/1.rules"
     items = [Item(FILE, rule, None), of_unit(None)]
-    steps = steps_back(Record("/r/r", items, ["udev"]), Wanted(), View(files={rule: NEW}, units={"u.path": USED}))
+    steps = steps_back(
+        Record("/r/r", items, [("reload", "udev")]), Wanted(), View(files={rule: NEW}, units={"u.path": USED})
+    )
     # Each is told once.
     assert [step.effect for step in steps] == [STOP, RemoveFile(rule, ()), Reload(("systemd", "udev"))]
 
@@ -353,7 +376,11 @@ def test_capabilities_that_are_recorded() -> None:
 
 def test_nodes_that_are_recorded() -> None:
     wanted = Wanted(nodes=("/d/*", "/d/1"))
-    view = View(nodes={"/d/1": KERNELS}, matches={"/d/*": ["/d/1"], "/d/1": ["/d/1"]})
+    view = View(
+        nodes={"/d/1": KERNELS},
+        devices={"/d/1": "/sys/devices/0000:01:00.0"},
+        matches={"/d/*": ["/d/1"], "/d/1": ["/d/1"]},
+    )
     items = [of_node("/d/*", None), of_node("/d/1", "0600")]
     assert new_items(Record("/r/r"), wanted, view) == items
     # What has come since has come under the caller's rule.

@@ -752,6 +752,40 @@ def test_a_replica_whose_limit_somebody_has_changed(emulator: Program) -> None:
     systemd.check_ended()
 
 
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("user", ["root", "vm"])
+def test_a_replica_whose_capability_somebody_has_taken(
+    emulator: Program, user: str, static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process of its user that has the same capability may trace it. Of what root has decided it is a verdict."""
+    monkeypatch.setattr(_vmm_start, "unit_obstacles", lambda _unit: ["PrivateUsers"] if static else [])
+    monkeypatch.setattr(Seen, "lifts_memlock", False)
+    systemd = Systemd()
+    given = changed(unit(emulator), user=user, ambient=IPC_LOCK)
+    if user == "root" or static:
+        assert not start_replica(systemd, given).lifts_memlock
+    else:
+        with pytest.raises(Interrupted, match="has not got CAP_IPC_LOCK that systemd gave it"):
+            start_replica(systemd, given)
+    systemd.check_ended()
+    # It was never given any.
+    assert not start_replica(Systemd(), changed(given, ambient=0)).lifts_memlock
+
+
+def test_what_is_said_has_a_bound() -> None:
+    """Whoever takes the file from a program that runs as him can make no more of it, and not keep us from reading."""
+    with _vmm_start._output() as output:
+        assert _vmm_start._content(output) == b""
+        other = os.open(f"/proc/self/fd/{output.fileno()}", os.O_RDWR)
+        os.write(other, b"one\n")
+        assert _vmm_start._content(output) == b"one\n"
+        for act in (lambda: os.ftruncate(other, 0), lambda: os.pwrite(other, b"x", 2**20)):
+            with pytest.raises(PermissionError):
+                act()
+        assert os.fstat(other).st_size == 2**20
+        os.close(other)
+
+
 def test_there_is_no_systemd(emulator: Program) -> None:
     with pytest.raises(Interrupted, match=r"systemd does not start a service like vm.service: ENOENT"):
         start_replica(missing, unit(emulator))

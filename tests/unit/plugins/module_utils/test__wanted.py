@@ -138,6 +138,7 @@ def test_a_look(tmp_path: Path, kernel_modules: Path, monkeypatch: pytest.Monkey
         blocks={file("conf"): ()},
         units=("u.path",),
     )
+    file("conf.iommufd_host-new")
     view = look(items, wanted, run)
 
     def state(name: str) -> FileState:
@@ -161,7 +162,9 @@ def test_a_look(tmp_path: Path, kernel_modules: Path, monkeypatch: pytest.Monkey
             "/dev/zero": NodeState(zero.st_mode & 0o7777, zero.st_uid, zero.st_gid),
         },
         kernels_nodes=dict.fromkeys(("/dev/null", "/dev/zero"), NodeState(0o640, 3, 4)),
+        devices={f"/dev/{name}": f"/sys/devices/virtual/mem/{name}" for name in ("null", "zero")},
         matches={"/dev/nul?": ["/dev/null"], "/dev/zero": ["/dev/zero"], "/dev/none": []},
+        unfinished={f"{tmp_path}/conf"},
         units={"u.path": unit, "v.path": unit},
         modules=frozenset({"iommufd"}),
         gid=0,

@@ -193,8 +193,8 @@ class Host:
 
     def to_tell(self) -> list[str]:
         """Who has yet to be told, by the record."""
-        reloads: list[str] = json.loads(self.record.read_text())["reloads"]
-        return reloads
+        due: list[list[str]] = json.loads(self.record.read_text())["due"]
+        return [thing for what, thing in due if what == "reload"]
 
 
 @pytest.fixture
