@@ -311,11 +311,13 @@ class Vmm:
             self._control.close()
 
 
-def change_user(user: int) -> None:
-    """Makes this process an ordinary user's, as a program that the user has started is."""
+def change_user(user: int, *capabilities: str) -> None:
+    """Makes this process an ordinary user's, as a program that the user has started is, or that has capabilities."""
+    _libc.prctl(_PR_SET_KEEPCAPS, 1)
     os.setgroups([])
     os.setgid(user)
     os.setuid(user)
+    _capset(_mask(capabilities), _mask(capabilities))
     # A change of user makes it one that its own user cannot look at.
     _libc.prctl(_PR_SET_DUMPABLE, 1)
 

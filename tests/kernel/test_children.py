@@ -32,6 +32,12 @@ pytestmark = pytest.mark.once
 QEMU = "/usr/bin/qemu-system-x86_64"
 SERVICE = Path("/run/systemd/system/kernel-test-children.service")
 
+# linux/ptrace.h and sys/user.h, of x86-64: the places of registers, and syscall(2)'s instruction.
+PTRACE_PEEKTEXT, PTRACE_POKETEXT, PTRACE_SINGLESTEP, PTRACE_GETREGS, PTRACE_SETREGS = 1, 4, 9, 12, 13
+PTRACE_ATTACH, PTRACE_DETACH = 16, 17
+RAX, RDX, RSI, RDI, ORIG_RAX, RIP, RSP, REGISTERS = 10, 12, 13, 14, 15, 16, 19, 27
+SYSCALL, SYS_CAPSET, CAPABILITY_VERSION_3 = 0x050F, 126, 0x20080522
+
 # linux/keyctl.h, and the numbers of x86-64.
 SYS_ADD_KEY, SYS_KEYCTL = 248, 250
 KEYCTL_JOIN_SESSION_KEYRING = 1
@@ -48,8 +54,56 @@ def _nothing_hangs() -> Iterator[None]:
     signal.alarm(0)
 
 
+def ptrace(request: int, pid: int, address: int = 0, data: Any = 0) -> int:
+    _libc.ptrace.restype = ctypes.c_long
+    ctypes.set_errno(0)
+    given = ctypes.c_void_p(data) if isinstance(data, int) else data
+    result: int = _libc.ptrace(request, pid, ctypes.c_void_p(address), given)
+    if result == -1 and ctypes.get_errno():
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def strip(pid: int) -> None:
+    """Has another process of this user give up all capabilities. Raises OSError."""
+    ptrace(PTRACE_ATTACH, pid)
+    try:
+        os.waitpid(pid, 0)
+        registers = (ctypes.c_ulong * REGISTERS)()
+        ptrace(PTRACE_GETREGS, pid, data=registers)
+        before = list(registers)
+        place, text = before[RIP], ptrace(PTRACE_PEEKTEXT, pid, before[RIP])
+        header = (before[RSP] & ~15) - 1024
+        for word, value in enumerate((CAPABILITY_VERSION_3, 0, 0, 0)):
+            ptrace(PTRACE_POKETEXT, pid, header + 8 * word, value)
+        ptrace(PTRACE_POKETEXT, pid, place, SYSCALL)
+        registers[RAX], registers[ORIG_RAX] = SYS_CAPSET, 2**64 - 1
+        registers[RDI], registers[RSI] = header, header + 8
+        ptrace(PTRACE_SETREGS, pid, data=registers)
+        ptrace(PTRACE_SINGLESTEP, pid)
+        os.waitpid(pid, 0)
+        ptrace(PTRACE_POKETEXT, pid, place, text)
+        registers[:] = before
+        ptrace(PTRACE_SETREGS, pid, data=registers)
+    finally:
+        ptrace(PTRACE_DETACH, pid)
+
+
+def strip_all(writing: int) -> NoReturn:
+    """As a VMM of a unit that has CAP_IPC_LOCK: takes it from whatever comes to be its user's; tells of each."""
+    done: set[int] = set()
+    while True:
+        for pid in own_processes():
+            with contextlib.suppress(OSError):
+                # What has just been started is systemd's, up to the moment when it executes its program.
+                if pid not in done and os.readlink(f"/proc/{pid}/exe") == os.path.realpath("/usr/bin/sleep"):
+                    strip(pid)
+                    done.add(pid)
+                    os.write(writing, f"{pid}\n".encode())
+
+
 @contextlib.contextmanager
-def user_who(acts: Callable[[int], NoReturn]) -> Iterator[int]:
+def user_who(acts: Callable[[int], NoReturn], *capabilities: str) -> Iterator[int]:
     """A process of the user vm that does something for ever; gives what it writes to its descriptor."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -57,7 +111,7 @@ def user_who(acts: Callable[[int], NoReturn]) -> Iterator[int]:
         try:
             os.close(reading)
             os.setsid()
-            change_user(VM)
+            change_user(VM, *capabilities)
             acts(writing)
         finally:
             os._exit(1)
@@ -185,6 +239,30 @@ def test_a_user_who_lowers_limits(service: str) -> None:
     replica = answered["units"][0]["replica"]
     assert replica["ok"] is None
     assert "has not the limit of locked memory that systemd gave it" in replica["msg"]
+
+
+def test_a_user_who_takes_the_capability(service: str) -> None:
+    """Only a process that has it itself may trace one that has it."""
+    folder = SERVICE.with_name(f"{service}.d")
+    folder.mkdir()
+    (folder / "grant.conf").write_text("[Service]\nAmbientCapabilities=CAP_IPC_LOCK\n")
+    try:
+        assert not os.system("systemctl daemon-reload")
+        [unit] = checked(units=[service], start=True)["units"]
+        assert unit["replica"]["ok"]
+        with user_who(strip_all) as told:
+            [unit] = checked(units=[service], start=True)["units"]
+            assert unit["replica"]["ok"]
+            assert not select.select([told], [], [], 0)[0]
+        with user_who(strip_all, "ipc_lock") as told:
+            [unit] = checked(units=[service], start=True)["units"]
+            assert select.select([told], [], [], 0)[0]
+        assert (unit["replica"]["ok"], unit["replica"]["inconclusive"]) == (None, True)
+        assert "has not got CAP_IPC_LOCK that systemd gave it" in unit["replica"]["msg"]
+    finally:
+        (folder / "grant.conf").unlink()
+        folder.rmdir()
+        assert not os.system("systemctl daemon-reload")
 
 
 def test_a_user_who_has_all_that_is_started_fail(service: str) -> None:
