@@ -27,14 +27,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ._borrow import borrow_iommufd, find_iommufds
 from ._capabilities import CAP_SYS_RESOURCE, names
 from ._child import in_child, run_command
-from ._errors import DescriptorGone, HostLacks, IommufdError, NotAnIommufd, error_text
+from ._errors import DescriptorGone, HostLacks, IommufdError, NotAnIommufd, error_text, printable
 from ._foreign import boolean, first_of, member, number, or_none, parse_xml, shown, text, texts
 from ._iommufd import RLIMIT_MODE, IommuFd, Result, iommufd_rdevs
-from ._process import Limit, Process, own_character_device, printable, user_name
+from ._process import Limit, Process, own_character_device
 from ._qemu import guest_name
 from ._size import SIZE_MAX, human_size
 from ._target import DomainTarget, PidfileTarget, escaped, hold_target, patiently
-from ._user import User
+from ._user import User, user_name
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

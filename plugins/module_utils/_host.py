@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import grp
 import os
 import re
 import stat
@@ -19,10 +18,10 @@ from typing import Any, NamedTuple
 
 from ._capabilities import XATTR, FileCapabilities, parse_file_capabilities
 from ._child import NoAnswer, answers, in_child
-from ._errors import IommufdError, error_text
+from ._errors import IommufdError, error_text, shown_path
 from ._iommufd import RLIMIT_MODE, IommuFd, can_be_set, misc_rdev
 from ._paths import Untrusted, Writer, check_writers, walk
-from ._process import printable, user_name
+from ._user import group_name, owner_name
 
 __all__ = (
     "ABSENT",
@@ -81,18 +80,9 @@ def node(path: str) -> Node | None:
         return None
     if not stat.S_ISCHR(status.st_mode):
         return None
-    return Node(status.st_rdev, f"{stat.S_IMODE(status.st_mode):04o}", _name(status.st_uid), _group_name(status.st_gid))
-
-
-def _name(uid: int) -> str:
-    return user_name(uid) or str(uid)
-
-
-def _group_name(gid: int) -> str:
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)
+    return Node(
+        status.st_rdev, f"{stat.S_IMODE(status.st_mode):04o}", owner_name(status.st_uid), group_name(status.st_gid)
+    )
 
 
 def module_state(release: str) -> str | None:
@@ -255,7 +245,7 @@ def emulators(given: list[str]) -> list[Emulator]:
             break
         except NoAnswer:
             path, *left = left
-            msg = f"{_shown(path)} was not found within {_PATIENCE} seconds. Is it on a mount whose server is gone?"
+            msg = f"{shown_path(path)} was not found within {_PATIENCE} seconds. Is it on a mount whose server is gone?"
             found.setdefault(path, Emulator(path, False, None, msg))
     return list(found.values())
 
@@ -286,7 +276,7 @@ def _look_at(path: str) -> Emulator:
     except Untrusted as exc:
         return Emulator(path, True, None, f"{exc} It was not looked at.", exc.writer)
     except PermissionError as exc:
-        return Emulator(path, False, None, f"{_shown(path)} cannot be looked at ({error_text(exc.errno)}).")
+        return Emulator(path, False, None, f"{shown_path(path)} cannot be looked at ({error_text(exc.errno)}).")
     except OSError:
         return Emulator(path, present=False)
 
@@ -296,12 +286,12 @@ def _with_capabilities(path: str, found: int) -> Emulator:
         # A file that may be executed cannot always be read.
         return Emulator(path, True, parse_file_capabilities(os.getxattr(f"/proc/self/fd/{found}", XATTR)))
     except IommufdError as exc:
-        return Emulator(path, True, None, f"{_shown(path)}: {exc}")
+        return Emulator(path, True, None, f"{shown_path(path)}: {exc}")
     except OSError as exc:
         if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
             return Emulator(path, True)
         return Emulator(
-            path, True, None, f"The capabilities of {_shown(path)} cannot be read ({error_text(exc.errno)})."
+            path, True, None, f"The capabilities of {shown_path(path)} cannot be read ({error_text(exc.errno)})."
         )
 
 
@@ -312,8 +302,4 @@ def check_may_be_run(emulator: Emulator) -> None:
     try:
         in_child(None, partial(check_writers, emulator.path, (0, os.geteuid())), _PATIENCE)
     except NoAnswer as exc:
-        raise IommufdError(f"{_shown(emulator.path)} was not found within {_PATIENCE} seconds.") from exc
-
-
-def _shown(path: str) -> str:
-    return printable(os.fsencode(path))
+        raise IommufdError(f"{shown_path(emulator.path)} was not found within {_PATIENCE} seconds.") from exc

@@ -15,9 +15,9 @@ import re
 from typing import Callable, NamedTuple
 
 from ._capabilities import CAP_SYS_RESOURCE, names
-from ._errors import AccessRefused, IommufdError, error_text
+from ._errors import AccessRefused, IommufdError, error_text, printable
 from ._foreign import parse_xml
-from ._process import Process, printable
+from ._process import Process
 
 __all__ = (
     "Libvirt",

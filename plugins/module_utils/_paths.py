@@ -21,8 +21,8 @@ import stat
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
-from ._errors import IommufdError
-from ._process import mount_id, printable, read_file, user_name
+from ._errors import IommufdError, shown_path
+from ._user import group_name, user_name
 
 __all__ = (
     "Mount",
@@ -31,6 +31,7 @@ __all__ = (
     "Writer",
     "check_writers",
     "entries",
+    "mount_id",
     "parse_mount",
     "reopen",
     "sync",
@@ -258,7 +259,7 @@ class _Walk:
 
         Something on it has to be open, so that its number is not another's by now.
         """
-        mount = parse_mount(read_file(_MOUNTINFO), number)
+        mount = parse_mount(_read(_MOUNTINFO), number)
         if mount is None:
             raise self._untrusted(here, "whoever has mounted it, which the kernel does not tell")
         if mount.uid is not None and mount.uid not in self._trusted:
@@ -275,7 +276,7 @@ class _Walk:
             raise self._untrusted(here, _others(status), status)
 
     def _untrusted(self, here: str, who: str, status: os.stat_result | None = None) -> Untrusted:
-        place = _shown(here)
+        place = shown_path(here)
         remedy = f"chown -h root {place}"
         if status is None:
             remedy = ""
@@ -283,10 +284,26 @@ class _Walk:
             remedy = f"chown root {place}; chmod go-w {place}"
         remedy = f"make it root's alone ({remedy}), or name another path" if remedy else "name another path"
         return Untrusted(
-            f"{_shown(self._path)} cannot be trusted: {place} can be written by {who}. If that is not meant to be,"
+            f"{shown_path(self._path)} cannot be trusted: {place} can be written by {who}. If that is not meant to be,"
             f" {remedy}.",
             Writer(place, who),
         )
+
+
+def mount_id(fd: int) -> bytes:
+    """The number of the mount that a descriptor of ours is on, as mountinfo has it. Raises IommufdError and OSError.
+
+    The kernel alone tells that. Whatever else is asked of what is there, the server of a mount may never answer.
+    """
+    found = re.search(rb"^mnt_id:\s*([0-9]+)$", _read(f"/proc/self/fdinfo/{fd}"), re.MULTILINE)
+    if not found:
+        raise IommufdError("The kernel does not tell which mount a file is on.")
+    return found.group(1)
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb", 0) as stream:
+        return stream.read()
 
 
 class Mount(NamedTuple):
@@ -327,10 +344,6 @@ def _parts(path: str) -> list[str]:
     return [part for part in reversed(path.split("/")) if part not in ("", ".")] or ["."]
 
 
-def _shown(path: str) -> str:
-    return printable(os.fsencode(path))
-
-
 def _user(uid: int) -> str:
     name = user_name(uid)
     return f"user {name} (uid {uid})" if name else f"uid {uid}"
@@ -342,10 +355,4 @@ def _others(status: os.stat_result) -> str:
         return ""
     if status.st_mode & stat.S_IWOTH:
         return "everybody"
-    # Few hosts come to this, and a module pays for each import on each host anew.
-    import grp
-
-    try:
-        return f"group {grp.getgrgid(status.st_gid).gr_name}"
-    except KeyError:
-        return f"group {status.st_gid}"
+    return f"group {group_name(status.st_gid)}"

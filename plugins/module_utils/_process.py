@@ -15,7 +15,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import pwd
 import re
 import resource
 import select
@@ -23,12 +22,12 @@ import stat
 import sys
 import time
 from collections.abc import Container, Iterator
-from functools import cache
 from itertools import islice
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from ._errors import AccessRefused, DescriptorGone, HostLacks, IommufdError, ProcessGone, error_text
+from ._errors import AccessRefused, DescriptorGone, HostLacks, IommufdError, ProcessGone, error_text, printable
+from ._user import user_name
 
 __all__ = (
     "DESCRIPTORS_MAX",
@@ -40,7 +39,6 @@ __all__ = (
     "character_devices_in",
     "in_initial_namespace",
     "is_path_only",
-    "mount_id",
     "number_in",
     "own_character_device",
     "own_status",
@@ -49,10 +47,8 @@ __all__ = (
     "parse_pidfd",
     "parse_stat",
     "parse_status",
-    "printable",
     "read_file",
     "share_descriptors",
-    "user_name",
 )
 
 # The same on all architectures that KVM runs on but mips. Python's os has no pidfd_getfd, and pidfd_open only where it
@@ -222,14 +218,6 @@ def character_devices_in(
     return Descriptors(dict(sorted(found.items())), count, more)
 
 
-def printable(raw: bytes) -> str:
-    """Text of any bytes that is safe on one line of a terminal: what is no printable ASCII or UTF-8 is escaped."""
-    text = raw.decode("utf-8", "backslashreplace")
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
-
-
 def read_file(path: str, most: int = sys.maxsize, in_one: bool = False) -> bytes:
     """A file of /proc, or the beginning of it.
 
@@ -246,17 +234,6 @@ def read_file(path: str, most: int = sys.maxsize, in_one: bool = False) -> bytes
         return text
     finally:
         os.close(fd)
-
-
-def mount_id(fd: int) -> bytes:
-    """The number of the mount that a descriptor of ours is on, as mountinfo has it. Raises IommufdError and OSError.
-
-    The kernel alone tells that. Whatever else is asked of what is there, the server of a mount may never answer.
-    """
-    found = re.search(rb"^mnt_id:\s*([0-9]+)$", read_file(f"/proc/self/fdinfo/{fd}"), re.MULTILINE)
-    if not found:
-        raise IommufdError("The kernel does not tell which mount a file is on.")
-    return found.group(1)
 
 
 def number_in(text: bytes, name: bytes) -> int:
@@ -600,15 +577,6 @@ def _booted() -> float:
         if time.clock_gettime(time.CLOCK_BOOTTIME) - before < 0.001:
             break
     return now - before
-
-
-@cache
-def user_name(uid: int) -> str | None:
-    """The name that this host has for a user; None where it has none."""
-    try:
-        return printable(os.fsencode(pwd.getpwuid(uid).pw_name))
-    except KeyError:
-        return None
 
 
 def own_status() -> Status:

@@ -68,9 +68,9 @@ def _exec_modules() -> tuple[str, tuple[ModuleType, ...]]:
 
 
 def _grant_modules() -> tuple[str, tuple[ModuleType, ...]]:
-    from . import _capabilities, _child, _errors, _foreign, _grant, _paths, _process, _states, _user
+    from . import _capabilities, _child, _errors, _foreign, _grant, _paths, _states, _user
 
-    return "_grant", (_capabilities, _child, _errors, _foreign, _grant, _paths, _process, _states, _user)
+    return "_grant", (_capabilities, _child, _errors, _foreign, _grant, _paths, _states, _user)
 
 
 def _file_name(module: ModuleType) -> str:

@@ -15,7 +15,6 @@ import base64
 import contextlib
 import errno
 import fnmatch
-import grp
 import os
 import re
 import stat
@@ -24,9 +23,9 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, NamedTuple
 
 from ._capabilities import XATTR
-from ._errors import HostLacks, IommufdError, error_text
+from ._errors import HostLacks, IommufdError, error_text, printable, shown_path
 from ._paths import Place, entries, reopen, sync, walk
-from ._process import printable, user_name
+from ._user import group_name, owner_name
 
 __all__ = (
     "BEGIN",
@@ -40,7 +39,6 @@ __all__ = (
     "capability_of",
     "command",
     "device_of",
-    "group_name",
     "is_unfinished",
     "kernels_node",
     "make_folder",
@@ -48,7 +46,6 @@ __all__ = (
     "missing_folders",
     "node_state",
     "open_file",
-    "owner_name",
     "read_file_state",
     "remove_file",
     "remove_unfinished",
@@ -56,7 +53,6 @@ __all__ = (
     "set_capability_in",
     "set_node",
     "setting_of",
-    "shown",
     "split_block",
     "unit_states",
     "write_file_state",
@@ -79,24 +75,6 @@ _KEPT_XATTRS = ("security.selinux", "system.posix_acl_access", "user.")
 
 _CAPABILITY = XATTR
 _SYS_CHAR = "/sys/dev/char"
-
-
-def shown(path: str) -> str:
-    """A path, safe to print."""
-    return printable(os.fsencode(path))
-
-
-def owner_name(uid: int) -> str:
-    """The user's name, or the id where it has none."""
-    return user_name(uid) or str(uid)
-
-
-def group_name(gid: int) -> str:
-    """The group's name, or the id where it has none."""
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)
 
 
 @dataclass(frozen=True)
@@ -137,7 +115,7 @@ def _reading(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise IommufdError(f"{shown(path)} cannot be read ({error_text(exc.errno)}).") from exc
+        raise IommufdError(f"{shown_path(path)} cannot be read ({error_text(exc.errno)}).") from exc
 
 
 def read_file_state(path: str, *, own: bool = True) -> FileState | None:
@@ -152,14 +130,14 @@ def read_file_state(path: str, *, own: bool = True) -> FileState | None:
             return None
         if not stat.S_ISREG(place.status.st_mode):
             kind = "a symbolic link" if stat.S_ISLNK(place.status.st_mode) else "no regular file"
-            raise IommufdError(f"{shown(path)} is {kind}, which is left alone: move it away, or do without it.")
+            raise IommufdError(f"{shown_path(path)} is {kind}, which is left alone: move it away, or do without it.")
         with open(reopen(place.found), "rb") as stream:
             fd = stream.fileno()
             status = os.fstat(fd)
             content = stream.read(_LARGEST + 1)
             if len(content) > _LARGEST:
                 raise IommufdError(
-                    f"{shown(path)} has {status.st_size} bytes, and a file of settings has at most {_LARGEST}."
+                    f"{shown_path(path)} has {status.st_size} bytes, and a file of settings has at most {_LARGEST}."
                 )
             xattrs = {name: os.getxattr(fd, name) for name in _xattr_names(fd) if name.startswith(_KEPT_XATTRS)}
     return FileState(content, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, xattrs)
@@ -169,7 +147,8 @@ def _check_leads_on(path: str, place: Place) -> None:
     """Raises IommufdError where a folder is a link that leads nowhere, so that none can be made in its place."""
     if place.dangling:
         raise IommufdError(
-            f"{shown(path)} is behind a symbolic link that leads to {shown(place.real_path)}, which is not there."
+            f"{shown_path(path)} is behind a symbolic link that leads to {shown_path(place.real_path)}, which is not"
+            " there."
         )
 
 
@@ -305,12 +284,12 @@ def _node(path: str) -> Iterator[tuple[int, os.stat_result] | None]:
             yield None
             return
         except OSError as exc:
-            raise IommufdError(f"{shown(path)} cannot be looked at ({error_text(exc.errno)}).") from exc
+            raise IommufdError(f"{shown_path(path)} cannot be looked at ({error_text(exc.errno)}).") from exc
         if place.found is None or place.status is None:
             yield None
             return
         if not stat.S_ISCHR(place.status.st_mode):
-            raise IommufdError(f"{shown(path)} is no device node of a character device.")
+            raise IommufdError(f"{shown_path(path)} is no device node of a character device.")
         yield place.found, place.status
 
 
@@ -335,7 +314,7 @@ def matching_nodes(pattern: str) -> list[str]:
     except NotADirectoryError:
         return []
     except OSError as exc:
-        raise IommufdError(f"{shown(folder)} cannot be looked at ({error_text(exc.errno)}).") from exc
+        raise IommufdError(f"{shown_path(folder)} cannot be looked at ({error_text(exc.errno)}).") from exc
     # As a shell does, with those that are hidden.
     hidden = name.startswith(".")
     return sorted(
@@ -419,9 +398,9 @@ def capability_in(fd: int, path: str) -> bytes | None:
         if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
             return None
         # The kernel hides what is too short or too long for it, and refuses to execute the file.
-        remedy = f" Take them away (setcap -r {shown(path)})." if exc.errno == errno.EINVAL else ""
+        remedy = f" Take them away (setcap -r {shown_path(path)})." if exc.errno == errno.EINVAL else ""
         raise IommufdError(
-            f"The capabilities of {shown(path)} cannot be read ({error_text(exc.errno)}).{remedy}"
+            f"The capabilities of {shown_path(path)} cannot be read ({error_text(exc.errno)}).{remedy}"
         ) from exc
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Protocol
 
 from ._capabilities import parse_file_capabilities
-from ._errors import IommufdError, error_text
+from ._errors import IommufdError, error_text, shown_path
 from ._grant import grant_patiently
 from ._programs import INTERPRETER
 from ._record import RELABEL, RELOAD, RESTART, SYSTEMD, UDEV, Item, Record
@@ -29,7 +29,6 @@ from ._states import (
     remove_unfinished,
     set_capability,
     set_node,
-    shown,
     write_file_state,
 )
 
@@ -301,7 +300,7 @@ class StepFailed(IommufdError):
     """A step could not be made. `done` are those that were, before it."""
 
     def __init__(self, step: Step, cause: OSError | IommufdError, done: list[Step]) -> None:
-        self.path = shown(step.path)
+        self.path = shown_path(step.path)
         self.why = error_text(cause.errno) if isinstance(cause, OSError) else str(cause).rstrip(".")
         self.done = done
         super().__init__(f"{self.path}: {self.why}.")

@@ -12,9 +12,10 @@ import os
 import pwd
 import resource
 import signal
+from functools import cache
 from typing import NamedTuple
 
-from ._errors import IommufdError
+from ._errors import IommufdError, printable
 
 __all__ = (
     "User",
@@ -22,10 +23,13 @@ __all__ = (
     "become",
     "end_with",
     "find_user",
+    "group_name",
     "groups_of",
     "has_ids",
     "leave_keyring",
     "no_core",
+    "owner_name",
+    "user_name",
 )
 
 # linux/keyctl.h, and the number of keyctl(2), for which the C library has no function. Else it is that of
@@ -63,6 +67,31 @@ def find_user(name: str) -> User:
     except (KeyError, ValueError) as exc:
         raise IommufdError(f"This host has no user {name!r}: give the name of one that it has.") from exc
     return User(found.pw_name, found.pw_uid, found.pw_gid, found.pw_dir)
+
+
+@cache
+def user_name(uid: int) -> str | None:
+    """The name that this host has for a user; None where it has none."""
+    try:
+        return printable(os.fsencode(pwd.getpwuid(uid).pw_name))
+    except KeyError:
+        return None
+
+
+def owner_name(uid: int) -> str:
+    """The user's name, or the id where it has none."""
+    return user_name(uid) or str(uid)
+
+
+def group_name(gid: int) -> str:
+    """The group's name, or the id where it has none."""
+    # Few tasks need it, and a module pays for each import on each host anew.
+    import grp
+
+    try:
+        return printable(os.fsencode(grp.getgrgid(gid).gr_name))
+    except KeyError:
+        return str(gid)
 
 
 def groups_of(user: User) -> set[int]:

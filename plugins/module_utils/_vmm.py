@@ -20,9 +20,9 @@ from typing import Any, Callable, NamedTuple
 from . import _libvirt
 from ._capabilities import CAP_IPC_LOCK, XATTR, FileCapabilities, names, parse_file_capabilities
 from ._child import NoAnswer, in_child
-from ._errors import IommufdError, ProcessGone, error_text
+from ._errors import IommufdError, ProcessGone, error_text, printable
 from ._paths import Untrusted, Writer, reopen, walk, writer_of
-from ._process import Limit, Process, in_initial_namespace, own_status, printable, read_file
+from ._process import Limit, Process, in_initial_namespace, own_status, read_file
 
 __all__ = (
     "REPLICA",

@@ -34,9 +34,9 @@ from typing import IO, Callable, NamedTuple, NoReturn, Union
 from . import _host
 from ._capabilities import with_ipc_lock
 from ._child import COMMAND_SECONDS, Interrupted, NoAnswer, close_all_but, end, in_child, isolate, start_command
-from ._errors import HostLacks, IommufdError, error_text
+from ._errors import HostLacks, IommufdError, error_text, printable
 from ._iommufd import RLIMIT_MODE, IommuFd, misc_rdev
-from ._process import Limit, Process, Status, own_status, parse_status, printable
+from ._process import Limit, Process, Status, own_status, parse_status
 from ._target import DomainTarget, UnitTarget, escaped, hold_target
 from ._user import User, be_private, become, has_ids, no_core
 from ._vmm import (

@@ -687,16 +687,15 @@ from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import 
     names,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError, error_text
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError, error_text, printable
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, Survey, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import misc_rdev
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     in_initial_namespace,
     own_status,
-    printable,
-    user_name,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._running import domain_record
+from ansible_collections.virt.iommufd.plugins.module_utils._user import user_name
 
 Row = dict[str, Any]
 # Runs a command and gives its exit code, output and errors.

@@ -59,10 +59,6 @@ def test_a_node() -> None:
     assert _host.node("/nowhere") is None
 
 
-def test_ids_without_a_name() -> None:
-    assert _host._name(2**31) == _host._group_name(2**31) == str(2**31)
-
-
 def test_what_an_iommufd_of_our_own_answers(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_host, "DEVICE", os.devnull)
     monkeypatch.setattr(_host, "misc_rdev", lambda: NULL)

@@ -22,13 +22,11 @@ from ansible_collections.virt.iommufd.plugins.module_utils._states import (
     UnitState,
     capability_of,
     command,
-    group_name,
     kernels_node,
     make_folder,
     matching_nodes,
     missing_folders,
     node_state,
-    owner_name,
     read_file_state,
     remove_file,
     set_capability,
@@ -38,6 +36,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._states import (
     unit_states,
     write_file_state,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._user import owner_name
 
 
 def refuse(number: int) -> Any:
@@ -47,11 +46,6 @@ def refuse(number: int) -> Any:
         raise OSError(number, os.strerror(number))
 
     return fail
-
-
-def test_names() -> None:
-    assert (owner_name(0), group_name(0)) == ("root", "root")
-    assert (owner_name(2**31 - 7), group_name(2**31 - 7)) == ("2147483641", "2147483641")
 
 
 def test_a_file_there_and_back(tmp_path: Path) -> None:

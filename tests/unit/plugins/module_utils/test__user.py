@@ -18,8 +18,10 @@ from ansible_collections.virt.iommufd.plugins.module_utils._user import (
     be_private,
     become,
     find_user,
+    group_name,
     groups_of,
     has_ids,
+    owner_name,
 )
 
 VM = User("vm", 1001, 1002, "/home/vm")
@@ -34,6 +36,12 @@ def test_find_user() -> None:
 def test_there_is_no_such_user(name: str) -> None:
     with pytest.raises(IommufdError, match=r"^This host has no user '.*': give the name of one that it has\.$"):
         find_user(name)
+
+
+def test_names_of_ids() -> None:
+    assert (owner_name(0), group_name(0)) == ("root", "root")
+    assert (owner_name(2**31 - 7), group_name(2**31 - 7)) == ("2147483641", "2147483641")
+    assert owner_name(2**31) == group_name(2**31) == str(2**31)
 
 
 def test_the_runtime_folder() -> None:
