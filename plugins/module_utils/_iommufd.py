@@ -13,7 +13,6 @@ The meaning of each errno was read in drivers/iommu/iommufd (main.c, ioas.c) and
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -194,7 +193,7 @@ class IommuFd:
 
     def _send(self, option: Option, op: int, value: int, object_id: int) -> Answer:
         argument = IommuOption(
-            size=ctypes.sizeof(IommuOption), option_id=option.option_id, op=op, object_id=object_id, val64=value
+            size=IommuOption.SIZE, option_id=option.option_id, op=op, object_id=object_id, val64=value
         )
         try:
             fcntl.ioctl(self._fd, IOMMU_OPTION, argument)
@@ -227,7 +226,7 @@ class IommuFd:
         ids: list[int] = []
         last = 0
         # One argument for all calls, and no Answer for each: most ids are none.
-        argument = IommuOption(size=ctypes.sizeof(IommuOption), option_id=HUGE_PAGES.option_id, op=IOMMU_OPTION_OP_GET)
+        argument = IommuOption(size=IommuOption.SIZE, option_id=HUGE_PAGES.option_id, op=IOMMU_OPTION_OP_GET)
         for object_id in range(1, _IOAS_ID_MAX + 1):
             argument.object_id = object_id
             try:

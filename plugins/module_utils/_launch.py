@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -41,6 +40,14 @@ from ._iommufd import (
     iommufd_rdevs,
 )
 from ._size import human_size, parse_size
+from ._syscalls import (
+    PR_CAPBSET_DROP,
+    PR_CAPBSET_READ,
+    PR_GET_NO_NEW_PRIVS,
+    drop_capabilities,
+    own_capabilities,
+    prctl,
+)
 from ._user import User, become, find_user, groups_of, has_ids, leave_keyring
 
 __all__ = (
@@ -119,43 +126,10 @@ exit codes, if COMMAND is not started:
 Otherwise the exit code is COMMAND's.
 """
 
-# linux/prctl.h, linux/capability.h
-_PR_CAPBSET_READ = 23
-_PR_CAPBSET_DROP = 24
-_PR_GET_NO_NEW_PRIVS = 39
-_PR_CAP_AMBIENT = 47
-_PR_CAP_AMBIENT_CLEAR_ALL = 4
-_CAPABILITY_VERSION_3 = 0x20080522
-
 # The kernel has 64 bits for them and names for some 40.
 _CAPABILITIES = {name: number for number in range(64) for name in names(1 << number)}
 
 _UNLIMITED = ("infinity", "unlimited")
-
-
-class _Header(ctypes.Structure):
-    """`struct __user_cap_header_struct`. The pid 0 is the caller."""
-
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-
-class _Sets(ctypes.Structure):
-    """`struct __user_cap_data_struct`, one for each half of the sets."""
-
-    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
-_libc.capget.argtypes = _libc.capset.argtypes = (ctypes.POINTER(_Header), ctypes.POINTER(_Sets))
-
-
-def _checked(result: int) -> int:
-    """The result of a C function that returns -1 and sets errno. Raises OSError in that case."""
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result
 
 
 class Refusal(IommufdError):
@@ -361,12 +335,19 @@ def limit_bounding(kept: frozenset[int]) -> None:
     """Drops every capability from the bounding set that is not to be kept. Raises Refusal."""
     try:
         for number in _CAPABILITIES.values():
-            if number not in kept and _libc.prctl(_PR_CAPBSET_READ, number, 0, 0, 0) > 0:
-                _checked(_libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0))
+            if number not in kept and _is_in_bounding_set(number):
+                prctl(PR_CAPBSET_DROP, number)
     except OSError as exc:
         raise Refusal(
             NOT_BECOME, f"The bounding set cannot be limited ({error_text(exc.errno)}): that takes CAP_SETPCAP."
         ) from exc
+
+
+def _is_in_bounding_set(number: int) -> bool:
+    """Whether this process may get a capability. False for one that the kernel does not know."""
+    with contextlib.suppress(OSError):
+        return bool(prctl(PR_CAPBSET_READ, number))
+    return False
 
 
 def find_program(command: str) -> str:
@@ -388,22 +369,7 @@ def lifts_memlock(path: str) -> bool:
     if ignored or not given.lifts_memlock:
         return False
     # Outside of the bounding set it is not given, and the kernel does not execute the file at all.
-    bounded = _libc.prctl(_PR_CAPBSET_READ, _CAPABILITIES[CAP_IPC_LOCK], 0, 0, 0) > 0
-    return bounded and not _libc.prctl(_PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0)
-
-
-def _effective() -> int:
-    """The mask of this process's effective capabilities."""
-    sets = (_Sets * 2)()
-    _checked(_libc.capget(_Header(_CAPABILITY_VERSION_3, 0), sets))
-    return int(sets[0].effective | sets[1].effective << 32)
-
-
-def _holds_any() -> bool:
-    """Whether this process has any capability, be it effective, permitted or inheritable, and so maybe ambient."""
-    sets = (_Sets * 2)()
-    _checked(_libc.capget(_Header(_CAPABILITY_VERSION_3, 0), sets))
-    return any(each.effective | each.permitted | each.inheritable for each in sets)
+    return _is_in_bounding_set(_CAPABILITIES[CAP_IPC_LOCK]) and not prctl(PR_GET_NO_NEW_PRIVS)
 
 
 def _is(user: User) -> bool:
@@ -438,15 +404,14 @@ def give_up_root(user: User) -> None:
         if not _is(user):
             become(user)
         # A change of user clears these by itself, but for the inheritable ones, and unless securebits tell otherwise.
-        _checked(_libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
-        _checked(_libc.capset(_Header(_CAPABILITY_VERSION_3, 0), (_Sets * 2)()))
+        drop_capabilities()
     except OSError as exc:
         raise Refusal(
             NOT_BECOME,
             f"{NAME}, uid {os.geteuid()}, cannot become user {user.name} ({error_text(exc.errno)}): start it as root"
             " with CAP_SETUID and CAP_SETGID, or as that user with the user's groups.",
         ) from exc
-    if not _is(user) or _holds_any() or _can_return():
+    if not _is(user) or any(own_capabilities()) or _can_return():
         raise Refusal(NOT_BECOME, f"{NAME} became user {user.name} only in part: the kernel did not do as it said.")
 
 
@@ -503,7 +468,7 @@ def launch(request: Request) -> NoReturn:
     if warning:
         say(f"warning: {warning} {request.command[0]} is started all the same.")
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    has_it = CAP_IPC_LOCK in names(_effective())
+    has_it = CAP_IPC_LOCK in names(own_capabilities().effective)
     program = find_program(request.command[0])
     gets_it = not has_it and lifts_memlock(program)
     if gets_it:

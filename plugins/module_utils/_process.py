@@ -11,14 +11,12 @@ node makes a *new* open file: an option set on that is set with success and chan
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
 import re
 import resource
 import select
-import stat
 import sys
 import time
 from collections.abc import Container, Iterator
@@ -27,6 +25,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from ._errors import AccessRefused, DescriptorGone, HostLacks, IommufdError, ProcessGone, error_text, printable
+from ._syscalls import character_device, pidfd_getfd, pidfd_open
 from ._user import user_name
 
 __all__ = (
@@ -35,7 +34,6 @@ __all__ = (
     "Limit",
     "Process",
     "Status",
-    "character_device",
     "character_devices_in",
     "in_initial_namespace",
     "is_path_only",
@@ -48,22 +46,7 @@ __all__ = (
     "parse_stat",
     "parse_status",
     "read_file",
-    "share_descriptors",
 )
-
-# The same on all architectures that KVM runs on but mips. Python's os has no pidfd_getfd, and pidfd_open only where it
-# was built against recent headers.
-_SYS_PIDFD_OPEN = 434
-_SYS_PIDFD_GETFD = 438
-
-# linux/kcmp.h. Else the number is that of asm-generic/unistd.h, as on arm64, riscv and loongarch.
-_KCMP_FILES = 2
-_SYS_KCMP = {"x86_64": 312, "i386": 349, "i686": 349, "armv7l": 378, "armv8l": 378, "ppc64le": 354, "s390x": 343}
-_SYS_KCMP_GENERIC = 272
-
-_AT_FDCWD = -100
-_AT_STATX_DONT_SYNC = 0x4000
-_STATX_TYPE = 0x1
 
 # How many descriptors of one process are looked at. A limit of a million is common; a VMM has some hundreds.
 DESCRIPTORS_MAX = 2**18
@@ -103,66 +86,7 @@ _UNIT = re.compile(rb"[A-Za-z0-9:_.\\-]+(?:@[A-Za-z0-9:_.\\@-]+)?\.(?:service|sc
 _UNIT_NAME_MAX = 255
 
 
-class Statx(ctypes.Structure):
-    """`struct statx` of linux/stat.h, as far as it is read here, and room for the rest of its 256 bytes."""
-
-    _fields_ = (
-        ("stx_mask", ctypes.c_uint32),
-        ("_to_mode", ctypes.c_uint8 * 24),
-        ("stx_mode", ctypes.c_uint16),
-        ("_to_rdev", ctypes.c_uint8 * 98),
-        ("stx_rdev_major", ctypes.c_uint32),
-        ("stx_rdev_minor", ctypes.c_uint32),
-        ("_to_end", ctypes.c_uint8 * 120),
-    )
-
-
-# One for all calls: to make it takes as long as the call.
-_STATX = Statx()
-_STATX_REFERENCE = ctypes.byref(_STATX)
-
 _NAME = attrgetter("name")
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-
-
-def _checked(result: int) -> int:
-    """The result of a C function that returns -1 and sets errno. Raises OSError in that case."""
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result
-
-
-def _pidfd_open(pid: int) -> int:
-    return _checked(_libc.syscall(ctypes.c_long(_SYS_PIDFD_OPEN), ctypes.c_long(pid), ctypes.c_long(0)))
-
-
-def _pidfd_getfd(pidfd: int, fd: int) -> int:
-    """Shares descriptor `fd` of the process; the new one is close-on-exec, says pidfd_getfd(2)."""
-    return _checked(
-        _libc.syscall(ctypes.c_long(_SYS_PIDFD_GETFD), ctypes.c_long(pidfd), ctypes.c_long(fd), ctypes.c_long(0))
-    )
-
-
-def share_descriptors(pid: int, other: int) -> bool:
-    """Whether two processes have the same table of descriptors; False where the kernel does not tell. See kcmp(2)."""
-    number = _SYS_KCMP.get(os.uname().machine, _SYS_KCMP_GENERIC)
-    arguments = map(ctypes.c_long, (number, pid, other, _KCMP_FILES, 0, 0))
-    return not _libc.syscall(*arguments)
-
-
-def character_device(path: str, folder: int = _AT_FDCWD) -> int | None:
-    """The device number of the character device that path leads to, None where it is something else.
-
-    stat(2) of a descriptor on a FUSE or network mount asks that mount's server and may wait for it for ever.
-    AT_STATX_DONT_SYNC makes do with what the kernel knows, and a file's type and device number never change.
-    """
-    _checked(_libc.statx(folder, path.encode(), _AT_STATX_DONT_SYNC, _STATX_TYPE, _STATX_REFERENCE))
-    if not stat.S_ISCHR(_STATX.stx_mode):
-        return None
-    return os.makedev(_STATX.stx_rdev_major, _STATX.stx_rdev_minor)
 
 
 class Descriptors(NamedTuple):
@@ -411,7 +335,7 @@ class Process(NamedTuple):
         if not 0 < pid <= _INT_MAX:
             raise IommufdError(f"{pid} is not the id of a process: ids count from 1.")
         try:
-            pidfd = _pidfd_open(pid)
+            pidfd = pidfd_open(pid)
         except OSError as exc:
             raise _cannot_hold(pid, exc) from exc
         try:
@@ -542,7 +466,7 @@ class Process(NamedTuple):
         if not 0 <= fd <= _INT_MAX:
             raise DescriptorGone(f"{fd} is not the number of a descriptor: they count from 0.")
         try:
-            return _pidfd_getfd(self.pidfd, fd)
+            return pidfd_getfd(self.pidfd, fd)
         except OSError as exc:
             raise self._cannot_borrow(fd, exc) from exc
 

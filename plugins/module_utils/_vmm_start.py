@@ -16,7 +16,6 @@ Interrupted, which says nothing of the host, and nobody is waited for without a 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -37,6 +36,7 @@ from ._child import COMMAND_SECONDS, Interrupted, NoAnswer, close_all_but, end, 
 from ._errors import HostLacks, IommufdError, error_text, printable
 from ._iommufd import RLIMIT_MODE, IommuFd, misc_rdev
 from ._process import Limit, Process, Status, own_status, parse_status
+from ._syscalls import PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, prctl
 from ._target import DomainTarget, UnitTarget, escaped, hold_target
 from ._user import User, be_private, become, has_ids, no_core
 from ._vmm import (
@@ -78,10 +78,6 @@ _OUTPUT_MAX = 2**20
 # What the kernel and systemd answer in no time; a busy host gets so long.
 _LOOK_SECONDS = 120
 
-# linux/prctl.h
-_PR_CAPBSET_DROP = 24
-_PR_SET_NO_NEW_PRIVS = 38
-
 # A QEMU that has neither a machine nor anything to do, and waits.
 _IDLE_QEMU = (
     "-no-user-config",
@@ -121,8 +117,6 @@ _REPLICATED = ("User", "Group", "SupplementaryGroups", "DynamicUser", "NoNewPriv
 
 _LIBVIRT_LOGS = "/var/log/libvirt/qemu"
 _LIBVIRT_PROFILES = "/etc/apparmor.d/libvirt"
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 # A file by its path, or one that is open.
 Executable = Union[str, int]
@@ -389,9 +383,9 @@ def _become(
 
     def give_up() -> None:
         for number in dropped:
-            _prctl(_PR_CAPBSET_DROP, number)
+            prctl(PR_CAPBSET_DROP, number)
         if no_new_privs:
-            _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+            prctl(PR_SET_NO_NEW_PRIVS, 1)
 
     def change_user() -> None:
         if not has_ids(user):
@@ -413,12 +407,6 @@ def _become(
                 break
     finally:
         os._exit(127)
-
-
-def _prctl(option: int, value: int) -> None:
-    if _libc.prctl(option, ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3) < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
 
 
 @contextlib.contextmanager

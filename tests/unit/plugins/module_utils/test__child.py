@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import os
@@ -20,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _child, _user
+from ansible_collections.virt.iommufd.plugins.module_utils import _child, _syscalls
 from ansible_collections.virt.iommufd.plugins.module_utils._child import (
     Interrupted,
     NoAnswer,
@@ -258,11 +257,11 @@ def running(pid: str) -> bool:
 
 def test_a_child_has_a_session_and_keys_of_its_own() -> None:
     def look() -> list[Any]:
-        return [os.getsid(0) == os.getpid(), _user._libc.syscall(ctypes.c_long(number), 0, -3, 0)]
+        return [os.getsid(0) == os.getpid(), _syscalls._syscall(number, 0, -3, 0)]
 
     # KEYCTL_GET_KEYRING_ID of KEY_SPEC_SESSION_KEYRING
-    number = _user._SYS_KEYCTL.get(os.uname().machine, _user._SYS_KEYCTL_GENERIC)
-    mine = _user._libc.syscall(ctypes.c_long(number), 0, -3, 0)
+    number = _syscalls._KEYCTL.get(os.uname().machine, _syscalls._KEYCTL_GENERIC)
+    mine = _syscalls._syscall(number, 0, -3, 0)
     alone, theirs = in_child(None, look, 30)
     assert alone
     assert -1 not in (mine, theirs)

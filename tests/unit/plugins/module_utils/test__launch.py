@@ -162,7 +162,7 @@ def test_the_line_on_the_accounting(mode: int, limit: int, unlimited: bool, word
 def task(null_is_iommufd: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> FakeTask:
     """The process that runs the launcher, on a host with an iommufd and the user vm."""
     fake = FakeTask()
-    fake.install(monkeypatch, _launch)
+    fake.install(monkeypatch)
     monkeypatch.setattr(_launch, "DEVICE", os.devnull)
     monkeypatch.setattr(pwd, "getpwnam", {"vm": VM, "toor": TOOR}.__getitem__)
     monkeypatch.setattr(os, "getgrouplist", lambda name, gid: GROUPS)
@@ -375,7 +375,7 @@ class Kernel(FakeTask):
 def capable(task: FakeTask, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """A host where each file gives CAP_IPC_LOCK."""
     kernel = Kernel()
-    kernel.install(monkeypatch, _launch)
+    kernel.install(monkeypatch)
     monkeypatch.setattr(os, "getxattr", lambda _path, _name: GIVES_IT)
     monkeypatch.setattr(os, "statvfs", lambda _path: SimpleNamespace(f_flag=0))
     return kernel

@@ -151,7 +151,7 @@ def test_a_descriptor_that_is_not_there_is_gone(held: Process, fd: int) -> None:
 def test_what_pidfd_getfd_refuses(
     held: Process, monkeypatch: pytest.MonkeyPatch, number: int, exception: type[Exception], words: list[str]
 ) -> None:
-    monkeypatch.setattr(_process, "_pidfd_getfd", refuse(number))
+    monkeypatch.setattr(_process, "pidfd_getfd", refuse(number))
     for word in words:
         with pytest.raises(exception, match=word):
             held.borrow(50)
@@ -170,7 +170,7 @@ def test_what_pidfd_getfd_refuses(
 def test_what_pidfd_open_refuses(
     monkeypatch: pytest.MonkeyPatch, number: int, exception: type[Exception], words: list[str]
 ) -> None:
-    monkeypatch.setattr(_process, "_pidfd_open", refuse(number))
+    monkeypatch.setattr(_process, "pidfd_open", refuse(number))
     for word in words:
         with pytest.raises(exception, match=word), Process.hold(42):
             pass

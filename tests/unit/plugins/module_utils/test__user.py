@@ -10,9 +10,9 @@ import resource
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _user
 from ansible_collections.virt.iommufd.plugins.module_utils._child import in_child
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._syscalls import prctl
 from ansible_collections.virt.iommufd.plugins.module_utils._user import (
     User,
     be_private,
@@ -82,9 +82,9 @@ def test_the_steps_to_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_is_private() -> None:
     def look() -> list[int]:
         # PR_SET_DUMPABLE to 1, as it is after a change of user where fs.suid_dumpable is 1; PR_GET_DUMPABLE.
-        assert not _user._libc.prctl(4, 1, 0, 0, 0)
-        assert _user._libc.prctl(3, 0, 0, 0, 0)
+        assert not prctl(4, 1)
+        assert prctl(3)
         be_private()
-        return [_user._libc.prctl(3, 0, 0, 0, 0), *resource.getrlimit(resource.RLIMIT_CORE)]
+        return [prctl(3), *resource.getrlimit(resource.RLIMIT_CORE)]
 
     assert in_child(None, look, 30) == [0, 0, 0]

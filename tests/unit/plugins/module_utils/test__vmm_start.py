@@ -330,7 +330,7 @@ def test_the_step_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, steps: in
     monkeypatch.setattr(_vmm_start, "close_all_but", lambda _keep: None)
     monkeypatch.setattr(resource, "setrlimit", lambda *_given: None)
     monkeypatch.setattr(os, "_exit", end)
-    monkeypatch.setattr(_vmm_start, "_prctl", refuse)
+    monkeypatch.setattr(_vmm_start, "prctl", refuse)
     reading, writing = os.pipe()
     with pytest.raises(Ended):
         _vmm_start._become("/nothing/there", ["x"], [14], True, MYSELF, (1, 2), writing)
@@ -338,13 +338,6 @@ def test_the_step_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, steps: in
     with open(reading, "rb") as report:
         expected = b"2 execute it" if steps else b"1 give up capabilities"
         assert report.read() == expected
-
-
-def test_prctl() -> None:
-    with pytest.raises(OSError, match="Invalid argument"):
-        _vmm_start._prctl(2**20, 0)
-    # PR_SET_DUMPABLE to what it is.
-    _vmm_start._prctl(4, 1)
 
 
 def test_what_was_started_ends_with_this_process(tmp_path: Path) -> None:
