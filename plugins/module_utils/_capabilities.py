@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 from functools import cache
 from typing import NamedTuple
@@ -20,8 +22,10 @@ __all__ = (
     "FileCapabilities",
     "names",
     "parse_file_capabilities",
+    "read_xattr",
     "with_ipc_lock",
     "without_ipc_lock",
+    "write_xattr",
 )
 
 # linux/capability.h, from 0 up.
@@ -89,6 +93,28 @@ def parse_file_capabilities(xattr: bytes) -> FileCapabilities:
     return FileCapabilities(
         list(names(found.permitted)), list(names(found.inheritable)), found.effective, found.root_uid
     )
+
+
+def read_xattr(file: int | str) -> bytes | None:
+    """The extended attribute of a file, by its path or a descriptor; None without. Raises OSError.
+
+    That is EINVAL for an attribute that the kernel does not understand, be it only empty: it does not give it away, and
+    does not execute the file.
+    """
+    try:
+        return os.getxattr(file, XATTR)
+    except OSError as exc:
+        if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return None
+        raise
+
+
+def write_xattr(fd: int, xattr: bytes | None) -> None:
+    """Gives a file that is open exactly this extended attribute; None takes it away. Raises OSError."""
+    if xattr is not None:
+        os.setxattr(fd, XATTR, xattr)
+    elif XATTR in os.listxattr(fd):
+        os.removexattr(fd, XATTR)
 
 
 class _Sets(NamedTuple):

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import os
 import re
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from ._capabilities import XATTR, FileCapabilities, parse_file_capabilities
+from ._capabilities import FileCapabilities, parse_file_capabilities, read_xattr
 from ._child import NoAnswer, answers, in_child
 from ._errors import IommufdError, error_text, shown_path
 from ._iommufd import RLIMIT_MODE, IommuFd, can_be_set, misc_rdev
@@ -284,12 +283,11 @@ def _look_at(path: str) -> Emulator:
 def _with_capabilities(path: str, found: int) -> Emulator:
     try:
         # A file that may be executed cannot always be read.
-        return Emulator(path, True, parse_file_capabilities(os.getxattr(f"/proc/self/fd/{found}", XATTR)))
+        xattr = read_xattr(f"/proc/self/fd/{found}")
+        return Emulator(path, True, None if xattr is None else parse_file_capabilities(xattr))
     except IommufdError as exc:
         return Emulator(path, True, None, f"{shown_path(path)}: {exc}")
     except OSError as exc:
-        if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-            return Emulator(path, True)
         return Emulator(
             path, True, None, f"The capabilities of {shown_path(path)} cannot be read ({error_text(exc.errno)})."
         )

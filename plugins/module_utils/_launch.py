@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ._capabilities import CAP_IPC_LOCK, names, parse_file_capabilities
+from ._capabilities import CAP_IPC_LOCK, names, parse_file_capabilities, read_xattr
 from ._errors import IommufdError, error_text
 from ._iommufd import (
     CHANGED,
@@ -361,10 +361,10 @@ def find_program(command: str) -> str:
 def lifts_memlock(path: str) -> bool:
     """Whether this process gets CAP_IPC_LOCK by executing that file."""
     try:
-        given = parse_file_capabilities(os.getxattr(path, "security.capability"))
+        given = parse_file_capabilities(read_xattr(path) or b"")
         ignored = os.statvfs(path).f_flag & os.ST_NOSUID
     except (OSError, IommufdError):
-        # Most files have none. One that is not there is told of when it is executed.
+        # One that is not there is told of when it is executed.
         return False
     if ignored or not given.lifts_memlock:
         return False

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Callable, NamedTuple
 
-from ._capabilities import XATTR
+from ._capabilities import read_xattr, write_xattr
 from ._errors import HostLacks, IommufdError, error_text, printable, shown_path
 from ._paths import Place, entries, reopen, sync, walk
 from ._user import group_name, owner_name
@@ -73,7 +73,6 @@ _NEW = ".iommufd_host-new"
 # The extended attributes that are a file's own. Others are the kernel's to keep: those of IMA and EVM, for two.
 _KEPT_XATTRS = ("security.selinux", "system.posix_acl_access", "user.")
 
-_CAPABILITY = XATTR
 _SYS_CHAR = "/sys/dev/char"
 
 
@@ -393,11 +392,8 @@ def capability_in(fd: int, path: str) -> bytes | None:
     Raises IommufdError where it cannot be read.
     """
     try:
-        return os.getxattr(fd, _CAPABILITY)
+        return read_xattr(fd)
     except OSError as exc:
-        if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-            return None
-        # The kernel hides what is too short or too long for it, and refuses to execute the file.
         remedy = f" Take them away (setcap -r {shown_path(path)})." if exc.errno == errno.EINVAL else ""
         raise IommufdError(
             f"The capabilities of {shown_path(path)} cannot be read ({error_text(exc.errno)}).{remedy}"
@@ -405,11 +401,8 @@ def capability_in(fd: int, path: str) -> bytes | None:
 
 
 def set_capability_in(fd: int, xattr: bytes | None) -> None:
-    """Gives a file that is open exactly this extended attribute; None takes it away. Raises OSError."""
-    if xattr is not None:
-        os.setxattr(fd, _CAPABILITY, xattr)
-    elif _CAPABILITY in os.listxattr(fd):
-        os.removexattr(fd, _CAPABILITY)
+    """Gives a file that is open exactly this extended attribute, for good; None takes it away. Raises OSError."""
+    write_xattr(fd, xattr)
     os.fsync(fd)
 
 

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Callable, NamedTuple
 
 from . import _libvirt
-from ._capabilities import CAP_IPC_LOCK, XATTR, FileCapabilities, names, parse_file_capabilities
+from ._capabilities import CAP_IPC_LOCK, XATTR, FileCapabilities, names, parse_file_capabilities, read_xattr
 from ._child import NoAnswer, in_child
 from ._errors import IommufdError, ProcessGone, error_text, printable
 from ._paths import Untrusted, Writer, reopen, walk, writer_of
@@ -26,7 +26,6 @@ from ._process import Limit, Process, in_initial_namespace, own_status, read_fil
 
 __all__ = (
     "REPLICA",
-    "XATTR",
     "Conditions",
     "FileSystem",
     "Program",
@@ -191,12 +190,9 @@ def _is_elf(path: str, found: int) -> bool:
 
 def _xattr(path: str, found: int) -> bytes | None:
     try:
-        return os.getxattr(f"/proc/self/fd/{found}", XATTR)
+        return read_xattr(f"/proc/self/fd/{found}")
     except OSError as exc:
-        if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-            return None
         if exc.errno == errno.EINVAL:
-            # The kernel does not give away what it does not understand, not even that it is empty.
             return b""
         raise IommufdError(f"The capabilities of {path} cannot be read ({error_text(exc.errno)}).") from exc
 

@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from typing import IO, Callable, NamedTuple, NoReturn, Union
 
 from . import _host
-from ._capabilities import with_ipc_lock
+from ._capabilities import with_ipc_lock, write_xattr
 from ._child import COMMAND_SECONDS, Interrupted, NoAnswer, close_all_but, end, in_child, isolate, start_command
 from ._errors import HostLacks, IommufdError, error_text, printable
 from ._iommufd import RLIMIT_MODE, IommuFd, misc_rdev
@@ -41,7 +41,6 @@ from ._target import DomainTarget, UnitTarget, escaped, hold_target
 from ._user import User, be_private, become, has_ids, no_core
 from ._vmm import (
     REPLICA,
-    XATTR,
     Conditions,
     Program,
     Run,
@@ -194,7 +193,7 @@ def _copy_of_cat(program: Program, what: str) -> Iterator[int]:
             copy.flush()
             os.fchmod(copy.fileno(), 0o755)
             # The last: what is written to a file takes its capabilities away.
-            os.setxattr(copy.fileno(), XATTR, xattr)
+            write_xattr(copy.fileno(), xattr)
             # What is open for writing cannot be executed.
             fd = os.open(f"/proc/self/fd/{copy.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _grant, _states
+from ansible_collections.virt.iommufd.plugins.module_utils import _capabilities, _grant
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._grant import decide, grant, grant_patiently, main
 
@@ -31,7 +31,7 @@ OF_A_USER = struct.pack("<6I", 0x03000001, 1 << 7 | 1 << 21, 0, 0, 0, 1002)
 
 @pytest.fixture
 def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(_states, "_CAPABILITY", XATTR)
+    monkeypatch.setattr(_capabilities, "XATTR", XATTR)
     monkeypatch.setattr(_grant, "_PAUSE", 0.01)
     path = tmp_path / "emulator"
     path.write_bytes(b"")

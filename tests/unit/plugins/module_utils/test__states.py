@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _states
+from ansible_collections.virt.iommufd.plugins.module_utils import _capabilities, _states
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Untrusted
 from ansible_collections.virt.iommufd.plugins.module_utils._states import (
@@ -243,7 +243,7 @@ def test_what_the_kernel_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_executable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Only root may set the real one; tests/kernel does.
-    monkeypatch.setattr(_states, "_CAPABILITY", "user.stands.in")
+    monkeypatch.setattr(_capabilities, "XATTR", "user.stands.in")
     path = str(tmp_path / "program")
     Path(path).write_bytes(b"")
     assert capability_of(path) is None
