@@ -18,14 +18,13 @@ from typing import Any, NamedTuple
 from ._capabilities import FileCapabilities, parse_file_capabilities, read_xattr
 from ._child import NoAnswer, answers, in_child
 from ._errors import IommufdError, error_text, shown_path
-from ._iommufd import RLIMIT_MODE, IommuFd, can_be_set, misc_rdev
+from ._iommufd import RLIMIT_MODE, IommuFd, can_be_set, misc_rdev, new_iommufd
 from ._paths import Untrusted, Writer, check_writers, walk
 from ._user import group_name, owner_name
 
 __all__ = (
     "ABSENT",
     "BUILTIN",
-    "DEVICE",
     "LOADABLE",
     "LOADED",
     "Emulator",
@@ -44,8 +43,6 @@ __all__ = (
     "vfio_nodes",
     "yama_ptrace_scope",
 )
-
-DEVICE = "/dev/iommu"
 
 BUILTIN = "builtin"
 LOADED = "loaded"
@@ -111,31 +108,14 @@ class Scratch(NamedTuple):
 
 
 def scratch() -> Scratch:
-    """Opens an iommufd and asks for its rlimit mode, and whether this caller may set that. It is closed at once.
-
-    Opened is only the node of the device that the kernel has now: another one could have it load a module.
-    """
-    rdev = misc_rdev()
-    if rdev is None:
-        return Scratch(None, None, "This kernel has no iommufd, or its module is not loaded.")
-    there = node(DEVICE)
-    if there is None or there.rdev != rdev:
-        return Scratch(None, None, f"{DEVICE} is not the node of the device that this kernel has for iommufd.")
+    """Opens an iommufd and asks for its rlimit mode, and whether this caller may set that. It is closed at once."""
     try:
-        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as exc:
-        return Scratch(
-            None,
-            None,
-            f"{DEVICE} cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)}). Run the task as root"
-            " (become: true), outside of any container.",
-        )
-    try:
-        iommufd = IommuFd(fd)
-        readable = not iommufd.get(RLIMIT_MODE).errno
-        return Scratch(readable, readable and bool(can_be_set(iommufd.probe(RLIMIT_MODE))), "")
-    finally:
-        os.close(fd)
+        with new_iommufd() as fd:
+            iommufd = IommuFd(fd)
+            readable = not iommufd.get(RLIMIT_MODE).errno
+            return Scratch(readable, readable and bool(can_be_set(iommufd.probe(RLIMIT_MODE))), "")
+    except IommufdError as exc:
+        return Scratch(None, None, str(exc))
 
 
 def yama_ptrace_scope() -> int | None:

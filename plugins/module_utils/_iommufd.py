@@ -18,10 +18,10 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Union
 
-from ._errors import HostLacks, error_text
+from ._errors import AccessRefused, HostLacks, NotAnIommufd, error_text
 from ._uapi import (
     IOMMU_OPTION,
     IOMMU_OPTION_HUGE_PAGES,
@@ -35,6 +35,7 @@ __all__ = (
     "BUSY",
     "CHANGED",
     "DENIED",
+    "DEVICE",
     "FAILED",
     "HUGE_PAGES",
     "RACED",
@@ -52,6 +53,8 @@ __all__ = (
     "iommufd_rdevs",
     "judge",
     "misc_rdev",
+    "new_iommufd",
+    "open_iommufd",
     "parse_dev",
     "parse_misc",
 )
@@ -70,6 +73,7 @@ FAILED = "failed"
 # A value that no option has. See IommuFd.probe.
 _NO_VALUE = 2**64 - 1
 
+DEVICE = "/dev/iommu"
 _VFIO_CONTAINER = "/dev/vfio/vfio"
 _MISC_MAJOR = 10
 _MISC_DEVICES = "/sys/class/misc"
@@ -298,6 +302,55 @@ def explain(result: Result, subject: str, option: Option, wanted: int | None) ->
         )
     hint = _HINTS.get((option.name, result.errno), "")
     return f"{subject}: {asked} failed ({error}).{stays}{hint}"
+
+
+_CURE = "load the module iommufd (modprobe iommufd), or boot a kernel that was built with CONFIG_IOMMUFD."
+
+
+def open_iommufd() -> int:
+    """A descriptor of a new iommufd, close-on-exec. The caller closes it.
+
+    Opened is only the node of the device that the kernel has now: another one could have it load a module. Raises
+    HostLacks where there is none, NotAnIommufd where the node is something else, and AccessRefused.
+    """
+    rdev = misc_rdev()
+    if rdev is None:
+        raise HostLacks(f"This kernel has no iommufd: {_CURE}")
+    try:
+        # In /dev, which the kernel itself keeps: nobody's server is waited for.
+        status = os.lstat(DEVICE)
+        if not stat.S_ISLNK(status.st_mode):
+            _check_is_device(status, rdev)
+        # It refuses a link, which leads wherever its owner wants.
+        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError as exc:
+        raise HostLacks(f"There is no {DEVICE}: {_CURE}") from exc
+    except OSError as exc:
+        raise AccessRefused(
+            f"{DEVICE} cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)}): see to its owner and mode, or"
+            " run this as root, outside of any container."
+        ) from exc
+    try:
+        _check_is_device(os.fstat(fd), rdev)
+    except NotAnIommufd:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_is_device(status: os.stat_result, rdev: int) -> None:
+    if not stat.S_ISCHR(status.st_mode) or status.st_rdev != rdev:
+        raise NotAnIommufd(f"{DEVICE} is not the kernel's iommufd but something else, so nothing was sent to it.")
+
+
+@contextlib.contextmanager
+def new_iommufd() -> Iterator[int]:
+    """The same, closed when the context ends."""
+    fd = open_iommufd()
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def iommufd_rdevs(seen: Iterable[int]) -> set[int]:

@@ -19,7 +19,6 @@ import fcntl
 import os
 import resource
 import signal
-import stat
 import sys
 import termios
 from collections.abc import Sequence
@@ -27,17 +26,18 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ._capabilities import CAP_IPC_LOCK, names, parse_file_capabilities, read_xattr
-from ._errors import IommufdError, error_text
+from ._errors import AccessRefused, HostLacks, IommufdError, NotAnIommufd, error_text
 from ._iommufd import (
     CHANGED,
     DENIED,
+    DEVICE,
     RLIMIT_MODE,
     UNCHANGED,
     UNSUPPORTED,
     IommuFd,
     Result,
     explain,
-    iommufd_rdevs,
+    open_iommufd,
 )
 from ._size import human_size, parse_size
 from ._syscalls import (
@@ -73,7 +73,6 @@ __all__ = (
 )
 
 NAME = "iommufd-exec"
-DEVICE = "/dev/iommu"
 PLACEHOLDER = "{iommufd}"
 
 # Exit codes: away from those of VMMs, which begin at 0, and from systemd's own, from 200. The last two are the shell's.
@@ -279,27 +278,16 @@ def say(text: str) -> None:
         os.write(2, f"{NAME}: {text}\n".encode(errors="backslashreplace"))
 
 
-def open_iommufd() -> int:
+def open_device() -> int:
     """A new iommufd: a descriptor that is none of the standard ones, and close-on-exec. Raises Refusal."""
     try:
-        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError as exc:
-        raise Refusal(
-            NO_IOMMUFD,
-            f"There is no {DEVICE}: load the module iommufd, or boot a kernel that was built with CONFIG_IOMMUFD. Or"
-            " does the unit have PrivateDevices=?",
-        ) from exc
-    except OSError as exc:
-        raise Refusal(
-            NO_IOMMUFD,
-            f"{DEVICE} cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)}): see to its owner and mode, and"
-            " to DeviceAllow= of the unit.",
-        ) from exc
-    found = os.fstat(fd)
-    if not stat.S_ISCHR(found.st_mode) or found.st_rdev not in iommufd_rdevs({found.st_rdev}):
-        raise Refusal(
-            NO_IOMMUFD, f"{DEVICE} is not the kernel's iommufd but something else, so nothing was sent to it."
-        )
+        fd = open_iommufd()
+    except HostLacks as exc:
+        raise Refusal(NO_IOMMUFD, f"{exc} Or does the unit have PrivateDevices=?") from exc
+    except AccessRefused as exc:
+        raise Refusal(NO_IOMMUFD, f"{exc} A unit needs it in DeviceAllow=, too.") from exc
+    except NotAnIommufd as exc:
+        raise Refusal(NO_IOMMUFD, str(exc)) from exc
     if fd > 2:
         return fd
     # Started without standard streams. A VMM would take it for one of them.
@@ -456,7 +444,7 @@ def execute(command: Sequence[str], fd: int) -> NoReturn:
 def launch(request: Request) -> NoReturn:
     """Does what is asked for and becomes the command. Raises Refusal, and then the process is of no more use."""
     user = None if request.user is None else find_unprivileged(request.user)
-    fd = open_iommufd()
+    fd = open_device()
     result = IommuFd(fd).change(RLIMIT_MODE, RLIMIT_MODE.number(request.rlimit_mode))
     warning = obstacle(result, request)
     if request.memlock is not None:

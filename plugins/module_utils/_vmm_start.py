@@ -30,11 +30,10 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from typing import IO, Callable, NamedTuple, NoReturn, Union
 
-from . import _host
 from ._capabilities import with_ipc_lock, write_xattr
 from ._child import COMMAND_SECONDS, Interrupted, NoAnswer, close_all_but, end, in_child, isolate, start_command
 from ._errors import HostLacks, IommufdError, error_text, printable
-from ._iommufd import RLIMIT_MODE, IommuFd, misc_rdev
+from ._iommufd import RLIMIT_MODE, IommuFd, new_iommufd
 from ._process import Limit, Process, Status, own_status, parse_status
 from ._syscalls import PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, prctl
 from ._target import DomainTarget, UnitTarget, escaped, hold_target
@@ -690,23 +689,14 @@ def scratch_mode(user: User) -> str:
 
     Raises IommufdError where it cannot be opened, set or read, Interrupted where the child was kept from that.
     """
-    rdev = misc_rdev()
-    there = _host.node(_host.DEVICE)
-    if rdev is None or there is None or there.rdev != rdev:
-        raise HostLacks(f"{_host.DEVICE} is not there: this kernel has no iommufd, or its module is not loaded.")
     try:
-        fd = os.open(_host.DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as exc:
-        raise IommufdError(f"{_host.DEVICE} cannot be opened ({error_text(exc.errno)}).") from exc
-    try:
-        refused = IommuFd(fd).set(RLIMIT_MODE, RLIMIT_MODE.number("process")).errno
-        if refused:
-            raise IommufdError(f"An iommufd cannot be set to per-process accounting ({error_text(refused)}).")
-        number = in_child(user, lambda: _mode(fd, user), _READING_SECONDS, [fd])
+        with new_iommufd() as fd:
+            refused = IommuFd(fd).set(RLIMIT_MODE, RLIMIT_MODE.number("process")).errno
+            if refused:
+                raise IommufdError(f"An iommufd cannot be set to per-process accounting ({error_text(refused)}).")
+            number = in_child(user, lambda: _mode(fd, user), _READING_SECONDS, [fd])
     except NoAnswer as exc:
         raise Interrupted(str(exc)) from exc
-    finally:
-        os.close(fd)
     return str(RLIMIT_MODE.value(number))
 
 

@@ -330,7 +330,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     daemon_limit,
     is_session,
     look,
-    new_iommufd,
     set_mode,
     start,
     start_daemon,
@@ -345,6 +344,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     UNCHANGED,
     Result,
     explain,
+    new_iommufd,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._user import find_user
 

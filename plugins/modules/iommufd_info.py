@@ -689,7 +689,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import 
 from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError, error_text, printable
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, Survey, survey
-from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import misc_rdev
+from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import DEVICE, misc_rdev
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     in_initial_namespace,
     own_status,
@@ -759,9 +759,9 @@ def host_row(view: View, paths: list[str], slow: bool, run: Run) -> Row:
 def device_row() -> Row:
     """The node /dev/iommu."""
     rdev = misc_rdev()
-    node = _host.node(_host.DEVICE)
+    node = _host.node(DEVICE)
     return {
-        "path": _host.DEVICE,
+        "path": DEVICE,
         "present": node is not None and node.rdev == rdev,
         "rdev": None if rdev is None else f"{os.major(rdev)}:{os.minor(rdev)}",
         **node_row(node),

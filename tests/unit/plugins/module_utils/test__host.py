@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _host
+from ansible_collections.virt.iommufd.plugins.module_utils import _host, _iommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._host import Emulator, Node, VfioNode
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Writer
@@ -60,8 +60,8 @@ def test_a_node() -> None:
 
 
 def test_what_an_iommufd_of_our_own_answers(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_host, "DEVICE", os.devnull)
-    monkeypatch.setattr(_host, "misc_rdev", lambda: NULL)
+    monkeypatch.setattr(_iommufd, "DEVICE", os.devnull)
+    monkeypatch.setattr(_iommufd, "misc_rdev", lambda: NULL)
     assert (_host.scratch().readable, _host.scratch().settable) == (True, True)
     kernel.privileged = False
     assert (_host.scratch().readable, _host.scratch().settable) == (True, False)
@@ -73,16 +73,16 @@ def test_what_an_iommufd_of_our_own_answers(kernel: FakeKernel, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("device", "rdev", "words"),
     [
-        (os.devnull, None, "or its module is not loaded"),
-        ("/dev/zero", NULL, "/dev/zero is not the node of the device"),
-        ("/nowhere", NULL, "/nowhere is not the node of the device"),
+        (os.devnull, None, "This kernel has no iommufd: load the module"),
+        ("/dev/zero", NULL, "/dev/zero is not the kernel's iommufd but something else"),
+        ("/nowhere", NULL, "There is no /nowhere: load the module"),
     ],
 )
 def test_nothing_else_is_opened(
     kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, device: str, rdev: int | None, words: str
 ) -> None:
-    monkeypatch.setattr(_host, "DEVICE", device)
-    monkeypatch.setattr(_host, "misc_rdev", lambda: rdev)
+    monkeypatch.setattr(_iommufd, "DEVICE", device)
+    monkeypatch.setattr(_iommufd, "misc_rdev", lambda: rdev)
     scratch = _host.scratch()
     assert (scratch.readable, scratch.settable) == (None, None)
     assert words in scratch.msg
@@ -93,8 +93,8 @@ def test_it_may_not_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_arguments: object) -> int:
         raise PermissionError(errno.EACCES, "no")
 
-    monkeypatch.setattr(_host, "DEVICE", os.devnull)
-    monkeypatch.setattr(_host, "misc_rdev", lambda: NULL)
+    monkeypatch.setattr(_iommufd, "DEVICE", os.devnull)
+    monkeypatch.setattr(_iommufd, "misc_rdev", lambda: NULL)
     monkeypatch.setattr(os, "open", refuse)
     assert "cannot be opened by uid" in _host.scratch().msg
 

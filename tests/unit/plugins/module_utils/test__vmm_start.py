@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _child, _host, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils import _child, _iommufd, _vmm_start
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError, NotAnIommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status, parse_status
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget, hold_target
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User
@@ -827,8 +827,8 @@ def test_a_session_that_takes_too_long(runuser: Callable[[str], None], monkeypat
 @pytest.fixture
 def iommu(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     """Makes /dev/null pass for /dev/iommu."""
-    monkeypatch.setattr(_vmm_start, "misc_rdev", lambda: os.stat(os.devnull).st_rdev)
-    monkeypatch.setattr(_host, "DEVICE", os.devnull)
+    monkeypatch.setattr(_iommufd, "misc_rdev", lambda: os.stat(os.devnull).st_rdev)
+    monkeypatch.setattr(_iommufd, "DEVICE", os.devnull)
     return kernel
 
 
@@ -877,14 +877,19 @@ def test_an_iommufd_that_cannot_be_opened(iommu: FakeKernel, monkeypatch: pytest
         raise PermissionError(errno.EPERM, path)
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(IommufdError, match=r"/dev/null cannot be opened .EPERM"):
+    with pytest.raises(IommufdError, match=r"/dev/null cannot be opened by uid [0-9]+ .EPERM"):
         scratch_mode(MYSELF)
 
 
-@pytest.mark.parametrize("rdev", [None, 7])
-def test_there_is_no_iommufd(iommu: FakeKernel, monkeypatch: pytest.MonkeyPatch, rdev: int | None) -> None:
-    monkeypatch.setattr(_vmm_start, "misc_rdev", lambda: rdev)
-    with pytest.raises(HostLacks, match="this kernel has no iommufd"):
+@pytest.mark.parametrize(
+    ("rdev", "kind", "words"),
+    [(None, HostLacks, "^This kernel has no iommufd"), (7, NotAnIommufd, "^/dev/null is not the kernel's iommufd")],
+)
+def test_there_is_no_iommufd(
+    iommu: FakeKernel, monkeypatch: pytest.MonkeyPatch, rdev: int | None, kind: type[Exception], words: str
+) -> None:
+    monkeypatch.setattr(_iommufd, "misc_rdev", lambda: rdev)
+    with pytest.raises(kind, match=words):
         scratch_mode(MYSELF)
 
 
