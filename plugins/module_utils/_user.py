@@ -26,6 +26,7 @@ __all__ = (
     "group_name",
     "groups_of",
     "has_ids",
+    "impersonate",
     "leave_keyring",
     "no_core",
     "owner_name",
@@ -111,6 +112,19 @@ def be_private() -> None:
     """
     prctl(PR_SET_DUMPABLE, 0)
     no_core()
+
+
+def impersonate(user: User, memory: int | None = None) -> None:
+    """Makes this process the user's, and private, unless it is the user's already. Raises OSError.
+
+    `memory`: how much it may take then, in bytes.
+    """
+    if has_ids(user):
+        return
+    if memory is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    become(user)
+    be_private()
 
 
 def end_with(parent: int) -> None:

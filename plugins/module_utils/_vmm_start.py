@@ -28,16 +28,17 @@ import time
 import uuid
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from typing import IO, Callable, NamedTuple, NoReturn, Union
+from functools import partial
+from typing import IO, Callable, NamedTuple, Union
 
 from ._capabilities import with_ipc_lock, write_xattr
-from ._child import COMMAND_SECONDS, Interrupted, NoAnswer, close_all_but, end, in_child, isolate, start_command
+from ._child import COMMAND_SECONDS, Interrupted, NoAnswer, close_all_but, end, in_child, isolate, spawn, start_command
 from ._errors import HostLacks, IommufdError, error_text, printable
 from ._iommufd import RLIMIT_MODE, IommuFd, new_iommufd
 from ._process import Limit, Process, Status, own_status, parse_status
 from ._syscalls import PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, prctl
 from ._target import DomainTarget, UnitTarget, escaped, hold_target
-from ._user import User, be_private, become, has_ids, no_core
+from ._user import User, impersonate, no_core
 from ._vmm import (
     REPLICA,
     Conditions,
@@ -318,9 +319,11 @@ def _started(
     """
     dropped = [number for number in range(64) if own_status().bounding & ~under.bounding & 1 << number]
     reading, writing = os.pipe()
-    pid = os.fork()
-    if not pid:
-        _become(program, arguments, dropped, under.no_new_privs, user, (output.fileno(), errors.fileno()), writing)
+    outputs = (output.fileno(), errors.fileno())
+    # This is the process that becomes what a VMM would be, as the user and under the conditions that VMMs have, so that
+    # the kernel tells what such a one gets. The user can do to it whatever there is to do. It lives until it was looked
+    # at, and no longer than its guard lets it.
+    pid = spawn(partial(_become, program, arguments, dropped, under.no_new_privs, user, outputs, writing))
     os.close(writing)
     what = program if isinstance(program, str) else "The copy"
     try:
@@ -365,8 +368,8 @@ def _become(
     user: User,
     outputs: tuple[int, int],
     report: int,
-) -> NoReturn:
-    """Never returns: the process becomes the program, or writes into the pipe which step failed, and ends."""
+) -> None:
+    """The process becomes the program, or writes into the pipe which step failed."""
 
     def redirect() -> None:
         close_all_but({report, *outputs, *([program] if isinstance(program, int) else [])})
@@ -385,26 +388,18 @@ def _become(
         if no_new_privs:
             prctl(PR_SET_NO_NEW_PRIVS, 1)
 
-    def change_user() -> None:
-        if not has_ids(user):
-            become(user)
-            be_private()
-
     steps: tuple[tuple[str, Callable[[], object]], ...] = (
         ("leave the caller's session", redirect),
         ("give up capabilities", give_up),
-        ("become that user", change_user),
+        ("become that user", lambda: impersonate(user)),
         ("execute it", lambda: os.execve(program, arguments, _ENVIRONMENT)),
     )
-    try:
-        for step, act in steps:
-            try:
-                act()
-            except OSError as exc:
-                os.write(report, f"{exc.errno} {step}".encode())
-                break
-    finally:
-        os._exit(127)
+    for step, act in steps:
+        try:
+            act()
+        except OSError as exc:
+            os.write(report, f"{exc.errno} {step}".encode())
+            break
 
 
 @contextlib.contextmanager
@@ -414,9 +409,9 @@ def _guard(pid: int) -> Iterator[None]:
     Nothing weaker does: the kernel forgets PR_SET_PDEATHSIG when a program gives capabilities.
     """
     reading, writing = os.pipe()
-    guard = os.fork()
-    if not guard:
-        _keep_guard(pid, reading)
+    # This is the guard. It is root's as we are, and in a session of its own, so that neither the user nor what ends us
+    # ends it, too. It lives as long as the child is of use, or two minutes.
+    guard = spawn(partial(_keep_guard, pid, reading))
     os.close(reading)
     try:
         yield
@@ -426,18 +421,15 @@ def _guard(pid: int) -> Iterator[None]:
         end(guard)
 
 
-def _keep_guard(pid: int, reading: int) -> NoReturn:
-    """Never returns. Until the child is killed its id is nobody else's: its parent buries it only afterwards."""
-    try:
-        os.setsid()
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        os.dup2(reading, 0)
-        os.closerange(1, 65536)
-        select.select([0], [], [], _PATIENCE)
-        os.kill(pid, signal.SIGKILL)
-    finally:
-        os._exit(0)
+def _keep_guard(pid: int, reading: int) -> None:
+    """The guard's whole life. Until the child is killed its id is nobody else's: its parent buries it afterwards."""
+    os.setsid()
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    os.dup2(reading, 0)
+    os.closerange(1, 65536)
+    select.select([0], [], [], _PATIENCE)
+    os.kill(pid, signal.SIGKILL)
 
 
 def start_domain(run: Run, uri: str, program: Program) -> Seen:

@@ -11,6 +11,7 @@ import os
 import pwd
 import resource
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from operator import itemgetter
@@ -19,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _child, _syscalls
+from ansible_collections.virt.iommufd.plugins.module_utils import _child, _syscalls, _user
 from ansible_collections.virt.iommufd.plugins.module_utils._child import (
     Interrupted,
     NoAnswer,
@@ -28,6 +29,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._child import (
     in_child,
     insist,
     run_command,
+    spawn,
     start_command,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import NoDaemon
@@ -121,7 +123,7 @@ def test_a_child_that_its_user_may_have_had_fail(
     monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any], uid: int, kind: type[IommufdError]
 ) -> None:
     """By its limits, for one."""
-    monkeypatch.setattr(_child, "has_ids", lambda _user: True)
+    monkeypatch.setattr(_user, "has_ids", lambda _user: True)
     with pytest.raises(IommufdError, match=r"^The process that does this as user vm ") as raised:
         in_child(User("vm", uid, uid, "/"), work, 30)
     assert raised.type is kind
@@ -268,6 +270,20 @@ def test_a_child_has_a_session_and_keys_of_its_own() -> None:
     assert theirs != mine
 
 
+@pytest.mark.parametrize(("live", "code"), [(os.getpid, 0), (lambda: itemgetter(1)([]), 1), (sys.exit, 1)])
+def test_a_child_does_nothing_but_live(live: Callable[[], object], code: int) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: os.write(writer, b"."))
+        reader, writer = os.pipe()
+        status = _child.bury(spawn(live), 30)
+        assert status is not None
+        assert os.waitstatus_to_exitcode(status) == code
+    # The stack is ours alone to unwind.
+    assert os.read(reader, 9) == b"."
+    os.close(reader)
+    os.close(writer)
+
+
 def test_a_command() -> None:
     script = "echo out; echo err >&2; echo $HOME; exit 3"
     assert run_command(["sh", "-c", script], 30) == (3, "out\n\n", "err\n")
@@ -397,10 +413,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_the_steps_to_another_user(fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_child, "become", lambda user: fake.calls.append(("become", user)))
-    monkeypatch.setattr(_child, "be_private", lambda: fake.calls.append("private"))
+    monkeypatch.setattr(_user, "become", lambda user: fake.calls.append(("become", user)))
+    monkeypatch.setattr(_user, "be_private", lambda: fake.calls.append("private"))
     monkeypatch.setattr(resource, "setrlimit", lambda *given: fake.calls.append(given))
-    _child._become(VM)
+    _child._enter(VM)
     limit = (resource.RLIMIT_AS, (2**31, 2**31))
     assert fake.calls == [limit, ("become", VM), "private", ("chdir", "/"), ("umask", 0o077)]
     assert fake.environ == environment(VM)
@@ -410,10 +426,10 @@ def test_who_may_not_become_another_user(fake: SimpleNamespace, monkeypatch: pyt
     def refuse(*_given: Any) -> None:
         raise OSError(errno.EPERM, "no")
 
-    monkeypatch.setattr(_child, "become", refuse)
+    monkeypatch.setattr(_user, "become", refuse)
     monkeypatch.setattr(resource, "setrlimit", lambda *_given: None)
     with pytest.raises(IommufdError, match=r"cannot become user vm \(EPERM: .*become: true"):
-        _child._become(VM)
+        _child._enter(VM)
     assert fake.calls == []
 
 
@@ -438,16 +454,11 @@ def fail() -> None:
     ],
 )
 def test_the_childs_life(work: Callable[[], Any], said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def end(code: int) -> None:
-        raise SystemExit(code)
-
-    for name in ("end_with", "isolate", "close_all_but", "_become"):
+    for name in ("end_with", "isolate", "close_all_but", "_enter"):
         monkeypatch.setattr(_child, name, lambda *_given: None)
-    monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(_child, "_is_child", False)
     reader, writer = os.pipe()
-    with pytest.raises(SystemExit, match=r"^0$"):
-        _child._serve(1, None, lambda: (work() for _once in "1"), writer, [])
+    _child._serve(1, None, lambda: (work() for _once in "1"), writer, [])
     os.close(writer)
     with open(reader, "rb") as stream:
         assert json.loads(stream.read()) == said

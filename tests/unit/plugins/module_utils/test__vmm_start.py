@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _child, _iommufd, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils import _child, _iommufd, _user, _vmm_start
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError, NotAnIommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status, parse_status
@@ -71,7 +71,7 @@ def emulator(tmp_path: Path) -> Program:
 @pytest.fixture
 def anybody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has this process pass for that of any user, as only root could be."""
-    monkeypatch.setattr(_vmm_start, "has_ids", lambda _user: True)
+    monkeypatch.setattr(_user, "has_ids", lambda _user: True)
 
 
 @pytest.fixture
@@ -313,12 +313,6 @@ def test_a_user_that_one_cannot_become(emulator: Program, children: list[int], m
 
 @pytest.mark.parametrize("steps", [0, 1])
 def test_the_step_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    class Ended(Exception):
-        pass
-
-    def end(code: int) -> NoReturn:
-        raise Ended(code)
-
     def refuse(option: int, value: int) -> None:
         if not steps:
             raise OSError(errno.EPERM, f"{option} {value}")
@@ -329,11 +323,9 @@ def test_the_step_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, steps: in
         monkeypatch.setattr(_vmm_start, name, lambda: None)
     monkeypatch.setattr(_vmm_start, "close_all_but", lambda _keep: None)
     monkeypatch.setattr(resource, "setrlimit", lambda *_given: None)
-    monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(_vmm_start, "prctl", refuse)
     reading, writing = os.pipe()
-    with pytest.raises(Ended):
-        _vmm_start._become("/nothing/there", ["x"], [14], True, MYSELF, (1, 2), writing)
+    _vmm_start._become("/nothing/there", ["x"], [14], True, MYSELF, (1, 2), writing)
     os.close(writing)
     with open(reading, "rb") as report:
         expected = b"2 execute it" if steps else b"1 give up capabilities"
@@ -855,8 +847,8 @@ def test_an_iommufd_and_a_user_that_one_cannot_become(
     def refuse(_user: User) -> NoReturn:
         raise PermissionError(errno.EPERM, "no")
 
-    monkeypatch.setattr(_child, "has_ids", lambda _user: False)
-    monkeypatch.setattr(_child, "become", refuse)
+    monkeypatch.setattr(_user, "has_ids", lambda _user: False)
+    monkeypatch.setattr(_user, "become", refuse)
     with pytest.raises(IommufdError, match=f"cannot become user {MYSELF.name} .EPERM") as raised:
         scratch_mode(MYSELF)
     assert raised.type is IommufdError
