@@ -22,8 +22,7 @@ import signal
 import sys
 import termios
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from ._capabilities import CAP_IPC_LOCK, names, parse_file_capabilities, read_xattr
 from ._errors import AccessRefused, HostLacks, IommufdError, NotAnIommufd, error_text
@@ -139,8 +138,7 @@ class Refusal(IommufdError):
         self.code = code
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What the arguments ask for. None is "leave it as it is".
 
     `memlock` is in bytes, or resource.RLIM_INFINITY; `bounding` has the numbers of the capabilities that may stay.
