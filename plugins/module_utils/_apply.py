@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ._grant import decide
+from ._grant import attribute_for_grant
 from ._record import BLOCK, CAPABILITY, FILE, MODULE, NODE, RELABEL, RESTART, SYSTEMD, UDEV, UNIT
 from ._states import BEGIN, END, FileState, NodeState, UnitState, setting_of, split_block
 from ._steps import (
@@ -96,7 +96,7 @@ def _load(name: str) -> Step:
 
 def _grant(path: str, xattr: bytes | None) -> list[Step]:
     with about(path):
-        granted = decide(xattr)
+        granted = attribute_for_grant(xattr)
     if granted is None:
         return []
     sides = (shown_capabilities(xattr), shown_capabilities(granted))

@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Callable, NamedTuple
 
-from ._child import NoAnswer, in_child
+from ._child import NoAnswer, Run, in_child
 from ._errors import IommufdError, error_text, shown_path
 from ._paths import walk
 from ._record import BLOCK, CAPABILITY, FILE, KINDS, NODE, UNIT, Item
 from ._states import (
     FileState,
     NodeState,
-    Run,
     UnitState,
     capability_in,
     device_of,

@@ -666,7 +666,7 @@ import os
 import pwd
 import re
 from collections.abc import Collection
-from typing import Any, Callable, NoReturn
+from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.virt.iommufd.plugins.module_utils import _host
@@ -684,9 +684,9 @@ from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import 
     CAP_IPC_LOCK,
     CAP_SYS_PTRACE,
     CAP_SYS_RESOURCE,
-    names,
+    capability_names,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
+from ansible_collections.virt.iommufd.plugins.module_utils._child import Run, run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError, error_text, printable
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, Survey, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import DEVICE, misc_rdev
@@ -699,7 +699,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._user import user_nam
 
 Row = dict[str, Any]
 # Runs a command and gives its exit code, output and errors.
-Run = Callable[["list[str]"], "tuple[int, str, str]"]
 
 # How long whatever is run may take.
 SECONDS = 30
@@ -783,7 +782,7 @@ def option_row(view: View, module: str | None) -> Row:
 
 def caller_row() -> Row:
     """Who asks."""
-    mine = names(own_status().effective)
+    mine = capability_names(own_status().effective)
     return {
         "uid": os.geteuid(),
         "initial_user_namespace": bool(in_initial_namespace("user")),
@@ -869,7 +868,7 @@ def look_at_processes(view: View, nodes: Collection[int]) -> Survey:
     if not in_initial_namespace("pid"):
         view.limit("processes", "This is not the initial pid namespace. Run the task on the host itself.")
     hides = _host.proc_hides()
-    if hides and CAP_SYS_PTRACE not in names(own_status().effective):
+    if hides and CAP_SYS_PTRACE not in capability_names(own_status().effective):
         view.limit("processes", f"/proc is mounted with {hides}. Run the task as root (become: true).")
     seen = survey(nodes)
     for what, thing, reasons in (
@@ -936,7 +935,7 @@ def iommufd_row(iommufd: HeldIommufd) -> Row:
 
 def those_that_matter(mask: int) -> list[str]:
     """Those of a process's capabilities that matter to how it is accounted."""
-    return [each for each in (CAP_IPC_LOCK, CAP_SYS_RESOURCE) if each in names(mask)]
+    return [each for each in (CAP_IPC_LOCK, CAP_SYS_RESOURCE) if each in capability_names(mask)]
 
 
 def iso8601(seconds: float) -> str:

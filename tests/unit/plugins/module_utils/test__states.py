@@ -13,14 +13,13 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _capabilities, _states
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Untrusted
 from ansible_collections.virt.iommufd.plugins.module_utils._states import (
     FileState,
     NodeState,
     UnitState,
     capability_of,
-    command,
     kernels_node,
     make_folder,
     matching_nodes,
@@ -339,13 +338,3 @@ def test_units() -> None:
     assert len(asked) == 2
     assert unit_states([], run) == {}
     assert len(asked) == 2
-
-
-def test_a_command() -> None:
-    assert command(lambda _words: (0, "out", "err"), "true") == "out"
-    with pytest.raises(IommufdError, match=r"'systemctl stop' failed: no\\x1b$"):
-        command(lambda _words: (1, "out", "no\x1b\n"), "systemctl", "stop")
-    with pytest.raises(IommufdError, match="failed: exit code 124"):
-        command(lambda _words: (124, "", ""), "systemctl")
-    with pytest.raises(HostLacks, match="systemctl cannot be run \\(ENOENT"):
-        command(refuse(errno.ENOENT), "systemctl")
