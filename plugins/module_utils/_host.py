@@ -110,7 +110,7 @@ class Scratch(NamedTuple):
 def scratch() -> Scratch:
     """Opens an iommufd and asks for its rlimit mode, and whether this caller may set that. It is closed at once."""
     try:
-        with new_iommufd() as fd:
+        with new_iommufd(follow=True) as fd:
             iommufd = IommuFd(fd)
             readable = not iommufd.get(RLIMIT_MODE).errno
             return Scratch(readable, readable and bool(can_be_set(iommufd.probe(RLIMIT_MODE))), "")

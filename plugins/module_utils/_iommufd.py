@@ -307,8 +307,8 @@ def explain(result: Result, subject: str, option: Option, wanted: int | None) ->
 _CURE = "load the module iommufd (modprobe iommufd), or boot a kernel that was built with CONFIG_IOMMUFD."
 
 
-def open_iommufd() -> int:
-    """A descriptor of a new iommufd, close-on-exec. The caller closes it.
+def open_iommufd(follow: bool = False) -> int:
+    """A descriptor of a new iommufd, close-on-exec. The caller closes it. `follow`: also where the node is a link.
 
     Opened is only the node of the device that the kernel has now: another one could have it load a module. Raises
     HostLacks where there is none, NotAnIommufd where the node is something else, and AccessRefused.
@@ -318,13 +318,14 @@ def open_iommufd() -> int:
         raise HostLacks(f"This kernel has no iommufd: {_CURE}")
     try:
         # In /dev, which the kernel itself keeps: nobody's server is waited for.
-        status = os.lstat(DEVICE)
+        status = os.stat(DEVICE, follow_symlinks=follow)
         if not stat.S_ISLNK(status.st_mode):
             _check_is_device(status, rdev)
-        # It refuses a link, which leads wherever its owner wants.
-        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     except FileNotFoundError as exc:
-        raise HostLacks(f"There is no {DEVICE}: {_CURE}") from exc
+        raise HostLacks(
+            f"There is no {DEVICE}: {_CURE} Where the kernel has it, the node is missing, as in a container."
+        ) from exc
     except OSError as exc:
         raise AccessRefused(
             f"{DEVICE} cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)}): see to its owner and mode, or"
@@ -344,9 +345,9 @@ def _check_is_device(status: os.stat_result, rdev: int) -> None:
 
 
 @contextlib.contextmanager
-def new_iommufd() -> Iterator[int]:
+def new_iommufd(follow: bool = False) -> Iterator[int]:
     """The same, closed when the context ends."""
-    fd = open_iommufd()
+    fd = open_iommufd(follow)
     try:
         yield fd
     finally:

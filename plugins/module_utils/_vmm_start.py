@@ -692,7 +692,7 @@ def scratch_mode(user: User) -> str:
     Raises IommufdError where it cannot be opened, set or read, Interrupted where the child was kept from that.
     """
     try:
-        with new_iommufd() as fd:
+        with new_iommufd(follow=True) as fd:
             refused = IommuFd(fd).set(RLIMIT_MODE, RLIMIT_MODE.number("process")).errno
             if refused:
                 raise IommufdError(f"An iommufd cannot be set to per-process accounting ({error_text(refused)}).")

@@ -89,6 +89,13 @@ def test_nothing_else_is_opened(
     assert kernel.calls == []
 
 
+def test_a_link_to_the_node_will_do(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "iommu").symlink_to(os.devnull)
+    monkeypatch.setattr(_iommufd, "DEVICE", str(tmp_path / "iommu"))
+    monkeypatch.setattr(_iommufd, "misc_rdev", lambda: NULL)
+    assert _host.scratch().readable
+
+
 def test_it_may_not_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_arguments: object) -> int:
         raise PermissionError(errno.EACCES, "no")
