@@ -38,10 +38,13 @@ __all__ = (
     "DEVICE",
     "FAILED",
     "HUGE_PAGES",
+    "NONE",
+    "PROCESS",
     "RACED",
     "RLIMIT_MODE",
     "UNCHANGED",
     "UNSUPPORTED",
+    "USER",
     "VFIO_CONTAINER_RDEV",
     "Answer",
     "IommuFd",
@@ -58,6 +61,11 @@ __all__ = (
     "parse_dev",
     "parse_misc",
 )
+
+# How what a process pins is accounted: by the rlimit mode of its iommufd, or not at all, as with CAP_IPC_LOCK.
+USER = "user"
+PROCESS = "process"
+NONE = "none"
 
 Value = Union[str, bool]  # at run time: Python 3.9 has no str | bool
 
@@ -106,7 +114,7 @@ class Option(NamedTuple):
         return self.values.index(value)
 
 
-RLIMIT_MODE = Option("rlimit_mode", IOMMU_OPTION_RLIMIT_MODE, ("user", "process"), per_ioas=False, probeable=True)
+RLIMIT_MODE = Option("rlimit_mode", IOMMU_OPTION_RLIMIT_MODE, (USER, PROCESS), per_ioas=False, probeable=True)
 HUGE_PAGES = Option("huge_pages", IOMMU_OPTION_HUGE_PAGES, (False, True), per_ioas=True, probeable=False)
 
 

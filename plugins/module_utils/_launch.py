@@ -30,9 +30,11 @@ from ._iommufd import (
     CHANGED,
     DENIED,
     DEVICE,
+    PROCESS,
     RLIMIT_MODE,
     UNCHANGED,
     UNSUPPORTED,
+    USER,
     IommuFd,
     Result,
     explain,
@@ -145,7 +147,7 @@ class Request(NamedTuple):
     """
 
     command: tuple[str, ...]
-    rlimit_mode: str = "process"
+    rlimit_mode: str = PROCESS
     user: str | None = None
     memlock: int | None = None
     bounding: frozenset[int] | None = None
@@ -182,8 +184,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--rlimit-mode",
-        choices=("process", "user"),
-        default="process",
+        choices=(PROCESS, USER),
+        default=PROCESS,
         help="whom the kernel charges for pinned memory (default: process)",
     )
     made.add_argument("--user", help="become this user, with the user's groups and no capabilities; not root")

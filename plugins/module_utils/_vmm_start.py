@@ -45,7 +45,7 @@ from ._child import (
     start_command,
 )
 from ._errors import HostLacks, IommufdError, error_text, printable
-from ._iommufd import RLIMIT_MODE, IommuFd, new_iommufd
+from ._iommufd import PROCESS, RLIMIT_MODE, IommuFd, new_iommufd
 from ._process import Limit, Process, Status, own_status, parse_status
 from ._syscalls import PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, prctl
 from ._target import DomainTarget, UnitTarget, escaped, hold_target
@@ -693,7 +693,7 @@ def scratch_mode(user: User) -> str:
     """
     try:
         with new_iommufd(follow=True) as fd:
-            refused = IommuFd(fd).set(RLIMIT_MODE, RLIMIT_MODE.number("process")).errno
+            refused = IommuFd(fd).set(RLIMIT_MODE, RLIMIT_MODE.number(PROCESS)).errno
             if refused:
                 raise IommufdError(f"An iommufd cannot be set to per-process accounting ({error_text(refused)}).")
             number = in_child(user, lambda: _mode(fd, user), _READING_SECONDS, [fd])
