@@ -35,7 +35,6 @@ __all__ = (
     "NoAnswer",
     "Run",
     "ask_child",
-    "bury",
     "close_all_but",
     "end",
     "environment",

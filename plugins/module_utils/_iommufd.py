@@ -40,7 +40,6 @@ __all__ = (
     "HUGE_PAGES",
     "NONE",
     "PROCESS",
-    "RACED",
     "RLIMIT_MODE",
     "UNCHANGED",
     "UNSUPPORTED",
@@ -58,8 +57,6 @@ __all__ = (
     "misc_rdev",
     "new_iommufd",
     "open_iommufd",
-    "parse_dev",
-    "parse_misc",
 )
 
 # How what a process pins is accounted: by the rlimit mode of its iommufd, or not at all, as with CAP_IPC_LOCK.

@@ -51,27 +51,7 @@ from ._syscalls import (
 )
 from ._user import User, become, find_user, groups_of, has_ids, leave_keyring
 
-__all__ = (
-    "NOT_BECOME",
-    "NOT_EXECUTABLE",
-    "NOT_FOUND",
-    "NOT_SET",
-    "NO_IOMMUFD",
-    "PLACEHOLDER",
-    "USAGE",
-    "Refusal",
-    "Request",
-    "User",
-    "fill",
-    "find_program",
-    "gets_ipc_lock",
-    "given_environment",
-    "lifted",
-    "main",
-    "obstacle",
-    "parse",
-    "verdict",
-)
+__all__ = ("main",)
 
 NAME = "iommufd-exec"
 PLACEHOLDER = "{iommufd}"

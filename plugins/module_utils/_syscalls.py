@@ -24,8 +24,6 @@ __all__ = (
     "PR_SET_DUMPABLE",
     "PR_SET_NO_NEW_PRIVS",
     "PR_SET_PDEATHSIG",
-    "CapabilitySets",
-    "Statx",
     "character_device",
     "drop_capabilities",
     "have_one_table",
