@@ -25,7 +25,7 @@ from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Callable, Optional
 
-from ._errors import HostLacks, IommufdError, error_text, printable
+from ._errors import IommufdError, error_text
 from ._foreign import parse_answer, shown
 from ._user import User, end_with, impersonate, leave_keyring
 
@@ -41,7 +41,6 @@ __all__ = (
     "in_child",
     "insist",
     "isolate",
-    "must_run",
     "run_command",
     "spawn",
     "start_command",
@@ -411,18 +410,6 @@ def run_command(
         code, why = trouble or (_TIMED_OUT, _LATE)
         return code, said, f"{complaints}It {why.format(seconds=seconds)}."
     return os.waitstatus_to_exitcode(status), said, complaints
-
-
-def must_run(run: Run, *words: str) -> str:
-    """The output of a command that must succeed. Raises IommufdError."""
-    try:
-        code, output, errors = run(list(words))
-    except OSError as exc:
-        raise HostLacks(f"{words[0]} cannot be run ({error_text(exc.errno)}).") from exc
-    if code:
-        said = printable(errors.strip().encode("utf-8", "surrogateescape")) or f"exit code {code}"
-        raise IommufdError(f"'{' '.join(words)}' failed: {said}")
-    return output
 
 
 def _drain(output: int, errors: int, deadline: float) -> tuple[str, str, tuple[int, str] | None]:

@@ -18,10 +18,10 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple, Union
 
-from ._errors import AccessRefused, HostLacks, NotAnIommufd, error_text
+from ._errors import HostLacks, error_text
 from ._uapi import (
     IOMMU_OPTION,
     IOMMU_OPTION_HUGE_PAGES,
@@ -35,7 +35,6 @@ __all__ = (
     "BUSY",
     "CHANGED",
     "DENIED",
-    "DEVICE",
     "FAILED",
     "HUGE_PAGES",
     "NONE",
@@ -55,8 +54,6 @@ __all__ = (
     "iommufd_rdevs",
     "judge",
     "misc_rdev",
-    "new_iommufd",
-    "open_iommufd",
 )
 
 # How what a process pins is accounted: by the rlimit mode of its iommufd, or not at all, as with CAP_IPC_LOCK.
@@ -78,7 +75,6 @@ FAILED = "failed"
 # A value that no option has. See IommuFd.probe.
 _NO_VALUE = 2**64 - 1
 
-DEVICE = "/dev/iommu"
 _VFIO_CONTAINER = "/dev/vfio/vfio"
 _MISC_MAJOR = 10
 _MISC_DEVICES = "/sys/class/misc"
@@ -307,56 +303,6 @@ def explain(result: Result, subject: str, option: Option, wanted: int | None) ->
         )
     hint = _HINTS.get((option.name, result.errno), "")
     return f"{subject}: {asked} failed ({error}).{stays}{hint}"
-
-
-_CURE = "load the module iommufd (modprobe iommufd), or boot a kernel that was built with CONFIG_IOMMUFD."
-
-
-def open_iommufd(follow: bool = False) -> int:
-    """A descriptor of a new iommufd, close-on-exec. The caller closes it. `follow`: also where the node is a link.
-
-    Opened is only the node of the device that the kernel has now: another one could have it load a module. Raises
-    HostLacks where there is none, NotAnIommufd where the node is something else, and AccessRefused.
-    """
-    rdev = misc_rdev()
-    if rdev is None:
-        raise HostLacks(f"This kernel has no iommufd: {_CURE}")
-    try:
-        # In /dev, which the kernel itself keeps: nobody's server is waited for.
-        status = os.stat(DEVICE, follow_symlinks=follow)
-        if not stat.S_ISLNK(status.st_mode):
-            _check_is_device(status, rdev)
-        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
-    except FileNotFoundError as exc:
-        raise HostLacks(
-            f"There is no {DEVICE}: {_CURE} Where the kernel has it, the node is missing, as in a container."
-        ) from exc
-    except OSError as exc:
-        raise AccessRefused(
-            f"{DEVICE} cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)}): see to its owner and mode, or"
-            " run this as root, outside of any container."
-        ) from exc
-    try:
-        _check_is_device(os.fstat(fd), rdev)
-    except NotAnIommufd:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _check_is_device(status: os.stat_result, rdev: int) -> None:
-    if not stat.S_ISCHR(status.st_mode) or status.st_rdev != rdev:
-        raise NotAnIommufd(f"{DEVICE} is not the kernel's iommufd but something else, so nothing was sent to it.")
-
-
-@contextlib.contextmanager
-def new_iommufd(follow: bool = False) -> Iterator[int]:
-    """The same, closed when the context ends."""
-    fd = open_iommufd(follow)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def iommufd_rdevs(seen: Iterable[int]) -> set[int]:

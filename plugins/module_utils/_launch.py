@@ -25,21 +25,9 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from ._capabilities import CAP_IPC_LOCK, capability_names, parse_file_capabilities, read_xattr
+from ._device import DEVICE, open_iommufd
 from ._errors import AccessRefused, HostLacks, IommufdError, NotAnIommufd, error_text
-from ._iommufd import (
-    CHANGED,
-    DENIED,
-    DEVICE,
-    PROCESS,
-    RLIMIT_MODE,
-    UNCHANGED,
-    UNSUPPORTED,
-    USER,
-    IommuFd,
-    Result,
-    explain,
-    open_iommufd,
-)
+from ._iommufd import CHANGED, DENIED, PROCESS, RLIMIT_MODE, UNCHANGED, UNSUPPORTED, USER, IommuFd, Result, explain
 from ._size import human_size, parse_size
 from ._syscalls import (
     PR_CAPBSET_DROP,

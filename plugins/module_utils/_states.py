@@ -23,8 +23,8 @@ from types import MappingProxyType
 from typing import Any, Callable, NamedTuple
 
 from ._capabilities import read_xattr, write_xattr
-from ._child import Run, must_run
-from ._errors import IommufdError, error_text, shown_path
+from ._child import Run
+from ._errors import HostLacks, IommufdError, error_text, printable, shown_path
 from ._paths import Place, entries, reopen, sync, walk
 from ._user import group_name, owner_name
 
@@ -41,6 +41,7 @@ __all__ = (
     "make_folder",
     "matching_nodes",
     "missing_folders",
+    "must_run",
     "node_state",
     "open_file",
     "read_file_state",
@@ -459,6 +460,18 @@ class UnitState(NamedTuple):
 
     def __str__(self) -> str:
         return f"{'enabled' if self.enabled else 'disabled'}, {'active' if self.active else 'inactive'}"
+
+
+def must_run(run: Run, *words: str) -> str:
+    """The output of a command that must succeed. Raises IommufdError."""
+    try:
+        code, output, errors = run(list(words))
+    except OSError as exc:
+        raise HostLacks(f"{words[0]} cannot be run ({error_text(exc.errno)}).") from exc
+    if code:
+        said = printable(errors.strip().encode("utf-8", "surrogateescape")) or f"exit code {code}"
+        raise IommufdError(f"'{' '.join(words)}' failed: {said}")
+    return output
 
 
 def unit_states(names: list[str], run: Run) -> dict[str, UnitState]:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Protocol
 
 from ._capabilities import parse_file_capabilities
-from ._child import Run, must_run
+from ._child import Run
 from ._errors import IommufdError, error_text, shown_path
 from ._grant import grant_patiently
 from ._programs import INTERPRETER
@@ -24,6 +24,7 @@ from ._states import (
     NodeState,
     UnitState,
     matching_nodes,
+    must_run,
     remove_file,
     remove_unfinished,
     set_capability,

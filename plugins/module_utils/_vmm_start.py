@@ -44,8 +44,9 @@ from ._child import (
     spawn,
     start_command,
 )
+from ._device import new_iommufd
 from ._errors import HostLacks, IommufdError, error_text, printable
-from ._iommufd import PROCESS, RLIMIT_MODE, IommuFd, new_iommufd
+from ._iommufd import PROCESS, RLIMIT_MODE, IommuFd
 from ._process import Limit, Process, Status, own_status, parse_status
 from ._syscalls import PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, prctl
 from ._target import DomainTarget, UnitTarget, escaped, hold_target

@@ -320,6 +320,7 @@ from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer, in_child
+from ansible_collections.virt.iommufd.plugins.module_utils._device import new_iommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     Libvirt,
     NoDaemon,
@@ -344,7 +345,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     UNCHANGED,
     Result,
     explain,
-    new_iommufd,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._user import find_user
 

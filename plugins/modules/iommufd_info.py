@@ -687,9 +687,10 @@ from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import 
     capability_names,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Run, run_command
+from ansible_collections.virt.iommufd.plugins.module_utils._device import DEVICE
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError, error_text, printable
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, Survey, survey
-from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import DEVICE, misc_rdev
+from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import misc_rdev
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     in_initial_namespace,
     own_status,

@@ -13,7 +13,7 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _capabilities, _states
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Untrusted
 from ansible_collections.virt.iommufd.plugins.module_utils._states import (
     FileState,
@@ -24,6 +24,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._states import (
     make_folder,
     matching_nodes,
     missing_folders,
+    must_run,
     node_state,
     open_file,
     read_file_state,
@@ -345,3 +346,13 @@ def test_units() -> None:
     assert len(asked) == 2
     assert unit_states([], run) == {}
     assert len(asked) == 2
+
+
+def test_a_command_that_must_succeed() -> None:
+    assert must_run(lambda _words: (0, "out", "err"), "true") == "out"
+    with pytest.raises(IommufdError, match=r"'systemctl stop' failed: no\\x1b$"):
+        must_run(lambda _words: (1, "out", "no\x1b\n"), "systemctl", "stop")
+    with pytest.raises(IommufdError, match="failed: exit code 124"):
+        must_run(lambda _words: (124, "", ""), "systemctl")
+    with pytest.raises(HostLacks, match="systemctl cannot be run \\(ENOENT"):
+        must_run(refuse(errno.ENOENT), "systemctl")
