@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ._grant import decide
+from ._grant import attribute_for_grant
 from ._record import BLOCK, CAPABILITY, FILE, MODULE, NODE, RELABEL, RESTART, SYSTEMD, UDEV, UNIT
 from ._states import BEGIN, END, FileState, NodeState, UnitState, setting_of, split_block
 from ._steps import (
@@ -63,7 +63,7 @@ def after(steps: list[Step], view: View) -> View:
     for step in steps:
         if isinstance(step.effect, StopUnit):
             now = units[step.path]
-            units[step.path] = replace(now, active=False, enabled=now.enabled and not step.effect.disable)
+            units[step.path] = now._replace(active=False, enabled=now.enabled and not step.effect.disable)
     return replace(view, units=units)
 
 
@@ -96,7 +96,7 @@ def _load(name: str) -> Step:
 
 def _grant(path: str, xattr: bytes | None) -> list[Step]:
     with about(path):
-        granted = decide(xattr)
+        granted = attribute_for_grant(xattr)
     if granted is None:
         return []
     sides = (shown_capabilities(xattr), shown_capabilities(granted))
@@ -106,7 +106,7 @@ def _grant(path: str, xattr: bytes | None) -> list[Step]:
 def _write(path: str, file: WantedFile, view: View) -> list[Step]:
     now = view.files[path]
     # What else a file has, such as its label, is its own.
-    state = replace(now or _NEW, content=file.content, mode=file.mode, uid=_ROOT, gid=_ROOTS_GROUP)
+    state = (now or _NEW)._replace(content=file.content, mode=file.mode, uid=_ROOT, gid=_ROOTS_GROUP)
     if now == state:
         return _clean(FILE, path, view)
     sides = ("" if now is None else _shown(now, state), _shown(state, now))
@@ -132,7 +132,7 @@ def _write_block(path: str, nodes: tuple[str, ...], view: View) -> list[Step]:
         block, rest = split_block((now or _NEW).content)
     there = setting_of(rest.decode("utf-8", "backslashreplace"), _ACL) or _DEVICE_ACL
     text = _block(list(dict.fromkeys((*there, *nodes))))
-    state = replace(now or _NEW, content=b"%s\n%s%s\n%s" % (BEGIN, text, END, rest))
+    state = (now or _NEW)._replace(content=b"%s\n%s%s\n%s" % (BEGIN, text, END, rest))
     if now == state:
         return _clean(BLOCK, path, view)
     # The rest of the file may hold a password, which nobody needs to see here.
@@ -173,7 +173,7 @@ def _follows(node: NodeState, wanted: Wanted, view: View) -> bool:
 def _enable(name: str, now: UnitState) -> list[Step]:
     if now.enabled:
         return []
-    return [Step(UNIT, name, EnableUnit(name), f"{name} is enabled.", f"{now}\n", f"{replace(now, enabled=True)}\n")]
+    return [Step(UNIT, name, EnableUnit(name), f"{name} is enabled.", f"{now}\n", f"{now._replace(enabled=True)}\n")]
 
 
 def _run(name: str, now: UnitState, files: list[Step], due: Iterable[tuple[str, str]]) -> list[Step]:
@@ -181,5 +181,5 @@ def _run(name: str, now: UnitState, files: list[Step], due: Iterable[tuple[str, 
     if now.active and not rewritten and (RESTART, name) not in due:
         return []
     says = f"{name} is started{' anew' if now.active else ''}."
-    sides = (f"{now}\n", f"{replace(now, active=True)}\n") if not now.active else ("", "")
+    sides = (f"{now}\n", f"{now._replace(active=True)}\n") if not now.active else ("", "")
     return [Step(UNIT, name, RunUnit(name, now.active), says, *sides)]

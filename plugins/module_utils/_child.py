@@ -18,23 +18,23 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import select
 import signal
 import time
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from typing import Any, Callable, NoReturn, Optional
+from functools import partial
+from typing import Any, Callable, Optional
 
 from ._errors import IommufdError, error_text
 from ._foreign import parse_answer, shown
-from ._user import User, be_private, become, end_with, has_ids, leave_keyring
+from ._user import User, end_with, impersonate, leave_keyring
 
 __all__ = (
     "COMMAND_SECONDS",
     "Interrupted",
     "NoAnswer",
-    "answers",
-    "bury",
+    "Run",
+    "ask_child",
     "close_all_but",
     "end",
     "environment",
@@ -42,6 +42,7 @@ __all__ = (
     "insist",
     "isolate",
     "run_command",
+    "spawn",
     "start_command",
 )
 
@@ -59,6 +60,9 @@ _ENDING = 2.0
 
 # A child's standard input, output and errors: descriptors of ours, or None for /dev/null.
 Streams = tuple[Optional[int], Optional[int], Optional[int]]
+
+# Runs a command and gives its exit code, output and errors, as `run_command` does.
+Run = Callable[[list[str]], "tuple[int, str, str]"]
 
 # As timeout(1) gives it, and as systemd names it.
 _TIMED_OUT = 124
@@ -113,6 +117,23 @@ def isolate() -> None:
     leave_keyring()
 
 
+def spawn(live: Callable[[], object]) -> int:
+    """Makes a child whose whole life `live` is, and gives its id. It is to be buried.
+
+    Nothing that is ours is cleaned up, flushed or run in it.
+    """
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            live()
+            code = 0
+        finally:
+            # What is open is closed only now, which may take for ever. Nobody waits for that.
+            os._exit(code)
+    return pid
+
+
 def bury(pid: int, seconds: float) -> int | None:
     """The exit status of a child as waitpid(2) has it, once it has ended; None where it has not after so long."""
     deadline = time.monotonic() + seconds
@@ -156,21 +177,21 @@ def in_child(user: User | None, work: Callable[[], Any], seconds: float, keep: C
     def once() -> Iterator[Any]:
         yield work()
 
-    with contextlib.closing(answers(user, once, seconds, keep)) as said:
+    with contextlib.closing(ask_child(user, once, seconds, keep)) as said:
         for each in said:
             return each
     raise _unheard(user, "has ended without an answer.")
 
 
-def answers(
+def ask_child(
     user: User | None, work: Callable[[], Iterator[Any]], seconds: float, keep: Collection[int] = ()
 ) -> Generator[Any, None, None]:
     """What `work` yields in a child, one after the other, as `in_child` does it; `seconds` is for each of them."""
     reader, writer = os.pipe()
-    parent = os.getpid()
-    pid = os.fork()
-    if not pid:
-        _serve(parent, user, work, writer, keep)
+    # This is the process that looks at what is another user's, or speaks for that user. It is root's as we are, or has
+    # become that user, so that what it meets can do to it what the user can do anyway, and nothing to us. It lives
+    # until it has answered, or until we have waited long enough.
+    pid = spawn(partial(_serve, os.getpid(), user, work, writer, keep))
     os.close(writer)
     status: int | None = None
     try:
@@ -231,18 +252,12 @@ def _judge(user: User | None, text: bytes) -> Any:
 
 def _serve(
     parent: int, user: User | None, work: Callable[[], Iterator[Any]], writer: int, keep: Collection[int]
-) -> NoReturn:
-    """The child's whole life. Nothing that is the parent's is cleaned up, flushed or run here."""
-    code = 1
-    try:
-        for answer in _answers(parent, user, work, {writer, *keep}):
-            left = memoryview(json.dumps(answer).encode("ascii") + b"\n")
-            while left:
-                left = left[os.write(writer, left) :]
-        code = 0
-    finally:
-        # What is open is closed only now, which may take for ever. Nobody waits for that.
-        os._exit(code)
+) -> None:
+    """The whole life of a child that answers."""
+    for answer in _answers(parent, user, work, {writer, *keep}):
+        left = memoryview(json.dumps(answer).encode("ascii") + b"\n")
+        while left:
+            left = left[os.write(writer, left) :]
 
 
 def _answers(
@@ -255,7 +270,7 @@ def _answers(
         end_with(parent)
         isolate()
         close_all_but(keep)
-        _become(user)
+        _enter(user)
         for each in work():
             yield {"value": each}
     except IommufdError as exc:
@@ -277,16 +292,14 @@ def close_all_but(keep: Collection[int]) -> None:
                 os.close(fd)
 
 
-def _become(user: User | None) -> None:
+def _enter(user: User | None) -> None:
     """Becomes the user, in an environment of the user's. Raises IommufdError."""
     os.environ.clear()
     os.environ.update(environment(user))
-    if user is not None and not has_ids(user):
-        # What the user answers may make it grow.
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_MAX, _MEMORY_MAX))
+    if user is not None:
         try:
-            become(user)
-            be_private()
+            # What the user answers may make it grow.
+            impersonate(user, _MEMORY_MAX)
         except OSError as exc:
             raise IommufdError(
                 f"This caller (uid {os.geteuid()}) cannot become user {user.name} ({error_text(exc.errno)}): run the"
@@ -310,10 +323,11 @@ def start_command(
     server does not answer; it has ended then.
     """
     reading, writing = os.pipe()
-    parent = os.getpid()
-    pid = os.fork()
-    if not pid:
-        _execute(parent, words, streams, environment(None) if variables is None else variables, keep, writing)
+    variables = environment(None) if variables is None else variables
+    # This is the process that becomes a command, such as systemctl. It is who we are, since the command does our work,
+    # but has nothing of ours beside that: neither session nor descriptors. It ends by itself or by `end`, and with us
+    # as long as it has not become the command.
+    pid = spawn(partial(_execute, os.getpid(), words, streams, variables, keep, writing))
     os.close(writing)
     runs = False
     try:
@@ -338,8 +352,8 @@ def _execute(
     variables: Mapping[str, str],
     keep: Collection[int],
     report: int,
-) -> NoReturn:
-    """Never returns: the process becomes the command, or writes into the pipe what failed, and ends."""
+) -> None:
+    """The process becomes the command, or writes into the pipe what failed."""
     try:
         end_with(parent)
         # A child of ours has a session already, and what it runs is to end with it.
@@ -360,8 +374,6 @@ def _execute(
     except ValueError:
         # There is a zero byte in a word.
         os.write(report, str(errno.EINVAL).encode())
-    finally:
-        os._exit(127)
 
 
 def run_command(

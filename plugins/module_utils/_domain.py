@@ -25,16 +25,16 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._borrow import borrow_iommufd, find_iommufds
-from ._capabilities import CAP_SYS_RESOURCE, names
+from ._capabilities import CAP_SYS_RESOURCE, capability_names
 from ._child import in_child, run_command
-from ._errors import DescriptorGone, HostLacks, IommufdError, NotAnIommufd, error_text
+from ._errors import DescriptorGone, IommufdError, NotAnIommufd, error_text, printable
 from ._foreign import boolean, first_of, member, number, or_none, parse_xml, shown, text, texts
-from ._iommufd import RLIMIT_MODE, IommuFd, Result, iommufd_rdevs
-from ._process import Limit, Process, own_character_device, printable, user_name
+from ._iommufd import RLIMIT_MODE, IommuFd, Result
+from ._process import Limit, Process
 from ._qemu import guest_name
 from ._size import SIZE_MAX, human_size
 from ._target import DomainTarget, PidfileTarget, escaped, hold_target, patiently
-from ._user import User
+from ._user import User, user_name
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -53,15 +53,12 @@ __all__ = (
     "check_startable",
     "daemon_limit",
     "look",
-    "new_iommufd",
     "parse_definition",
     "start",
     "start_daemon",
     "unit_from_json",
     "version_text",
 )
-
-DEVICE = "/dev/iommu"
 
 # libvirt's NEWS: <iommufd enabled='yes' fdgroup='NAME'/> and a descriptor for it. As virConnectGetLibVersion counts.
 SINCE = 12_002_000
@@ -597,7 +594,7 @@ def check_limit(name: str, user: User, daemon: Process, limit: Limit, need: int 
     libvirt sets it on the emulator and fails if it may not, once everything else is done.
     """
     enough = limit.hard is None or (need is not None and need <= limit.hard)
-    if enough or CAP_SYS_RESOURCE in names(daemon.status.effective):
+    if enough or CAP_SYS_RESOURCE in capability_names(daemon.status.effective):
         return
     needs, value = "none at all, because of <locked/>", "infinity"
     if need is not None:
@@ -608,30 +605,6 @@ def check_limit(name: str, user: User, daemon: Process, limit: Limit, need: int 
         f" LimitMEMLOCK={value} in a drop-in of user@{user.uid}.service; then restart that, which ends all that the"
         " user runs."
     )
-
-
-@contextlib.contextmanager
-def new_iommufd() -> Iterator[int]:
-    """A descriptor of a new iommufd, closed when the context ends. Raises HostLacks and IommufdError."""
-    try:
-        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError as exc:
-        raise HostLacks(
-            f"This host has no {DEVICE}: load the module iommufd (modprobe iommufd), or boot a kernel that was built"
-            " with CONFIG_IOMMUFD."
-        ) from exc
-    except OSError as exc:
-        raise IommufdError(
-            f"{DEVICE} cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)}). Run the task as root (become:"
-            " true), outside of any container."
-        ) from exc
-    try:
-        rdev = own_character_device(fd)
-        if rdev is None or rdev not in iommufd_rdevs({rdev}):
-            raise IommufdError(f"{DEVICE} is not the kernel's iommufd but something else, so nothing was sent to it.")
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def accountings(target: PidfileTarget | DomainTarget, wanted: int) -> tuple[dict[str, Any], list[tuple[str, Result]]]:

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Private to this collection: the exceptions that modules turn into fail_json.
+"""Private to this collection: the exceptions that modules turn into fail_json, and what makes a text fit for them.
 
 The text of each is what a user reads: it names the thing, says what is wrong, and what to do about it.
 """
@@ -20,6 +20,8 @@ __all__ = (
     "NotAnIommufd",
     "ProcessGone",
     "error_text",
+    "printable",
+    "shown_path",
 )
 
 # Linux gives two names to one number, and Python's table has the one that the kernel does not use.
@@ -30,6 +32,19 @@ def error_text(number: int | None) -> str:
     """An errno's name and text, such as "EPERM: Operation not permitted"."""
     number = number or 0
     return f"{_NAMES.get(number, number)}: {os.strerror(number)}"
+
+
+def printable(raw: bytes) -> str:
+    """Text of any bytes that is safe on one line of a terminal: what is no printable ASCII or UTF-8 is escaped."""
+    text = raw.decode("utf-8", "backslashreplace")
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def shown_path(path: str) -> str:
+    """A path as it may be shown."""
+    return printable(os.fsencode(path))
 
 
 class IommufdError(Exception):

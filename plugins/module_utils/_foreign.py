@@ -13,8 +13,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
-from ._errors import IommufdError
-from ._process import printable
+from ._errors import IommufdError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 __all__ = (
-    "COUNT_MAX",
     "XML_MAX",
     "boolean",
     "first_of",

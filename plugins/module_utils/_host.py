@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
-import grp
 import os
 import re
 import stat
@@ -17,17 +15,17 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from ._capabilities import XATTR, FileCapabilities, parse_file_capabilities
-from ._child import NoAnswer, answers, in_child
-from ._errors import IommufdError, error_text
+from ._capabilities import FileCapabilities, parse_file_capabilities, read_xattr
+from ._child import NoAnswer, ask_child, in_child
+from ._device import new_iommufd
+from ._errors import IommufdError, error_text, shown_path
 from ._iommufd import RLIMIT_MODE, IommuFd, can_be_set, misc_rdev
 from ._paths import Untrusted, Writer, check_writers, walk
-from ._process import printable, user_name
+from ._user import group_name, owner_name
 
 __all__ = (
     "ABSENT",
     "BUILTIN",
-    "DEVICE",
     "LOADABLE",
     "LOADED",
     "Emulator",
@@ -46,8 +44,6 @@ __all__ = (
     "vfio_nodes",
     "yama_ptrace_scope",
 )
-
-DEVICE = "/dev/iommu"
 
 BUILTIN = "builtin"
 LOADED = "loaded"
@@ -81,18 +77,9 @@ def node(path: str) -> Node | None:
         return None
     if not stat.S_ISCHR(status.st_mode):
         return None
-    return Node(status.st_rdev, f"{stat.S_IMODE(status.st_mode):04o}", _name(status.st_uid), _group_name(status.st_gid))
-
-
-def _name(uid: int) -> str:
-    return user_name(uid) or str(uid)
-
-
-def _group_name(gid: int) -> str:
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)
+    return Node(
+        status.st_rdev, f"{stat.S_IMODE(status.st_mode):04o}", owner_name(status.st_uid), group_name(status.st_gid)
+    )
 
 
 def module_state(release: str) -> str | None:
@@ -122,31 +109,14 @@ class Scratch(NamedTuple):
 
 
 def scratch() -> Scratch:
-    """Opens an iommufd and asks for its rlimit mode, and whether this caller may set that. It is closed at once.
-
-    Opened is only the node of the device that the kernel has now: another one could have it load a module.
-    """
-    rdev = misc_rdev()
-    if rdev is None:
-        return Scratch(None, None, "This kernel has no iommufd, or its module is not loaded.")
-    there = node(DEVICE)
-    if there is None or there.rdev != rdev:
-        return Scratch(None, None, f"{DEVICE} is not the node of the device that this kernel has for iommufd.")
+    """Opens an iommufd and asks for its rlimit mode, and whether this caller may set that. It is closed at once."""
     try:
-        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as exc:
-        return Scratch(
-            None,
-            None,
-            f"{DEVICE} cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)}). Run the task as root"
-            " (become: true), outside of any container.",
-        )
-    try:
-        iommufd = IommuFd(fd)
-        readable = not iommufd.get(RLIMIT_MODE).errno
-        return Scratch(readable, readable and bool(can_be_set(iommufd.probe(RLIMIT_MODE))), "")
-    finally:
-        os.close(fd)
+        with new_iommufd(follow=True) as fd:
+            iommufd = IommuFd(fd)
+            readable = not iommufd.get(RLIMIT_MODE).errno
+            return Scratch(readable, readable and bool(can_be_set(iommufd.probe(RLIMIT_MODE))), "")
+    except IommufdError as exc:
+        return Scratch(None, None, str(exc))
 
 
 def yama_ptrace_scope() -> int | None:
@@ -248,14 +218,14 @@ def emulators(given: list[str]) -> list[Emulator]:
     found: dict[str, Emulator] = {}
     while left:
         try:
-            for each in answers(None, partial(_looks, left), _PATIENCE):
+            for each in ask_child(None, partial(_looks, left), _PATIENCE):
                 emulator = _from_json(each)
                 found.setdefault(emulator.path, emulator)
                 left = left[1:]
             break
         except NoAnswer:
             path, *left = left
-            msg = f"{_shown(path)} was not found within {_PATIENCE} seconds. Is it on a mount whose server is gone?"
+            msg = f"{shown_path(path)} was not found within {_PATIENCE} seconds. Is it on a mount whose server is gone?"
             found.setdefault(path, Emulator(path, False, None, msg))
     return list(found.values())
 
@@ -286,7 +256,7 @@ def _look_at(path: str) -> Emulator:
     except Untrusted as exc:
         return Emulator(path, True, None, f"{exc} It was not looked at.", exc.writer)
     except PermissionError as exc:
-        return Emulator(path, False, None, f"{_shown(path)} cannot be looked at ({error_text(exc.errno)}).")
+        return Emulator(path, False, None, f"{shown_path(path)} cannot be looked at ({error_text(exc.errno)}).")
     except OSError:
         return Emulator(path, present=False)
 
@@ -294,14 +264,13 @@ def _look_at(path: str) -> Emulator:
 def _with_capabilities(path: str, found: int) -> Emulator:
     try:
         # A file that may be executed cannot always be read.
-        return Emulator(path, True, parse_file_capabilities(os.getxattr(f"/proc/self/fd/{found}", XATTR)))
+        xattr = read_xattr(f"/proc/self/fd/{found}")
+        return Emulator(path, True, None if xattr is None else parse_file_capabilities(xattr))
     except IommufdError as exc:
-        return Emulator(path, True, None, f"{_shown(path)}: {exc}")
+        return Emulator(path, True, None, f"{shown_path(path)}: {exc}")
     except OSError as exc:
-        if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-            return Emulator(path, True)
         return Emulator(
-            path, True, None, f"The capabilities of {_shown(path)} cannot be read ({error_text(exc.errno)})."
+            path, True, None, f"The capabilities of {shown_path(path)} cannot be read ({error_text(exc.errno)})."
         )
 
 
@@ -312,8 +281,4 @@ def check_may_be_run(emulator: Emulator) -> None:
     try:
         in_child(None, partial(check_writers, emulator.path, (0, os.geteuid())), _PATIENCE)
     except NoAnswer as exc:
-        raise IommufdError(f"{_shown(emulator.path)} was not found within {_PATIENCE} seconds.") from exc
-
-
-def _shown(path: str) -> str:
-    return printable(os.fsencode(path))
+        raise IommufdError(f"{shown_path(emulator.path)} was not found within {_PATIENCE} seconds.") from exc

@@ -13,7 +13,6 @@ The meaning of each errno was read in drivers/iommu/iommufd (main.c, ioas.c) and
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -38,10 +37,12 @@ __all__ = (
     "DENIED",
     "FAILED",
     "HUGE_PAGES",
-    "RACED",
+    "NONE",
+    "PROCESS",
     "RLIMIT_MODE",
     "UNCHANGED",
     "UNSUPPORTED",
+    "USER",
     "VFIO_CONTAINER_RDEV",
     "Answer",
     "IommuFd",
@@ -53,9 +54,12 @@ __all__ = (
     "iommufd_rdevs",
     "judge",
     "misc_rdev",
-    "parse_dev",
-    "parse_misc",
 )
+
+# How what a process pins is accounted: by the rlimit mode of its iommufd, or not at all, as with CAP_IPC_LOCK.
+USER = "user"
+PROCESS = "process"
+NONE = "none"
 
 Value = Union[str, bool]  # at run time: Python 3.9 has no str | bool
 
@@ -103,7 +107,7 @@ class Option(NamedTuple):
         return self.values.index(value)
 
 
-RLIMIT_MODE = Option("rlimit_mode", IOMMU_OPTION_RLIMIT_MODE, ("user", "process"), per_ioas=False, probeable=True)
+RLIMIT_MODE = Option("rlimit_mode", IOMMU_OPTION_RLIMIT_MODE, (USER, PROCESS), per_ioas=False, probeable=True)
 HUGE_PAGES = Option("huge_pages", IOMMU_OPTION_HUGE_PAGES, (False, True), per_ioas=True, probeable=False)
 
 
@@ -194,7 +198,7 @@ class IommuFd:
 
     def _send(self, option: Option, op: int, value: int, object_id: int) -> Answer:
         argument = IommuOption(
-            size=ctypes.sizeof(IommuOption), option_id=option.option_id, op=op, object_id=object_id, val64=value
+            size=IommuOption.SIZE, option_id=option.option_id, op=op, object_id=object_id, val64=value
         )
         try:
             fcntl.ioctl(self._fd, IOMMU_OPTION, argument)
@@ -227,7 +231,7 @@ class IommuFd:
         ids: list[int] = []
         last = 0
         # One argument for all calls, and no Answer for each: most ids are none.
-        argument = IommuOption(size=ctypes.sizeof(IommuOption), option_id=HUGE_PAGES.option_id, op=IOMMU_OPTION_OP_GET)
+        argument = IommuOption(size=IommuOption.SIZE, option_id=HUGE_PAGES.option_id, op=IOMMU_OPTION_OP_GET)
         for object_id in range(1, _IOAS_ID_MAX + 1):
             argument.object_id = object_id
             try:

@@ -14,59 +14,34 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
 import resource
 import signal
-import stat
 import sys
 import termios
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-from ._capabilities import CAP_IPC_LOCK, names, parse_file_capabilities
-from ._errors import IommufdError, error_text
-from ._iommufd import (
-    CHANGED,
-    DENIED,
-    RLIMIT_MODE,
-    UNCHANGED,
-    UNSUPPORTED,
-    IommuFd,
-    Result,
-    explain,
-    iommufd_rdevs,
-)
+from ._capabilities import CAP_IPC_LOCK, capability_names, parse_file_capabilities, read_xattr
+from ._device import DEVICE, open_iommufd
+from ._errors import AccessRefused, HostLacks, IommufdError, NotAnIommufd, error_text
+from ._iommufd import CHANGED, DENIED, PROCESS, RLIMIT_MODE, UNCHANGED, UNSUPPORTED, USER, IommuFd, Result, explain
 from ._size import human_size, parse_size
+from ._syscalls import (
+    PR_CAPBSET_DROP,
+    PR_CAPBSET_READ,
+    PR_GET_NO_NEW_PRIVS,
+    drop_capabilities,
+    own_capabilities,
+    prctl,
+)
 from ._user import User, become, find_user, groups_of, has_ids, leave_keyring
 
-__all__ = (
-    "NOT_BECOME",
-    "NOT_EXECUTABLE",
-    "NOT_FOUND",
-    "NOT_SET",
-    "NO_IOMMUFD",
-    "PLACEHOLDER",
-    "USAGE",
-    "Refusal",
-    "Request",
-    "User",
-    "environment",
-    "fill",
-    "find_program",
-    "lifted",
-    "lifts_memlock",
-    "main",
-    "obstacle",
-    "parse",
-    "verdict",
-)
+__all__ = ("main",)
 
 NAME = "iommufd-exec"
-DEVICE = "/dev/iommu"
 PLACEHOLDER = "{iommufd}"
 
 # Exit codes: away from those of VMMs, which begin at 0, and from systemd's own, from 200. The last two are the shell's.
@@ -119,43 +94,10 @@ exit codes, if COMMAND is not started:
 Otherwise the exit code is COMMAND's.
 """
 
-# linux/prctl.h, linux/capability.h
-_PR_CAPBSET_READ = 23
-_PR_CAPBSET_DROP = 24
-_PR_GET_NO_NEW_PRIVS = 39
-_PR_CAP_AMBIENT = 47
-_PR_CAP_AMBIENT_CLEAR_ALL = 4
-_CAPABILITY_VERSION_3 = 0x20080522
-
 # The kernel has 64 bits for them and names for some 40.
-_CAPABILITIES = {name: number for number in range(64) for name in names(1 << number)}
+_CAPABILITIES = {name: number for number in range(64) for name in capability_names(1 << number)}
 
 _UNLIMITED = ("infinity", "unlimited")
-
-
-class _Header(ctypes.Structure):
-    """`struct __user_cap_header_struct`. The pid 0 is the caller."""
-
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-
-class _Sets(ctypes.Structure):
-    """`struct __user_cap_data_struct`, one for each half of the sets."""
-
-    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
-_libc.capget.argtypes = _libc.capset.argtypes = (ctypes.POINTER(_Header), ctypes.POINTER(_Sets))
-
-
-def _checked(result: int) -> int:
-    """The result of a C function that returns -1 and sets errno. Raises OSError in that case."""
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result
 
 
 class Refusal(IommufdError):
@@ -166,15 +108,14 @@ class Refusal(IommufdError):
         self.code = code
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What the arguments ask for. None is "leave it as it is".
 
     `memlock` is in bytes, or resource.RLIM_INFINITY; `bounding` has the numbers of the capabilities that may stay.
     """
 
     command: tuple[str, ...]
-    rlimit_mode: str = "process"
+    rlimit_mode: str = PROCESS
     user: str | None = None
     memlock: int | None = None
     bounding: frozenset[int] | None = None
@@ -199,7 +140,7 @@ def _bounding(text: str) -> frozenset[int]:
     return frozenset(number for number in numbers if number is not None)
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """What reads the options, those in front of "--"."""
     made = _Parser(
         prog=NAME,
@@ -211,8 +152,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--rlimit-mode",
-        choices=("process", "user"),
-        default="process",
+        choices=(PROCESS, USER),
+        default=PROCESS,
         help="whom the kernel charges for pinned memory (default: process)",
     )
     made.add_argument("--user", help="become this user, with the user's groups and no capabilities; not root")
@@ -234,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: Sequence[str]) -> Request:
     """What the arguments ask for. Raises Refusal; for --help it prints that and raises SystemExit."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    given = parser().parse_args(list(arguments[:end]))
+    given = make_parser().parse_args(list(arguments[:end]))
     command = tuple(arguments[end + 1 :])
     if not command:
         raise Refusal(USAGE, f"There is no COMMAND: it stands behind --. See {NAME} --help.")
@@ -305,27 +246,16 @@ def say(text: str) -> None:
         os.write(2, f"{NAME}: {text}\n".encode(errors="backslashreplace"))
 
 
-def open_iommufd() -> int:
+def open_device() -> int:
     """A new iommufd: a descriptor that is none of the standard ones, and close-on-exec. Raises Refusal."""
     try:
-        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError as exc:
-        raise Refusal(
-            NO_IOMMUFD,
-            f"There is no {DEVICE}: load the module iommufd, or boot a kernel that was built with CONFIG_IOMMUFD. Or"
-            " does the unit have PrivateDevices=?",
-        ) from exc
-    except OSError as exc:
-        raise Refusal(
-            NO_IOMMUFD,
-            f"{DEVICE} cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)}): see to its owner and mode, and"
-            " to DeviceAllow= of the unit.",
-        ) from exc
-    found = os.fstat(fd)
-    if not stat.S_ISCHR(found.st_mode) or found.st_rdev not in iommufd_rdevs({found.st_rdev}):
-        raise Refusal(
-            NO_IOMMUFD, f"{DEVICE} is not the kernel's iommufd but something else, so nothing was sent to it."
-        )
+        fd = open_iommufd()
+    except HostLacks as exc:
+        raise Refusal(NO_IOMMUFD, f"{exc} Or does the unit have PrivateDevices=?") from exc
+    except AccessRefused as exc:
+        raise Refusal(NO_IOMMUFD, f"{exc} A unit needs it in DeviceAllow=, too.") from exc
+    except NotAnIommufd as exc:
+        raise Refusal(NO_IOMMUFD, str(exc)) from exc
     if fd > 2:
         return fd
     # Started without standard streams. A VMM would take it for one of them.
@@ -361,12 +291,19 @@ def limit_bounding(kept: frozenset[int]) -> None:
     """Drops every capability from the bounding set that is not to be kept. Raises Refusal."""
     try:
         for number in _CAPABILITIES.values():
-            if number not in kept and _libc.prctl(_PR_CAPBSET_READ, number, 0, 0, 0) > 0:
-                _checked(_libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0))
+            if number not in kept and _is_in_bounding_set(number):
+                prctl(PR_CAPBSET_DROP, number)
     except OSError as exc:
         raise Refusal(
             NOT_BECOME, f"The bounding set cannot be limited ({error_text(exc.errno)}): that takes CAP_SETPCAP."
         ) from exc
+
+
+def _is_in_bounding_set(number: int) -> bool:
+    """Whether this process may get a capability. False for one that the kernel does not know."""
+    with contextlib.suppress(OSError):
+        return bool(prctl(PR_CAPBSET_READ, number))
+    return False
 
 
 def find_program(command: str) -> str:
@@ -377,33 +314,18 @@ def find_program(command: str) -> str:
     return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), command)
 
 
-def lifts_memlock(path: str) -> bool:
+def gets_ipc_lock(path: str) -> bool:
     """Whether this process gets CAP_IPC_LOCK by executing that file."""
     try:
-        given = parse_file_capabilities(os.getxattr(path, "security.capability"))
+        given = parse_file_capabilities(read_xattr(path) or b"")
         ignored = os.statvfs(path).f_flag & os.ST_NOSUID
     except (OSError, IommufdError):
-        # Most files have none. One that is not there is told of when it is executed.
+        # One that is not there is told of when it is executed.
         return False
     if ignored or not given.lifts_memlock:
         return False
     # Outside of the bounding set it is not given, and the kernel does not execute the file at all.
-    bounded = _libc.prctl(_PR_CAPBSET_READ, _CAPABILITIES[CAP_IPC_LOCK], 0, 0, 0) > 0
-    return bounded and not _libc.prctl(_PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0)
-
-
-def _effective() -> int:
-    """The mask of this process's effective capabilities."""
-    sets = (_Sets * 2)()
-    _checked(_libc.capget(_Header(_CAPABILITY_VERSION_3, 0), sets))
-    return int(sets[0].effective | sets[1].effective << 32)
-
-
-def _holds_any() -> bool:
-    """Whether this process has any capability, be it effective, permitted or inheritable, and so maybe ambient."""
-    sets = (_Sets * 2)()
-    _checked(_libc.capget(_Header(_CAPABILITY_VERSION_3, 0), sets))
-    return any(each.effective | each.permitted | each.inheritable for each in sets)
+    return _is_in_bounding_set(_CAPABILITIES[CAP_IPC_LOCK]) and not prctl(PR_GET_NO_NEW_PRIVS)
 
 
 def _is(user: User) -> bool:
@@ -438,15 +360,14 @@ def give_up_root(user: User) -> None:
         if not _is(user):
             become(user)
         # A change of user clears these by itself, but for the inheritable ones, and unless securebits tell otherwise.
-        _checked(_libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
-        _checked(_libc.capset(_Header(_CAPABILITY_VERSION_3, 0), (_Sets * 2)()))
+        drop_capabilities()
     except OSError as exc:
         raise Refusal(
             NOT_BECOME,
             f"{NAME}, uid {os.geteuid()}, cannot become user {user.name} ({error_text(exc.errno)}): start it as root"
             " with CAP_SETUID and CAP_SETGID, or as that user with the user's groups.",
         ) from exc
-    if not _is(user) or _holds_any() or _can_return():
+    if not _is(user) or any(own_capabilities()) or _can_return():
         raise Refusal(NOT_BECOME, f"{NAME} became user {user.name} only in part: the kernel did not do as it said.")
 
 
@@ -459,7 +380,7 @@ def _can_return() -> bool:
     return True
 
 
-def environment() -> dict[bytes, bytes]:
+def given_environment() -> dict[bytes, bytes]:
     """The environment that this program was given.
 
     Where the locale is C, Python puts another one into LC_CTYPE for its children (PEP 538), in isolated mode too.
@@ -480,7 +401,7 @@ def execute(command: Sequence[str], fd: int) -> NoReturn:
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     try:
-        os.execvpe(command[0], list(command), environment())
+        os.execvpe(command[0], list(command), given_environment())
     except OSError as exc:
         code = NOT_FOUND if exc.errno in (errno.ENOENT, errno.ENOTDIR) else NOT_EXECUTABLE
         raise Refusal(code, f"{command[0]} cannot be executed ({error_text(exc.errno)}).") from exc
@@ -491,7 +412,7 @@ def execute(command: Sequence[str], fd: int) -> NoReturn:
 def launch(request: Request) -> NoReturn:
     """Does what is asked for and becomes the command. Raises Refusal, and then the process is of no more use."""
     user = None if request.user is None else find_unprivileged(request.user)
-    fd = open_iommufd()
+    fd = open_device()
     result = IommuFd(fd).change(RLIMIT_MODE, RLIMIT_MODE.number(request.rlimit_mode))
     warning = obstacle(result, request)
     if request.memlock is not None:
@@ -503,9 +424,9 @@ def launch(request: Request) -> NoReturn:
     if warning:
         say(f"warning: {warning} {request.command[0]} is started all the same.")
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    has_it = CAP_IPC_LOCK in names(_effective())
+    has_it = CAP_IPC_LOCK in capability_names(own_capabilities().effective)
     program = find_program(request.command[0])
-    gets_it = not has_it and lifts_memlock(program)
+    gets_it = not has_it and gets_ipc_lock(program)
     if gets_it:
         say(f"warning: {lifted(request.command[0], program)}")
     # A kernel without the option charges the user.

@@ -12,12 +12,13 @@ from __future__ import annotations
 import glob
 import os
 import re
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
-from ._capabilities import CAP_SYS_RESOURCE, names
-from ._errors import AccessRefused, IommufdError, error_text
+from ._capabilities import CAP_SYS_RESOURCE, capability_names
+from ._child import Run
+from ._errors import AccessRefused, IommufdError, error_text, printable
 from ._foreign import parse_xml
-from ._process import Process, printable
+from ._process import Process
 
 __all__ = (
     "Libvirt",
@@ -31,7 +32,6 @@ __all__ = (
     "version_text",
 )
 
-Run = Callable[["list[str]"], "tuple[int, str, str]"]
 Version = tuple[int, int, int]
 
 # libvirt's NEWS, and src/util/viriommufd.c.
@@ -148,7 +148,7 @@ def look(run: Run) -> Libvirt:
     try:
         with Process.hold(unit.pid) as daemon:
             initial = daemon.in_initial_user_namespace()
-            may = CAP_SYS_RESOURCE in names(daemon.status.effective)
+            may = CAP_SYS_RESOURCE in capability_names(daemon.status.effective)
             may = may and (unit.initial if initial is None else initial)
             running, msg = installed, ""
             try:

@@ -21,17 +21,16 @@ import stat
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
-from ._errors import IommufdError
-from ._process import mount_id, printable, read_file, user_name
+from ._errors import IommufdError, shown_path
+from ._user import group_name, user_name
 
 __all__ = (
-    "Mount",
     "Place",
     "Untrusted",
     "Writer",
     "check_writers",
     "entries",
-    "parse_mount",
+    "mount_id",
     "reopen",
     "sync",
     "walk",
@@ -247,7 +246,7 @@ class _Walk:
         self._folder, self._where, self._mount = folder, where, mount
         status = os.fstat(folder)
         self._judge(where, status)
-        self._adds = _others(status)
+        self._adds = _other_writers(status)
 
     def _leave(self) -> None:
         os.close(self._found)
@@ -258,7 +257,7 @@ class _Walk:
 
         Something on it has to be open, so that its number is not another's by now.
         """
-        mount = parse_mount(read_file(_MOUNTINFO), number)
+        mount = parse_mount(_read(_MOUNTINFO), number)
         if mount is None:
             raise self._untrusted(here, "whoever has mounted it, which the kernel does not tell")
         if mount.uid is not None and mount.uid not in self._trusted:
@@ -271,11 +270,11 @@ class _Walk:
             raise self._untrusted(here, _user(status.st_uid), status)
         # A link's own mode means nothing.
         sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
-        if not stat.S_ISLNK(status.st_mode) and not sticky and _others(status):
-            raise self._untrusted(here, _others(status), status)
+        if not stat.S_ISLNK(status.st_mode) and not sticky and _other_writers(status):
+            raise self._untrusted(here, _other_writers(status), status)
 
     def _untrusted(self, here: str, who: str, status: os.stat_result | None = None) -> Untrusted:
-        place = _shown(here)
+        place = shown_path(here)
         remedy = f"chown -h root {place}"
         if status is None:
             remedy = ""
@@ -283,10 +282,26 @@ class _Walk:
             remedy = f"chown root {place}; chmod go-w {place}"
         remedy = f"make it root's alone ({remedy}), or name another path" if remedy else "name another path"
         return Untrusted(
-            f"{_shown(self._path)} cannot be trusted: {place} can be written by {who}. If that is not meant to be,"
+            f"{shown_path(self._path)} cannot be trusted: {place} can be written by {who}. If that is not meant to be,"
             f" {remedy}.",
             Writer(place, who),
         )
+
+
+def mount_id(fd: int) -> bytes:
+    """The number of the mount that a descriptor of ours is on, as mountinfo has it. Raises IommufdError and OSError.
+
+    The kernel alone tells that. Whatever else is asked of what is there, the server of a mount may never answer.
+    """
+    found = re.search(rb"^mnt_id:\s*([0-9]+)$", _read(f"/proc/self/fdinfo/{fd}"), re.MULTILINE)
+    if not found:
+        raise IommufdError("The kernel does not tell which mount a file is on.")
+    return found.group(1)
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb", 0) as stream:
+        return stream.read()
 
 
 class Mount(NamedTuple):
@@ -327,25 +342,15 @@ def _parts(path: str) -> list[str]:
     return [part for part in reversed(path.split("/")) if part not in ("", ".")] or ["."]
 
 
-def _shown(path: str) -> str:
-    return printable(os.fsencode(path))
-
-
 def _user(uid: int) -> str:
     name = user_name(uid)
     return f"user {name} (uid {uid})" if name else f"uid {uid}"
 
 
-def _others(status: os.stat_result) -> str:
+def _other_writers(status: os.stat_result) -> str:
     """Whom the mode lets write, beside the owner; nothing where it lets nobody."""
     if not status.st_mode & _OTHERS_WRITE:
         return ""
     if status.st_mode & stat.S_IWOTH:
         return "everybody"
-    # Few hosts come to this, and a module pays for each import on each host anew.
-    import grp
-
-    try:
-        return f"group {grp.getgrgid(status.st_gid).gr_name}"
-    except KeyError:
-        return f"group {status.st_gid}"
+    return f"group {group_name(status.st_gid)}"

@@ -11,24 +11,22 @@ node makes a *new* open file: an option set on that is set with success and chan
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
-import pwd
 import re
 import resource
 import select
-import stat
 import sys
 import time
 from collections.abc import Container, Iterator
-from functools import cache
 from itertools import islice
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from ._errors import AccessRefused, DescriptorGone, HostLacks, IommufdError, ProcessGone, error_text
+from ._errors import AccessRefused, DescriptorGone, HostLacks, IommufdError, ProcessGone, error_text, printable
+from ._syscalls import character_device, pidfd_getfd, pidfd_open
+from ._user import user_name
 
 __all__ = (
     "DESCRIPTORS_MAX",
@@ -36,38 +34,16 @@ __all__ = (
     "Limit",
     "Process",
     "Status",
-    "character_device",
     "character_devices_in",
     "in_initial_namespace",
     "is_path_only",
-    "mount_id",
     "number_in",
     "own_character_device",
     "own_status",
-    "parse_cgroup",
-    "parse_memlock",
-    "parse_pidfd",
     "parse_stat",
     "parse_status",
-    "printable",
     "read_file",
-    "share_descriptors",
-    "user_name",
 )
-
-# The same on all architectures that KVM runs on but mips. Python's os has no pidfd_getfd, and pidfd_open only where it
-# was built against recent headers.
-_SYS_PIDFD_OPEN = 434
-_SYS_PIDFD_GETFD = 438
-
-# linux/kcmp.h. Else the number is that of asm-generic/unistd.h, as on arm64, riscv and loongarch.
-_KCMP_FILES = 2
-_SYS_KCMP = {"x86_64": 312, "i386": 349, "i686": 349, "armv7l": 378, "armv8l": 378, "ppc64le": 354, "s390x": 343}
-_SYS_KCMP_GENERIC = 272
-
-_AT_FDCWD = -100
-_AT_STATX_DONT_SYNC = 0x4000
-_STATX_TYPE = 0x1
 
 # How many descriptors of one process are looked at. A limit of a million is common; a VMM has some hundreds.
 DESCRIPTORS_MAX = 2**18
@@ -98,6 +74,9 @@ _STATUS_FIELDS = (
 # linux/nsfs.h, and include/linux/proc_ns.h before: the inodes of the namespaces that the system began with.
 _INITIAL = {"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}
 
+# The first Linux that has a system call.
+_SINCE = {"pidfd_open": "5.3", "pidfd_getfd": "5.6", "statx": "4.11"}
+
 # include/linux/sched.h. Kernel threads have no memory, but neither has a process that is about to end.
 _PF_KTHREAD = 0x00200000
 
@@ -107,66 +86,7 @@ _UNIT = re.compile(rb"[A-Za-z0-9:_.\\-]+(?:@[A-Za-z0-9:_.\\@-]+)?\.(?:service|sc
 _UNIT_NAME_MAX = 255
 
 
-class Statx(ctypes.Structure):
-    """`struct statx` of linux/stat.h, as far as it is read here, and room for the rest of its 256 bytes."""
-
-    _fields_ = (
-        ("stx_mask", ctypes.c_uint32),
-        ("_to_mode", ctypes.c_uint8 * 24),
-        ("stx_mode", ctypes.c_uint16),
-        ("_to_rdev", ctypes.c_uint8 * 98),
-        ("stx_rdev_major", ctypes.c_uint32),
-        ("stx_rdev_minor", ctypes.c_uint32),
-        ("_to_end", ctypes.c_uint8 * 120),
-    )
-
-
-# One for all calls: to make it takes as long as the call.
-_STATX = Statx()
-_STATX_REFERENCE = ctypes.byref(_STATX)
-
 _NAME = attrgetter("name")
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-
-
-def _checked(result: int) -> int:
-    """The result of a C function that returns -1 and sets errno. Raises OSError in that case."""
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result
-
-
-def _pidfd_open(pid: int) -> int:
-    return _checked(_libc.syscall(ctypes.c_long(_SYS_PIDFD_OPEN), ctypes.c_long(pid), ctypes.c_long(0)))
-
-
-def _pidfd_getfd(pidfd: int, fd: int) -> int:
-    """Shares descriptor `fd` of the process; the new one is close-on-exec, says pidfd_getfd(2)."""
-    return _checked(
-        _libc.syscall(ctypes.c_long(_SYS_PIDFD_GETFD), ctypes.c_long(pidfd), ctypes.c_long(fd), ctypes.c_long(0))
-    )
-
-
-def share_descriptors(pid: int, other: int) -> bool:
-    """Whether two processes have the same table of descriptors; False where the kernel does not tell. See kcmp(2)."""
-    number = _SYS_KCMP.get(os.uname().machine, _SYS_KCMP_GENERIC)
-    arguments = map(ctypes.c_long, (number, pid, other, _KCMP_FILES, 0, 0))
-    return not _libc.syscall(*arguments)
-
-
-def character_device(path: str, folder: int = _AT_FDCWD) -> int | None:
-    """The device number of the character device that path leads to, None where it is something else.
-
-    stat(2) of a descriptor on a FUSE or network mount asks that mount's server and may wait for it for ever.
-    AT_STATX_DONT_SYNC makes do with what the kernel knows, and a file's type and device number never change.
-    """
-    _checked(_libc.statx(folder, path.encode(), _AT_STATX_DONT_SYNC, _STATX_TYPE, _STATX_REFERENCE))
-    if not stat.S_ISCHR(_STATX.stx_mode):
-        return None
-    return os.makedev(_STATX.stx_rdev_major, _STATX.stx_rdev_minor)
 
 
 class Descriptors(NamedTuple):
@@ -210,7 +130,7 @@ def character_devices_in(
                 rdev = character_device(name, folder)
             except OSError as exc:
                 if exc.errno == errno.ENOSYS:
-                    raise HostLacks(_no_system_call("statx", "4.11")) from exc
+                    raise HostLacks(_no_system_call("statx")) from exc
                 # On a FUSE mount, which refuses everybody but its owner, root too; on a network mount that is no more;
                 # or closed by now. Whatever it is, it is no device.
                 continue
@@ -220,14 +140,6 @@ def character_devices_in(
                 found[int(name)] = rdev
         more = count == most and next(entries, None) is not None
     return Descriptors(dict(sorted(found.items())), count, more)
-
-
-def printable(raw: bytes) -> str:
-    """Text of any bytes that is safe on one line of a terminal: what is no printable ASCII or UTF-8 is escaped."""
-    text = raw.decode("utf-8", "backslashreplace")
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def read_file(path: str, most: int = sys.maxsize, in_one: bool = False) -> bytes:
@@ -246,17 +158,6 @@ def read_file(path: str, most: int = sys.maxsize, in_one: bool = False) -> bytes
         return text
     finally:
         os.close(fd)
-
-
-def mount_id(fd: int) -> bytes:
-    """The number of the mount that a descriptor of ours is on, as mountinfo has it. Raises IommufdError and OSError.
-
-    The kernel alone tells that. Whatever else is asked of what is there, the server of a mount may never answer.
-    """
-    found = re.search(rb"^mnt_id:\s*([0-9]+)$", read_file(f"/proc/self/fdinfo/{fd}"), re.MULTILINE)
-    if not found:
-        raise IommufdError("The kernel does not tell which mount a file is on.")
-    return found.group(1)
 
 
 def number_in(text: bytes, name: bytes) -> int:
@@ -434,9 +335,17 @@ class Process(NamedTuple):
         if not 0 < pid <= _INT_MAX:
             raise IommufdError(f"{pid} is not the id of a process: ids count from 1.")
         try:
-            pidfd = _pidfd_open(pid)
+            pidfd = pidfd_open(pid)
         except OSError as exc:
-            raise _cannot_hold(pid, exc) from exc
+            if exc.errno in (errno.EINVAL, errno.ENOENT):
+                raise IommufdError(
+                    f"{pid} is a thread, not a process: give its process, Tgid in /proc/{pid}/status."
+                ) from exc
+            refused = (
+                f"pidfd_open of process {pid} is refused ({error_text(exc.errno)}): look for a seccomp filter of a"
+                " container or a service around Ansible. Run the task on the host itself."
+            )
+            raise _error(exc, "pidfd_open", f"process {pid}", ProcessGone(_gone(pid)), refused) from exc
         try:
             yield cls._look_at(pid, pidfd)
         finally:
@@ -503,7 +412,8 @@ class Process(NamedTuple):
             text = read_file(f"/proc/{self.pid}/{name}", most)
         except OSError as exc:
             self.check_alive()
-            raise AccessRefused(self._refused(f"read its {name}", exc)) from exc
+            refused = self._refused(f"read its {name}", exc)
+            raise _error(exc, "read", f"{name} of {self}", AccessRefused(refused), refused) from exc
         self.check_alive()
         return text
 
@@ -518,10 +428,9 @@ class Process(NamedTuple):
                 found = character_devices_in(folder)
             finally:
                 os.close(folder)
-        except PermissionError as exc:
-            raise AccessRefused(self._refused("look at its descriptors", exc)) from exc
-        except (FileNotFoundError, ProcessLookupError) as exc:
-            raise ProcessGone(_gone(self.pid, self.comm)) from exc
+        except OSError as exc:
+            gone, refused = ProcessGone(_gone(self.pid, self.comm)), self._refused("look at its descriptors", exc)
+            raise _error(exc, "scandir", f"the descriptors of {self}", gone, refused) from exc
         self.check_alive()
         return found
 
@@ -533,20 +442,18 @@ class Process(NamedTuple):
         path = f"/proc/{self.pid}/fd/{fd}"
         try:
             return character_device(path)
-        except (FileNotFoundError, ProcessLookupError) as exc:
-            self.check_alive()
-            raise DescriptorGone(self._no_descriptor(fd)) from exc
-        except PermissionError as exc:
-            # A FUSE mount refuses everybody but its owner, root too. Where the link can be read, it was not ptrace.
-            with contextlib.suppress(OSError):
-                os.readlink(path)
-                return None
-            raise AccessRefused(self._refused("look at its descriptors", exc)) from exc
         except OSError as exc:
-            if exc.errno == errno.ENOSYS:
-                raise HostLacks(_no_system_call("statx", "4.11")) from exc
-            # A file on a network mount that is no more, for one: whatever it is, it is no device.
-            return None
+            if exc.errno in (errno.EPERM, errno.EACCES):
+                # A FUSE mount refuses everybody but its owner, root too. Where the link can be read, it was not ptrace.
+                with contextlib.suppress(OSError):
+                    os.readlink(path)
+                    return None
+            elif exc.errno not in (errno.ENOENT, errno.ESRCH, errno.ENOSYS):
+                # A file on a network mount that is no more, for one: whatever it is, it is no device.
+                return None
+            self.check_alive()
+            gone, refused = DescriptorGone(self._no_descriptor(fd)), self._refused("look at its descriptors", exc)
+            raise _error(exc, "statx", f"descriptor {fd} of {self}", gone, refused) from exc
 
     def link(self, fd: int) -> str:
         """What descriptor `fd` is open on, as the kernel names it, escaped to be printable."""
@@ -565,20 +472,12 @@ class Process(NamedTuple):
         if not 0 <= fd <= _INT_MAX:
             raise DescriptorGone(f"{fd} is not the number of a descriptor: they count from 0.")
         try:
-            return _pidfd_getfd(self.pidfd, fd)
+            return pidfd_getfd(self.pidfd, fd)
         except OSError as exc:
-            raise self._cannot_borrow(fd, exc) from exc
-
-    def _cannot_borrow(self, fd: int, exc: OSError) -> IommufdError:
-        if exc.errno in (errno.EPERM, errno.EACCES):
-            return AccessRefused(self._refused(f"share its descriptor {fd}", exc))
-        if exc.errno == errno.EBADF:
-            return DescriptorGone(self._no_descriptor(fd))
-        if exc.errno == errno.ESRCH:
-            return ProcessGone(_gone(self.pid, self.comm))
-        if exc.errno == errno.ENOSYS:
-            return HostLacks(_no_system_call("pidfd_getfd", "5.6"))
-        return IommufdError(f"pidfd_getfd of descriptor {fd} of {self} failed ({error_text(exc.errno)}).")
+            if exc.errno == errno.EBADF:
+                raise DescriptorGone(self._no_descriptor(fd)) from exc
+            gone, refused = ProcessGone(_gone(self.pid, self.comm)), self._refused(f"share its descriptor {fd}", exc)
+            raise _error(exc, "pidfd_getfd", f"descriptor {fd} of {self}", gone, refused) from exc
 
     def _no_descriptor(self, fd: int) -> str:
         return f"{self} has no descriptor {fd}: `ls -l /proc/{self.pid}/fd` shows those it has."
@@ -600,15 +499,6 @@ def _booted() -> float:
         if time.clock_gettime(time.CLOCK_BOOTTIME) - before < 0.001:
             break
     return now - before
-
-
-@cache
-def user_name(uid: int) -> str | None:
-    """The name that this host has for a user; None where it has none."""
-    try:
-        return printable(os.fsencode(pwd.getpwuid(uid).pw_name))
-    except KeyError:
-        return None
 
 
 def own_status() -> Status:
@@ -640,10 +530,11 @@ def _read_of(pid: int, pidfd: int, name: str) -> bytes:
     """A file of the process in /proc. Raises ProcessGone, or AccessRefused where /proc hides the process."""
     try:
         return read_file(f"/proc/{pid}/{name}")
-    except (FileNotFoundError, ProcessLookupError, PermissionError) as exc:
+    except OSError as exc:
         if _has_ended(pidfd):
             raise ProcessGone(_gone(pid)) from exc
-        raise AccessRefused(_hidden(pid)) from exc
+        hidden = _hidden(pid)
+        raise _error(exc, "read", f"{name} of process {pid}", AccessRefused(hidden), hidden) from exc
 
 
 def _hidden(pid: int) -> str:
@@ -666,23 +557,19 @@ def _gone(pid: int, comm: str = "") -> str:
     return f"There is no process with the id {pid}: it has ended, or belongs to another pid namespace."
 
 
-def _no_system_call(name: str, since: str) -> str:
+def _no_system_call(name: str) -> str:
     return (
-        f"The system call {name} is not to be had (ENOSYS): it takes Linux {since}, or a seccomp filter (of a container"
-        " or a service) hides it. Run the task on the host itself."
+        f"The system call {name} is not to be had (ENOSYS): it takes Linux {_SINCE[name]}, or a seccomp filter (of a"
+        " container or a service) hides it. Run the task on the host itself."
     )
 
 
-def _cannot_hold(pid: int, exc: OSError) -> IommufdError:
-    if exc.errno == errno.ESRCH:
-        return ProcessGone(_gone(pid))
-    if exc.errno in (errno.EINVAL, errno.ENOENT):
-        return IommufdError(f"{pid} is a thread, not a process: give its process, Tgid in /proc/{pid}/status.")
-    if exc.errno == errno.ENOSYS:
-        return HostLacks(_no_system_call("pidfd_open", "5.3"))
+def _error(exc: OSError, call: str, of: str, gone: IommufdError, refused: str) -> IommufdError:
+    """What the errno of a call on a process or a descriptor means: that it is `gone`, that it is `refused`, or else."""
+    if exc.errno in (errno.ENOENT, errno.ESRCH):
+        return gone
     if exc.errno in (errno.EPERM, errno.EACCES):
-        return AccessRefused(
-            f"pidfd_open of process {pid} is refused ({error_text(exc.errno)}): look for a seccomp filter of a"
-            " container or a service around Ansible. Run the task on the host itself."
-        )
-    return IommufdError(f"pidfd_open of process {pid} failed ({error_text(exc.errno)}).")
+        return AccessRefused(refused)
+    if exc.errno == errno.ENOSYS and call in _SINCE:
+        return HostLacks(_no_system_call(call))
+    return IommufdError(f"{call} of {of} failed ({error_text(exc.errno)}).")

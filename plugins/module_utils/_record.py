@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ._errors import AccessRefused, IommufdError, error_text
+from ._errors import AccessRefused, IommufdError, error_text, shown_path
 from ._paths import Untrusted, reopen, walk
-from ._states import FileState, NodeState, UnitState, make_folder, remove_file, shown, write_file_state
+from ._states import FileState, NodeState, UnitState, make_folder, remove_file, write_file_state
 
 __all__ = (
     "BLOCK",
@@ -157,7 +157,7 @@ class Record:
         except Untrusted as exc:
             raise RecordUnusable(_not_believed(*exc.writer)) from exc
         except OSError as exc:
-            raise RecordUnusable(f"The record {shown(path)} cannot be read ({error_text(exc.errno)}).") from exc
+            raise RecordUnusable(f"The record {shown_path(path)} cannot be read ({error_text(exc.errno)}).") from exc
         try:
             given = json.loads(content)
             version = given["version"]
@@ -167,12 +167,12 @@ class Record:
                 return record
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
             raise RecordUnusable(
-                f"The record {shown(path)} is damaged ({type(exc).__name__}: {exc}). Bring it back from a backup. Or"
-                " put back by hand what it still names, remove it, and run this again."
+                f"The record {shown_path(path)} is damaged ({type(exc).__name__}: {exc}). Bring it back from a backup."
+                " Or put back by hand what it still names, remove it, and run this again."
             ) from exc
         raise RecordUnusable(
-            f"The record {shown(path)} is of version {version!r}, and this release knows version {_VERSION} only. Run"
-            " this with the release that has written it."
+            f"The record {shown_path(path)} is of version {version!r}, and this release knows version {_VERSION} only."
+            " Run this with the release that has written it."
         )
 
     def save(self) -> None:
@@ -248,8 +248,8 @@ def _check_can_be_kept(path: str) -> None:
         number = exc.errno or errno.EIO
     if number:
         raise IommufdError(
-            f"The record {shown(path)} cannot be kept: {shown(os.path.dirname(folder))} is no folder that is there"
-            f" ({error_text(number)})."
+            f"The record {shown_path(path)} cannot be kept: {shown_path(os.path.dirname(folder))} is no folder that is"
+            f" there ({error_text(number)})."
         )
 
 
@@ -262,7 +262,7 @@ def _lock(fd: int, path: str) -> None:
         except BlockingIOError as exc:
             if time.monotonic() > deadline:
                 raise IommufdError(
-                    f"Another run works with the record {shown(path)} at this moment, and holds {_LOCK}. Run this again"
-                    " once it is done."
+                    f"Another run works with the record {shown_path(path)} at this moment, and holds {_LOCK}. Run this"
+                    " again once it is done."
                 ) from exc
         time.sleep(0.1)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from ._errors import IommufdError, error_text
 from ._foreign import XML_MAX, number, parse_xml, shown
-from ._process import mount_id
+from ._paths import mount_id
 
 __all__ = (
     "DomainRecord",

@@ -15,40 +15,35 @@ import base64
 import contextlib
 import errno
 import fnmatch
-import grp
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Callable, NamedTuple
 
-from ._capabilities import XATTR
-from ._errors import HostLacks, IommufdError, error_text
+from ._capabilities import read_xattr, write_xattr
+from ._child import Run
+from ._errors import HostLacks, IommufdError, error_text, printable, shown_path
 from ._paths import Place, entries, reopen, sync, walk
-from ._process import printable, user_name
+from ._user import group_name, owner_name
 
 __all__ = (
     "BEGIN",
     "END",
     "FileState",
     "NodeState",
-    "OpenFile",
-    "Run",
     "UnitState",
     "capability_in",
-    "capability_of",
-    "command",
     "device_of",
-    "group_name",
     "is_unfinished",
     "kernels_node",
     "make_folder",
     "matching_nodes",
     "missing_folders",
+    "must_run",
     "node_state",
     "open_file",
-    "owner_name",
     "read_file_state",
     "remove_file",
     "remove_unfinished",
@@ -56,14 +51,10 @@ __all__ = (
     "set_capability_in",
     "set_node",
     "setting_of",
-    "shown",
     "split_block",
     "unit_states",
     "write_file_state",
 )
-
-# Runs a command and gives its exit code, output and errors, as run_command of _child does.
-Run = Callable[[list[str]], "tuple[int, str, str]"]
 
 BEGIN = b"# BEGIN iommufd_host"
 END = b"# END iommufd_host"
@@ -77,37 +68,17 @@ _NEW = ".iommufd_host-new"
 # The extended attributes that are a file's own. Others are the kernel's to keep: those of IMA and EVM, for two.
 _KEPT_XATTRS = ("security.selinux", "system.posix_acl_access", "user.")
 
-_CAPABILITY = XATTR
 _SYS_CHAR = "/sys/dev/char"
 
 
-def shown(path: str) -> str:
-    """A path, safe to print."""
-    return printable(os.fsencode(path))
-
-
-def owner_name(uid: int) -> str:
-    """The user's name, or the id where it has none."""
-    return user_name(uid) or str(uid)
-
-
-def group_name(gid: int) -> str:
-    """The group's name, or the id where it has none."""
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)
-
-
-@dataclass(frozen=True)
-class FileState:
+class FileState(NamedTuple):
     """All of a regular file that is put back: `mode` without the type of the file, `xattrs` by name."""
 
     content: bytes
     mode: int
     uid: int
     gid: int
-    xattrs: dict[str, bytes] = field(default_factory=dict)
+    xattrs: Mapping[str, bytes] = MappingProxyType({})
 
     def to_json(self) -> dict[str, Any]:
         """The form that a record holds."""
@@ -137,7 +108,7 @@ def _reading(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise IommufdError(f"{shown(path)} cannot be read ({error_text(exc.errno)}).") from exc
+        raise IommufdError(f"{shown_path(path)} cannot be read ({error_text(exc.errno)}).") from exc
 
 
 def read_file_state(path: str, *, own: bool = True) -> FileState | None:
@@ -152,14 +123,14 @@ def read_file_state(path: str, *, own: bool = True) -> FileState | None:
             return None
         if not stat.S_ISREG(place.status.st_mode):
             kind = "a symbolic link" if stat.S_ISLNK(place.status.st_mode) else "no regular file"
-            raise IommufdError(f"{shown(path)} is {kind}, which is left alone: move it away, or do without it.")
+            raise IommufdError(f"{shown_path(path)} is {kind}, which is left alone: move it away, or do without it.")
         with open(reopen(place.found), "rb") as stream:
             fd = stream.fileno()
             status = os.fstat(fd)
             content = stream.read(_LARGEST + 1)
             if len(content) > _LARGEST:
                 raise IommufdError(
-                    f"{shown(path)} has {status.st_size} bytes, and a file of settings has at most {_LARGEST}."
+                    f"{shown_path(path)} has {status.st_size} bytes, and a file of settings has at most {_LARGEST}."
                 )
             xattrs = {name: os.getxattr(fd, name) for name in _xattr_names(fd) if name.startswith(_KEPT_XATTRS)}
     return FileState(content, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, xattrs)
@@ -169,7 +140,8 @@ def _check_leads_on(path: str, place: Place) -> None:
     """Raises IommufdError where a folder is a link that leads nowhere, so that none can be made in its place."""
     if place.dangling:
         raise IommufdError(
-            f"{shown(path)} is behind a symbolic link that leads to {shown(place.real_path)}, which is not there."
+            f"{shown_path(path)} is behind a symbolic link that leads to {shown_path(place.real_path)}, which is not"
+            " there."
         )
 
 
@@ -279,8 +251,7 @@ def _remove(path: str, suffixes: Sequence[str]) -> None:
                 sync(place.folder)
 
 
-@dataclass(frozen=True)
-class NodeState:
+class NodeState(NamedTuple):
     """Who may open a device node."""
 
     mode: int
@@ -305,12 +276,12 @@ def _node(path: str) -> Iterator[tuple[int, os.stat_result] | None]:
             yield None
             return
         except OSError as exc:
-            raise IommufdError(f"{shown(path)} cannot be looked at ({error_text(exc.errno)}).") from exc
+            raise IommufdError(f"{shown_path(path)} cannot be looked at ({error_text(exc.errno)}).") from exc
         if place.found is None or place.status is None:
             yield None
             return
         if not stat.S_ISCHR(place.status.st_mode):
-            raise IommufdError(f"{shown(path)} is no device node of a character device.")
+            raise IommufdError(f"{shown_path(path)} is no device node of a character device.")
         yield place.found, place.status
 
 
@@ -335,7 +306,7 @@ def matching_nodes(pattern: str) -> list[str]:
     except NotADirectoryError:
         return []
     except OSError as exc:
-        raise IommufdError(f"{shown(folder)} cannot be looked at ({error_text(exc.errno)}).") from exc
+        raise IommufdError(f"{shown_path(folder)} cannot be looked at ({error_text(exc.errno)}).") from exc
     # As a shell does, with those that are hidden.
     hidden = name.startswith(".")
     return sorted(
@@ -414,30 +385,18 @@ def capability_in(fd: int, path: str) -> bytes | None:
     Raises IommufdError where it cannot be read.
     """
     try:
-        return os.getxattr(fd, _CAPABILITY)
+        return read_xattr(fd)
     except OSError as exc:
-        if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-            return None
-        # The kernel hides what is too short or too long for it, and refuses to execute the file.
-        remedy = f" Take them away (setcap -r {shown(path)})." if exc.errno == errno.EINVAL else ""
+        remedy = f" Take them away (setcap -r {shown_path(path)})." if exc.errno == errno.EINVAL else ""
         raise IommufdError(
-            f"The capabilities of {shown(path)} cannot be read ({error_text(exc.errno)}).{remedy}"
+            f"The capabilities of {shown_path(path)} cannot be read ({error_text(exc.errno)}).{remedy}"
         ) from exc
 
 
 def set_capability_in(fd: int, xattr: bytes | None) -> None:
-    """Gives a file that is open exactly this extended attribute; None takes it away. Raises OSError."""
-    if xattr is not None:
-        os.setxattr(fd, _CAPABILITY, xattr)
-    elif _CAPABILITY in os.listxattr(fd):
-        os.removexattr(fd, _CAPABILITY)
+    """Gives a file that is open exactly this extended attribute, for good; None takes it away. Raises OSError."""
+    write_xattr(fd, xattr)
     os.fsync(fd)
-
-
-def capability_of(path: str) -> bytes | None:
-    """The extended attribute `security.capability` of a file; None without. Raises as the two above do."""
-    with open_file(path) as file:
-        return capability_in(file.fd, path)
 
 
 def set_capability(path: str, xattr: bytes | None) -> None:
@@ -491,8 +450,7 @@ def setting_of(text: str, name: str) -> list[str] | None:
     return None
 
 
-@dataclass(frozen=True)
-class UnitState:
+class UnitState(NamedTuple):
     """A systemd unit. `triggers` are the units that it starts, as those of type path and timer do."""
 
     exists: bool
@@ -504,7 +462,7 @@ class UnitState:
         return f"{'enabled' if self.enabled else 'disabled'}, {'active' if self.active else 'inactive'}"
 
 
-def command(run: Run, *words: str) -> str:
+def must_run(run: Run, *words: str) -> str:
     """The output of a command that must succeed. Raises IommufdError."""
     try:
         code, output, errors = run(list(words))
@@ -521,7 +479,7 @@ def unit_states(names: list[str], run: Run) -> dict[str, UnitState]:
     if not names:
         return {}
     properties = "--property=LoadState,UnitFileState,ActiveState,Triggers"
-    output = command(run, "systemctl", "show", "--no-pager", properties, "--", *names)
+    output = must_run(run, "systemctl", "show", "--no-pager", properties, "--", *names)
     # One paragraph for each, in this order.
     paragraphs = [dict(re.findall(r"^(\w+)=(.*)$", each, re.MULTILINE)) for each in output.strip().split("\n\n")]
     if len(paragraphs) != len(names):

@@ -14,22 +14,21 @@ from functools import partial
 from typing import Protocol
 
 from ._capabilities import parse_file_capabilities
-from ._errors import IommufdError, error_text
+from ._child import Run
+from ._errors import IommufdError, error_text, shown_path
 from ._grant import grant_patiently
 from ._programs import INTERPRETER
 from ._record import RELABEL, RELOAD, RESTART, SYSTEMD, UDEV, Item, Record
 from ._states import (
     FileState,
     NodeState,
-    Run,
     UnitState,
-    command,
     matching_nodes,
+    must_run,
     remove_file,
     remove_unfinished,
     set_capability,
     set_node,
-    shown,
     write_file_state,
 )
 
@@ -94,7 +93,7 @@ class WriteFile:
 
 def _try_program(run: Run, path: str) -> None:
     """Raises IommufdError where a program does not start here."""
-    command(run, *INTERPRETER.split(), path, "--help")
+    must_run(run, *INTERPRETER.split(), path, "--help")
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class Relabel:
     def make(self, run: Run) -> None:
         """See Effect."""
         if os.path.exists(_SELINUX_RUNS) and shutil.which(_RESTORECON):
-            command(run, _RESTORECON, *self.paths)
+            must_run(run, _RESTORECON, *self.paths)
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class LoadModule:
 
     def make(self, run: Run) -> None:
         """See Effect."""
-        command(run, "modprobe", "--", self.name)
+        must_run(run, "modprobe", "--", self.name)
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ class FollowRules:
         nodes = [path for each in self.nodes for path in matching_nodes(each)]
         # Where it does not run, it reads its rules when it starts.
         if nodes and os.path.exists(_UDEV_RUNS):
-            command(run, "udevadm", "trigger", "--settle", "--action=change", *nodes)
+            must_run(run, "udevadm", "trigger", "--settle", "--action=change", *nodes)
 
 
 @dataclass(frozen=True)
@@ -210,12 +209,12 @@ class StopUnit:
         """See Effect."""
         if self.disable:
             # systemd is told once, when all files are back.
-            command(run, "systemctl", "disable", "--no-reload", "--", self.name)
+            must_run(run, "systemctl", "disable", "--no-reload", "--", self.name)
         for each in (self.name, *self.triggers):
-            command(run, "systemctl", "stop", "--", each)
+            must_run(run, "systemctl", "stop", "--", each)
             # So that no failure of a unit that is no more stays in the list. A unit that is not loaded has none.
             with contextlib.suppress(IommufdError):
-                command(run, "systemctl", "reset-failed", "--", each)
+                must_run(run, "systemctl", "reset-failed", "--", each)
 
 
 @dataclass(frozen=True)
@@ -228,9 +227,9 @@ class StartUnit:
     def make(self, run: Run) -> None:
         """See Effect."""
         if self.before.enabled:
-            command(run, "systemctl", "enable", "--", self.name)
+            must_run(run, "systemctl", "enable", "--", self.name)
         if self.before.active:
-            command(run, "systemctl", "start", "--", self.name)
+            must_run(run, "systemctl", "start", "--", self.name)
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ class EnableUnit:
 
     def make(self, run: Run) -> None:
         """See Effect."""
-        command(run, "systemctl", "enable", "--no-reload", "--", self.name)
+        must_run(run, "systemctl", "enable", "--no-reload", "--", self.name)
 
 
 @dataclass(frozen=True)
@@ -258,7 +257,7 @@ class RunUnit:
 
     def make(self, run: Run) -> None:
         """See Effect."""
-        command(run, "systemctl", "restart" if self.anew else "start", "--", self.name)
+        must_run(run, "systemctl", "restart" if self.anew else "start", "--", self.name)
 
 
 @dataclass(frozen=True)
@@ -275,9 +274,9 @@ class Reload:
     def make(self, run: Run) -> None:
         """See Effect."""
         if SYSTEMD in self.whom and os.path.exists(_SYSTEMD_RUNS):
-            command(run, "systemctl", "daemon-reload")
+            must_run(run, "systemctl", "daemon-reload")
         if UDEV in self.whom and os.path.exists(_UDEV_RUNS):
-            command(run, "udevadm", "control", "--reload")
+            must_run(run, "udevadm", "control", "--reload")
 
 
 @dataclass(frozen=True)
@@ -301,7 +300,7 @@ class StepFailed(IommufdError):
     """A step could not be made. `done` are those that were, before it."""
 
     def __init__(self, step: Step, cause: OSError | IommufdError, done: list[Step]) -> None:
-        self.path = shown(step.path)
+        self.path = shown_path(step.path)
         self.why = error_text(cause.errno) if isinstance(cause, OSError) else str(cause).rstrip(".")
         self.done = done
         super().__init__(f"{self.path}: {self.why}.")

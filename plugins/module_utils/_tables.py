@@ -13,7 +13,8 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Container
 
-from ._process import DESCRIPTORS_MAX, Descriptors, character_devices_in, share_descriptors
+from ._process import DESCRIPTORS_MAX, Descriptors, character_devices_in
+from ._syscalls import have_one_table
 
 __all__ = ("CONTAINERS", "LARGE", "TOO_MANY", "TOO_MANY_HOLDERS", "Budget", "Tables", "who_pays")
 
@@ -141,4 +142,4 @@ class Tables:
 
     def _twin(self, pid: int) -> Descriptors | None:
         """What was found in a table that is this one, too: processes may share one (clone(2), CLONE_FILES)."""
-        return next((found for other, found in self._large if share_descriptors(pid, other)), None)
+        return next((found for other, found in self._large if have_one_table(pid, other)), None)

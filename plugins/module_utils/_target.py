@@ -17,8 +17,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
 
 from ._child import NoAnswer, in_child
-from ._errors import IommufdError, ProcessGone, error_text
-from ._process import Process, printable
+from ._errors import IommufdError, ProcessGone, error_text, printable
+from ._process import Process
 
 if TYPE_CHECKING:
     from ._running import DomainRecord

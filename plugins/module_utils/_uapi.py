@@ -11,6 +11,7 @@ lab's kernels and compares all of them with what the compiler sees.
 from __future__ import annotations
 
 import ctypes
+from typing import ClassVar
 
 __all__ = (
     "IOMMU_OPTION",
@@ -36,6 +37,7 @@ IOMMU_OPTION_OP_GET = 1
 class IommuOption(ctypes.Structure):
     """`struct iommu_option`: the argument of IOMMU_OPTION. `val64` goes in for SET and comes out of GET."""
 
+    SIZE: ClassVar[int]
     _fields_ = (
         ("size", ctypes.c_uint32),
         ("option_id", ctypes.c_uint32),
@@ -44,3 +46,6 @@ class IommuOption(ctypes.Structure):
         ("object_id", ctypes.c_uint32),
         ("val64", ctypes.c_uint64),
     )
+
+
+IommuOption.SIZE = ctypes.sizeof(IommuOption)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 from collections.abc import Container
-from dataclasses import replace
 
 from ._capabilities import CAP_IPC_LOCK, parse_file_capabilities, with_ipc_lock, without_ipc_lock
 from ._errors import IommufdError
@@ -149,7 +148,7 @@ def _stop(item: Item, now: UnitState) -> Step:
     if not (now.enabled or now.active):
         return Step(item.kind, item.path, item=done)
     effect = StopUnit(item.path, now.triggers, disable=True)
-    after = replace(now, enabled=False, active=False)
+    after = now._replace(enabled=False, active=False)
     return Step(item.kind, item.path, effect, f"{item.path} is disabled and stopped.", str(now), str(after), done)
 
 
@@ -167,7 +166,7 @@ def _pauses(names: list[str], view: View) -> list[Step]:
             StopUnit(name, view.units[name].triggers, disable=False),
             f"{name} is stopped until it is started with what it has to do now.",
             str(view.units[name]),
-            str(replace(view.units[name], active=False)),
+            str(view.units[name]._replace(active=False)),
         )
         for name in names
         if view.units[name].active
@@ -199,7 +198,7 @@ def _block_back(item: Item, now: FileState | None) -> Step:
     if block is None:
         return untouched
     # With nothing else in it, a file that was made for the block has no reader.
-    effect = remove if item.before is None and not rest else WriteFile(item.path, replace(now, content=rest))
+    effect = remove if item.before is None and not rest else WriteFile(item.path, now._replace(content=rest))
     # The rest of the file may hold a password, which nobody needs to see here.
     text = shown_content(b"\n".join((BEGIN, block + END, b"")))
     says = f"The block of iommufd_host is removed from {item.path}."

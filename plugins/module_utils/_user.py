@@ -6,40 +6,31 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import pwd
 import resource
 import signal
+from functools import cache
 from typing import NamedTuple
 
-from ._errors import IommufdError
+from ._errors import IommufdError, printable
+from ._syscalls import PR_SET_DUMPABLE, PR_SET_PDEATHSIG, join_new_keyring, prctl
 
 __all__ = (
     "User",
-    "be_private",
     "become",
     "end_with",
     "find_user",
+    "forbid_core",
+    "group_name",
     "groups_of",
     "has_ids",
+    "impersonate",
     "leave_keyring",
-    "no_core",
+    "owner_name",
+    "user_name",
 )
-
-# linux/keyctl.h, and the number of keyctl(2), for which the C library has no function. Else it is that of
-# asm-generic/unistd.h, as on arm64, riscv and loongarch.
-_KEYCTL_JOIN_SESSION_KEYRING = 1
-_SYS_KEYCTL = {"x86_64": 250, "i386": 288, "i686": 288, "armv7l": 311, "armv8l": 311, "ppc64le": 271, "s390x": 280}
-_SYS_KEYCTL_GENERIC = 219
-
-# linux/prctl.h
-_PR_SET_PDEATHSIG = 1
-_PR_SET_DUMPABLE = 4
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 
 
 class User(NamedTuple):
@@ -63,6 +54,31 @@ def find_user(name: str) -> User:
     except (KeyError, ValueError) as exc:
         raise IommufdError(f"This host has no user {name!r}: give the name of one that it has.") from exc
     return User(found.pw_name, found.pw_uid, found.pw_gid, found.pw_dir)
+
+
+@cache
+def user_name(uid: int) -> str | None:
+    """The name that this host has for a user; None where it has none."""
+    try:
+        return printable(os.fsencode(pwd.getpwuid(uid).pw_name))
+    except KeyError:
+        return None
+
+
+def owner_name(uid: int) -> str:
+    """The user's name, or the id where it has none."""
+    return user_name(uid) or str(uid)
+
+
+def group_name(gid: int) -> str:
+    """The group's name, or the id where it has none."""
+    # Few tasks need it, and a module pays for each import on each host anew.
+    import grp
+
+    try:
+        return printable(os.fsencode(grp.getgrgid(gid).gr_name))
+    except KeyError:
+        return str(gid)
 
 
 def groups_of(user: User) -> set[int]:
@@ -93,34 +109,41 @@ def be_private() -> None:
     They can neither trace it nor read its memory, in which there is what it had as root, and it leaves no core dump. By
     itself a change of user does that only where fs.suid_dumpable is not 1. Raises OSError.
     """
-    _prctl(_PR_SET_DUMPABLE, 0)
-    no_core()
+    prctl(PR_SET_DUMPABLE, 0)
+    forbid_core()
+
+
+def impersonate(user: User, memory: int | None = None) -> None:
+    """Makes this process the user's, and private, unless it is the user's already. Raises OSError.
+
+    `memory`: how much it may take then, in bytes.
+    """
+    if has_ids(user):
+        return
+    if memory is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    become(user)
+    be_private()
 
 
 def end_with(parent: int) -> None:
     """Has the kernel kill this process when its parent ends, until it becomes another user. Raises OSError."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         # It has ended already.
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _prctl(option: int, value: int) -> None:
-    if _libc.prctl(option, ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3) < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
-def no_core() -> None:
+def forbid_core() -> None:
     """Keeps this process, and what it executes, from leaving a core dump."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def leave_keyring() -> None:
     """Gives this process a session keyring of its own: whoever has root's can use root's keys. Raises OSError."""
-    number = _SYS_KEYCTL.get(os.uname().machine, _SYS_KEYCTL_GENERIC)
-    if _libc.syscall(ctypes.c_long(number), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None) < 0:
-        error = ctypes.get_errno()
+    try:
+        join_new_keyring()
+    except OSError as exc:
         # A kernel without keys has none to give away. A filter that refuses this call refuses all others of it, too.
-        if error not in (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP):
-            raise OSError(error, os.strerror(error))
+        if exc.errno not in (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP):
+            raise

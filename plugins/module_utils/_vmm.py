@@ -15,18 +15,17 @@ import re
 import stat
 import struct
 from functools import partial
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 from . import _libvirt
-from ._capabilities import CAP_IPC_LOCK, XATTR, FileCapabilities, names, parse_file_capabilities
-from ._child import NoAnswer, in_child
-from ._errors import IommufdError, ProcessGone, error_text
+from ._capabilities import CAP_IPC_LOCK, XATTR, FileCapabilities, capability_names, parse_file_capabilities, read_xattr
+from ._child import NoAnswer, Run, in_child
+from ._errors import IommufdError, ProcessGone, error_text, printable
 from ._paths import Untrusted, Writer, reopen, walk, writer_of
-from ._process import Limit, Process, in_initial_namespace, own_status, printable, read_file
+from ._process import Limit, Process, in_initial_namespace, own_status, read_file
 
 __all__ = (
     "REPLICA",
-    "XATTR",
     "Conditions",
     "FileSystem",
     "Program",
@@ -41,16 +40,13 @@ __all__ = (
     "unit_obstacles",
 )
 
-# Runs a command, and gives its exit code, output and errors, as _child.run_command does.
-Run = Callable[["list[str]"], "tuple[int, str, str]"]
-
 # So long may take what is on this host, in seconds.
 _LOOK_PATIENCE = 10
 
 # What everything that is started for a look is called, also the instance of a template that is asked for.
 REPLICA = "iommufd-host-check"
 
-_NUMBERS = {name: number for number, name in enumerate(names(2**64 - 1))}
+_NUMBERS = {name: number for number, name in enumerate(capability_names(2**64 - 1))}
 
 # elf.h: programs are of the first type, or of the second if they can be loaded anywhere.
 _ELF_TYPES = (2, 3)
@@ -191,12 +187,9 @@ def _is_elf(path: str, found: int) -> bool:
 
 def _xattr(path: str, found: int) -> bytes | None:
     try:
-        return os.getxattr(f"/proc/self/fd/{found}", XATTR)
+        return read_xattr(f"/proc/self/fd/{found}")
     except OSError as exc:
-        if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-            return None
         if exc.errno == errno.EINVAL:
-            # The kernel does not give away what it does not understand, not even that it is empty.
             return b""
         raise IommufdError(f"The capabilities of {path} cannot be read ({error_text(exc.errno)}).") from exc
 

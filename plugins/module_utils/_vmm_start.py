@@ -16,7 +16,6 @@ Interrupted, which says nothing of the host, and nobody is waited for without a 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -29,22 +28,33 @@ import time
 import uuid
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from typing import IO, Callable, NamedTuple, NoReturn, Union
+from functools import partial
+from typing import IO, Callable, NamedTuple, Union
 
-from . import _host
-from ._capabilities import with_ipc_lock
-from ._child import COMMAND_SECONDS, Interrupted, NoAnswer, close_all_but, end, in_child, isolate, start_command
-from ._errors import HostLacks, IommufdError, error_text
-from ._iommufd import RLIMIT_MODE, IommuFd, misc_rdev
-from ._process import Limit, Process, Status, own_status, parse_status, printable
+from ._capabilities import with_ipc_lock, write_xattr
+from ._child import (
+    COMMAND_SECONDS,
+    Interrupted,
+    NoAnswer,
+    Run,
+    close_all_but,
+    end,
+    in_child,
+    isolate,
+    spawn,
+    start_command,
+)
+from ._device import new_iommufd
+from ._errors import HostLacks, IommufdError, error_text, printable
+from ._iommufd import PROCESS, RLIMIT_MODE, IommuFd
+from ._process import Limit, Process, Status, own_status, parse_status
+from ._syscalls import PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, prctl
 from ._target import DomainTarget, UnitTarget, escaped, hold_target
-from ._user import User, be_private, become, has_ids, no_core
+from ._user import User, forbid_core, impersonate
 from ._vmm import (
     REPLICA,
-    XATTR,
     Conditions,
     Program,
-    Run,
     Unit,
     has_ipc_lock,
     is_qemu,
@@ -77,10 +87,6 @@ _OUTPUT_MAX = 2**20
 
 # What the kernel and systemd answer in no time; a busy host gets so long.
 _LOOK_SECONDS = 120
-
-# linux/prctl.h
-_PR_CAPBSET_DROP = 24
-_PR_SET_NO_NEW_PRIVS = 38
 
 # A QEMU that has neither a machine nor anything to do, and waits.
 _IDLE_QEMU = (
@@ -121,8 +127,6 @@ _REPLICATED = ("User", "Group", "SupplementaryGroups", "DynamicUser", "NoNewPriv
 
 _LIBVIRT_LOGS = "/var/log/libvirt/qemu"
 _LIBVIRT_PROFILES = "/etc/apparmor.d/libvirt"
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 # A file by its path, or one that is open.
 Executable = Union[str, int]
@@ -200,7 +204,7 @@ def _copy_of_cat(program: Program, what: str) -> Iterator[int]:
             copy.flush()
             os.fchmod(copy.fileno(), 0o755)
             # The last: what is written to a file takes its capabilities away.
-            os.setxattr(copy.fileno(), XATTR, xattr)
+            write_xattr(copy.fileno(), xattr)
             # What is open for writing cannot be executed.
             fd = os.open(f"/proc/self/fd/{copy.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:
@@ -326,9 +330,11 @@ def _started(
     """
     dropped = [number for number in range(64) if own_status().bounding & ~under.bounding & 1 << number]
     reading, writing = os.pipe()
-    pid = os.fork()
-    if not pid:
-        _become(program, arguments, dropped, under.no_new_privs, user, (output.fileno(), errors.fileno()), writing)
+    outputs = (output.fileno(), errors.fileno())
+    # This is the process that becomes what a VMM would be, as the user and under the conditions that VMMs have, so that
+    # the kernel tells what such a one gets. The user can do to it whatever there is to do. It lives until it was looked
+    # at, and no longer than its guard lets it.
+    pid = spawn(partial(_become, program, arguments, dropped, under.no_new_privs, user, outputs, writing))
     os.close(writing)
     what = program if isinstance(program, str) else "The copy"
     try:
@@ -373,8 +379,8 @@ def _become(
     user: User,
     outputs: tuple[int, int],
     report: int,
-) -> NoReturn:
-    """Never returns: the process becomes the program, or writes into the pipe which step failed, and ends."""
+) -> None:
+    """The process becomes the program, or writes into the pipe which step failed."""
 
     def redirect() -> None:
         close_all_but({report, *outputs, *([program] if isinstance(program, int) else [])})
@@ -382,43 +388,29 @@ def _become(
             os.dup2(output, number)
         os.chdir("/")
         isolate()
-        no_core()
+        forbid_core()
         _soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         most = _OUTPUT_MAX if hard == resource.RLIM_INFINITY else min(hard, _OUTPUT_MAX)
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     def give_up() -> None:
         for number in dropped:
-            _prctl(_PR_CAPBSET_DROP, number)
+            prctl(PR_CAPBSET_DROP, number)
         if no_new_privs:
-            _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-
-    def change_user() -> None:
-        if not has_ids(user):
-            become(user)
-            be_private()
+            prctl(PR_SET_NO_NEW_PRIVS, 1)
 
     steps: tuple[tuple[str, Callable[[], object]], ...] = (
         ("leave the caller's session", redirect),
         ("give up capabilities", give_up),
-        ("become that user", change_user),
+        ("become that user", lambda: impersonate(user)),
         ("execute it", lambda: os.execve(program, arguments, _ENVIRONMENT)),
     )
-    try:
-        for step, act in steps:
-            try:
-                act()
-            except OSError as exc:
-                os.write(report, f"{exc.errno} {step}".encode())
-                break
-    finally:
-        os._exit(127)
-
-
-def _prctl(option: int, value: int) -> None:
-    if _libc.prctl(option, ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3) < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    for step, act in steps:
+        try:
+            act()
+        except OSError as exc:
+            os.write(report, f"{exc.errno} {step}".encode())
+            break
 
 
 @contextlib.contextmanager
@@ -428,9 +420,9 @@ def _guard(pid: int) -> Iterator[None]:
     Nothing weaker does: the kernel forgets PR_SET_PDEATHSIG when a program gives capabilities.
     """
     reading, writing = os.pipe()
-    guard = os.fork()
-    if not guard:
-        _keep_guard(pid, reading)
+    # This is the guard. It is root's as we are, and in a session of its own, so that neither the user nor what ends us
+    # ends it, too. It lives as long as the child is of use, or two minutes.
+    guard = spawn(partial(_keep_guard, pid, reading))
     os.close(reading)
     try:
         yield
@@ -440,18 +432,15 @@ def _guard(pid: int) -> Iterator[None]:
         end(guard)
 
 
-def _keep_guard(pid: int, reading: int) -> NoReturn:
-    """Never returns. Until the child is killed its id is nobody else's: its parent buries it only afterwards."""
-    try:
-        os.setsid()
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        os.dup2(reading, 0)
-        os.closerange(1, 65536)
-        select.select([0], [], [], _PATIENCE)
-        os.kill(pid, signal.SIGKILL)
-    finally:
-        os._exit(0)
+def _keep_guard(pid: int, reading: int) -> None:
+    """The guard's whole life. Until the child is killed its id is nobody else's: its parent buries it afterwards."""
+    os.setsid()
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    os.dup2(reading, 0)
+    os.closerange(1, 65536)
+    select.select([0], [], [], _PATIENCE)
+    os.kill(pid, signal.SIGKILL)
 
 
 def start_domain(run: Run, uri: str, program: Program) -> Seen:
@@ -703,23 +692,14 @@ def scratch_mode(user: User) -> str:
 
     Raises IommufdError where it cannot be opened, set or read, Interrupted where the child was kept from that.
     """
-    rdev = misc_rdev()
-    there = _host.node(_host.DEVICE)
-    if rdev is None or there is None or there.rdev != rdev:
-        raise HostLacks(f"{_host.DEVICE} is not there: this kernel has no iommufd, or its module is not loaded.")
     try:
-        fd = os.open(_host.DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as exc:
-        raise IommufdError(f"{_host.DEVICE} cannot be opened ({error_text(exc.errno)}).") from exc
-    try:
-        refused = IommuFd(fd).set(RLIMIT_MODE, RLIMIT_MODE.number("process")).errno
-        if refused:
-            raise IommufdError(f"An iommufd cannot be set to per-process accounting ({error_text(refused)}).")
-        number = in_child(user, lambda: _mode(fd, user), _READING_SECONDS, [fd])
+        with new_iommufd(follow=True) as fd:
+            refused = IommuFd(fd).set(RLIMIT_MODE, RLIMIT_MODE.number(PROCESS)).errno
+            if refused:
+                raise IommufdError(f"An iommufd cannot be set to per-process accounting ({error_text(refused)}).")
+            number = in_child(user, lambda: _mode(fd, user), _READING_SECONDS, [fd])
     except NoAnswer as exc:
         raise Interrupted(str(exc)) from exc
-    finally:
-        os.close(fd)
     return str(RLIMIT_MODE.value(number))
 
 

@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Callable, NamedTuple
 
-from ._child import NoAnswer, in_child
-from ._errors import IommufdError, error_text
+from ._child import NoAnswer, Run, in_child
+from ._errors import IommufdError, error_text, shown_path
 from ._paths import walk
 from ._record import BLOCK, CAPABILITY, FILE, KINDS, NODE, UNIT, Item
 from ._states import (
     FileState,
     NodeState,
-    Run,
     UnitState,
     capability_in,
     device_of,
@@ -33,7 +32,6 @@ from ._states import (
     node_state,
     open_file,
     read_file_state,
-    shown,
     split_block,
     unit_states,
 )
@@ -108,7 +106,7 @@ class Wanted:
                 raise IommufdError(f"{path!r} may be a pattern in its last part only, such as /dev/vfio/devices/*.")
         both = set(self.files) & set(self.blocks)
         if both:
-            raise IommufdError(f"{shown(min(both))} is listed as a whole file and for a block in it: choose one.")
+            raise IommufdError(f"{shown_path(min(both))} is listed as a whole file and for a block in it: choose one.")
         for name in self.units:
             if not _UNIT_NAME.fullmatch(name):
                 raise IommufdError(f"{name!r} is not the name of a systemd service, path, timer or socket.")
@@ -178,7 +176,7 @@ def look(items: list[Item], wanted: Wanted, run: Run) -> View:
     for path in wanted.capabilities:
         found = _patiently(partial(_look_at_executable, path, True), path)
         if found is None:
-            raise IommufdError(f"{shown(path)} is no executable file, so it cannot get CAP_IPC_LOCK.")
+            raise IommufdError(f"{shown_path(path)} is no executable file, so it cannot get CAP_IPC_LOCK.")
         view.real[path], xattr = found
         view.xattrs[view.real[path]] = xattr
     for path in remembered[CAPABILITY]:
@@ -211,7 +209,7 @@ def _check_reachable(paths: list[str]) -> None:
     try:
         in_child(None, go, _PATIENCE)
     except NoAnswer as exc:
-        places = ", ".join(sorted({shown(os.path.dirname(path)) for path in paths}))
+        places = ", ".join(sorted({shown_path(os.path.dirname(path)) for path in paths}))
         raise IommufdError(
             f"Not all of these were found within {_PATIENCE} seconds: {places}. Is there a mount whose server is gone?"
         ) from exc
@@ -223,7 +221,7 @@ def _patiently(act: Callable[[], Any], path: str) -> tuple[str, bytes | None] | 
         found = in_child(None, act, _PATIENCE)
     except NoAnswer as exc:
         raise IommufdError(
-            f"{shown(path)} was not found within {_PATIENCE} seconds. Is it on a mount whose server is gone?"
+            f"{shown_path(path)} was not found within {_PATIENCE} seconds. Is it on a mount whose server is gone?"
         ) from exc
     return None if found is None else (found[0], None if found[1] is None else bytes.fromhex(found[1]))
 
@@ -242,7 +240,7 @@ def _look_at_executable(path: str, executable: bool) -> tuple[str, str | None] |
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as exc:
-        raise IommufdError(f"{shown(path)} cannot be looked at ({error_text(exc.errno)}).") from exc
+        raise IommufdError(f"{shown_path(path)} cannot be looked at ({error_text(exc.errno)}).") from exc
 
 
 def _modules_there(names: Iterable[str]) -> frozenset[str]:
@@ -264,8 +262,8 @@ def _gid_of(group: str) -> int | None:
         return grp.getgrnam(group).gr_gid if group else None
     except KeyError as exc:
         raise IommufdError(
-            f"This host has no group {shown(group)}: name in iommufd_host_device_group the one that the device nodes"
-            " are to have."
+            f"This host has no group {shown_path(group)}: name in iommufd_host_device_group the one that the device"
+            " nodes are to have."
         ) from exc
 
 
@@ -275,4 +273,4 @@ def about(path: str) -> Iterator[None]:
     try:
         yield
     except IommufdError as exc:
-        raise IommufdError(f"{shown(path)}: {exc}") from exc
+        raise IommufdError(f"{shown_path(path)}: {exc}") from exc

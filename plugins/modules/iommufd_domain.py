@@ -320,6 +320,7 @@ from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer, in_child
+from ansible_collections.virt.iommufd.plugins.module_utils._device import new_iommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     Libvirt,
     NoDaemon,
@@ -330,7 +331,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     daemon_limit,
     is_session,
     look,
-    new_iommufd,
     set_mode,
     start,
     start_daemon,

@@ -284,13 +284,14 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils._apply import after, steps_on
 from ..module_utils._capabilities import CAP_IPC_LOCK, parse_file_capabilities, with_ipc_lock
-from ..module_utils._child import run_command
-from ..module_utils._errors import IommufdError, error_text
+from ..module_utils._child import Run, run_command
+from ..module_utils._errors import IommufdError, error_text, shown_path
 from ..module_utils._programs import PROGRAMS, zipapp
 from ..module_utils._record import CAPABILITY, FILE, NODE, Item, Record, check_caller, locked
-from ..module_utils._states import FileState, NodeState, Run, group_name, owner_name, shown
+from ..module_utils._states import FileState, NodeState
 from ..module_utils._steps import Grant, RemoveFile, Step, StepFailed, WriteFile, make_steps, note_due
 from ..module_utils._undo import new_items, steps_back
+from ..module_utils._user import group_name, owner_name
 from ..module_utils._wanted import View, Wanted, WantedFile, check_path, look
 
 Row = dict[str, Any]
@@ -341,13 +342,17 @@ def capability_row(real_path: str, xattr: bytes | None, ours: bool) -> Row:
     """An executable."""
     given = parse_file_capabilities(xattr or b"")
     other = [each for each in dict.fromkeys([*given.permitted, *given.inheritable]) if each != CAP_IPC_LOCK]
-    return {"real_path": shown(real_path), "ipc_lock": given.lifts_memlock, "ours": ours, "other": other}
+    return {"real_path": shown_path(real_path), "ipc_lock": given.lifts_memlock, "ours": ours, "other": other}
 
 
 def item_row(item: Item) -> Row:
     """An entry of the record, without the content of a file."""
     shown_state = item.before is not None and item.kind in (FILE, NODE)
-    return {"kind": item.kind, "path": shown(item.path), "before": owners(item.state) if shown_state else item.before}
+    return {
+        "kind": item.kind,
+        "path": shown_path(item.path),
+        "before": owners(item.state) if shown_state else item.before,
+    }
 
 
 def capability_rows(view: View, steps: list[Step], items: list[Item]) -> Row:
@@ -361,7 +366,7 @@ def capability_rows(view: View, steps: list[Step], items: list[Item]) -> Row:
 
 def change_row(step: Step) -> Row:
     """What a step has changed."""
-    return {"kind": step.kind, "path": shown(step.path), "text": shown(step.says)}
+    return {"kind": step.kind, "path": shown_path(step.path), "text": shown_path(step.says)}
 
 
 def back_row(step: Step) -> Row:
@@ -415,7 +420,7 @@ def work(record: Record, wanted: Wanted, dry_run: bool, run: Run, result: Row) -
         # What is due still is due to nothing that is wanted. Of a record that holds nothing, only that was written.
         old, record.due = record.due, []
         keep(record, bool(old))
-    result["recorded"] = [{"kind": item.kind, "path": shown(item.path)} for item in new]
+    result["recorded"] = [{"kind": item.kind, "path": shown_path(item.path)} for item in new]
     result["capabilities"] = capability_rows(view, on, record.items)
 
 
@@ -427,8 +432,8 @@ def put_back(record: Record, steps: list[Step], run: Run, result: Row) -> None:
         result["put_back"] = [back_row(step) for step in exc.done]
         before = " ".join(step.says for step in exc.done) or "Nothing was put back before that."
         raise IommufdError(
-            f"{exc.path} could not be put back: {exc.why}. {before} The record {shown(record.path)} still names what is"
-            " not back: remove the cause, and run this again."
+            f"{exc.path} could not be put back: {exc.why}. {before} The record {shown_path(record.path)} still names"
+            " what is not back: remove the cause, and run this again."
         ) from exc
 
 
@@ -440,8 +445,9 @@ def make(record: Record, steps: list[Step], view: View, run: Run, result: Row) -
         result["made"] = [made_row(step, view) for step in exc.done]
         before = " ".join(step.says for step in exc.done) or "Nothing was changed before that."
         raise IommufdError(
-            f"{exc.path} could not be made what it is to be: {exc.why}. {before} The record {shown(record.path)} names"
-            " how all of it was: remove the cause and run this again, or have it put back (iommufd_host_state: absent)."
+            f"{exc.path} could not be made what it is to be: {exc.why}. {before} The record {shown_path(record.path)}"
+            " names how all of it was: remove the cause and run this again, or have it put back (iommufd_host_state:"
+            " absent)."
         ) from exc
 
 

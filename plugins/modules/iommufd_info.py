@@ -666,7 +666,7 @@ import os
 import pwd
 import re
 from collections.abc import Collection
-from typing import Any, Callable, NoReturn
+from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.virt.iommufd.plugins.module_utils import _host
@@ -684,23 +684,22 @@ from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import 
     CAP_IPC_LOCK,
     CAP_SYS_PTRACE,
     CAP_SYS_RESOURCE,
-    names,
+    capability_names,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError, error_text
+from ansible_collections.virt.iommufd.plugins.module_utils._child import Run, run_command
+from ansible_collections.virt.iommufd.plugins.module_utils._device import DEVICE
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError, error_text, printable
 from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, Survey, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import misc_rdev
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     in_initial_namespace,
     own_status,
-    printable,
-    user_name,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._running import domain_record
+from ansible_collections.virt.iommufd.plugins.module_utils._user import user_name
 
 Row = dict[str, Any]
 # Runs a command and gives its exit code, output and errors.
-Run = Callable[["list[str]"], "tuple[int, str, str]"]
 
 # How long whatever is run may take.
 SECONDS = 30
@@ -760,9 +759,9 @@ def host_row(view: View, paths: list[str], slow: bool, run: Run) -> Row:
 def device_row() -> Row:
     """The node /dev/iommu."""
     rdev = misc_rdev()
-    node = _host.node(_host.DEVICE)
+    node = _host.node(DEVICE)
     return {
-        "path": _host.DEVICE,
+        "path": DEVICE,
         "present": node is not None and node.rdev == rdev,
         "rdev": None if rdev is None else f"{os.major(rdev)}:{os.minor(rdev)}",
         **node_row(node),
@@ -784,7 +783,7 @@ def option_row(view: View, module: str | None) -> Row:
 
 def caller_row() -> Row:
     """Who asks."""
-    mine = names(own_status().effective)
+    mine = capability_names(own_status().effective)
     return {
         "uid": os.geteuid(),
         "initial_user_namespace": bool(in_initial_namespace("user")),
@@ -870,7 +869,7 @@ def look_at_processes(view: View, nodes: Collection[int]) -> Survey:
     if not in_initial_namespace("pid"):
         view.limit("processes", "This is not the initial pid namespace. Run the task on the host itself.")
     hides = _host.proc_hides()
-    if hides and CAP_SYS_PTRACE not in names(own_status().effective):
+    if hides and CAP_SYS_PTRACE not in capability_names(own_status().effective):
         view.limit("processes", f"/proc is mounted with {hides}. Run the task as root (become: true).")
     seen = survey(nodes)
     for what, thing, reasons in (
@@ -937,7 +936,7 @@ def iommufd_row(iommufd: HeldIommufd) -> Row:
 
 def those_that_matter(mask: int) -> list[str]:
     """Those of a process's capabilities that matter to how it is accounted."""
-    return [each for each in (CAP_IPC_LOCK, CAP_SYS_RESOURCE) if each in names(mask)]
+    return [each for each in (CAP_IPC_LOCK, CAP_SYS_RESOURCE) if each in capability_names(mask)]
 
 
 def iso8601(seconds: float) -> str:

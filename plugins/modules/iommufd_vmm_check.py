@@ -492,11 +492,11 @@ from typing import Any, Callable, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_start
-from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, insist, run_command
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Status, printable
+from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, Run, insist, run_command
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError, printable
+from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Status
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User, find_user
-from ansible_collections.virt.iommufd.plugins.module_utils._vmm import Conditions, Program, Run, Unit
+from ansible_collections.virt.iommufd.plugins.module_utils._vmm import Conditions, Program, Unit
 
 Row = dict[str, Any]
 

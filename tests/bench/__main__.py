@@ -206,11 +206,11 @@ def times(taken: float, other: float) -> str:
 # The launcher as it is on a host, and all that it does on the way to its command, but for the ioctl: /dev/null refuses
 # that one, which is warned of.
 LAUNCH = """
-import sys
+import os, sys
 sys.path.insert(0, sys.argv[1])
-from iommufd_exec import _launch
-_launch.DEVICE = "/dev/null"
-_launch.iommufd_rdevs = lambda seen: seen
+from iommufd_exec import _device, _launch
+_device.DEVICE = "/dev/null"
+_device.misc_rdev = lambda: os.stat("/dev/null").st_rdev
 sys.argv[1:] = ["--", "/bin/true", "{iommufd}"]
 sys.exit(_launch.main())
 """

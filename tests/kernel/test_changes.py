@@ -27,12 +27,12 @@ pytestmark = [pytest.mark.once, pytest.mark.usefixtures("in_place")]
 # What the module does, in this order: the function that does it, and which of its calls it is.
 STEPS: dict[str, tuple[Any, str, int]] = {
     "resolve": (PidfileTarget, "resolve", 1),
-    "hold": (_process, "_pidfd_open", 1),
+    "hold": (_process, "pidfd_open", 1),
     "resolve again": (PidfileTarget, "resolve", 2),
     "check the pidfile": (PidfileTarget, "check", 1),
     "find": (Process, "character_devices", 1),
     "look": (_borrow, "_check_is_iommufd", 1),
-    "borrow": (_process, "_pidfd_getfd", 1),
+    "borrow": (_process, "pidfd_getfd", 1),
     "check": (_borrow, "_check_is_iommufd", 2),
     "get": (IommuFd, "get", 1),
     "probe": (IommuFd, "probe", 1),

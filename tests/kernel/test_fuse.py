@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _process
+from ansible_collections.virt.iommufd.plugins.module_utils import _process, _syscalls
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
 from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
@@ -107,13 +107,13 @@ def test_a_descriptor_on_a_dead_fuse_mount(
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(PATIENCE)  # ends all of it, should the module hang
     borrowed: list[int] = []
-    original = _process._pidfd_getfd
+    original = _syscalls.pidfd_getfd
 
     def note(pidfd: int, number: int) -> int:
         borrowed.append(number)
         return original(pidfd, number)
 
-    monkeypatch.setattr(_process, "_pidfd_getfd", note)
+    monkeypatch.setattr(_process, "pidfd_getfd", note)
     try:
         if asked:
             answered = run(pid=vmm.pid, fd=fd, value="process")

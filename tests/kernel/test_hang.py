@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _child, _process
+from ansible_collections.virt.iommufd.plugins.module_utils import _child, _process, _syscalls
 from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer, in_child
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
@@ -111,7 +111,7 @@ def is_stuck(pid: int) -> bool:
 @pytest.fixture
 def sprung(trap: Trap, monkeypatch: pytest.MonkeyPatch) -> Trap:
     """The trap, with the file put in the place of the iommufd that was found there, just before it is shared."""
-    share = _process._pidfd_getfd
+    share = _syscalls.pidfd_getfd
     trap.vmm.do("put_at_signal", str(trap.file), str(trap.fd))
 
     def share_what_is_there_now(pidfd: int, fd: int) -> int:
@@ -121,7 +121,7 @@ def sprung(trap: Trap, monkeypatch: pytest.MonkeyPatch) -> Trap:
                 time.sleep(0.01)
         return share(pidfd, fd)
 
-    monkeypatch.setattr(_process, "_pidfd_getfd", share_what_is_there_now)
+    monkeypatch.setattr(_process, "pidfd_getfd", share_what_is_there_now)
     return trap
 
 

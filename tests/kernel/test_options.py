@@ -113,7 +113,7 @@ def test_a_thousand_runs_leave_no_descriptor_behind(vmm: Vmm, start: Start) -> N
 def test_the_process_itself_tells_a_shared_descriptor_from_a_new_one(vmm: Vmm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shows that these tests would notice: the mistake is reported as a success, and changes nothing."""
     with monkeypatch.context() as mistake:
-        mistake.setattr(_process, "_pidfd_getfd", lambda _pidfd, fd: os.open(f"/proc/{vmm.pid}/fd/{fd}", os.O_RDWR))
+        mistake.setattr(_process, "pidfd_getfd", lambda _pidfd, fd: os.open(f"/proc/{vmm.pid}/fd/{fd}", os.O_RDWR))
         answered = run(pid=vmm.pid, value="process")
     assert answered["changed"]
     assert answered["value"] == "process"

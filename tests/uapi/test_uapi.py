@@ -15,13 +15,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _process, _uapi
+from ansible_collections.virt.iommufd.plugins.module_utils import _syscalls, _uapi
 
 # Our name, and the C expression that must have the same value.
 NUMBERS = {name: getattr(_uapi, name) for name in _uapi.__all__ if name.isupper()}
 STRUCTS: list[tuple[type[ctypes.Structure], str]] = [
     (_uapi.IommuOption, "struct iommu_option"),
-    (_process.Statx, "struct statx"),
+    (_syscalls.Statx, "struct statx"),
 ]
 
 

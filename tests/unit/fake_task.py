@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _syscalls
 
 SETGID, SETUID, SETPCAP, IPC_LOCK, SYS_RESOURCE = 6, 7, 8, 14, 24
 LAST = 40
@@ -51,8 +52,8 @@ class FakeTask:
     # What exec says, 0 for success.
     error: int = 0
 
-    def install(self, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
-        """Puts it in the place of the kernel for a module that has a `_libc`."""
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Puts it in the place of the kernel."""
         monkeypatch.setattr(os, "getresuid", lambda: self.uids)
         monkeypatch.setattr(os, "getresgid", lambda: self.gids)
         monkeypatch.setattr(os, "geteuid", lambda: self.uids[1])
@@ -61,7 +62,7 @@ class FakeTask:
             monkeypatch.setattr(os, name, getattr(self, name))
         monkeypatch.setattr(resource, "setrlimit", self.setrlimit)
         monkeypatch.setattr(resource, "getrlimit", lambda _number: self.limit)
-        monkeypatch.setattr(module, "_libc", self)
+        monkeypatch.setattr(_syscalls, "_libc", self)
 
     def _may(self, capability: int) -> bool:
         return bool(self.effective >> capability & 1)
@@ -106,23 +107,22 @@ class FakeTask:
         self.bounding &= ~(1 << number)
         return 0
 
-    def capget(self, _header: object, sets: Any) -> int:
-        for half, each in enumerate(sets):
-            each.effective = self.effective >> 32 * half & 0xFFFFFFFF
-            each.permitted = self.permitted >> 32 * half & 0xFFFFFFFF
-            each.inheritable = self.inheritable >> 32 * half & 0xFFFFFFFF
+    def syscall(self, *_arguments: object) -> int:
+        """keyctl(2), which has a new keyring to give."""
+        return 1
+
+    def capget(self, _header: object, words: Any) -> int:
+        for place, each in enumerate((self.effective, self.permitted, self.inheritable)):
+            words[place], words[place + 3] = each & 0xFFFFFFFF, each >> 32
         return 0
 
-    def capset(self, _header: object, sets: Any) -> int:
+    def capset(self, _header: object, words: Any) -> int:
         if self.stuck == "capabilities":
             return 0
-
-        def mask(name: str) -> int:
-            return sum(int(getattr(each, name)) << 32 * half for half, each in enumerate(sets))
-
-        if mask("permitted") & ~self.permitted or mask("effective") & ~mask("permitted"):
+        effective, permitted, inheritable = (low | high << 32 for low, high in zip(words[:3], words[3:]))
+        if permitted & ~self.permitted or effective & ~permitted:
             return self._refuse(errno.EPERM)
-        self.effective, self.permitted, self.inheritable = mask("effective"), mask("permitted"), mask("inheritable")
+        self.effective, self.permitted, self.inheritable = effective, permitted, inheritable
         self.ambient &= self.permitted & self.inheritable
         return 0
 

@@ -5,13 +5,13 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import os
 import pwd
 import resource
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from operator import itemgetter
@@ -20,15 +20,16 @@ from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _child, _user
+from ansible_collections.virt.iommufd.plugins.module_utils import _child, _syscalls, _user
 from ansible_collections.virt.iommufd.plugins.module_utils._child import (
     Interrupted,
     NoAnswer,
-    answers,
+    ask_child,
     environment,
     in_child,
     insist,
     run_command,
+    spawn,
     start_command,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import NoDaemon
@@ -122,7 +123,7 @@ def test_a_child_that_its_user_may_have_had_fail(
     monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any], uid: int, kind: type[IommufdError]
 ) -> None:
     """By its limits, for one."""
-    monkeypatch.setattr(_child, "has_ids", lambda _user: True)
+    monkeypatch.setattr(_user, "has_ids", lambda _user: True)
     with pytest.raises(IommufdError, match=r"^The process that does this as user vm ") as raised:
         in_child(User("vm", uid, uid, "/"), work, 30)
     assert raised.type is kind
@@ -155,7 +156,7 @@ def test_several_answers_and_an_error() -> None:
         yield 2
         raise HostLacks("three")
 
-    said = answers(None, work, 30)
+    said = ask_child(None, work, 30)
     assert [next(said), next(said)] == [1, 2]
     with pytest.raises(HostLacks, match=r"^three$"):
         next(said)
@@ -170,7 +171,7 @@ def test_each_answer_has_a_time_of_its_own() -> None:
             yield number
         time.sleep(60)
 
-    said = answers(None, work, 1)
+    said = ask_child(None, work, 1)
     assert [next(said) for _number in range(4)] == [0, 1, 2, 3]
     with pytest.raises(NoAnswer):
         next(said)
@@ -258,15 +259,29 @@ def running(pid: str) -> bool:
 
 def test_a_child_has_a_session_and_keys_of_its_own() -> None:
     def look() -> list[Any]:
-        return [os.getsid(0) == os.getpid(), _user._libc.syscall(ctypes.c_long(number), 0, -3, 0)]
+        return [os.getsid(0) == os.getpid(), _syscalls._syscall(number, 0, -3, 0)]
 
     # KEYCTL_GET_KEYRING_ID of KEY_SPEC_SESSION_KEYRING
-    number = _user._SYS_KEYCTL.get(os.uname().machine, _user._SYS_KEYCTL_GENERIC)
-    mine = _user._libc.syscall(ctypes.c_long(number), 0, -3, 0)
+    number = _syscalls._KEYCTL.get(os.uname().machine, _syscalls._KEYCTL_GENERIC)
+    mine = _syscalls._syscall(number, 0, -3, 0)
     alone, theirs = in_child(None, look, 30)
     assert alone
     assert -1 not in (mine, theirs)
     assert theirs != mine
+
+
+@pytest.mark.parametrize(("live", "code"), [(os.getpid, 0), (lambda: itemgetter(1)([]), 1), (sys.exit, 1)])
+def test_a_child_does_nothing_but_live(live: Callable[[], object], code: int) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: os.write(writer, b"."))
+        reader, writer = os.pipe()
+        status = _child.bury(spawn(live), 30)
+        assert status is not None
+        assert os.waitstatus_to_exitcode(status) == code
+    # The stack is ours alone to unwind.
+    assert os.read(reader, 9) == b"."
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_command() -> None:
@@ -398,10 +413,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_the_steps_to_another_user(fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_child, "become", lambda user: fake.calls.append(("become", user)))
-    monkeypatch.setattr(_child, "be_private", lambda: fake.calls.append("private"))
+    monkeypatch.setattr(_user, "become", lambda user: fake.calls.append(("become", user)))
+    monkeypatch.setattr(_user, "be_private", lambda: fake.calls.append("private"))
     monkeypatch.setattr(resource, "setrlimit", lambda *given: fake.calls.append(given))
-    _child._become(VM)
+    _child._enter(VM)
     limit = (resource.RLIMIT_AS, (2**31, 2**31))
     assert fake.calls == [limit, ("become", VM), "private", ("chdir", "/"), ("umask", 0o077)]
     assert fake.environ == environment(VM)
@@ -411,10 +426,10 @@ def test_who_may_not_become_another_user(fake: SimpleNamespace, monkeypatch: pyt
     def refuse(*_given: Any) -> None:
         raise OSError(errno.EPERM, "no")
 
-    monkeypatch.setattr(_child, "become", refuse)
+    monkeypatch.setattr(_user, "become", refuse)
     monkeypatch.setattr(resource, "setrlimit", lambda *_given: None)
     with pytest.raises(IommufdError, match=r"cannot become user vm \(EPERM: .*become: true"):
-        _child._become(VM)
+        _child._enter(VM)
     assert fake.calls == []
 
 
@@ -439,16 +454,11 @@ def fail() -> None:
     ],
 )
 def test_the_childs_life(work: Callable[[], Any], said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def end(code: int) -> None:
-        raise SystemExit(code)
-
-    for name in ("end_with", "isolate", "close_all_but", "_become"):
+    for name in ("end_with", "isolate", "close_all_but", "_enter"):
         monkeypatch.setattr(_child, name, lambda *_given: None)
-    monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(_child, "_is_child", False)
     reader, writer = os.pipe()
-    with pytest.raises(SystemExit, match=r"^0$"):
-        _child._serve(1, None, lambda: (work() for _once in "1"), writer, [])
+    _child._serve(1, None, lambda: (work() for _once in "1"), writer, [])
     os.close(writer)
     with open(reader, "rb") as stream:
         assert json.loads(stream.read()) == said

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _domain
+from ansible_collections.virt.iommufd.plugins.module_utils import _device, _domain
+from ansible_collections.virt.iommufd.plugins.module_utils._device import new_iommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     Definition,
     Libvirt,
@@ -30,7 +31,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     log_end,
     log_file,
     look,
-    new_iommufd,
     obstacles,
     parse_definition,
     start,
@@ -618,7 +618,7 @@ def test_a_limit_that_is_too_low(need: int | None, words: str) -> None:
 @pytest.fixture
 def device(null_is_iommufd: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     """Every new iommufd is /dev/null, which the kernel answers for."""
-    monkeypatch.setattr(_domain, "DEVICE", os.devnull)
+    monkeypatch.setattr(_device, "DEVICE", os.devnull)
     return null_is_iommufd
 
 
@@ -635,7 +635,7 @@ def test_a_new_iommufd(device: FakeKernel) -> None:
 @pytest.mark.parametrize(
     ("path", "error", "words"),
     [
-        ("/nonexistent", HostLacks, r"^This host has no /nonexistent: load the module iommufd"),
+        ("/nonexistent", HostLacks, r"^There is no /nonexistent: load the module iommufd"),
         ("/proc/self/exe", IommufdError, r"^/proc/self/exe cannot be opened by uid [0-9]+ \(E"),
         ("/dev/zero", IommufdError, r"^/dev/zero is not the kernel's iommufd"),
         ("/proc/self/comm", IommufdError, r"^/proc/self/comm is not the kernel's iommufd"),
@@ -644,7 +644,7 @@ def test_a_new_iommufd(device: FakeKernel) -> None:
 def test_what_is_no_iommufd(
     device: FakeKernel, monkeypatch: pytest.MonkeyPatch, path: str, error: type[Exception], words: str
 ) -> None:
-    monkeypatch.setattr(_domain, "DEVICE", path)
+    monkeypatch.setattr(_device, "DEVICE", path)
     with pytest.raises(error, match=words), new_iommufd():
         pass
     assert device.calls == []

@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _grant, _states
+from ansible_collections.virt.iommufd.plugins.module_utils import _capabilities, _grant
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._grant import decide, grant, grant_patiently, main
+from ansible_collections.virt.iommufd.plugins.module_utils._grant import (
+    attribute_for_grant,
+    grant,
+    grant_patiently,
+    main,
+)
 
 # Only root may set the real one; tests/kernel does.
 XATTR = "user.stands.in"
@@ -31,7 +36,7 @@ OF_A_USER = struct.pack("<6I", 0x03000001, 1 << 7 | 1 << 21, 0, 0, 0, 1002)
 
 @pytest.fixture
 def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(_states, "_CAPABILITY", XATTR)
+    monkeypatch.setattr(_capabilities, "XATTR", XATTR)
     monkeypatch.setattr(_grant, "_PAUSE", 0.01)
     path = tmp_path / "emulator"
     path.write_bytes(b"")
@@ -56,7 +61,7 @@ def xattr(path: Path) -> bytes | None:
     ],
 )
 def test_what_is_granted(emulator: Path, before: bytes | None, after: bytes | None) -> None:
-    assert decide(before) == after
+    assert attribute_for_grant(before) == after
     if before is not None:
         os.setxattr(emulator, XATTR, before)
     link = emulator.with_name("link")
@@ -143,8 +148,8 @@ def test_the_program(emulator: Path, capsys: pytest.CaptureFixture[str], monkeyp
             os.removexattr(emulator, XATTR)
         return look_once(paths)
 
-    look_once = _grant._look
-    monkeypatch.setattr(_grant, "_look", look)
+    look_once = _grant._grant_each
+    monkeypatch.setattr(_grant, "_grant_each", look)
     assert main([str(emulator), f"{emulator}.gone"]) == 0
     assert len(looks) == 3
     assert looks[2] - looks[0] > 0.02

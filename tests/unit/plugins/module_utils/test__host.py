@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _host
+from ansible_collections.virt.iommufd.plugins.module_utils import _device, _host
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._host import Emulator, Node, VfioNode
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Writer
@@ -59,13 +59,9 @@ def test_a_node() -> None:
     assert _host.node("/nowhere") is None
 
 
-def test_ids_without_a_name() -> None:
-    assert _host._name(2**31) == _host._group_name(2**31) == str(2**31)
-
-
 def test_what_an_iommufd_of_our_own_answers(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_host, "DEVICE", os.devnull)
-    monkeypatch.setattr(_host, "misc_rdev", lambda: NULL)
+    monkeypatch.setattr(_device, "DEVICE", os.devnull)
+    monkeypatch.setattr(_device, "misc_rdev", lambda: NULL)
     assert (_host.scratch().readable, _host.scratch().settable) == (True, True)
     kernel.privileged = False
     assert (_host.scratch().readable, _host.scratch().settable) == (True, False)
@@ -77,28 +73,35 @@ def test_what_an_iommufd_of_our_own_answers(kernel: FakeKernel, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("device", "rdev", "words"),
     [
-        (os.devnull, None, "or its module is not loaded"),
-        ("/dev/zero", NULL, "/dev/zero is not the node of the device"),
-        ("/nowhere", NULL, "/nowhere is not the node of the device"),
+        (os.devnull, None, "This kernel has no iommufd: load the module"),
+        ("/dev/zero", NULL, "/dev/zero is not the kernel's iommufd but something else"),
+        ("/nowhere", NULL, "There is no /nowhere: load the module"),
     ],
 )
 def test_nothing_else_is_opened(
     kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, device: str, rdev: int | None, words: str
 ) -> None:
-    monkeypatch.setattr(_host, "DEVICE", device)
-    monkeypatch.setattr(_host, "misc_rdev", lambda: rdev)
+    monkeypatch.setattr(_device, "DEVICE", device)
+    monkeypatch.setattr(_device, "misc_rdev", lambda: rdev)
     scratch = _host.scratch()
     assert (scratch.readable, scratch.settable) == (None, None)
     assert words in scratch.msg
     assert kernel.calls == []
 
 
+def test_a_link_to_the_node_will_do(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "iommu").symlink_to(os.devnull)
+    monkeypatch.setattr(_device, "DEVICE", str(tmp_path / "iommu"))
+    monkeypatch.setattr(_device, "misc_rdev", lambda: NULL)
+    assert _host.scratch().readable
+
+
 def test_it_may_not_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_arguments: object) -> int:
         raise PermissionError(errno.EACCES, "no")
 
-    monkeypatch.setattr(_host, "DEVICE", os.devnull)
-    monkeypatch.setattr(_host, "misc_rdev", lambda: NULL)
+    monkeypatch.setattr(_device, "DEVICE", os.devnull)
+    monkeypatch.setattr(_device, "misc_rdev", lambda: NULL)
     monkeypatch.setattr(os, "open", refuse)
     assert "cannot be opened by uid" in _host.scratch().msg
 

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd, _launch
+from ansible_collections.virt.iommufd.plugins.module_utils import _device, _launch
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     BUSY,
@@ -43,7 +43,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._launch import (
     Request,
     fill,
     find_program,
-    lifts_memlock,
+    gets_ipc_lock,
     obstacle,
     parse,
     verdict,
@@ -162,8 +162,8 @@ def test_the_line_on_the_accounting(mode: int, limit: int, unlimited: bool, word
 def task(null_is_iommufd: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> FakeTask:
     """The process that runs the launcher, on a host with an iommufd and the user vm."""
     fake = FakeTask()
-    fake.install(monkeypatch, _launch)
-    monkeypatch.setattr(_launch, "DEVICE", os.devnull)
+    fake.install(monkeypatch)
+    monkeypatch.setattr(_device, "DEVICE", os.devnull)
     monkeypatch.setattr(pwd, "getpwnam", {"vm": VM, "toor": TOOR}.__getitem__)
     monkeypatch.setattr(os, "getgrouplist", lambda name, gid: GROUPS)
     # What Python does to signals when it starts.
@@ -294,7 +294,7 @@ def test_whatever_fails_starts_nothing(
 def test_a_host_without_the_device(
     task: FakeTask, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(_launch, "DEVICE", str(tmp_path / "iommu"))
+    monkeypatch.setattr(_device, "DEVICE", str(tmp_path / "iommu"))
     assert run(monkeypatch) == NO_IOMMUFD
     assert "There is no" in capfd.readouterr().err
     # A link leads wherever its owner wants.
@@ -312,7 +312,7 @@ def test_another_file_is_sent_nothing(
 ) -> None:
     for path in ("/dev/zero", str(tmp_path / "iommu")):
         (tmp_path / "iommu").write_bytes(b"")
-        monkeypatch.setattr(_launch, "DEVICE", path)
+        monkeypatch.setattr(_device, "DEVICE", path)
         assert run(monkeypatch) == NO_IOMMUFD
         assert "is not the kernel's iommufd but something else" in capfd.readouterr().err
     assert kernel.calls == []
@@ -324,7 +324,7 @@ def test_a_sandbox_that_hides_the_devices_number(
     def hidden() -> int:
         raise HostLacks("The device number is not to be had.")
 
-    monkeypatch.setattr(_iommufd, "misc_rdev", hidden)
+    monkeypatch.setattr(_device, "misc_rdev", hidden)
     assert run(monkeypatch) == NO_IOMMUFD
     assert "is not to be had" in capfd.readouterr().err
 
@@ -375,7 +375,7 @@ class Kernel(FakeTask):
 def capable(task: FakeTask, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """A host where each file gives CAP_IPC_LOCK."""
     kernel = Kernel()
-    kernel.install(monkeypatch, _launch)
+    kernel.install(monkeypatch)
     monkeypatch.setattr(os, "getxattr", lambda _path, _name: GIVES_IT)
     monkeypatch.setattr(os, "statvfs", lambda _path: SimpleNamespace(f_flag=0))
     return kernel
@@ -433,15 +433,15 @@ def test_whether_a_file_lifts_the_limit(
 ) -> None:
     for name, value in change.items():
         monkeypatch.setattr(os, name, value)
-    assert lifts_memlock("/usr/bin/qemu") is expected
+    assert gets_ipc_lock("/usr/bin/qemu") is expected
     capable.no_new_privs = 1
-    assert not lifts_memlock("/usr/bin/qemu")
+    assert not gets_ipc_lock("/usr/bin/qemu")
 
 
 def apart(script: str, **settings: Any) -> str:
     """What a program prints that has imported the launcher, away from the tests' own process."""
     code = f"import sys; sys.path[:0] = [{str(TREE)!r}]\nimport json, os\n"
-    code += f"from ansible_collections.virt.iommufd.plugins.module_utils import _launch\n{script}"
+    code += f"from ansible_collections.virt.iommufd.plugins.module_utils import _device, _launch\n{script}"
     command = [sys.executable, "-I", "-c", code]
     printed: str = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=60, **settings).stdout
     return printed
@@ -449,7 +449,7 @@ def apart(script: str, **settings: Any) -> str:
 
 @pytest.mark.parametrize("given", [{}, {"LC_CTYPE": "C"}, {"LC_ALL": "C", "A": "b=c"}, {"LC_CTYPE": "C.UTF-8"}])
 def test_the_environment_is_the_one_that_was_given(given: dict[str, str]) -> None:
-    script = "print(json.dumps({os.fsdecode(k): os.fsdecode(v) for k, v in _launch.environment().items()}))"
+    script = "print(json.dumps({os.fsdecode(k): os.fsdecode(v) for k, v in _launch.given_environment().items()}))"
     assert json.loads(apart(script, env=given)) == given
 
 
@@ -482,11 +482,11 @@ def test_a_real_program_does_not_ignore_the_signals_that_python_does() -> None:
 def test_it_needs_no_standard_streams() -> None:
     script = """
 import contextlib, fcntl
-_launch.DEVICE = os.devnull
-_launch.iommufd_rdevs = lambda seen: seen
+_device.DEVICE = os.devnull
+_device.misc_rdev = lambda: os.stat(os.devnull).st_rdev
 out = os.dup(1)
 os.closerange(0, 3)
-fd = _launch.open_iommufd()
+fd = _launch.open_device()
 _launch.say("nobody hears it")
 os.write(out, json.dumps([fd > 2, bool(fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC)]).encode())
 """
@@ -499,7 +499,7 @@ def test_help_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert raised.value.code == 0
     shown = capsys.readouterr().out
     page = (ROOT / "docs" / "iommufd-exec.8").read_text(encoding="utf-8").replace("\\-", "-")
-    options = {word for action in _launch.parser()._actions for word in action.option_strings}
+    options = {word for action in _launch.make_parser()._actions for word in action.option_strings}
     codes = {str(code) for code in (USAGE, NO_IOMMUFD, NOT_SET, NOT_BECOME, NOT_EXECUTABLE, NOT_FOUND)}
     for word in options | codes | {"CAP_SYS_RESOURCE", "CAP_SETPCAP", "CAP_SETUID", "CAP_SETGID", "SIGPIPE"}:
         assert word in shown

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _paths, _process
+from ansible_collections.virt.iommufd.plugins.module_utils import _paths
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import (
     Mount,
@@ -19,6 +19,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._paths import (
     Writer,
     check_writers,
     entries,
+    mount_id,
     parse_mount,
     reopen,
     sync,
@@ -256,7 +257,7 @@ def mounted(
 ) -> Callable[[str], str]:
     """Has the folder `mine` and all in it pass for a mount; nothing but the kernel may be asked of that."""
     mountinfo = tmp_path_factory.mktemp("proc") / "mountinfo"
-    real = _process.mount_id
+    real = _paths.mount_id
 
     def mount_id(fd: int) -> bytes:
         where = os.readlink(f"/proc/self/fd/{fd}")
@@ -340,3 +341,16 @@ def test_a_program_that_somebody_may_have_brought_along(
         assert writer_of(f"{place}/mine/file") == expected
     else:
         assert writer_of(f"{place}/mine/file") is None
+
+
+def test_mounts_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    (proc, root) = (os.open(path, os.O_PATH) for path in ("/proc", "/"))
+    try:
+        assert mount_id(proc) != mount_id(root)
+        assert mount_id(proc).isdigit()
+        monkeypatch.setattr(_paths, "_read", lambda _path: b"pos:\t0\nflags:\t0\n")
+        with pytest.raises(IommufdError, match="does not tell which mount"):
+            mount_id(proc)
+    finally:
+        os.close(proc)
+        os.close(root)

@@ -25,9 +25,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     Process,
     character_devices_in,
     is_path_only,
-    mount_id,
     own_character_device,
-    printable,
 )
 
 NULL = os.stat(os.devnull).st_rdev
@@ -153,7 +151,7 @@ def test_a_descriptor_that_is_not_there_is_gone(held: Process, fd: int) -> None:
 def test_what_pidfd_getfd_refuses(
     held: Process, monkeypatch: pytest.MonkeyPatch, number: int, exception: type[Exception], words: list[str]
 ) -> None:
-    monkeypatch.setattr(_process, "_pidfd_getfd", refuse(number))
+    monkeypatch.setattr(_process, "pidfd_getfd", refuse(number))
     for word in words:
         with pytest.raises(exception, match=word):
             held.borrow(50)
@@ -172,7 +170,7 @@ def test_what_pidfd_getfd_refuses(
 def test_what_pidfd_open_refuses(
     monkeypatch: pytest.MonkeyPatch, number: int, exception: type[Exception], words: list[str]
 ) -> None:
-    monkeypatch.setattr(_process, "_pidfd_open", refuse(number))
+    monkeypatch.setattr(_process, "pidfd_open", refuse(number))
     for word in words:
         with pytest.raises(exception, match=word), Process.hold(42):
             pass
@@ -245,31 +243,3 @@ def test_processes_that_cannot_hold_an_iommufd(
     monkeypatch.setattr(_process, "read_file", lambda path: text if name in path.split("/") else real(path))
     with pytest.raises(exception, match=words), Process.hold(child.pid):
         pass
-
-
-@pytest.mark.parametrize(
-    ("raw", "text"),
-    [
-        (b"qemu-system-x86", "qemu-system-x86"),
-        ("vm-æøå".encode(), "vm-æøå"),
-        (b"two\nlines", "two\\nlines"),
-        (b"\x1b[2J", "\\x1b[2J"),
-        (b"\xff)", "\\xff)"),
-        ("\u202etxt".encode(), "\\u202etxt"),
-    ],
-)
-def test_printable(raw: bytes, text: str) -> None:
-    assert printable(raw) == text
-
-
-def test_mounts_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    (proc, root) = (os.open(path, os.O_PATH) for path in ("/proc", "/"))
-    try:
-        assert mount_id(proc) != mount_id(root)
-        assert mount_id(proc).isdigit()
-        monkeypatch.setattr(_process, "read_file", lambda _path: b"pos:\t0\nflags:\t0\n")
-        with pytest.raises(IommufdError, match="does not tell which mount"):
-            mount_id(proc)
-    finally:
-        os.close(proc)
-        os.close(root)

@@ -8,27 +8,25 @@ import errno
 import os
 import pty
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _states
+from ansible_collections.virt.iommufd.plugins.module_utils import _capabilities, _states
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Untrusted
 from ansible_collections.virt.iommufd.plugins.module_utils._states import (
     FileState,
     NodeState,
     UnitState,
-    capability_of,
-    command,
-    group_name,
+    capability_in,
     kernels_node,
     make_folder,
     matching_nodes,
     missing_folders,
+    must_run,
     node_state,
-    owner_name,
+    open_file,
     read_file_state,
     remove_file,
     set_capability,
@@ -38,6 +36,13 @@ from ansible_collections.virt.iommufd.plugins.module_utils._states import (
     unit_states,
     write_file_state,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._user import owner_name
+
+
+def capability_of(path: str) -> bytes | None:
+    """What the file at path has."""
+    with open_file(path) as file:
+        return capability_in(file.fd, path)
 
 
 def refuse(number: int) -> Any:
@@ -47,11 +52,6 @@ def refuse(number: int) -> Any:
         raise OSError(number, os.strerror(number))
 
     return fail
-
-
-def test_names() -> None:
-    assert (owner_name(0), group_name(0)) == ("root", "root")
-    assert (owner_name(2**31 - 7), group_name(2**31 - 7)) == ("2147483641", "2147483641")
 
 
 def test_a_file_there_and_back(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def terminal() -> Iterator[str]:
 def test_a_node(terminal: str) -> None:
     before = node_state(terminal)
     assert before
-    after = replace(before, mode=0o604)
+    after = before._replace(mode=0o604)
     set_node(terminal, after)
     assert os.stat(terminal).st_mode & 0o7777 == 0o604
     assert node_state(terminal) == after
@@ -249,7 +249,7 @@ def test_what_the_kernel_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_executable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Only root may set the real one; tests/kernel does.
-    monkeypatch.setattr(_states, "_CAPABILITY", "user.stands.in")
+    monkeypatch.setattr(_capabilities, "XATTR", "user.stands.in")
     path = str(tmp_path / "program")
     Path(path).write_bytes(b"")
     assert capability_of(path) is None
@@ -348,11 +348,11 @@ def test_units() -> None:
     assert len(asked) == 2
 
 
-def test_a_command() -> None:
-    assert command(lambda _words: (0, "out", "err"), "true") == "out"
+def test_a_command_that_must_succeed() -> None:
+    assert must_run(lambda _words: (0, "out", "err"), "true") == "out"
     with pytest.raises(IommufdError, match=r"'systemctl stop' failed: no\\x1b$"):
-        command(lambda _words: (1, "out", "no\x1b\n"), "systemctl", "stop")
+        must_run(lambda _words: (1, "out", "no\x1b\n"), "systemctl", "stop")
     with pytest.raises(IommufdError, match="failed: exit code 124"):
-        command(lambda _words: (124, "", ""), "systemctl")
+        must_run(lambda _words: (124, "", ""), "systemctl")
     with pytest.raises(HostLacks, match="systemctl cannot be run \\(ENOENT"):
-        command(refuse(errno.ENOENT), "systemctl")
+        must_run(refuse(errno.ENOENT), "systemctl")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _record, _states, _steps
+from ansible_collections.virt.iommufd.plugins.module_utils import _capabilities, _record, _steps
 from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._programs import GRANT, zipapp
@@ -69,7 +69,7 @@ def a_host_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_SYSTEMD_RUNS", "_UDEV_RUNS", "_SELINUX_RUNS"):
         monkeypatch.setattr(_steps, name, str(tmp_path))
     monkeypatch.setattr(_steps, "_RESTORECON", sys.executable)
-    monkeypatch.setattr(_states, "_CAPABILITY", XATTR)
+    monkeypatch.setattr(_capabilities, "XATTR", XATTR)
 
 
 def own(content: bytes, mode: int = 0o644) -> FileState:

@@ -14,8 +14,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils import _tables
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     Descriptors,
     character_devices_in,
-    share_descriptors,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._syscalls import have_one_table
 from ansible_collections.virt.iommufd.plugins.module_utils._tables import CONTAINERS, LARGE, Budget, Tables, who_pays
 
 NULL = os.stat(os.devnull).st_rdev
@@ -61,9 +61,9 @@ def test_a_large_table_is_looked_at_once(child: subprocess.Popen[bytes], monkeyp
 
 
 def test_who_shares_a_table(child: subprocess.Popen[bytes]) -> None:
-    assert share_descriptors(child.pid, child.pid)
-    assert not share_descriptors(child.pid, os.getpid())
-    assert not share_descriptors(child.pid, 2**31 - 1)
+    assert have_one_table(child.pid, child.pid)
+    assert not have_one_table(child.pid, os.getpid())
+    assert not have_one_table(child.pid, 2**31 - 1)
 
 
 def test_an_end_to_what_is_told(child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,16 +10,18 @@ import resource
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _user
 from ansible_collections.virt.iommufd.plugins.module_utils._child import in_child
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._syscalls import prctl
 from ansible_collections.virt.iommufd.plugins.module_utils._user import (
     User,
     be_private,
     become,
     find_user,
+    group_name,
     groups_of,
     has_ids,
+    owner_name,
 )
 
 VM = User("vm", 1001, 1002, "/home/vm")
@@ -34,6 +36,12 @@ def test_find_user() -> None:
 def test_there_is_no_such_user(name: str) -> None:
     with pytest.raises(IommufdError, match=r"^This host has no user '.*': give the name of one that it has\.$"):
         find_user(name)
+
+
+def test_names_of_ids() -> None:
+    assert (owner_name(0), group_name(0)) == ("root", "root")
+    assert (owner_name(2**31 - 7), group_name(2**31 - 7)) == ("2147483641", "2147483641")
+    assert owner_name(2**31) == group_name(2**31) == str(2**31)
 
 
 def test_the_runtime_folder() -> None:
@@ -74,9 +82,9 @@ def test_the_steps_to_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_is_private() -> None:
     def look() -> list[int]:
         # PR_SET_DUMPABLE to 1, as it is after a change of user where fs.suid_dumpable is 1; PR_GET_DUMPABLE.
-        assert not _user._libc.prctl(4, 1, 0, 0, 0)
-        assert _user._libc.prctl(3, 0, 0, 0, 0)
+        assert not prctl(4, 1)
+        assert prctl(3)
         be_private()
-        return [_user._libc.prctl(3, 0, 0, 0, 0), *resource.getrlimit(resource.RLIMIT_CORE)]
+        return [prctl(3), *resource.getrlimit(resource.RLIMIT_CORE)]
 
     assert in_child(None, look, 30) == [0, 0, 0]

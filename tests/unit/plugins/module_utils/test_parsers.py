@@ -11,7 +11,7 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import parse_file_capabilities
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError, printable
 from ansible_collections.virt.iommufd.plugins.module_utils._foreign import number, parse_answer, parse_xml
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import parse_dev, parse_misc
 from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import library_version, offers_iommufd, parse_units
@@ -23,7 +23,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     parse_pidfd,
     parse_stat,
     parse_status,
-    printable,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_memory, guest_name
 from ansible_collections.virt.iommufd.plugins.module_utils._running import parse_domain_record

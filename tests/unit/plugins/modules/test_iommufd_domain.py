@@ -16,7 +16,7 @@ from typing import Any, Callable
 
 import pytest
 from ansible.module_utils import basic
-from ansible_collections.virt.iommufd.plugins.module_utils import _domain
+from ansible_collections.virt.iommufd.plugins.module_utils import _device, _domain
 from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import Libvirt
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget
@@ -50,7 +50,7 @@ def libvirt(
     """A libvirt with the domain vm1, shut off. Its emulator is the process `child`, its daemon this one."""
     fake = FakeLibvirt({"vm1": FakeDomain(XML)})
     monkeypatch.setitem(sys.modules, "libvirt", fake)
-    monkeypatch.setattr(_domain, "DEVICE", os.devnull)
+    monkeypatch.setattr(_device, "DEVICE", os.devnull)
     monkeypatch.setattr(_domain, "obstacles", lambda _devices: [])
     monkeypatch.setattr(Libvirt, "emulator_of", lambda _self, _name: PidTarget(child.pid))
     monkeypatch.setattr(Libvirt, "daemon", lambda self: self.session and PidTarget(os.getpid()))
@@ -288,7 +288,7 @@ def test_no_answer_in_time(run: Run, monkeypatch: pytest.MonkeyPatch, step: str,
 @pytest.fixture
 def limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process has no privilege and the least limit."""
-    monkeypatch.setattr(_domain, "names", lambda _mask: [])
+    monkeypatch.setattr(_domain, "capability_names", lambda _mask: [])
     monkeypatch.setattr(resource, "prlimit", lambda *_given: (0, 0))
 
 

@@ -13,14 +13,20 @@ import shutil
 import struct
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ansible.module_utils import basic
-from ansible_collections.virt.iommufd.plugins.module_utils import _apply, _grant, _record, _states, _steps, _wanted
+from ansible_collections.virt.iommufd.plugins.module_utils import (
+    _apply,
+    _capabilities,
+    _grant,
+    _record,
+    _steps,
+    _wanted,
+)
 from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._programs import EXEC, GRANT, INTERPRETER, zipapp
@@ -204,10 +210,10 @@ def host(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.setattr(_record, "_ROOT", uid)
     monkeypatch.setattr(_record, "_LOCK", f"{tmp_path}.lock")
     # Only root may set the real one; tests/kernel does.
-    monkeypatch.setattr(_states, "_CAPABILITY", XATTR)
+    monkeypatch.setattr(_capabilities, "XATTR", XATTR)
     monkeypatch.setattr(_apply, "_ROOT", uid)
     monkeypatch.setattr(_apply, "_ROOTS_GROUP", gid)
-    monkeypatch.setattr(_apply, "_NEW", replace(_apply._NEW, uid=uid, gid=gid))
+    monkeypatch.setattr(_apply, "_NEW", _apply._NEW._replace(uid=uid, gid=gid))
     monkeypatch.setattr(_apply, "_UNIT_FILES", f"{tmp_path}/systemd")
     monkeypatch.setattr(_steps, "_TOLD", {f"{tmp_path}/systemd/": "systemd", f"{tmp_path}/udev/": "udev"})
     monkeypatch.setattr(_wanted, "_LOADED", str(host.modules))
