@@ -101,7 +101,7 @@ options:
       - If given, the filter takes it as exact, and rounds the sum with O(memory) up to whole pages of 4096 bytes.
       - If not given, it may be anything up to the most that a running VM of the input pins beyond its memory, with
         O(viommu) times O(vfio_devices). The filter ignores VMs with more than one IOAS, since they may have pinned
-        their memory more than once. It also ignores VMs that pin over 1 GiB beyond their memory, since these have probably
+        their memory more than once. It also ignores VMs that pin over 1 GiB beyond their memory, since these probably
         got more memory after their start.
       - If no VM remains, it may be anything up to 1 GiB, which is what libvirt adds to a domain's memory.
     type: raw
