@@ -263,6 +263,8 @@ _AMOUNTS = ("limit", "held_user", "held_mm_locked", "held_mm_pinned", "locked", 
 def way(name: str, kernel: Kernel) -> Way:
     """How this kernel has it, by its name in WAYS."""
     found = WAYS[name]
+    if name == LEGACY and kernel.legacy_by_iommufd:
+        return WAYS[IOMMUFD_PROCESS]
     # In 6.12 io_account_mem() is called for a ring without a user, too. In 7.2 it is not; 7.1 was not looked at.
     if name == IO_URING and kernel.release < (7, 2):
         return found._replace(adds_with=frozenset({MM_PINNED}))
@@ -308,12 +310,10 @@ def _address_spaces(vm: Vm) -> list[list[Device]]:
     return list(spaces.values())
 
 
-def _way_of(device: Device, kernel: Kernel) -> str:
-    """The name of the way in which its memory is pinned, where all of that is known."""
+def _way_of(device: Device) -> str:
+    """The name of the way in which its memory is pinned, where its mode is known."""
     if device.backend == IOMMUFD:
         return IOMMUFD_PROCESS if device.mode == PROCESS else IOMMUFD_USER
-    if device.backend == LEGACY and kernel.legacy_by_iommufd:
-        return IOMMUFD_PROCESS
     return device.backend
 
 
@@ -327,7 +327,7 @@ def _pins(vm: Vm, kernel: Kernel, later: bool) -> Iterator[tuple[str, int]]:
     for wanted in (False, True) if later else (False,):
         for (device, *_others), as_it_runs in zip(spaces, runs):
             if as_it_runs is wanted:
-                yield _way_of(device, kernel), size
+                yield _way_of(device), size
 
 
 def _whole_pages(size: int, kernel: Kernel) -> int:
