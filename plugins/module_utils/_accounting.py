@@ -118,7 +118,8 @@ WAYS = {
     # infiniband/core/umem.c: ib_umem_get().
     RDMA: _way("mm_pinned", "mm_pinned", MM_PINNED),
     # io_uring/rsrc.c: io_buffer_account_pin(), for registered buffers. The capability is asked for when the ring is
-    # made, by io_uring_create(). What it leads to depends on the kernel, see way().
+    # made, by io_uring_create(). What it leads to depends on the kernel, see way(). Some kernels charge the ring itself
+    # to the user, too: 6.18 does, 6.12 and 7.2 do not.
     IO_URING: _way("user mm_pinned", "", USER),
     # kernel/events/core.c: perf_mmap(), for what is beyond kernel.perf_event_mlock_kb. kernel.perf_event_paranoid=-1
     # lifts the check, too.
