@@ -174,14 +174,14 @@ class Pin(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What of a host's kernel decides. `legacy_by_iommufd`: whether iommufd provides /dev/vfio/vfio, None if unknown.
+    """What of a host's kernel decides. `page`: the size of a page, by sysconf. `release`: two numbers of its version.
 
-    `page`: the size of a page, by sysconf. `release`: the first two numbers of its version.
+    `legacy_by_iommufd`: whether iommufd provides /dev/vfio/vfio, None if unknown.
     """
 
     page: int
     release: tuple[int, int]
-    legacy_by_iommufd: bool | None = False
+    legacy_by_iommufd: bool | None = None
 
 
 class Device(NamedTuple):
@@ -199,28 +199,28 @@ class Device(NamedTuple):
 
 
 class Vm(NamedTuple):
-    """A VM that runs, is defined, or is asked about.
+    """A VM that runs, is defined, or is asked about. What is left out is unknown.
 
     `memory`: what is pinned once for each address space. `beyond`: what is pinned beside it in each, such as firmware.
-    `limit`: its soft RLIMIT_MEMLOCK, or UNLIMITED, and `limit_by`: who gives it that. `capable`: whether it has
-    CAP_IPC_LOCK, None if unknown. `locked`: what it locks itself, by mlock, before any device. `devices`: in the order
-    in which they pin, unless that is not `ordered`. `viommu`: NO_VIOMMU, EACH, NESTED, None if unknown. `held_...`:
-    what the counters hold already. For a VM that grows, `memory` is what it gets, and they hold what it has.
+    `devices`: if `ordered`, in the order in which they pin. `limit`: its soft RLIMIT_MEMLOCK, or UNLIMITED, and
+    `limit_by`: who gives it that. `capable`: whether it has CAP_IPC_LOCK. `locked`: what it locks itself, by mlock,
+    before any device. `viommu`: NO_VIOMMU, EACH or NESTED. `held_...`: what the counters hold already. For a VM that
+    grows, `memory` is what it gets, and they hold what it has.
     """
 
     memory: Span
     devices: tuple[Device, ...]
-    limit: Span
     user: str
+    limit: Span = UNKNOWN
     limit_by: str = ""
-    capable: bool | None = False
-    beyond: Span = NOTHING
-    locked: Span = NOTHING
-    viommu: str | None = NO_VIOMMU
-    ordered: bool = True
-    held_user: Span = NOTHING
-    held_mm_locked: Span = NOTHING
-    held_mm_pinned: Span = NOTHING
+    capable: bool | None = None
+    beyond: Span = UNKNOWN
+    locked: Span = UNKNOWN
+    viommu: str | None = None
+    ordered: bool = False
+    held_user: Span = UNKNOWN
+    held_mm_locked: Span = UNKNOWN
+    held_mm_pinned: Span = UNKNOWN
 
 
 class Verdict(NamedTuple):
@@ -355,7 +355,7 @@ def _outcome(vm: Vm, kernel: Kernel, later: bool) -> _Outcome:
 
 
 def _unknown(vm: Vm, kernel: Kernel) -> dict[str, list[Any]]:
-    """What is not known and may decide, by its name in QUESTIONS, with what it may be. Of amounts, the two ends do."""
+    """What is not known and may decide, by its name in QUESTIONS, with what it may be: amounts at best and worst."""
     found: dict[str, list[Any]] = {}
     if vm.capable is None:
         found["capable"] = [False, True]
@@ -370,12 +370,25 @@ def _unknown(vm: Vm, kernel: Kernel) -> dict[str, list[Any]]:
     for name in _AMOUNTS:
         amount: Span = getattr(vm, name)
         if amount.least != amount.most:
-            found[name] = list(amount)
+            found[name] = sorted(amount, reverse=name == "limit")
     if any(device.as_it_runs for device in vm.devices):
         found["later"] = [False, True]
     if not vm.ordered and len(backends) > 1:
         found["order"] = list(permutations(sorted(backends)))
     return found
+
+
+def _worlds(unknown: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """All that may be, as answers to what is not known.
+
+    Of amounts, all at best and all at worst suffice: what is in between never fits where the best does not, nor is it
+    refused earlier than the worst, or later than the best.
+    """
+    amounts = {name: answers for name, answers in unknown.items() if name in _AMOUNTS}
+    others = {name: answers for name, answers in unknown.items() if name not in _AMOUNTS}
+    for answers in product(*others.values()):
+        for end in (0, -1) if amounts else (0,):
+            yield {**dict(zip(others, answers)), **{name: ends[end] for name, ends in amounts.items()}}
 
 
 def _settled(vm: Vm, kernel: Kernel, answers: dict[str, Any]) -> tuple[Vm, Kernel, bool]:
@@ -394,16 +407,10 @@ def _settled(vm: Vm, kernel: Kernel, answers: dict[str, Any]) -> tuple[Vm, Kerne
     )
 
 
-def _worlds(vm: Vm, kernel: Kernel) -> list[dict[str, Any]]:
-    """All that may be, as answers to what is not known."""
-    unknown = _unknown(vm, kernel)
-    return [dict(zip(unknown, answers)) for answers in product(*unknown.values())]
-
-
 def demand(vm: Vm, kernel: Kernel) -> dict[str, Span]:
     """What the VM adds to each counter, at least and at most."""
     ends = []
-    for answers in _worlds(vm, kernel):
+    for answers in _worlds(_unknown(vm, kernel)):
         known, its_kernel, later = _settled(vm, kernel, answers)
         counters = Counters()
         for name, size in _pins(known, its_kernel, later):
@@ -414,37 +421,41 @@ def demand(vm: Vm, kernel: Kernel) -> dict[str, Span]:
 
 def verdict(vm: Vm, kernel: Kernel) -> Verdict:
     """Whether the VM fits into its limit: true or false only where all that may be agrees."""
-    worlds = [(answers, _outcome(*_settled(vm, kernel, answers))) for answers in _worlds(vm, kernel)]
-    outcomes = [outcome for _answers, outcome in worlds]
-    verdicts = {outcome.fits for outcome in outcomes}
+    unknown = _unknown(vm, kernel)
+    outcomes = _outcomes(vm, kernel, unknown)
+    certain = len({outcome.fits for outcome in outcomes}) == 1
     worst = max(outcomes, key=lambda outcome: (not outcome.fits, outcome.held + outcome.size))
-    # What is not the same in all of the worst ones is not told.
+    # What is not the same in all of those that end like the worst is not told.
     alike = {(each.way, each.counter) for each in outcomes if each.fits is worst.fits and each.way}
     name, counter = (worst.way, worst.counter) if len(alike) == 1 else (None, None)
     checked = worst.way is not None
     return Verdict(
-        fits=worst.fits if len(verdicts) == 1 else None,
-        question=None if len(verdicts) == 1 else _question([(answers, each.fits) for answers, each in worlds]),
+        fits=worst.fits if certain else None,
+        question=None if certain else _question(vm, kernel, unknown),
         way=name,
         counter=counter,
         held=worst.held if checked else None,
         size=worst.size if checked else None,
         limit=worst.limit if checked else None,
-        error=None if worst.fits or name is None else WAYS[name].error,
+        error=None if worst.fits or name is None else way(name, kernel).error,
         enough=max(outcome.enough for outcome in outcomes),
     )
 
 
-def _question(worlds: list[tuple[dict[str, Any], bool]]) -> str:
-    """What to ask first: what settles it alone, else what has a part in it."""
+def _outcomes(vm: Vm, kernel: Kernel, unknown: dict[str, list[Any]]) -> list[_Outcome]:
+    return [_outcome(*_settled(vm, kernel, answers)) for answers in _worlds(unknown)]
 
-    def verdicts(name: str) -> list[set[bool]]:
-        by_answer: dict[Any, set[bool]] = {}
-        for answers, fits in worlds:
-            by_answer.setdefault(answers[name], set()).add(fits)
-        return list(by_answer.values())
 
-    unknown = [name for name in QUESTIONS if name in worlds[0][0]]
-    settling = [name for name in unknown if all(len(each) == 1 for each in verdicts(name))]
-    deciding = [name for name in unknown if any(len(each) == 1 for each in verdicts(name))]
-    return (settling or deciding or unknown)[0]
+def _question(vm: Vm, kernel: Kernel, unknown: dict[str, list[Any]]) -> str:
+    """What to ask first: what settles it alone, else what may."""
+
+    def certain(name: str) -> list[bool]:
+        """For each answer, whether it settles the matter."""
+        settled = [_outcomes(vm, kernel, {**unknown, name: [answer]}) for answer in unknown[name]]
+        return [len({outcome.fits for outcome in outcomes}) == 1 for outcomes in settled]
+
+    names = [name for name in QUESTIONS if name in unknown]
+    answered = {name: certain(name) for name in names}
+    settling = [name for name in names if all(answered[name])]
+    deciding = [name for name in names if any(answered[name])]
+    return (settling or deciding or names)[0]

@@ -100,6 +100,11 @@ def _memory(size: int) -> Memory:
     return Memory(file, mmap.mmap(file, size))
 
 
+# What must outlive the call that made it
+_kept: list[mmap.mmap] = []
+# What is needed once for each try, since only root may open it
+_MANY = 6
+
 # Pins memory, or raises OSError.
 Pinner = Callable[[Memory], None]
 
@@ -262,19 +267,28 @@ def by_vdpa(node: str) -> Pinner:
     return pin
 
 
-def by_perf(memory: Memory) -> None:
+def by_perf() -> Pinner:
     """As the buffer of an event, which takes as many pages. All of it counts while kernel.perf_event_mlock_kb is 0."""
-    event = _events.pop()
-    try:
-        _kept.append(mmap.mmap(event, memory.size))
-    except OSError:
-        _events.append(event)
-        raise
+    attributes = struct.pack("=IIQ", PERF_TYPE_SOFTWARE, PERF_ATTR_SIZE, PERF_COUNT_SW_DUMMY)
+    number = SYS_PERF_EVENT_OPEN[platform.machine()]
+    nothing = ctypes.c_ulong(0)
+    events = [
+        _checked(_libc.syscall(number, attributes.ljust(PERF_ATTR_SIZE, b"\0"), 0, -1, -1, nothing))
+        for _each in range(_MANY)
+    ]
+    return lambda memory: _kept.append(mmap.mmap(events.pop(), memory.size))
 
 
-def by_af_xdp(memory: Memory) -> None:
-    area = struct.pack("=QQIIII", memory.address, memory.size, 4096, 0, 0, 0)
-    _sockets.pop().setsockopt(SOL_XDP, XDP_UMEM_REG, area)
+def by_af_xdp() -> Pinner:
+    """As the memory of a socket for packets."""
+    sockets = [socket.socket(AF_XDP, socket.SOCK_RAW) for _each in range(_MANY)]
+
+    def pin(memory: Memory) -> None:
+        sockets.pop().setsockopt(
+            SOL_XDP, XDP_UMEM_REG, struct.pack("=QQIIII", memory.address, memory.size, 4096, 0, 0, 0)
+        )
+
+    return pin
 
 
 def by_rdma(node: str) -> Pinner:
@@ -300,22 +314,6 @@ def _verb(device: int, command: int, layout: str, arguments: bytes) -> tuple[int
     return numbers
 
 
-# What root opens for the user, and what must outlive the call that made it.
-_events: list[int] = []
-_sockets: list[socket.socket] = []
-_kept: list[mmap.mmap] = []
-# As many as any test pins, refusals included
-_MANY = 8
-
-
-def _open_events() -> None:
-    attributes = struct.pack("=IIQ", PERF_TYPE_SOFTWARE, PERF_ATTR_SIZE, PERF_COUNT_SW_DUMMY)
-    number = SYS_PERF_EVENT_OPEN[platform.machine()]
-    for _each in range(_MANY):
-        event = _libc.syscall(number, attributes.ljust(PERF_ATTR_SIZE, b"\0"), 0, -1, -1, ctypes.c_ulong(0))
-        _events.append(_checked(event))
-
-
 def _look() -> tuple[int, int]:
     """What this process has locked and pinned."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -324,8 +322,6 @@ def _look() -> tuple[int, int]:
 
 
 def _take(pinners: dict[str, Pinner], steps: list[Step], user: int) -> list[Seen]:
-    _open_events()
-    _sockets.extend(socket.socket(AF_XDP, socket.SOCK_RAW) for _each in range(_MANY))
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     change_user(user, "ipc_lock")
     seen = []

@@ -27,6 +27,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._accounting import (
     MM_LOCKED,
     MM_PINNED,
     NESTED,
+    NO_VIOMMU,
+    NOTHING,
     PERF,
     PROCESS,
     RDMA,
@@ -151,8 +153,8 @@ def openers(vdpa: str, rdma: str) -> Openers:
         VDPA: Opener(0, lambda: charges.by_vdpa(vdpa)),
         RDMA: Opener(0, lambda: charges.by_rdma(rdma)),
         IO_URING: Opener(0, lambda: charges.by_io_uring),
-        PERF: Opener(0, lambda: charges.by_perf),
-        AF_XDP: Opener(0, lambda: charges.by_af_xdp),
+        PERF: Opener(0, charges.by_perf),
+        AF_XDP: Opener(0, charges.by_af_xdp),
     }
 
 
@@ -251,7 +253,11 @@ MEMORY = exactly(FIRST)
 
 
 def vm(*devices: Device, **other: Any) -> Vm:
-    return Vm(**{"memory": MEMORY, "devices": devices, "limit": exactly(UNLIMITED), "user": "", **other})
+    known = {"memory": MEMORY, "beyond": NOTHING, "locked": NOTHING, "limit": exactly(UNLIMITED)}
+    known |= {"held_user": NOTHING, "held_mm_locked": NOTHING, "held_mm_pinned": NOTHING}
+    return Vm(
+        **{"devices": devices, "user": "", "capable": False, "viommu": NO_VIOMMU, "ordered": True, **known, **other}
+    )
 
 
 # What VMs are, with how many address spaces. Each pins the same memory once for each of them, as QEMU does.

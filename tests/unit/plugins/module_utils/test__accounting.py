@@ -22,6 +22,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._accounting import (
     MM_LOCKED,
     MM_PINNED,
     NESTED,
+    NO_VIOMMU,
     NOTHING,
     PERF,
     PROCESS,
@@ -49,7 +50,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._accounting import (
 
 MIB = 2**20
 M64, M100 = exactly(64 * MIB), exactly(100 * MIB)
-KERNEL = Kernel(4096, (6, 12))
+KERNEL = Kernel(4096, (6, 12), legacy_by_iommufd=False)
 BY_IOMMUFD = KERNEL._replace(legacy_by_iommufd=True)
 
 BY_USER = Device(IOMMUFD, "iommufd0", USER)
@@ -59,10 +60,21 @@ CONTAINER = Device(LEGACY, "container0")
 NVME = Device(LEGACY, "nvme0")
 MDEV = Device(LEGACY, "container0", as_it_runs=True)
 DPA = Device(VDPA)
+# All of a VM that is known, unless a test says otherwise
+KNOWN = {
+    "capable": False,
+    "beyond": NOTHING,
+    "locked": NOTHING,
+    "viommu": NO_VIOMMU,
+    "ordered": True,
+    "held_user": NOTHING,
+    "held_mm_locked": NOTHING,
+    "held_mm_pinned": NOTHING,
+}
 
 
 def vm(*devices: Device, **other: Any) -> Vm:
-    return Vm(**{"memory": M64, "devices": devices, "limit": M100, "user": "vm", **other})
+    return Vm(**{"memory": M64, "devices": devices, "limit": M100, "user": "vm", **KNOWN, **other})
 
 
 # Way, with CAP_IPC_LOCK: what it adds to, what is checked
@@ -253,6 +265,15 @@ def test_what_is_not_known(asked: Vm, question: str | None, counter: str | None)
     assert (told.question, told.counter) == (question, counter)
     assert (told.fits is None) is (question is not None)
     assert question is None or question in QUESTIONS
+
+
+def test_what_is_left_out_is_unknown() -> None:
+    told = verdict(Vm(M64, (ANY_MODE, CONTAINER), "vm"), Kernel(4096, (6, 12)))
+    assert (told.fits, told.question) == (None, "capable")
+    told = verdict(Vm(M64, (ANY_MODE, CONTAINER), "vm", M100, capable=False), Kernel(4096, (6, 12)))
+    assert told.fits is None
+    found = demand(Vm(M64, (ANY_MODE, CONTAINER), "vm", locked=NOTHING, beyond=NOTHING), Kernel(4096, (6, 12)))
+    assert found == {USER: Span(0, 64 * MIB), MM_LOCKED: Span(0, 128 * MIB), MM_PINNED: Span(64 * MIB, 128 * MIB)}
 
 
 def test_a_container_of_which_the_kernel_is_not_known() -> None:
