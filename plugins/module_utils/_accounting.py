@@ -394,7 +394,7 @@ def _worlds(unknown: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
 def _settled(vm: Vm, kernel: Kernel, answers: dict[str, Any]) -> tuple[Vm, Kernel, bool]:
     """The VM and the kernel with answers to all that was not known, and whether devices pin later, too."""
     modes = dict(answers.get("mode", ()))
-    devices = [each._replace(mode=modes.get(each.holder, each.mode)) for each in vm.devices]
+    devices = [each._replace(mode=each.mode or modes.get(each.holder)) for each in vm.devices]
     if "order" in answers:
         devices.sort(key=lambda device: answers["order"].index(device.backend))
     amounts: dict[str, Any] = {name: exactly(answers[name]) for name in _AMOUNTS if name in answers}

@@ -120,12 +120,14 @@ def rdma() -> Iterator[str]:
         command("ip", "link", "set", NAME, "up")
         command("rdma", "link", "add", NAME, "type", "rxe", "netdev", NAME)
         command("udevadm", "settle")
-        [device] = Path("/sys/class/infiniband", NAME, "device", "infiniband_verbs").iterdir()
-        node = Path("/dev/infiniband", device.name)
+        devices = Path("/sys/class/infiniband_verbs").glob("uverbs*")
+        [name] = [path.name for path in devices if (path / "ibdev").read_text(encoding="ascii").strip() == NAME]
+        node = Path("/dev/infiniband", name)
         node.chmod(0o666)
         yield str(node)
     finally:
         command("ip", "link", "del", NAME)
+        command("modprobe", "--remove", "rdma_rxe", "ib_uverbs", "dummy")
 
 
 class Opener(NamedTuple):

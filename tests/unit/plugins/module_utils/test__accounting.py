@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -318,3 +319,45 @@ def test_demand(asked: Vm, user: tuple[int, int], mm_locked: tuple[int, int], mm
     assert [tuple(each) for each in found.values()] == [
         (least * MIB, most * MIB) for least, most in (user, mm_locked, mm_pinned)
     ]
+
+
+AMOUNTS = ["memory", "beyond", "limit", "locked", "held_user", "held_mm_locked", "held_mm_pinned"]
+
+
+def any_vm(chance: random.Random) -> Vm:
+    """A VM of which some amounts are known to lie between others."""
+    kinds = [BY_USER, BY_PROCESS, ANY_MODE, CONTAINER, NVME, MDEV, DPA, BY_USER._replace(holder="iommufd1")]
+    ends = {name: sorted(chance.randrange(80) * MIB for _each in range(2)) for name in AMOUNTS}
+    amounts: dict[str, Any] = {
+        name: Span(*(pair if chance.randrange(2) else pair[:1] * 2)) for name, pair in ends.items()
+    }
+    return Vm(
+        devices=tuple(chance.choice(kinds) for _each in range(chance.randrange(1, 4))),
+        user="vm",
+        capable=chance.choice([False, True, None]),
+        viommu=chance.choice([NO_VIOMMU, EACH, NESTED, None]),
+        ordered=chance.choice([False, True]),
+        **amounts,
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_certain_is_so_for_every_amount_in_between(seed: int) -> None:
+    chance = random.Random(seed)
+    certain = 0
+    for _each in range(20):
+        asked = any_vm(chance)
+        told = verdict(asked, KERNEL)
+        certain += told.fits is not None
+        for _other in range(10):
+            amounts: dict[str, Any] = {name: exactly(chance.randint(*getattr(asked, name))) for name in AMOUNTS}
+            other = verdict(asked._replace(**amounts), KERNEL)
+            assert told.fits in (None, other.fits)
+            assert other.enough <= told.enough
+            if told.fits is False and told.counter:
+                assert (other.way, other.counter) == (told.way, told.counter)
+            whole, others = demand(asked, KERNEL), demand(asked._replace(**amounts), KERNEL)
+            assert all(
+                whole[name].least <= others[name].least <= others[name].most <= whole[name].most for name in others
+            )
+    assert certain
