@@ -119,18 +119,14 @@ options:
     type: path
     default: /var/lib/iommufd_host/record.json
 extends_documentation_fragment:
-  - virt.iommufd.attributes
+  - virt.iommufd._attributes
 attributes:
   check_mode:
-    support: full
     details:
       - Nothing is changed; what would be is returned. Whether a program starts is not tried.
   diff_mode:
-    support: full
     details:
       - It shows what is put back, written and granted. Of a file with a block it shows the block alone.
-  idempotent:
-    support: full
 requirements:
   - Python 3.9 or later with C(ctypes) on the host; Debian's package C(python3) has it, C(python3-minimal) has not.
   - For O(units), systemd. For O(nodes), udev. For O(modules), C(modprobe).

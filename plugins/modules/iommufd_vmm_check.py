@@ -87,18 +87,12 @@ options:
     type: bool
     default: false
 extends_documentation_fragment:
-  - virt.iommufd.attributes
+  - virt.iommufd._attributes.info_module
 attributes:
   check_mode:
     support: full
     details:
       - Everything that does not start anything is done as always. What would be started is not.
-  diff_mode:
-    support: none
-    details:
-      - It changes nothing.
-  idempotent:
-    support: full
 requirements:
   - Python 3.9 or later with C(ctypes) on the host; Debian's package C(python3) has it, C(python3-minimal) has not.
   - systemd for O(units); C(virsh) for O(domain); C(runuser) for O(users).
