@@ -69,18 +69,7 @@ options:
     elements: path
     default: []
 extends_documentation_fragment:
-  - virt.iommufd.attributes
-attributes:
-  check_mode:
-    support: full
-    details:
-      - This module changes nothing.
-  diff_mode:
-    support: none
-    details:
-      - This module changes nothing.
-  idempotent:
-    support: full
+  - virt.iommufd._attributes.info_module
 requirements:
   - Python 3.9 or later with C(ctypes) on the host; Debian's package C(python3) has it, C(python3-minimal) has not.
 notes:
