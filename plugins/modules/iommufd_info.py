@@ -375,8 +375,9 @@ host:
           sample: null
         cap_sys_resource:
           description:
-            - Whether the daemon has CAP_SYS_RESOURCE, without which it cannot set the mode. Of the running daemon, else
-              what its unit would give it.
+            - Whether the daemon has CAP_SYS_RESOURCE, without which it cannot set the mode, and may use it. Of the
+              running daemon, else what its unit would give it.
+            - SELinux's policy may deny the use of a capability that the process has. Where it is in force, it is asked.
             - V(null) where that cannot be told.
           type: bool
           sample: true

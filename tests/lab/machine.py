@@ -316,7 +316,7 @@ class Machine:
             *("-qmp", "unix:qmp,server=on,wait=off"),
             *("-kernel", str(kernel / "bzImage")),
             *("-initrd", str(kernel / "initrd.img")),
-            *("-append", " ".join(_PARAMETERS)),
+            *("-append", " ".join((*_PARAMETERS, *self.guest.parameters))),
             *("-drive", "if=none,id=root,file=disk.qcow2,format=qcow2,cache=unsafe"),
             *("-drive", f"if=none,id=modules,file={_comma(kernel / self.guest.modules)}.img,format=raw,readonly=on"),
             *("-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:22"),
