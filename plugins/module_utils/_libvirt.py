@@ -121,8 +121,8 @@ class Libvirt(NamedTuple):
     """The system libvirt. `installed` is the version of the library on disk, `version` that of the running daemon.
 
     Where the daemon does not run, or its memory map may not be read, they are the same. None is what cannot be told,
-    and `msg` tells why; `pid` is None where it does not run, and `unit` where there is none. `may` is whether the daemon
-    has CAP_SYS_RESOURCE and may use it, and `why` what a security module has to do with that.
+    and `msg` tells why; `pid` is None where it does not run, and `unit` where there is none. `may` is whether the
+    daemon has CAP_SYS_RESOURCE and may use it, and `why` what SELinux has to do with that.
     """
 
     version: Version | None
@@ -239,8 +239,8 @@ def sets_rlimit_mode(libvirt: Libvirt, offers: bool | None) -> tuple[bool | None
     if not libvirt.may and libvirt.why:
         return (
             False,
-            f"libvirt {version} cannot set per-process accounting: {who} with CAP_SYS_RESOURCE, but {libvirt.why}. Allow"
-            f" it in a policy module of your own.{behind}",
+            f"libvirt {version} cannot set per-process accounting: {who} with CAP_SYS_RESOURCE, but {libvirt.why}."
+            f" Allow it in a policy module of your own.{behind}",
         )
     if not libvirt.may:
         return (

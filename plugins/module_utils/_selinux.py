@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Private to this collection: whether SELinux lets a process use a capability, which /proc/PID/status shows all the same.
+"""Private to this collection: whether SELinux lets a process use a capability that /proc/PID/status shows.
 
 The policy that is in force is asked, by selinuxfs (security/selinux/selinuxfs.c). Nothing is tried.
 """
@@ -35,8 +35,8 @@ class Verdict(NamedTuple):
 def lets_use(capability: str, context: Callable[[], str]) -> Verdict:
     """Whether a process may use a capability that it has in the initial user namespace, as far as SELinux goes.
 
-    `capability` is one of the first 32, such as `cap_sys_resource`. `context` gives the process's context, and is called
-    where SELinux is in force. See cred_has_capability() in security/selinux/hooks.c.
+    `capability` is one of the first 32, such as `cap_sys_resource`. `context` gives the process's context, and is
+    called where SELinux is in force. See cred_has_capability() in security/selinux/hooks.c.
     """
     if not _enforces():
         return Verdict(True)
@@ -48,9 +48,13 @@ def lets_use(capability: str, context: Callable[[], str]) -> Verdict:
         if int(allowed, 16) & bit or int(flags, 16) & _PERMISSIVE:
             return Verdict(True)
     except OSError as exc:
-        return Verdict(None, f"SELinux is in force, and its policy cannot be asked for {permission} ({error_text(exc.errno)})")
+        return Verdict(
+            None, f"SELinux is in force, and its policy cannot be asked for {permission} ({error_text(exc.errno)})"
+        )
     except ValueError:
-        return Verdict(None, f"SELinux is in force, and its answer for {permission} is of a form that is not known here")
+        return Verdict(
+            None, f"SELinux is in force, and its answer for {permission} is of a form that is not known here"
+        )
     return Verdict(False, f"SELinux's policy denies {permission} to {who}")
 
 

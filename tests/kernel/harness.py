@@ -243,7 +243,7 @@ class Acts(Pinner):
         return {}
 
     def vdpa_map(self, size: str) -> Answer:
-        """Maps so many bytes for the vDPA device. In a batch, what is in pieces is handed to it once, not piece by piece."""
+        """Maps so many bytes for the vDPA device. It gets all pieces of them at once, in a batch."""
         memory = mmap.mmap(-1, int(size))
         self._memory.append(memory)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))

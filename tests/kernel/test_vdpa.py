@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What a vDPA device pins is held against the limit together with what an iommufd pins, and no capability lifts that."""
+"""What a vDPA device pins is held against the limit with what an iommufd pins, and no capability lifts that."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ansible_collections.virt.iommufd.tests.kernel.harness import DEVICES, MIB, 
 
 NAME = "kernel-test"
 SIZE = 24 * MIB
-# An entry for each piece of memory that is not contiguous. With the 2048 that both have by default, memory of more pieces
-# is refused like memory beyond the limit.
+# One for each contiguous piece of memory. With the 2048 that both have by default, memory of more pieces is refused like
+# memory beyond the limit.
 ENTRIES = "max_iotlb_entries=65536"
 
 

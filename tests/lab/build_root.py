@@ -130,12 +130,12 @@ def _build(root: Root, work: Path) -> Mapping[str, Any]:
     progress = Progress(f"root {root.name}: making the disk")
     tree = work / "tree"
     script = (
-        'archive=$1 tree=$2 image=$3 size=$4 && shift 4 && '
+        "archive=$1 tree=$2 image=$3 size=$4 && shift 4 && "
         # What devtmpfs will hold is left out.
         'mkdir "$tree" && '
         'tar -xf "$archive" -C "$tree" --numeric-owner --exclude="./dev/*" --xattrs --xattrs-include="*" '
         # semodule labels its own files, where the build is root's. Under fakeroot tar makes files of no type of them.
-        '--pax-option=delete=SCHILY.xattr.security.selinux && '
+        "--pax-option=delete=SCHILY.xattr.security.selinux && "
         '"$@" && '
         # No tables are left for the guest to fill in while it boots.
         'mke2fs -q -t ext4 -L root -m 0 -N 131072 -E lazy_itable_init=0,lazy_journal_init=0 -d "$tree" "$image" "$size"'

@@ -4,8 +4,8 @@
 
 """Labels a tree of files for SELinux, as setfiles(8) does: `fakeroot ... label.py TREE CONTEXTS`.
 
-Under fakeroot, no privilege is needed, and mke2fs takes the labels along. So the guest need not label itself as it boots
-for the first time, which takes minutes. What is asked is libselinux, which every Debian system has.
+Under fakeroot, no privilege is needed, and mke2fs takes the labels along. So the guest need not label itself as it
+boots for the first time, which takes minutes. What is asked is libselinux, which every Debian system has.
 """
 
 from __future__ import annotations
