@@ -16,8 +16,8 @@ from ansible_collections.virt.iommufd.tests.kernel.harness import DEVICES, MIB, 
 
 NAME = "kernel-test"
 SIZE = 24 * MIB
-# One for each contiguous piece of memory. With the 2048 that both have by default, memory of more pieces is refused like
-# memory beyond the limit.
+# One for each contiguous piece of memory. Both have 2048 by default, and memory of more pieces is refused like memory
+# beyond the limit.
 ENTRIES = "max_iotlb_entries=65536"
 
 
