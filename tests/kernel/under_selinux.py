@@ -7,19 +7,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ansible_collections.virt.iommufd.tests.kernel.harness import CAPABILITIES, Answer
+from ansible_collections.virt.iommufd.tests.kernel.harness import CAPABILITIES, DEVICES, Answer
 from ansible_collections.virt.iommufd.tests.kernel.info import look, status_of
 from ansible_collections.virt.iommufd.tests.kernel.test_domains import DOMAIN, STATE, virsh
 
 NAME = "kernel-test"
 EMULATOR = "/usr/libexec/qemu-kvm"
 DAEMON = "system_u:system_r:virtd_t:s0"
+DOMAINS = "system_u:system_r:svirt_t:s0:c1,c2"
+SELINUX = Path("/sys/fs/selinux")
 
 
 def said(*command: str) -> str:
@@ -28,6 +31,18 @@ def said(*command: str) -> str:
 
 def context(pid: int) -> str:
     return Path(f"/proc/{pid}/attr/current").read_text().rstrip("\0\n")
+
+
+def allowed(subject: str, path: str) -> set[str]:
+    """What the policy in force lets a process of that context do with a device node."""
+    kind = SELINUX / "class" / "chr_file"
+    fd = os.open(SELINUX / "access", os.O_RDWR)
+    try:
+        os.write(fd, f"{subject} {said('stat', '--format=%C', path)} {(kind / 'index').read_text()}".encode())
+        mask = int(os.pread(fd, 4096, 0).split()[0], 16)
+    finally:
+        os.close(fd)
+    return {each.name for each in (kind / "perms").iterdir() if mask >> (int(each.read_text()) - 1) & 1}
 
 
 @pytest.fixture
@@ -80,6 +95,12 @@ def test_a_domain_is_confined(daemon: int, tmp_path: Path) -> None:
         assert said("ps", "-o", "user=,group=", "-p", str(pid)).split() == ["qemu", "qemu"]
     finally:
         virsh("destroy", NAME)
+
+
+def test_what_an_emulator_may_open_by_itself() -> None:
+    assert {"open", "read", "write"} <= allowed(DOMAINS, "/dev/null")
+    for path in ("/dev/iommu", *DEVICES):
+        assert not {"open", "read", "write", "ioctl"} & allowed(DOMAINS, path)
 
 
 def test_the_emulator_is_a_file_of_its_own() -> None:
