@@ -19,6 +19,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     sets_rlimit_mode,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
+from ansible_collections.virt.iommufd.plugins.module_utils._selinux import Verdict
 
 HOSTDEV = "<devices><hostdev><enum name='iommufd'>%s</enum></hostdev></devices>"
 ALL = "cap_chown cap_sys_resource cap_ipc_lock"
@@ -58,6 +59,12 @@ def test_the_version_is_in_the_librarys_name(text: bytes, version: tuple[int, in
 def test_what_a_unit_would_run_with(properties: dict[str, str], may: bool) -> None:
     (shown,) = parse_units(unit("virtqemud.service", **properties))
     assert shown.may is may
+
+
+def test_what_a_unit_would_start() -> None:
+    started = "{ path=/usr/sbin/virtqemud ; argv[]=/usr/sbin/virtqemud --timeout 120 ; ignore_errors=no }"
+    (shown,) = parse_units(unit("virtqemud.service", ExecStart=started, SELinuxContext="-a:b:c"))
+    assert (shown.program, shown.context) == ("/usr/sbin/virtqemud", "a:b:c")
 
 
 def answer(*units: str) -> _libvirt.Run:
@@ -103,6 +110,22 @@ def test_it_has_just_ended() -> None:
     found = look(answer(unit("virtqemud.service", MainPID="2147483647")))
     assert found.pid is None
     assert found.may is True
+
+
+@pytest.mark.parametrize("pid", [0, os.getpid(), 2147483647])
+@pytest.mark.parametrize(("allowed", "may"), [(True, True), (False, False), (None, None)])
+def test_what_selinux_leaves(monkeypatch: pytest.MonkeyPatch, pid: int, allowed: bool | None, may: bool | None) -> None:
+    monkeypatch.setattr(_libvirt, "names", lambda _mask: ("cap_sys_resource",))
+    monkeypatch.setattr(_libvirt, "lets_use", lambda _capability, _context: Verdict(allowed, "so it is"))
+    monkeypatch.setattr(Process, "in_initial_user_namespace", lambda _self: True)
+    found = look(answer(unit("virtqemud.service", MainPID=str(pid))))
+    assert (found.may, found.why) == (may, "so it is")
+
+
+def test_what_a_daemon_has_not_selinux_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_libvirt, "lets_use", pytest.fail)
+    found = look(answer(unit("virtqemud.service", CapabilityBoundingSet="")))
+    assert (found.may, found.why) == (False, "")
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -164,6 +187,13 @@ def libvirt(version: Any = (12, 8, 0), **other: Any) -> Libvirt:
             None,
             "libvirt 12.8.0 sets per-process accounting if its daemon has CAP_SYS_RESOURCE",
         ),
+        (
+            libvirt(may=False, why="SELinux's policy denies sys_resource to a:b:c"),
+            None,
+            False,
+            "its daemon runs with CAP_SYS_RESOURCE, but SELinux's policy denies sys_resource to a:b:c. Allow it",
+        ),
+        (libvirt(may=None, why="SELinux is silent"), None, None, "which cannot be told. SELinux is silent."),
         (libvirt(), False, False, "libvirt 12.8.0 could set per-process accounting, but does not offer iommufd"),
         (libvirt(None), None, None, "The version of libvirt cannot be told"),
         (libvirt(unit=None), None, False, "There is no system libvirt"),
