@@ -319,8 +319,9 @@ from functools import partial
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer, in_child
-from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
+
+from ..module_utils._child import NoAnswer, in_child
+from ..module_utils._domain import (
     Libvirt,
     NoDaemon,
     Seen,
@@ -336,8 +337,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     unit_from_json,
     version_text,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
+from ..module_utils._errors import IommufdError
+from ..module_utils._iommufd import (
     BUSY,
     CHANGED,
     RLIMIT_MODE,
@@ -346,7 +347,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     explain,
     new_iommufd,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._user import find_user
+from ..module_utils._user import find_user
 
 URIS = ("qemu:///session", "qemu:///system")
 SHUT_OFF = "shut off"

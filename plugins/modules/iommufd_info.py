@@ -669,8 +669,9 @@ from collections.abc import Collection
 from typing import Any, Callable, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.virt.iommufd.plugins.module_utils import _host
-from ansible_collections.virt.iommufd.plugins.module_utils._budget import (
+
+from ..module_utils import _host
+from ..module_utils._budget import (
     Account,
     Total,
     account_notes,
@@ -680,22 +681,22 @@ from ansible_collections.virt.iommufd.plugins.module_utils._budget import (
     largest_limit,
     total,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import (
+from ..module_utils._capabilities import (
     CAP_IPC_LOCK,
     CAP_SYS_PTRACE,
     CAP_SYS_RESOURCE,
     names,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError, error_text, printable
-from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, Survey, survey
-from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import DEVICE, misc_rdev
-from ansible_collections.virt.iommufd.plugins.module_utils._process import (
+from ..module_utils._child import run_command
+from ..module_utils._errors import IommufdError, error_text, printable
+from ..module_utils._holders import HeldIommufd, Holder, Survey, survey
+from ..module_utils._iommufd import DEVICE, misc_rdev
+from ..module_utils._process import (
     in_initial_namespace,
     own_status,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._running import domain_record
-from ansible_collections.virt.iommufd.plugins.module_utils._user import user_name
+from ..module_utils._running import domain_record
+from ..module_utils._user import user_name
 
 Row = dict[str, Any]
 # Runs a command and gives its exit code, output and errors.
@@ -841,7 +842,7 @@ def said(code: int, output: str, errors: str) -> str:
 def libvirt_row(view: View, slow: bool, run: Run) -> Row:
     """The system libvirt, asked for a domain's capabilities where that is wanted."""
     # A look at processes alone needs it not, and a module pays for each import on each host anew.
-    from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt
+    from ..module_utils import _libvirt
 
     libvirt = _libvirt.look(run)
     if libvirt.msg:

@@ -266,15 +266,16 @@ from typing import Any, NamedTuple, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.parsing.convert_bool import boolean
-from ansible_collections.virt.iommufd.plugins.module_utils._borrow import borrow_iommufd, find_iommufds
-from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer, in_child, run_command
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
+
+from ..module_utils._borrow import borrow_iommufd, find_iommufds
+from ..module_utils._child import NoAnswer, in_child, run_command
+from ..module_utils._errors import (
     DescriptorGone,
     IommufdError,
     NotAnIommufd,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._foreign import first_of
-from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
+from ..module_utils._foreign import first_of
+from ..module_utils._iommufd import (
     CHANGED,
     FAILED,
     HUGE_PAGES,
@@ -288,8 +289,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     explain,
     misc_rdev,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
-from ansible_collections.virt.iommufd.plugins.module_utils._target import (
+from ..module_utils._process import Process
+from ..module_utils._target import (
     DomainTarget,
     PidfileTarget,
     PidTarget,

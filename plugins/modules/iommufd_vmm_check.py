@@ -491,12 +491,13 @@ from functools import partial
 from typing import Any, Callable, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_start
-from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, insist, run_command
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError, printable
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Status
-from ansible_collections.virt.iommufd.plugins.module_utils._user import User, find_user
-from ansible_collections.virt.iommufd.plugins.module_utils._vmm import Conditions, Program, Run, Unit
+
+from ..module_utils import _vmm, _vmm_start
+from ..module_utils._child import Interrupted, insist, run_command
+from ..module_utils._errors import AccessRefused, IommufdError, printable
+from ..module_utils._process import Limit, Status
+from ..module_utils._user import User, find_user
+from ..module_utils._vmm import Conditions, Program, Run, Unit
 
 Row = dict[str, Any]
 
