@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ._grant import decide
 from ._record import BLOCK, CAPABILITY, FILE, MODULE, NODE, RELABEL, RESTART, SYSTEMD, UDEV, UNIT
-from ._states import BEGIN, END, FileState, NodeState, UnitState, setting_of, split_block
+from ._states import BEGIN, END, FileState, NodeState, setting_of, split_block
 from ._steps import (
     EnableUnit,
     FollowRules,
@@ -28,6 +28,7 @@ from ._steps import (
     shown_capabilities,
     shown_content,
 )
+from ._systemd import UnitState
 from ._wanted import View, Wanted, WantedFile, about
 
 __all__ = (
@@ -63,7 +64,7 @@ def after(steps: list[Step], view: View) -> View:
     for step in steps:
         if isinstance(step.effect, StopUnit):
             now = units[step.path]
-            units[step.path] = replace(now, active=False, enabled=now.enabled and not step.effect.disable)
+            units[step.path] = now._replace(active=False, enabled=now.enabled and not step.effect.disable)
     return replace(view, units=units)
 
 
@@ -173,7 +174,7 @@ def _follows(node: NodeState, wanted: Wanted, view: View) -> bool:
 def _enable(name: str, now: UnitState) -> list[Step]:
     if now.enabled:
         return []
-    return [Step(UNIT, name, EnableUnit(name), f"{name} is enabled.", f"{now}\n", f"{replace(now, enabled=True)}\n")]
+    return [Step(UNIT, name, EnableUnit(name), f"{name} is enabled.", f"{now}\n", f"{now._replace(enabled=True)}\n")]
 
 
 def _run(name: str, now: UnitState, files: list[Step], due: Iterable[tuple[str, str]]) -> list[Step]:
@@ -181,5 +182,5 @@ def _run(name: str, now: UnitState, files: list[Step], due: Iterable[tuple[str, 
     if now.active and not rewritten and (RESTART, name) not in due:
         return []
     says = f"{name} is started{' anew' if now.active else ''}."
-    sides = (f"{now}\n", f"{replace(now, active=True)}\n") if not now.active else ("", "")
+    sides = (f"{now}\n", f"{now._replace(active=True)}\n") if not now.active else ("", "")
     return [Step(UNIT, name, RunUnit(name, now.active), says, *sides)]

@@ -33,6 +33,7 @@ from ._iommufd import RLIMIT_MODE, IommuFd, Result
 from ._process import Limit, Process
 from ._qemu import guest_name
 from ._size import SIZE_MAX, human_size
+from ._systemd import run_service, show_units, tell
 from ._target import DomainTarget, PidfileTarget, escaped, hold_target, patiently
 from ._user import User, user_name
 
@@ -422,9 +423,11 @@ def start_daemon(uri: str, user: str) -> str | None:
             unit = _start_unit(user)
             break
         except NoDaemon:
+            raise
+        except IommufdError as exc:
             # What was there of a transient service when it was looked for may be gone, and the other way round.
             if attempt == _ATTEMPTS - 1:
-                raise
+                raise NoDaemon(f"libvirt's daemon could not be had started: {exc}") from exc
         time.sleep(_PAUSE)
         with contextlib.suppress(NoDaemon), _connected(uri):
             return None
@@ -443,45 +446,34 @@ def start_daemon(uri: str, user: str) -> str | None:
 
 
 def _start_unit(user: str) -> str:
-    """Has the service manager start libvirt's daemon; the name of the unit. Raises NoDaemon."""
+    """Has the service manager start libvirt's daemon; the name of the unit. Raises IommufdError."""
     units = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("socket", "service")]
-    shown = _systemd("systemctl", "--user", "show", "--no-pager", "--property=Id,LoadState", "--", *units)
-    for block in shown.split("\n\n"):
-        said = dict(line.partition("=")[::2] for line in block.splitlines())
+    for each in show_units(_run_as_user, units, ("Id", "LoadState"), user=True):
         # It may be a transient service that we made. The service manager keeps it, and its name is not free, while
         # there are processes in its control group: emulators and virtlogd outlive the daemon.
-        if said.get("LoadState") == "loaded":
-            _systemd("systemctl", "--user", "start", "--", said["Id"])
-            return said["Id"]
+        if each.get("LoadState") == "loaded":
+            tell(_run_as_user, "start", each["Id"], user=True)
+            return each["Id"]
     return _run_daemon(user)
 
 
 def _run_daemon(user: str) -> str:
-    """Has the service manager run the daemon as a transient service; the service's name. Raises NoDaemon."""
+    """Has the service manager run the daemon as a transient service; the service's name. Raises IommufdError."""
     for daemon in _DAEMONS:
         program = shutil.which(daemon, path=_FOLDERS)
         if program is not None:
             unit = f"{daemon}.service"
             # The emulators and virtlogd are in its control group, and have to outlive it.
-            properties = ["--property=KillMode=process", f"--property=Description=libvirt of user {user}"]
-            _systemd(
-                *("systemd-run", "--user", "--quiet", "--collect", "--service-type=notify", f"--unit={unit}"),
-                *(*properties, "--", program, _IDLE),
-            )
+            properties = ["KillMode=process", f"Description=libvirt of user {user}"]
+            options = ["--collect", "--service-type=notify"]
+            run_service(_run_as_user, unit, [program, _IDLE], properties, *options, user=True)
             return unit
     raise NoDaemon(f"This host has no libvirt daemon that drives QEMU: there is no {' and no '.join(_DAEMONS)}.")
 
 
-def _systemd(*command: str) -> str:
-    """The output of a command that speaks to the user's service manager. Raises NoDaemon."""
-    try:
-        code, output, errors = run_command(command, variables=dict(os.environ))
-    except OSError as exc:
-        raise NoDaemon(f"{command[0]} cannot be run ({error_text(exc.errno)}).") from exc
-    if code:
-        said = printable(os.fsencode(" ".join(errors.split()))) or f"exit code {code}"
-        raise NoDaemon(f"libvirt's daemon could not be had started: '{' '.join(command)}' says: {said}")
-    return output
+def _run_as_user(words: list[str]) -> tuple[int, str, str]:
+    """Runs a command that speaks to the user's service manager."""
+    return run_command(words, variables=dict(os.environ))
 
 
 @dataclass(frozen=True)

@@ -12,26 +12,25 @@ from __future__ import annotations
 import glob
 import os
 import re
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from ._capabilities import CAP_SYS_RESOURCE, names
-from ._errors import AccessRefused, IommufdError, error_text, printable
+from ._errors import AccessRefused, IommufdError
 from ._foreign import parse_xml
 from ._process import Process
+from ._systemd import Run, show_units
 
 __all__ = (
     "Libvirt",
-    "Run",
     "Unit",
     "library_version",
     "look",
     "offers_iommufd",
-    "parse_units",
     "sets_rlimit_mode",
+    "unit_of",
     "version_text",
 )
 
-Run = Callable[["list[str]"], "tuple[int, str, str]"]
 Version = tuple[int, int, int]
 
 # libvirt's NEWS, and src/util/viriommufd.c.
@@ -81,27 +80,21 @@ class Unit(NamedTuple):
     may: bool | None
 
 
-def parse_units(text: str) -> list[Unit]:
-    """Reads the output of `systemctl show` for several units, which are set apart by empty lines."""
-    units = []
-    for block in text.split("\n\n"):
-        shown = {key: value for key, equals, value in (line.partition("=") for line in block.splitlines()) if equals}
-        pid = shown.get("MainPID", "0")
-        bounding = shown.get("CapabilityBoundingSet")
-        # Root gets all of the bounding set; anybody else what is ambient.
-        given = bounding if shown.get("User", "") in ("", "root", "0") else shown.get("AmbientCapabilities")
-        initial = shown.get("PrivateUsers", "no") == "no"
-        units.append(
-            Unit(
-                name=shown.get("Id", ""),
-                there=shown.get("LoadState") == "loaded",
-                active=shown.get("ActiveState") == "active",
-                pid=int(pid) if re.fullmatch(r"[0-9]{1,10}", pid) else 0,
-                initial=initial,
-                may=None if given is None else initial and CAP_SYS_RESOURCE in given.split(),
-            )
-        )
-    return units
+def unit_of(shown: dict[str, str]) -> Unit:
+    """A unit by what systemd shows of it."""
+    pid = shown.get("MainPID", "0")
+    bounding = shown.get("CapabilityBoundingSet")
+    # Root gets all of the bounding set; anybody else what is ambient.
+    given = bounding if shown.get("User", "") in ("", "root", "0") else shown.get("AmbientCapabilities")
+    initial = shown.get("PrivateUsers", "no") == "no"
+    return Unit(
+        name=shown.get("Id", ""),
+        there=shown.get("LoadState") == "loaded",
+        active=shown.get("ActiveState") == "active",
+        pid=int(pid) if re.fullmatch(r"[0-9]{1,10}", pid) else 0,
+        initial=initial,
+        may=None if given is None else initial and CAP_SYS_RESOURCE in given.split(),
+    )
 
 
 class Libvirt(NamedTuple):
@@ -120,22 +113,14 @@ class Libvirt(NamedTuple):
 
 
 def look(run: Run) -> Libvirt:
-    """Looks at the library and the daemon. `run` runs a command and gives its exit code, output and errors.
-
-    It is asked of systemd's manager, which is awake: systemctl shows a unit without starting it.
-    """
+    """Looks at the library, and asks systemd for the daemon. `run` is as _systemd has it."""
     files = (path.encode("utf-8", "surrogateescape") for pattern in _LIBRARIES for path in glob.glob(pattern))
     installed = library_version(b"\n".join(files))
-    names_ = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("service", "socket")]
-    command = ["systemctl", "show", "--no-pager", f"--property={','.join(_PROPERTIES)}", "--", *names_]
+    services = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("service", "socket")]
     try:
-        code, output, errors = run(command)
-    except OSError as exc:
-        code, output, errors = 1, "", error_text(exc.errno)
-    if code:
-        why = printable(" ".join(errors.split()).encode("utf-8", "surrogateescape")) or f"exit code {code}"
-        return Libvirt(installed, installed, None, None, None, f"systemd cannot be asked for libvirt's daemon: {why}.")
-    units = parse_units(output)
+        units = [unit_of(shown) for shown in show_units(run, services, _PROPERTIES)]
+    except IommufdError as exc:
+        return Libvirt(installed, installed, None, None, None, str(exc))
     unit = _choose(units)
     if unit is None:
         # In a chroot it says nothing and succeeds.

@@ -19,7 +19,8 @@ from typing import Any
 
 from ._errors import AccessRefused, IommufdError, error_text, shown_path
 from ._paths import Untrusted, reopen, walk
-from ._states import FileState, NodeState, UnitState, make_folder, remove_file, write_file_state
+from ._states import FileState, NodeState, make_folder, remove_file, write_file_state
+from ._systemd import UnitState
 
 __all__ = (
     "BLOCK",

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, NamedTuple
 
 from ._capabilities import read_xattr, write_xattr
-from ._errors import HostLacks, IommufdError, error_text, printable, shown_path
+from ._errors import IommufdError, error_text, shown_path
 from ._paths import Place, entries, reopen, sync, walk
 from ._user import group_name, owner_name
 
@@ -33,11 +33,8 @@ __all__ = (
     "FileState",
     "NodeState",
     "OpenFile",
-    "Run",
-    "UnitState",
     "capability_in",
     "capability_of",
-    "command",
     "device_of",
     "is_unfinished",
     "kernels_node",
@@ -54,12 +51,8 @@ __all__ = (
     "set_node",
     "setting_of",
     "split_block",
-    "unit_states",
     "write_file_state",
 )
-
-# Runs a command and gives its exit code, output and errors, as run_command of _child does.
-Run = Callable[[list[str]], "tuple[int, str, str]"]
 
 BEGIN = b"# BEGIN iommufd_host"
 END = b"# END iommufd_host"
@@ -461,49 +454,3 @@ def setting_of(text: str, name: str) -> list[str] | None:
             return values
         values += [value for value in each.groups()[:2] if value is not None]
     return None
-
-
-@dataclass(frozen=True)
-class UnitState:
-    """A systemd unit. `triggers` are the units that it starts, as those of type path and timer do."""
-
-    exists: bool
-    enabled: bool
-    active: bool
-    triggers: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{'enabled' if self.enabled else 'disabled'}, {'active' if self.active else 'inactive'}"
-
-
-def command(run: Run, *words: str) -> str:
-    """The output of a command that must succeed. Raises IommufdError."""
-    try:
-        code, output, errors = run(list(words))
-    except OSError as exc:
-        raise HostLacks(f"{words[0]} cannot be run ({error_text(exc.errno)}).") from exc
-    if code:
-        said = printable(errors.strip().encode("utf-8", "surrogateescape")) or f"exit code {code}"
-        raise IommufdError(f"'{' '.join(words)}' failed: {said}")
-    return output
-
-
-def unit_states(names: list[str], run: Run) -> dict[str, UnitState]:
-    """What systemd says of units. Raises IommufdError where it does not answer."""
-    if not names:
-        return {}
-    properties = "--property=LoadState,UnitFileState,ActiveState,Triggers"
-    output = command(run, "systemctl", "show", "--no-pager", properties, "--", *names)
-    # One paragraph for each, in this order.
-    paragraphs = [dict(re.findall(r"^(\w+)=(.*)$", each, re.MULTILINE)) for each in output.strip().split("\n\n")]
-    if len(paragraphs) != len(names):
-        raise IommufdError(f"systemd tells of {len(paragraphs)} units where it was asked for {', '.join(names)}.")
-    return {
-        name: UnitState(
-            said["LoadState"] != "not-found",
-            said["UnitFileState"].startswith("enabled"),
-            said["ActiveState"] not in ("inactive", "failed"),
-            tuple(said.get("Triggers", "").split()),
-        )
-        for name, said in zip(names, paragraphs)
-    }

@@ -21,9 +21,6 @@ from ._record import RELABEL, RELOAD, RESTART, SYSTEMD, UDEV, Item, Record
 from ._states import (
     FileState,
     NodeState,
-    Run,
-    UnitState,
-    command,
     matching_nodes,
     remove_file,
     remove_unfinished,
@@ -31,6 +28,7 @@ from ._states import (
     set_node,
     write_file_state,
 )
+from ._systemd import Run, UnitState, must_run, reload_units, tell
 
 __all__ = (
     "Effect",
@@ -93,7 +91,7 @@ class WriteFile:
 
 def _try_program(run: Run, path: str) -> None:
     """Raises IommufdError where a program does not start here."""
-    command(run, *INTERPRETER.split(), path, "--help")
+    must_run(run, *INTERPRETER.split(), path, "--help")
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Relabel:
     def make(self, run: Run) -> None:
         """See Effect."""
         if os.path.exists(_SELINUX_RUNS) and shutil.which(_RESTORECON):
-            command(run, _RESTORECON, *self.paths)
+            must_run(run, _RESTORECON, *self.paths)
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ class LoadModule:
 
     def make(self, run: Run) -> None:
         """See Effect."""
-        command(run, "modprobe", "--", self.name)
+        must_run(run, "modprobe", "--", self.name)
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,7 @@ class FollowRules:
         nodes = [path for each in self.nodes for path in matching_nodes(each)]
         # Where it does not run, it reads its rules when it starts.
         if nodes and os.path.exists(_UDEV_RUNS):
-            command(run, "udevadm", "trigger", "--settle", "--action=change", *nodes)
+            must_run(run, "udevadm", "trigger", "--settle", "--action=change", *nodes)
 
 
 @dataclass(frozen=True)
@@ -209,12 +207,12 @@ class StopUnit:
         """See Effect."""
         if self.disable:
             # systemd is told once, when all files are back.
-            command(run, "systemctl", "disable", "--no-reload", "--", self.name)
+            tell(run, "disable", self.name, "--no-reload")
         for each in (self.name, *self.triggers):
-            command(run, "systemctl", "stop", "--", each)
+            tell(run, "stop", each)
             # So that no failure of a unit that is no more stays in the list. A unit that is not loaded has none.
             with contextlib.suppress(IommufdError):
-                command(run, "systemctl", "reset-failed", "--", each)
+                tell(run, "reset-failed", each)
 
 
 @dataclass(frozen=True)
@@ -227,9 +225,9 @@ class StartUnit:
     def make(self, run: Run) -> None:
         """See Effect."""
         if self.before.enabled:
-            command(run, "systemctl", "enable", "--", self.name)
+            tell(run, "enable", self.name)
         if self.before.active:
-            command(run, "systemctl", "start", "--", self.name)
+            tell(run, "start", self.name)
 
 
 @dataclass(frozen=True)
@@ -240,7 +238,7 @@ class EnableUnit:
 
     def make(self, run: Run) -> None:
         """See Effect."""
-        command(run, "systemctl", "enable", "--no-reload", "--", self.name)
+        tell(run, "enable", self.name, "--no-reload")
 
 
 @dataclass(frozen=True)
@@ -257,7 +255,7 @@ class RunUnit:
 
     def make(self, run: Run) -> None:
         """See Effect."""
-        command(run, "systemctl", "restart" if self.anew else "start", "--", self.name)
+        tell(run, "restart" if self.anew else "start", self.name)
 
 
 @dataclass(frozen=True)
@@ -274,9 +272,9 @@ class Reload:
     def make(self, run: Run) -> None:
         """See Effect."""
         if SYSTEMD in self.whom and os.path.exists(_SYSTEMD_RUNS):
-            command(run, "systemctl", "daemon-reload")
+            reload_units(run)
         if UDEV in self.whom and os.path.exists(_UDEV_RUNS):
-            command(run, "udevadm", "control", "--reload")
+            must_run(run, "udevadm", "control", "--reload")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ._process import Process
 
 if TYPE_CHECKING:
     from ._running import DomainRecord
+    from ._systemd import Run
 
 __all__ = (
     "DomainTarget",
@@ -207,25 +208,25 @@ class DomainTarget(NamedTuple):
 
 
 class UnitTarget(NamedTuple):
-    """The main process of a systemd unit of the system.
-
-    `run` runs a command and gives its exit code, output and errors, as AnsibleModule.run_command does.
-    """
+    """The main process of a systemd unit of the system. `run` is as _systemd has it."""
 
     name: str
-    run: Callable[[list[str]], tuple[int, str, str]]
+    run: Run
 
     def __str__(self) -> str:
         return f"Unit {self.name}"
 
     def resolve(self) -> int:
         """The main process's id. Raises IommufdError where systemd knows none."""
+        # Nor a unit.
+        from ._systemd import is_unit_name, show_units
+
         name = self.name
-        if not re.fullmatch(r"[A-Za-z0-9:_.\\@-]+", name) or name.startswith("-"):
+        if not is_unit_name(name):
             raise IommufdError(f"{name!r} is not the name of a systemd unit.")
         if re.search(r"@(\.\w+)?$", name):
             raise IommufdError(f"{self} is a template and has no process: name an instance, such as vm@1.service.")
-        shown = self._show("LoadState", "ActiveState", "SubState", "MainPID")
+        shown = show_units(self.run, [name], ("LoadState", "ActiveState", "SubState", "MainPID"))[0]
         if shown.get("LoadState") == "not-found":
             raise IommufdError(
                 f"systemd knows no unit {name}: `systemctl list-units --all` tells those that there are."
@@ -240,21 +241,6 @@ class UnitTarget(NamedTuple):
 
     def check(self, process: Process) -> None:
         """Systemd answers for it."""
-
-    def _show(self, *properties: str) -> dict[str, str]:
-        """Some properties, as `systemctl show` gives them; one that a unit of this kind does not have is left out."""
-        command = ["systemctl", "show", "--no-pager", *(f"--property={name}" for name in properties), "--", self.name]
-        try:
-            code, output, errors = self.run(command)
-        except OSError as exc:
-            raise IommufdError(
-                f"{self} cannot be asked for: systemctl does not run ({error_text(exc.errno)})."
-            ) from exc
-        if code:
-            raise IommufdError(
-                f"systemctl cannot tell about unit {self.name}: {printable(os.fsencode(errors.strip()))}"
-            )
-        return {key: value for key, _equals, value in (line.partition("=") for line in output.splitlines())}
 
 
 def escaped(text: str) -> str:

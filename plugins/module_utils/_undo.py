@@ -17,7 +17,7 @@ from dataclasses import replace
 from ._capabilities import CAP_IPC_LOCK, parse_file_capabilities, with_ipc_lock, without_ipc_lock
 from ._errors import IommufdError
 from ._record import BLOCK, CAPABILITY, FILE, KINDS, NODE, RELOAD, SYSTEMD, UNIT, Item, Record
-from ._states import BEGIN, END, FileState, UnitState, split_block
+from ._states import BEGIN, END, FileState, split_block
 from ._steps import (
     FollowRules,
     RemoveFile,
@@ -32,6 +32,7 @@ from ._steps import (
     shown_capabilities,
     shown_content,
 )
+from ._systemd import UnitState
 from ._wanted import View, Wanted, about
 
 __all__ = (
@@ -149,7 +150,7 @@ def _stop(item: Item, now: UnitState) -> Step:
     if not (now.enabled or now.active):
         return Step(item.kind, item.path, item=done)
     effect = StopUnit(item.path, now.triggers, disable=True)
-    after = replace(now, enabled=False, active=False)
+    after = now._replace(enabled=False, active=False)
     return Step(item.kind, item.path, effect, f"{item.path} is disabled and stopped.", str(now), str(after), done)
 
 
@@ -167,7 +168,7 @@ def _pauses(names: list[str], view: View) -> list[Step]:
             StopUnit(name, view.units[name].triggers, disable=False),
             f"{name} is stopped until it is started with what it has to do now.",
             str(view.units[name]),
-            str(replace(view.units[name], active=False)),
+            str(view.units[name]._replace(active=False)),
         )
         for name in names
         if view.units[name].active

@@ -15,7 +15,7 @@ import re
 import stat
 import struct
 from functools import partial
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 from . import _libvirt
 from ._capabilities import CAP_IPC_LOCK, XATTR, FileCapabilities, names, parse_file_capabilities, read_xattr
@@ -23,13 +23,13 @@ from ._child import NoAnswer, in_child
 from ._errors import IommufdError, ProcessGone, error_text, printable
 from ._paths import Untrusted, Writer, reopen, walk, writer_of
 from ._process import Limit, Process, in_initial_namespace, own_status, read_file
+from ._systemd import Run, is_unit_name, show_units
 
 __all__ = (
     "REPLICA",
     "Conditions",
     "FileSystem",
     "Program",
-    "Run",
     "Unit",
     "conditions",
     "has_ipc_lock",
@@ -39,9 +39,6 @@ __all__ = (
     "obstacles",
     "unit_obstacles",
 )
-
-# Runs a command, and gives its exit code, output and errors, as _child.run_command does.
-Run = Callable[["list[str]"], "tuple[int, str, str]"]
 
 # So long may take what is on this host, in seconds.
 _LOOK_PATIENCE = 10
@@ -327,7 +324,7 @@ class Unit(NamedTuple):
 
 def instance(name: str) -> str:
     """The name to ask systemd for: of a template, an instance. Raises IommufdError where it is no name of a service."""
-    if not re.fullmatch(r"[A-Za-z0-9:_.\\@-]+\.service", name) or name.startswith("-"):
+    if not is_unit_name(name, "service"):
         raise IommufdError(f"{name!r} is not the name of a systemd service, such as vm.service or vm@.service.")
     return re.sub(r"@\.service$", f"@{REPLICA}.service", name)
 
@@ -389,20 +386,9 @@ def _limit(text: str) -> int | None:
 
 def _show(run: Run, unit: str) -> dict[str, str]:
     """The properties of a unit as systemd shows them. Raises IommufdError where it does not answer."""
-    properties = ",".join((*_UNIT_PROPERTIES, *_HELPERS))
-    command = ["systemctl", "show", "--no-pager", f"--property={properties}", "--", unit]
-    try:
-        code, output, errors = run(command)
-    except OSError as exc:
-        raise IommufdError(f"systemd cannot be asked for {unit}: {error_text(exc.errno)}.") from exc
-    shown: dict[str, str] = {}
-    for key, equals, value in (line.partition("=") for line in output.splitlines()):
-        if equals:
-            # Of several commands there is one line each.
-            shown[key] = f"{shown[key]}\n{value}" if key in shown else value
-    if code or "LoadState" not in shown:
-        why = printable(os.fsencode(" ".join(errors.split()))) or f"exit code {code}"
-        raise IommufdError(f"systemd cannot be asked for {unit}: {why}.")
+    shown = show_units(run, [unit], (*_UNIT_PROPERTIES, *_HELPERS))[0]
+    if "LoadState" not in shown:
+        raise IommufdError(f"systemd tells nothing of {unit}. Is this a chroot?")
     return shown
 
 

@@ -37,13 +37,13 @@ from ._errors import HostLacks, IommufdError, error_text, printable
 from ._iommufd import RLIMIT_MODE, IommuFd, new_iommufd
 from ._process import Limit, Process, Status, own_status, parse_status
 from ._syscalls import PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, prctl
+from ._systemd import CommandFailed, Run, journal_of, run_service, show_units, tell
 from ._target import DomainTarget, UnitTarget, escaped, hold_target
 from ._user import User, impersonate, no_core
 from ._vmm import (
     REPLICA,
     Conditions,
     Program,
-    Run,
     Unit,
     has_ipc_lock,
     is_qemu,
@@ -554,15 +554,12 @@ def start_replica(run: Run, unit: Unit) -> Seen:
         raise IommufdError(f"{unit.name} starts no program.")
     name = f"{REPLICA}-{os.getpid()}-{os.urandom(4).hex()}.service"
     command = [unit.program.path, *_IDLE_QEMU] if is_qemu(unit.program) else ["sleep", str(2 * _PATIENCE)]
-    code, _output, errors = _run(
-        run,
-        *("systemd-run", "--quiet", "--no-ask-password", f"--unit={name}", "--service-type=exec"),
-        *(f"--property={each}" for each in replica_properties(unit)),
-        *("--", *command),
-    )
     try:
-        if code:
-            raise _ended(run, name, unit, f"systemd does not start a service like {unit.name}", errors)
+        try:
+            run_service(run, name, command, replica_properties(unit), "--no-ask-password", "--service-type=exec")
+        except IommufdError as exc:
+            said = exc.said if isinstance(exc, CommandFailed) else str(exc)
+            raise _ended(run, name, unit, f"systemd does not start a service like {unit.name}", said) from exc
         try:
             seen = _look_at(hold_target(UnitTarget(name, run)))
         except IommufdError as exc:
@@ -570,7 +567,8 @@ def start_replica(run: Run, unit: Unit) -> Seen:
     finally:
         # One that has failed stays until it is forgotten, so that it can be asked for.
         for verb in ("stop", "reset-failed"):
-            _run(run, "systemctl", verb, "--", name)
+            with contextlib.suppress(IommufdError):
+                tell(run, verb, name)
     if seen.memlock != unit.memlock:
         raise Interrupted(
             f"A service like {unit.name} has not the limit of locked memory that systemd gave it. Its user has changed"
@@ -596,8 +594,9 @@ def _ended(run: Run, name: str, unit: Unit, what: str, errors: str) -> IommufdEr
 
     What waits does not end with success by itself, but may when a signal asks it to.
     """
-    _code, output, _errors = _run(run, "systemctl", "show", "--property=ExecMainCode,ExecMainStatus", "--", name)
-    shown = dict(line.partition("=")[::2] for line in output.splitlines())
+    shown: dict[str, str] = {}
+    with contextlib.suppress(IommufdError):
+        shown = show_units(run, [name], ("ExecMainCode", "ExecMainStatus"))[0]
     code, status = shown.get("ExecMainCode"), shown.get("ExecMainStatus", "0")
     if code in _KILLED:
         return Interrupted(f"{what}: signal {status} has ended its process, so nothing is known of it.")
@@ -626,18 +625,11 @@ def replica_properties(unit: Unit) -> list[str]:
 
 def _why(run: Run, name: str, errors: str) -> str:
     """What the journal says of a service that did not start, or else systemd-run."""
-    _run(run, "journalctl", "--sync")
-    _code, output, _errors = _run(run, "journalctl", "--no-pager", "--output=cat", "--lines=20", f"--unit={name}")
-    lines = [line.replace(f"{name}: ", "") for line in output.splitlines()]
+    lines: list[str] = []
+    with contextlib.suppress(IommufdError):
+        lines = journal_of(run, name)
     failed = [line for line in lines if line.startswith("Failed at step")]
     return _line(os.fsencode(" ".join(failed or lines) or errors))
-
-
-def _run(run: Run, *command: str) -> tuple[int, str, str]:
-    try:
-        return run(list(command))
-    except OSError as exc:
-        return 127, "", error_text(exc.errno)
 
 
 def session_memlock(user: User) -> Limit:

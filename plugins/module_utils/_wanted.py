@@ -22,8 +22,6 @@ from ._record import BLOCK, CAPABILITY, FILE, KINDS, NODE, UNIT, Item
 from ._states import (
     FileState,
     NodeState,
-    Run,
-    UnitState,
     capability_in,
     device_of,
     is_unfinished,
@@ -34,8 +32,8 @@ from ._states import (
     open_file,
     read_file_state,
     split_block,
-    unit_states,
 )
+from ._systemd import Run, UnitState, is_unit_name, unit_states
 
 __all__ = (
     "View",
@@ -52,7 +50,7 @@ _MAGIC = re.compile(r"[*?[]")
 # All paths are looked at within so many seconds, each emulator within so many more. Local ones are there in no time.
 _PATIENCE = 30
 
-_UNIT_NAME = re.compile(r"[A-Za-z0-9:_.@\\][A-Za-z0-9:_.@\\-]*\.(service|path|timer|socket)")
+_UNIT_KINDS = ("service", "path", "timer", "socket")
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 # libvirt's configuration has no way to write a quote in a string.
 _DEVICE = re.compile(r"[^\s\"']+")
@@ -109,7 +107,7 @@ class Wanted:
         if both:
             raise IommufdError(f"{shown_path(min(both))} is listed as a whole file and for a block in it: choose one.")
         for name in self.units:
-            if not _UNIT_NAME.fullmatch(name):
+            if not is_unit_name(name, *_UNIT_KINDS):
                 raise IommufdError(f"{name!r} is not the name of a systemd service, path, timer or socket.")
         for name in self.modules:
             if not _MODULE_NAME.fullmatch(name):
@@ -192,7 +190,7 @@ def look(items: list[Item], wanted: Wanted, run: Run) -> View:
                 view.nodes[each] = node
                 view.kernels_nodes[each] = kernels_node(each)
                 view.devices[each] = device_of(each)
-    view.units.update(unit_states(list(dict.fromkeys([*wanted.units, *remembered[UNIT]])), run))
+    view.units.update(unit_states(run, list(dict.fromkeys([*wanted.units, *remembered[UNIT]]))))
     return view
 
 

@@ -666,7 +666,7 @@ import os
 import pwd
 import re
 from collections.abc import Collection
-from typing import Any, Callable, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -698,12 +698,10 @@ from ..module_utils._process import (
 from ..module_utils._running import domain_record
 from ..module_utils._user import user_name
 
-Row = dict[str, Any]
-# Runs a command and gives its exit code, output and errors.
-Run = Callable[["list[str]"], "tuple[int, str, str]"]
+if TYPE_CHECKING:
+    from ..module_utils._systemd import Run
 
-# How long whatever is run may take.
-SECONDS = 30
+Row = dict[str, Any]
 
 
 class View:
@@ -1058,7 +1056,7 @@ def gather(params: Row, run: Run) -> Row:
 def run_patiently(words: list[str]) -> tuple[int, str, str]:
     """Runs a command; its exit code is 127 where it cannot be run at all, as the shell has it."""
     try:
-        return run_command(words, SECONDS)
+        return run_command(words)
     except OSError as exc:
         return 127, "", error_text(exc.errno)
 

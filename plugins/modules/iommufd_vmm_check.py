@@ -496,8 +496,9 @@ from ..module_utils import _vmm, _vmm_start
 from ..module_utils._child import Interrupted, insist, run_command
 from ..module_utils._errors import AccessRefused, IommufdError, printable
 from ..module_utils._process import Limit, Status
+from ..module_utils._systemd import Run
 from ..module_utils._user import User, find_user
-from ..module_utils._vmm import Conditions, Program, Run, Unit
+from ..module_utils._vmm import Conditions, Program, Unit
 
 Row = dict[str, Any]
 

@@ -14,7 +14,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._apply import after, 
 from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import with_ipc_lock
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._record import UNIT, Item, Record
-from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState, UnitState, split_block
+from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState, split_block
 from ansible_collections.virt.iommufd.plugins.module_utils._steps import (
     Effect,
     EnableUnit,
@@ -31,6 +31,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._steps import (
     StopUnit,
     WriteFile,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import UnitState
 from ansible_collections.virt.iommufd.plugins.module_utils._undo import steps_back
 from ansible_collections.virt.iommufd.plugins.module_utils._wanted import View, Wanted, WantedFile
 

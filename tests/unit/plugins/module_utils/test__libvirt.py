@@ -8,17 +8,17 @@ import os
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused
 from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     Libvirt,
     library_version,
     look,
     offers_iommufd,
-    parse_units,
     sets_rlimit_mode,
+    unit_of,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import Run, parse_units
 
 HOSTDEV = "<devices><hostdev><enum name='iommufd'>%s</enum></hostdev></devices>"
 ALL = "cap_chown cap_sys_resource cap_ipc_lock"
@@ -57,10 +57,10 @@ def test_the_version_is_in_the_librarys_name(text: bytes, version: tuple[int, in
 )
 def test_what_a_unit_would_run_with(properties: dict[str, str], may: bool) -> None:
     (shown,) = parse_units(unit("virtqemud.service", **properties))
-    assert shown.may is may
+    assert unit_of(shown).may is may
 
 
-def answer(*units: str) -> _libvirt.Run:
+def answer(*units: str) -> Run:
     return lambda _command: (0, "\n".join(units), "")
 
 

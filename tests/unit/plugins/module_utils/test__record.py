@@ -27,7 +27,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._record import (
     check_caller,
     locked,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState, UnitState
+from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import UnitState
 
 OLD = FileState(b"old", 0o640, 1, 2, {"user.a": b"\xff"})
 NODES = {"mode": "0600", "uid": 0, "gid": 36}

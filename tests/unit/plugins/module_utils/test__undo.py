@@ -19,7 +19,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._record import (
     Item,
     Record,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState, UnitState
+from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState
 from ansible_collections.virt.iommufd.plugins.module_utils._steps import (
     Effect,
     FollowRules,
@@ -32,6 +32,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._steps import (
     StopUnit,
     WriteFile,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import UnitState
 from ansible_collections.virt.iommufd.plugins.module_utils._undo import has_ipc_lock, new_items, steps_back
 from ansible_collections.virt.iommufd.plugins.module_utils._wanted import View, Wanted, WantedFile
 

@@ -16,6 +16,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import 
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Writer
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, own_status
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import Run
 from ansible_collections.virt.iommufd.plugins.module_utils._vmm import (
     Conditions,
     FileSystem,
@@ -52,7 +53,7 @@ def shown(**properties: str) -> str:
     return "".join(f"{key}={value}\n" for key, value in {**usual, **properties}.items())
 
 
-def answering(output: str, code: int = 0, errors: str = "") -> _vmm.Run:
+def answering(output: str, code: int = 0, errors: str = "") -> Run:
     return lambda _command, **_data: (code, output, errors)
 
 
@@ -336,7 +337,7 @@ def test_systemd_does_not_answer() -> None:
         (answering("", 1, "Failed to\nconnect to bus\n"), "vm.service: Failed to connect to bus."),
         (answering("", 124), "exit code 124"),
         # In a chroot it says nothing.
-        (answering(""), "exit code 0"),
+        (answering(""), "tells nothing of vm.service"),
     ):
         with pytest.raises(IommufdError, match=why):
             look_at_unit(run, "vm.service")

@@ -23,12 +23,12 @@ from ansible_collections.virt.iommufd.plugins.module_utils import _child, _iommu
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError, NotAnIommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status, parse_status
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import Run
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget, hold_target
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User
 from ansible_collections.virt.iommufd.plugins.module_utils._vmm import (
     Conditions,
     Program,
-    Run,
     Unit,
     look_at_program,
     own_conditions,
@@ -668,7 +668,7 @@ class Systemd:
         self.commands.append(command)
         if command[0] == "systemd-run":
             return self._code, "", "Job failed.\n" if self._code else ""
-        if command[:3] == ["systemctl", "show", "--property=ExecMainCode,ExecMainStatus"]:
+        if command[3:4] == ["--property=ExecMainCode,ExecMainStatus"]:
             return 0, "ExecMainCode={}\nExecMainStatus={}\n".format(*self._ended.split()), ""
         if command[:2] == ["systemctl", "show"]:
             return 0, f"MainPID={self._pid}\n", ""
@@ -772,7 +772,7 @@ def test_what_is_said_has_a_bound() -> None:
 
 
 def test_there_is_no_systemd(emulator: Program) -> None:
-    with pytest.raises(Interrupted, match=r"systemd does not start a service like vm.service: ENOENT"):
+    with pytest.raises(Interrupted, match=r"a service like vm.service: systemd-run cannot be run .ENOENT"):
         start_replica(missing, unit(emulator))
 
 

@@ -17,7 +17,8 @@ import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _states, _wanted
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._record import BLOCK, CAPABILITY, FILE, NODE, UNIT, Item
-from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState, UnitState
+from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import UnitState
 from ansible_collections.virt.iommufd.plugins.module_utils._wanted import View, Wanted, WantedFile, check_path, look
 
 ANY_FILE = WantedFile(b"", 0o644)
