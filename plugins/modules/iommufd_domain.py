@@ -347,6 +347,7 @@ from ..module_utils._iommufd import (
     explain,
     new_iommufd,
 )
+from ..module_utils._module import Row, finish
 from ..module_utils._user import find_user
 
 URIS = ("qemu:///session", "qemu:///system")
@@ -355,7 +356,7 @@ SHUT_OFF = "shut off"
 TIMEOUT_MAX = 86400
 
 
-def libvirt_of(params: dict[str, Any]) -> Libvirt:
+def libvirt_of(params: Row) -> Libvirt:
     """The libvirt that the task names. Raises IommufdError where its options do not go together."""
     user = None if params["user"] is None else find_user(params["user"])
     uri = params["uri"] or URIS[user is None]
@@ -381,15 +382,14 @@ def check_timeout(seconds: int) -> None:
 class Task:
     """One run of the module: what it was asked for, and the return value as it comes together."""
 
-    def __init__(self, params: dict[str, Any], dry_run: bool) -> None:
+    def __init__(self, params: Row, dry_run: bool, result: Row) -> None:
         self.name: str = params["name"]
         self.state: str = params["state"]
         self.mode: str = params["rlimit_mode"]
         self.wanted = RLIMIT_MODE.number(self.mode)
         self.seconds: int = params["timeout"]
         self.dry_run = dry_run
-        self.warnings: list[str] = []
-        self.result: dict[str, Any] = {"changed": False}
+        self.result = result
         check_name(self.name)
         check_timeout(self.seconds)
         self.libvirt = libvirt_of(params)
@@ -416,7 +416,7 @@ class Task:
             if session is None:
                 raise
             if self.dry_run:
-                self.warnings.append(f"{exc}. So no more can be told than that libvirt would be started first.")
+                self.result["warnings"] = [f"{exc}. So no more can be told than that libvirt would be started first."]
                 return None
             started = unit_from_json(self._as_user(partial(start_daemon, self.libvirt.uri, session.name)))
             seen = self._look()
@@ -528,6 +528,11 @@ class Task:
                 )
 
 
+def run(params: Row, check_mode: bool, result: Row) -> None:
+    """Does what the task asks for, and fills in the return value. Raises IommufdError."""
+    Task(params, check_mode, result).run()
+
+
 def main() -> NoReturn:
     module = AnsibleModule(
         argument_spec={
@@ -540,21 +545,7 @@ def main() -> NoReturn:
         },
         supports_check_mode=True,
     )
-    result: dict[str, Any] = {"changed": False}
-    warnings: list[str] = []
-    try:
-        task = Task(module.params, module.check_mode)
-        result, warnings = task.result, task.warnings
-        task.run()
-    except IommufdError as exc:
-        result["msg"] = str(exc)
-    for warning in warnings:
-        module.warn(warning)
-    if not module._diff:
-        result.pop("diff", None)
-    if "msg" in result:
-        module.fail_json(**result)
-    module.exit_json(**result)
+    finish(module, run)
 
 
 if __name__ == "__main__":

@@ -278,7 +278,7 @@ capabilities:
       other: []
 """
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -286,6 +286,7 @@ from ..module_utils._apply import after, steps_on
 from ..module_utils._capabilities import CAP_IPC_LOCK, parse_file_capabilities, with_ipc_lock
 from ..module_utils._child import run_command
 from ..module_utils._errors import IommufdError, error_text, shown_path
+from ..module_utils._module import Row, finish
 from ..module_utils._programs import PROGRAMS, zipapp
 from ..module_utils._record import CAPABILITY, FILE, NODE, Item, Record, check_caller, locked
 from ..module_utils._states import FileState, NodeState
@@ -294,8 +295,6 @@ from ..module_utils._systemd import Run
 from ..module_utils._undo import new_items, steps_back
 from ..module_utils._user import group_name, owner_name
 from ..module_utils._wanted import View, Wanted, WantedFile, check_path, look
-
-Row = dict[str, Any]
 
 # What is longer is no file that a role writes, and nobody compares it.
 CONTENT_MAX = 2**16
@@ -400,7 +399,7 @@ def work(record: Record, wanted: Wanted, dry_run: bool, run: Run, result: Row) -
     back = steps_back(record, wanted, view)
     new = new_items(record, wanted, view)
     on = steps_on(wanted, after(back, view), record.due)
-    result["diff"] = [diff_row(step) for step in (*back, *on) if step.says and (step.before or step.after)]
+    diff = [diff_row(step) for step in (*back, *on) if step.says and (step.before or step.after)]
     if dry_run:
         result["put_back"] = [back_row(step) for step in back if step.says]
         result["made"] = [made_row(step, view) for step in on if step.says]
@@ -423,6 +422,7 @@ def work(record: Record, wanted: Wanted, dry_run: bool, run: Run, result: Row) -
         keep(record, bool(old))
     result["recorded"] = [{"kind": item.kind, "path": shown_path(item.path)} for item in new]
     result["capabilities"] = capability_rows(view, on, record.items)
+    result["diff"] = diff
 
 
 def put_back(record: Record, steps: list[Step], run: Run, result: Row) -> None:
@@ -463,17 +463,19 @@ def keep(record: Record, changed: bool) -> None:
         raise IommufdError(f"The record {record.path} cannot be written ({error_text(exc.errno)}).") from exc
 
 
-def run_module(module: AnsibleModule, result: Row) -> None:
+def run(params: Row, check_mode: bool, result: Row) -> None:
     """Does what the task asks for, and fills in the return value. Raises IommufdError."""
+    result.update(put_back=[], made=[])
     check_caller()
-    wanted = wanted_of(module.params)
-    path = module.params["record"]
+    wanted = wanted_of(params)
+    path = params["record"]
     check_path(path)
     with locked(path):
         record = Record.load(path)
         try:
-            work(record, wanted, module.check_mode, run_command, result)
+            work(record, wanted, check_mode, run_command, result)
         finally:
+            result["changed"] = bool(result["put_back"] or result["made"])
             result["remembered"] = [item_row(item) for item in record.items]
 
 
@@ -512,17 +514,7 @@ def main() -> NoReturn:
         },
         supports_check_mode=True,
     )
-    result: Row = {"put_back": [], "made": []}
-    try:
-        run_module(module, result)
-    except IommufdError as exc:
-        result["msg"] = str(exc)
-    if not module._diff or "msg" in result:
-        result.pop("diff", None)
-    result["changed"] = bool(result["put_back"] or result["made"])
-    if "msg" in result:
-        module.fail_json(**result)
-    module.exit_json(**result)
+    finish(module, run)
 
 
 if __name__ == "__main__":

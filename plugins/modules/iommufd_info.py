@@ -666,7 +666,7 @@ import os
 import pwd
 import re
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -691,6 +691,7 @@ from ..module_utils._child import run_command
 from ..module_utils._errors import IommufdError, error_text, printable
 from ..module_utils._holders import HeldIommufd, Holder, Survey, survey
 from ..module_utils._iommufd import DEVICE, misc_rdev
+from ..module_utils._module import Row, finish
 from ..module_utils._process import (
     in_initial_namespace,
     own_status,
@@ -700,8 +701,6 @@ from ..module_utils._user import user_name
 
 if TYPE_CHECKING:
     from ..module_utils._systemd import Run
-
-Row = dict[str, Any]
 
 
 class View:
@@ -1031,8 +1030,8 @@ def process_and_user_rows(view: View, pids: list[int] | None, uids: set[int] | N
     return processes, users
 
 
-def gather(params: Row, run: Run) -> Row:
-    """All that the task asks for. Raises IommufdError where it asks for a user that is not there."""
+def run(params: Row, _check_mode: bool, result: Row) -> None:
+    """Looks at all that the task asks for. Raises IommufdError where it asks for a user that is not there."""
     subsets = set(params["gather_subset"])
     for path in params["emulators"]:
         if not os.path.isabs(path) or "\0" in path:
@@ -1040,17 +1039,14 @@ def gather(params: Row, run: Run) -> Row:
     uids = uids_of(params["users"])
     view = View()
     host: Row = {"limits_of_view": view.limits}
-    result: Row = {
-        "host": host,
-        "narrowed": {"pids": params["pids"], "uids": None if uids is None else sorted(uids)},
-    }
+    result["host"] = host
+    result["narrowed"] = {"pids": params["pids"], "uids": None if uids is None else sorted(uids)}
     if subsets & {"host", "emulators"}:
-        host.update(host_row(view, params["emulators"], "emulators" in subsets, run))
+        host.update(host_row(view, params["emulators"], "emulators" in subsets, run_patiently))
     if subsets & {"processes", "users"}:
         processes, users = process_and_user_rows(view, params["pids"], uids)
         found = {"processes": processes, "users": users}
         result.update({name: found[name] for name in found if name in subsets})
-    return result
 
 
 def run_patiently(words: list[str]) -> tuple[int, str, str]:
@@ -1072,11 +1068,7 @@ def main() -> NoReturn:
         },
         supports_check_mode=True,
     )
-    try:
-        result = gather(module.params, run_patiently)
-    except IommufdError as exc:
-        module.fail_json(msg=str(exc))
-    module.exit_json(changed=False, **result)
+    finish(module, run)
 
 
 if __name__ == "__main__":

@@ -289,6 +289,7 @@ from ..module_utils._iommufd import (
     explain,
     misc_rdev,
 )
+from ..module_utils._module import Row, finish
 from ..module_utils._process import Process
 from ..module_utils._target import (
     DomainTarget,
@@ -310,12 +311,9 @@ WARNINGS_MAX = 10
 
 OPTIONS = {option.name: option for option in (RLIMIT_MODE, HUGE_PAGES)}
 
-Row = dict[str, Any]
 
-
-def target_of(module: AnsibleModule) -> Target:
+def target_of(params: Row) -> Target:
     """The target that the task names, by the one option of four that it gave."""
-    params = module.params
     if params["pid"] is not None:
         return PidTarget(params["pid"])
     if params["pidfile"] is not None:
@@ -377,7 +375,7 @@ class Job(NamedTuple):
         return row(fd, ioas_id, self.option, result, explain(result, subject, self.option, self.wanted))
 
 
-def job_of(params: dict[str, Any], dry_run: bool) -> Job:
+def job_of(params: Row, dry_run: bool) -> Job:
     """What the task asks for. Raises IommufdError where its options do not go together."""
     option = OPTIONS[params["option"]]
     ioas_id = params["ioas_id"]
@@ -432,14 +430,14 @@ def nothing_to_work_on(process: Process, without_ioas: bool) -> str:
     )
 
 
-def report(rows: list[Row], tolerate: list[str]) -> dict[str, Any]:
+def report(rows: list[Row], tolerate: list[str]) -> Row:
     """What the rows come to: `changed`, `value`, `iommufds`, `diff`, `warnings`, and `msg` where it is a failure."""
     values = {each["after"] for each in rows}
     troubled = [each for each in rows if each["outcome"] not in (CHANGED, UNCHANGED)]
     failed = [each for each in troubled if each["outcome"] not in tolerate]
     tolerated = [each["msg"] for each in troubled if each["outcome"] in tolerate]
     changed = [each for each in rows if each["outcome"] == CHANGED]
-    result: dict[str, Any] = {
+    result: Row = {
         "changed": bool(changed),
         "value": values.pop() if len(values) == 1 else None,
         "iommufds": rows,
@@ -476,13 +474,13 @@ def attempt(target: Target, fd: int | None, job: Job) -> Row:
     return answer
 
 
-def run(module: AnsibleModule, result: Row) -> None:
+def run(params: Row, check_mode: bool, result: Row) -> None:
     """Does what the task asks for, and fills in the return value. Raises IommufdError."""
-    params = module.params
-    job = job_of(params, module.check_mode)
+    result["option"] = params["option"]
+    job = job_of(params, check_mode)
     # A process may keep whoever looks at it, and may put something in the place of its iommufd that takes for ever to
     # close. So all of it is done in a child.
-    target = target_of(module)
+    target = target_of(params)
     try:
         answer = in_child(None, partial(attempt, target, params["fd"], job), SECONDS)
     except NoAnswer as exc:
@@ -520,18 +518,7 @@ def main() -> NoReturn:
         required_one_of=[("pid", "pidfile", "domain", "unit")],
         supports_check_mode=True,
     )
-    result: dict[str, Any] = {"option": module.params["option"]}
-    try:
-        run(module, result)
-    except IommufdError as exc:
-        result["msg"] = str(exc)
-    for warning in result.pop("warnings", []):
-        module.warn(warning)
-    if not module._diff:
-        result.pop("diff", None)
-    if "msg" in result:
-        module.fail_json(**result)
-    module.exit_json(**result)
+    finish(module, run)
 
 
 if __name__ == "__main__":

@@ -488,19 +488,17 @@ scratch:
 
 import os
 from functools import partial
-from typing import Any, Callable, NoReturn
+from typing import Callable, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils import _vmm, _vmm_start
 from ..module_utils._child import Interrupted, insist, run_command
 from ..module_utils._errors import AccessRefused, IommufdError, printable
+from ..module_utils._module import Row, finish
 from ..module_utils._process import Limit, Status
-from ..module_utils._systemd import Run
 from ..module_utils._user import User, find_user
 from ..module_utils._vmm import Conditions, Program, Unit
-
-Row = dict[str, Any]
 
 NOT_ASKED = "It was not asked for."
 CHECK_MODE = "Not run in check mode."
@@ -512,9 +510,8 @@ STARTED = {"user": None, "effective": None, "memlock_bytes": None, "memlock_unli
 class Task:
     """What was asked for. `user` is None where none is given."""
 
-    def __init__(self, params: Row, check_mode: bool, run: Run) -> None:
+    def __init__(self, params: Row, check_mode: bool) -> None:
         self.params = params
-        self.run = run
         self._check_mode = check_mode
         as_user = [name for name in ("trial", "scratch") if params[name]]
         if params["start"] and params["emulators"] and not params["domain"]:
@@ -626,7 +623,7 @@ def unit_row(task: Task, unit: Unit) -> Row:
     def replica() -> Row:
         if not unit.present or program is None or program.writer:
             raise IommufdError(_vmm.unit_obstacles(unit)[0])
-        return seen_row(_vmm_start.start_replica(task.run, unit))
+        return seen_row(_vmm_start.start_replica(run_command, unit))
 
     return {
         "name": unit.name,
@@ -673,19 +670,17 @@ def scratch_row(task: Task) -> Row:
     return task.tried("scratch", {"mode": None}, scratch)
 
 
-def check(params: Row, check_mode: bool, run: Run) -> Row:
-    """All that was asked for. Raises IommufdError where the task asks for what cannot be."""
-    task = Task(params, check_mode, run)
+def run(params: Row, check_mode: bool, result: Row) -> None:
+    """Looks at all that was asked for, and tries it. Raises IommufdError where the task asks for what cannot be."""
+    task = Task(params, check_mode)
     # Everything is looked at before anything is started.
     programs = [_vmm.look_at_program(path) for path in params["emulators"]]
-    units = [_vmm.look_at_unit(run, name) for name in params["units"]]
-    under = _vmm.conditions(run) if programs else None
-    return {
-        "emulators": [emulator_row(task, each, under) for each in programs] if under else [],
-        "units": [unit_row(task, each) for each in units],
-        "users": [user_row(task, each) for each in params["users"]],
-        "scratch": scratch_row(task),
-    }
+    units = [_vmm.look_at_unit(run_command, name) for name in params["units"]]
+    under = _vmm.conditions(run_command) if programs else None
+    result["emulators"] = [emulator_row(task, each, under) for each in programs] if under else []
+    result["units"] = [unit_row(task, each) for each in units]
+    result["users"] = [user_row(task, each) for each in params["users"]]
+    result["scratch"] = scratch_row(task)
 
 
 def main() -> NoReturn:
@@ -703,11 +698,7 @@ def main() -> NoReturn:
         },
         supports_check_mode=True,
     )
-    try:
-        result = check(module.params, module.check_mode, run_command)
-    except IommufdError as exc:
-        module.fail_json(msg=str(exc))
-    module.exit_json(changed=False, **result)
+    finish(module, run)
 
 
 if __name__ == "__main__":
