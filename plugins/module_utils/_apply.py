@@ -79,7 +79,7 @@ def steps_on(wanted: Wanted, view: View, due: Iterable[tuple[str, str]] = ()) ->
     files += [step for path, nodes in wanted.blocks.items() for step in _write_block(path, nodes, view)]
     units = [step for name in wanted.units for step in _enable(name, view.units[name])]
     runs = [step for name in wanted.units for step in _run(name, view.units[name], files, due)]
-    told = [UDEV] if _others(wanted, view) else []
+    told = [UDEV] if _nodes_without_rule(wanted, view) else []
     told += [SYSTEMD] if wanted.reload or units else []
     reload = reload_for(files, *told)
     follow = Step(NODE, "device nodes", FollowRules(wanted.nodes))
@@ -160,7 +160,7 @@ def _relabel(files: list[Step], view: View, due: Iterable[tuple[str, str]]) -> l
     return [Step(FILE, paths[-1], Relabel(paths))] if paths else []
 
 
-def _others(wanted: Wanted, view: View) -> list[str]:
+def _nodes_without_rule(wanted: Wanted, view: View) -> list[str]:
     """The nodes that the rule is not in force for: a run that was cut off after it had written it has told nobody."""
     nodes = {path for pattern in wanted.nodes for path in view.matches[pattern]}
     return [path for path in sorted(nodes) if path in view.nodes and not _follows(view.nodes[path], wanted, view)]

@@ -4,8 +4,8 @@
 
 """Private to this collection: a libvirt domain that is started with an iommufd of ours.
 
-What speaks to libvirt (`look`, `start`, `start_daemon`) runs in a child that has become the user whose libvirt it is,
-and returns what JSON can hold. What looks at processes runs as the caller.
+What speaks to libvirt (`look_at_domain`, `start_domain`, `start_daemon`) runs in a child that has become the user whose
+libvirt it is, and returns what JSON can hold. What looks at processes runs as the caller.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from ._iommufd import RLIMIT_MODE, IommuFd, Result
 from ._process import Limit, Process
 from ._qemu import guest_name
 from ._size import SIZE_MAX, human_size
-from ._systemd import run_service, show_units, tell
-from ._target import DomainTarget, PidfileTarget, escaped, hold_target, patiently
+from ._systemd import run_service, show_units, tell_systemd
+from ._target import DomainTarget, PidfileTarget, escaped, hold_target, look_patiently
 from ._user import User, user_name
 
 if TYPE_CHECKING:
@@ -43,22 +43,22 @@ if TYPE_CHECKING:
 __all__ = (
     "SINCE",
     "Definition",
-    "Libvirt",
+    "DomainSeen",
+    "Endpoint",
     "NoDaemon",
-    "Seen",
     "SessionDaemon",
     "SessionDomain",
     "Started",
-    "accountings",
     "check_limit",
     "check_startable",
-    "daemon_limit",
-    "look",
+    "dotted_version",
+    "foretell_changes",
+    "look_at_daemon",
+    "look_at_domain",
     "parse_definition",
-    "start",
     "start_daemon",
+    "start_domain",
     "unit_from_json",
-    "version_text",
 )
 
 # libvirt's NEWS: <iommufd enabled='yes' fdgroup='NAME'/> and a descriptor for it. As virConnectGetLibVersion counts.
@@ -96,7 +96,7 @@ class NoDaemon(IommufdError):
     """No libvirt daemon answers, or none could be had started."""
 
 
-def version_text(number: int) -> str:
+def dotted_version(number: int) -> str:
     """A version of libvirt's, which counts 12002000 for 12.2.0, as libvirt writes it."""
     return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
 
@@ -176,10 +176,10 @@ def _need(root: Element, memory: int, hard_limit: int | None, passed: int) -> in
 
 
 @dataclass(frozen=True)
-class Seen:
+class DomainSeen:
     """What libvirt says of a domain, by way of the user's child. `version` is the daemon's, as libvirt counts.
 
-    `obstacles` are sentences: what keeps the user from its devices.
+    `device_obstacles` are sentences: what keeps the user from its devices.
     """
 
     version: int
@@ -194,7 +194,7 @@ class Seen:
         return {**vars(self), "definition": vars(self.definition)}
 
     @classmethod
-    def from_json(cls, given: Any) -> Seen:
+    def from_json(cls, given: Any) -> DomainSeen:
         """What `to_json` has made, in another process that may have made something else. Raises IommufdError."""
         try:
             return cls(
@@ -226,7 +226,7 @@ class Started:
 
     @classmethod
     def from_json(cls, given: Any) -> Started:
-        """What `start` has returned, in another process that may have returned something else. Raises IommufdError."""
+        """What `start_domain` has returned, in a child that may have returned something else. Raises IommufdError."""
         try:
             return cls(member(given, "state", text), member(given, "started", boolean))
         except IommufdError as exc:
@@ -291,7 +291,7 @@ def _find(libvirt: Any, connection: Any, uri: str, name: str) -> Any:
         ) from exc
 
 
-def look(uri: str, name: str, unprivileged: bool) -> dict[str, Any]:
+def look_at_domain(uri: str, name: str, unprivileged: bool) -> dict[str, Any]:
     """What libvirt says of a domain, for `Seen.from_json`. `unprivileged`: its libvirt may do no more than we here.
 
     Raises NoDaemon and IommufdError.
@@ -300,13 +300,13 @@ def look(uri: str, name: str, unprivileged: bool) -> dict[str, Any]:
         domain = _find(libvirt, connection, uri, name)
         definition = parse_definition(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
         active = bool(domain.isActive())
-        return Seen(
+        return DomainSeen(
             connection.getLibVersion(),
             domain.UUIDString(),
             active,
             _state(domain),
             definition,
-            tuple(islice(obstacles(definition.devices), _OBSTACLES_MAX)) if unprivileged and not active else (),
+            tuple(islice(device_obstacles(definition.devices), _OBSTACLES_MAX)) if unprivileged and not active else (),
         ).to_json()
 
 
@@ -315,7 +315,7 @@ def _state(domain: Any) -> str:
     return _STATES[number] if 0 <= number < len(_STATES) else str(number)
 
 
-def obstacles(devices: tuple[str, ...]) -> Iterator[str]:
+def device_obstacles(devices: tuple[str, ...]) -> Iterator[str]:
     """What keeps this process from passing these PCI devices through: a sentence for each that is out of reach."""
     for address in devices:
         folder = f"{_PCI_DEVICES}/{address}"
@@ -346,7 +346,7 @@ def _closed(address: str, node: str) -> str:
     )
 
 
-def start(uri: str, name: str, fdgroup: str, fd: int, paused: bool) -> dict[str, Any]:
+def start_domain(uri: str, name: str, fdgroup: str, fd: int, paused: bool) -> dict[str, Any]:
     """Starts a domain with the iommufd behind descriptor `fd` of this process; what `Started.from_json` takes.
 
     libvirt's daemon holds the descriptor no longer than the connection lasts (virDomainFDAssociate), the emulator for
@@ -452,7 +452,7 @@ def _start_unit(user: str) -> str:
         # It may be a transient service that we made. The service manager keeps it, and its name is not free, while
         # there are processes in its control group: emulators and virtlogd outlive the daemon.
         if each.get("LoadState") == "loaded":
-            tell(_run_as_user, "start", each["Id"], user=True)
+            tell_systemd(_run_as_user, "start", each["Id"], user=True)
             return each["Id"]
     return _run_daemon(user)
 
@@ -509,7 +509,7 @@ class SessionDomain(PidfileTarget):
         """The domain of that name."""
         path = f"{_state_folder(user)}/{name}.pid"
         # It is in a folder of the user's.
-        if not patiently(f"Pidfile {path}", partial(os.path.lexists, path)):
+        if not look_patiently(f"Pidfile {path}", partial(os.path.lexists, path)):
             path = f"{_state_folder(user)}/{escaped(name)}.pid"
         return cls(path, user.uid, name)
 
@@ -517,7 +517,7 @@ class SessionDomain(PidfileTarget):
         """Raises IommufdError where the process is not the domain's emulator."""
         look = partial(_guest_of, process)
         # Its memory is the user's, too.
-        guest = patiently(f"The command line of {process}", look, [process.pidfd])
+        guest = look_patiently(f"The command line of {process}", look, [process.pidfd])
         if process.uid != self.uid or guest != self.name:
             raise IommufdError(
                 f"{process} is not the emulator of domain {self.name} of uid {self.uid}: {self.path} is stale."
@@ -534,7 +534,7 @@ def _state_folder(user: User) -> str:
 
 
 @dataclass(frozen=True)
-class Libvirt:
+class Endpoint:
     """A libvirt to speak to: `user` is who speaks to it, None for the caller."""
 
     uri: str
@@ -554,11 +554,11 @@ class Libvirt:
         return None if self.session is None else SessionDaemon.of(self.session)
 
 
-def check_startable(name: str, libvirt: Libvirt, seen: Seen) -> str:
+def check_startable(name: str, libvirt: Endpoint, seen: DomainSeen) -> str:
     """The domain's fdgroup. Raises IommufdError where libvirt could not start it with an iommufd of ours."""
     if seen.version < SINCE:
         raise IommufdError(
-            f"libvirt {version_text(seen.version)} takes no iommufd from others: {version_text(SINCE)} is the first"
+            f"libvirt {dotted_version(seen.version)} takes no iommufd from others: {dotted_version(SINCE)} is the first"
             " that does. Upgrade libvirt and restart its daemon, or grant CAP_IPC_LOCK to the emulator instead."
         )
     definition = seen.definition
@@ -599,7 +599,9 @@ def check_limit(name: str, user: User, daemon: Process, limit: Limit, need: int 
     )
 
 
-def accountings(target: PidfileTarget | DomainTarget, wanted: int) -> tuple[dict[str, Any], list[tuple[str, Result]]]:
+def foretell_changes(
+    target: PidfileTarget | DomainTarget, wanted: int
+) -> tuple[dict[str, Any], list[tuple[str, Result]]]:
     """An emulator, described, and for each of its iommufds its name and what a change of the rlimit mode would come to.
 
     Nothing is changed. Raises what hold_target, in_child and borrow_iommufd do.
@@ -630,10 +632,10 @@ class DaemonLimit(NamedTuple):
     refused: str
 
 
-def daemon_limit(target: PidfileTarget, name: str, user: User, need: int | None) -> DaemonLimit:
+def look_at_daemon(target: PidfileTarget, name: str, user: User, need: int | None) -> DaemonLimit:
     """Looks at a user's daemon, before it starts a domain that needs so much. Raises as hold_target does."""
 
-    def look() -> DaemonLimit:
+    def look_at_domain() -> DaemonLimit:
         with hold_target(target) as daemon:
             limit = daemon.memlock()
             try:
@@ -642,7 +644,7 @@ def daemon_limit(target: PidfileTarget, name: str, user: User, need: int | None)
                 return DaemonLimit(daemon.pid, limit.hard, str(exc))
             return DaemonLimit(daemon.pid, limit.hard, "")
 
-    return DaemonLimit(*in_child(None, look, _SECONDS))
+    return DaemonLimit(*in_child(None, look_at_domain, _SECONDS))
 
 
 def set_mode(fd: int, wanted: int, dry_run: bool) -> Result:

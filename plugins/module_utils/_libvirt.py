@@ -21,13 +21,13 @@ from ._process import Process
 from ._systemd import Run, show_units
 
 __all__ = (
+    "DaemonUnit",
     "Libvirt",
-    "Unit",
+    "daemon_unit_of",
     "library_version",
-    "look",
+    "look_at_libvirt",
     "offers_iommufd",
     "sets_rlimit_mode",
-    "unit_of",
     "version_text",
 )
 
@@ -69,7 +69,7 @@ def library_version(text: bytes) -> Version | None:
     return max(((*divmod(int(first), 1000), int(micro)) for first, micro in found), default=None)
 
 
-class Unit(NamedTuple):
+class DaemonUnit(NamedTuple):
     """What systemd says of a unit: `may` is whether it would run with CAP_SYS_RESOURCE, None where that is not said."""
 
     name: str
@@ -80,14 +80,14 @@ class Unit(NamedTuple):
     may: bool | None
 
 
-def unit_of(shown: dict[str, str]) -> Unit:
+def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
     """A unit by what systemd shows of it."""
     pid = shown.get("MainPID", "0")
     bounding = shown.get("CapabilityBoundingSet")
     # Root gets all of the bounding set; anybody else what is ambient.
     given = bounding if shown.get("User", "") in ("", "root", "0") else shown.get("AmbientCapabilities")
     initial = shown.get("PrivateUsers", "no") == "no"
-    return Unit(
+    return DaemonUnit(
         name=shown.get("Id", ""),
         there=shown.get("LoadState") == "loaded",
         active=shown.get("ActiveState") == "active",
@@ -112,13 +112,13 @@ class Libvirt(NamedTuple):
     msg: str = ""
 
 
-def look(run: Run) -> Libvirt:
+def look_at_libvirt(run: Run) -> Libvirt:
     """Looks at the library, and asks systemd for the daemon. `run` is as _systemd has it."""
     files = (path.encode("utf-8", "surrogateescape") for pattern in _LIBRARIES for path in glob.glob(pattern))
     installed = library_version(b"\n".join(files))
     services = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("service", "socket")]
     try:
-        units = [unit_of(shown) for shown in show_units(run, services, _PROPERTIES)]
+        units = [daemon_unit_of(shown) for shown in show_units(run, services, _PROPERTIES)]
     except IommufdError as exc:
         return Libvirt(installed, installed, None, None, None, str(exc))
     unit = _choose(units)
@@ -145,12 +145,12 @@ def look(run: Run) -> Libvirt:
         return Libvirt(installed, installed, unit.name, None, unit.may, str(exc))
 
 
-def _choose(units: list[Unit]) -> Unit | None:
+def _choose(units: list[DaemonUnit]) -> DaemonUnit | None:
     """The daemon's unit: the one that runs, or else whose socket waits, or else the first that is there."""
     sockets = {unit.name.rpartition(".")[0] for unit in units if unit.active and unit.name.endswith(".socket")}
     services = [unit for unit in units if unit.there and unit.name.endswith(".service")]
 
-    def rank(unit: Unit) -> tuple[bool, bool]:
+    def rank(unit: DaemonUnit) -> tuple[bool, bool]:
         return unit.pid == 0, unit.name.rpartition(".")[0] not in sockets
 
     return min(services, key=rank, default=None)

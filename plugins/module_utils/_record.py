@@ -39,7 +39,7 @@ __all__ = (
     "Record",
     "RecordUnusable",
     "check_caller",
-    "locked",
+    "lock_record",
 )
 
 FILE = "file"
@@ -220,7 +220,7 @@ def check_caller() -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str) -> Iterator[None]:
+def lock_record(path: str) -> Iterator[None]:
     """Keeps others from working with the record at path meanwhile. Raises IommufdError where somebody does for long.
 
     What is locked is a file that nobody else may open: whoever can open a file or folder can lock it, for ever.

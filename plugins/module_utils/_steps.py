@@ -28,7 +28,7 @@ from ._states import (
     set_node,
     write_file_state,
 )
-from ._systemd import Run, UnitState, must_run, reload_units, tell
+from ._systemd import Run, UnitState, must_run, reload_units, tell_systemd
 
 __all__ = (
     "Effect",
@@ -207,12 +207,12 @@ class StopUnit:
         """See Effect."""
         if self.disable:
             # systemd is told once, when all files are back.
-            tell(run, "disable", self.name, "--no-reload")
+            tell_systemd(run, "disable", self.name, "--no-reload")
         for each in (self.name, *self.triggers):
-            tell(run, "stop", each)
+            tell_systemd(run, "stop", each)
             # So that no failure of a unit that is no more stays in the list. A unit that is not loaded has none.
             with contextlib.suppress(IommufdError):
-                tell(run, "reset-failed", each)
+                tell_systemd(run, "reset-failed", each)
 
 
 @dataclass(frozen=True)
@@ -225,9 +225,9 @@ class StartUnit:
     def make(self, run: Run) -> None:
         """See Effect."""
         if self.before.enabled:
-            tell(run, "enable", self.name)
+            tell_systemd(run, "enable", self.name)
         if self.before.active:
-            tell(run, "start", self.name)
+            tell_systemd(run, "start", self.name)
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class EnableUnit:
 
     def make(self, run: Run) -> None:
         """See Effect."""
-        tell(run, "enable", self.name, "--no-reload")
+        tell_systemd(run, "enable", self.name, "--no-reload")
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ class RunUnit:
 
     def make(self, run: Run) -> None:
         """See Effect."""
-        tell(run, "restart" if self.anew else "start", self.name)
+        tell_systemd(run, "restart" if self.anew else "start", self.name)
 
 
 @dataclass(frozen=True)

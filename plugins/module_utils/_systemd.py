@@ -21,15 +21,15 @@ __all__ = (
     "CommandFailed",
     "Run",
     "UnitState",
+    "ask_states",
     "is_unit_name",
-    "journal_of",
     "must_run",
     "parse_units",
+    "read_journal",
     "reload_units",
     "run_service",
     "show_units",
-    "tell",
-    "unit_states",
+    "tell_systemd",
 )
 
 Run = Callable[["list[str]"], "tuple[int, str, str]"]
@@ -106,7 +106,7 @@ class UnitState(NamedTuple):
         return f"{'enabled' if self.enabled else 'disabled'}, {'active' if self.active else 'inactive'}"
 
 
-def unit_states(run: Run, names: list[str]) -> dict[str, UnitState]:
+def ask_states(run: Run, names: list[str]) -> dict[str, UnitState]:
     """What systemd says of units. Raises IommufdError where it does not answer."""
     if not names:
         return {}
@@ -125,7 +125,7 @@ def unit_states(run: Run, names: list[str]) -> dict[str, UnitState]:
     }
 
 
-def tell(run: Run, verb: str, name: str, *options: str, user: bool = False) -> None:
+def tell_systemd(run: Run, verb: str, name: str, *options: str, user: bool = False) -> None:
     """Has systemd start, stop, enable ... a unit. Raises CommandFailed and HostLacks."""
     must_run(run, "systemctl", *(["--user"] if user else []), verb, *options, "--", name)
 
@@ -144,7 +144,7 @@ def run_service(
     must_run(run, "systemd-run", *manager, "--quiet", *options, f"--unit={name}", *settings, "--", *command)
 
 
-def journal_of(run: Run, name: str) -> list[str]:
+def read_journal(run: Run, name: str) -> list[str]:
     """The last lines that the journal has of a unit of the system's, without its name. Raises as `must_run` does."""
     # What is said of one that has ended just now may not be written yet.
     with contextlib.suppress(CommandFailed):

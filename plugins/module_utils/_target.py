@@ -32,7 +32,7 @@ __all__ = (
     "UnitTarget",
     "escaped",
     "hold_target",
-    "patiently",
+    "look_patiently",
 )
 
 _PIDFILE_MAX = 64
@@ -71,7 +71,7 @@ class PidTarget(NamedTuple):
         """Any process will do."""
 
 
-def patiently(what: str, look: Callable[[], Any], keep: Collection[int] = ()) -> Any:
+def look_patiently(what: str, look: Callable[[], Any], keep: Collection[int] = ()) -> Any:
     """What a look at something of another user's comes to, in a child, since it may last for ever. Raises IommufdError.
 
     `what` names it; `keep` is as for in_child.
@@ -117,7 +117,7 @@ class PidfileTarget:
                 f"{self} is stale: it was written before {process} started, so it meant another process, unless the"
                 " clock was set in between. Give the process by pid or unit if it is the one you mean."
             )
-        patiently(str(self), partial(self._check_writers, process, read))
+        look_patiently(str(self), partial(self._check_writers, process, read))
 
     def _check_writers(self, process: Process, read: Pidfile) -> None:
         """Raises IommufdError where somebody else can have written the file."""
@@ -140,7 +140,7 @@ class PidfileTarget:
 
     def read(self) -> Pidfile:
         """What the file says, and which one it is. Raises as resolve does."""
-        return Pidfile(*patiently(str(self), self._read))
+        return Pidfile(*look_patiently(str(self), self._read))
 
     def _read(self) -> Pidfile:
         if not os.path.isabs(self.path):
@@ -181,9 +181,9 @@ class DomainTarget(NamedTuple):
     def _record(self) -> DomainRecord:
         """What libvirt has recorded of it. Raises IommufdError."""
         # Most tasks name no domain, either.
-        from ._running import domain_record
+        from ._running import read_domain_record
 
-        return domain_record(self.name)
+        return read_domain_record(self.name)
 
     def resolve(self) -> int:
         """The id in libvirt's record. Raises IommufdError where there is no such domain, or it is shut off."""

@@ -31,12 +31,12 @@ __all__ = (
     "FileSystem",
     "Program",
     "Unit",
-    "conditions",
+    "emulator_obstacles",
     "has_ipc_lock",
     "is_qemu",
+    "look_at_conditions",
     "look_at_program",
     "look_at_unit",
-    "obstacles",
     "unit_obstacles",
 )
 
@@ -129,7 +129,7 @@ def look_at_program(path: str) -> Program:
     if not os.path.isabs(path) or "\0" in path:
         raise IommufdError(f"{path!r} is not an absolute path.")
     try:
-        found = in_child(None, partial(_look, path), _LOOK_PATIENCE)
+        found = in_child(None, partial(_look_at_path, path), _LOOK_PATIENCE)
     except NoAnswer as exc:
         raise IommufdError(_not_found(path)) from exc
     real_path, present, is_program, file_system, xattr, writer = found
@@ -148,7 +148,7 @@ def _not_found(path: str) -> str:
     return f"{path} was not found within {_LOOK_PATIENCE} seconds. Is it on a mount whose server is gone?"
 
 
-def _look(path: str) -> list[Any]:
+def _look_at_path(path: str) -> list[Any]:
     """What there is to know of a program, beside the path: in the form that it comes from a child in."""
     try:
         with walk(path, follow=True, program=True) as place:
@@ -225,20 +225,20 @@ class Conditions(NamedTuple):
     initial: bool | None
 
 
-def own_conditions() -> Conditions:
+def look_at_own_conditions() -> Conditions:
     """Those of this process."""
     own = own_status()
     return Conditions("this caller", own.bounding, own.no_new_privs, in_initial_namespace("user"))
 
 
-def conditions(run: Run) -> Conditions:
+def look_at_conditions(run: Run) -> Conditions:
     """Those under which libvirt executes an emulator, or else this caller would.
 
     The running daemon is looked at itself, one that waits for its socket by its unit. It is not woken.
     """
-    libvirt = _libvirt.look(run)
+    libvirt = _libvirt.look_at_libvirt(run)
     if libvirt.unit is None:
-        return own_conditions()
+        return look_at_own_conditions()
     if libvirt.pid is not None:
         try:
             with Process.hold(libvirt.pid) as daemon:
@@ -256,7 +256,7 @@ def conditions(run: Run) -> Conditions:
     )
 
 
-def obstacles(program: Program, under: Conditions) -> list[str]:
+def emulator_obstacles(program: Program, under: Conditions) -> list[str]:
     """What would void a file capability of the program under these conditions, or have it break the program."""
     path = program.path
     if not program.present:
@@ -338,8 +338,8 @@ def look_at_unit(run: Run, name: str) -> Unit:
     pid = int(shown.get("MainPID") or 0)
     load_state = shown.get("LoadState", "")
     nobody = load_state != "loaded" or shown.get("DynamicUser") == "yes"
-    hard = _limit(shown.get("LimitMEMLOCK", ""))
-    soft = _limit(shown["LimitMEMLOCKSoft"]) if "LimitMEMLOCKSoft" in shown else hard
+    hard = _size_in(shown.get("LimitMEMLOCK", ""))
+    soft = _size_in(shown["LimitMEMLOCKSoft"]) if "LimitMEMLOCKSoft" in shown else hard
     return Unit(
         name=name,
         asked=asked,
@@ -380,7 +380,7 @@ def _paths_in(commands: str) -> list[str]:
     return re.findall(r"^\{ path=(/.*?) ; argv\[\]=", commands, re.MULTILINE)
 
 
-def _limit(text: str) -> int | None:
+def _size_in(text: str) -> int | None:
     return None if text in _INFINITY or not text.isdigit() else int(text)
 
 

@@ -37,7 +37,7 @@ from ._errors import HostLacks, IommufdError, error_text, printable
 from ._iommufd import RLIMIT_MODE, IommuFd, new_iommufd
 from ._process import Limit, Process, Status, own_status, parse_status
 from ._syscalls import PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, prctl
-from ._systemd import CommandFailed, Run, journal_of, run_service, show_units, tell
+from ._systemd import CommandFailed, Run, read_journal, run_service, show_units, tell_systemd
 from ._target import DomainTarget, UnitTarget, escaped, hold_target
 from ._user import User, impersonate, no_core
 from ._vmm import (
@@ -52,13 +52,13 @@ from ._vmm import (
 
 __all__ = (
     "LIBVIRT_SECONDS",
-    "Seen",
-    "scratch_mode",
-    "session_memlock",
-    "start_domain",
+    "ProcessSeen",
+    "open_session",
+    "start_bare_domain",
     "start_emulator",
     "start_replica",
     "try_copy",
+    "try_mode",
 )
 
 # In seconds: what one process gets to live, and half of it to come up; libvirt, which may have to find out what the
@@ -121,7 +121,7 @@ _LIBVIRT_PROFILES = "/etc/apparmor.d/libvirt"
 Executable = Union[str, int]
 
 
-class Seen(NamedTuple):
+class ProcessSeen(NamedTuple):
     """What /proc said of a process that was started. `initial`: whether it was in the initial user namespace."""
 
     user: str | None
@@ -135,19 +135,19 @@ class Seen(NamedTuple):
         return has_ipc_lock(self.status.effective) and self.initial is not False
 
 
-def _see(process: Process) -> Seen:
-    return Seen(process.user, process.status, process.memlock(), process.in_initial_user_namespace())
+def _see(process: Process) -> ProcessSeen:
+    return ProcessSeen(process.user, process.status, process.memlock(), process.in_initial_user_namespace())
 
 
-def _look_at(hold: contextlib.AbstractContextManager[Process]) -> Seen:
+def _see_in_child(hold: contextlib.AbstractContextManager[Process]) -> ProcessSeen:
     """What is seen of a process, held in a child: it is a user's, who may keep whoever looks waiting for ever."""
 
-    def look() -> Seen:
+    def look() -> ProcessSeen:
         with hold as process:
             return _see(process)
 
     user, status, memlock, initial = in_child(None, look, _LOOK_SECONDS)
-    return Seen(user, Status(*status), Limit(*memlock), initial)
+    return ProcessSeen(user, Status(*status), Limit(*memlock), initial)
 
 
 def try_copy(program: Program, under: Conditions, user: User) -> Status:
@@ -204,7 +204,7 @@ def _copy_of_cat(program: Program, what: str) -> Iterator[int]:
         os.close(fd)
 
 
-def start_emulator(program: Program, under: Conditions, user: User) -> Seen:
+def start_emulator(program: Program, under: Conditions, user: User) -> ProcessSeen:
     """Starts an emulator of QEMU without a machine under these conditions, and looks at it.
 
     Raises IommufdError where the kernel refuses to execute it, or root's fails before it is up; Interrupted where
@@ -216,7 +216,7 @@ def start_emulator(program: Program, under: Conditions, user: User) -> Seen:
         with _started(program.path, arguments, under, user, output, output) as pid:
             _await_greeting(program, pid, output, user)
             try:
-                return _look_at(Process.hold(pid))
+                return _see_in_child(Process.hold(pid))
             except IommufdError as exc:
                 _check_runs(program, pid, output, user)
                 raise Interrupted(f"{program.path} could not be looked at: {exc}") from exc
@@ -432,7 +432,7 @@ def _keep_guard(pid: int, reading: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def start_domain(run: Run, uri: str, program: Program) -> Seen:
+def start_bare_domain(run: Run, uri: str, program: Program) -> ProcessSeen:
     """Starts a transient domain without devices, paused, looks at its emulator, and has it destroyed.
 
     `uri` leads to the system libvirt of this host. libvirt destroys the domain too if the connection breaks off.
@@ -445,7 +445,7 @@ def start_domain(run: Run, uri: str, program: Program) -> Seen:
         domain = domain_xml(_domain_capabilities(run, uri, program), name, identity, program.path)
         with _created(uri, name, domain) as said:
             try:
-                return _look_at(hold_target(DomainTarget(name)))
+                return _see_in_child(hold_target(DomainTarget(name)))
             except IommufdError as exc:
                 raise Interrupted(f"libvirt does not start a domain with {program.path}: {_errors(said)}") from exc
     except NoAnswer as exc:
@@ -543,7 +543,7 @@ def domain_xml(capabilities: ET.Element, name: str, identity: str, emulator: str
     )
 
 
-def start_replica(run: Run, unit: Unit) -> Seen:
+def start_replica(run: Run, unit: Unit) -> ProcessSeen:
     """Starts a transient service that runs as the unit would, and looks at its process.
 
     An emulator of QEMU is started as such, without a machine. Of any other program it is not known how to start it
@@ -561,14 +561,14 @@ def start_replica(run: Run, unit: Unit) -> Seen:
             said = exc.said if isinstance(exc, CommandFailed) else str(exc)
             raise _ended(run, name, unit, f"systemd does not start a service like {unit.name}", said) from exc
         try:
-            seen = _look_at(hold_target(UnitTarget(name, run)))
+            seen = _see_in_child(hold_target(UnitTarget(name, run)))
         except IommufdError as exc:
             raise _ended(run, name, unit, f"A service like {unit.name} ended at once", "") from exc
     finally:
         # One that has failed stays until it is forgotten, so that it can be asked for.
         for verb in ("stop", "reset-failed"):
             with contextlib.suppress(IommufdError):
-                tell(run, verb, name)
+                tell_systemd(run, verb, name)
     if seen.memlock != unit.memlock:
         raise Interrupted(
             f"A service like {unit.name} has not the limit of locked memory that systemd gave it. Its user has changed"
@@ -627,12 +627,12 @@ def _why(run: Run, name: str, errors: str) -> str:
     """What the journal says of a service that did not start, or else systemd-run."""
     lines: list[str] = []
     with contextlib.suppress(IommufdError):
-        lines = journal_of(run, name)
+        lines = read_journal(run, name)
     failed = [line for line in lines if line.startswith("Failed at step")]
     return _line(os.fsencode(" ".join(failed or lines) or errors))
 
 
-def session_memlock(user: User) -> Limit:
+def open_session(user: User) -> Limit:
     """RLIMIT_MEMLOCK in a session that PAM opens for the user.
 
     PAM sets it in the process that opens the session, before it starts another that becomes the user. It is root's, so
@@ -668,7 +668,7 @@ def _session_ends(pid: int) -> int:
         time.sleep(0.01)
 
 
-def scratch_mode(user: User) -> str:
+def try_mode(user: User) -> str:
     """Opens an iommufd, sets it to per-process accounting, and gives the mode that it has in a child of that user.
 
     Raises IommufdError where it cannot be opened, set or read, Interrupted where the child was kept from that.

@@ -33,7 +33,7 @@ from ._states import (
     read_file_state,
     split_block,
 )
-from ._systemd import Run, UnitState, is_unit_name, unit_states
+from ._systemd import Run, UnitState, ask_states, is_unit_name
 
 __all__ = (
     "View",
@@ -41,7 +41,7 @@ __all__ = (
     "WantedFile",
     "about",
     "check_path",
-    "look",
+    "look_at_host",
 )
 
 # What makes a shell pattern.
@@ -150,13 +150,13 @@ class View:
     gid: int | None = None
 
 
-def look(items: list[Item], wanted: Wanted, run: Run) -> View:
+def look_at_host(items: list[Item], wanted: Wanted, run: Run) -> View:
     """Looks at all that is wanted or remembered.
 
     Raises IommufdError where something is not what it has to be; Untrusted where somebody else than root can write a
     folder on the way, or something whose content is taken.
     """
-    view = View(modules=_modules_there(wanted.modules), gid=_gid_of(wanted.group))
+    view = View(modules=_find_modules(wanted.modules), gid=_find_gid(wanted.group))
     remembered = {kind: [item.path for item in items if item.kind == kind] for kind in KINDS}
     blocks = {*wanted.blocks, *remembered[BLOCK]}
     # The content of what is written as a whole is taken only once, before it is.
@@ -190,7 +190,7 @@ def look(items: list[Item], wanted: Wanted, run: Run) -> View:
                 view.nodes[each] = node
                 view.kernels_nodes[each] = kernels_node(each)
                 view.devices[each] = device_of(each)
-    view.units.update(unit_states(run, list(dict.fromkeys([*wanted.units, *remembered[UNIT]]))))
+    view.units.update(ask_states(run, list(dict.fromkeys([*wanted.units, *remembered[UNIT]]))))
     return view
 
 
@@ -242,7 +242,7 @@ def _look_at_executable(path: str, executable: bool) -> tuple[str, str | None] |
         raise IommufdError(f"{shown_path(path)} cannot be looked at ({error_text(exc.errno)}).") from exc
 
 
-def _modules_there(names: Iterable[str]) -> frozenset[str]:
+def _find_modules(names: Iterable[str]) -> frozenset[str]:
     """Those of the kernel's modules that are loaded or built in."""
     built_in = ""
     with contextlib.suppress(OSError), open(_BUILT_IN.format(os.uname().release), encoding="ascii") as stream:
@@ -255,7 +255,7 @@ def _modules_there(names: Iterable[str]) -> frozenset[str]:
     )
 
 
-def _gid_of(group: str) -> int | None:
+def _find_gid(group: str) -> int | None:
     """The id of a group, None where none is asked for. Raises IommufdError where the host has no such group."""
     try:
         return grp.getgrnam(group).gr_gid if group else None

@@ -288,19 +288,19 @@ from ..module_utils._child import run_command
 from ..module_utils._errors import IommufdError, error_text, shown_path
 from ..module_utils._module import Row, finish
 from ..module_utils._programs import PROGRAMS, zipapp
-from ..module_utils._record import CAPABILITY, FILE, NODE, Item, Record, check_caller, locked
+from ..module_utils._record import CAPABILITY, FILE, NODE, Item, Record, check_caller, lock_record
 from ..module_utils._states import FileState, NodeState
 from ..module_utils._steps import Grant, RemoveFile, Step, StepFailed, WriteFile, make_steps, note_due
 from ..module_utils._systemd import Run
 from ..module_utils._undo import new_items, steps_back
 from ..module_utils._user import group_name, owner_name
-from ..module_utils._wanted import View, Wanted, WantedFile, check_path, look
+from ..module_utils._wanted import View, Wanted, WantedFile, check_path, look_at_host
 
 # What is longer is no file that a role writes, and nobody compares it.
 CONTENT_MAX = 2**16
 
 
-def wanted_of(params: Row) -> Wanted:
+def wanted_by(params: Row) -> Wanted:
     """What the task lists. Raises IommufdError."""
     files = {each["path"]: wanted_file(each) for each in params["files"]}
     wanted = Wanted(
@@ -390,12 +390,12 @@ def diff_row(step: Step) -> Row:
     return {"before_header": step.path, "after_header": step.path, "before": step.before, "after": step.after}
 
 
-def work(record: Record, wanted: Wanted, dry_run: bool, run: Run, result: Row) -> None:
+def make_wanted(record: Record, wanted: Wanted, dry_run: bool, run: Run, result: Row) -> None:
     """Puts back what is not wanted any more, records what is new, makes it, and fills in the return value.
 
     Whatever is refused is refused before anything is changed. Raises IommufdError.
     """
-    view = look(record.items, wanted, run)
+    view = look_at_host(record.items, wanted, run)
     back = steps_back(record, wanted, view)
     new = new_items(record, wanted, view)
     on = steps_on(wanted, after(back, view), record.due)
@@ -411,7 +411,7 @@ def work(record: Record, wanted: Wanted, dry_run: bool, run: Run, result: Row) -
         if back:
             put_back(record, back, run, result)
             # A folder that was there a moment ago may be gone with what was in it.
-            view = look(record.items, wanted, run)
+            view = look_at_host(record.items, wanted, run)
             new = new_items(record, wanted, view)
             on = steps_on(wanted, view, record.due)
         record.add(new)
@@ -467,13 +467,13 @@ def run(params: Row, check_mode: bool, result: Row) -> None:
     """Does what the task asks for, and fills in the return value. Raises IommufdError."""
     result.update(put_back=[], made=[])
     check_caller()
-    wanted = wanted_of(params)
+    wanted = wanted_by(params)
     path = params["record"]
     check_path(path)
-    with locked(path):
+    with lock_record(path):
         record = Record.load(path)
         try:
-            work(record, wanted, check_mode, run_command, result)
+            make_wanted(record, wanted, check_mode, run_command, result)
         finally:
             result["changed"] = bool(result["put_back"] or result["made"])
             result["remembered"] = [item_row(item) for item in record.items]

@@ -386,7 +386,7 @@ def job_of(params: Row, dry_run: bool) -> Job:
     return Job(option, ioas_id, number_of(option, params["value"]), dry_run)
 
 
-def work(process: Process, fd: int | None, job: Job) -> tuple[list[Row], bool]:
+def work_on(process: Process, fd: int | None, job: Job) -> tuple[list[Row], bool]:
     """Does the job on the descriptor that was asked for, or on each iommufd of the process.
 
     What goes wrong with one is told in its row and keeps nobody from the next. Raises IommufdError where there is
@@ -468,7 +468,7 @@ def attempt(target: Target, fd: int | None, job: Job) -> Row:
     try:
         with hold_target(target) as process:
             answer["process"] = process.describe()
-            answer["rows"], answer["truncated"] = work(process, fd, job)
+            answer["rows"], answer["truncated"] = work_on(process, fd, job)
     except IommufdError as exc:
         answer["msg"] = str(exc)
     return answer

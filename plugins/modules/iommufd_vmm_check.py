@@ -494,7 +494,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils import _vmm, _vmm_start
 from ..module_utils._child import Interrupted, insist, run_command
-from ..module_utils._errors import AccessRefused, IommufdError, printable
+from ..module_utils._errors import AccessRefused, IommufdError, shown_path
 from ..module_utils._module import Row, finish
 from ..module_utils._process import Limit, Status
 from ..module_utils._user import User, find_user
@@ -507,7 +507,7 @@ UNTRIED = {"ran": False, "ok": None, "inconclusive": False}
 STARTED = {"user": None, "effective": None, "memlock_bytes": None, "memlock_unlimited": False}
 
 
-class Task:
+class CheckTask:
     """What was asked for. `user` is None where none is given."""
 
     def __init__(self, params: Row, check_mode: bool) -> None:
@@ -547,11 +547,6 @@ class Task:
             return {**tried, "ok": False, "msg": str(exc)}
 
 
-def shown(path: str) -> str:
-    """A path that is safe to print."""
-    return printable(os.fsencode(path))
-
-
 def effective(status: Status) -> str:
     """A process's effective capabilities as the kernel writes them."""
     return f"{status.effective:016x}"
@@ -562,7 +557,7 @@ def memlock_row(limit: Limit) -> Row:
     return {"memlock_bytes": limit.soft, "memlock_unlimited": limit.soft is None}
 
 
-def seen_row(seen: _vmm_start.Seen) -> Row:
+def seen_row(seen: _vmm_start.ProcessSeen) -> Row:
     """What was started."""
     void = _vmm.has_ipc_lock(seen.status.effective) and not seen.lifts_memlock
     return {
@@ -576,13 +571,13 @@ def seen_row(seen: _vmm_start.Seen) -> Row:
     }
 
 
-def emulator_row(task: Task, program: Program, under: Conditions) -> Row:
+def check_emulator(task: CheckTask, program: Program, under: Conditions) -> Row:
     """An emulator, and what came of starting it."""
     place = program.file_system
 
     def check() -> None:
         if program.writer or not program.is_program:
-            raise IommufdError(_vmm.obstacles(program, under)[0])
+            raise IommufdError(_vmm.emulator_obstacles(program, under)[0])
 
     def trial() -> Row:
         check()
@@ -594,12 +589,12 @@ def emulator_row(task: Task, program: Program, under: Conditions) -> Row:
         check()
         if task.params["domain"]:
             patient = partial(run_command, seconds=_vmm_start.LIBVIRT_SECONDS)
-            return seen_row(_vmm_start.start_domain(patient, task.params["uri"], program))
+            return seen_row(_vmm_start.start_bare_domain(patient, task.params["uri"], program))
         return seen_row(_vmm_start.start_emulator(program, under, task.needed_user()))
 
     return {
-        "path": shown(program.path),
-        "real_path": shown(program.real_path),
+        "path": shown_path(program.path),
+        "real_path": shown_path(program.real_path),
         "present": program.present,
         "writer": program.writer and program.writer._asdict(),
         "is_emulator": program.is_program,
@@ -610,13 +605,13 @@ def emulator_row(task: Task, program: Program, under: Conditions) -> Row:
             "no_new_privs": under.no_new_privs,
             "initial_user_namespace": under.initial,
         },
-        "obstacles": _vmm.obstacles(program, under),
+        "obstacles": _vmm.emulator_obstacles(program, under),
         "trial": task.tried("trial", {"effective": None}, trial),
         "started": task.tried("start", {**STARTED, "how": "domain" if task.params["domain"] else "bare"}, started),
     }
 
 
-def unit_row(task: Task, unit: Unit) -> Row:
+def check_unit(task: CheckTask, unit: Unit) -> Row:
     """A service, and what came of starting one like it."""
     program = unit.program
 
@@ -634,7 +629,7 @@ def unit_row(task: Task, unit: Unit) -> Row:
         "active": unit.active,
         "pid": unit.pid,
         "user": unit.user,
-        "exec": program and shown(program.path),
+        "exec": program and shown_path(program.path),
         "bounding_ipc_lock": _vmm.has_ipc_lock(unit.bounding),
         "ambient_ipc_lock": _vmm.has_ipc_lock(unit.ambient),
         "no_new_privs": unit.no_new_privs,
@@ -646,7 +641,7 @@ def unit_row(task: Task, unit: Unit) -> Row:
     }
 
 
-def user_row(task: Task, name: str) -> Row:
+def check_user(task: CheckTask, name: str) -> Row:
     """A user's limit."""
     nothing: Row = {"user": name, "present": False, "memlock_bytes": None, "memlock_unlimited": False}
     try:
@@ -655,16 +650,16 @@ def user_row(task: Task, name: str) -> Row:
         return {**nothing, **UNTRIED, "msg": str(exc)}
 
     def session() -> Row:
-        return {"ok": True, **memlock_row(_vmm_start.session_memlock(user))}
+        return {"ok": True, **memlock_row(_vmm_start.open_session(user))}
 
     return task.tried("users", {**nothing, "present": True}, session)
 
 
-def scratch_row(task: Task) -> Row:
+def check_iommufd(task: CheckTask) -> Row:
     """What came of setting an iommufd."""
 
     def scratch() -> Row:
-        mode = _vmm_start.scratch_mode(task.needed_user())
+        mode = _vmm_start.try_mode(task.needed_user())
         return {"ok": mode == "process", "mode": mode}
 
     return task.tried("scratch", {"mode": None}, scratch)
@@ -672,15 +667,15 @@ def scratch_row(task: Task) -> Row:
 
 def run(params: Row, check_mode: bool, result: Row) -> None:
     """Looks at all that was asked for, and tries it. Raises IommufdError where the task asks for what cannot be."""
-    task = Task(params, check_mode)
+    task = CheckTask(params, check_mode)
     # Everything is looked at before anything is started.
     programs = [_vmm.look_at_program(path) for path in params["emulators"]]
     units = [_vmm.look_at_unit(run_command, name) for name in params["units"]]
-    under = _vmm.conditions(run_command) if programs else None
-    result["emulators"] = [emulator_row(task, each, under) for each in programs] if under else []
-    result["units"] = [unit_row(task, each) for each in units]
-    result["users"] = [user_row(task, each) for each in params["users"]]
-    result["scratch"] = scratch_row(task)
+    under = _vmm.look_at_conditions(run_command) if programs else None
+    result["emulators"] = [check_emulator(task, each, under) for each in programs] if under else []
+    result["units"] = [check_unit(task, each) for each in units]
+    result["users"] = [check_user(task, each) for each in params["users"]]
+    result["scratch"] = check_iommufd(task)
 
 
 def main() -> NoReturn:

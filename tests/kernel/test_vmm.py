@@ -340,7 +340,7 @@ def test_what_was_started_ends_with_the_module() -> None:
     reading, writing = os.pipe()
     module = os.fork()
     if not module:
-        under, user = _vmm.own_conditions(), find_user(USER)
+        under, user = _vmm.look_at_own_conditions(), find_user(USER)
         arguments = [QEMU, *_vmm_start._IDLE_QEMU]
         with open("/dev/null", "wb") as null, _vmm_start._started(QEMU, arguments, under, user, null, null) as pid:
             os.write(writing, f"{pid}\n".encode())

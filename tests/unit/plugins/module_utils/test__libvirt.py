@@ -11,11 +11,11 @@ import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused
 from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     Libvirt,
+    daemon_unit_of,
     library_version,
-    look,
+    look_at_libvirt,
     offers_iommufd,
     sets_rlimit_mode,
-    unit_of,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.plugins.module_utils._systemd import Run, parse_units
@@ -57,7 +57,7 @@ def test_the_version_is_in_the_librarys_name(text: bytes, version: tuple[int, in
 )
 def test_what_a_unit_would_run_with(properties: dict[str, str], may: bool) -> None:
     (shown,) = parse_units(unit("virtqemud.service", **properties))
-    assert unit_of(shown).may is may
+    assert daemon_unit_of(shown).may is may
 
 
 def answer(*units: str) -> Run:
@@ -78,13 +78,13 @@ def answer(*units: str) -> Run:
     ],
 )
 def test_which_daemon_drives_qemu(units: list[str], chosen: str | None) -> None:
-    assert look(answer(*units)).unit == chosen
+    assert look_at_libvirt(answer(*units)).unit == chosen
 
 
 def test_a_running_daemon_is_looked_at_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Process, "read", lambda _self, name: b"/lib/libvirt.so.0.12008.0" if name == "maps" else b"")
     running = unit("virtqemud.service", MainPID=str(os.getpid()), CapabilityBoundingSet="")
-    found = look(answer(unit("libvirtd.service"), running))
+    found = look_at_libvirt(answer(unit("libvirtd.service"), running))
     assert (found.unit, found.pid, found.version) == ("virtqemud.service", os.getpid(), (12, 8, 0))
     assert found.may is not None
 
@@ -94,13 +94,13 @@ def test_its_memory_map_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None
         raise AccessRefused("It is hidden.")
 
     monkeypatch.setattr(Process, "read", refuse)
-    found = look(answer(unit("virtqemud.service", MainPID=str(os.getpid()))))
+    found = look_at_libvirt(answer(unit("virtqemud.service", MainPID=str(os.getpid()))))
     assert found.version == found.installed
     assert "It is hidden." in found.msg
 
 
 def test_it_has_just_ended() -> None:
-    found = look(answer(unit("virtqemud.service", MainPID="2147483647")))
+    found = look_at_libvirt(answer(unit("virtqemud.service", MainPID="2147483647")))
     assert found.pid is None
     assert found.may is True
 
@@ -112,7 +112,7 @@ def test_systemd_may_not_answer(fails: bool) -> None:
             raise FileNotFoundError(2, "no")
         return 1, "", "Failed to connect\n"
 
-    assert "systemd cannot be asked" in look(run).msg
+    assert "systemd cannot be asked" in look_at_libvirt(run).msg
 
 
 def libvirt(version: Any = (12, 8, 0), **other: Any) -> Libvirt:

@@ -12,11 +12,11 @@ import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._systemd import (
     UnitState,
+    ask_states,
     is_unit_name,
     must_run,
     parse_units,
     show_units,
-    unit_states,
 )
 
 PATH = "LoadState=loaded\nUnitFileState=enabled\nActiveState=active\nTriggers=a.service b.service\n"
@@ -69,7 +69,7 @@ def test_units() -> None:
         asked.append(words)
         return 0, "\n".join([PATH, NONE, FAILED]), ""
 
-    states = unit_states(run, ["p.path", "n.path", "f.service"])
+    states = ask_states(run, ["p.path", "n.path", "f.service"])
     assert states == {
         "p.path": UnitState(True, True, True, ("a.service", "b.service")),
         "n.path": UnitState(False, False, False),
@@ -77,9 +77,9 @@ def test_units() -> None:
     }
     assert str(states["p.path"]) == "enabled, active"
     with pytest.raises(IommufdError, match=r"tells of 3 units where it was asked for p\.path"):
-        unit_states(run, ["p.path"])
+        ask_states(run, ["p.path"])
     assert len(asked) == 2
-    assert unit_states(run, []) == {}
+    assert ask_states(run, []) == {}
     assert len(asked) == 2
 
 
