@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ._grant import decide
+from ._grant import attribute_for_grant
 from ._record import BLOCK, CAPABILITY, FILE, MODULE, NODE, RELABEL, RESTART, SYSTEMD, UDEV, UNIT
 from ._states import BEGIN, END, FileState, NodeState, setting_of, split_block
 from ._steps import (
@@ -97,7 +97,7 @@ def _load(name: str) -> Step:
 
 def _grant(path: str, xattr: bytes | None) -> list[Step]:
     with about(path):
-        granted = decide(xattr)
+        granted = attribute_for_grant(xattr)
     if granted is None:
         return []
     sides = (shown_capabilities(xattr), shown_capabilities(granted))
@@ -107,7 +107,7 @@ def _grant(path: str, xattr: bytes | None) -> list[Step]:
 def _write(path: str, file: WantedFile, view: View) -> list[Step]:
     now = view.files[path]
     # What else a file has, such as its label, is its own.
-    state = replace(now or _NEW, content=file.content, mode=file.mode, uid=_ROOT, gid=_ROOTS_GROUP)
+    state = (now or _NEW)._replace(content=file.content, mode=file.mode, uid=_ROOT, gid=_ROOTS_GROUP)
     if now == state:
         return _clean(FILE, path, view)
     sides = ("" if now is None else _shown(now, state), _shown(state, now))
@@ -133,7 +133,7 @@ def _write_block(path: str, nodes: tuple[str, ...], view: View) -> list[Step]:
         block, rest = split_block((now or _NEW).content)
     there = setting_of(rest.decode("utf-8", "backslashreplace"), _ACL) or _DEVICE_ACL
     text = _block(list(dict.fromkeys((*there, *nodes))))
-    state = replace(now or _NEW, content=b"%s\n%s%s\n%s" % (BEGIN, text, END, rest))
+    state = (now or _NEW)._replace(content=b"%s\n%s%s\n%s" % (BEGIN, text, END, rest))
     if now == state:
         return _clean(BLOCK, path, view)
     # The rest of the file may hold a password, which nobody needs to see here.

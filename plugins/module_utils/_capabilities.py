@@ -20,7 +20,7 @@ __all__ = (
     "CAP_SYS_RESOURCE",
     "XATTR",
     "FileCapabilities",
-    "names",
+    "capability_names",
     "parse_file_capabilities",
     "read_xattr",
     "with_ipc_lock",
@@ -64,7 +64,7 @@ _IPC_LOCK = 1 << _NAMES.index(CAP_IPC_LOCK)
 
 
 @cache
-def names(mask: int) -> tuple[str, ...]:
+def capability_names(mask: int) -> tuple[str, ...]:
     """The names of the capabilities in a set, in the kernel's order. One that has no name here is given by number."""
     numbers = (number for number in range(mask.bit_length()) if mask >> number & 1)
     return tuple(_NAMES[number] if number < len(_NAMES) else f"cap_{number}" for number in numbers)
@@ -90,9 +90,8 @@ def parse_file_capabilities(xattr: bytes) -> FileCapabilities:
     An empty one, which some tools leave, gives nothing. Raises IommufdError where it is something else.
     """
     found = _unpack(xattr)
-    return FileCapabilities(
-        list(names(found.permitted)), list(names(found.inheritable)), found.effective, found.root_uid
-    )
+    permitted, inheritable = (list(capability_names(each)) for each in (found.permitted, found.inheritable))
+    return FileCapabilities(permitted, inheritable, found.effective, found.root_uid)
 
 
 def read_xattr(file: int | str) -> bytes | None:
@@ -160,12 +159,12 @@ def with_ipc_lock(xattr: bytes | None) -> bytes:
     """
     sets = _unpack(xattr or b"")
     if sets.root_uid:
-        given = ", ".join(names(sets.permitted | sets.inheritable)) or "nothing"
+        given = ", ".join(capability_names(sets.permitted | sets.inheritable)) or "nothing"
         raise IommufdError(
             f"Its capabilities ({given}) are for the user namespace of uid {sets.root_uid} only, and CAP_IPC_LOCK,"
             " which has to be for the initial one, would give them there too."
         )
-    others = ", ".join(names((sets.permitted | sets.inheritable) & ~_IPC_LOCK))
+    others = ", ".join(capability_names((sets.permitted | sets.inheritable) & ~_IPC_LOCK))
     if others and not sets.effective:
         raise IommufdError(
             f"It has {others} that are not effective, and CAP_IPC_LOCK, which has to be, would make them effective too."

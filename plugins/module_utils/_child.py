@@ -25,15 +25,17 @@ from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Callable, Optional
 
-from ._errors import IommufdError, error_text
+from ._errors import HostLacks, IommufdError, error_text, printable
 from ._foreign import parse_answer, shown
 from ._user import User, end_with, impersonate, leave_keyring
 
 __all__ = (
     "COMMAND_SECONDS",
+    "CommandFailed",
     "Interrupted",
     "NoAnswer",
-    "answers",
+    "Run",
+    "ask_child",
     "bury",
     "close_all_but",
     "end",
@@ -41,6 +43,7 @@ __all__ = (
     "in_child",
     "insist",
     "isolate",
+    "must_run",
     "run_command",
     "spawn",
     "start_command",
@@ -61,6 +64,9 @@ _ENDING = 2.0
 # A child's standard input, output and errors: descriptors of ours, or None for /dev/null.
 Streams = tuple[Optional[int], Optional[int], Optional[int]]
 
+# Runs a command and gives its exit code, output and errors, as `run_command` does.
+Run = Callable[[list[str]], "tuple[int, str, str]"]
+
 # As timeout(1) gives it, and as systemd names it.
 _TIMED_OUT = 124
 _TOO_MUCH = 125
@@ -80,6 +86,14 @@ _is_child = False
 
 class NoAnswer(IommufdError):
     """The child took too long. What it has asked others to do may still be done."""
+
+
+class CommandFailed(IommufdError):
+    """A command has failed. `said` is what it said of that, on one line."""
+
+    def __init__(self, words: Sequence[str], said: str) -> None:
+        self.said = said
+        super().__init__(f"'{' '.join(words)}' failed: {said}")
 
 
 class Interrupted(IommufdError):
@@ -174,13 +188,13 @@ def in_child(user: User | None, work: Callable[[], Any], seconds: float, keep: C
     def once() -> Iterator[Any]:
         yield work()
 
-    with contextlib.closing(answers(user, once, seconds, keep)) as said:
+    with contextlib.closing(ask_child(user, once, seconds, keep)) as said:
         for each in said:
             return each
     raise _unheard(user, "has ended without an answer.")
 
 
-def answers(
+def ask_child(
     user: User | None, work: Callable[[], Iterator[Any]], seconds: float, keep: Collection[int] = ()
 ) -> Generator[Any, None, None]:
     """What `work` yields in a child, one after the other, as `in_child` does it; `seconds` is for each of them."""
@@ -407,6 +421,18 @@ def run_command(
         code, why = trouble or (_TIMED_OUT, _LATE)
         return code, said, f"{complaints}It {why.format(seconds=seconds)}."
     return os.waitstatus_to_exitcode(status), said, complaints
+
+
+def must_run(run: Run, *words: str) -> str:
+    """The output of a command that must succeed. Raises CommandFailed, and HostLacks where it cannot be run."""
+    try:
+        code, output, errors = run(list(words))
+    except OSError as exc:
+        raise HostLacks(f"{words[0]} cannot be run ({error_text(exc.errno)}).") from exc
+    if code:
+        said = printable(" ".join(errors.split()).encode("utf-8", "surrogateescape")) or f"exit code {code}"
+        raise CommandFailed(words, said)
+    return output
 
 
 def _drain(output: int, errors: int, deadline: float) -> tuple[str, str, tuple[int, str] | None]:

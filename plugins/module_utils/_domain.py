@@ -25,7 +25,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._borrow import borrow_iommufd, find_iommufds
-from ._capabilities import CAP_SYS_RESOURCE, names
+from ._capabilities import CAP_SYS_RESOURCE, capability_names
 from ._child import in_child, run_command
 from ._errors import DescriptorGone, IommufdError, NotAnIommufd, error_text, printable
 from ._foreign import boolean, first_of, member, number, or_none, parse_xml, shown, text, texts
@@ -586,7 +586,7 @@ def check_limit(name: str, user: User, daemon: Process, limit: Limit, need: int 
     libvirt sets it on the emulator and fails if it may not, once everything else is done.
     """
     enough = limit.hard is None or (need is not None and need <= limit.hard)
-    if enough or CAP_SYS_RESOURCE in names(daemon.status.effective):
+    if enough or CAP_SYS_RESOURCE in capability_names(daemon.status.effective):
         return
     needs, value = "none at all, because of <locked/>", "infinity"
     if need is not None:

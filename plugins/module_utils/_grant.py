@@ -19,7 +19,7 @@ from ._errors import IommufdError, error_text, shown_path
 from ._states import capability_in, open_file, set_capability_in
 
 __all__ = (
-    "decide",
+    "attribute_for_grant",
     "grant",
     "grant_patiently",
 )
@@ -33,7 +33,7 @@ _LOOKS = 3
 _PAUSE = 1
 
 
-def decide(xattr: bytes | None) -> bytes | None:
+def attribute_for_grant(xattr: bytes | None) -> bytes | None:
     """The extended attribute that gives a file CAP_IPC_LOCK, by the one that it has; None where it needs nothing.
 
     `xattr` None is a file without one. The capability is added to nothing, or to the host's own, if those are
@@ -55,7 +55,7 @@ def grant(path: str) -> bool:
             if not file.mode & 0o111:
                 raise IommufdError(f"{shown_path(path)} is no executable file, so it cannot get CAP_IPC_LOCK.")
             try:
-                xattr = decide(capability_in(file.fd, path))
+                xattr = attribute_for_grant(capability_in(file.fd, path))
             except IommufdError as exc:
                 raise IommufdError(f"{shown_path(path)}: {exc} It is left as it is.") from exc
             if xattr is not None:
@@ -93,14 +93,14 @@ def main(arguments: list[str] | None = None) -> int:
     failures: list[str] = []
     for look in range(_LOOKS):
         time.sleep(_PAUSE if look else 0)
-        failures = _look(paths)
+        failures = _grant_each(paths)
     for each in failures:
         # It is a program of its own, and no module.
         sys.stderr.write(f"{_PROGRAM}: {each}\n")
     return 1 if failures else 0
 
 
-def _look(paths: list[str]) -> list[str]:
+def _grant_each(paths: list[str]) -> list[str]:
     """Looks at each path once, and gives what was refused."""
     failures = []
     for path in paths:

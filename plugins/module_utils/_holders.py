@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from ._borrow import IOMMUFDS_MAX, Swapped, borrow_iommufd
 from ._budget import Account
-from ._capabilities import CAP_IPC_LOCK, names
-from ._child import answers, in_child
+from ._capabilities import CAP_IPC_LOCK, capability_names
+from ._child import ask_child, in_child
 from ._errors import DescriptorGone, IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import (
     HUGE_PAGES,
@@ -130,7 +130,7 @@ class Holder(NamedTuple):
             pid=self.pid,
             uid=self.status.uid,
             modes=modes,
-            ipc_lock=CAP_IPC_LOCK in names(self.status.effective),
+            ipc_lock=CAP_IPC_LOCK in capability_names(self.status.effective),
             initial=self.initial,
             pinned=self.status.pinned_bytes,
             locked=self.status.locked_bytes,
@@ -254,7 +254,7 @@ def _look_at_all(
         _POSITION.pack_into(position, 0, 0)
         work = partial(_batches, pids, budget, nodes, position, is_last)
         try:
-            with contextlib.closing(answers(None, work, _PATIENCE)) as said:
+            with contextlib.closing(ask_child(None, work, _PATIENCE)) as said:
                 for answer in said:
                     done, seen, spent = answer
                     result.add(seen)

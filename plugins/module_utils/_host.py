@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ._capabilities import FileCapabilities, parse_file_capabilities, read_xattr
-from ._child import NoAnswer, answers, in_child
+from ._child import NoAnswer, ask_child, in_child
 from ._errors import IommufdError, error_text, shown_path
 from ._iommufd import RLIMIT_MODE, IommuFd, can_be_set, misc_rdev, new_iommufd
 from ._paths import Untrusted, Writer, check_writers, walk
@@ -217,7 +217,7 @@ def find_emulators(given: list[str]) -> list[Emulator]:
     found: dict[str, Emulator] = {}
     while left:
         try:
-            for each in answers(None, partial(_look_at_emulators, left), _PATIENCE):
+            for each in ask_child(None, partial(_look_at_emulators, left), _PATIENCE):
                 emulator = _from_json(each)
                 found.setdefault(emulator.path, emulator)
                 left = left[1:]

@@ -22,10 +22,9 @@ import signal
 import sys
 import termios
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-from ._capabilities import CAP_IPC_LOCK, names, parse_file_capabilities, read_xattr
+from ._capabilities import CAP_IPC_LOCK, capability_names, parse_file_capabilities, read_xattr
 from ._errors import AccessRefused, HostLacks, IommufdError, NotAnIommufd, error_text
 from ._iommufd import (
     CHANGED,
@@ -61,11 +60,11 @@ __all__ = (
     "Refusal",
     "Request",
     "User",
-    "environment",
     "fill",
     "find_program",
+    "gets_ipc_lock",
+    "given_environment",
     "lifted",
-    "lifts_memlock",
     "main",
     "obstacle",
     "parse",
@@ -126,7 +125,7 @@ Otherwise the exit code is COMMAND's.
 """
 
 # The kernel has 64 bits for them and names for some 40.
-_CAPABILITIES = {name: number for number in range(64) for name in names(1 << number)}
+_CAPABILITIES = {name: number for number in range(64) for name in capability_names(1 << number)}
 
 _UNLIMITED = ("infinity", "unlimited")
 
@@ -139,8 +138,7 @@ class Refusal(IommufdError):
         self.code = code
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What the arguments ask for. None is "leave it as it is".
 
     `memlock` is in bytes, or resource.RLIM_INFINITY; `bounding` has the numbers of the capabilities that may stay.
@@ -172,7 +170,7 @@ def _bounding(text: str) -> frozenset[int]:
     return frozenset(number for number in numbers if number is not None)
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """What reads the options, those in front of "--"."""
     made = _Parser(
         prog=NAME,
@@ -207,7 +205,7 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: Sequence[str]) -> Request:
     """What the arguments ask for. Raises Refusal; for --help it prints that and raises SystemExit."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    given = parser().parse_args(list(arguments[:end]))
+    given = make_parser().parse_args(list(arguments[:end]))
     command = tuple(arguments[end + 1 :])
     if not command:
         raise Refusal(USAGE, f"There is no COMMAND: it stands behind --. See {NAME} --help.")
@@ -346,7 +344,7 @@ def find_program(command: str) -> str:
     return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), command)
 
 
-def lifts_memlock(path: str) -> bool:
+def gets_ipc_lock(path: str) -> bool:
     """Whether this process gets CAP_IPC_LOCK by executing that file."""
     try:
         given = parse_file_capabilities(read_xattr(path) or b"")
@@ -412,7 +410,7 @@ def _can_return() -> bool:
     return True
 
 
-def environment() -> dict[bytes, bytes]:
+def given_environment() -> dict[bytes, bytes]:
     """The environment that this program was given.
 
     Where the locale is C, Python puts another one into LC_CTYPE for its children (PEP 538), in isolated mode too.
@@ -433,7 +431,7 @@ def execute(command: Sequence[str], fd: int) -> NoReturn:
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     try:
-        os.execvpe(command[0], list(command), environment())
+        os.execvpe(command[0], list(command), given_environment())
     except OSError as exc:
         code = NOT_FOUND if exc.errno in (errno.ENOENT, errno.ENOTDIR) else NOT_EXECUTABLE
         raise Refusal(code, f"{command[0]} cannot be executed ({error_text(exc.errno)}).") from exc
@@ -456,9 +454,9 @@ def launch(request: Request) -> NoReturn:
     if warning:
         say(f"warning: {warning} {request.command[0]} is started all the same.")
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    has_it = CAP_IPC_LOCK in names(own_capabilities().effective)
+    has_it = CAP_IPC_LOCK in capability_names(own_capabilities().effective)
     program = find_program(request.command[0])
-    gets_it = not has_it and lifts_memlock(program)
+    gets_it = not has_it and gets_ipc_lock(program)
     if gets_it:
         say(f"warning: {lifted(request.command[0], program)}")
     # A kernel without the option charges the user.

@@ -14,11 +14,12 @@ import os
 import re
 from typing import NamedTuple
 
-from ._capabilities import CAP_SYS_RESOURCE, names
+from ._capabilities import CAP_SYS_RESOURCE, capability_names
+from ._child import Run
 from ._errors import AccessRefused, IommufdError
 from ._foreign import parse_xml
 from ._process import Process
-from ._systemd import Run, show_units
+from ._systemd import show_units
 
 __all__ = (
     "DaemonUnit",
@@ -133,7 +134,7 @@ def look_at_libvirt(run: Run) -> Libvirt:
     try:
         with Process.hold(unit.pid) as daemon:
             initial = daemon.in_initial_user_namespace()
-            may = CAP_SYS_RESOURCE in names(daemon.status.effective)
+            may = CAP_SYS_RESOURCE in capability_names(daemon.status.effective)
             may = may and (unit.initial if initial is None else initial)
             running, msg = installed, ""
             try:

@@ -248,7 +248,7 @@ class _Walk:
         self._folder, self._where, self._mount = folder, where, mount
         status = os.fstat(folder)
         self._judge(where, status)
-        self._adds = _others(status)
+        self._adds = _other_writers(status)
 
     def _leave(self) -> None:
         os.close(self._found)
@@ -272,8 +272,8 @@ class _Walk:
             raise self._untrusted(here, _user(status.st_uid), status)
         # A link's own mode means nothing.
         sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
-        if not stat.S_ISLNK(status.st_mode) and not sticky and _others(status):
-            raise self._untrusted(here, _others(status), status)
+        if not stat.S_ISLNK(status.st_mode) and not sticky and _other_writers(status):
+            raise self._untrusted(here, _other_writers(status), status)
 
     def _untrusted(self, here: str, who: str, status: os.stat_result | None = None) -> Untrusted:
         place = shown_path(here)
@@ -349,7 +349,7 @@ def _user(uid: int) -> str:
     return f"user {name} (uid {uid})" if name else f"uid {uid}"
 
 
-def _others(status: os.stat_result) -> str:
+def _other_writers(status: os.stat_result) -> str:
     """Whom the mode lets write, beside the owner; nothing where it lets nobody."""
     if not status.st_mode & _OTHERS_WRITE:
         return ""

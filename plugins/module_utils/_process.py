@@ -77,6 +77,9 @@ _STATUS_FIELDS = (
 # linux/nsfs.h, and include/linux/proc_ns.h before: the inodes of the namespaces that the system began with.
 _INITIAL = {"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}
 
+# The first Linux that has a system call.
+_SINCE = {"pidfd_open": "5.3", "pidfd_getfd": "5.6", "statx": "4.11"}
+
 # include/linux/sched.h. Kernel threads have no memory, but neither has a process that is about to end.
 _PF_KTHREAD = 0x00200000
 
@@ -130,7 +133,7 @@ def character_devices_in(
                 rdev = character_device(name, folder)
             except OSError as exc:
                 if exc.errno == errno.ENOSYS:
-                    raise HostLacks(_no_system_call("statx", "4.11")) from exc
+                    raise HostLacks(_no_system_call("statx")) from exc
                 # On a FUSE mount, which refuses everybody but its owner, root too; on a network mount that is no more;
                 # or closed by now. Whatever it is, it is no device.
                 continue
@@ -337,7 +340,15 @@ class Process(NamedTuple):
         try:
             pidfd = pidfd_open(pid)
         except OSError as exc:
-            raise _cannot_hold(pid, exc) from exc
+            if exc.errno in (errno.EINVAL, errno.ENOENT):
+                raise IommufdError(
+                    f"{pid} is a thread, not a process: give its process, Tgid in /proc/{pid}/status."
+                ) from exc
+            refused = (
+                f"pidfd_open of process {pid} is refused ({error_text(exc.errno)}): look for a seccomp filter of a"
+                " container or a service around Ansible. Run the task on the host itself."
+            )
+            raise _error(exc, "pidfd_open", f"process {pid}", ProcessGone(_gone(pid)), refused) from exc
         try:
             yield cls._look_at(pid, pidfd)
         finally:
@@ -404,7 +415,8 @@ class Process(NamedTuple):
             text = read_file(f"/proc/{self.pid}/{name}", most)
         except OSError as exc:
             self.check_alive()
-            raise AccessRefused(self._refused(f"read its {name}", exc)) from exc
+            refused = self._refused(f"read its {name}", exc)
+            raise _error(exc, "read", f"{name} of {self}", AccessRefused(refused), refused) from exc
         self.check_alive()
         return text
 
@@ -419,10 +431,9 @@ class Process(NamedTuple):
                 found = character_devices_in(folder)
             finally:
                 os.close(folder)
-        except PermissionError as exc:
-            raise AccessRefused(self._refused("look at its descriptors", exc)) from exc
-        except (FileNotFoundError, ProcessLookupError) as exc:
-            raise ProcessGone(_gone(self.pid, self.comm)) from exc
+        except OSError as exc:
+            gone, refused = ProcessGone(_gone(self.pid, self.comm)), self._refused("look at its descriptors", exc)
+            raise _error(exc, "scandir", f"the descriptors of {self}", gone, refused) from exc
         self.check_alive()
         return found
 
@@ -434,20 +445,18 @@ class Process(NamedTuple):
         path = f"/proc/{self.pid}/fd/{fd}"
         try:
             return character_device(path)
-        except (FileNotFoundError, ProcessLookupError) as exc:
-            self.check_alive()
-            raise DescriptorGone(self._no_descriptor(fd)) from exc
-        except PermissionError as exc:
-            # A FUSE mount refuses everybody but its owner, root too. Where the link can be read, it was not ptrace.
-            with contextlib.suppress(OSError):
-                os.readlink(path)
-                return None
-            raise AccessRefused(self._refused("look at its descriptors", exc)) from exc
         except OSError as exc:
-            if exc.errno == errno.ENOSYS:
-                raise HostLacks(_no_system_call("statx", "4.11")) from exc
-            # A file on a network mount that is no more, for one: whatever it is, it is no device.
-            return None
+            if exc.errno in (errno.EPERM, errno.EACCES):
+                # A FUSE mount refuses everybody but its owner, root too. Where the link can be read, it was not ptrace.
+                with contextlib.suppress(OSError):
+                    os.readlink(path)
+                    return None
+            elif exc.errno not in (errno.ENOENT, errno.ESRCH, errno.ENOSYS):
+                # A file on a network mount that is no more, for one: whatever it is, it is no device.
+                return None
+            self.check_alive()
+            gone, refused = DescriptorGone(self._no_descriptor(fd)), self._refused("look at its descriptors", exc)
+            raise _error(exc, "statx", f"descriptor {fd} of {self}", gone, refused) from exc
 
     def link(self, fd: int) -> str:
         """What descriptor `fd` is open on, as the kernel names it, escaped to be printable."""
@@ -468,18 +477,10 @@ class Process(NamedTuple):
         try:
             return pidfd_getfd(self.pidfd, fd)
         except OSError as exc:
-            raise self._cannot_borrow(fd, exc) from exc
-
-    def _cannot_borrow(self, fd: int, exc: OSError) -> IommufdError:
-        if exc.errno in (errno.EPERM, errno.EACCES):
-            return AccessRefused(self._refused(f"share its descriptor {fd}", exc))
-        if exc.errno == errno.EBADF:
-            return DescriptorGone(self._no_descriptor(fd))
-        if exc.errno == errno.ESRCH:
-            return ProcessGone(_gone(self.pid, self.comm))
-        if exc.errno == errno.ENOSYS:
-            return HostLacks(_no_system_call("pidfd_getfd", "5.6"))
-        return IommufdError(f"pidfd_getfd of descriptor {fd} of {self} failed ({error_text(exc.errno)}).")
+            if exc.errno == errno.EBADF:
+                raise DescriptorGone(self._no_descriptor(fd)) from exc
+            gone, refused = ProcessGone(_gone(self.pid, self.comm)), self._refused(f"share its descriptor {fd}", exc)
+            raise _error(exc, "pidfd_getfd", f"descriptor {fd} of {self}", gone, refused) from exc
 
     def _no_descriptor(self, fd: int) -> str:
         return f"{self} has no descriptor {fd}: `ls -l /proc/{self.pid}/fd` shows those it has."
@@ -532,10 +533,11 @@ def _read_of(pid: int, pidfd: int, name: str) -> bytes:
     """A file of the process in /proc. Raises ProcessGone, or AccessRefused where /proc hides the process."""
     try:
         return read_file(f"/proc/{pid}/{name}")
-    except (FileNotFoundError, ProcessLookupError, PermissionError) as exc:
+    except OSError as exc:
         if _has_ended(pidfd):
             raise ProcessGone(_gone(pid)) from exc
-        raise AccessRefused(_hidden(pid)) from exc
+        hidden = _hidden(pid)
+        raise _error(exc, "read", f"{name} of process {pid}", AccessRefused(hidden), hidden) from exc
 
 
 def _hidden(pid: int) -> str:
@@ -558,23 +560,19 @@ def _gone(pid: int, comm: str = "") -> str:
     return f"There is no process with the id {pid}: it has ended, or belongs to another pid namespace."
 
 
-def _no_system_call(name: str, since: str) -> str:
+def _no_system_call(name: str) -> str:
     return (
-        f"The system call {name} is not to be had (ENOSYS): it takes Linux {since}, or a seccomp filter (of a container"
-        " or a service) hides it. Run the task on the host itself."
+        f"The system call {name} is not to be had (ENOSYS): it takes Linux {_SINCE[name]}, or a seccomp filter (of a"
+        " container or a service) hides it. Run the task on the host itself."
     )
 
 
-def _cannot_hold(pid: int, exc: OSError) -> IommufdError:
-    if exc.errno == errno.ESRCH:
-        return ProcessGone(_gone(pid))
-    if exc.errno in (errno.EINVAL, errno.ENOENT):
-        return IommufdError(f"{pid} is a thread, not a process: give its process, Tgid in /proc/{pid}/status.")
-    if exc.errno == errno.ENOSYS:
-        return HostLacks(_no_system_call("pidfd_open", "5.3"))
+def _error(exc: OSError, call: str, of: str, gone: IommufdError, refused: str) -> IommufdError:
+    """What the errno of a call on a process or a descriptor means: that it is `gone`, that it is `refused`, or else."""
+    if exc.errno in (errno.ENOENT, errno.ESRCH):
+        return gone
     if exc.errno in (errno.EPERM, errno.EACCES):
-        return AccessRefused(
-            f"pidfd_open of process {pid} is refused ({error_text(exc.errno)}): look for a seccomp filter of a"
-            " container or a service around Ansible. Run the task on the host itself."
-        )
-    return IommufdError(f"pidfd_open of process {pid} failed ({error_text(exc.errno)}).")
+        return AccessRefused(refused)
+    if exc.errno == errno.ENOSYS and call in _SINCE:
+        return HostLacks(_no_system_call(call))
+    return IommufdError(f"{call} of {of} failed ({error_text(exc.errno)}).")

@@ -18,8 +18,8 @@ import fnmatch
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Callable, NamedTuple
 
 from ._capabilities import read_xattr, write_xattr
@@ -69,15 +69,14 @@ _KEPT_XATTRS = ("security.selinux", "system.posix_acl_access", "user.")
 _SYS_CHAR = "/sys/dev/char"
 
 
-@dataclass(frozen=True)
-class FileState:
+class FileState(NamedTuple):
     """All of a regular file that is put back: `mode` without the type of the file, `xattrs` by name."""
 
     content: bytes
     mode: int
     uid: int
     gid: int
-    xattrs: dict[str, bytes] = field(default_factory=dict)
+    xattrs: Mapping[str, bytes] = MappingProxyType({})
 
     def to_json(self) -> dict[str, Any]:
         """The form that a record holds."""
@@ -250,8 +249,7 @@ def _remove(path: str, suffixes: Sequence[str]) -> None:
                 sync(place.folder)
 
 
-@dataclass(frozen=True)
-class NodeState:
+class NodeState(NamedTuple):
     """Who may open a device node."""
 
     mode: int

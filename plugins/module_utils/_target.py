@@ -21,8 +21,8 @@ from ._errors import IommufdError, ProcessGone, error_text, printable
 from ._process import Process
 
 if TYPE_CHECKING:
+    from ._child import Run
     from ._running import DomainRecord
-    from ._systemd import Run
 
 __all__ = (
     "DomainTarget",

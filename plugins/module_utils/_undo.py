@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 from collections.abc import Container
-from dataclasses import replace
 
 from ._capabilities import CAP_IPC_LOCK, parse_file_capabilities, with_ipc_lock, without_ipc_lock
 from ._errors import IommufdError
@@ -200,7 +199,7 @@ def _block_back(item: Item, now: FileState | None) -> Step:
     if block is None:
         return untouched
     # With nothing else in it, a file that was made for the block has no reader.
-    effect = remove if item.before is None and not rest else WriteFile(item.path, replace(now, content=rest))
+    effect = remove if item.before is None and not rest else WriteFile(item.path, now._replace(content=rest))
     # The rest of the file may hold a password, which nobody needs to see here.
     text = shown_content(b"\n".join((BEGIN, block + END, b"")))
     says = f"The block of iommufd_host is removed from {item.path}."

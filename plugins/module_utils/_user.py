@@ -23,12 +23,12 @@ __all__ = (
     "become",
     "end_with",
     "find_user",
+    "forbid_core",
     "group_name",
     "groups_of",
     "has_ids",
     "impersonate",
     "leave_keyring",
-    "no_core",
     "owner_name",
     "user_name",
 )
@@ -111,7 +111,7 @@ def be_private() -> None:
     itself a change of user does that only where fs.suid_dumpable is not 1. Raises OSError.
     """
     prctl(PR_SET_DUMPABLE, 0)
-    no_core()
+    forbid_core()
 
 
 def impersonate(user: User, memory: int | None = None) -> None:
@@ -135,7 +135,7 @@ def end_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def no_core() -> None:
+def forbid_core() -> None:
     """Keeps this process, and what it executes, from leaving a core dump."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 

@@ -18,12 +18,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from . import _libvirt
-from ._capabilities import CAP_IPC_LOCK, XATTR, FileCapabilities, names, parse_file_capabilities, read_xattr
-from ._child import NoAnswer, in_child
+from ._capabilities import CAP_IPC_LOCK, XATTR, FileCapabilities, capability_names, parse_file_capabilities, read_xattr
+from ._child import NoAnswer, Run, in_child
 from ._errors import IommufdError, ProcessGone, error_text, printable
 from ._paths import Untrusted, Writer, reopen, walk, writer_of
 from ._process import Limit, Process, in_initial_namespace, own_status, read_file
-from ._systemd import Run, is_unit_name, show_units
+from ._systemd import is_unit_name, show_units
 
 __all__ = (
     "REPLICA",
@@ -46,7 +46,7 @@ _LOOK_PATIENCE = 10
 # What everything that is started for a look is called, also the instance of a template that is asked for.
 REPLICA = "iommufd-host-check"
 
-_NUMBERS = {name: number for number, name in enumerate(names(2**64 - 1))}
+_NUMBERS = {name: number for number, name in enumerate(capability_names(2**64 - 1))}
 
 # elf.h: programs are of the first type, or of the second if they can be loaded anywhere.
 _ELF_TYPES = (2, 3)

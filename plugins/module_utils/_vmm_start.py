@@ -32,14 +32,26 @@ from functools import partial
 from typing import IO, Callable, NamedTuple, Union
 
 from ._capabilities import with_ipc_lock, write_xattr
-from ._child import COMMAND_SECONDS, Interrupted, NoAnswer, close_all_but, end, in_child, isolate, spawn, start_command
+from ._child import (
+    COMMAND_SECONDS,
+    CommandFailed,
+    Interrupted,
+    NoAnswer,
+    Run,
+    close_all_but,
+    end,
+    in_child,
+    isolate,
+    spawn,
+    start_command,
+)
 from ._errors import HostLacks, IommufdError, error_text, printable
 from ._iommufd import RLIMIT_MODE, IommuFd, new_iommufd
 from ._process import Limit, Process, Status, own_status, parse_status
 from ._syscalls import PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, prctl
-from ._systemd import CommandFailed, Run, read_journal, run_service, show_units, tell_systemd
+from ._systemd import read_journal, run_service, show_units, tell_systemd
 from ._target import DomainTarget, UnitTarget, escaped, hold_target
-from ._user import User, impersonate, no_core
+from ._user import User, forbid_core, impersonate
 from ._vmm import (
     REPLICA,
     Conditions,
@@ -377,7 +389,7 @@ def _become(
             os.dup2(output, number)
         os.chdir("/")
         isolate()
-        no_core()
+        forbid_core()
         _soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         most = _OUTPUT_MAX if hard == resource.RLIM_INFINITY else min(hard, _OUTPUT_MAX)
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))

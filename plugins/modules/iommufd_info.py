@@ -666,7 +666,7 @@ import os
 import pwd
 import re
 from collections.abc import Collection
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -685,9 +685,9 @@ from ..module_utils._capabilities import (
     CAP_IPC_LOCK,
     CAP_SYS_PTRACE,
     CAP_SYS_RESOURCE,
-    names,
+    capability_names,
 )
-from ..module_utils._child import run_command
+from ..module_utils._child import Run, run_command
 from ..module_utils._errors import IommufdError, error_text, shown_path
 from ..module_utils._foreign import shown
 from ..module_utils._holders import HeldIommufd, Holder, Survey, survey
@@ -699,9 +699,6 @@ from ..module_utils._process import (
 )
 from ..module_utils._running import read_domain_record
 from ..module_utils._user import user_name
-
-if TYPE_CHECKING:
-    from ..module_utils._systemd import Run
 
 
 class Unseen:
@@ -782,7 +779,7 @@ def option_row(unseen: Unseen, module: str | None) -> Row:
 
 def caller_row() -> Row:
     """Who asks."""
-    mine = names(own_status().effective)
+    mine = capability_names(own_status().effective)
     return {
         "uid": os.geteuid(),
         "initial_user_namespace": bool(in_initial_namespace("user")),
@@ -868,7 +865,7 @@ def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:
     if not in_initial_namespace("pid"):
         unseen.note("processes", "This is not the initial pid namespace. Run the task on the host itself.")
     hides = _host.read_hidepid()
-    if hides and CAP_SYS_PTRACE not in names(own_status().effective):
+    if hides and CAP_SYS_PTRACE not in capability_names(own_status().effective):
         unseen.note("processes", f"/proc is mounted with {hides}. Run the task as root (become: true).")
     seen = survey(nodes)
     for what, thing, reasons in (
@@ -935,7 +932,7 @@ def iommufd_row(iommufd: HeldIommufd) -> Row:
 
 def those_that_matter(mask: int) -> list[str]:
     """Those of a process's capabilities that matter to how it is accounted."""
-    return [each for each in (CAP_IPC_LOCK, CAP_SYS_RESOURCE) if each in names(mask)]
+    return [each for each in (CAP_IPC_LOCK, CAP_SYS_RESOURCE) if each in capability_names(mask)]
 
 
 def iso8601(seconds: float) -> str:

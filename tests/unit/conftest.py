@@ -80,7 +80,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     fake = FakeKernel()
     monkeypatch.setattr(fcntl, "ioctl", fake.ioctl)
     monkeypatch.setattr(iommufd_option, "in_child", lambda _user, work, _seconds: through_json(work()))
-    monkeypatch.setattr(_holders, "answers", lambda _user, work, _seconds: (through_json(each) for each in work()))
+    monkeypatch.setattr(_holders, "ask_child", lambda _user, work, _seconds: (through_json(each) for each in work()))
     return fake
 
 

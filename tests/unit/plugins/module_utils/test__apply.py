@@ -42,7 +42,7 @@ LABEL = {"security.selinux": b"system_u:object_r:etc_t:s0\0"}
 FILE = WantedFile(b"new\n", 0o644)
 MADE = FileState(b"new\n", 0o644, 0, 0)
 # As it is once all of it was done, where SELinux has given it a label.
-LABELLED = replace(MADE, xattrs=LABEL)
+LABELLED = MADE._replace(xattrs=LABEL)
 UNUSED, USED = UnitState(False, False, False), UnitState(True, True, True, ("u.service",))
 
 
@@ -112,21 +112,21 @@ OTHER = FileState(b"old\n", 0o600, 1, 2, {**LABEL, "user.a": b"x"})
         # What else a file has is its own.
         (
             OTHER,
-            replace(MADE, xattrs=OTHER.xattrs),
+            MADE._replace(xattrs=OTHER.xattrs),
             "/f is written.",
             f"{NodeState(0o600, 1, 2)}\nold\n",
             "mode 0644, root:root\nnew\n",
         ),
         # Only who may write it is different.
         (
-            replace(MADE, mode=0o664),
+            MADE._replace(mode=0o664),
             MADE,
             "/f is written.",
             "mode 0664, root:root\nnew\n",
             "mode 0644, root:root\nnew\n",
         ),
         (
-            replace(MADE, uid=1),
+            MADE._replace(uid=1),
             MADE,
             "/f is written.",
             f"{NodeState(0o644, 1, 0)}\nnew\n",
@@ -158,7 +158,7 @@ def test_new_files_get_the_label_of_their_place() -> None:
     """With the folders that are made for them, the outermost first. Those that were there keep theirs."""
     wanted = Wanted(files=dict.fromkeys(("/a/b/1", "/a/2", "/3", "/4"), FILE), blocks={"/c": ("/dev/iommu",)})
     view = View(
-        files={"/a/b/1": None, "/a/2": None, "/3": OTHER, "/4": LABELLED, "/c": replace(OTHER, content=b"")},
+        files={"/a/b/1": None, "/a/2": None, "/3": OTHER, "/4": LABELLED, "/c": OTHER._replace(content=b"")},
         missing={"/a/b/1": ["/a", "/a/b"], "/a/2": ["/a"], "/3": [], "/4": [], "/c": []},
     )
     steps = steps_on(wanted, view)
@@ -207,7 +207,7 @@ def test_blocks(now: bytes | None, nodes: list[str], rest: bytes | None) -> None
     view = View(files={"/c": before}, missing={"/c": []})
     step = steps_on(wanted, view)[0]
     rest = (now or b"") if rest is None else rest
-    state = replace(before or FileState(b"", 0o600, 0, 0), content=block(*nodes) + rest)
+    state = (before or FileState(b"", 0o600, 0, 0))._replace(content=block(*nodes) + rest)
     assert step.effect == WriteFile("/c", state)
     assert (step.kind, step.path, step.says) == ("block", "/c", "/c has the block of iommufd_host.")
     assert split_block(state.content)[1] == rest
@@ -239,14 +239,14 @@ FOLLOWS = NodeState(0o660, 0, 36)
         (FOLLOWS, "vm", "0660", False),
         (FOLLOWS, "vm", "660", False),
         # Whose it is the rule does not say.
-        (replace(FOLLOWS, uid=1), "vm", "0660", False),
-        (replace(FOLLOWS, mode=0o600), "vm", "0660", True),
-        (replace(FOLLOWS, gid=0), "vm", "0660", True),
+        (FOLLOWS._replace(uid=1), "vm", "0660", False),
+        (FOLLOWS._replace(mode=0o600), "vm", "0660", True),
+        (FOLLOWS._replace(gid=0), "vm", "0660", True),
         # Nothing is said of one of them, or of both.
-        (replace(FOLLOWS, mode=0o600), "vm", "", False),
-        (replace(FOLLOWS, gid=0), "vm", "", True),
-        (replace(FOLLOWS, gid=0), "", "0660", False),
-        (replace(FOLLOWS, mode=0o600), "", "0660", True),
+        (FOLLOWS._replace(mode=0o600), "vm", "", False),
+        (FOLLOWS._replace(gid=0), "vm", "", True),
+        (FOLLOWS._replace(gid=0), "", "0660", False),
+        (FOLLOWS._replace(mode=0o600), "", "0660", True),
         (NodeState(0o600, 1, 0), "", "", False),
     ],
 )
@@ -289,18 +289,18 @@ ENABLED, RELOAD = EnableUnit("u.path"), Reload(("systemd",))
     ("unit", "file", "done", "says"),
     [
         (USED, LABELLED, [], []),
-        (USED, replace(LABELLED, content=b"old"), [RELOAD, RESTARTED], ["u.path is started anew."]),
+        (USED, LABELLED._replace(content=b"old"), [RELOAD, RESTARTED], ["u.path is started anew."]),
         # Only its mode is another, which is enough.
-        (USED, replace(LABELLED, mode=0o600), [RELOAD, RESTARTED], ["u.path is started anew."]),
+        (USED, LABELLED._replace(mode=0o600), [RELOAD, RESTARTED], ["u.path is started anew."]),
         (UNUSED, None, [ENABLED, RELOAD, STARTED], ["u.path is enabled.", "u.path is started."]),
         # Cut off before systemd was told, or before it was started; or stopped or disabled by somebody.
         (UNUSED, LABELLED, [ENABLED, RELOAD, STARTED], ["u.path is enabled.", "u.path is started."]),
         (UnitState(True, True, False), LABELLED, [STARTED], ["u.path is started."]),
         (UnitState(True, False, True), LABELLED, [ENABLED, RELOAD], ["u.path is enabled."]),
-        (UnitState(True, True, False), replace(LABELLED, uid=1), [RELOAD, STARTED], ["u.path is started."]),
+        (UnitState(True, True, False), LABELLED._replace(uid=1), [RELOAD, STARTED], ["u.path is started."]),
         (
             UnitState(True, False, True),
-            replace(LABELLED, gid=1),
+            LABELLED._replace(gid=1),
             [ENABLED, RELOAD, RESTARTED],
             ["u.path is enabled.", "u.path is started anew."],
         ),
@@ -321,7 +321,7 @@ def test_a_unit_whose_file_stays_is_left_alone() -> None:
     other = "/etc/systemd/system/other.service"
     wanted = Wanted(files={UNIT_FILE: FILE, other: FILE, "/etc/u.path": FILE}, units=("u.path",))
     view = View(
-        files={UNIT_FILE: LABELLED, other: replace(LABELLED, content=b""), "/etc/u.path": replace(LABELLED, mode=0)},
+        files={UNIT_FILE: LABELLED, other: LABELLED._replace(content=b""), "/etc/u.path": LABELLED._replace(mode=0)},
         units={"u.path": USED},
     )
     assert effects(wanted, view)[2:] == [RELOAD]

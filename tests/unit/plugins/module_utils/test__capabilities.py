@@ -9,7 +9,7 @@ import struct
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import (
     FileCapabilities,
-    names,
+    capability_names,
     parse_file_capabilities,
     with_ipc_lock,
     without_ipc_lock,
@@ -20,9 +20,9 @@ IPC_LOCK = 1 << 14
 
 
 def test_names() -> None:
-    assert names(0) == ()
-    assert names(1 | IPC_LOCK | 1 << 24) == ("cap_chown", "cap_ipc_lock", "cap_sys_resource")
-    assert names(1 << 40 | 1 << 41) == ("cap_checkpoint_restore", "cap_41")
+    assert capability_names(0) == ()
+    assert capability_names(1 | IPC_LOCK | 1 << 24) == ("cap_chown", "cap_ipc_lock", "cap_sys_resource")
+    assert capability_names(1 << 40 | 1 << 41) == ("cap_checkpoint_restore", "cap_41")
 
 
 @pytest.mark.parametrize(

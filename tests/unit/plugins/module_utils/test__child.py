@@ -17,17 +17,18 @@ from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable
+from typing import Any, Callable, NoReturn
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _child, _syscalls, _user
 from ansible_collections.virt.iommufd.plugins.module_utils._child import (
     Interrupted,
     NoAnswer,
-    answers,
+    ask_child,
     environment,
     in_child,
     insist,
+    must_run,
     run_command,
     spawn,
     start_command,
@@ -156,7 +157,7 @@ def test_several_answers_and_an_error() -> None:
         yield 2
         raise HostLacks("three")
 
-    said = answers(None, work, 30)
+    said = ask_child(None, work, 30)
     assert [next(said), next(said)] == [1, 2]
     with pytest.raises(HostLacks, match=r"^three$"):
         next(said)
@@ -171,7 +172,7 @@ def test_each_answer_has_a_time_of_its_own() -> None:
             yield number
         time.sleep(60)
 
-    said = answers(None, work, 1)
+    said = ask_child(None, work, 1)
     assert [next(said) for _number in range(4)] == [0, 1, 2, 3]
     with pytest.raises(NoAnswer):
         next(said)
@@ -462,3 +463,16 @@ def test_the_childs_life(work: Callable[[], Any], said: Any, monkeypatch: pytest
     os.close(writer)
     with open(reader, "rb") as stream:
         assert json.loads(stream.read()) == said
+
+
+def test_a_command_that_must_succeed() -> None:
+    def refuse(words: list[str]) -> NoReturn:
+        raise FileNotFoundError(errno.ENOENT, "no", words[0])
+
+    assert must_run(lambda _words: (0, "out", "err"), "true") == "out"
+    with pytest.raises(IommufdError, match=r"'systemctl stop' failed: no\\x1b$"):
+        must_run(lambda _words: (1, "out", "no\x1b\n"), "systemctl", "stop")
+    with pytest.raises(IommufdError, match="failed: exit code 124"):
+        must_run(lambda _words: (124, "", ""), "systemctl")
+    with pytest.raises(HostLacks, match="systemctl cannot be run \\(ENOENT"):
+        must_run(refuse, "systemctl")

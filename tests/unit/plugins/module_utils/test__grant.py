@@ -14,7 +14,12 @@ from typing import Any
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _capabilities, _grant
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._grant import decide, grant, grant_patiently, main
+from ansible_collections.virt.iommufd.plugins.module_utils._grant import (
+    attribute_for_grant,
+    grant,
+    grant_patiently,
+    main,
+)
 
 # Only root may set the real one; tests/kernel does.
 XATTR = "user.stands.in"
@@ -56,7 +61,7 @@ def xattr(path: Path) -> bytes | None:
     ],
 )
 def test_what_is_granted(emulator: Path, before: bytes | None, after: bytes | None) -> None:
-    assert decide(before) == after
+    assert attribute_for_grant(before) == after
     if before is not None:
         os.setxattr(emulator, XATTR, before)
     link = emulator.with_name("link")
@@ -143,8 +148,8 @@ def test_the_program(emulator: Path, capsys: pytest.CaptureFixture[str], monkeyp
             os.removexattr(emulator, XATTR)
         return look_once(paths)
 
-    look_once = _grant._look
-    monkeypatch.setattr(_grant, "_look", look)
+    look_once = _grant._grant_each
+    monkeypatch.setattr(_grant, "_grant_each", look)
     assert main([str(emulator), f"{emulator}.gone"]) == 0
     assert len(looks) == 3
     assert looks[2] - looks[0] > 0.02

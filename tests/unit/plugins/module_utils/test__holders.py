@@ -309,7 +309,7 @@ def crowd(alone: FakeKernel, child: subprocess.Popen[bytes], monkeypatch: pytest
     monkeypatch.setattr(_holders, "_status_text", crowd.status)
     monkeypatch.setattr(Tables, "look", lambda *_given: Descriptors({50: _iommufd.misc_rdev() or 0}, 1, False))
     monkeypatch.setattr(_holders._Look, "_add", add)
-    monkeypatch.setattr(_holders, "answers", crowd.children)
+    monkeypatch.setattr(_holders, "ask_child", crowd.children)
     monkeypatch.setattr(_holders, "_BATCH", 1)
     monkeypatch.setattr(_holders, "owner_of", crowd.uid)
     return crowd
@@ -356,7 +356,7 @@ def test_what_was_not_told_is_looked_at_again(crowd: Crowd, monkeypatch: pytest.
 
 
 def test_a_child_that_ends_without_a_word(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_holders, "answers", lambda *_given: (each for each in ""))
+    monkeypatch.setattr(_holders, "ask_child", lambda *_given: (each for each in ""))
     result = survey()
     assert result.holders == []
     assert result.closed == {_holders._KEEPS_WAITING: [1, 2, 3, 4, 5, 6, 7]}

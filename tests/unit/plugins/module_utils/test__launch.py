@@ -43,7 +43,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._launch import (
     Request,
     fill,
     find_program,
-    lifts_memlock,
+    gets_ipc_lock,
     obstacle,
     parse,
     verdict,
@@ -433,9 +433,9 @@ def test_whether_a_file_lifts_the_limit(
 ) -> None:
     for name, value in change.items():
         monkeypatch.setattr(os, name, value)
-    assert lifts_memlock("/usr/bin/qemu") is expected
+    assert gets_ipc_lock("/usr/bin/qemu") is expected
     capable.no_new_privs = 1
-    assert not lifts_memlock("/usr/bin/qemu")
+    assert not gets_ipc_lock("/usr/bin/qemu")
 
 
 def apart(script: str, **settings: Any) -> str:
@@ -449,7 +449,7 @@ def apart(script: str, **settings: Any) -> str:
 
 @pytest.mark.parametrize("given", [{}, {"LC_CTYPE": "C"}, {"LC_ALL": "C", "A": "b=c"}, {"LC_CTYPE": "C.UTF-8"}])
 def test_the_environment_is_the_one_that_was_given(given: dict[str, str]) -> None:
-    script = "print(json.dumps({os.fsdecode(k): os.fsdecode(v) for k, v in _launch.environment().items()}))"
+    script = "print(json.dumps({os.fsdecode(k): os.fsdecode(v) for k, v in _launch.given_environment().items()}))"
     assert json.loads(apart(script, env=given)) == given
 
 
@@ -499,7 +499,7 @@ def test_help_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert raised.value.code == 0
     shown = capsys.readouterr().out
     page = (ROOT / "docs" / "iommufd-exec.8").read_text(encoding="utf-8").replace("\\-", "-")
-    options = {word for action in _launch.parser()._actions for word in action.option_strings}
+    options = {word for action in _launch.make_parser()._actions for word in action.option_strings}
     codes = {str(code) for code in (USAGE, NO_IOMMUFD, NOT_SET, NOT_BECOME, NOT_EXECUTABLE, NOT_FOUND)}
     for word in options | codes | {"CAP_SYS_RESOURCE", "CAP_SETPCAP", "CAP_SETUID", "CAP_SETGID", "SIGPIPE"}:
         assert word in shown

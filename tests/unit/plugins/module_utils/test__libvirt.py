@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils._child import Run
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused
 from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     Libvirt,
@@ -18,7 +19,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     sets_rlimit_mode,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
-from ansible_collections.virt.iommufd.plugins.module_utils._systemd import Run, parse_units
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import parse_units
 
 HOSTDEV = "<devices><hostdev><enum name='iommufd'>%s</enum></hostdev></devices>"
 ALL = "cap_chown cap_sys_resource cap_ipc_lock"

@@ -8,7 +8,6 @@ import errno
 import os
 import pty
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -137,7 +136,7 @@ def terminal() -> Iterator[str]:
 def test_a_node(terminal: str) -> None:
     before = node_state(terminal)
     assert before
-    after = replace(before, mode=0o604)
+    after = before._replace(mode=0o604)
     set_node(terminal, after)
     assert os.stat(terminal).st_mode & 0o7777 == 0o604
     assert node_state(terminal) == after

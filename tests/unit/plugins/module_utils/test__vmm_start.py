@@ -20,10 +20,9 @@ from typing import Any, Callable, NoReturn
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _child, _iommufd, _user, _vmm_start
-from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted
+from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, Run
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError, NotAnIommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status, parse_status
-from ansible_collections.virt.iommufd.plugins.module_utils._systemd import Run
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget, hold_target
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User
 from ansible_collections.virt.iommufd.plugins.module_utils._vmm import (
@@ -319,7 +318,7 @@ def test_the_step_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, steps: in
 
     for name in ("dup2", "chdir"):
         monkeypatch.setattr(os, name, lambda *_words: None)
-    for name in ("isolate", "no_core"):
+    for name in ("isolate", "forbid_core"):
         monkeypatch.setattr(_vmm_start, name, lambda: None)
     monkeypatch.setattr(_vmm_start, "close_all_but", lambda _keep: None)
     monkeypatch.setattr(resource, "setrlimit", lambda *_given: None)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _states, _wanted
+from ansible_collections.virt.iommufd.plugins.module_utils import _capabilities, _wanted
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._record import BLOCK, CAPABILITY, FILE, NODE, UNIT, Item
 from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState
@@ -111,7 +111,7 @@ def test_the_group() -> None:
 def test_a_look(tmp_path: Path, kernel_modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that is wanted or remembered, each once, and what is not there as such."""
     # Only root may set the real one; tests/kernel does.
-    monkeypatch.setattr(_states, "_CAPABILITY", "user.stands.in")
+    monkeypatch.setattr(_capabilities, "XATTR", "user.stands.in")
     monkeypatch.setattr(_wanted, "kernels_node", lambda _path: NodeState(0o640, 3, 4))
     asked = []
 

@@ -288,7 +288,7 @@ def test_no_answer_in_time(run: Run, monkeypatch: pytest.MonkeyPatch, step: str,
 @pytest.fixture
 def limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process has no privilege and the least limit."""
-    monkeypatch.setattr(_domain, "names", lambda _mask: [])
+    monkeypatch.setattr(_domain, "capability_names", lambda _mask: [])
     monkeypatch.setattr(resource, "prlimit", lambda *_given: (0, 0))
 
 

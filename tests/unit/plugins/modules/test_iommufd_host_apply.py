@@ -13,7 +13,6 @@ import shutil
 import struct
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +213,7 @@ def host(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.setattr(_capabilities, "XATTR", XATTR)
     monkeypatch.setattr(_apply, "_ROOT", uid)
     monkeypatch.setattr(_apply, "_ROOTS_GROUP", gid)
-    monkeypatch.setattr(_apply, "_NEW", replace(_apply._NEW, uid=uid, gid=gid))
+    monkeypatch.setattr(_apply, "_NEW", _apply._NEW._replace(uid=uid, gid=gid))
     monkeypatch.setattr(_apply, "_UNIT_FILES", f"{tmp_path}/systemd")
     monkeypatch.setattr(_steps, "_TOLD", {f"{tmp_path}/systemd/": "systemd", f"{tmp_path}/udev/": "udev"})
     monkeypatch.setattr(_wanted, "_LOADED", str(host.modules))

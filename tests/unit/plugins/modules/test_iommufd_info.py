@@ -148,7 +148,7 @@ def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.Monke
     monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: False)
     monkeypatch.setattr(iommufd_info, "read_domain_record", refuse)
     monkeypatch.setattr(_host, "read_hidepid", lambda: "hidepid=2")
-    monkeypatch.setattr(iommufd_info, "names", lambda _mask: [])
+    monkeypatch.setattr(iommufd_info, "capability_names", lambda _mask: [])
     seen = survey()
     seen.holders = [each._replace(name="vm1") for each in seen.holders]
     seen.closed = {"EACCES: Permission denied.": [1, 2, 3, 4, 5, 6]}
