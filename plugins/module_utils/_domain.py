@@ -19,7 +19,6 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,11 +29,12 @@ from ._child import in_child, run_command
 from ._errors import DescriptorGone, IommufdError, NotAnIommufd, error_text, printable
 from ._foreign import boolean, first_of, member, number, or_none, parse_xml, shown, text, texts
 from ._iommufd import RLIMIT_MODE, IommuFd, Result
+from ._pidfile import read_pidfile
 from ._process import Limit, Process
 from ._qemu import guest_name
 from ._size import SIZE_MAX, human_size
 from ._systemd import run_service, show_units, tell_systemd
-from ._target import DomainTarget, PidfileTarget, escaped, hold_target, look_patiently
+from ._target import DomainTarget, Target, escaped, hold_target, look_patiently
 from ._user import User, user_name
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ def dotted_version(number: int) -> str:
     return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
 
 
-@dataclass(frozen=True)
-class Definition:
+class Definition(NamedTuple):
     """What a domain's XML says of its devices and memory.
 
     `fdgroup` is the name under which libvirt expects the iommufd, None without. `devices` are the addresses of the PCI
@@ -175,8 +174,7 @@ def _need(root: Element, memory: int, hard_limit: int | None, passed: int) -> in
     return min(memory * (passed if root.find("devices/iommu") is not None else 1) + _GIB, SIZE_MAX)
 
 
-@dataclass(frozen=True)
-class DomainSeen:
+class DomainSeen(NamedTuple):
     """What libvirt says of a domain, by way of the user's child. `version` is the daemon's, as libvirt counts.
 
     `device_obstacles` are sentences: what keeps the user from its devices.
@@ -191,7 +189,7 @@ class DomainSeen:
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` takes."""
-        return {**vars(self), "definition": vars(self.definition)}
+        return {**self._asdict(), "definition": self.definition._asdict()}
 
     @classmethod
     def from_json(cls, given: Any) -> DomainSeen:
@@ -217,8 +215,7 @@ def _definition_from_json(given: object) -> Definition:
     )
 
 
-@dataclass(frozen=True)
-class Started:
+class Started(NamedTuple):
     """What became of a start: the domain's state in libvirt's words, and whether it was us who started it."""
 
     state: str
@@ -476,15 +473,22 @@ def _run_as_user(words: list[str]) -> tuple[int, str, str]:
     return run_command(words, variables=dict(os.environ))
 
 
-@dataclass(frozen=True)
-class SessionDaemon(PidfileTarget):
+class SessionDaemon(NamedTuple):
     """The daemon of a user's own libvirt, by the pidfile of its QEMU driver in the user's runtime folder.
 
     The folder is closed to everybody else, so that others' right to write below it means nothing. The user may have
     written the file; so what it names has to be the user's, and nobody but the user is the worse for it.
     """
 
+    path: str
     uid: int
+
+    def __str__(self) -> str:
+        return f"Pidfile {self.path}"
+
+    def resolve(self) -> int:
+        """The id in the file. Raises IommufdError for any file that is not a pidfile."""
+        return read_pidfile(self.path).pid
 
     @classmethod
     def of(cls, user: User) -> SessionDaemon:
@@ -497,12 +501,19 @@ class SessionDaemon(PidfileTarget):
             raise IommufdError(f"{process} is not libvirt's daemon of uid {self.uid}: {self.path} is stale.")
 
 
-@dataclass(frozen=True)
-class SessionDomain(PidfileTarget):
+class SessionDomain(NamedTuple):
     """The emulator of a running domain of a user's own libvirt, by a pidfile that is to be trusted as the daemon's."""
 
+    path: str
     uid: int
     name: str
+
+    def __str__(self) -> str:
+        return f"Pidfile {self.path}"
+
+    def resolve(self) -> int:
+        """The id in the file. Raises IommufdError for any file that is not a pidfile."""
+        return read_pidfile(self.path).pid
 
     @classmethod
     def of(cls, user: User, name: str) -> SessionDomain:
@@ -533,8 +544,7 @@ def _state_folder(user: User) -> str:
     return f"{user.runtime_folder}/libvirt/qemu/run"
 
 
-@dataclass(frozen=True)
-class Endpoint:
+class Endpoint(NamedTuple):
     """A libvirt to speak to: `user` is who speaks to it, None for the caller."""
 
     uri: str
@@ -545,11 +555,11 @@ class Endpoint:
         """The user whose own libvirt it is; None for the system's."""
         return self.user if is_session(self.uri) else None
 
-    def emulator_of(self, name: str) -> PidfileTarget | DomainTarget:
+    def emulator_of(self, name: str) -> Target:
         """The emulator of a running domain."""
         return DomainTarget(name) if self.session is None else SessionDomain.of(self.session, name)
 
-    def daemon(self) -> PidfileTarget | None:
+    def daemon(self) -> Target | None:
         """The daemon of a user's own libvirt; None for the system's."""
         return None if self.session is None else SessionDaemon.of(self.session)
 
@@ -599,9 +609,7 @@ def check_limit(name: str, user: User, daemon: Process, limit: Limit, need: int 
     )
 
 
-def foretell_changes(
-    target: PidfileTarget | DomainTarget, wanted: int
-) -> tuple[dict[str, Any], list[tuple[str, Result]]]:
+def foretell_changes(target: Target, wanted: int) -> tuple[dict[str, Any], list[tuple[str, Result]]]:
     """An emulator, described, and for each of its iommufds its name and what a change of the rlimit mode would come to.
 
     Nothing is changed. Raises what hold_target, in_child and borrow_iommufd do.
@@ -611,7 +619,7 @@ def foretell_changes(
     return process, [(subject, Result(*given)) for subject, given in found]
 
 
-def _dry_runs(target: PidfileTarget | DomainTarget, wanted: int) -> tuple[dict[str, Any], list[tuple[str, Result]]]:
+def _dry_runs(target: Target, wanted: int) -> tuple[dict[str, Any], list[tuple[str, Result]]]:
     found = []
     with hold_target(target) as process:
         for fd in find_iommufds(process):
@@ -632,7 +640,7 @@ class DaemonLimit(NamedTuple):
     refused: str
 
 
-def look_at_daemon(target: PidfileTarget, name: str, user: User, need: int | None) -> DaemonLimit:
+def look_at_daemon(target: Target, name: str, user: User, need: int | None) -> DaemonLimit:
     """Looks at a user's daemon, before it starts a domain that needs so much. Raises as hold_target does."""
 
     def look_at_domain() -> DaemonLimit:

@@ -15,7 +15,7 @@ import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ._errors import AccessRefused, IommufdError, error_text, shown_path
 from ._paths import Untrusted, reopen, walk
@@ -75,8 +75,7 @@ class RecordUnusable(IommufdError):
     """The record is not one that this release may act on."""
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One thing that the record remembers.
 
     `before` is how it was: of a file its FileState as JSON; of a capability the extended attribute as hexadecimal

@@ -11,7 +11,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ._capabilities import parse_file_capabilities
 from ._child import Run, must_run
@@ -77,6 +77,9 @@ class Effect(Protocol):
         """Raises OSError or IommufdError."""
 
 
+# Each is a class of its own, and no named tuple: to remove a path is not to grant one, though both have but a path.
+
+
 @dataclass(frozen=True)
 class WriteFile:
     """Makes a file what it was, or what it is to be. `program`: one that is to start on this host, or it stays out."""
@@ -86,7 +89,6 @@ class WriteFile:
     program: bool = False
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         write_file_state(self.path, self.state, partial(_try_program, run) if self.program else None)
 
 
@@ -103,11 +105,9 @@ class Relabel:
 
     @property
     def due(self) -> list[tuple[str, str]]:
-        """See Effect."""
         return [(RELABEL, path) for path in self.paths]
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         if os.path.exists(_SELINUX_RUNS) and shutil.which(_RESTORECON):
             must_run(run, _RESTORECON, *self.paths)
 
@@ -119,7 +119,6 @@ class LoadModule:
     name: str
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         must_run(run, "modprobe", "--", self.name)
 
 
@@ -131,7 +130,6 @@ class RemoveFile:
     folders: tuple[str, ...]
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         remove_file(self.path, self.folders)
 
 
@@ -142,7 +140,6 @@ class RemoveUnfinished:
     path: str
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         remove_unfinished(self.path)
 
 
@@ -154,7 +151,6 @@ class SetCapability:
     xattr: bytes | None
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             set_capability(self.path, self.xattr)
 
@@ -166,7 +162,6 @@ class Grant:
     path: str
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         grant_patiently(self.path)
 
 
@@ -178,7 +173,6 @@ class SetNode:
     state: NodeState
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         set_node(self.path, self.state)
 
 
@@ -189,7 +183,6 @@ class FollowRules:
     nodes: tuple[str, ...]
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         nodes = [path for each in self.nodes for path in matching_nodes(each)]
         # Where it does not run, it reads its rules when it starts.
         if nodes and os.path.exists(_UDEV_RUNS):
@@ -205,7 +198,6 @@ class StopUnit:
     disable: bool
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         if self.disable:
             # systemd is told once, when all files are back.
             tell_systemd(run, "disable", self.name, "--no-reload")
@@ -224,7 +216,6 @@ class StartUnit:
     before: UnitState
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         if self.before.enabled:
             tell_systemd(run, "enable", self.name)
         if self.before.active:
@@ -238,7 +229,6 @@ class EnableUnit:
     name: str
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         tell_systemd(run, "enable", self.name, "--no-reload")
 
 
@@ -251,11 +241,9 @@ class RunUnit:
 
     @property
     def due(self) -> list[tuple[str, str]]:
-        """See Effect."""
         return [(RESTART, self.name)] if self.anew else []
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         tell_systemd(run, "restart" if self.anew else "start", self.name)
 
 
@@ -267,19 +255,16 @@ class Reload:
 
     @property
     def due(self) -> list[tuple[str, str]]:
-        """See Effect."""
         return [(RELOAD, each) for each in self.whom]
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         if SYSTEMD in self.whom and os.path.exists(_SYSTEMD_RUNS):
             reload_units(run)
         if UDEV in self.whom and os.path.exists(_UDEV_RUNS):
             must_run(run, "udevadm", "control", "--reload")
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One step towards a host as it was, or as it is to be: about a thing of this kind and path, or unit's name.
 
     `effect` None is nothing to do. `says` is what the user reads, nothing where nothing changes; `before` and `after`

@@ -10,9 +10,10 @@ import contextlib
 import grp
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Callable, NamedTuple
 
 from ._child import NoAnswer, Run, in_child
@@ -61,6 +62,10 @@ _LOADED = "/sys/module"
 _BUILT_IN = "/lib/modules/{}/modules.builtin"
 
 
+# Nobody can write into what is everybody's default.
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 class WantedFile(NamedTuple):
     """What a file is to be: root's, with this content and mode. `program`: it is one, and has to start on the host."""
 
@@ -69,8 +74,7 @@ class WantedFile(NamedTuple):
     program: bool = False
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """What a host is to have.
 
     `modules` are those of the kernel that are to be loaded. `nodes`, paths or shell patterns, are those that the rule
@@ -80,12 +84,12 @@ class Wanted:
     """
 
     modules: tuple[str, ...] = ()
-    files: dict[str, WantedFile] = field(default_factory=dict)
+    files: Mapping[str, WantedFile] = _NOTHING
     capabilities: tuple[str, ...] = ()
     nodes: tuple[str, ...] = ()
     group: str = ""
     mode: str = ""
-    blocks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    blocks: Mapping[str, tuple[str, ...]] = _NOTHING
     units: tuple[str, ...] = ()
     reload: bool = False
 
@@ -124,7 +128,7 @@ def check_path(path: str) -> None:
         raise IommufdError(f"{path!r} is no absolute path in its shortest form, such as /etc/libvirt/qemu.conf.")
 
 
-@dataclass(frozen=True)
+@dataclass
 class View:
     """What is on the host, of all that is wanted or remembered.
 

@@ -293,7 +293,6 @@ from ..module_utils._module import Row, finish
 from ..module_utils._process import Process
 from ..module_utils._target import (
     DomainTarget,
-    PidfileTarget,
     PidTarget,
     Target,
     UnitTarget,
@@ -317,6 +316,9 @@ def target_of(params: Row) -> Target:
     if params["pid"] is not None:
         return PidTarget(params["pid"])
     if params["pidfile"] is not None:
+        # Most tasks name no pidfile, and to import this costs each of them.
+        from ..module_utils._pidfile import PidfileTarget
+
         return PidfileTarget(params["pidfile"])
     if params["domain"] is not None:
         return DomainTarget(params["domain"])

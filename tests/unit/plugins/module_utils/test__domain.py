@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -38,8 +37,9 @@ from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import new_iommufd
+from ansible_collections.virt.iommufd.plugins.module_utils._pidfile import PidfileTarget
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status
-from ansible_collections.virt.iommufd.plugins.module_utils._target import DomainTarget, PidfileTarget, hold_target
+from ansible_collections.virt.iommufd.plugins.module_utils._target import DomainTarget, hold_target
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 from ansible_collections.virt.iommufd.tests.unit.fake_libvirt import FakeDomain, FakeLibvirt
@@ -187,22 +187,22 @@ SEEN = DomainSeen(12_008_000, "u-u-i-d", False, "shut off", Definition("g", ("00
 
 def test_what_was_seen_crosses_over_to_another_process() -> None:
     assert DomainSeen.from_json(json.loads(json.dumps(SEEN.to_json()))) == SEEN
-    bare = dataclasses.replace(SEEN, definition=Definition(None, (), None), obstacles=())
+    bare = SEEN._replace(definition=Definition(None, (), None), obstacles=())
     assert DomainSeen.from_json(json.loads(json.dumps(bare.to_json()))) == bare
 
 
 def test_more_devices_than_any_domain_has() -> None:
     definition = parse_definition(xml(DEVICE.format("", 5) * 2000))
     assert (len(definition.devices), definition.need_bytes) == (256, parse_definition(xml()).need_bytes)
-    seen = dataclasses.replace(SEEN, definition=definition, obstacles=("No way.",) * 512)
+    seen = SEEN._replace(definition=definition, obstacles=("No way.",) * 512)
     assert DomainSeen.from_json(json.loads(json.dumps(seen.to_json()))) == seen
-    for change in ({"obstacles": ["No."] * 513}, {"definition": {**vars(definition), "devices": ["a"] * 257}}):
+    for change in ({"obstacles": ["No."] * 513}, {"definition": {**definition._asdict(), "devices": ["a"] * 257}}):
         with pytest.raises(IommufdError, match=r"has more than [0-9]+ texts\.$"):
             DomainSeen.from_json({**seen.to_json(), **change})
 
 
 def test_not_all_obstacles_are_told() -> None:
-    seen = dataclasses.replace(SEEN, obstacles=("a" * 4000,) * 512)
+    seen = SEEN._replace(obstacles=("a" * 4000,) * 512)
     with pytest.raises(IommufdError, match=r"\.\.\. There are 502 more like these\.$") as raised:
         check_startable("vm1", Endpoint(SESSION, VM), seen)
     assert len(str(raised.value)) < 4300
@@ -565,7 +565,7 @@ def test_a_daemon_of_somebody_else(emulator: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_can_be_started() -> None:
-    assert check_startable("vm1", Endpoint(SESSION, VM), dataclasses.replace(SEEN, obstacles=())) == "g"
+    assert check_startable("vm1", Endpoint(SESSION, VM), SEEN._replace(obstacles=())) == "g"
 
 
 LINE = r"edit vm1\): <iommufd enabled='yes' fdgroup='iommufd'/>"
@@ -583,7 +583,7 @@ LINE = r"edit vm1\): <iommufd enabled='yes' fdgroup='iommufd'/>"
 )
 def test_what_cannot_be_started(uri: str, change: dict[str, Any], words: str) -> None:
     with pytest.raises(IommufdError, match=words):
-        check_startable("vm1", Endpoint(uri, VM), dataclasses.replace(SEEN, **change))
+        check_startable("vm1", Endpoint(uri, VM), SEEN._replace(**change))
 
 
 def daemon(effective: int = 0) -> Process:

@@ -19,6 +19,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     library_version,
     offers_iommufd,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._pidfile import parse_pid
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     Limit,
     Stat,
@@ -31,7 +32,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process import (
 from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_memory, guest_name
 from ansible_collections.virt.iommufd.plugins.module_utils._running import parse_domain_record
 from ansible_collections.virt.iommufd.plugins.module_utils._systemd import parse_units
-from ansible_collections.virt.iommufd.plugins.module_utils._target import UnitTarget, parse_pid
+from ansible_collections.virt.iommufd.plugins.module_utils._target import UnitTarget
 from hypothesis import example, given
 from hypothesis import strategies as st
 
