@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ._iommufd import NONE, PROCESS, USER
+
 __all__ = (
-    "NONE",
-    "PROCESS",
-    "USER",
     "Account",
     "Total",
     "account_notes",
@@ -26,10 +25,6 @@ __all__ = (
     "largest_limit",
     "total",
 )
-
-USER = "user"
-PROCESS = "process"
-NONE = "none"
 
 
 class Account(NamedTuple):

@@ -25,25 +25,22 @@ from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Callable, Optional
 
-from ._errors import HostLacks, IommufdError, error_text, printable
+from ._errors import IommufdError, error_text
 from ._foreign import parse_answer, shown
 from ._user import User, end_with, impersonate, leave_keyring
 
 __all__ = (
     "COMMAND_SECONDS",
-    "CommandFailed",
     "Interrupted",
     "NoAnswer",
     "Run",
     "ask_child",
-    "bury",
     "close_all_but",
     "end",
     "environment",
     "in_child",
     "insist",
     "isolate",
-    "must_run",
     "run_command",
     "spawn",
     "start_command",
@@ -86,14 +83,6 @@ _is_child = False
 
 class NoAnswer(IommufdError):
     """The child took too long. What it has asked others to do may still be done."""
-
-
-class CommandFailed(IommufdError):
-    """A command has failed. `said` is what it said of that, on one line."""
-
-    def __init__(self, words: Sequence[str], said: str) -> None:
-        self.said = said
-        super().__init__(f"'{' '.join(words)}' failed: {said}")
 
 
 class Interrupted(IommufdError):
@@ -421,18 +410,6 @@ def run_command(
         code, why = trouble or (_TIMED_OUT, _LATE)
         return code, said, f"{complaints}It {why.format(seconds=seconds)}."
     return os.waitstatus_to_exitcode(status), said, complaints
-
-
-def must_run(run: Run, *words: str) -> str:
-    """The output of a command that must succeed. Raises CommandFailed, and HostLacks where it cannot be run."""
-    try:
-        code, output, errors = run(list(words))
-    except OSError as exc:
-        raise HostLacks(f"{words[0]} cannot be run ({error_text(exc.errno)}).") from exc
-    if code:
-        said = printable(" ".join(errors.split()).encode("utf-8", "surrogateescape")) or f"exit code {code}"
-        raise CommandFailed(words, said)
-    return output
 
 
 def _drain(output: int, errors: int, deadline: float) -> tuple[str, str, tuple[int, str] | None]:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 __all__ = (
-    "COUNT_MAX",
     "XML_MAX",
     "boolean",
     "first_of",

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from ._capabilities import FileCapabilities, parse_file_capabilities, read_xattr
 from ._child import NoAnswer, ask_child, in_child
+from ._device import new_iommufd
 from ._errors import IommufdError, error_text, shown_path
-from ._iommufd import RLIMIT_MODE, IommuFd, can_be_set, misc_rdev, new_iommufd
+from ._iommufd import RLIMIT_MODE, IommuFd, can_be_set, misc_rdev
 from ._paths import Untrusted, Writer, check_writers, walk
 from ._user import group_name, owner_name
 
@@ -110,7 +111,7 @@ class OwnIommufd(NamedTuple):
 def try_iommufd() -> OwnIommufd:
     """Opens an iommufd and asks for its rlimit mode, and whether this caller may set that. It is closed at once."""
     try:
-        with new_iommufd() as fd:
+        with new_iommufd(follow=True) as fd:
             iommufd = IommuFd(fd)
             readable = not iommufd.get(RLIMIT_MODE).errno
             return OwnIommufd(readable, readable and bool(can_be_set(iommufd.probe(RLIMIT_MODE))), "")

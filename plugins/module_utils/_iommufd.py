@@ -18,10 +18,10 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple, Union
 
-from ._errors import AccessRefused, HostLacks, NotAnIommufd, error_text
+from ._errors import HostLacks, error_text
 from ._uapi import (
     IOMMU_OPTION,
     IOMMU_OPTION_HUGE_PAGES,
@@ -35,13 +35,14 @@ __all__ = (
     "BUSY",
     "CHANGED",
     "DENIED",
-    "DEVICE",
     "FAILED",
     "HUGE_PAGES",
-    "RACED",
+    "NONE",
+    "PROCESS",
     "RLIMIT_MODE",
     "UNCHANGED",
     "UNSUPPORTED",
+    "USER",
     "VFIO_CONTAINER_RDEV",
     "Answer",
     "IommuFd",
@@ -53,11 +54,12 @@ __all__ = (
     "iommufd_rdevs",
     "judge",
     "misc_rdev",
-    "new_iommufd",
-    "open_iommufd",
-    "parse_dev",
-    "parse_misc",
 )
+
+# How what a process pins is accounted: by the rlimit mode of its iommufd, or not at all, as with CAP_IPC_LOCK.
+USER = "user"
+PROCESS = "process"
+NONE = "none"
 
 Value = Union[str, bool]  # at run time: Python 3.9 has no str | bool
 
@@ -73,7 +75,6 @@ FAILED = "failed"
 # A value that no option has. See IommuFd.probe.
 _NO_VALUE = 2**64 - 1
 
-DEVICE = "/dev/iommu"
 _VFIO_CONTAINER = "/dev/vfio/vfio"
 _MISC_MAJOR = 10
 _MISC_DEVICES = "/sys/class/misc"
@@ -106,7 +107,7 @@ class Option(NamedTuple):
         return self.values.index(value)
 
 
-RLIMIT_MODE = Option("rlimit_mode", IOMMU_OPTION_RLIMIT_MODE, ("user", "process"), per_ioas=False, probeable=True)
+RLIMIT_MODE = Option("rlimit_mode", IOMMU_OPTION_RLIMIT_MODE, (USER, PROCESS), per_ioas=False, probeable=True)
 HUGE_PAGES = Option("huge_pages", IOMMU_OPTION_HUGE_PAGES, (False, True), per_ioas=True, probeable=False)
 
 
@@ -302,55 +303,6 @@ def explain(result: Result, subject: str, option: Option, wanted: int | None) ->
         )
     hint = _HINTS.get((option.name, result.errno), "")
     return f"{subject}: {asked} failed ({error}).{stays}{hint}"
-
-
-_CURE = "load the module iommufd (modprobe iommufd), or boot a kernel that was built with CONFIG_IOMMUFD."
-
-
-def open_iommufd() -> int:
-    """A descriptor of a new iommufd, close-on-exec. The caller closes it.
-
-    Opened is only the node of the device that the kernel has now: another one could have it load a module. Raises
-    HostLacks where there is none, NotAnIommufd where the node is something else, and AccessRefused.
-    """
-    rdev = misc_rdev()
-    if rdev is None:
-        raise HostLacks(f"This kernel has no iommufd: {_CURE}")
-    try:
-        # In /dev, which the kernel itself keeps: nobody's server is waited for.
-        status = os.lstat(DEVICE)
-        if not stat.S_ISLNK(status.st_mode):
-            _check_is_device(status, rdev)
-        # It refuses a link, which leads wherever its owner wants.
-        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError as exc:
-        raise HostLacks(f"There is no {DEVICE}: {_CURE}") from exc
-    except OSError as exc:
-        raise AccessRefused(
-            f"{DEVICE} cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)}): see to its owner and mode, or"
-            " run this as root, outside of any container."
-        ) from exc
-    try:
-        _check_is_device(os.fstat(fd), rdev)
-    except NotAnIommufd:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _check_is_device(status: os.stat_result, rdev: int) -> None:
-    if not stat.S_ISCHR(status.st_mode) or status.st_rdev != rdev:
-        raise NotAnIommufd(f"{DEVICE} is not the kernel's iommufd but something else, so nothing was sent to it.")
-
-
-@contextlib.contextmanager
-def new_iommufd() -> Iterator[int]:
-    """The same, closed when the context ends."""
-    fd = open_iommufd()
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def iommufd_rdevs(seen: Iterable[int]) -> set[int]:

@@ -25,19 +25,9 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from ._capabilities import CAP_IPC_LOCK, capability_names, parse_file_capabilities, read_xattr
+from ._device import DEVICE, open_iommufd
 from ._errors import AccessRefused, HostLacks, IommufdError, NotAnIommufd, error_text
-from ._iommufd import (
-    CHANGED,
-    DENIED,
-    DEVICE,
-    RLIMIT_MODE,
-    UNCHANGED,
-    UNSUPPORTED,
-    IommuFd,
-    Result,
-    explain,
-    open_iommufd,
-)
+from ._iommufd import CHANGED, DENIED, PROCESS, RLIMIT_MODE, UNCHANGED, UNSUPPORTED, USER, IommuFd, Result, explain
 from ._size import human_size, parse_size
 from ._syscalls import (
     PR_CAPBSET_DROP,
@@ -49,27 +39,7 @@ from ._syscalls import (
 )
 from ._user import User, become, find_user, groups_of, has_ids, leave_keyring
 
-__all__ = (
-    "NOT_BECOME",
-    "NOT_EXECUTABLE",
-    "NOT_FOUND",
-    "NOT_SET",
-    "NO_IOMMUFD",
-    "PLACEHOLDER",
-    "USAGE",
-    "Refusal",
-    "Request",
-    "User",
-    "fill",
-    "find_program",
-    "gets_ipc_lock",
-    "given_environment",
-    "lifted",
-    "main",
-    "obstacle",
-    "parse",
-    "verdict",
-)
+__all__ = ("main",)
 
 NAME = "iommufd-exec"
 PLACEHOLDER = "{iommufd}"
@@ -145,7 +115,7 @@ class Request(NamedTuple):
     """
 
     command: tuple[str, ...]
-    rlimit_mode: str = "process"
+    rlimit_mode: str = PROCESS
     user: str | None = None
     memlock: int | None = None
     bounding: frozenset[int] | None = None
@@ -182,8 +152,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--rlimit-mode",
-        choices=("process", "user"),
-        default="process",
+        choices=(PROCESS, USER),
+        default=PROCESS,
         help="whom the kernel charges for pinned memory (default: process)",
     )
     made.add_argument("--user", help="become this user, with the user's groups and no capabilities; not root")

@@ -25,14 +25,12 @@ from ._errors import IommufdError, shown_path
 from ._user import group_name, user_name
 
 __all__ = (
-    "Mount",
     "Place",
     "Untrusted",
     "Writer",
     "check_writers",
     "entries",
     "mount_id",
-    "parse_mount",
     "reopen",
     "sync",
     "walk",

@@ -32,9 +32,7 @@ __all__ = (
     "END",
     "FileState",
     "NodeState",
-    "OpenFile",
     "capability_in",
-    "capability_of",
     "device_of",
     "is_unfinished",
     "kernels_node",
@@ -395,12 +393,6 @@ def set_capability_in(fd: int, xattr: bytes | None) -> None:
     """Gives a file that is open exactly this extended attribute, for good; None takes it away. Raises OSError."""
     write_xattr(fd, xattr)
     os.fsync(fd)
-
-
-def capability_of(path: str) -> bytes | None:
-    """The extended attribute `security.capability` of a file; None without. Raises as the two above do."""
-    with open_file(path) as file:
-        return capability_in(file.fd, path)
 
 
 def set_capability(path: str, xattr: bytes | None) -> None:

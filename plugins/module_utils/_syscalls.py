@@ -24,8 +24,6 @@ __all__ = (
     "PR_SET_DUMPABLE",
     "PR_SET_NO_NEW_PRIVS",
     "PR_SET_PDEATHSIG",
-    "CapabilitySets",
-    "Statx",
     "character_device",
     "drop_capabilities",
     "have_one_table",
@@ -81,18 +79,6 @@ class Statx(ctypes.Structure):
     )
 
 
-class _Header(ctypes.Structure):
-    """`struct __user_cap_header_struct`. The pid 0 is the caller."""
-
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-
-class _Half(ctypes.Structure):
-    """`struct __user_cap_data_struct`, one for each half of the sets."""
-
-    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
-
-
 def _no_statx(*_given: object) -> NoReturn:
     raise HostLacks("This host's C library has no statx, which takes glibc 2.28 or musl 1.2.5: upgrade the host.")
 
@@ -100,7 +86,6 @@ def _no_statx(*_given: object) -> NoReturn:
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
-_libc.capget.argtypes = _libc.capset.argtypes = (ctypes.POINTER(_Header), ctypes.POINTER(_Half))
 _statx: Callable[..., int] = getattr(_libc, "statx", _no_statx)
 
 # One for all calls: to make it takes as long as the call.
@@ -168,19 +153,20 @@ class CapabilitySets(NamedTuple):
     inheritable: int
 
 
+def _header() -> ctypes.Array[ctypes.c_uint32]:
+    """`struct __user_cap_header_struct` of this process."""
+    return (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+
+
 def own_capabilities() -> CapabilitySets:
     """Those of this process. See capget(2)."""
-    halves = (_Half * 2)()
-    _checked(_libc.capget(_Header(_CAPABILITY_VERSION_3, 0), halves))
-    low, high = halves
-    return CapabilitySets(
-        low.effective | high.effective << 32,
-        low.permitted | high.permitted << 32,
-        low.inheritable | high.inheritable << 32,
-    )
+    # `struct __user_cap_data_struct` has them in this order: once with the lower half of each, once with the upper one.
+    words = (ctypes.c_uint32 * 6)()
+    _checked(_libc.capget(_header(), words))
+    return CapabilitySets(*(low | high << 32 for low, high in zip(words[:3], words[3:])))
 
 
 def drop_capabilities() -> None:
     """Empties all sets of this process but the bounding set. See capset(2), and PR_CAP_AMBIENT in prctl(2)."""
     prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
-    _checked(_libc.capset(_Header(_CAPABILITY_VERSION_3, 0), (_Half * 2)()))
+    _checked(_libc.capset(_header(), (ctypes.c_uint32 * 6)()))

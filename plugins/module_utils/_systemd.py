@@ -15,13 +15,15 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ._child import CommandFailed, Run, must_run
-from ._errors import HostLacks, IommufdError
+from ._child import Run
+from ._errors import HostLacks, IommufdError, error_text, printable
 
 __all__ = (
+    "CommandFailed",
     "UnitState",
     "ask_states",
     "is_unit_name",
+    "must_run",
     "parse_units",
     "read_journal",
     "reload_units",
@@ -32,6 +34,26 @@ __all__ = (
 
 _STATE = ("LoadState", "UnitFileState", "ActiveState", "Triggers")
 _JOURNAL_LINES = 20
+
+
+class CommandFailed(IommufdError):
+    """A command has failed. `said` is what it said of that, on one line."""
+
+    def __init__(self, words: Sequence[str], said: str) -> None:
+        self.said = said
+        super().__init__(f"'{' '.join(words)}' failed: {said}")
+
+
+def must_run(run: Run, *words: str) -> str:
+    """The output of a command that must succeed. Raises CommandFailed, and HostLacks where it cannot be run."""
+    try:
+        code, output, errors = run(list(words))
+    except OSError as exc:
+        raise HostLacks(f"{words[0]} cannot be run ({error_text(exc.errno)}).") from exc
+    if code:
+        said = printable(" ".join(errors.split()).encode("utf-8", "surrogateescape")) or f"exit code {code}"
+        raise CommandFailed(words, said)
+    return output
 
 
 def is_unit_name(name: str, *kinds: str) -> bool:

@@ -19,7 +19,6 @@ from ._syscalls import PR_SET_DUMPABLE, PR_SET_PDEATHSIG, join_new_keyring, prct
 
 __all__ = (
     "User",
-    "be_private",
     "become",
     "end_with",
     "find_user",

@@ -34,7 +34,6 @@ from typing import IO, Callable, NamedTuple, Union
 from ._capabilities import with_ipc_lock, write_xattr
 from ._child import (
     COMMAND_SECONDS,
-    CommandFailed,
     Interrupted,
     NoAnswer,
     Run,
@@ -45,11 +44,12 @@ from ._child import (
     spawn,
     start_command,
 )
+from ._device import new_iommufd
 from ._errors import HostLacks, IommufdError, error_text, printable
-from ._iommufd import RLIMIT_MODE, IommuFd, new_iommufd
+from ._iommufd import PROCESS, RLIMIT_MODE, IommuFd
 from ._process import Limit, Process, Status, own_status, parse_status
 from ._syscalls import PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, prctl
-from ._systemd import read_journal, run_service, show_units, tell_systemd
+from ._systemd import CommandFailed, read_journal, run_service, show_units, tell_systemd
 from ._target import DomainTarget, UnitTarget, escaped, hold_target
 from ._user import User, forbid_core, impersonate
 from ._vmm import (
@@ -686,8 +686,8 @@ def try_mode(user: User) -> str:
     Raises IommufdError where it cannot be opened, set or read, Interrupted where the child was kept from that.
     """
     try:
-        with new_iommufd() as fd:
-            refused = IommuFd(fd).set(RLIMIT_MODE, RLIMIT_MODE.number("process")).errno
+        with new_iommufd(follow=True) as fd:
+            refused = IommuFd(fd).set(RLIMIT_MODE, RLIMIT_MODE.number(PROCESS)).errno
             if refused:
                 raise IommufdError(f"An iommufd cannot be set to per-process accounting ({error_text(refused)}).")
             number = in_child(user, lambda: _mode(fd, user), _READING_SECONDS, [fd])

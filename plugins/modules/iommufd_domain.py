@@ -321,6 +321,7 @@ from typing import Any, NoReturn
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils._child import NoAnswer, in_child
+from ..module_utils._device import new_iommufd
 from ..module_utils._domain import (
     DomainSeen,
     Endpoint,
@@ -345,7 +346,6 @@ from ..module_utils._iommufd import (
     UNCHANGED,
     Result,
     explain,
-    new_iommufd,
 )
 from ..module_utils._module import Row, finish
 from ..module_utils._user import find_user

@@ -688,10 +688,11 @@ from ..module_utils._capabilities import (
     capability_names,
 )
 from ..module_utils._child import Run, run_command
+from ..module_utils._device import DEVICE
 from ..module_utils._errors import IommufdError, error_text, shown_path
 from ..module_utils._foreign import shown
 from ..module_utils._holders import HeldIommufd, Holder, Survey, survey
-from ..module_utils._iommufd import DEVICE, misc_rdev
+from ..module_utils._iommufd import misc_rdev
 from ..module_utils._module import Row, finish
 from ..module_utils._process import (
     in_initial_namespace,

@@ -208,9 +208,9 @@ def times(taken: float, other: float) -> str:
 LAUNCH = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from iommufd_exec import _iommufd, _launch
-_iommufd.DEVICE = "/dev/null"
-_iommufd.misc_rdev = lambda: os.stat("/dev/null").st_rdev
+from iommufd_exec import _device, _launch
+_device.DEVICE = "/dev/null"
+_device.misc_rdev = lambda: os.stat("/dev/null").st_rdev
 sys.argv[1:] = ["--", "/bin/true", "{iommufd}"]
 sys.exit(_launch.main())
 """

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from ansible.module_utils.common import warnings
-from ansible_collections.virt.iommufd.plugins.module_utils import _holders, _iommufd, _paths
+from ansible_collections.virt.iommufd.plugins.module_utils import _device, _holders, _iommufd, _paths
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
@@ -92,7 +92,8 @@ def through_json(value: Any) -> Any:
 @pytest.fixture
 def null_is_iommufd(monkeypatch: pytest.MonkeyPatch, kernel: FakeKernel) -> FakeKernel:
     """Makes /dev/null pass for an iommufd, which the kernel answers for."""
-    monkeypatch.setattr(_iommufd, "misc_rdev", lambda: os.stat(os.devnull).st_rdev)
+    for module in (_device, _iommufd):
+        monkeypatch.setattr(module, "misc_rdev", lambda: os.stat(os.devnull).st_rdev)
     return kernel
 
 

@@ -111,23 +111,18 @@ class FakeTask:
         """keyctl(2), which has a new keyring to give."""
         return 1
 
-    def capget(self, _header: object, sets: Any) -> int:
-        for half, each in enumerate(sets):
-            each.effective = self.effective >> 32 * half & 0xFFFFFFFF
-            each.permitted = self.permitted >> 32 * half & 0xFFFFFFFF
-            each.inheritable = self.inheritable >> 32 * half & 0xFFFFFFFF
+    def capget(self, _header: object, words: Any) -> int:
+        for place, each in enumerate((self.effective, self.permitted, self.inheritable)):
+            words[place], words[place + 3] = each & 0xFFFFFFFF, each >> 32
         return 0
 
-    def capset(self, _header: object, sets: Any) -> int:
+    def capset(self, _header: object, words: Any) -> int:
         if self.stuck == "capabilities":
             return 0
-
-        def mask(name: str) -> int:
-            return sum(int(getattr(each, name)) << 32 * half for half, each in enumerate(sets))
-
-        if mask("permitted") & ~self.permitted or mask("effective") & ~mask("permitted"):
+        effective, permitted, inheritable = (low | high << 32 for low, high in zip(words[:3], words[3:]))
+        if permitted & ~self.permitted or effective & ~permitted:
             return self._refuse(errno.EPERM)
-        self.effective, self.permitted, self.inheritable = mask("effective"), mask("permitted"), mask("inheritable")
+        self.effective, self.permitted, self.inheritable = effective, permitted, inheritable
         self.ambient &= self.permitted & self.inheritable
         return 0
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, NoReturn
+from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _child, _syscalls, _user
@@ -28,7 +28,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._child import (
     environment,
     in_child,
     insist,
-    must_run,
     run_command,
     spawn,
     start_command,
@@ -463,16 +462,3 @@ def test_the_childs_life(work: Callable[[], Any], said: Any, monkeypatch: pytest
     os.close(writer)
     with open(reader, "rb") as stream:
         assert json.loads(stream.read()) == said
-
-
-def test_a_command_that_must_succeed() -> None:
-    def refuse(words: list[str]) -> NoReturn:
-        raise FileNotFoundError(errno.ENOENT, "no", words[0])
-
-    assert must_run(lambda _words: (0, "out", "err"), "true") == "out"
-    with pytest.raises(IommufdError, match=r"'systemctl stop' failed: no\\x1b$"):
-        must_run(lambda _words: (1, "out", "no\x1b\n"), "systemctl", "stop")
-    with pytest.raises(IommufdError, match="failed: exit code 124"):
-        must_run(lambda _words: (124, "", ""), "systemctl")
-    with pytest.raises(HostLacks, match="systemctl cannot be run \\(ENOENT"):
-        must_run(refuse, "systemctl")

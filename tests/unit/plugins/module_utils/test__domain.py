@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _domain, _iommufd
+from ansible_collections.virt.iommufd.plugins.module_utils import _device, _domain
+from ansible_collections.virt.iommufd.plugins.module_utils._device import new_iommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     Definition,
     DomainSeen,
@@ -36,7 +37,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     start_domain,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import new_iommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._pidfile import PidfileTarget
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status
 from ansible_collections.virt.iommufd.plugins.module_utils._target import DomainTarget, hold_target
@@ -618,7 +618,7 @@ def test_a_limit_that_is_too_low(need: int | None, words: str) -> None:
 @pytest.fixture
 def device(null_is_iommufd: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     """Every new iommufd is /dev/null, which the kernel answers for."""
-    monkeypatch.setattr(_iommufd, "DEVICE", os.devnull)
+    monkeypatch.setattr(_device, "DEVICE", os.devnull)
     return null_is_iommufd
 
 
@@ -644,7 +644,7 @@ def test_a_new_iommufd(device: FakeKernel) -> None:
 def test_what_is_no_iommufd(
     device: FakeKernel, monkeypatch: pytest.MonkeyPatch, path: str, error: type[Exception], words: str
 ) -> None:
-    monkeypatch.setattr(_iommufd, "DEVICE", path)
+    monkeypatch.setattr(_device, "DEVICE", path)
     with pytest.raises(error, match=words), new_iommufd():
         pass
     assert device.calls == []

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _host, _iommufd
+from ansible_collections.virt.iommufd.plugins.module_utils import _device, _host
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._host import Emulator, Node, VfioNode
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Writer
@@ -60,8 +60,8 @@ def test_a_node() -> None:
 
 
 def test_what_an_iommufd_of_our_own_answers(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_iommufd, "DEVICE", os.devnull)
-    monkeypatch.setattr(_iommufd, "misc_rdev", lambda: NULL)
+    monkeypatch.setattr(_device, "DEVICE", os.devnull)
+    monkeypatch.setattr(_device, "misc_rdev", lambda: NULL)
     assert (_host.try_iommufd().readable, _host.try_iommufd().settable) == (True, True)
     kernel.privileged = False
     assert (_host.try_iommufd().readable, _host.try_iommufd().settable) == (True, False)
@@ -81,20 +81,27 @@ def test_what_an_iommufd_of_our_own_answers(kernel: FakeKernel, monkeypatch: pyt
 def test_nothing_else_is_opened(
     kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, device: str, rdev: int | None, words: str
 ) -> None:
-    monkeypatch.setattr(_iommufd, "DEVICE", device)
-    monkeypatch.setattr(_iommufd, "misc_rdev", lambda: rdev)
+    monkeypatch.setattr(_device, "DEVICE", device)
+    monkeypatch.setattr(_device, "misc_rdev", lambda: rdev)
     scratch = _host.try_iommufd()
     assert (scratch.readable, scratch.settable) == (None, None)
     assert words in scratch.msg
     assert kernel.calls == []
 
 
+def test_a_link_to_the_node_will_do(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "iommu").symlink_to(os.devnull)
+    monkeypatch.setattr(_device, "DEVICE", str(tmp_path / "iommu"))
+    monkeypatch.setattr(_device, "misc_rdev", lambda: NULL)
+    assert _host.try_iommufd().readable
+
+
 def test_it_may_not_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_arguments: object) -> int:
         raise PermissionError(errno.EACCES, "no")
 
-    monkeypatch.setattr(_iommufd, "DEVICE", os.devnull)
-    monkeypatch.setattr(_iommufd, "misc_rdev", lambda: NULL)
+    monkeypatch.setattr(_device, "DEVICE", os.devnull)
+    monkeypatch.setattr(_device, "misc_rdev", lambda: NULL)
     monkeypatch.setattr(os, "open", refuse)
     assert "cannot be opened by uid" in _host.try_iommufd().msg
 

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd, _launch
+from ansible_collections.virt.iommufd.plugins.module_utils import _device, _launch
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     BUSY,
@@ -163,7 +163,7 @@ def task(null_is_iommufd: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> FakeTa
     """The process that runs the launcher, on a host with an iommufd and the user vm."""
     fake = FakeTask()
     fake.install(monkeypatch)
-    monkeypatch.setattr(_iommufd, "DEVICE", os.devnull)
+    monkeypatch.setattr(_device, "DEVICE", os.devnull)
     monkeypatch.setattr(pwd, "getpwnam", {"vm": VM, "toor": TOOR}.__getitem__)
     monkeypatch.setattr(os, "getgrouplist", lambda name, gid: GROUPS)
     # What Python does to signals when it starts.
@@ -294,7 +294,7 @@ def test_whatever_fails_starts_nothing(
 def test_a_host_without_the_device(
     task: FakeTask, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(_iommufd, "DEVICE", str(tmp_path / "iommu"))
+    monkeypatch.setattr(_device, "DEVICE", str(tmp_path / "iommu"))
     assert run(monkeypatch) == NO_IOMMUFD
     assert "There is no" in capfd.readouterr().err
     # A link leads wherever its owner wants.
@@ -312,7 +312,7 @@ def test_another_file_is_sent_nothing(
 ) -> None:
     for path in ("/dev/zero", str(tmp_path / "iommu")):
         (tmp_path / "iommu").write_bytes(b"")
-        monkeypatch.setattr(_iommufd, "DEVICE", path)
+        monkeypatch.setattr(_device, "DEVICE", path)
         assert run(monkeypatch) == NO_IOMMUFD
         assert "is not the kernel's iommufd but something else" in capfd.readouterr().err
     assert kernel.calls == []
@@ -324,7 +324,7 @@ def test_a_sandbox_that_hides_the_devices_number(
     def hidden() -> int:
         raise HostLacks("The device number is not to be had.")
 
-    monkeypatch.setattr(_iommufd, "misc_rdev", hidden)
+    monkeypatch.setattr(_device, "misc_rdev", hidden)
     assert run(monkeypatch) == NO_IOMMUFD
     assert "is not to be had" in capfd.readouterr().err
 
@@ -441,7 +441,7 @@ def test_whether_a_file_lifts_the_limit(
 def apart(script: str, **settings: Any) -> str:
     """What a program prints that has imported the launcher, away from the tests' own process."""
     code = f"import sys; sys.path[:0] = [{str(TREE)!r}]\nimport json, os\n"
-    code += f"from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd, _launch\n{script}"
+    code += f"from ansible_collections.virt.iommufd.plugins.module_utils import _device, _launch\n{script}"
     command = [sys.executable, "-I", "-c", code]
     printed: str = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=60, **settings).stdout
     return printed
@@ -482,8 +482,8 @@ def test_a_real_program_does_not_ignore_the_signals_that_python_does() -> None:
 def test_it_needs_no_standard_streams() -> None:
     script = """
 import contextlib, fcntl
-_iommufd.DEVICE = os.devnull
-_iommufd.misc_rdev = lambda: os.stat(os.devnull).st_rdev
+_device.DEVICE = os.devnull
+_device.misc_rdev = lambda: os.stat(os.devnull).st_rdev
 out = os.dup(1)
 os.closerange(0, 3)
 fd = _launch.open_device()

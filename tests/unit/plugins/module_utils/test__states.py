@@ -18,12 +18,13 @@ from ansible_collections.virt.iommufd.plugins.module_utils._paths import Untrust
 from ansible_collections.virt.iommufd.plugins.module_utils._states import (
     FileState,
     NodeState,
-    capability_of,
+    capability_in,
     kernels_node,
     make_folder,
     matching_nodes,
     missing_folders,
     node_state,
+    open_file,
     read_file_state,
     remove_file,
     set_capability,
@@ -33,6 +34,12 @@ from ansible_collections.virt.iommufd.plugins.module_utils._states import (
     write_file_state,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._user import owner_name
+
+
+def capability_of(path: str) -> bytes | None:
+    """What the file at path has."""
+    with open_file(path) as file:
+        return capability_in(file.fd, path)
 
 
 def refuse(number: int) -> Any:

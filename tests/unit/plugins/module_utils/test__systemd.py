@@ -14,6 +14,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._systemd import (
     UnitState,
     ask_states,
     is_unit_name,
+    must_run,
     parse_units,
     show_units,
 )
@@ -80,3 +81,13 @@ def test_units() -> None:
     assert len(asked) == 2
     assert ask_states(run, []) == {}
     assert len(asked) == 2
+
+
+def test_a_command_that_must_succeed() -> None:
+    assert must_run(lambda _words: (0, "out", "err"), "true") == "out"
+    with pytest.raises(IommufdError, match=r"'systemctl stop' failed: no\\x1b$"):
+        must_run(lambda _words: (1, "out", "no\x1b\n"), "systemctl", "stop")
+    with pytest.raises(IommufdError, match="failed: exit code 124"):
+        must_run(lambda _words: (124, "", ""), "systemctl")
+    with pytest.raises(HostLacks, match="systemctl cannot be run \\(ENOENT"):
+        must_run(missing, "systemctl")

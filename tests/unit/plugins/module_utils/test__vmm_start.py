@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _child, _iommufd, _user, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils import _child, _device, _user, _vmm_start
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, Run
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError, NotAnIommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status, parse_status
@@ -818,8 +818,8 @@ def test_a_session_that_takes_too_long(runuser: Callable[[str], None], monkeypat
 @pytest.fixture
 def iommu(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     """Makes /dev/null pass for /dev/iommu."""
-    monkeypatch.setattr(_iommufd, "misc_rdev", lambda: os.stat(os.devnull).st_rdev)
-    monkeypatch.setattr(_iommufd, "DEVICE", os.devnull)
+    monkeypatch.setattr(_device, "misc_rdev", lambda: os.stat(os.devnull).st_rdev)
+    monkeypatch.setattr(_device, "DEVICE", os.devnull)
     return kernel
 
 
@@ -879,7 +879,7 @@ def test_an_iommufd_that_cannot_be_opened(iommu: FakeKernel, monkeypatch: pytest
 def test_there_is_no_iommufd(
     iommu: FakeKernel, monkeypatch: pytest.MonkeyPatch, rdev: int | None, kind: type[Exception], words: str
 ) -> None:
-    monkeypatch.setattr(_iommufd, "misc_rdev", lambda: rdev)
+    monkeypatch.setattr(_device, "misc_rdev", lambda: rdev)
     with pytest.raises(kind, match=words):
         try_mode(MYSELF)
 

@@ -16,7 +16,7 @@ from typing import Any, Callable
 
 import pytest
 from ansible.module_utils import basic
-from ansible_collections.virt.iommufd.plugins.module_utils import _domain, _iommufd
+from ansible_collections.virt.iommufd.plugins.module_utils import _device, _domain
 from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import Endpoint
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget
@@ -50,7 +50,7 @@ def libvirt(
     """A libvirt with the domain vm1, shut off. Its emulator is the process `child`, its daemon this one."""
     fake = FakeLibvirt({"vm1": FakeDomain(XML)})
     monkeypatch.setitem(sys.modules, "libvirt", fake)
-    monkeypatch.setattr(_iommufd, "DEVICE", os.devnull)
+    monkeypatch.setattr(_device, "DEVICE", os.devnull)
     monkeypatch.setattr(_domain, "device_obstacles", lambda _devices: [])
     monkeypatch.setattr(Endpoint, "emulator_of", lambda _self, _name: PidTarget(child.pid))
     monkeypatch.setattr(Endpoint, "daemon", lambda self: self.session and PidTarget(os.getpid()))
