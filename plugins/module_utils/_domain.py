@@ -622,9 +622,11 @@ def foretell_changes(target: Target, wanted: int) -> tuple[dict[str, Any], list[
 def _dry_runs(target: Target, wanted: int) -> tuple[dict[str, Any], list[tuple[str, Result]]]:
     found = []
     with hold_target(target) as process:
-        for fd in find_iommufds(process):
+        held = find_iommufds(process)
+        rdevs = set(held.values())
+        for fd in held:
             # One that is closed meanwhile, or only names the device, charges nobody.
-            with contextlib.suppress(DescriptorGone, NotAnIommufd), borrow_iommufd(process, fd) as iommufd:
+            with contextlib.suppress(DescriptorGone, NotAnIommufd), borrow_iommufd(process, fd, rdevs) as iommufd:
                 found.append((f"iommufd {fd} of {process}", iommufd.change(RLIMIT_MODE, wanted, dry_run=True)))
         return process.describe(), found
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = (
     "Row",
     "finish",
+    "memlock_row",
 )
 
 # A part of what a module is given or returns.
@@ -40,3 +41,8 @@ def finish(module: AnsibleModule, run: Callable[[Row, bool, Row], None]) -> NoRe
     if "msg" in result:
         module.fail_json(**result)
     module.exit_json(**result)
+
+
+def memlock_row(limit: int | None, name: str = "memlock") -> Row:
+    """A limit on locked memory in bytes, None for unlimited."""
+    return {f"{name}_bytes": limit, f"{name}_unlimited": limit is None}

@@ -347,7 +347,7 @@ from ..module_utils._iommufd import (
     Result,
     explain,
 )
-from ..module_utils._module import Row, finish
+from ..module_utils._module import Row, finish, memlock_row
 from ..module_utils._user import find_user
 
 URIS = ("qemu:///session", "qemu:///system")
@@ -474,7 +474,7 @@ class DomainTask:
         if target is None or session is None:
             return
         limit = look_at_daemon(target, self.name, session, seen.definition.need_bytes)
-        self.result["libvirt"].update(pid=limit.pid, memlock_bytes=limit.hard, memlock_unlimited=limit.hard is None)
+        self.result["libvirt"].update(pid=limit.pid, **memlock_row(limit.hard))
         if limit.refused:
             raise IommufdError(limit.refused)
 

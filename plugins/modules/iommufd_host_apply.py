@@ -344,14 +344,15 @@ def capability_row(real_path: str, xattr: bytes | None, ours: bool) -> Row:
     return {"real_path": shown_path(real_path), "ipc_lock": given.lifts_memlock, "ours": ours, "other": other}
 
 
+def thing_row(kind: str, path: str) -> Row:
+    """A thing of the host's."""
+    return {"kind": kind, "path": shown_path(path)}
+
+
 def item_row(item: Item) -> Row:
     """An entry of the record, without the content of a file."""
-    shown_state = item.before is not None and item.kind in (FILE, NODE)
-    return {
-        "kind": item.kind,
-        "path": shown_path(item.path),
-        "before": owners(item.state) if shown_state else item.before,
-    }
+    before = owners(item.state) if item.before is not None and item.kind in (FILE, NODE) else item.before
+    return {**thing_row(item.kind, item.path), "before": before}
 
 
 def capability_rows(view: View, steps: list[Step], items: list[Item]) -> Row:
@@ -365,7 +366,7 @@ def capability_rows(view: View, steps: list[Step], items: list[Item]) -> Row:
 
 def change_row(step: Step) -> Row:
     """What a step has changed."""
-    return {"kind": step.kind, "path": shown_path(step.path), "text": shown_path(step.says)}
+    return {**thing_row(step.kind, step.path), "text": shown_path(step.says)}
 
 
 def back_row(step: Step) -> Row:
@@ -419,7 +420,7 @@ def make_wanted(record: Record, wanted: Wanted, dry_run: bool, run: Run, result:
         # What is due still is due to nothing that is wanted. Of a record that holds nothing, only that was written.
         old, record.due = record.due, []
         keep(record, bool(old))
-    result["recorded"] = [{"kind": item.kind, "path": shown_path(item.path)} for item in new]
+    result["recorded"] = [thing_row(item.kind, item.path) for item in new]
     result["capabilities"] = capability_rows(view, on, record.items)
     result["diff"] = diff
 

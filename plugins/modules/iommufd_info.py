@@ -693,7 +693,7 @@ from ..module_utils._errors import IommufdError, error_text, shown_path
 from ..module_utils._foreign import shown
 from ..module_utils._holders import HeldIommufd, Holder, Survey, survey
 from ..module_utils._iommufd import misc_rdev
-from ..module_utils._module import Row, finish
+from ..module_utils._module import Row, finish, memlock_row
 from ..module_utils._process import (
     in_initial_namespace,
     own_status,
@@ -884,7 +884,6 @@ def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:
 def process_row(holder: Holder, account: Account, of_user: Total, largest_limit: int | None, host_names: Names) -> Row:
     """A process that holds an iommufd."""
     domain, uri = host_names.domain(holder)
-    soft, hard = holder.memlock.soft, holder.memlock.hard
     status = holder.status
     return {
         "pid": holder.pid,
@@ -901,10 +900,8 @@ def process_row(holder: Holder, account: Account, of_user: Total, largest_limit:
         "memory_bytes": holder.memory_bytes,
         "pinned_bytes": status.pinned_bytes,
         "locked_bytes": status.locked_bytes,
-        "memlock_bytes": soft,
-        "memlock_unlimited": soft is None,
-        "memlock_hard_bytes": hard,
-        "memlock_hard_unlimited": hard is None,
+        **memlock_row(holder.memlock.soft),
+        **memlock_row(holder.memlock.hard, "memlock_hard"),
         "capabilities": {
             "effective": those_that_matter(status.effective),
             "permitted": those_that_matter(status.permitted),

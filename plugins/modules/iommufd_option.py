@@ -262,7 +262,7 @@ iommufds:
 """
 
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.parsing.convert_bool import boolean
@@ -281,13 +281,12 @@ from ..module_utils._iommufd import (
     HUGE_PAGES,
     RLIMIT_MODE,
     UNCHANGED,
-    Answer,
     IommuFd,
     Option,
     Result,
-    decide,
     explain,
     misc_rdev,
+    unread,
 )
 from ..module_utils._module import Row, finish
 from ..module_utils._process import Process
@@ -336,22 +335,6 @@ def number_of(option: Option, value: str | None) -> int | None:
         raise IommufdError(f"value {value!r} is not one of {option.name}: give {choices}.") from exc
 
 
-def row(fd: int, ioas_id: int | None, option: Option, result: Result, msg: str) -> Row:
-    """One descriptor's part of the return value, or one IOAS's."""
-
-    def name(number: int | None) -> Any:
-        return None if number is None else option.value(number)
-
-    return {
-        "fd": fd,
-        "ioas_id": ioas_id,
-        "before": name(result.before),
-        "after": name(result.after),
-        "outcome": result.outcome,
-        "msg": msg,
-    }
-
-
 class Job(NamedTuple):
     """What is to be done with each iommufd: `wanted` is the kernel's number of the value, None for a query."""
 
@@ -363,18 +346,32 @@ class Job(NamedTuple):
     def on(self, iommufd: IommuFd, fd: int, subject: str) -> tuple[list[Row], bool]:
         """Does it on one iommufd, or on its IOASes; a row for each, and whether there may be more IOASes."""
         if not self.option.per_ioas:
-            return [self._row(iommufd, fd, None, subject)], False
+            return [self._change(iommufd, fd, None, subject)], False
         if self.ioas_id is not None:
-            return [self._row(iommufd, fd, self.ioas_id, f"IOAS {self.ioas_id} of {subject}")], False
+            return [self._change(iommufd, fd, self.ioas_id, subject)], False
         ioases = iommufd.ioases()
         if ioases.errno:
-            result = decide(Answer(ioases.errno), self.wanted, Answer())
-            return [row(fd, None, self.option, result, explain(result, subject, self.option, self.wanted))], False
-        return [self._row(iommufd, fd, each, f"IOAS {each} of {subject}") for each in ioases.ids], ioases.truncated
+            return [self._explained(fd, None, unread(ioases.errno), subject)], False
+        return [self._change(iommufd, fd, each, subject) for each in ioases.ids], ioases.truncated
 
-    def _row(self, iommufd: IommuFd, fd: int, ioas_id: int | None, subject: str) -> Row:
+    def _change(self, iommufd: IommuFd, fd: int, ioas_id: int | None, subject: str) -> Row:
         result = iommufd.change(self.option, self.wanted, ioas_id or 0, self.dry_run)
-        return row(fd, ioas_id, self.option, result, explain(result, subject, self.option, self.wanted))
+        return self._explained(fd, ioas_id, result, subject if ioas_id is None else f"IOAS {ioas_id} of {subject}")
+
+    def _explained(self, fd: int, ioas_id: int | None, result: Result, subject: str) -> Row:
+        return self.row(fd, ioas_id, result, explain(result, subject, self.option, self.wanted))
+
+    def row(self, fd: int, ioas_id: int | None, result: Result, msg: str) -> Row:
+        """One descriptor's part of the return value, or one IOAS's."""
+        before, after = (None if each is None else self.option.value(each) for each in (result.before, result.after))
+        return {
+            "fd": fd,
+            "ioas_id": ioas_id,
+            "before": before,
+            "after": after,
+            "outcome": result.outcome,
+            "msg": msg,
+        }
 
 
 def job_of(params: Row, dry_run: bool) -> Job:
@@ -397,10 +394,13 @@ def work_on(process: Process, fd: int | None, job: Job) -> tuple[list[Row], bool
     rows: list[Row] = []
     truncated = False
     without_ioas = 0
-    fds = find_iommufds(process) if fd is None else [fd]
+    fds, rdevs = [] if fd is None else [fd], None
+    if fd is None:
+        held = find_iommufds(process)
+        fds, rdevs = list(held), set(held.values())
     for each in fds:
         try:
-            with borrow_iommufd(process, each) as iommufd:
+            with borrow_iommufd(process, each, rdevs) as iommufd:
                 some, more = job.on(iommufd, each, f"iommufd {each} of {process}")
             rows += some
             truncated |= more
@@ -408,7 +408,7 @@ def work_on(process: Process, fd: int | None, job: Job) -> tuple[list[Row], bool
         except IommufdError as exc:
             # A process may well close one of its descriptors while we look, unless it is the one that was asked for.
             if fd is not None or not isinstance(exc, (DescriptorGone, NotAnIommufd)):
-                rows.append(row(each, job.ioas_id, job.option, Result(FAILED, None, None), str(exc)))
+                rows.append(job.row(each, job.ioas_id, Result(FAILED, None, None), str(exc)))
     if not rows:
         raise IommufdError(nothing_to_work_on(process, bool(without_ioas)))
     return rows, truncated

@@ -495,8 +495,8 @@ from ansible.module_utils.basic import AnsibleModule
 from ..module_utils import _vmm, _vmm_start
 from ..module_utils._child import Interrupted, insist, run_command
 from ..module_utils._errors import AccessRefused, IommufdError, shown_path
-from ..module_utils._module import Row, finish
-from ..module_utils._process import Limit, Status
+from ..module_utils._module import Row, finish, memlock_row
+from ..module_utils._process import Status
 from ..module_utils._user import User, find_user
 from ..module_utils._vmm import Conditions, Program, Unit
 
@@ -552,11 +552,6 @@ def effective(status: Status) -> str:
     return f"{status.effective:016x}"
 
 
-def memlock_row(limit: Limit) -> Row:
-    """A limit of locked memory."""
-    return {"memlock_bytes": limit.soft, "memlock_unlimited": limit.soft is None}
-
-
 def seen_row(seen: _vmm_start.ProcessSeen) -> Row:
     """What was started."""
     void = _vmm.has_ipc_lock(seen.status.effective) and not seen.lifts_memlock
@@ -564,7 +559,7 @@ def seen_row(seen: _vmm_start.ProcessSeen) -> Row:
         "ok": seen.lifts_memlock,
         "user": seen.user,
         "effective": effective(seen.status),
-        **memlock_row(seen.memlock),
+        **memlock_row(seen.memlock.soft),
         "msg": "It has CAP_IPC_LOCK in a user namespace of its own, which lifts no limit of the host's."
         if void
         else "",
@@ -634,7 +629,7 @@ def check_unit(task: CheckTask, unit: Unit) -> Row:
         "ambient_ipc_lock": _vmm.has_ipc_lock(unit.ambient),
         "no_new_privs": unit.no_new_privs,
         "private_users": unit.private_users,
-        **memlock_row(unit.memlock),
+        **memlock_row(unit.memlock.soft),
         "file_capability": program is not None and program.xattr is not None,
         "obstacles": _vmm.unit_obstacles(unit),
         "replica": task.tried("start", STARTED, replica),
@@ -650,7 +645,7 @@ def check_user(task: CheckTask, name: str) -> Row:
         return {**nothing, **UNTRIED, "msg": str(exc)}
 
     def session() -> Row:
-        return {"ok": True, **memlock_row(_vmm_start.open_session(user))}
+        return {"ok": True, **memlock_row(_vmm_start.open_session(user).soft)}
 
     return task.tried("users", {**nothing, "present": True}, session)
 

@@ -194,7 +194,7 @@ def test_an_emulator_without_an_iommufd(
     run: Run, libvirt: FakeLibvirt, monkeypatch: pytest.MonkeyPatch, number: int | None, words: str
 ) -> None:
     libvirt.domains["vm1"].number = number or libvirt.domains["vm1"].number
-    monkeypatch.setattr(_domain, "find_iommufds", lambda _process: [])
+    monkeypatch.setattr(_domain, "find_iommufds", lambda _process: {})
     answer = run()
     assert answer["failed"]
     assert answer["changed"] is (number is None)
