@@ -492,7 +492,7 @@ from typing import Callable, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils import _vmm, _vmm_start
+from ..module_utils import _vmm, _vmm_domain, _vmm_replica, _vmm_start
 from ..module_utils._child import Interrupted, insist, run_command
 from ..module_utils._errors import AccessRefused, IommufdError, shown_path
 from ..module_utils._module import Row, finish, memlock_row
@@ -583,8 +583,8 @@ def check_emulator(task: CheckTask, program: Program, under: Conditions) -> Row:
     def started() -> Row:
         check()
         if task.params["domain"]:
-            patient = partial(run_command, seconds=_vmm_start.LIBVIRT_SECONDS)
-            return seen_row(_vmm_start.start_bare_domain(patient, task.params["uri"], program))
+            patient = partial(run_command, seconds=_vmm_domain.LIBVIRT_SECONDS)
+            return seen_row(_vmm_domain.start_bare_domain(patient, task.params["uri"], program))
         return seen_row(_vmm_start.start_emulator(program, under, task.needed_user()))
 
     return {
@@ -613,7 +613,7 @@ def check_unit(task: CheckTask, unit: Unit) -> Row:
     def replica() -> Row:
         if not unit.present or program is None or program.writer:
             raise IommufdError(_vmm.unit_obstacles(unit)[0])
-        return seen_row(_vmm_start.start_replica(run_command, unit))
+        return seen_row(_vmm_replica.start_replica(run_command, unit))
 
     return {
         "name": unit.name,

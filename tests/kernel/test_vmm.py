@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_domain, _vmm_start
 from ansible_collections.virt.iommufd.plugins.module_utils._user import find_user
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
 from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, Answer, as_user, run_apart
@@ -341,7 +341,7 @@ def test_what_was_started_ends_with_the_module() -> None:
     module = os.fork()
     if not module:
         under, user = _vmm.look_at_own_conditions(), find_user(USER)
-        arguments = [QEMU, *_vmm_start._IDLE_QEMU]
+        arguments = [QEMU, *_vmm_start.IDLE_QEMU]
         with open("/dev/null", "wb") as null, _vmm_start._started(QEMU, arguments, under, user, null, null) as pid:
             os.write(writing, f"{pid}\n".encode())
             signal.pause()
@@ -584,10 +584,10 @@ def test_a_domain_ends_with_the_module() -> None:
             return 0, command(*words), ""
 
         uri = "qemu:///system"
-        domain = _vmm_start.domain_xml(
-            _vmm_start._domain_capabilities(run_, uri, program), name, "5f0b7d8e-3f0c-4a52-9c19-6f1d1f5a6c11", QEMU
+        domain = _vmm_domain.domain_xml(
+            _vmm_domain._domain_capabilities(run_, uri, program), name, "5f0b7d8e-3f0c-4a52-9c19-6f1d1f5a6c11", QEMU
         )
-        with _vmm_start._created(uri, name, domain):
+        with _vmm_domain._created(uri, name, domain):
             os.write(writing, b"x")
             signal.pause()
         os._exit(0)
@@ -600,4 +600,4 @@ def test_a_domain_ends_with_the_module() -> None:
         os.kill(module, signal.SIGKILL)
         os.waitpid(module, 0)
     await_(lambda: name not in command("virsh", "list", "--all", "--name"))
-    _vmm_start._remove_leftovers(name, "5f0b7d8e-3f0c-4a52-9c19-6f1d1f5a6c11")
+    _vmm_domain._remove_leftovers(name, "5f0b7d8e-3f0c-4a52-9c19-6f1d1f5a6c11")

@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _child, _device, _user, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils import (
+    _child,
+    _device,
+    _user,
+    _vmm_domain,
+    _vmm_replica,
+    _vmm_start,
+)
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, Run
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError, NotAnIommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status, parse_status
@@ -32,15 +39,13 @@ from ansible_collections.virt.iommufd.plugins.module_utils._vmm import (
     look_at_own_conditions,
     look_at_program,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._vmm_domain import domain_xml, start_bare_domain
+from ansible_collections.virt.iommufd.plugins.module_utils._vmm_replica import replica_properties, start_replica
 from ansible_collections.virt.iommufd.plugins.module_utils._vmm_start import (
     ProcessSeen,
     check_able,
-    domain_xml,
     open_session,
-    replica_properties,
-    start_bare_domain,
     start_emulator,
-    start_replica,
     try_copy,
     try_mode,
 )
@@ -208,7 +213,7 @@ def test_an_emulator_that_does_not_come_up(
     emulator: Program, monkeypatch: pytest.MonkeyPatch, children: list[int]
 ) -> None:
     Path(emulator.path).write_text("#!/bin/sh\necho 'I wait.'; exec sleep 600\n")
-    monkeypatch.setattr(_vmm_start, "_PATIENCE", 4)
+    monkeypatch.setattr(_vmm_start, "PATIENCE", 4)
     with pytest.raises(Interrupted, match=r"runs, but is not up after 2 seconds: I wait\.$"):
         start_emulator(emulator, OWN, MYSELF)
 
@@ -270,7 +275,7 @@ def test_a_child_that_never_becomes_the_emulator(
     emulator: Program, children: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_vmm_start, "isolate", lambda: time.sleep(600))
-    monkeypatch.setattr(_vmm_start, "_PATIENCE", 1)
+    monkeypatch.setattr(_vmm_start, "PATIENCE", 1)
     with pytest.raises(Interrupted, match="was not executed within 0 seconds"):
         start_emulator(emulator, OWN, MYSELF)
 
@@ -429,7 +434,7 @@ def test_a_copy_that_others_may_have_ended(
         yield str(tmp_path / "cat")
 
     monkeypatch.setattr(_vmm_start, "_copy_of_cat", copy)
-    monkeypatch.setattr(_vmm_start, "_PATIENCE", 3)
+    monkeypatch.setattr(_vmm_start, "PATIENCE", 3)
     with pytest.raises(Interrupted, match=told):
         try_copy(emulator, OWN, MYSELF)
 
@@ -531,8 +536,8 @@ def test_a_domain_is_created_and_destroyed(
 ) -> None:
     virsh("Domain created")
     logs, profiles = tmp_path / "logs", tmp_path / "profiles"
-    monkeypatch.setattr(_vmm_start, "_LIBVIRT_LOGS", str(logs))
-    monkeypatch.setattr(_vmm_start, "_LIBVIRT_PROFILES", str(profiles))
+    monkeypatch.setattr(_vmm_domain, "_LIBVIRT_LOGS", str(logs))
+    monkeypatch.setattr(_vmm_domain, "_LIBVIRT_PROFILES", str(profiles))
 
     @contextlib.contextmanager
     def hold(target: Any) -> Iterator[Process]:
@@ -545,7 +550,7 @@ def test_a_domain_is_created_and_destroyed(
         with hold_target(PidTarget(os.getpid())) as process:
             yield process
 
-    monkeypatch.setattr(_vmm_start, "hold_target", hold)
+    monkeypatch.setattr(_vmm_domain, "hold_target", hold)
     seen = start_bare_domain(tells(CAPABILITIES), "qemu:///test", emulator)
     assert seen.user == MYSELF.name
     told = (tmp_path / "told").read_text().splitlines()
@@ -576,7 +581,7 @@ def test_a_virsh_that_says_no_more(
 ) -> None:
     virsh("")
     (tmp_path / "virsh").write_text(f"#!/bin/sh\n{script}\n")
-    monkeypatch.setattr(_vmm_start, "LIBVIRT_SECONDS", 1)
+    monkeypatch.setattr(_vmm_domain, "LIBVIRT_SECONDS", 1)
     began = time.monotonic()
     with pytest.raises(Interrupted, match=r"libvirt does not start a domain with .*: so far$"):
         start_bare_domain(tells(CAPABILITIES), "qemu:///test", emulator)
@@ -742,7 +747,7 @@ def test_a_replica_whose_capability_somebody_has_taken(
     emulator: Program, user: str, static: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process of its user that has the same capability may trace it. Of what root has decided it is a verdict."""
-    monkeypatch.setattr(_vmm_start, "unit_obstacles", lambda _unit: ["PrivateUsers"] if static else [])
+    monkeypatch.setattr(_vmm_replica, "unit_obstacles", lambda _unit: ["PrivateUsers"] if static else [])
     monkeypatch.setattr(ProcessSeen, "lifts_memlock", False)
     systemd = Systemd()
     given = changed(unit(emulator), user=user, ambient=IPC_LOCK)

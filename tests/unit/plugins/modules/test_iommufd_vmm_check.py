@@ -13,7 +13,7 @@ from typing import Any, Callable
 import pytest
 import yaml
 from ansible.module_utils import basic
-from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_domain, _vmm_replica, _vmm_start
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, own_status
@@ -26,6 +26,12 @@ Run = Callable[..., "dict[str, Any]"]
 SHELL = "/bin/sh"
 IPC_LOCK = 1 << 14
 MYSELF = pwd.getpwuid(os.getuid()).pw_name
+# What starts something, and where it is.
+STARTS = {
+    **dict.fromkeys(("try_copy", "start_emulator", "open_session", "try_mode"), _vmm_start),
+    "start_bare_domain": _vmm_domain,
+    "start_replica": _vmm_replica,
+}
 RETURN = yaml.safe_load(iommufd_vmm_check.RETURN)
 KINDS: dict[str, type] = {"dict": dict, "list": list, "str": str, "int": int, "bool": bool}
 
@@ -116,7 +122,7 @@ def test_check_mode_starts_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         raise AssertionError("this starts something")
 
     for name in ("try_copy", "start_emulator", "start_bare_domain", "start_replica", "open_session", "try_mode"):
-        monkeypatch.setattr(_vmm_start, name, start)
+        monkeypatch.setattr(STARTS[name], name, start)
     asked = {"trial": True, "start": True, "scratch": True, "users": [MYSELF], "user": MYSELF}
     for domain in (True, False):
         answer = run(emulators=[SHELL], units=["vm.service"], domain=domain, **asked, _ansible_check_mode=True)
@@ -138,7 +144,7 @@ def test_check_mode_starts_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_what_was_started(run: Run, monkeypatch: pytest.MonkeyPatch, was: ProcessSeen, row: dict[str, Any]) -> None:
     for name in ("start_emulator", "start_bare_domain", "start_replica"):
-        monkeypatch.setattr(_vmm_start, name, lambda *_words: was)
+        monkeypatch.setattr(STARTS[name], name, lambda *_words: was)
     how = {"start": True, "user": MYSELF, "emulators": [SHELL], "units": ["vm.service"]}
     bare, domain = run(**how), run(**how, domain=True)
     for started in (bare["emulators"][0]["started"], domain["emulators"][0]["started"], bare["units"][0]["replica"]):
@@ -161,7 +167,7 @@ def test_what_could_not_be_started(
 
     tried: list[int] = []
     for name in ("try_copy", "start_emulator", "start_replica", "open_session", "try_mode"):
-        monkeypatch.setattr(_vmm_start, name, fail)
+        monkeypatch.setattr(STARTS[name], name, fail)
     how = {"trial": True, "start": True, "scratch": True, "user": MYSELF, "users": [MYSELF], "units": ["vm.service"]}
     answer = run(**how, emulators=[SHELL, str(tmp_path)])
     rows = [*(answer["emulators"][0][name] for name in ("trial", "started")), answer["units"][0]["replica"]]
@@ -220,7 +226,7 @@ def test_what_cannot_be_asked_for(run: Run, options: dict[str, Any], words: str)
 
 
 def test_a_user_is_only_needed_to_become_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_vmm_start, "start_bare_domain", lambda *_words: seen())
+    monkeypatch.setattr(_vmm_domain, "start_bare_domain", lambda *_words: seen())
     assert run(start=True, domain=True, emulators=[SHELL])["emulators"][0]["started"]["ok"]
 
 
@@ -254,7 +260,7 @@ def test_what_others_can_write_is_not_started(run: Run, tmp_path: Path, monkeypa
     text = "".join(f"{key}={value}\n" for key, value in unit.items())
     monkeypatch.setattr(iommufd_vmm_check, "run_command", lambda _command: (0, text, ""))
     for name in ("try_copy", "start_emulator", "start_replica", "start_bare_domain"):
-        monkeypatch.setattr(_vmm_start, name, lambda *_arguments, name=name: pytest.fail(name))
+        monkeypatch.setattr(STARTS[name], name, lambda *_arguments, name=name: pytest.fail(name))
     for domain in (False, True):
         answer = run(
             emulators=[str(emulator)], units=["vm.service"], user=MYSELF, trial=True, start=True, domain=domain
