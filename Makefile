@@ -35,10 +35,10 @@ demo: $(VENV)/stamp lab-tools  ## show the failure and the cure on a real kernel
 	    $(BIN)/ansible-playbook -i $(VENV)/inventory tests/demo/demo.yml
 	@echo "The VM is still up. To stop it: $(STOP)"
 
-check: $(VENV)/stamp  ## check quickly: lint, and the unit tests on one Python (2 minutes)
+check: $(VENV)/stamp  ## check quickly: lint, and the unit tests on one Python (a minute)
 	@rm -rf $(RESULTS)
-	$(NOX) --stop-on-first-error -s lint types license-check ansible-lint \
-	    "units-$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+	$(NOX) --parallel $(PARALLEL) --stop-on-first-error -s \
+	    "units-$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')" ansible-lint types lint license-check
 
 # Everything runs, whatever fails before it; the report at the end decides. No guest outlives a run that is interrupted.
 test: $(VENV)/stamp lab-tools  ## run all tests, as CI does, and report what ran and what could not

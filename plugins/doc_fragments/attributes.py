@@ -12,7 +12,7 @@ class ModuleDocFragment:
 options: {}
 attributes:
   check_mode:
-    description: Can run in C(check_mode) and foretell what it would change without changing anything.
+    description: Can run in C(check_mode) and predict what it would change without changing anything.
   diff_mode:
     description: Returns what has changed, or in check mode would change, when in diff mode.
   idempotent:

@@ -16,30 +16,30 @@ from ansible_collections.virt.iommufd.plugins.plugin_utils._views import UNSEEN
 
 DOCUMENTATION = r"""
 name: audit_report
-short_description: Tell how the running VMs of many hosts are accounted
+short_description: Report how the running VMs of many hosts are accounted
 version_added: 0.1.0
 author:
   - The virt.iommufd contributors (@virt-iommufd)
 description:
   - Makes a report of what M(virt.iommufd.iommufd_info) returned for each of many hosts, as data and as text.
-  - It is what the playbook C(virt.iommufd.audit) prints and writes.
+  - The playbook C(virt.iommufd.audit) prints and writes this report.
 options:
   _input:
     description:
-      - The names of hosts, and for each what a task with M(virt.iommufd.iommufd_info) registered, a failure too.
+      - The names of hosts, and for each what a task with M(virt.iommufd.iommufd_info) registered, also a failure.
       - Its O(virt.iommufd.iommufd_info#module:gather_subset) must have V(processes), and should have V(host) and
         V(users), as by default.
     type: dict
     required: true
 notes:
-  - In the text, all but printable ASCII is escaped, so that no name of a VM can fool a terminal. What is too long for
-    its column ends with C(...). In the data, it is whole.
+  - In the text, everything but printable ASCII is escaped, so that no name of a VM can fool a terminal. A text that is
+    too long for its column ends with C(...). The data holds it in full.
 seealso:
   - module: virt.iommufd.iommufd_info
     description: Returns what this filter takes, and explains the numbers.
   - plugin: virt.iommufd.memlock_fit
     plugin_type: filter
-    description: Tells whether one more VM would fit on one host.
+    description: Predicts whether one more VM would fit on one host.
 """
 
 EXAMPLES = r"""
@@ -73,16 +73,16 @@ _value:
       contains:
         status:
           description:
-            - V(ok) for a host that could be looked at, V(failed) or V(unreachable) for one that could not.
+            - V(ok) for a host that the module could look at, V(failed) or V(unreachable) for another.
             - V(no_iommufd) for one whose kernel has no iommufd, or has not loaded its module.
           type: str
           sample: ok
         msg:
-          description: Why it could not be looked at; empty if it could.
+          description: Why the module could not look at the host; empty if it could.
           type: str
           sample: ""
         limits_of_view:
-          description: What could not be seen there, as in RV(virt.iommufd.iommufd_info#module:host.limits_of_view).
+          description: What was not seen there, as in RV(virt.iommufd.iommufd_info#module:host.limits_of_view).
           type: list
           elements: dict
         vms:
@@ -119,19 +119,21 @@ _value:
               type: bool
               sample: false
             headroom_bytes:
-              description: How much more it could pin; V(null) where nothing limits it, or where that is unknown.
+              description: How much more it could pin; V(null) where nothing limits it, and where that is unknown.
               type: int
               sample: 37486592
             verdict:
               description:
-                - V(over limit) where more is charged than its limit allows.
-                - V(at risk) where it is accounted per user, and another VM such as the user's largest would not fit.
-                - V(unknown) where its accounting is, and where it is not known whether another VM would fit.
-                - V(ok) otherwise, or V(not limited) where nothing limits it.
+                - V(over limit) where more is charged than its limit allows, so that it cannot pin anything more.
+                - V(at risk) where it is charged to its user, and another VM as large as the user's largest would not
+                  fit.
+                - V(unknown) where its accounting is unknown, or whether another VM would fit.
+                - V(not limited) where nothing limits it, because it has CAP_IPC_LOCK or its limit is unlimited.
+                - V(ok) otherwise. What is charged is within its limit.
               type: str
               sample: at risk
             notes:
-              description: What makes that uncertain, in sentences.
+              description: What makes these values uncertain, in sentences.
               type: list
               elements: str
               sample: []

@@ -25,13 +25,13 @@ from ansible_collections.virt.iommufd.plugins.plugin_utils._views import UNSEEN
 
 DOCUMENTATION = r"""
 name: memlock_fit
-short_description: Tell whether one more VM would fit into its limit on pinned memory
+short_description: Predict whether one more VM would fit into its limit on pinned memory
 version_added: 0.1.0
 author:
   - The virt.iommufd contributors (@virt-iommufd)
 description:
-  - Tells from the return value of M(virt.iommufd.iommufd_info) alone whether one more VM with a passed-through device
-    would start on that host as far as its limit on pinned memory goes, and why. If not, it tells what to change.
+  - Predicts, from the return value of M(virt.iommufd.iommufd_info) alone, whether the limit on pinned memory would let
+    one more VM with a passed-through device start on that host, and why. If not, it says what to change.
   - Sizes are numbers of bytes, or texts such as V(64G), V(64GiB), V(65536M) and V(1.5G). K, M, G, T, P and E count in
     1024s, as do KiB, MiB and so on; kB, MB and so on count in 1000s, as in libvirt. Case does not matter.
 options:
@@ -39,8 +39,8 @@ options:
     description:
       - What M(virt.iommufd.iommufd_info) returned, with at least V(processes) and V(users) in its
         O(virt.iommufd.iommufd_info#module:gather_subset). With V(host), as by default, O(strategy=auto) knows more.
-      - If its O(virt.iommufd.iommufd_info#module:users) was given, O(user) must be among them.
-      - Best gathered as root. What the module could not see makes the answer uncertain.
+      - If you gave O(virt.iommufd.iommufd_info#module:users), O(user) must be among them.
+      - Run the module as root. What it could not see makes the answer uncertain.
     type: dict
     required: true
   memory:
@@ -50,18 +50,18 @@ options:
   user:
     description:
       - The user that the VMM will run as, by name or by id.
-      - One that the input does not know is taken for a user to whom nothing is charged.
+      - If the input does not know the user, the filter assumes that nothing is charged to that user.
     type: raw
     required: true
   memlock:
     description:
       - The soft limit RLIMIT_MEMLOCK that the VMM will have, as a size.
-      - V(unlimited) or V(infinity) for none.
-      - V(libvirt) for what libvirt gives to a domain without C(<hard_limit>). That is O(memory), with O(viommu) times
-        O(vfio_devices), and 1 GiB.
-      - If O(user) is libvirt's, C(libvirt-qemu) or C(qemu), and libvirt is known not to set per-process accounting,
-        V(libvirt) is a limit that is not known. libvirt raises it for a C(<hostdev>) only, and a domain that names
-        iommufd in C(<qemu:commandline>) has that of libvirt's daemon. So give the C(<hard_limit>) of the domain, or
+      - V(unlimited) or V(infinity) means no limit.
+      - V(libvirt) means the limit that libvirt gives to a domain without C(<hard_limit>). That is O(memory), with
+        O(viommu) times O(vfio_devices), and 1 GiB.
+      - If O(user) is libvirt's, C(libvirt-qemu) or C(qemu), and libvirt is known not to set per-process accounting, the
+        limit V(libvirt) is unknown. libvirt raises the limit only for a C(<hostdev>). A domain that names iommufd in
+        C(<qemu:commandline>) has the limit of libvirt's daemon. So give the C(<hard_limit>) of the domain, or
         C(LimitMEMLOCK) of the daemon. Only a VM with CAP_IPC_LOCK needs neither.
     type: raw
     default: libvirt
@@ -72,7 +72,7 @@ options:
   viommu:
     description:
       - Whether the VM has an IOMMU of its own. Each device then has an address space of its own, and the VM pins its
-        memory once for each.
+        memory once for each device.
     type: bool
     default: false
   strategy:
@@ -98,22 +98,23 @@ options:
   overhead:
     description:
       - What the VM pins beyond its memory, such as firmware and video memory, in all of its address spaces, as a size.
-      - If given, it is taken as exact. The sum with O(memory) is rounded up to whole pages, of 4096 bytes.
+      - If given, the filter takes it as exact, and rounds the sum with O(memory) up to whole pages of 4096 bytes.
       - If not given, it may be anything up to the most that a running VM of the input pins beyond its memory, with
-        O(viommu) times O(vfio_devices). VMs with more than one IOAS are left out, since they may have pinned their
-        memory more than once, and so are those that pin over 1 GiB beyond it, which have rather got more memory since.
-      - If no VM is left, it may be anything up to 1 GiB, which is what libvirt allows for.
+        O(viommu) times O(vfio_devices). The filter ignores VMs with more than one IOAS, since they may have pinned
+        their memory more than once. It also ignores VMs that pin over 1 GiB beyond their memory, since these probably
+        got more memory after their start.
+      - If no VM remains, it may be anything up to 1 GiB, which is what libvirt adds to a domain's memory.
     type: raw
 notes:
-  - The kernel does not publish what it has charged to a user. For per-user accounting this relies on the estimate
-    RV(virt.iommufd.iommufd_info#module:users[].charged_bytes).
-  - This is about the limit alone, not about whether the host has the memory and the devices.
+  - The kernel does not publish what it has charged to a user. For per-user accounting, the filter relies on the
+    estimate RV(virt.iommufd.iommufd_info#module:users[].charged_bytes).
+  - The filter considers the limit alone, and not whether the host has the memory and the devices.
 seealso:
   - module: virt.iommufd.iommufd_info
     description: Returns what this filter takes.
   - plugin: virt.iommufd.audit_report
     plugin_type: filter
-    description: Tells how the running VMs of many hosts are accounted.
+    description: Reports how the running VMs of many hosts are accounted.
 """
 
 EXAMPLES = r"""
@@ -148,7 +149,7 @@ _value:
   type: dict
   contains:
     fits:
-      description: Whether the VM would start. V(null) where that cannot be told.
+      description: Whether the VM would start. V(null) where that is unknown.
       type: bool
       sample: false
     accounting:
@@ -181,7 +182,7 @@ _value:
         libvirt-qemu on top of 64.2 MiB, it is 64.2 MiB over its limit of 65 GiB and ends with -12 (Cannot allocate
         memory).
     remedy:
-      description: What would tell for certain, and what to change so that the VM fits. V(null) where it does.
+      description: What would make the answer certain, and what to change so that the VM fits. V(null) where it fits.
       type: str
       sample: >-
         To make it fit: have it charged for itself alone, which libvirt 12.1 or later does for devices with <driver

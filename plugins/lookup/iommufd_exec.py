@@ -8,15 +8,16 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: iommufd_exec
-short_description: Make the launcher iommufd-exec, and return where it is
+short_description: Make the launcher iommufd-exec, and return its path
 version_added: 0.1.0
 author:
   - The virt.iommufd contributors (@virt-iommufd)
 description:
-  - C(iommufd-exec) opens an iommufd, has the kernel charge what is pinned through it to the process alone, gives up
-    root and becomes the VMM that it was given. It is for hosts where a systemd unit starts a VMM without libvirt.
-  - The lookup packs it on the controller, into a file that is gone once Ansible ends, and returns the path of that. The
-    file's content depends on nothing but the version of this collection, so a copy of it changes a host only once.
+  - C(iommufd-exec) opens an iommufd and sets it, so that the kernel charges what is pinned through it to the process
+    alone. Then it gives up root, and becomes the VMM of its command line. It is for hosts where a systemd unit starts a
+    VMM without libvirt.
+  - The lookup packs it into a file on the controller, and returns the path of the file. Ansible removes the file when
+    it ends. The content depends only on the version of this collection, so a copy of it changes a host only once.
   - The role C(virt.iommufd.iommufd_host) installs it with C(iommufd_host_launcher).
 options:
   _terms:
@@ -27,14 +28,14 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Ensure that units can start VMs with an accounting of their own
+- name: Install iommufd-exec
   ansible.builtin.copy:
     src: "{{ lookup('virt.iommufd.iommufd_exec') }}"
     dest: /usr/local/bin/iommufd-exec
     owner: root
     group: root
     mode: "0755"
-    # That it runs on this host.
+    # Make sure that it runs on this host.
     validate: /usr/bin/python3 -IS %s --help
 """
 

@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any, Callable, Optional
 
 from ._errors import IommufdError, error_text
-from ._foreign import parse_answer, shown
+from ._foreign import parse_answer, shown_text
 from ._user import User, end_with, impersonate, leave_keyring
 
 __all__ = (
@@ -247,7 +247,7 @@ def _judge(user: User | None, text: bytes) -> Any:
         raise _unheard(user, "has ended without an answer.") from exc
     # Those that take more than a text do not come from a child.
     errors = {each.__name__: each for each in IommufdError.__subclasses__() if "__init__" not in vars(each)}
-    raise errors.get(kind, IommufdError)(shown(message))
+    raise errors.get(kind, IommufdError)(shown_text(message))
 
 
 def _serve(

@@ -27,7 +27,7 @@ from ._borrow import borrow_iommufd, find_iommufds
 from ._capabilities import CAP_SYS_RESOURCE, capability_names
 from ._child import in_child, run_command
 from ._errors import DescriptorGone, IommufdError, NotAnIommufd, error_text, printable
-from ._foreign import boolean, first_of, member, number, or_none, parse_xml, shown, text, texts
+from ._foreign import boolean, first_of, member, number, or_none, parse_xml, shown_text, text, texts
 from ._iommufd import RLIMIT_MODE, IommuFd, Result
 from ._pidfile import read_pidfile
 from ._process import Limit, Process
@@ -252,7 +252,7 @@ def _binding() -> Any:
 
 def _said(error: Any) -> str:
     """What libvirt itself says of an error."""
-    return shown(str(error.get_error_message() or error).strip())
+    return shown_text(str(error.get_error_message() or error).strip())
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ __all__ = (
     "or_none",
     "parse_answer",
     "parse_xml",
-    "shown",
+    "shown_text",
     "text",
     "texts",
 )
@@ -55,7 +55,7 @@ XML_MAX = 2**24
 _XML_MARKS_MAX = 2**18
 
 
-def shown(given: object) -> str:
+def shown_text(given: object) -> str:
     """A text of somebody else's as it may be shown: on one line, printable, and cut where it is long."""
     words = given if isinstance(given, str) else f"<{type(given).__name__}>"
     more = "..." if len(words) > _TEXT_MAX else ""
@@ -83,7 +83,7 @@ def _brief(given: object) -> str:
         return str(given) if -COUNT_MAX <= given <= COUNT_MAX else "a number of many digits"
     if isinstance(given, bytes):
         given = given[:_TEXT_MAX].decode("utf-8", "backslashreplace")
-    words = shown(given)
+    words = shown_text(given)
     return repr(words if len(words) <= _BRIEF_MAX else words[:_BRIEF_MAX] + "...") if isinstance(given, str) else words
 
 
@@ -115,7 +115,7 @@ def text(given: object) -> str:
     """A text, as it may be shown. Raises IommufdError where it is something else."""
     if not isinstance(given, str):
         raise IommufdError(f"is no text but {_brief(given)}")
-    return shown(given)
+    return shown_text(given)
 
 
 def boolean(given: object) -> bool:
@@ -142,7 +142,7 @@ def first_of(sentences: Sequence[str]) -> str:
     """The first ten sentences as one text, cut where it is long all the same, and how many more there are."""
     more = len(sentences) - _TOLD_MAX
     rest = f" There {'are' if more > 1 else 'is'} {more} more like these." if more > 0 else ""
-    return shown(" ".join(sentences[:_TOLD_MAX])) + rest
+    return shown_text(" ".join(sentences[:_TOLD_MAX])) + rest
 
 
 def member(given: object, name: str, read: Callable[[object], Value]) -> Value:

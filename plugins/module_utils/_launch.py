@@ -26,7 +26,7 @@ from typing import NamedTuple, NoReturn
 
 from ._capabilities import CAP_IPC_LOCK, capability_names, parse_file_capabilities, read_xattr
 from ._device import DEVICE, open_iommufd
-from ._errors import AccessRefused, HostLacks, IommufdError, NotAnIommufd, error_text
+from ._errors import AccessRefused, HostLacks, IommufdError, error_text
 from ._iommufd import CHANGED, DENIED, PROCESS, RLIMIT_MODE, UNCHANGED, UNSUPPORTED, USER, IommuFd, Result, explain
 from ._size import human_size, parse_size
 from ._syscalls import (
@@ -250,12 +250,12 @@ def open_device() -> int:
     """A new iommufd: a descriptor that is none of the standard ones, and close-on-exec. Raises Refusal."""
     try:
         fd = open_iommufd()
-    except HostLacks as exc:
-        raise Refusal(NO_IOMMUFD, f"{exc} Or does the unit have PrivateDevices=?") from exc
-    except AccessRefused as exc:
-        raise Refusal(NO_IOMMUFD, f"{exc} A unit needs it in DeviceAllow=, too.") from exc
-    except NotAnIommufd as exc:
-        raise Refusal(NO_IOMMUFD, str(exc)) from exc
+    except IommufdError as exc:
+        hints = {
+            HostLacks: " Or does the unit have PrivateDevices=?",
+            AccessRefused: " A unit needs DeviceAllow=, too.",
+        }
+        raise Refusal(NO_IOMMUFD, f"{exc}{hints.get(type(exc), '')}") from exc
     if fd > 2:
         return fd
     # Started without standard streams. A VMM would take it for one of them.

@@ -26,7 +26,7 @@ import stat
 from typing import NamedTuple
 
 from ._errors import IommufdError, error_text
-from ._foreign import XML_MAX, number, parse_xml, shown
+from ._foreign import XML_MAX, number, parse_xml, shown_text
 from ._paths import mount_id
 
 __all__ = (
@@ -67,7 +67,7 @@ class DomainRecord(NamedTuple):
         """
         scope = _SCOPE.match(unit or "")
         if self.name != name:
-            return f"libvirt's record of the domain is that of domain {shown(self.name)}, so it was renamed."
+            return f"libvirt's record of the domain is that of domain {shown_text(self.name)}, so it was renamed."
         if self.pid != pid:
             return f"libvirt's record of the domain says that it is process {self.pid}."
         if self.written < started - _SLACK:
@@ -96,7 +96,7 @@ def read_domain_record(name: str) -> DomainRecord:
     """
     check_domain_name(name)
     path = f"{_FOLDER}/{name}.xml"
-    place = shown(path)
+    place = shown_text(path)
     with contextlib.ExitStack() as stack:
         try:
             above = _open_path(stack, os.path.dirname(_FOLDER), os.O_DIRECTORY)

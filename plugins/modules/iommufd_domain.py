@@ -10,41 +10,40 @@ module: iommufd_domain
 short_description: Start a libvirt domain with an iommufd that is opened and set for it
 description:
   - Starts a domain of a user's own libvirt (C(qemu:///session)) with an iommufd whose memory accounting is per process.
-    That libvirt runs without privilege, so it cannot set the accounting itself, and the second domain of a user fails
-    with error -12, C(Cannot allocate memory), where each alone is within its limit.
-  - As root, it opens an iommufd and sets it. A child that has become the user connects to the user's libvirt, hands the
-    descriptor over, and starts the domain. Nothing else runs as root.
-  - A domain that runs already is only looked at. An iommufd that is in use cannot be set any more.
+    That libvirt runs without privilege, so it cannot set the accounting itself. Without this module, the second domain
+    of a user fails with error -12, C(Cannot allocate memory), though each domain is within its limit.
+  - As root, the module opens an iommufd and sets it. A child that has become the user connects to the user's libvirt,
+    hands the descriptor over, and starts the domain. Nothing else runs as root.
+  - If the domain runs already, the module only looks at it. An iommufd that is in use cannot be set any more.
 version_added: 0.1.0
 author:
   - The virt.iommufd contributors (@virt-iommufd)
 options:
   name:
     description:
-      - The name of the domain. It has to be defined.
-      - Its XML has to say that it gets its iommufd from somebody else, by a line below C(<domain>) such as
-        C(<iommufd enabled='yes' fdgroup='iommufd'/>). Any name will do for the group. With that line all its PCI
-        devices are passed through by iommufd, except those with C(<driver iommufd='no'/>).
+      - The name of the domain. It must be defined.
+      - Its XML must say that it gets its iommufd from somebody else, by a line below C(<domain>) such as
+        C(<iommufd enabled='yes' fdgroup='iommufd'/>). The group can have any name. With that line, libvirt passes all
+        its PCI devices through by iommufd, except those with C(<driver iommufd='no'/>).
     type: str
     required: true
   user:
     description:
       - The user whose libvirt it is, and who the child becomes. Required for C(qemu:///session).
-      - This has to be a user of the host whose service manager runs, as it does at all times with
-        C(loginctl enable-linger USER), and who may open the VFIO devices of the domain.
+      - The user's service manager must run, as it does at all times with C(loginctl enable-linger USER). The user must
+        be allowed to open the VFIO devices of the domain.
     type: str
   uri:
     description:
-      - Where libvirt is, V(qemu:///session) or V(qemu:///system). Only a libvirt of the same host can take a
+      - Which libvirt it is, V(qemu:///session) or V(qemu:///system). Only a libvirt of the same host can take a
         descriptor.
       - The default is V(qemu:///session) if O(user) is given, otherwise V(qemu:///system).
       - The system libvirt sets the accounting itself since 12.1, if its daemon runs with CAP_SYS_RESOURCE. It needs
-        this module only for a domain that gets its iommufd from somebody else, or where the daemon lacks the
-        privilege.
+        this module only for a domain that gets its iommufd from somebody else, or if the daemon lacks the privilege.
     type: str
   state:
     description:
-      - The state that the domain is started in. A domain that runs or is paused already is left so.
+      - The state to start the domain in. The module leaves a domain as it is that runs or is paused already.
     type: str
     choices:
       - running
@@ -53,8 +52,8 @@ options:
   rlimit_mode:
     description:
       - How the memory that the iommufd pins is to be accounted.
-      - V(process) charges the emulator alone, which shows as C(VmLck) in C(/proc/PID/status).
-      - V(user) charges the user, over all of the user's processes, which is what the kernel starts with.
+      - V(process) charges the emulator alone; C(VmLck) in C(/proc/PID/status) shows the charge.
+      - V(user) charges the user for all of the user's processes together. That is how each iommufd starts.
     type: str
     choices:
       - process
@@ -62,9 +61,9 @@ options:
     default: process
   timeout:
     description:
-      - How many seconds libvirt may take to answer or to start the domain, from 1 to 86400. To pin much memory takes
+      - How many seconds libvirt may take to answer or to start the domain, from 1 to 86400. Pinning much memory takes
         time.
-      - Once they are over, the task fails, but libvirt may still start the domain.
+      - After that time the task fails, but libvirt may still start the domain.
     type: int
     default: 600
 extends_documentation_fragment:
@@ -73,10 +72,10 @@ attributes:
   check_mode:
     support: full
     details:
-      - libvirt is asked, so a daemon that waits behind its socket wakes up. One that the user's service manager would
-        have to be told to start is not started; then nothing more can be told than that, and that the domain would be
-        started.
-      - Whether the accounting could be set is tried on an iommufd of the module's own.
+      - The module asks libvirt, so a daemon that waits behind its socket wakes up. It does not tell the user's service
+        manager to start one. Where that would be needed, it reports no more than that, and that it would start the
+        domain.
+      - The module tries on an iommufd of its own whether the accounting could be set.
   diff_mode:
     support: full
   idempotent:
@@ -87,28 +86,29 @@ requirements:
     C(python3-libvirt) of Debian, Ubuntu, Fedora and Red Hat.
   - systemd, for a user's libvirt that does not run yet.
 notes:
-  - B(Privilege.) It takes root (C(become=true)) with CAP_SYS_RESOURCE in the initial user namespace, as well as ptrace
-    access to the emulator, which the accounting is read from in the end.
+  - B(Privilege.) The module needs root (C(become=true)) with CAP_SYS_RESOURCE in the initial user namespace. It also
+    needs ptrace access to the emulator, to read the accounting at the end.
   - B(The limit.) libvirt limits what the emulator may lock to the domain's memory and 1 GiB (with a virtual IOMMU, the
-    memory times the devices). Without privilege it can do that only within the daemon's own RLIMIT_MEMLOCK, which is
-    that of the user's service manager. So C(LimitMEMLOCK=) of C(user@UID.service) has to be as high as the domain that
+    memory times the devices). Without privilege, it can do that only within the daemon's own RLIMIT_MEMLOCK, which is
+    that of the user's service manager. So C(LimitMEMLOCK=) of C(user@UID.service) must suffice for the domain that
     needs most. The module reads the daemon's limit before it starts anything.
-  - B(The daemon.) The module starts no daemon itself, since that would have root's limits and end up in Ansible's
-    control group. It has the user's service manager do it. If the user has units C(virtqemud.socket),
-    C(virtqemud.service), C(libvirtd.socket) or C(libvirtd.service), the first of them is started, otherwise
-    C(systemd-run) makes a transient service.
-  - B(The next boot.) libvirt cannot start such a domain by itself, so C(virsh autostart) is no use. A systemd unit can,
-    by C(iommufd-exec) and C(virsh), without Ansible; the last examples have one for all domains of a user.
+  - B(The daemon.) The module starts no daemon itself, since that daemon would have root's limits and be in Ansible's
+    control group. The user's service manager starts it. Of the user's units C(virtqemud.socket), C(virtqemud.service),
+    C(libvirtd.socket) and C(libvirtd.service), it starts the first that exists. If there is none, C(systemd-run) makes
+    a transient service.
+  - B(The next boot.) libvirt cannot start such a domain by itself, so C(virsh autostart) does not work. A systemd unit
+    can, with C(iommufd-exec) and C(virsh), without Ansible. The last examples have such a unit for all domains of a
+    user.
   - B(Who holds the iommufd.) Once the task has ended, only the emulator does.
-  - B(The devices.) A user's libvirt can neither bind a device to C(vfio-pci) nor open a node that the user may not
-    open, so both have to be right beforehand, and C(managed='no') in the domain's XML.
+  - B(The devices.) A user's libvirt cannot bind a device to C(vfio-pci), nor open a node that the user may not open. So
+    prepare both beforehand, and set C(managed='no') in the domain's XML.
 seealso:
   - module: virt.iommufd.iommufd_option
     description: Reads the accounting of a domain that runs, or sets that of a VMM that has no device yet.
   - module: virt.iommufd.iommufd_info
     description: Tells how all of a host's VMs are accounted, and what still fits.
   - name: virDomainFDAssociate
-    description: The function of libvirt's that hands the descriptor over.
+    description: The function of libvirt that hands the descriptor over.
     link: https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainFDAssociate
   - name: user@.service(5)
     description: A user's service manager, its drop-ins and limits.
@@ -137,7 +137,7 @@ EXAMPLES = r"""
     dest: /etc/systemd/system/user@{{ ansible_facts['getent_passwd'].vm[1] }}.service.d/memlock.conf
     mode: "0644"
 
-- name: Ensure that systemd knows, though a service manager that runs already has to be restarted
+- name: Ensure that systemd reads these settings (restart a service manager that runs already)
   ansible.builtin.systemd_service:
     daemon_reload: true
 
@@ -146,7 +146,7 @@ EXAMPLES = r"""
     cmd: loginctl enable-linger vm
     creates: /var/lib/systemd/linger/vm
 
-- name: Ensure that VFIO devices are the user's
+- name: Ensure that VFIO devices belong to the user
   ansible.builtin.copy:
     content: |
       SUBSYSTEM=="vfio-dev", OWNER="vm", MODE="0600"
@@ -154,7 +154,7 @@ EXAMPLES = r"""
     mode: "0644"
   register: rule
 
-- name: Ensure that those that are bound already are, too
+- name: Ensure that devices that are bound already belong to the user, too
   ansible.builtin.command:
     cmd: udevadm trigger --settle --subsystem-match=vfio-dev
   when: rule is changed
@@ -219,7 +219,7 @@ EXAMPLES = r"""
   vars:
     uid: "{{ ansible_facts['getent_passwd'].vm[1] }}"
 
-- name: Ensure that the two are started at each boot
+- name: Ensure that both domains start at each boot
   ansible.builtin.systemd_service:
     name: domain-of-vm@{{ item }}.service
     enabled: true
@@ -236,7 +236,7 @@ libvirt:
   type: dict
   contains:
     uri:
-      description: Where it is.
+      description: Its URI.
       type: str
       sample: qemu:///session
     version:
@@ -249,20 +249,20 @@ libvirt:
       sample: 2121
     memlock_bytes:
       description:
-        - The hard RLIMIT_MEMLOCK of its daemon; V(null) where there is none, and where RV(libvirt.pid) is V(null).
+        - The hard RLIMIT_MEMLOCK of its daemon; V(null) where there is no limit, and where RV(libvirt.pid) is V(null).
       type: int
       sample: 4294967296
     memlock_unlimited:
-      description: Whether the daemon has no such limit; V(null) where RV(libvirt.pid) is.
+      description: Whether the daemon has no such limit; V(null) where RV(libvirt.pid) is V(null).
       type: bool
       sample: false
     started:
       description:
-        - The unit that the user's service manager was told to start, as no libvirt answered; V(null) if one did.
+        - The unit that the user's service manager started, since no libvirt answered; V(null) if one answered.
       type: str
       sample: libvirtd.service
 domain:
-  description: The domain, as it is now, in check mode as it would be.
+  description: The domain as it is now, or in check mode as it would be.
   returned: when libvirt knows it, or in check mode when libvirt does not run
   type: dict
   contains:
@@ -280,8 +280,8 @@ domain:
       sample: running
     memlock_bytes:
       description:
-        - The limit on locked memory that libvirt gives its emulator, by this module's reckoning. V(null) for no limit,
-          and in check mode when libvirt does not run.
+        - The limit on locked memory that libvirt gives to its emulator, as this module computes it. V(null) for no
+          limit, and in check mode when libvirt does not run.
       type: int
       sample: 2214592512
 process:
@@ -307,7 +307,7 @@ process:
       sample: vm
 rlimit_mode:
   description:
-    - How the memory that the emulator's iommufd pins is accounted now, in check mode how it would be. V(null) where its
+    - How the memory that the emulator's iommufd pins is accounted now, or in check mode would be. V(null) where its
       iommufds differ, or it has none.
   returned: when the domain runs, or would run in check mode
   type: str

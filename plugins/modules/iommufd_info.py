@@ -7,30 +7,32 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: iommufd_info
-short_description: Tell who holds an iommufd, how it is accounted, and what the host supports
+short_description: Report who holds an iommufd, how it is accounted, and what the host supports
 description:
-  - Tells which processes of a host hold an iommufd, to whom the memory that they pin is charged, against which limit,
-    and what is left of that limit.
-  - Memory that devices reach through an iommufd is charged in one of three ways, which is decided when it is mapped.
-    Under B(user) accounting, with which the kernel starts, the sum over all processes of a user is checked against the
-    RLIMIT_MEMLOCK of the one process that maps. Under B(process) accounting, each process is charged for itself. With
-    B(none), nobody is charged and nothing is checked, because the process has CAP_IPC_LOCK in the initial user
-    namespace.
-  - Also tells what the host supports, which VMMs it has and with which capabilities, and whether its libvirt sets
+  - Reports which processes of a host hold an iommufd, who is charged for the memory that they pin, which limit counts,
+    and how much of that limit is left.
+  - The kernel charges memory that devices reach through an iommufd in one of three ways, and decides when the memory is
+    mapped. Under B(user) accounting, which is the kernel's default, it adds up all processes of a user, and compares
+    the sum with the RLIMIT_MEMLOCK of the one process that maps. Under B(process) accounting, it charges each process
+    for itself. With B(none), it charges nobody and checks nothing, because the process has CAP_IPC_LOCK in the initial
+    user namespace.
+  - Also reports what the host supports, which VMMs it has and with which capabilities, and whether its libvirt sets
     per-process accounting by itself.
-  - The filter P(virt.iommufd.memlock_fit#filter) tells from this module's return value whether one more VM would start.
+  - From this module's return value, the filter P(virt.iommufd.memlock_fit#filter) predicts whether one more VM would
+    start.
 version_added: 0.1.0
 author:
   - The virt.iommufd contributors (@virt-iommufd)
 options:
   gather_subset:
     description:
-      - What to tell about.
+      - What to report.
       - V(host) is what the host supports.
       - V(processes) are the processes that hold an iommufd.
       - V(users) are the users that per-user accounting charges.
-      - V(emulators) adds to V(host) what takes seconds or wakes a service, each at most 30 seconds long. Every emulator
-        is asked for its version, and the system libvirt, whose daemon that may start, for the capabilities of a domain.
+      - V(emulators) adds to V(host) what takes seconds or wakes a service, each at most 30 seconds long. The module
+        asks every emulator for its version. It asks the system libvirt for the capabilities of a domain, which may
+        start libvirt's daemon.
     type: list
     elements: str
     choices:
@@ -44,24 +46,25 @@ options:
       - users
   pids:
     description:
-      - Return only these processes in RV(processes). One that has ended, or holds no iommufd, is left out.
+      - Return only these processes in RV(processes), except those that have ended or hold no iommufd.
       - RV(users) is not affected, since a sum over some of a user's processes would be wrong.
     type: list
     elements: int
   users:
     description:
       - Return only these users, and only their processes. Each is a name or an id.
-      - They are in RV(users) even if nothing is charged to them.
+      - RV(users) has each of them, also those to whom nothing is charged.
     type: list
     elements: str
   emulators:
     description:
-      - Emulators to look at in RV(host.qemu), as absolute paths, beside C(/usr/bin/qemu-system-*) and
+      - Emulators to report in RV(host.qemu), as absolute paths, beside C(/usr/bin/qemu-system-*) and
         C(/usr/libexec/qemu-kvm).
-      - One that is not found within 10 seconds, as on a mount whose server is gone, is told in
-        RV(host.limits_of_view).
-      - With V(emulators) in O(gather_subset) they are B(executed) with C(--version), as the user that the task runs as.
-        One that somebody else than root and that user can write is not, which RV(host.limits_of_view) tells.
+      - RV(host.limits_of_view) names an emulator that is not found within 10 seconds, as on a mount whose server is
+        gone.
+      - With V(emulators) in O(gather_subset), the module B(executes) them with C(--version), as the user that the task
+        runs as. It does not execute one that anybody but root and that user can write; RV(host.limits_of_view) then
+        says so.
     type: list
     elements: path
     default: []
@@ -75,32 +78,32 @@ attributes:
   diff_mode:
     support: none
     details:
-      - There is nothing to differ.
+      - This module changes nothing.
   idempotent:
     support: full
 requirements:
   - Python 3.9 or later with C(ctypes) on the host; Debian's package C(python3) has it, C(python3-minimal) has not.
 notes:
-  - B(Privilege.) Any user can run this module and is told what that user may see. RV(host.limits_of_view) lists the
-    rest with the reason. To see every process takes root with CAP_SYS_PTRACE in the initial user and pid namespaces,
-    that is, on the host itself, and C(kernel.yama.ptrace_scope) below 3.
-  - B(Nothing is woken.) No service is started or asked but systemd's manager, no module is loaded, no emulator is run
-    and no device is opened but C(/dev/iommu) and, where a process has it open, C(/dev/vfio/vfio). The subset
+  - B(Privilege.) Any user can run this module, and sees what that user may see. RV(host.limits_of_view) lists the
+    rest, with the reason. To see every process, the module needs root with CAP_SYS_PTRACE in the initial user and pid
+    namespaces, that is, on the host itself, and C(kernel.yama.ptrace_scope) below 3.
+  - B(Nothing is woken.) The module starts no service, asks none but systemd's manager, loads no kernel module and runs
+    no emulator. It opens no device but C(/dev/iommu) and, where a process has it open, C(/dev/vfio/vfio). The subset
     V(emulators) of O(gather_subset) is the exception.
   - B(Estimate.) The kernel does not publish what it has charged to a user. RV(users[].charged_bytes) is the pinned
     memory of the user's processes under per-user accounting. The kernel's counter also holds what io_uring, AF_XDP and
-    perf have charged to that user, and no file shows it. Nor does any show that a process was charged to its user
+    perf have charged to that user; no file shows that. Nor does a file show that a process was charged to its user
     before it got CAP_IPC_LOCK.
-  - B(Bounds.) Any user may have descriptors and processes without end, so looking ends. Of a process, 262144
-    descriptors are looked at, and 256 iommufds; of a user, 1048576 descriptors, 2500 processes that hold an iommufd,
-    and 4096 iommufds. A process may keep whoever looks at it for 10 seconds, and one user's processes may do so three
-    times. Names are cut at 255 characters. What is not looked at is told in RV(host.limits_of_view), and the accounting
-    of a process of which that is so is V(null).
+  - B(Bounds.) Any user may have descriptors and processes without end, so the module stops at a limit. It looks at
+    262144 descriptors and 256 iommufds of a process, and at 1048576 descriptors, 2500 processes that hold an iommufd,
+    and 4096 iommufds of a user. A process may delay the module for 10 seconds, and one user's processes may do so three
+    times. Names are cut at 255 characters. RV(host.limits_of_view) names what the module did not look at, and the
+    accounting of such a process is V(null).
   - B(Threads.) Limits, capabilities and descriptors are those of a process's first thread.
 seealso:
   - plugin: virt.iommufd.memlock_fit
     plugin_type: filter
-    description: Tells from this module's return value whether one more VM would start.
+    description: Predicts from this module's return value whether one more VM would start.
   - module: virt.iommufd.iommufd_option
     description: Sets or queries the accounting of one process.
   - name: IOMMUFD in the kernel's documentation
@@ -152,11 +155,11 @@ host:
       contains:
         what:
           description:
-            - V(processes) where there may be processes that are not seen at all.
-            - V(descriptors) where there are processes of which it cannot be told whether they hold an iommufd.
-            - V(iommufds) where an iommufd was found but could not be asked.
-            - V(users) where users of processes cannot be told apart.
-            - V(domains) where the domains of the system libvirt cannot be told.
+            - V(processes) where there may be processes that this caller does not see at all.
+            - V(descriptors) where it is unknown whether some processes hold an iommufd.
+            - V(iommufds) where an iommufd was found but could not be queried.
+            - V(users) where the users of processes cannot be told apart.
+            - V(domains) where the domains of the system libvirt are unknown.
             - V(options), V(module), V(emulators) and V(libvirt) where that part of RV(host) is incomplete.
           type: str
           sample: descriptors
@@ -174,9 +177,9 @@ host:
       sample: x86_64
     module:
       description:
-        - Where the kernel's iommufd is. V(builtin) and V(loaded) can be used, V(loadable) once its module is loaded;
-          V(absent) is a kernel without it.
-        - V(null) where that cannot be told, for lack of C(/lib/modules).
+        - Where the kernel's iommufd is. V(builtin) and V(loaded) can be used now, V(loadable) once the module is
+          loaded. V(absent) is a kernel without iommufd.
+        - V(null) where that is unknown, for lack of C(/lib/modules).
       type: str
       sample: loaded
     device:
@@ -220,11 +223,13 @@ host:
               type: bool
               sample: true
             settable:
-              description: Whether B(this caller) could set it, on an iommufd without objects; V(null) as above.
+              description: >-
+                Whether B(this caller) could set it, on an iommufd without objects; V(null) where C(/dev/iommu) cannot
+                be opened.
               type: bool
               sample: true
     caller:
-      description: Who asks.
+      description: The user that this module runs as.
       type: dict
       contains:
         uid:
@@ -232,11 +237,11 @@ host:
           type: int
           sample: 0
         initial_user_namespace:
-          description: Whether it is in the initial user namespace, without which capabilities do not count for iommufd.
+          description: Whether this module is in the initial user namespace. In another one, capabilities do not count.
           type: bool
           sample: true
         capabilities:
-          description: Those of its effective capabilities that matter to iommufd.
+          description: Those of this module's effective capabilities that matter to iommufd.
           type: list
           elements: str
           sample: [cap_ipc_lock, cap_sys_ptrace, cap_sys_resource]
@@ -298,17 +303,17 @@ host:
       elements: dict
       contains:
         path:
-          description: The path, with symbolic links followed; where RV(host.qemu[].writer) is set, as it was given.
+          description: The path with links resolved; where RV(host.qemu[].writer) is set, the path as given.
           type: str
           sample: /usr/bin/qemu-system-x86_64
         present:
-          description: Whether there is an executable file. What is not there can only come from O(emulators).
+          description: Whether the path is an executable file. Only a path from O(emulators) can be missing.
           type: bool
           sample: true
         writer:
           description:
-            - The first place on the way to the file that somebody else than root can write, be it a folder, a symbolic
-              link or the file itself. Nothing behind it is looked at, and the file counts as present.
+            - The first place on the way to the file that anybody but root can write, be it a folder, a symbolic link or
+              the file itself. The module looks at nothing behind it, and takes the file for present.
             - V(null) where only root decides what the file is, as it should be.
           type: dict
           contains:
@@ -346,13 +351,13 @@ host:
               sample: 0
         cap_ipc_lock:
           description:
-            - Whether these capabilities lift the limit on pinned memory, that is, hold CAP_IPC_LOCK for the initial
-              user namespace, effective from the start.
+            - Whether these capabilities lift the limit on pinned memory. They do if they hold CAP_IPC_LOCK for the
+              initial user namespace, effective from the start.
             - V(null) where they could not be read.
           type: bool
           sample: false
         version:
-          description: The version it gives; V(null) where it gives none, or V(emulators) was not asked for.
+          description: Its version; V(null) where it prints none, or V(emulators) was not asked for.
           type: str
           sample: 10.0.13
     libvirt:
@@ -361,8 +366,8 @@ host:
       contains:
         version:
           description:
-            - The version, by the name of the library that the running daemon has mapped, or of the installed one.
-            - V(null) where there is none, or it cannot be told.
+            - The version, by the name of the library that the running daemon has mapped, or of the installed library.
+            - V(null) where there is none, or it is unknown.
           type: str
           sample: 12.8.0
         unit:
@@ -370,14 +375,14 @@ host:
           type: str
           sample: virtqemud.service
         pid:
-          description: The daemon's process; V(null) where it does not run, as it does only when it is needed.
+          description: The daemon's process; V(null) where it does not run. It may run only when somebody needs it.
           type: int
           sample: null
         cap_sys_resource:
           description:
-            - Whether the daemon has CAP_SYS_RESOURCE, without which it cannot set the mode. Of the running daemon, else
-              what its unit would give it.
-            - V(null) where that cannot be told.
+            - Whether the daemon has CAP_SYS_RESOURCE, which it needs to set the mode. If the daemon does not run,
+              whether its unit would give it the capability.
+            - V(null) where that is unknown.
           type: bool
           sample: true
         domain_capabilities_iommufd:
@@ -388,9 +393,9 @@ host:
           sample: null
         sets_rlimit_mode:
           description:
-            - Whether it sets per-process accounting for its domains, those whose devices have C(<driver name='vfio'
-              iommufd='yes'/>). It does since 12.1 in the source of libvirt, C(viriommufd.c).
-            - V(null) where that cannot be told.
+            - Whether it sets per-process accounting for domains whose devices have C(<driver name='vfio'
+              iommufd='yes'/>). libvirt does since 12.1 (C(viriommufd.c) in its source).
+            - V(null) where that is unknown.
           type: bool
           sample: true
         reason:
@@ -401,7 +406,7 @@ host:
 processes:
   description:
     - The processes that hold an iommufd, in the order of their ids.
-    - Also processes with pinned memory that do not let this caller look at their descriptors, since they may hold one.
+    - Also processes with pinned memory whose descriptors this caller may not see, since they may hold an iommufd.
   returned: when O(gather_subset) has V(processes)
   type: list
   elements: dict
@@ -428,14 +433,14 @@ processes:
       sample: "2026-11-22T09:41:07Z"
     name:
       description:
-        - What it calls its guest on its command line (C(-name)); V(null) where it says nothing. Nobody vouches for it.
+        - The name of its guest on its command line (C(-name)); V(null) where there is none. Nobody vouches for it.
       type: str
       sample: vm1
     domain:
       description:
-        - The libvirt domain whose emulator it is; V(null) where there is none or it cannot be told. For the system
-          libvirt its own record vouches for it, which only root can read; for a user's session nothing but the
-          process's command line does.
+        - The libvirt domain whose emulator it is; V(null) where there is none or it is unknown. For the system libvirt,
+          libvirt's own record vouches for it; only root can read that. For a user's session, only the process's command
+          line does.
       type: str
       sample: vm1
     domain_uri:
@@ -445,7 +450,7 @@ processes:
     unit:
       description:
         - The unit of the system's service manager that it belongs to; V(null) where there is none.
-        - That goes by its control group. The name of a group below a container's counts for nothing.
+        - The control group tells this. The name of a group below a container's group does not count.
       type: str
       sample: machine-qemu\x2d1\x2dvm1.scope
     user_unit:
@@ -457,7 +462,7 @@ processes:
       type: bool
       sample: true
     memory_bytes:
-      description: The guest's memory by QEMU's option C(-m); V(null) where there is none or it cannot be read.
+      description: The guest's memory by QEMU's option C(-m); V(null) where that is missing or unreadable.
       type: int
       sample: 67108864
     pinned_bytes:
@@ -499,7 +504,7 @@ processes:
           elements: str
           sample: []
         bounding:
-          description: Those in its bounding set. What is not in it cannot be had by executing a file either.
+          description: Those in its bounding set. A capability outside of it cannot come from an executed file either.
           type: list
           elements: str
           sample: [cap_ipc_lock, cap_sys_resource]
@@ -540,7 +545,7 @@ processes:
               type: bool
               sample: true
         msg:
-          description: What kept it from being read; empty if nothing did.
+          description: Why it could not be read; empty if it could.
           type: str
           sample: ""
     vfio_devices:
@@ -564,26 +569,26 @@ processes:
     accounting:
       description:
         - Who is charged for what it pins from now on, V(user), V(process) or V(none).
-        - V(null) where that cannot be told, which RV(processes[].notes) explains.
+        - V(null) where that is unknown, which RV(processes[].notes) explains.
       type: str
       sample: user
     charged_bytes:
       description:
-        - What it contributes to the charge. Under V(user) that is what it has pinned, under V(process) what is charged
-          to it as locked, and 0 for V(none).
-        - V(null) where RV(processes[].accounting) is.
+        - What it contributes to the charge. Under V(user), that is what it has pinned. Under V(process), it is what is
+          charged to it as locked. With V(none), it is 0.
+        - V(null) where RV(processes[].accounting) is V(null).
       type: int
       sample: 67371008
     headroom_bytes:
       description:
-        - How much more it could pin. Under V(user) the charge of all of the user's processes counts, which may be more
-          by up to RV(users[].uncertain_bytes), and by what processes have pinned that were not seen.
+        - How much more it could pin. Under V(user), the charge of all of the user's processes counts. This charge may
+          be more by up to RV(users[].uncertain_bytes), and by what unseen processes have pinned.
         - Less than 0 where more is charged than the limit allows. V(null) where nothing limits it, or where
           RV(processes[].accounting) is V(null).
       type: int
       sample: 37486592
     notes:
-      description: What contradicts the above or makes it uncertain, in sentences.
+      description: What contradicts these values or makes them uncertain, in sentences.
       type: list
       elements: str
       sample: []
@@ -613,8 +618,8 @@ users:
       sample: 67371008
     uncertain_bytes:
       description:
-        - What the user's other processes have pinned of which it cannot be told whether it is charged to the user,
-          since their iommufds cannot be looked at, or since it was pinned by other means, such as io_uring or RDMA.
+        - What the user's other processes have pinned, if it is unknown whether the user is charged for it. The module
+          cannot see their iommufds, or the memory was pinned by other means, such as io_uring or RDMA.
       type: int
       sample: 0
     largest_bytes:
@@ -632,20 +637,21 @@ users:
       sample: false
     headroom_bytes:
       description:
-        - How much more the one with the smallest limit could pin; less than 0 where more is charged than that allows.
-        - It may be less by up to RV(users[].uncertain_bytes), and by what processes have pinned that were not seen.
-        - V(null) where RV(users[].memlock_bytes) is.
+        - How much more the process with the smallest limit could pin; less than 0 where more is charged than that limit
+          allows.
+        - It may be less by up to RV(users[].uncertain_bytes), and by what unseen processes have pinned.
+        - V(null) where RV(users[].memlock_bytes) is V(null).
       type: int
       sample: 37486592
     at_risk:
       description:
         - Whether another VM as large as the largest, with the smallest limit, would not fit.
-        - V(null) where it would as far as was seen, but might not because of RV(users[].uncertain_bytes), or of
-          processes of the user that were not, or may not have been, seen.
+        - V(null) where it would fit by what the module saw, but might not because of RV(users[].uncertain_bytes), or
+          because there are, or may be, processes of the user that the module did not see.
       type: bool
       sample: true
 narrowed:
-  description: What O(pids) and O(users) have narrowed this to.
+  description: The processes and users to which O(pids) and O(users) have narrowed the answer.
   returned: always
   type: dict
   contains:

@@ -10,14 +10,15 @@ module: iommufd_option
 short_description: Set or query an option of a running process's iommufd
 description:
   - Sets or queries an option of an iommufd that B(another process) holds, such as the iommufd of a running VMM.
-  - Memory that devices reach through an iommufd is pinned. By default the kernel charges it to the B(user) and checks
-    the sum over all processes of that user against the RLIMIT_MEMLOCK of the one process that maps, so the second VM
-    of a user whose VMs each have a limit of their own fails with C(-12 (Cannot allocate memory)).
-  - With O(option=rlimit_mode) set to V(process), each process is charged for itself.
+  - Memory that devices reach through an iommufd is pinned. By default, the kernel charges it to the B(user). It adds up
+    what all processes of the user have pinned, and compares the sum with the RLIMIT_MEMLOCK of the one process that
+    maps. So the second VM of a user fails with C(-12 (Cannot allocate memory)), though each VM is within its limit.
+  - With O(option=rlimit_mode) set to V(process), the kernel charges each process for itself. The process still needs a
+    RLIMIT_MEMLOCK of its own memory and somewhat more.
   - The mode can be set only while the iommufd holds no object, that is, before the first device is bound to it. It ends
-    with the iommufd, so a VM that is started again has to be set again.
-  - The descriptor is shared with the process by C(pidfd_getfd), used and closed at once. Nothing else in the process is
-    touched, and it is not stopped.
+    with the iommufd, so set it again after each start of the VM.
+  - The module shares the descriptor with the process by C(pidfd_getfd), uses it, and closes it at once. It touches
+    nothing else in the process, and does not stop the process.
 version_added: 0.1.0
 author:
   - The virt.iommufd contributors (@virt-iommufd)
@@ -30,35 +31,37 @@ options:
   pidfile:
     description:
       - A file that holds the id of the process, as an absolute path.
-      - It must be a regular file, not a symbolic link, of 64 bytes at most, written after the process started. A clock
-        that was set in between can make a right one look stale.
+      - It must be a regular file, not a symbolic link, of 64 bytes at most, written after the process started. If the
+        clock was set in between, the module may take a correct file for a stale one.
       - Where a user other than root owns the file, or any folder on the way to it, the process must belong to that
-        user. What a group or everybody can write is refused, except for folders with the sticky bit, such as C(/tmp).
+        user. The module refuses what a group or everybody can write, except for folders with the sticky bit, such as
+        C(/tmp).
     type: path
   domain:
     description:
       - The name of a running domain of the system libvirt (C(qemu:///system)). The process is its emulator.
-      - Good for a query. libvirt binds the devices before the domain runs, so a change is refused as busy.
-      - The libvirt daemon is not asked, and so not woken. Its record of the domain under C(/run/libvirt/qemu) is read,
-        which must belong to root and be written after the process started. The control group of the process must be
-        that of the domain, where systemd-machined made one.
+      - Use it for a query. libvirt binds the devices before the domain runs, so the kernel refuses a change as busy.
+      - The module does not ask the libvirt daemon, and so does not wake it. It reads the daemon's record of the domain
+        under C(/run/libvirt/qemu). The record must belong to root, and be written after the process started. Where
+        systemd-machined made a control group for the domain, the process must be in it.
       - For a domain of a user's session, give O(pidfile) or O(pid).
     type: str
   unit:
     description:
       - The name of a systemd unit of the system. The process is its main process.
-      - A unit without a main process, such as a scope or a slice, cannot be given, nor a template without an instance.
+      - The module refuses a unit without a main process, such as a scope or a slice, and a template without an
+        instance.
     type: str
   fd:
     description:
       - The number of the descriptor in the process, as C(ls -l /proc/PID/fd) shows it.
-      - If not given, every iommufd of the process is worked on.
+      - If not given, the module works on every iommufd of the process.
     type: int
   option:
     description:
       - The option, by the kernel's name for it in lower case.
       - V(rlimit_mode) is how the memory that the iommufd pins is accounted.
-      - V(huge_pages) is whether an IOAS may map memory in pages larger than the smallest. Each IOAS has it of its own.
+      - V(huge_pages) is whether an IOAS may map memory in pages larger than the smallest. Each IOAS has its own value.
     type: str
     choices:
       - rlimit_mode
@@ -67,22 +70,23 @@ options:
   value:
     description:
       - The value that the option is to have. If not given, the option is only queried.
-      - For O(option=rlimit_mode), V(user) charges the user, over all of the user's processes, which is what the kernel
-        starts with; V(process) charges the process, which shows as C(VmLck) in C(/proc/PID/status).
-      - For O(option=huge_pages), a boolean. The kernel starts with V(true), and refuses V(false) once memory is mapped
-        for a device.
+      - For O(option=rlimit_mode), V(user) charges the user for all of the user's processes together. That is how each
+        iommufd starts. V(process) charges the process alone; C(VmLck) in C(/proc/PID/status) shows the charge.
+      - For O(option=huge_pages), a boolean. Each IOAS starts with V(true). The kernel refuses V(false) once memory is
+        mapped for a device.
     type: str
   ioas_id:
     description:
-      - The id of the IOAS whose O(option=huge_pages) is meant. If not given, every IOAS of the iommufd is worked on.
+      - The id of the IOAS for O(option=huge_pages). If not given, the module works on every IOAS of the iommufd.
     type: int
   tolerate:
     description:
-      - Outcomes that are reported with a warning instead of a failure. The iommufd stays as it is, so RV(value) can
-        differ from O(value). An empty list makes every one of them a failure.
-      - V(unsupported) is a kernel without the ioctl or without the option.
-      - V(denied) is a caller without CAP_SYS_RESOURCE in the initial user namespace.
-      - V(busy) is an iommufd that holds objects already.
+      - Outcomes that give a warning instead of a failure. The iommufd then stays as it is, so RV(value) can differ from
+        O(value). With an empty list, each of them is a failure.
+      - V(unsupported) is a kernel without the ioctl (ENOTTY) or without the option (EOPNOTSUPP).
+      - V(denied) is a caller without CAP_SYS_RESOURCE in the initial user namespace (EPERM).
+      - V(busy) is an iommufd that holds objects already (EBUSY).
+      - A wrong value is always a failure.
     type: list
     elements: str
     choices:
@@ -98,10 +102,9 @@ attributes:
   check_mode:
     support: full
     details:
-      - Whether the rlimit mode could be set is asked of the kernel with a value that it is sure to reject, which
-        changes nothing.
-      - The kernel gives no such way to ask whether huge pages could be turned off, so check mode foretells that they
-        can.
+      - To learn whether the rlimit mode could be set, the module sends the kernel a value that the kernel is sure to
+        reject. That changes nothing.
+      - For huge pages, the kernel offers no such way. So check mode predicts that they can be turned off.
   diff_mode:
     support: full
   idempotent:
@@ -110,25 +113,28 @@ requirements:
   - Linux 6.2 or later, built with CONFIG_IOMMUFD, with the module C(iommufd) loaded.
   - Python 3.9 or later with C(ctypes) on the host; Debian's package C(python3) has it, C(python3-minimal) has not.
 notes:
-  - B(Privilege.) To share a descriptor takes ptrace access to the process, that is, root with CAP_SYS_PTRACE for any
-    process but one's own, and C(kernel.yama.ptrace_scope) below 3. To set the rlimit mode also takes CAP_SYS_RESOURCE
-    in the initial user namespace. To query it does not.
-  - B(EBUSY.) An iommufd that holds an object, be it a bound device or an IOAS, answers EBUSY to every change of its
-    rlimit mode, and VMMs that open C(/dev/iommu) themselves bind their first device at once. Such a VM has to be
-    restarted, either with an iommufd that was opened and set before it had it, or with one but without its VFIO devices
-    (QEMU's C(-object iommufd,id=iommufd0,fd=9)), which are hot-plugged once this module has set it. Or grant
-    CAP_IPC_LOCK to the VMM, which lifts its limit. The value already in force is never set again, so asking for it is
-    fine at any time.
-  - B(Borrowed descriptors.) While this module holds the descriptor, the memory pinned through it outlives the process,
-    if that ends just then. It is held for one or a few ioctls, and closed on every path.
-  - B(Containers.) A process in a container is reached from the host, by its pid there, and whatever its device node is
-    called. From inside a container the module sees only that container's processes, and root of a user namespace does
-    not have the privilege to set the rlimit mode.
+  - B(Privilege.) To share a descriptor, the module needs ptrace access to the process. That is root with CAP_SYS_PTRACE
+    for any process but one's own, and C(kernel.yama.ptrace_scope) below 3. To set the rlimit mode, it also needs
+    CAP_SYS_RESOURCE in the initial user namespace. Querying does not need CAP_SYS_RESOURCE.
+  - B(EBUSY.) An object is a device that is bound to the iommufd, or an IOAS, the address space that its devices share.
+    An iommufd that holds an object answers EBUSY to every change of its rlimit mode. A VMM that opens C(/dev/iommu) by
+    itself binds its first device at once. Restart such a VM with an iommufd that was opened and set before the VM had
+    it. Or start it with an iommufd but without its VFIO devices (QEMU's C(-object iommufd,id=iommufd0,fd=9)), and
+    hot-plug these once this module has set it. Or grant CAP_IPC_LOCK to the VMM, which lifts its limit. The module
+    never sets the value that is already in force, so you can ask for it at any time.
+  - B(Borrowed descriptors.) The module never opens C(/proc/PID/fd/N), since that would make a new iommufd and change
+    the wrong one. By its device number, it makes sure that the shared descriptor is an iommufd. Then it asks for the
+    value, probes whether it may be set, sets it, and reads it back. It sends nothing to any other file of the process.
+    If the process ends meanwhile, its pinned memory lives on until the module closes the descriptor. The module holds
+    it for one or a few ioctls, and closes it on every path.
+  - B(Containers.) The host reaches a process in a container by the process id on the host, whatever the device node is
+    called in the container. From inside a container, the module sees only that container's processes. Root of a user
+    namespace does not have the privilege to set the rlimit mode.
   - B(Ad hoc.) C(ansible hypervisors --become -m virt.iommufd.iommufd_option -a 'unit=vm1.service value=process'). The
     short name C(iommufd_option) takes the setting C(library) in C(ansible.cfg), with the folder C(plugins/modules) of
     the installed collection.
-  - B(Several descriptors.) Two descriptors of a process can lead to one iommufd. In check mode both are foretold to
-    change; in real mode the second is found unchanged.
+  - B(Several descriptors.) Two descriptors of a process can lead to one iommufd. Check mode predicts that both change.
+    Outside of check mode, the module finds the second one unchanged.
 seealso:
   - name: IOMMUFD in the kernel's documentation
     description: What an iommufd, an IOAS and the other objects are.
@@ -173,7 +179,7 @@ EXAMPLES = r"""
     patterns: '*.xml'
   register: records
 
-- name: Read how each of them is accounted, those without an iommufd left out
+- name: Read how each of them is accounted, except those without an iommufd
   virt.iommufd.iommufd_option:
     domain: "{{ item.path | basename | splitext | first }}"
   loop: "{{ records.files }}"
@@ -212,15 +218,15 @@ option:
   sample: rlimit_mode
 value:
   description:
-    - The value that is in force now, in check mode the one that would be. A boolean for O(option=huge_pages).
+    - The value that is in force now, or in check mode would be. A boolean for O(option=huge_pages).
     - V(null) where the iommufds of the process differ, or where it could not be read.
   returned: when there is an iommufd
   type: raw
   sample: process
 truncated:
   description:
-    - Whether there may well be IOASes that were not found. Their ids are tried from 1 to 1024, and the kernel gives out
-      the lowest free ones to objects of all kinds. It is V(true) where one was found in the upper half.
+    - Whether there may be IOASes that were not found. The module tries the ids 1 to 1024. The kernel gives the lowest
+      free ids to objects of all kinds. So this is V(true) where the module found an IOAS in the upper half.
   returned: when O(option=huge_pages)
   type: bool
   sample: false
@@ -243,20 +249,20 @@ iommufds:
       type: raw
       sample: user
     after:
-      description: The value now, in check mode the one that it would be; V(null) where it could not be read.
+      description: The value now, or in check mode as it would be; V(null) where it could not be read.
       type: raw
       sample: process
     outcome:
       description:
         - V(changed) where this module set the value.
-        - V(unchanged) for a query, where the value was in force, and where somebody else set it first.
+        - V(unchanged) for a query, for a value that was in force, and where somebody else set it first.
         - V(unsupported), V(denied) and V(busy), which O(tolerate) explains.
         - V(raced) where the value was set, but somebody else then set another one.
         - V(failed) for everything else.
       type: str
       sample: changed
     msg:
-      description: What kept it from being read or set, and what to do; empty if nothing did.
+      description: Why the value could not be read or set, and what to do; empty if it could.
       type: str
       sample: ""
 """

@@ -83,6 +83,13 @@ def _capset(permitted: int, effective: int) -> None:
     _checked(_libc.syscall(_SYS_CAPSET, struct.pack("=Ii", 0x20080522, 0), low + high))
 
 
+def make_effective(*names: str) -> None:
+    """Makes these of this thread's permitted capabilities effective, and no others."""
+    found = re.search("^CapPrm:\t([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found
+    _capset(int(found.group(1), 16), _mask(names))
+
+
 def _mask(names: tuple[str, ...]) -> int:
     return sum(1 << CAPABILITIES[name] for name in names)
 
@@ -191,9 +198,7 @@ class Acts(Pinner):
 
     def effective(self, *capabilities: str) -> Answer:
         """Makes these of its permitted capabilities effective, and no others."""
-        found = re.search("^CapPrm:\t([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
-        assert found
-        _capset(int(found.group(1), 16), _mask(capabilities))
+        make_effective(*capabilities)
         return {}
 
     def pin(self, size: str) -> Answer:

@@ -188,7 +188,7 @@ ACCESS = {
 
 def test_the_role(controller: Controller) -> None:
     printed = controller.role({**PRESENT, **ACCESS}, yaml=True)
-    assert "Ensure that units which run are restarted" in printed
+    assert "Restart running units that have new settings" in printed
     assert "/etc/apparmor.d/abstractions/libvirt-qemu.d/iommufd_host" in printed
     assert "iommufd_host_result:" in printed
     controller.check(printed)

@@ -27,7 +27,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._foreign import (
     or_none,
     parse_answer,
     parse_xml,
-    shown,
+    shown_text,
     text,
     texts,
 )
@@ -105,11 +105,11 @@ def test_a_number_up_to_a_bound() -> None:
     [("a\x1b[2J\u202e\n", r"a\x1b[2J\u202e\n"), ("\udcff", r"\xff"), ("\ud800", r"\ud800"), (3, "<int>")],
 )
 def test_what_is_shown(given: object, words: str) -> None:
-    assert shown(given) == words
+    assert shown_text(given) == words
 
 
 def test_what_is_shown_is_cut() -> None:
-    assert shown("a" * 2**20) == "a" * 4096 + "..."
+    assert shown_text("a" * 2**20) == "a" * 4096 + "..."
 
 
 @pytest.mark.parametrize(
