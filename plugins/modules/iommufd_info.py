@@ -696,7 +696,7 @@ from ..module_utils._capabilities import (
 from ..module_utils._child import Run, run_command
 from ..module_utils._device import DEVICE
 from ..module_utils._errors import IommufdError, error_text, shown_path
-from ..module_utils._foreign import shown
+from ..module_utils._foreign import shown_text
 from ..module_utils._holders import HeldIommufd, Holder, Survey, survey
 from ..module_utils._iommufd import misc_rdev
 from ..module_utils._module import Row, finish, memlock_row
@@ -744,7 +744,7 @@ def host_row(unseen: Unseen, paths: list[str], slow: bool, run: Run) -> Row:
         unseen.note("module", f"/lib/modules/{release} is not here: whether a module could be loaded cannot be told.")
     groups = _host.find_iommu_groups()
     return {
-        "kernel": shown(release),
+        "kernel": shown_text(release),
         "machine": system.machine,
         "module": module,
         "device": device_row(),
@@ -832,13 +832,13 @@ def emulator_version(unseen: Unseen, emulator: _host.Emulator, run: Run) -> str 
     if code or not found:
         unseen.note("emulators", f"{path} --version gives no version: {said(code, output, errors)}")
         return None
-    return shown(found.group(1))
+    return shown_text(found.group(1))
 
 
 def said(code: int, output: str, errors: str) -> str:
     """What a command that failed has said, on one line."""
     text = (errors or output).strip().replace("\n", " ")
-    return f"exit code {code}" + (f", {shown(text[:400])}" if text else "")
+    return f"exit code {code}" + (f", {shown_text(text[:400])}" if text else "")
 
 
 def libvirt_row(unseen: Unseen, slow: bool, run: Run) -> Row:
@@ -897,7 +897,7 @@ def process_row(holder: Holder, account: Account, of_user: Total, largest_limit:
         "uid": status.uid,
         "user": holder.user,
         "started": iso8601(holder.started),
-        "name": None if holder.name is None else shown(holder.name),
+        "name": None if holder.name is None else shown_text(holder.name),
         "domain": domain,
         "domain_uri": uri,
         "unit": holder.units[0],
@@ -955,7 +955,7 @@ class Names:
         """The domain whose emulator a process is, and the URI of the libvirt that it belongs to; None, None without."""
         if holder.name is None:
             return None, None
-        name = shown(holder.name)
+        name = shown_text(holder.name)
         if self._is_of_system(holder, holder.name):
             return name, "qemu:///system"
         return (name, "qemu:///session") if holder.session else (None, None)
