@@ -162,49 +162,37 @@ def sets_rlimit_mode(libvirt: Libvirt, offers: bool | None) -> tuple[bool | None
 
     `offers` is whether it offers iommufd for a domain's devices, None where it was not asked.
     """
-    version = version_text(libvirt.version)
-    behind = ""
-    if libvirt.installed and libvirt.installed != libvirt.version:
-        behind = f" {version_text(libvirt.installed)} is installed, but its daemon was not restarted since."
     if libvirt.unit is None:
         if libvirt.msg:
             return None, libvirt.msg
         return False, "There is no system libvirt that drives QEMU here."
     if libvirt.version is None:
         return None, "The version of libvirt cannot be told: its library, libvirt.so.0, is not at a usual place."
+    sets, what = _does(libvirt, libvirt.version, offers)
+    behind = ""
+    if libvirt.installed and libvirt.installed != libvirt.version:
+        behind = f" {version_text(libvirt.installed)} is installed, but its daemon was not restarted since."
+    return sets, f"libvirt {version_text(libvirt.version)} {what}{behind}"
+
+
+def _does(libvirt: Libvirt, version: Version, offers: bool | None) -> tuple[bool | None, str]:
+    """Whether a libvirt of that version sets it, and what it does, as the rest of a sentence."""
     since = version_text(_SETS_SINCE)
-    if libvirt.version < _SETS_SINCE and offers:
-        return (
-            None,
-            f"libvirt {version} offers iommufd for a device, though {since} is the first that sets per-process"
-            f" accounting.{behind}",
-        )
-    if libvirt.version < _SETS_SINCE:
-        return False, f"libvirt {version} does not set per-process accounting: {since} is the first that does.{behind}"
+    if version < _SETS_SINCE and offers:
+        return None, f"offers iommufd for a device, though {since} is the first that sets per-process accounting."
+    if version < _SETS_SINCE:
+        return False, f"does not set per-process accounting: {since} is the first that does."
     if offers is False:
-        return (
-            False,
-            f"libvirt {version} could set per-process accounting, but does not offer iommufd for the devices of a"
-            f" domain here.{behind}",
-        )
+        return False, "could set per-process accounting, but does not offer iommufd for the devices of a domain here."
     if libvirt.may is None:
-        return (
-            None,
-            f"libvirt {version} sets per-process accounting if its daemon has CAP_SYS_RESOURCE, which cannot be"
-            f" told.{behind}",
-        )
+        return None, "sets per-process accounting if its daemon has CAP_SYS_RESOURCE, which cannot be told."
     who = "its daemon runs" if libvirt.pid else f"{libvirt.unit}, which does not run now, would run"
     if not libvirt.may:
         return (
             False,
-            f"libvirt {version} cannot set per-process accounting: {who} without CAP_SYS_RESOURCE in the initial user"
-            f" namespace.{behind}",
+            f"cannot set per-process accounting: {who} without CAP_SYS_RESOURCE in the initial user namespace.",
         )
-    return (
-        True,
-        f"libvirt {version} sets per-process accounting, as all since {since}, and {who} with"
-        f" CAP_SYS_RESOURCE.{behind}",
-    )
+    return True, f"sets per-process accounting, as all since {since}, and {who} with CAP_SYS_RESOURCE."
 
 
 def offers_iommufd(domain_capabilities: str) -> bool | None:

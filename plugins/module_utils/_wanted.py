@@ -168,34 +168,48 @@ def look_at_host(items: list[Item], wanted: Wanted, run: Run) -> View:
     files = list(dict.fromkeys((*wanted.files, *wanted.blocks, *remembered[FILE], *remembered[BLOCK])))
     _check_reachable([*files, *wanted.nodes, *remembered[NODE]])
     for path in files:
-        view.files[path] = state = read_file_state(path, own=path in own)
-        view.missing[path] = missing_folders(path)
-        if is_unfinished(path):
-            view.unfinished.add(path)
+        _look_at_file(view, path, path in own)
+        state = view.files[path]
         if state is not None and path in blocks:
             # Where the block ends must be known before anything is changed.
             with about(path):
                 split_block(state.content)
-    for path in wanted.capabilities:
+    _look_at_executables(view, wanted.capabilities, remembered[CAPABILITY])
+    for path in (*wanted.nodes, *remembered[NODE]):
+        _look_at_nodes(view, path)
+    view.units.update(ask_states(run, list(dict.fromkeys([*wanted.units, *remembered[UNIT]]))))
+    return view
+
+
+def _look_at_file(view: View, path: str, own: bool) -> None:
+    view.files[path] = read_file_state(path, own=own)
+    view.missing[path] = missing_folders(path)
+    if is_unfinished(path):
+        view.unfinished.add(path)
+
+
+def _look_at_executables(view: View, wanted: Iterable[str], remembered: Iterable[str]) -> None:
+    for path in wanted:
         found = _patiently(partial(_look_at_executable, path, True), path)
         if found is None:
             raise IommufdError(f"{shown_path(path)} is no executable file, so it cannot get CAP_IPC_LOCK.")
         view.real[path], xattr = found
         view.xattrs[view.real[path]] = xattr
-    for path in remembered[CAPABILITY]:
+    for path in remembered:
         found = None if path in view.xattrs else _patiently(partial(_look_at_executable, path, False), path)
         if found is not None:
             view.xattrs[path] = found[1]
-    for path in (*wanted.nodes, *remembered[NODE]):
-        view.matches[path] = matching_nodes(path)
-        for each in view.matches[path]:
-            node = node_state(each)
-            if node is not None:
-                view.nodes[each] = node
-                view.kernels_nodes[each] = kernels_node(each)
-                view.devices[each] = device_of(each)
-    view.units.update(ask_states(run, list(dict.fromkeys([*wanted.units, *remembered[UNIT]]))))
-    return view
+
+
+def _look_at_nodes(view: View, path: str) -> None:
+    """Looks at the nodes that a path or a pattern stands for."""
+    view.matches[path] = matching_nodes(path)
+    for each in view.matches[path]:
+        node = node_state(each)
+        if node is not None:
+            view.nodes[each] = node
+            view.kernels_nodes[each] = kernels_node(each)
+            view.devices[each] = device_of(each)
 
 
 def _check_reachable(paths: list[str]) -> None:
