@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ._grant import attribute_for_grant
 from ._record import BLOCK, CAPABILITY, FILE, MODULE, NODE, RELABEL, RESTART, SYSTEMD, UDEV, UNIT
-from ._states import BEGIN, END, FileState, NodeState, UnitState, setting_of, split_block
+from ._states import BEGIN, END, FileState, NodeState, setting_of, split_block
 from ._steps import (
     EnableUnit,
     FollowRules,
@@ -28,6 +28,7 @@ from ._steps import (
     shown_capabilities,
     shown_content,
 )
+from ._systemd import UnitState
 from ._wanted import View, Wanted, WantedFile, about
 
 __all__ = (
@@ -78,7 +79,7 @@ def steps_on(wanted: Wanted, view: View, due: Iterable[tuple[str, str]] = ()) ->
     files += [step for path, nodes in wanted.blocks.items() for step in _write_block(path, nodes, view)]
     units = [step for name in wanted.units for step in _enable(name, view.units[name])]
     runs = [step for name in wanted.units for step in _run(name, view.units[name], files, due)]
-    told = [UDEV] if _others(wanted, view) else []
+    told = [UDEV] if _nodes_without_rule(wanted, view) else []
     told += [SYSTEMD] if wanted.reload or units else []
     reload = reload_for(files, *told)
     follow = Step(NODE, "device nodes", FollowRules(wanted.nodes))
@@ -159,7 +160,7 @@ def _relabel(files: list[Step], view: View, due: Iterable[tuple[str, str]]) -> l
     return [Step(FILE, paths[-1], Relabel(paths))] if paths else []
 
 
-def _others(wanted: Wanted, view: View) -> list[str]:
+def _nodes_without_rule(wanted: Wanted, view: View) -> list[str]:
     """The nodes that the rule is not in force for: a run that was cut off after it had written it has told nobody."""
     nodes = {path for pattern in wanted.nodes for path in view.matches[pattern]}
     return [path for path in sorted(nodes) if path in view.nodes and not _follows(view.nodes[path], wanted, view)]

@@ -25,15 +25,17 @@ __all__ = (
 IOMMUFDS_MAX = 256
 
 
-def find_iommufds(process: Process) -> list[int]:
+def find_iommufds(process: Process) -> dict[int, int]:
     """The descriptors of the process that are open on an iommufd, whatever the node's name, in rising order.
+
+    With each goes the device number, all of which `borrow_iommufd` takes, so that sysfs is read once for a process.
 
     Raises AccessRefused or ProcessGone, and IommufdError where there are more than anybody could have looked at.
     Nothing is borrowed or opened for it.
     """
     found = process.character_devices()
     iommufds = iommufd_rdevs(set(found.devices.values()))
-    fds = [fd for fd, rdev in found.devices.items() if rdev in iommufds]
+    fds = {fd: rdev for fd, rdev in found.devices.items() if rdev in iommufds}
     if found.more or len(fds) > IOMMUFDS_MAX:
         raise IommufdError(
             f"{process} has more descriptors than are looked through ({DESCRIPTORS_MAX}, of which {IOMMUFDS_MAX} may be"

@@ -4,8 +4,8 @@
 
 """Private to this collection: a libvirt domain that is started with an iommufd of ours.
 
-What speaks to libvirt (`look`, `start`, `start_daemon`) runs in a child that has become the user whose libvirt it is,
-and returns what JSON can hold. What looks at processes runs as the caller.
+What speaks to libvirt (`look_at_domain`, `start_domain`, `start_daemon`) runs in a child that has become the user whose
+libvirt it is, and returns what JSON can hold. What looks at processes runs as the caller.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,10 +29,12 @@ from ._child import in_child, run_command
 from ._errors import DescriptorGone, IommufdError, NotAnIommufd, error_text, printable
 from ._foreign import boolean, first_of, member, number, or_none, parse_xml, shown_text, text, texts
 from ._iommufd import RLIMIT_MODE, IommuFd, Result
+from ._pidfile import read_pidfile
 from ._process import Limit, Process
 from ._qemu import guest_name
 from ._size import SIZE_MAX, human_size
-from ._target import DomainTarget, PidfileTarget, escaped, hold_target, patiently
+from ._systemd import run_service, show_units, tell_systemd
+from ._target import DomainTarget, Target, escaped, hold_target, look_patiently
 from ._user import User, user_name
 
 if TYPE_CHECKING:
@@ -42,22 +43,22 @@ if TYPE_CHECKING:
 __all__ = (
     "SINCE",
     "Definition",
-    "Libvirt",
+    "DomainSeen",
+    "Endpoint",
     "NoDaemon",
-    "Seen",
     "SessionDaemon",
     "SessionDomain",
     "Started",
-    "accountings",
     "check_limit",
     "check_startable",
-    "daemon_limit",
-    "look",
+    "dotted_version",
+    "foretell_changes",
+    "look_at_daemon",
+    "look_at_domain",
     "parse_definition",
-    "start",
     "start_daemon",
+    "start_domain",
     "unit_from_json",
-    "version_text",
 )
 
 # libvirt's NEWS: <iommufd enabled='yes' fdgroup='NAME'/> and a descriptor for it. As virConnectGetLibVersion counts.
@@ -95,13 +96,12 @@ class NoDaemon(IommufdError):
     """No libvirt daemon answers, or none could be had started."""
 
 
-def version_text(number: int) -> str:
+def dotted_version(number: int) -> str:
     """A version of libvirt's, which counts 12002000 for 12.2.0, as libvirt writes it."""
     return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
 
 
-@dataclass(frozen=True)
-class Definition:
+class Definition(NamedTuple):
     """What a domain's XML says of its devices and memory.
 
     `fdgroup` is the name under which libvirt expects the iommufd, None without. `devices` are the addresses of the PCI
@@ -174,11 +174,10 @@ def _need(root: Element, memory: int, hard_limit: int | None, passed: int) -> in
     return min(memory * (passed if root.find("devices/iommu") is not None else 1) + _GIB, SIZE_MAX)
 
 
-@dataclass(frozen=True)
-class Seen:
+class DomainSeen(NamedTuple):
     """What libvirt says of a domain, by way of the user's child. `version` is the daemon's, as libvirt counts.
 
-    `obstacles` are sentences: what keeps the user from its devices.
+    `device_obstacles` are sentences: what keeps the user from its devices.
     """
 
     version: int
@@ -190,10 +189,10 @@ class Seen:
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` takes."""
-        return {**vars(self), "definition": vars(self.definition)}
+        return {**self._asdict(), "definition": self.definition._asdict()}
 
     @classmethod
-    def from_json(cls, given: Any) -> Seen:
+    def from_json(cls, given: Any) -> DomainSeen:
         """What `to_json` has made, in another process that may have made something else. Raises IommufdError."""
         try:
             return cls(
@@ -216,8 +215,7 @@ def _definition_from_json(given: object) -> Definition:
     )
 
 
-@dataclass(frozen=True)
-class Started:
+class Started(NamedTuple):
     """What became of a start: the domain's state in libvirt's words, and whether it was us who started it."""
 
     state: str
@@ -225,7 +223,7 @@ class Started:
 
     @classmethod
     def from_json(cls, given: Any) -> Started:
-        """What `start` has returned, in another process that may have returned something else. Raises IommufdError."""
+        """What `start_domain` has returned, in a child that may have returned something else. Raises IommufdError."""
         try:
             return cls(member(given, "state", text), member(given, "started", boolean))
         except IommufdError as exc:
@@ -290,7 +288,7 @@ def _find(libvirt: Any, connection: Any, uri: str, name: str) -> Any:
         ) from exc
 
 
-def look(uri: str, name: str, unprivileged: bool) -> dict[str, Any]:
+def look_at_domain(uri: str, name: str, unprivileged: bool) -> dict[str, Any]:
     """What libvirt says of a domain, for `Seen.from_json`. `unprivileged`: its libvirt may do no more than we here.
 
     Raises NoDaemon and IommufdError.
@@ -299,13 +297,13 @@ def look(uri: str, name: str, unprivileged: bool) -> dict[str, Any]:
         domain = _find(libvirt, connection, uri, name)
         definition = parse_definition(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
         active = bool(domain.isActive())
-        return Seen(
+        return DomainSeen(
             connection.getLibVersion(),
             domain.UUIDString(),
             active,
             _state(domain),
             definition,
-            tuple(islice(obstacles(definition.devices), _OBSTACLES_MAX)) if unprivileged and not active else (),
+            tuple(islice(device_obstacles(definition.devices), _OBSTACLES_MAX)) if unprivileged and not active else (),
         ).to_json()
 
 
@@ -314,7 +312,7 @@ def _state(domain: Any) -> str:
     return _STATES[number] if 0 <= number < len(_STATES) else str(number)
 
 
-def obstacles(devices: tuple[str, ...]) -> Iterator[str]:
+def device_obstacles(devices: tuple[str, ...]) -> Iterator[str]:
     """What keeps this process from passing these PCI devices through: a sentence for each that is out of reach."""
     for address in devices:
         folder = f"{_PCI_DEVICES}/{address}"
@@ -345,7 +343,7 @@ def _closed(address: str, node: str) -> str:
     )
 
 
-def start(uri: str, name: str, fdgroup: str, fd: int, paused: bool) -> dict[str, Any]:
+def start_domain(uri: str, name: str, fdgroup: str, fd: int, paused: bool) -> dict[str, Any]:
     """Starts a domain with the iommufd behind descriptor `fd` of this process; what `Started.from_json` takes.
 
     libvirt's daemon holds the descriptor no longer than the connection lasts (virDomainFDAssociate), the emulator for
@@ -422,9 +420,11 @@ def start_daemon(uri: str, user: str) -> str | None:
             unit = _start_unit(user)
             break
         except NoDaemon:
+            raise
+        except IommufdError as exc:
             # What was there of a transient service when it was looked for may be gone, and the other way round.
             if attempt == _ATTEMPTS - 1:
-                raise
+                raise NoDaemon(f"libvirt's daemon could not be had started: {exc}") from exc
         time.sleep(_PAUSE)
         with contextlib.suppress(NoDaemon), _connected(uri):
             return None
@@ -443,56 +443,52 @@ def start_daemon(uri: str, user: str) -> str | None:
 
 
 def _start_unit(user: str) -> str:
-    """Has the service manager start libvirt's daemon; the name of the unit. Raises NoDaemon."""
+    """Has the service manager start libvirt's daemon; the name of the unit. Raises IommufdError."""
     units = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("socket", "service")]
-    shown = _systemd("systemctl", "--user", "show", "--no-pager", "--property=Id,LoadState", "--", *units)
-    for block in shown.split("\n\n"):
-        said = dict(line.partition("=")[::2] for line in block.splitlines())
+    for each in show_units(_run_as_user, units, ("Id", "LoadState"), user=True):
         # It may be a transient service that we made. The service manager keeps it, and its name is not free, while
         # there are processes in its control group: emulators and virtlogd outlive the daemon.
-        if said.get("LoadState") == "loaded":
-            _systemd("systemctl", "--user", "start", "--", said["Id"])
-            return said["Id"]
+        if each.get("LoadState") == "loaded":
+            tell_systemd(_run_as_user, "start", each["Id"], user=True)
+            return each["Id"]
     return _run_daemon(user)
 
 
 def _run_daemon(user: str) -> str:
-    """Has the service manager run the daemon as a transient service; the service's name. Raises NoDaemon."""
+    """Has the service manager run the daemon as a transient service; the service's name. Raises IommufdError."""
     for daemon in _DAEMONS:
         program = shutil.which(daemon, path=_FOLDERS)
         if program is not None:
             unit = f"{daemon}.service"
             # The emulators and virtlogd are in its control group, and have to outlive it.
-            properties = ["--property=KillMode=process", f"--property=Description=libvirt of user {user}"]
-            _systemd(
-                *("systemd-run", "--user", "--quiet", "--collect", "--service-type=notify", f"--unit={unit}"),
-                *(*properties, "--", program, _IDLE),
-            )
+            properties = ["KillMode=process", f"Description=libvirt of user {user}"]
+            options = ["--collect", "--service-type=notify"]
+            run_service(_run_as_user, unit, [program, _IDLE], properties, *options, user=True)
             return unit
     raise NoDaemon(f"This host has no libvirt daemon that drives QEMU: there is no {' and no '.join(_DAEMONS)}.")
 
 
-def _systemd(*command: str) -> str:
-    """The output of a command that speaks to the user's service manager. Raises NoDaemon."""
-    try:
-        code, output, errors = run_command(command, variables=dict(os.environ))
-    except OSError as exc:
-        raise NoDaemon(f"{command[0]} cannot be run ({error_text(exc.errno)}).") from exc
-    if code:
-        said = printable(os.fsencode(" ".join(errors.split()))) or f"exit code {code}"
-        raise NoDaemon(f"libvirt's daemon could not be had started: '{' '.join(command)}' says: {said}")
-    return output
+def _run_as_user(words: list[str]) -> tuple[int, str, str]:
+    """Runs a command that speaks to the user's service manager."""
+    return run_command(words, variables=dict(os.environ))
 
 
-@dataclass(frozen=True)
-class SessionDaemon(PidfileTarget):
+class SessionDaemon(NamedTuple):
     """The daemon of a user's own libvirt, by the pidfile of its QEMU driver in the user's runtime folder.
 
     The folder is closed to everybody else, so that others' right to write below it means nothing. The user may have
     written the file; so what it names has to be the user's, and nobody but the user is the worse for it.
     """
 
+    path: str
     uid: int
+
+    def __str__(self) -> str:
+        return f"Pidfile {self.path}"
+
+    def resolve(self) -> int:
+        """The id in the file. Raises IommufdError for any file that is not a pidfile."""
+        return read_pidfile(self.path).pid
 
     @classmethod
     def of(cls, user: User) -> SessionDaemon:
@@ -505,19 +501,26 @@ class SessionDaemon(PidfileTarget):
             raise IommufdError(f"{process} is not libvirt's daemon of uid {self.uid}: {self.path} is stale.")
 
 
-@dataclass(frozen=True)
-class SessionDomain(PidfileTarget):
+class SessionDomain(NamedTuple):
     """The emulator of a running domain of a user's own libvirt, by a pidfile that is to be trusted as the daemon's."""
 
+    path: str
     uid: int
     name: str
+
+    def __str__(self) -> str:
+        return f"Pidfile {self.path}"
+
+    def resolve(self) -> int:
+        """The id in the file. Raises IommufdError for any file that is not a pidfile."""
+        return read_pidfile(self.path).pid
 
     @classmethod
     def of(cls, user: User, name: str) -> SessionDomain:
         """The domain of that name."""
         path = f"{_state_folder(user)}/{name}.pid"
         # It is in a folder of the user's.
-        if not patiently(f"Pidfile {path}", partial(os.path.lexists, path)):
+        if not look_patiently(f"Pidfile {path}", partial(os.path.lexists, path)):
             path = f"{_state_folder(user)}/{escaped(name)}.pid"
         return cls(path, user.uid, name)
 
@@ -525,7 +528,7 @@ class SessionDomain(PidfileTarget):
         """Raises IommufdError where the process is not the domain's emulator."""
         look = partial(_guest_of, process)
         # Its memory is the user's, too.
-        guest = patiently(f"The command line of {process}", look, [process.pidfd])
+        guest = look_patiently(f"The command line of {process}", look, [process.pidfd])
         if process.uid != self.uid or guest != self.name:
             raise IommufdError(
                 f"{process} is not the emulator of domain {self.name} of uid {self.uid}: {self.path} is stale."
@@ -541,8 +544,7 @@ def _state_folder(user: User) -> str:
     return f"{user.runtime_folder}/libvirt/qemu/run"
 
 
-@dataclass(frozen=True)
-class Libvirt:
+class Endpoint(NamedTuple):
     """A libvirt to speak to: `user` is who speaks to it, None for the caller."""
 
     uri: str
@@ -553,20 +555,20 @@ class Libvirt:
         """The user whose own libvirt it is; None for the system's."""
         return self.user if is_session(self.uri) else None
 
-    def emulator_of(self, name: str) -> PidfileTarget | DomainTarget:
+    def emulator_of(self, name: str) -> Target:
         """The emulator of a running domain."""
         return DomainTarget(name) if self.session is None else SessionDomain.of(self.session, name)
 
-    def daemon(self) -> PidfileTarget | None:
+    def daemon(self) -> Target | None:
         """The daemon of a user's own libvirt; None for the system's."""
         return None if self.session is None else SessionDaemon.of(self.session)
 
 
-def check_startable(name: str, libvirt: Libvirt, seen: Seen) -> str:
+def check_startable(name: str, libvirt: Endpoint, seen: DomainSeen) -> str:
     """The domain's fdgroup. Raises IommufdError where libvirt could not start it with an iommufd of ours."""
     if seen.version < SINCE:
         raise IommufdError(
-            f"libvirt {version_text(seen.version)} takes no iommufd from others: {version_text(SINCE)} is the first"
+            f"libvirt {dotted_version(seen.version)} takes no iommufd from others: {dotted_version(SINCE)} is the first"
             " that does. Upgrade libvirt and restart its daemon, or grant CAP_IPC_LOCK to the emulator instead."
         )
     definition = seen.definition
@@ -607,7 +609,7 @@ def check_limit(name: str, user: User, daemon: Process, limit: Limit, need: int 
     )
 
 
-def accountings(target: PidfileTarget | DomainTarget, wanted: int) -> tuple[dict[str, Any], list[tuple[str, Result]]]:
+def foretell_changes(target: Target, wanted: int) -> tuple[dict[str, Any], list[tuple[str, Result]]]:
     """An emulator, described, and for each of its iommufds its name and what a change of the rlimit mode would come to.
 
     Nothing is changed. Raises what hold_target, in_child and borrow_iommufd do.
@@ -617,12 +619,14 @@ def accountings(target: PidfileTarget | DomainTarget, wanted: int) -> tuple[dict
     return process, [(subject, Result(*given)) for subject, given in found]
 
 
-def _dry_runs(target: PidfileTarget | DomainTarget, wanted: int) -> tuple[dict[str, Any], list[tuple[str, Result]]]:
+def _dry_runs(target: Target, wanted: int) -> tuple[dict[str, Any], list[tuple[str, Result]]]:
     found = []
     with hold_target(target) as process:
-        for fd in find_iommufds(process):
+        held = find_iommufds(process)
+        rdevs = set(held.values())
+        for fd in held:
             # One that is closed meanwhile, or only names the device, charges nobody.
-            with contextlib.suppress(DescriptorGone, NotAnIommufd), borrow_iommufd(process, fd) as iommufd:
+            with contextlib.suppress(DescriptorGone, NotAnIommufd), borrow_iommufd(process, fd, rdevs) as iommufd:
                 found.append((f"iommufd {fd} of {process}", iommufd.change(RLIMIT_MODE, wanted, dry_run=True)))
         return process.describe(), found
 
@@ -638,10 +642,10 @@ class DaemonLimit(NamedTuple):
     refused: str
 
 
-def daemon_limit(target: PidfileTarget, name: str, user: User, need: int | None) -> DaemonLimit:
+def look_at_daemon(target: Target, name: str, user: User, need: int | None) -> DaemonLimit:
     """Looks at a user's daemon, before it starts a domain that needs so much. Raises as hold_target does."""
 
-    def look() -> DaemonLimit:
+    def look_at_domain() -> DaemonLimit:
         with hold_target(target) as daemon:
             limit = daemon.memlock()
             try:
@@ -650,7 +654,7 @@ def daemon_limit(target: PidfileTarget, name: str, user: User, need: int | None)
                 return DaemonLimit(daemon.pid, limit.hard, str(exc))
             return DaemonLimit(daemon.pid, limit.hard, "")
 
-    return DaemonLimit(*in_child(None, look, _SECONDS))
+    return DaemonLimit(*in_child(None, look_at_domain, _SECONDS))
 
 
 def set_mode(fd: int, wanted: int, dry_run: bool) -> Result:

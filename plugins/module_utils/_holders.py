@@ -28,7 +28,6 @@ from ._iommufd import (
     VFIO_CONTAINER_RDEV,
     IommuFd,
     can_be_set,
-    decide,
     explain,
     iommufd_rdevs,
     misc_rdev,
@@ -472,8 +471,7 @@ def _cut(held: list[HeldIommufd], left: int) -> list[HeldIommufd]:
 
 
 def _ask(iommufd: IommuFd, fd: int, subject: str) -> HeldIommufd:
-    answer = iommufd.get(RLIMIT_MODE)
-    result = decide(answer, None, answer)
+    result = iommufd.change(RLIMIT_MODE, None)
     # A kernel without the option charges the user.
     number = 0 if result.outcome == UNSUPPORTED else result.before
     mode = None if number is None else str(RLIMIT_MODE.value(number))

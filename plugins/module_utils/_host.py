@@ -30,19 +30,19 @@ __all__ = (
     "LOADED",
     "Emulator",
     "Node",
-    "Scratch",
+    "OwnIommufd",
     "VfioNode",
     "check_may_be_run",
-    "emulators",
-    "iommu_groups",
-    "iommus",
-    "module_state",
-    "node",
-    "overflow_uid",
-    "proc_hides",
-    "scratch",
-    "vfio_nodes",
-    "yama_ptrace_scope",
+    "find_emulators",
+    "find_iommu_groups",
+    "find_iommus",
+    "find_module",
+    "find_vfio_nodes",
+    "look_at_node",
+    "read_hidepid",
+    "read_overflow_uid",
+    "read_yama_scope",
+    "try_iommufd",
 )
 
 BUILTIN = "builtin"
@@ -68,7 +68,7 @@ class Node(NamedTuple):
     group: str
 
 
-def node(path: str) -> Node | None:
+def look_at_node(path: str) -> Node | None:
     """The character device at path; None where there is none."""
     try:
         # In /dev, which the kernel itself keeps: nobody's server is waited for.
@@ -82,7 +82,7 @@ def node(path: str) -> Node | None:
     )
 
 
-def module_state(release: str) -> str | None:
+def find_module(release: str) -> str | None:
     """Where iommufd is: BUILTIN, LOADED, LOADABLE or ABSENT; None where the modules' folder of the kernel is not here.
 
     `release` is the running kernel's. The lists in the folder are depmod's, see modules.builtin(5) and modules.dep(5).
@@ -100,7 +100,7 @@ def module_state(release: str) -> str | None:
     return ABSENT if os.path.exists(f"{folder}/modules.dep") else None
 
 
-class Scratch(NamedTuple):
+class OwnIommufd(NamedTuple):
     """What an iommufd of our own answers. None where it could not be opened, for the reason in `msg`."""
 
     readable: bool | None
@@ -108,25 +108,25 @@ class Scratch(NamedTuple):
     msg: str
 
 
-def scratch() -> Scratch:
+def try_iommufd() -> OwnIommufd:
     """Opens an iommufd and asks for its rlimit mode, and whether this caller may set that. It is closed at once."""
     try:
         with new_iommufd(follow=True) as fd:
             iommufd = IommuFd(fd)
             readable = not iommufd.get(RLIMIT_MODE).errno
-            return Scratch(readable, readable and bool(can_be_set(iommufd.probe(RLIMIT_MODE))), "")
+            return OwnIommufd(readable, readable and bool(can_be_set(iommufd.probe(RLIMIT_MODE))), "")
     except IommufdError as exc:
-        return Scratch(None, None, str(exc))
+        return OwnIommufd(None, None, str(exc))
 
 
-def yama_ptrace_scope() -> int | None:
+def read_yama_scope() -> int | None:
     """The setting kernel.yama.ptrace_scope; None where the kernel has no Yama."""
     with contextlib.suppress(OSError, ValueError), open(_YAMA, "rb") as stream:
         return int(stream.read())
     return None
 
 
-def proc_hides() -> str | None:
+def read_hidepid() -> str | None:
     """The option of the mount at /proc that hides other users' processes, such as `hidepid=invisible`; None without."""
     # proc(5): 0 and off hide nothing.
     with contextlib.suppress(OSError), open(_MOUNTINFO, "rb") as stream:
@@ -135,19 +135,19 @@ def proc_hides() -> str | None:
     return None
 
 
-def overflow_uid() -> int:
+def read_overflow_uid() -> int:
     """The user id that the kernel shows for users that a user namespace has no number for."""
     with contextlib.suppress(OSError, ValueError), open("/proc/sys/kernel/overflowuid", "rb") as stream:
         return int(stream.read())
     return 65534
 
 
-def iommus() -> list[str]:
+def find_iommus() -> list[str]:
     """The names of the IOMMUs that the kernel drives."""
     return _entries(f"{_SYS}/class/iommu")
 
 
-def iommu_groups() -> dict[int, list[str]]:
+def find_iommu_groups() -> dict[int, list[str]]:
     """The devices of each IOMMU group, by their addresses."""
     folder = f"{_SYS}/kernel/iommu_groups"
     return {int(each): _entries(f"{folder}/{each}/devices") for each in sorted(_entries(folder), key=int)}
@@ -168,10 +168,10 @@ class VfioNode(NamedTuple):
     of_group: bool
 
 
-def vfio_nodes() -> dict[int, VfioNode]:
+def find_vfio_nodes() -> dict[int, VfioNode]:
     """The device nodes that VFIO has made, by their device numbers. See drivers/vfio/{device_cdev,group}.c."""
     found = {}
-    groups = iommu_groups()
+    groups = find_iommu_groups()
     group_of = {address: number for number, devices in groups.items() for address in devices}
     for name in _entries(f"{_SYS}/class/vfio-dev"):
         address = os.path.basename(os.path.realpath(f"{_SYS}/class/vfio-dev/{name}/device"))
@@ -209,7 +209,7 @@ class Emulator(NamedTuple):
     writer: Writer | None = None
 
 
-def emulators(given: list[str]) -> list[Emulator]:
+def find_emulators(given: list[str]) -> list[Emulator]:
     """The emulators at the usual places and those given, each file once. Nothing is executed.
 
     It is done in a child, since a path may lead to a mount whose server does not answer for ever.
@@ -218,7 +218,7 @@ def emulators(given: list[str]) -> list[Emulator]:
     found: dict[str, Emulator] = {}
     while left:
         try:
-            for each in ask_child(None, partial(_looks, left), _PATIENCE):
+            for each in ask_child(None, partial(_look_at_emulators, left), _PATIENCE):
                 emulator = _from_json(each)
                 found.setdefault(emulator.path, emulator)
                 left = left[1:]
@@ -230,9 +230,9 @@ def emulators(given: list[str]) -> list[Emulator]:
     return list(found.values())
 
 
-def _looks(paths: list[str]) -> Iterator[Any]:
+def _look_at_emulators(paths: list[str]) -> Iterator[Any]:
     """The emulators at these paths, in the form that they come from a child in."""
-    return map(_look_at, paths)
+    return map(_look_at_emulator, paths)
 
 
 def _from_json(given: Any) -> Emulator:
@@ -246,7 +246,7 @@ def _from_json(given: Any) -> Emulator:
     )
 
 
-def _look_at(path: str) -> Emulator:
+def _look_at_emulator(path: str) -> Emulator:
     try:
         with walk(path, follow=True, program=True) as place:
             status = place.status

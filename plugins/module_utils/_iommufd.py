@@ -54,6 +54,7 @@ __all__ = (
     "iommufd_rdevs",
     "judge",
     "misc_rdev",
+    "unread",
 )
 
 # How what a process pins is accounted: by the rlimit mode of its iommufd, or not at all, as with CAP_IPC_LOCK.
@@ -152,19 +153,24 @@ def _refusal(error: int) -> str:
     }.get(error, FAILED)
 
 
-def decide(before: Answer, wanted: int | None, probe: Answer) -> Result:
+def unread(error: int) -> Result:
+    """What a query or a change comes to where the option cannot even be read."""
+    # Reading takes no privilege, so EPERM here is somebody's filter and says nothing of CAP_SYS_RESOURCE.
+    outcome = _refusal(error)
+    return Result(outcome if outcome == UNSUPPORTED else FAILED, None, None, error)
+
+
+def decide(before: Answer, wanted: int | None, probe: Answer | None = None) -> Result:
     """What is to be done about an option, and so what check mode foretells. CHANGED stands for "send the SET".
 
     `before` is the answer to GET, `wanted` the kernel's number of the value, None for a query. `probe` is the answer
-    to `IommuFd.probe`: EINVAL, or 0 where the option cannot be probed, says nothing against a SET.
+    to `IommuFd.probe`: EINVAL, or 0 where the option cannot be probed, says nothing against a SET. None: not probed.
     """
     if before.errno:
-        # Reading takes no privilege, so EPERM here is somebody's filter and says nothing of CAP_SYS_RESOURCE.
-        outcome = _refusal(before.errno)
-        return Result(outcome if outcome == UNSUPPORTED else FAILED, None, None, before.errno)
+        return unread(before.errno)
     if wanted is None or before.value == wanted:
         return Result(UNCHANGED, before.value, before.value)
-    if probe.errno in (0, errno.EINVAL):
+    if probe is None or probe.errno in (0, errno.EINVAL):
         return Result(CHANGED, before.value, wanted)
     return Result(_refusal(probe.errno), before.value, before.value, probe.errno)
 
@@ -253,7 +259,7 @@ class IommuFd:
         """
         before = self.get(option, object_id)
         if before.errno or wanted is None or before.value == wanted:
-            return decide(before, wanted, Answer())
+            return decide(before, wanted)
         foretold = decide(before, wanted, self.probe(option))
         if dry_run and foretold.outcome == CHANGED:
             return foretold

@@ -17,19 +17,19 @@ from typing import Callable, NamedTuple
 
 from ._capabilities import CAP_SYS_RESOURCE, capability_names
 from ._child import Run
-from ._errors import AccessRefused, IommufdError, error_text, printable
+from ._errors import AccessRefused, IommufdError
 from ._foreign import parse_xml
 from ._process import Process
 from ._selinux import Verdict, context_of, context_of_service, lets_use
+from ._systemd import show_units
 
 __all__ = (
+    "DaemonUnit",
     "Libvirt",
-    "Run",
-    "Unit",
+    "daemon_unit_of",
     "library_version",
-    "look",
+    "look_at_libvirt",
     "offers_iommufd",
-    "parse_units",
     "sets_rlimit_mode",
     "version_text",
 )
@@ -74,7 +74,7 @@ def library_version(text: bytes) -> Version | None:
     return max(((*divmod(int(first), 1000), int(micro)) for first, micro in found), default=None)
 
 
-class Unit(NamedTuple):
+class DaemonUnit(NamedTuple):
     """What systemd says of a unit: `may` is whether it would run with CAP_SYS_RESOURCE, None where that is not said.
 
     `program` is what it starts, `context` the SELinux context that it sets for that; each may be empty.
@@ -90,31 +90,25 @@ class Unit(NamedTuple):
     context: str = ""
 
 
-def parse_units(text: str) -> list[Unit]:
-    """Reads the output of `systemctl show` for several units, which are set apart by empty lines."""
-    units = []
-    for block in text.split("\n\n"):
-        shown = {key: value for key, equals, value in (line.partition("=") for line in block.splitlines()) if equals}
-        pid = shown.get("MainPID", "0")
-        bounding = shown.get("CapabilityBoundingSet")
-        # Root gets all of the bounding set; anybody else what is ambient.
-        given = bounding if shown.get("User", "") in ("", "root", "0") else shown.get("AmbientCapabilities")
-        initial = shown.get("PrivateUsers", "no") == "no"
-        program = re.match(r"\{ path=(\S+) ;", shown.get("ExecStart", ""))
-        units.append(
-            Unit(
-                name=shown.get("Id", ""),
-                there=shown.get("LoadState") == "loaded",
-                active=shown.get("ActiveState") == "active",
-                pid=int(pid) if re.fullmatch(r"[0-9]{1,10}", pid) else 0,
-                initial=initial,
-                may=None if given is None else initial and CAP_SYS_RESOURCE in given.split(),
-                program=program[1] if program else "",
-                # With a minus, a context that cannot be had is no failure.
-                context=shown.get("SELinuxContext", "").lstrip("-"),
-            )
-        )
-    return units
+def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
+    """A unit by what systemd shows of it."""
+    pid = shown.get("MainPID", "0")
+    bounding = shown.get("CapabilityBoundingSet")
+    # Root gets all of the bounding set; anybody else what is ambient.
+    given = bounding if shown.get("User", "") in ("", "root", "0") else shown.get("AmbientCapabilities")
+    initial = shown.get("PrivateUsers", "no") == "no"
+    program = re.match(r"\{ path=(\S+) ;", shown.get("ExecStart", ""))
+    return DaemonUnit(
+        name=shown.get("Id", ""),
+        there=shown.get("LoadState") == "loaded",
+        active=shown.get("ActiveState") == "active",
+        pid=int(pid) if re.fullmatch(r"[0-9]{1,10}", pid) else 0,
+        initial=initial,
+        may=None if given is None else initial and CAP_SYS_RESOURCE in given.split(),
+        program=program[1] if program else "",
+        # With a minus, a context that cannot be had is no failure.
+        context=shown.get("SELinuxContext", "").lstrip("-"),
+    )
 
 
 class Libvirt(NamedTuple):
@@ -134,23 +128,15 @@ class Libvirt(NamedTuple):
     why: str = ""
 
 
-def look(run: Run) -> Libvirt:
-    """Looks at the library and the daemon. `run` runs a command and gives its exit code, output and errors.
-
-    It is asked of systemd's manager, which is awake: systemctl shows a unit without starting it.
-    """
+def look_at_libvirt(run: Run) -> Libvirt:
+    """Looks at the library, and asks systemd for the daemon. `run` is as _systemd has it."""
     files = (path.encode("utf-8", "surrogateescape") for pattern in _LIBRARIES for path in glob.glob(pattern))
     installed = library_version(b"\n".join(files))
-    names_ = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("service", "socket")]
-    command = ["systemctl", "show", "--no-pager", f"--property={','.join(_PROPERTIES)}", "--", *names_]
+    services = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("service", "socket")]
     try:
-        code, output, errors = run(command)
-    except OSError as exc:
-        code, output, errors = 1, "", error_text(exc.errno)
-    if code:
-        why = printable(" ".join(errors.split()).encode("utf-8", "surrogateescape")) or f"exit code {code}"
-        return Libvirt(installed, installed, None, None, None, f"systemd cannot be asked for libvirt's daemon: {why}.")
-    units = parse_units(output)
+        units = [daemon_unit_of(shown) for shown in show_units(run, services, _PROPERTIES)]
+    except IommufdError as exc:
+        return Libvirt(installed, installed, None, None, None, str(exc))
     unit = _choose(units)
     if unit is None:
         # In a chroot it says nothing and succeeds.
@@ -184,16 +170,16 @@ def _left(may: bool | None, context: Callable[[], str]) -> Verdict:
     return Verdict(verdict.allowed and may, verdict.why)
 
 
-def _would_be_left(unit: Unit) -> Verdict:
+def _would_be_left(unit: DaemonUnit) -> Verdict:
     return _left(unit.may, lambda: unit.context or context_of_service(unit.program))
 
 
-def _choose(units: list[Unit]) -> Unit | None:
+def _choose(units: list[DaemonUnit]) -> DaemonUnit | None:
     """The daemon's unit: the one that runs, or else whose socket waits, or else the first that is there."""
     sockets = {unit.name.rpartition(".")[0] for unit in units if unit.active and unit.name.endswith(".socket")}
     services = [unit for unit in units if unit.there and unit.name.endswith(".service")]
 
-    def rank(unit: Unit) -> tuple[bool, bool]:
+    def rank(unit: DaemonUnit) -> tuple[bool, bool]:
         return unit.pid == 0, unit.name.rpartition(".")[0] not in sockets
 
     return min(services, key=rank, default=None)
@@ -204,55 +190,47 @@ def sets_rlimit_mode(libvirt: Libvirt, offers: bool | None) -> tuple[bool | None
 
     `offers` is whether it offers iommufd for a domain's devices, None where it was not asked.
     """
-    version = version_text(libvirt.version)
-    behind = ""
-    if libvirt.installed and libvirt.installed != libvirt.version:
-        behind = f" {version_text(libvirt.installed)} is installed, but its daemon was not restarted since."
     if libvirt.unit is None:
         if libvirt.msg:
             return None, libvirt.msg
         return False, "There is no system libvirt that drives QEMU here."
     if libvirt.version is None:
         return None, "The version of libvirt cannot be told: its library, libvirt.so.0, is not at a usual place."
+    sets, what = _does(libvirt, libvirt.version, offers)
+    behind = ""
+    if libvirt.installed and libvirt.installed != libvirt.version:
+        behind = f" {version_text(libvirt.installed)} is installed, but its daemon was not restarted since."
+    return sets, f"libvirt {version_text(libvirt.version)} {what}{behind}"
+
+
+def _does(libvirt: Libvirt, version: Version, offers: bool | None) -> tuple[bool | None, str]:
+    """Whether a libvirt of that version sets it, and what it does, as the rest of a sentence."""
     since = version_text(_SETS_SINCE)
-    if libvirt.version < _SETS_SINCE and offers:
-        return (
-            None,
-            f"libvirt {version} offers iommufd for a device, though {since} is the first that sets per-process"
-            f" accounting.{behind}",
-        )
-    if libvirt.version < _SETS_SINCE:
-        return False, f"libvirt {version} does not set per-process accounting: {since} is the first that does.{behind}"
+    if version < _SETS_SINCE and offers:
+        return None, f"offers iommufd for a device, though {since} is the first that sets per-process accounting."
+    if version < _SETS_SINCE:
+        return False, f"does not set per-process accounting: {since} is the first that does."
     if offers is False:
-        return (
-            False,
-            f"libvirt {version} could set per-process accounting, but does not offer iommufd for the devices of a"
-            f" domain here.{behind}",
-        )
+        return False, "could set per-process accounting, but does not offer iommufd for the devices of a domain here."
     if libvirt.may is None:
         return (
             None,
-            f"libvirt {version} sets per-process accounting if its daemon has CAP_SYS_RESOURCE and may use it, which"
-            f" cannot be told.{f' {libvirt.why}.' if libvirt.why else ''}{behind}",
+            "sets per-process accounting if its daemon has CAP_SYS_RESOURCE and may use it, which cannot be told."
+            f"{f' {libvirt.why}.' if libvirt.why else ''}",
         )
     who = "its daemon runs" if libvirt.pid else f"{libvirt.unit}, which does not run now, would run"
     if not libvirt.may and libvirt.why:
         return (
             False,
-            f"libvirt {version} cannot set per-process accounting: {who} with CAP_SYS_RESOURCE, but {libvirt.why}."
-            f" Allow it in a policy module of your own.{behind}",
+            f"cannot set per-process accounting: {who} with CAP_SYS_RESOURCE, but {libvirt.why}."
+            " Allow it in a policy module of your own.",
         )
     if not libvirt.may:
         return (
             False,
-            f"libvirt {version} cannot set per-process accounting: {who} without CAP_SYS_RESOURCE in the initial user"
-            f" namespace.{behind}",
+            f"cannot set per-process accounting: {who} without CAP_SYS_RESOURCE in the initial user namespace.",
         )
-    return (
-        True,
-        f"libvirt {version} sets per-process accounting, as all since {since}, and {who} with"
-        f" CAP_SYS_RESOURCE.{behind}",
-    )
+    return True, f"sets per-process accounting, as all since {since}, and {who} with CAP_SYS_RESOURCE."
 
 
 def offers_iommufd(domain_capabilities: str) -> bool | None:

@@ -15,11 +15,12 @@ import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ._errors import AccessRefused, IommufdError, error_text, shown_path
 from ._paths import Untrusted, reopen, walk
-from ._states import FileState, NodeState, UnitState, make_folder, remove_file, write_file_state
+from ._states import FileState, NodeState, make_folder, remove_file, write_file_state
+from ._systemd import UnitState
 
 __all__ = (
     "BLOCK",
@@ -38,7 +39,7 @@ __all__ = (
     "Record",
     "RecordUnusable",
     "check_caller",
-    "locked",
+    "lock_record",
 )
 
 FILE = "file"
@@ -74,8 +75,7 @@ class RecordUnusable(IommufdError):
     """The record is not one that this release may act on."""
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One thing that the record remembers.
 
     `before` is how it was: of a file its FileState as JSON; of a capability the extended attribute as hexadecimal
@@ -219,7 +219,7 @@ def check_caller() -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str) -> Iterator[None]:
+def lock_record(path: str) -> Iterator[None]:
     """Keeps others from working with the record at path meanwhile. Raises IommufdError where somebody does for long.
 
     What is locked is a file that nobody else may open: whoever can open a file or folder can lock it, for ever.

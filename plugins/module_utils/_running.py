@@ -32,8 +32,8 @@ from ._paths import mount_id
 __all__ = (
     "DomainRecord",
     "check_domain_name",
-    "domain_record",
     "parse_domain_record",
+    "read_domain_record",
 )
 
 _FOLDER = "/run/libvirt/qemu"
@@ -88,7 +88,7 @@ def check_domain_name(name: str) -> None:
         raise IommufdError(f"{name!r} is not the name of a domain: it is a name, not a path.")
 
 
-def domain_record(name: str) -> DomainRecord:
+def read_domain_record(name: str) -> DomainRecord:
     """The record of the running domain of that name, or of another one where the file was renamed.
 
     Raises IommufdError, with the OSError as its cause where there is no such file, or this caller may not read it.
@@ -99,10 +99,10 @@ def domain_record(name: str) -> DomainRecord:
     place = shown_text(path)
     with contextlib.ExitStack() as stack:
         try:
-            above = _look(stack, os.path.dirname(_FOLDER), os.O_DIRECTORY)
-            folder = _look(stack, _FOLDER, os.O_DIRECTORY | os.O_NOFOLLOW)
+            above = _open_path(stack, os.path.dirname(_FOLDER), os.O_DIRECTORY)
+            folder = _open_path(stack, _FOLDER, os.O_DIRECTORY | os.O_NOFOLLOW)
             _check_not_mounted(_FOLDER, folder, above)
-            found = _look(stack, f"{name}.xml", os.O_NOFOLLOW, folder)
+            found = _open_path(stack, f"{name}.xml", os.O_NOFOLLOW, folder)
             _check_not_mounted(place, found, folder)
             status = os.fstat(found)
             if not stat.S_ISREG(status.st_mode):
@@ -122,7 +122,7 @@ def domain_record(name: str) -> DomainRecord:
         raise IommufdError(f"{place} is no record of libvirt's: it {exc}.") from exc
 
 
-def _look(stack: contextlib.ExitStack, path: str, flags: int, folder: int | None = None) -> int:
+def _open_path(stack: contextlib.ExitStack, path: str, flags: int, folder: int | None = None) -> int:
     """A descriptor of what is at a path, which is not opened for that. Raises OSError and ValueError."""
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC | flags, dir_fd=folder)
     stack.callback(os.close, fd)

@@ -23,8 +23,7 @@ from types import MappingProxyType
 from typing import Any, Callable, NamedTuple
 
 from ._capabilities import read_xattr, write_xattr
-from ._child import Run
-from ._errors import HostLacks, IommufdError, error_text, printable, shown_path
+from ._errors import IommufdError, error_text, shown_path
 from ._paths import Place, entries, reopen, sync, walk
 from ._user import group_name, owner_name
 
@@ -33,7 +32,6 @@ __all__ = (
     "END",
     "FileState",
     "NodeState",
-    "UnitState",
     "capability_in",
     "device_of",
     "is_unfinished",
@@ -41,7 +39,6 @@ __all__ = (
     "make_folder",
     "matching_nodes",
     "missing_folders",
-    "must_run",
     "node_state",
     "open_file",
     "read_file_state",
@@ -52,7 +49,6 @@ __all__ = (
     "set_node",
     "setting_of",
     "split_block",
-    "unit_states",
     "write_file_state",
 )
 
@@ -448,48 +444,3 @@ def setting_of(text: str, name: str) -> list[str] | None:
             return values
         values += [value for value in each.groups()[:2] if value is not None]
     return None
-
-
-class UnitState(NamedTuple):
-    """A systemd unit. `triggers` are the units that it starts, as those of type path and timer do."""
-
-    exists: bool
-    enabled: bool
-    active: bool
-    triggers: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{'enabled' if self.enabled else 'disabled'}, {'active' if self.active else 'inactive'}"
-
-
-def must_run(run: Run, *words: str) -> str:
-    """The output of a command that must succeed. Raises IommufdError."""
-    try:
-        code, output, errors = run(list(words))
-    except OSError as exc:
-        raise HostLacks(f"{words[0]} cannot be run ({error_text(exc.errno)}).") from exc
-    if code:
-        said = printable(errors.strip().encode("utf-8", "surrogateescape")) or f"exit code {code}"
-        raise IommufdError(f"'{' '.join(words)}' failed: {said}")
-    return output
-
-
-def unit_states(names: list[str], run: Run) -> dict[str, UnitState]:
-    """What systemd says of units. Raises IommufdError where it does not answer."""
-    if not names:
-        return {}
-    properties = "--property=LoadState,UnitFileState,ActiveState,Triggers"
-    output = must_run(run, "systemctl", "show", "--no-pager", properties, "--", *names)
-    # One paragraph for each, in this order.
-    paragraphs = [dict(re.findall(r"^(\w+)=(.*)$", each, re.MULTILINE)) for each in output.strip().split("\n\n")]
-    if len(paragraphs) != len(names):
-        raise IommufdError(f"systemd tells of {len(paragraphs)} units where it was asked for {', '.join(names)}.")
-    return {
-        name: UnitState(
-            said["LoadState"] != "not-found",
-            said["UnitFileState"].startswith("enabled"),
-            said["ActiveState"] not in ("inactive", "failed"),
-            tuple(said.get("Triggers", "").split()),
-        )
-        for name, said in zip(names, paragraphs)
-    }

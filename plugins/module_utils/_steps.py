@@ -11,7 +11,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ._capabilities import parse_file_capabilities
 from ._child import Run
@@ -22,15 +22,14 @@ from ._record import RELABEL, RELOAD, RESTART, SYSTEMD, UDEV, Item, Record
 from ._states import (
     FileState,
     NodeState,
-    UnitState,
     matching_nodes,
-    must_run,
     remove_file,
     remove_unfinished,
     set_capability,
     set_node,
     write_file_state,
 )
+from ._systemd import UnitState, must_run, reload_units, tell_systemd
 
 __all__ = (
     "Effect",
@@ -78,6 +77,9 @@ class Effect(Protocol):
         """Raises OSError or IommufdError."""
 
 
+# Each is a class of its own, and no named tuple: to remove a path is not to grant one, though both have but a path.
+
+
 @dataclass(frozen=True)
 class WriteFile:
     """Makes a file what it was, or what it is to be. `program`: one that is to start on this host, or it stays out."""
@@ -87,7 +89,6 @@ class WriteFile:
     program: bool = False
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         write_file_state(self.path, self.state, partial(_try_program, run) if self.program else None)
 
 
@@ -104,11 +105,9 @@ class Relabel:
 
     @property
     def due(self) -> list[tuple[str, str]]:
-        """See Effect."""
         return [(RELABEL, path) for path in self.paths]
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         if os.path.exists(_SELINUX_RUNS) and shutil.which(_RESTORECON):
             must_run(run, _RESTORECON, *self.paths)
 
@@ -120,7 +119,6 @@ class LoadModule:
     name: str
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         must_run(run, "modprobe", "--", self.name)
 
 
@@ -132,7 +130,6 @@ class RemoveFile:
     folders: tuple[str, ...]
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         remove_file(self.path, self.folders)
 
 
@@ -143,7 +140,6 @@ class RemoveUnfinished:
     path: str
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         remove_unfinished(self.path)
 
 
@@ -155,7 +151,6 @@ class SetCapability:
     xattr: bytes | None
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             set_capability(self.path, self.xattr)
 
@@ -167,7 +162,6 @@ class Grant:
     path: str
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         grant_patiently(self.path)
 
 
@@ -179,7 +173,6 @@ class SetNode:
     state: NodeState
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         set_node(self.path, self.state)
 
 
@@ -190,7 +183,6 @@ class FollowRules:
     nodes: tuple[str, ...]
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         nodes = [path for each in self.nodes for path in matching_nodes(each)]
         # Where it does not run, it reads its rules when it starts.
         if nodes and os.path.exists(_UDEV_RUNS):
@@ -206,15 +198,14 @@ class StopUnit:
     disable: bool
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         if self.disable:
             # systemd is told once, when all files are back.
-            must_run(run, "systemctl", "disable", "--no-reload", "--", self.name)
+            tell_systemd(run, "disable", self.name, "--no-reload")
         for each in (self.name, *self.triggers):
-            must_run(run, "systemctl", "stop", "--", each)
+            tell_systemd(run, "stop", each)
             # So that no failure of a unit that is no more stays in the list. A unit that is not loaded has none.
             with contextlib.suppress(IommufdError):
-                must_run(run, "systemctl", "reset-failed", "--", each)
+                tell_systemd(run, "reset-failed", each)
 
 
 @dataclass(frozen=True)
@@ -225,11 +216,10 @@ class StartUnit:
     before: UnitState
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         if self.before.enabled:
-            must_run(run, "systemctl", "enable", "--", self.name)
+            tell_systemd(run, "enable", self.name)
         if self.before.active:
-            must_run(run, "systemctl", "start", "--", self.name)
+            tell_systemd(run, "start", self.name)
 
 
 @dataclass(frozen=True)
@@ -239,8 +229,7 @@ class EnableUnit:
     name: str
 
     def make(self, run: Run) -> None:
-        """See Effect."""
-        must_run(run, "systemctl", "enable", "--no-reload", "--", self.name)
+        tell_systemd(run, "enable", self.name, "--no-reload")
 
 
 @dataclass(frozen=True)
@@ -252,12 +241,10 @@ class RunUnit:
 
     @property
     def due(self) -> list[tuple[str, str]]:
-        """See Effect."""
         return [(RESTART, self.name)] if self.anew else []
 
     def make(self, run: Run) -> None:
-        """See Effect."""
-        must_run(run, "systemctl", "restart" if self.anew else "start", "--", self.name)
+        tell_systemd(run, "restart" if self.anew else "start", self.name)
 
 
 @dataclass(frozen=True)
@@ -268,19 +255,16 @@ class Reload:
 
     @property
     def due(self) -> list[tuple[str, str]]:
-        """See Effect."""
         return [(RELOAD, each) for each in self.whom]
 
     def make(self, run: Run) -> None:
-        """See Effect."""
         if SYSTEMD in self.whom and os.path.exists(_SYSTEMD_RUNS):
-            must_run(run, "systemctl", "daemon-reload")
+            reload_units(run)
         if UDEV in self.whom and os.path.exists(_UDEV_RUNS):
             must_run(run, "udevadm", "control", "--reload")
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One step towards a host as it was, or as it is to be: about a thing of this kind and path, or unit's name.
 
     `effect` None is nothing to do. `says` is what the user reads, nothing where nothing changes; `before` and `after`

@@ -7,51 +7,33 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import re
-import stat
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Protocol
 
 from ._child import NoAnswer, in_child
-from ._errors import IommufdError, ProcessGone, error_text, printable
+from ._errors import IommufdError, ProcessGone
 from ._process import Process
 
 if TYPE_CHECKING:
+    from ._child import Run
     from ._running import DomainRecord
 
 __all__ = (
     "DomainTarget",
     "PidTarget",
-    "PidfileTarget",
     "Target",
     "UnitTarget",
     "escaped",
     "hold_target",
-    "patiently",
+    "look_patiently",
 )
 
-_PIDFILE_MAX = 64
 # A local file is there in no time, in seconds.
 _PATIENCE = 10
 
 # xml.sax.saxutils would do, but imports what speaks HTTP, which costs as much as all of this collection.
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&apos;", '"': "&quot;"})
-
-
-def parse_pid(text: bytes) -> int:
-    """The number that a pidfile holds: decimal digits, with white space around them at most.
-
-    Raises IommufdError, whose text continues a sentence about the file.
-    """
-    if not text.strip():
-        raise IommufdError("is empty")
-    if not re.fullmatch(rb"\s*[0-9]{1,10}\s*", text):
-        raise IommufdError(f"does not hold the id of a process but {printable(text[:_PIDFILE_MAX])!r}")
-    return int(text)
 
 
 class PidTarget(NamedTuple):
@@ -70,7 +52,7 @@ class PidTarget(NamedTuple):
         """Any process will do."""
 
 
-def patiently(what: str, look: Callable[[], Any], keep: Collection[int] = ()) -> Any:
+def look_patiently(what: str, look: Callable[[], Any], keep: Collection[int] = ()) -> Any:
     """What a look at something of another user's comes to, in a child, since it may last for ever. Raises IommufdError.
 
     `what` names it; `keep` is as for in_child.
@@ -83,92 +65,6 @@ def patiently(what: str, look: Callable[[], Any], keep: Collection[int] = ()) ->
         ) from exc
 
 
-class Pidfile(NamedTuple):
-    """The id in a pidfile, when that was written, in seconds since the epoch, and which file it is."""
-
-    pid: int
-    written: float
-    device: int
-    inode: int
-
-
-@dataclass(frozen=True)
-class PidfileTarget:
-    """A process by a file that holds its id, and that only root or the process's own user can have written."""
-
-    path: str
-
-    def __str__(self) -> str:
-        return f"Pidfile {self.path}"
-
-    def resolve(self) -> int:
-        """The id in the file. Raises IommufdError for any file that is not a pidfile."""
-        return self.read().pid
-
-    def check(self, process: Process) -> None:
-        """Raises IommufdError where the file does not speak for the process: it is older, or somebody else's."""
-        read = self.read()
-        if read.pid != process.pid:
-            raise ProcessGone(f"{self} named process {process.pid}, and a moment later {read.pid}. Run the task again.")
-        # A process writes the file after it has started; the second is for the clock's slewing and a tick's length.
-        if read.written < process.started() - 1:
-            raise IommufdError(
-                f"{self} is stale: it was written before {process} started, so it meant another process, unless the"
-                " clock was set in between. Give the process by pid or unit if it is the one you mean."
-            )
-        patiently(str(self), partial(self._check_writers, process, read))
-
-    def _check_writers(self, process: Process, read: Pidfile) -> None:
-        """Raises IommufdError where somebody else can have written the file."""
-        # Most tasks name no pidfile, and importing this costs each of them.
-        from ._paths import Untrusted, walk
-
-        try:
-            with walk(self.path, (0, process.uid)) as place:
-                found = place.status
-        except Untrusted as exc:
-            raise IommufdError(
-                f"{self} cannot be trusted: {exc.writer.place} can be written by {exc.writer.who}, but {process}"
-                f" belongs to uid {process.uid}. Keep the file where only root can write, or give the process by pid or"
-                " unit."
-            ) from exc
-        except OSError as exc:
-            raise IommufdError(f"{self} cannot be looked up ({error_text(exc.errno)}).") from exc
-        if found is None or (found.st_dev, found.st_ino) != (read.device, read.inode):
-            raise ProcessGone(f"{self} was replaced while it was read. Run the task again.")
-
-    def read(self) -> Pidfile:
-        """What the file says, and which one it is. Raises as resolve does."""
-        return Pidfile(*patiently(str(self), self._read))
-
-    def _read(self) -> Pidfile:
-        if not os.path.isabs(self.path):
-            raise IommufdError(f"{self} is not an absolute path.")
-        try:
-            fd = _no_link(self.path, os.O_RDONLY)
-        except OSError as exc:
-            if exc.errno == errno.ELOOP:
-                raise IommufdError(f"{self} is a symbolic link: give the file that it leads to.") from exc
-            raise IommufdError(f"{self} cannot be opened ({error_text(exc.errno)}).") from exc
-        except ValueError as exc:
-            raise IommufdError(f"Pidfile {self.path!r} is no path: {exc}.") from exc
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise IommufdError(f"{self} is not a regular file but {_kind(status.st_mode)}.")
-            if status.st_size > _PIDFILE_MAX:
-                raise IommufdError(
-                    f"{self} is no pidfile: it holds {status.st_size} bytes, and {_PIDFILE_MAX} at most are read."
-                )
-            text = os.read(fd, _PIDFILE_MAX)
-        finally:
-            os.close(fd)
-        try:
-            return Pidfile(parse_pid(text), status.st_mtime, status.st_dev, status.st_ino)
-        except IommufdError as exc:
-            raise IommufdError(f"{self} {exc}.") from exc
-
-
 class DomainTarget(NamedTuple):
     """The emulator of a running domain of the system libvirt, by what cannot be renamed or rewritten: see _running."""
 
@@ -179,10 +75,10 @@ class DomainTarget(NamedTuple):
 
     def _record(self) -> DomainRecord:
         """What libvirt has recorded of it. Raises IommufdError."""
-        # Most tasks name no domain, either.
-        from ._running import domain_record
+        # Most tasks name no domain, and to import this costs each of them.
+        from ._running import read_domain_record
 
-        return domain_record(self.name)
+        return read_domain_record(self.name)
 
     def resolve(self) -> int:
         """The id in libvirt's record. Raises IommufdError where there is no such domain, or it is shut off."""
@@ -207,25 +103,25 @@ class DomainTarget(NamedTuple):
 
 
 class UnitTarget(NamedTuple):
-    """The main process of a systemd unit of the system.
-
-    `run` runs a command and gives its exit code, output and errors, as AnsibleModule.run_command does.
-    """
+    """The main process of a systemd unit of the system. `run` is as _systemd has it."""
 
     name: str
-    run: Callable[[list[str]], tuple[int, str, str]]
+    run: Run
 
     def __str__(self) -> str:
         return f"Unit {self.name}"
 
     def resolve(self) -> int:
         """The main process's id. Raises IommufdError where systemd knows none."""
+        # Nor do they name a unit.
+        from ._systemd import is_unit_name, show_units
+
         name = self.name
-        if not re.fullmatch(r"[A-Za-z0-9:_.\\@-]+", name) or name.startswith("-"):
+        if not is_unit_name(name):
             raise IommufdError(f"{name!r} is not the name of a systemd unit.")
         if re.search(r"@(\.\w+)?$", name):
             raise IommufdError(f"{self} is a template and has no process: name an instance, such as vm@1.service.")
-        shown = self._show("LoadState", "ActiveState", "SubState", "MainPID")
+        shown = show_units(self.run, [name], ("LoadState", "ActiveState", "SubState", "MainPID"))[0]
         if shown.get("LoadState") == "not-found":
             raise IommufdError(
                 f"systemd knows no unit {name}: `systemctl list-units --all` tells those that there are."
@@ -241,28 +137,20 @@ class UnitTarget(NamedTuple):
     def check(self, process: Process) -> None:
         """Systemd answers for it."""
 
-    def _show(self, *properties: str) -> dict[str, str]:
-        """Some properties, as `systemctl show` gives them; one that a unit of this kind does not have is left out."""
-        command = ["systemctl", "show", "--no-pager", *(f"--property={name}" for name in properties), "--", self.name]
-        try:
-            code, output, errors = self.run(command)
-        except OSError as exc:
-            raise IommufdError(
-                f"{self} cannot be asked for: systemctl does not run ({error_text(exc.errno)})."
-            ) from exc
-        if code:
-            raise IommufdError(
-                f"systemctl cannot tell about unit {self.name}: {printable(os.fsencode(errors.strip()))}"
-            )
-        return {key: value for key, _equals, value in (line.partition("=") for line in output.splitlines())}
-
 
 def escaped(text: str) -> str:
     """A text as it stands in XML. libvirt writes a domain's name so into the name of its pidfile (seen with 12.8)."""
     return text.translate(_ENTITIES)
 
 
-Target = Union[PidTarget, PidfileTarget, DomainTarget, UnitTarget]
+class Target(Protocol):
+    """What names a process: those here, and those of _pidfile and _domain."""
+
+    def resolve(self) -> int:
+        """The process's id, as it is now. Raises IommufdError where there is none."""
+
+    def check(self, process: Process) -> None:
+        """Raises IommufdError where that process, which has the id, is not the one that is named."""
 
 
 @contextlib.contextmanager
@@ -282,20 +170,3 @@ def hold_target(target: Target) -> Iterator[Process]:
         # What check learned by the process's id was about this process only if it still lives.
         process.check_alive()
         yield process
-
-
-def _no_link(path: str, flags: int) -> int:
-    """Opens a file without being led elsewhere by a link in its place, or waiting for the other end of a FIFO."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-
-
-def _kind(mode: int) -> str:
-    for test, name in (
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISFIFO, "a FIFO"),
-        (stat.S_ISCHR, "a character device"),
-        (stat.S_ISBLK, "a block device"),
-    ):
-        if test(mode):
-            return name
-    return "a socket"

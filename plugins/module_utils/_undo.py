@@ -16,7 +16,7 @@ from collections.abc import Container
 from ._capabilities import CAP_IPC_LOCK, parse_file_capabilities, with_ipc_lock, without_ipc_lock
 from ._errors import IommufdError
 from ._record import BLOCK, CAPABILITY, FILE, KINDS, NODE, RELOAD, SYSTEMD, UNIT, Item, Record
-from ._states import BEGIN, END, FileState, UnitState, split_block
+from ._states import BEGIN, END, FileState, split_block
 from ._steps import (
     FollowRules,
     RemoveFile,
@@ -31,16 +31,17 @@ from ._steps import (
     shown_capabilities,
     shown_content,
 )
+from ._systemd import UnitState
 from ._wanted import View, Wanted, about
 
 __all__ = (
-    "has_ipc_lock",
+    "gives_ipc_lock",
     "new_items",
     "steps_back",
 )
 
 
-def has_ipc_lock(xattr: bytes | None) -> bool:
+def gives_ipc_lock(xattr: bytes | None) -> bool:
     """Whether a file gives CAP_IPC_LOCK on this host in any way. Raises IommufdError where the form is not known.
 
     What is for another user namespace was never granted here, and is left as it is.
@@ -108,7 +109,7 @@ def _new_unit(name: str, unit: UnitState) -> Item:
 
 
 def _new_capability(known: Item | None, path: str, xattr: bytes | None) -> Item | None:
-    if known and (has_ipc_lock(xattr) or known.state == xattr):
+    if known and (gives_ipc_lock(xattr) or known.state == xattr):
         return None
     if not known and parse_file_capabilities(xattr or b"").lifts_memlock:
         return None
@@ -210,7 +211,7 @@ def _capability_back(item: Item, xattrs: dict[str, bytes | None]) -> Step:
         return Step(item.kind, item.path, item=item)
     now = xattrs[item.path]
     with about(item.path):
-        if now is None or now == item.state or not has_ipc_lock(now):
+        if now is None or now == item.state or not gives_ipc_lock(now):
             # Never granted, or lost since, as by an upgrade of the package.
             return Step(item.kind, item.path, item=item)
         # What somebody has added or taken away since stays so.

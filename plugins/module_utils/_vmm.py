@@ -23,20 +23,20 @@ from ._child import NoAnswer, Run, in_child
 from ._errors import IommufdError, ProcessGone, error_text, printable
 from ._paths import Untrusted, Writer, reopen, walk, writer_of
 from ._process import Limit, Process, in_initial_namespace, own_status, read_file
+from ._systemd import is_unit_name, show_units
 
 __all__ = (
     "REPLICA",
     "Conditions",
     "FileSystem",
     "Program",
-    "Run",
     "Unit",
-    "conditions",
+    "emulator_obstacles",
     "has_ipc_lock",
     "is_qemu",
+    "look_at_conditions",
     "look_at_program",
     "look_at_unit",
-    "obstacles",
     "unit_obstacles",
 )
 
@@ -127,7 +127,7 @@ def look_at_program(path: str) -> Program:
     if not os.path.isabs(path) or "\0" in path:
         raise IommufdError(f"{path!r} is not an absolute path.")
     try:
-        found = in_child(None, partial(_look, path), _LOOK_PATIENCE)
+        found = in_child(None, partial(_look_at_path, path), _LOOK_PATIENCE)
     except NoAnswer as exc:
         raise IommufdError(_not_found(path)) from exc
     real_path, present, is_program, file_system, xattr, writer = found
@@ -146,7 +146,7 @@ def _not_found(path: str) -> str:
     return f"{path} was not found within {_LOOK_PATIENCE} seconds. Is it on a mount whose server is gone?"
 
 
-def _look(path: str) -> list[Any]:
+def _look_at_path(path: str) -> list[Any]:
     """What there is to know of a program, beside the path: in the form that it comes from a child in."""
     try:
         with walk(path, follow=True, program=True) as place:
@@ -223,20 +223,20 @@ class Conditions(NamedTuple):
     initial: bool | None
 
 
-def own_conditions() -> Conditions:
+def look_at_own_conditions() -> Conditions:
     """Those of this process."""
     own = own_status()
     return Conditions("this caller", own.bounding, own.no_new_privs, in_initial_namespace("user"))
 
 
-def conditions(run: Run) -> Conditions:
+def look_at_conditions(run: Run) -> Conditions:
     """Those under which libvirt executes an emulator, or else this caller would.
 
     The running daemon is looked at itself, one that waits for its socket by its unit. It is not woken.
     """
-    libvirt = _libvirt.look(run)
+    libvirt = _libvirt.look_at_libvirt(run)
     if libvirt.unit is None:
-        return own_conditions()
+        return look_at_own_conditions()
     if libvirt.pid is not None:
         try:
             with Process.hold(libvirt.pid) as daemon:
@@ -254,7 +254,7 @@ def conditions(run: Run) -> Conditions:
     )
 
 
-def obstacles(program: Program, under: Conditions) -> list[str]:
+def emulator_obstacles(program: Program, under: Conditions) -> list[str]:
     """What would void a file capability of the program under these conditions, or have it break the program."""
     path = program.path
     if not program.present:
@@ -317,7 +317,7 @@ class Unit(NamedTuple):
 
 def instance(name: str) -> str:
     """The name to ask systemd for: of a template, an instance. Raises IommufdError where it is no name of a service."""
-    if not re.fullmatch(r"[A-Za-z0-9:_.\\@-]+\.service", name) or name.startswith("-"):
+    if not is_unit_name(name, "service"):
         raise IommufdError(f"{name!r} is not the name of a systemd service, such as vm.service or vm@.service.")
     return re.sub(r"@\.service$", f"@{REPLICA}.service", name)
 
@@ -329,8 +329,8 @@ def look_at_unit(run: Run, name: str) -> Unit:
     helpers = [*paths[1:], *(path for name in _HELPERS for path in _paths_in(shown.get(name, "")))]
     load_state = shown.get("LoadState", "")
     nobody = load_state != "loaded" or shown.get("DynamicUser") == "yes"
-    hard = _limit(shown.get("LimitMEMLOCK", ""))
-    soft = _limit(shown["LimitMEMLOCKSoft"]) if "LimitMEMLOCKSoft" in shown else hard
+    hard = _size_in(shown.get("LimitMEMLOCK", ""))
+    soft = _size_in(shown["LimitMEMLOCKSoft"]) if "LimitMEMLOCKSoft" in shown else hard
     return Unit(
         name=name,
         load_state=load_state,
@@ -367,26 +367,15 @@ def _paths_in(commands: str) -> list[str]:
     return re.findall(r"^\{ path=(/.*?) ; argv\[\]=", commands, re.MULTILINE)
 
 
-def _limit(text: str) -> int | None:
+def _size_in(text: str) -> int | None:
     return None if text in _INFINITY or not text.isdigit() else int(text)
 
 
 def _show(run: Run, unit: str) -> dict[str, str]:
     """The properties of a unit as systemd shows them. Raises IommufdError where it does not answer."""
-    properties = ",".join((*_UNIT_PROPERTIES, *_HELPERS))
-    command = ["systemctl", "show", "--no-pager", f"--property={properties}", "--", unit]
-    try:
-        code, output, errors = run(command)
-    except OSError as exc:
-        raise IommufdError(f"systemd cannot be asked for {unit}: {error_text(exc.errno)}.") from exc
-    shown: dict[str, str] = {}
-    for key, equals, value in (line.partition("=") for line in output.splitlines()):
-        if equals:
-            # Of several commands there is one line each.
-            shown[key] = f"{shown[key]}\n{value}" if key in shown else value
-    if code or "LoadState" not in shown:
-        why = printable(os.fsencode(" ".join(errors.split()))) or f"exit code {code}"
-        raise IommufdError(f"systemd cannot be asked for {unit}: {why}.")
+    shown = show_units(run, [unit], (*_UNIT_PROPERTIES, *_HELPERS))[0]
+    if "LoadState" not in shown:
+        raise IommufdError(f"systemd tells nothing of {unit}. Is this a chroot?")
     return shown
 
 

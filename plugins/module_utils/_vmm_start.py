@@ -5,7 +5,8 @@
 """Private to this collection: starts what a VMM would be, to see in /proc with which capabilities and limits it runs.
 
 Whatever is started here has ended when the function that started it returns, and also if this process is killed in
-between: by a guard, by libvirt once the connection is gone, or by systemd after two minutes.
+between: by a guard, or, where it is started as in _vmm_domain and _vmm_replica, by libvirt once the connection is gone,
+or by systemd after two minutes.
 
 What is started runs as a user who may not be well disposed, and who can stop and end it, or lower its limits, of which
 it then fails by itself. So only what was seen is a verdict: a process with what it has, one of root's that has ended by
@@ -25,8 +26,6 @@ import shutil
 import signal
 import tempfile
 import time
-import uuid
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from functools import partial
 from typing import IO, Callable, NamedTuple, Union
@@ -36,7 +35,6 @@ from ._child import (
     COMMAND_SECONDS,
     Interrupted,
     NoAnswer,
-    Run,
     close_all_but,
     end,
     in_child,
@@ -49,33 +47,28 @@ from ._errors import HostLacks, IommufdError, error_text, printable
 from ._iommufd import PROCESS, RLIMIT_MODE, IommuFd
 from ._process import Limit, Process, Status, own_status, parse_status
 from ._syscalls import PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, prctl
-from ._target import DomainTarget, UnitTarget, escaped, hold_target
 from ._user import User, forbid_core, impersonate
 from ._vmm import (
-    REPLICA,
     Conditions,
     Program,
-    Unit,
     has_ipc_lock,
-    is_qemu,
-    unit_obstacles,
 )
 
 __all__ = (
-    "LIBVIRT_SECONDS",
-    "Seen",
-    "scratch_mode",
-    "session_memlock",
-    "start_domain",
+    "IDLE_QEMU",
+    "PATIENCE",
+    "ProcessSeen",
+    "ended_by_itself",
+    "one_line",
+    "open_session",
+    "see_in_child",
     "start_emulator",
-    "start_replica",
     "try_copy",
+    "try_mode",
 )
 
-# In seconds: what one process gets to live, and half of it to come up; libvirt, which may have to find out what the
-# emulators can first; and a process that only has to read a number.
-_PATIENCE = 120
-LIBVIRT_SECONDS = 300
+# In seconds: what one process gets to live, and half of it to come up; and a process that only has to read a number.
+PATIENCE = 120
 _READING_SECONDS = 30
 
 # What the kernel answers for what root has decided: the bounding set, and a file that only root can write, with its
@@ -89,7 +82,7 @@ _OUTPUT_MAX = 2**20
 _LOOK_SECONDS = 120
 
 # A QEMU that has neither a machine nor anything to do, and waits.
-_IDLE_QEMU = (
+IDLE_QEMU = (
     "-no-user-config",
     "-nodefaults",
     "-machine",
@@ -108,31 +101,11 @@ _GREETING = b'{"QMP"'
 
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
-# As systemd names the bits of linux/securebits.h.
-_SECURE_BITS = (
-    "noroot",
-    "noroot-locked",
-    "no-setuid-fixup",
-    "no-setuid-fixup-locked",
-    "keep-caps",
-    "keep-caps-locked",
-)
-
-# waitid(2): it ended by itself, or by a signal. systemd has that as ExecMainCode.
-_EXITED = str(os.CLD_EXITED)
-_KILLED = (str(os.CLD_KILLED), str(os.CLD_DUMPED))
-
-# What a replica takes over from its unit as it is shown.
-_REPLICATED = ("User", "Group", "SupplementaryGroups", "DynamicUser", "NoNewPrivileges", "PrivateUsers")
-
-_LIBVIRT_LOGS = "/var/log/libvirt/qemu"
-_LIBVIRT_PROFILES = "/etc/apparmor.d/libvirt"
-
 # A file by its path, or one that is open.
 Executable = Union[str, int]
 
 
-class Seen(NamedTuple):
+class ProcessSeen(NamedTuple):
     """What /proc said of a process that was started. `initial`: whether it was in the initial user namespace."""
 
     user: str | None
@@ -146,19 +119,19 @@ class Seen(NamedTuple):
         return has_ipc_lock(self.status.effective) and self.initial is not False
 
 
-def _see(process: Process) -> Seen:
-    return Seen(process.user, process.status, process.memlock(), process.in_initial_user_namespace())
+def _see(process: Process) -> ProcessSeen:
+    return ProcessSeen(process.user, process.status, process.memlock(), process.in_initial_user_namespace())
 
 
-def _look_at(hold: contextlib.AbstractContextManager[Process]) -> Seen:
+def see_in_child(hold: contextlib.AbstractContextManager[Process]) -> ProcessSeen:
     """What is seen of a process, held in a child: it is a user's, who may keep whoever looks waiting for ever."""
 
-    def look() -> Seen:
+    def look() -> ProcessSeen:
         with hold as process:
             return _see(process)
 
     user, status, memlock, initial = in_child(None, look, _LOOK_SECONDS)
-    return Seen(user, Status(*status), Limit(*memlock), initial)
+    return ProcessSeen(user, Status(*status), Limit(*memlock), initial)
 
 
 def try_copy(program: Program, under: Conditions, user: User) -> Status:
@@ -174,17 +147,17 @@ def try_copy(program: Program, under: Conditions, user: User) -> Status:
         with _started(copy, arguments, under, user, output, output) as pid:
             failed = _await_end(pid, what)
         text = _content(output)
-    why = f"{what} was executed, but failed: {_line(text)}"
+    why = f"{what} was executed, but failed: {one_line(text)}"
     if failed:
         # It may have said half of it.
-        raise _ended_by_itself(user.uid == 0, why)
+        raise ended_by_itself(user.uid == 0, why)
     try:
         return parse_status(b"\n" + text)
     except IommufdError as exc:
-        raise _ended_by_itself(user.uid == 0, why) from exc
+        raise ended_by_itself(user.uid == 0, why) from exc
 
 
-def _ended_by_itself(is_root: bool, message: str) -> IommufdError:
+def ended_by_itself(is_root: bool, message: str) -> IommufdError:
     """How it is to be told that a process has failed: IommufdError of root's, Interrupted of any other user's.
 
     Such a one can have it fail, by prlimit(2) for one.
@@ -215,7 +188,7 @@ def _copy_of_cat(program: Program, what: str) -> Iterator[int]:
         os.close(fd)
 
 
-def start_emulator(program: Program, under: Conditions, user: User) -> Seen:
+def start_emulator(program: Program, under: Conditions, user: User) -> ProcessSeen:
     """Starts an emulator of QEMU without a machine under these conditions, and looks at it.
 
     Raises IommufdError where the kernel refuses to execute it, or root's fails before it is up; Interrupted where
@@ -223,11 +196,11 @@ def start_emulator(program: Program, under: Conditions, user: User) -> Seen:
     """
     check_able(under)
     with _output() as output:
-        arguments = [program.path, *_IDLE_QEMU, "-qmp", "stdio"]
+        arguments = [program.path, *IDLE_QEMU, "-qmp", "stdio"]
         with _started(program.path, arguments, under, user, output, output) as pid:
             _await_greeting(program, pid, output, user)
             try:
-                return _look_at(Process.hold(pid))
+                return see_in_child(Process.hold(pid))
             except IommufdError as exc:
                 _check_runs(program, pid, output, user)
                 raise Interrupted(f"{program.path} could not be looked at: {exc}") from exc
@@ -253,12 +226,12 @@ def _await_greeting(program: Program, pid: int, output: IO[bytes], user: User) -
     A capability of the file has the dynamic loader leave out some of its folders (ld.so(8)), so one that was executed
     may yet not start. Raises as `_check_runs` does, and Interrupted where it says nothing.
     """
-    deadline = time.monotonic() + _PATIENCE / 2
+    deadline = time.monotonic() + PATIENCE / 2
     while _GREETING not in _content(output):
         _check_runs(program, pid, output, user)
         if time.monotonic() > deadline:
-            said = _line(_content(output))
-            raise Interrupted(f"{program.path} runs, but is not up after {_PATIENCE // 2} seconds: {said}")
+            said = one_line(_content(output))
+            raise Interrupted(f"{program.path} runs, but is not up after {PATIENCE // 2} seconds: {said}")
         time.sleep(0.01)
 
 
@@ -269,8 +242,8 @@ def _check_runs(program: Program, pid: int, output: IO[bytes], user: User) -> No
     """
     status = _exit_status(pid, program.path)
     if status is not None:
-        raise _ended_by_itself(
-            bool(status) and user.uid == 0, f"{program.path} ended at once: {_line(_content(output))}"
+        raise ended_by_itself(
+            bool(status) and user.uid == 0, f"{program.path} ended at once: {one_line(_content(output))}"
         )
 
 
@@ -290,13 +263,13 @@ def _exit_status(pid: int, what: str) -> int | None:
 
 def _await_end(pid: int, what: str) -> int:
     """Waits until a child has ended by itself, and gives its exit status. Raises Interrupted where it does not."""
-    deadline = time.monotonic() + _PATIENCE / 2
+    deadline = time.monotonic() + PATIENCE / 2
     while True:
         status = _exit_status(pid, what)
         if status is not None:
             return status
         if time.monotonic() > deadline:
-            raise Interrupted(f"{what} has not ended after {_PATIENCE // 2} seconds.")
+            raise Interrupted(f"{what} has not ended after {PATIENCE // 2} seconds.")
         time.sleep(0.01)
 
 
@@ -314,7 +287,7 @@ def _content(output: IO[bytes]) -> bytes:
     return os.pread(output.fileno(), 65536, 0).rstrip(b"\0")
 
 
-def _line(text: bytes) -> str:
+def one_line(text: bytes) -> str:
     """What a program has said, on one line."""
     return printable(b" ".join(text.split())[:400]) or "it said nothing."
 
@@ -355,12 +328,12 @@ def _failure(reading: int, pid: int, what: str) -> bytes:
 
     Raises Interrupted where it does neither.
     """
-    deadline = time.monotonic() + _PATIENCE / 2
+    deadline = time.monotonic() + PATIENCE / 2
     # Its end is closed by what is executed.
     while not select.select([reading], [], [], 0.05)[0]:
         _exit_status(pid, what)
         if time.monotonic() > deadline:
-            raise Interrupted(f"{what} was not executed within {_PATIENCE // 2} seconds.")
+            raise Interrupted(f"{what} was not executed within {PATIENCE // 2} seconds.")
     return os.read(reading, 4096)
 
 
@@ -439,219 +412,11 @@ def _keep_guard(pid: int, reading: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     os.dup2(reading, 0)
     os.closerange(1, 65536)
-    select.select([0], [], [], _PATIENCE)
+    select.select([0], [], [], PATIENCE)
     os.kill(pid, signal.SIGKILL)
 
 
-def start_domain(run: Run, uri: str, program: Program) -> Seen:
-    """Starts a transient domain without devices, paused, looks at its emulator, and has it destroyed.
-
-    `uri` leads to the system libvirt of this host. libvirt destroys the domain too if the connection breaks off.
-    Raises Interrupted where libvirt does not start it. Why not it says in words alone, and they are the same for an
-    emulator that could not start and for one that was killed, which may be one that it only asks what it can.
-    """
-    name = f"{REPLICA}-{os.getpid()}-{os.urandom(4).hex()}"
-    identity = str(uuid.uuid4())
-    try:
-        domain = domain_xml(_domain_capabilities(run, uri, program), name, identity, program.path)
-        with _created(uri, name, domain) as said:
-            try:
-                return _look_at(hold_target(DomainTarget(name)))
-            except IommufdError as exc:
-                raise Interrupted(f"libvirt does not start a domain with {program.path}: {_errors(said)}") from exc
-    except NoAnswer as exc:
-        raise Interrupted(str(exc)) from exc
-    except OSError as exc:
-        raise Interrupted(f"virsh does not run: {error_text(exc.errno)}.") from exc
-    finally:
-        _remove_leftovers(name, identity)
-
-
-@contextlib.contextmanager
-def _created(uri: str, name: str, domain: str) -> Iterator[bytes]:
-    """What virsh said when it was told to create the domain, which is destroyed when the context ends.
-
-    virsh stays connected meanwhile: the domain ends with the connection (--autodestroy), and that with this process.
-    """
-    with contextlib.ExitStack() as stack:
-
-        def pipe() -> tuple[IO[bytes], IO[bytes]]:
-            reading, writing = os.pipe()
-            return stack.enter_context(open(reading, "rb", 0)), stack.enter_context(open(writing, "wb", 0))
-
-        memory = stack.enter_context(open(os.memfd_create("domain"), "wb", 0))
-        memory.write(domain.encode())
-        (stdin, told), (said, stdout) = pipe(), pipe()
-        # run_command only waits for an end; with this one there is a conversation.
-        virsh = start_command(
-            ["virsh", f"--connect={uri}"],
-            (stdin.fileno(), stdout.fileno(), stdout.fileno()),
-            keep=[memory.fileno()],
-        )
-        stack.callback(end, virsh)
-        stdin.close()
-        stdout.close()
-        try:
-            # It echoes what it is told, but without the quotes only once it has done what comes before.
-            _tell(told, f"create --paused --autodestroy /dev/fd/{memory.fileno()}\necho it'-'is'-'over\n")
-            yield _until(said, b"it-is-over")
-        finally:
-            _tell(told, f"destroy {name}\n")
-            told.close()
-            _until(said, None)
-
-
-def _tell(stream: IO[bytes], words: str) -> None:
-    """Writes, also to a program that has ended already, whose output tells why."""
-    with contextlib.suppress(BrokenPipeError):
-        stream.write(words.encode())
-
-
-def _until(stream: IO[bytes], mark: bytes | None) -> bytes:
-    """What comes up to the mark, to the end, or before the time is over."""
-    deadline = time.monotonic() + LIBVIRT_SECONDS
-    said = b""
-    while mark is None or mark not in said:
-        if not select.select([stream], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            break
-        more = os.read(stream.fileno(), 65536)
-        if not more:
-            break
-        said += more
-    return said
-
-
-def _errors(said: bytes) -> str:
-    """What virsh has said of errors, without its prompts."""
-    lines = [line for line in said.splitlines() if line.startswith(b"error:")]
-    return _line(b" ".join(lines) or said)
-
-
-def _remove_leftovers(name: str, identity: str) -> None:
-    """Removes what libvirt keeps of a domain that was never defined: its log, and its AppArmor profile."""
-    profile = f"{_LIBVIRT_PROFILES}/libvirt-{identity}"
-    for path in (f"{_LIBVIRT_LOGS}/{name}.log", profile, f"{profile}.files"):
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-
-
-def _domain_capabilities(run: Run, uri: str, program: Program) -> ET.Element:
-    code, output, errors = run(["virsh", f"--connect={uri}", "domcapabilities", f"--emulatorbin={program.path}"])
-    with contextlib.suppress(ET.ParseError):
-        if not code:
-            return ET.fromstring(output)
-    raise Interrupted(f"libvirt does not tell what {program.path} can: {_line(os.fsencode(errors or output))}")
-
-
-def domain_xml(capabilities: ET.Element, name: str, identity: str, emulator: str) -> str:
-    """The smallest domain of an emulator, of the type, architecture and machine that libvirt gives it by default."""
-    values = {key: escaped(capabilities.findtext(key, "")) for key in ("domain", "arch", "machine")}
-    return (
-        f"<domain type='{values['domain']}'><name>{name}</name><uuid>{identity}</uuid><memory unit='MiB'>64</memory>"
-        f"<os><type arch='{values['arch']}' machine='{values['machine']}'>hvm</type></os><devices>"
-        f"<emulator>{escaped(emulator)}</emulator><controller type='usb' model='none'/><memballoon model='none'/>"
-        "</devices></domain>"
-    )
-
-
-def start_replica(run: Run, unit: Unit) -> Seen:
-    """Starts a transient service that runs as the unit would, and looks at its process.
-
-    An emulator of QEMU is started as such, without a machine. Of any other program it is not known how to start it
-    without consequences, so sleep(1) takes its place. Raises Interrupted where its process has ended, or was changed,
-    or systemd does not start it, and IommufdError where it is root's and has failed by itself.
-    """
-    if unit.program is None:
-        raise IommufdError(f"{unit.name} starts no program.")
-    name = f"{REPLICA}-{os.getpid()}-{os.urandom(4).hex()}.service"
-    command = [unit.program.path, *_IDLE_QEMU] if is_qemu(unit.program) else ["sleep", str(2 * _PATIENCE)]
-    code, _output, errors = _run(
-        run,
-        *("systemd-run", "--quiet", "--no-ask-password", f"--unit={name}", "--service-type=exec"),
-        *(f"--property={each}" for each in replica_properties(unit)),
-        *("--", *command),
-    )
-    try:
-        if code:
-            raise _ended(run, name, unit, f"systemd does not start a service like {unit.name}", errors)
-        try:
-            seen = _look_at(hold_target(UnitTarget(name, run)))
-        except IommufdError as exc:
-            raise _ended(run, name, unit, f"A service like {unit.name} ended at once", "") from exc
-    finally:
-        # One that has failed stays until it is forgotten, so that it can be asked for.
-        for verb in ("stop", "reset-failed"):
-            _run(run, "systemctl", verb, "--", name)
-    if seen.memlock != unit.memlock:
-        raise Interrupted(
-            f"A service like {unit.name} has not the limit of locked memory that systemd gave it. Its user has changed"
-            " that, perhaps."
-        )
-    if not seen.lifts_memlock and unit.user != "root" and _gives_ipc_lock(unit):
-        # A process of that user with the same capability may have traced it. What root has decided that would take the
-        # capability away is in unit_obstacles().
-        raise Interrupted(
-            f"A service like {unit.name} has not got CAP_IPC_LOCK that systemd gave it. Its user has changed that,"
-            " perhaps."
-        )
-    return seen
-
-
-def _gives_ipc_lock(unit: Unit) -> bool:
-    """Whether systemd starts the unit with CAP_IPC_LOCK, which its program keeps unless something voids it."""
-    return has_ipc_lock(unit.ambient) and not unit_obstacles(unit)
-
-
-def _ended(run: Run, name: str, unit: Unit, what: str, errors: str) -> IommufdError:
-    """How it is to be told that a service does not run: IommufdError where its process is root's and has failed.
-
-    What waits does not end with success by itself, but may when a signal asks it to.
-    """
-    _code, output, _errors = _run(run, "systemctl", "show", "--property=ExecMainCode,ExecMainStatus", "--", name)
-    shown = dict(line.partition("=")[::2] for line in output.splitlines())
-    code, status = shown.get("ExecMainCode"), shown.get("ExecMainStatus", "0")
-    if code in _KILLED:
-        return Interrupted(f"{what}: signal {status} has ended its process, so nothing is known of it.")
-    failed = code == _EXITED and status != "0"
-    return _ended_by_itself(failed and unit.user == "root", f"{what}: {_why(run, name, errors)}")
-
-
-def replica_properties(unit: Unit) -> list[str]:
-    """The properties that make a transient service run with the same capabilities and limits as the unit."""
-    shown = unit.settings
-    found = [f"{key}={shown[key]}" for key in _REPLICATED if shown.get(key)]
-    for key in ("CapabilityBoundingSet", "AmbientCapabilities"):
-        # An empty one is none at all.
-        found.append(f"{key}={shown.get(key, '')}")
-    bits = int(shown.get("SecureBits") or 0)
-    words = [word for number, word in enumerate(_SECURE_BITS) if bits >> number & 1]
-    found.append(f"SecureBits={' '.join(words)}")
-    soft, hard = ("infinity" if each is None else str(each) for each in (unit.memlock.soft, unit.memlock.hard))
-    # The processes of its user are counted, who might see to it that this one is too many.
-    found += [f"LimitMEMLOCK={soft}:{hard}", "LimitNPROC=infinity"]
-    # It may be stopped, or ignore what asks it to end.
-    found += [f"TimeoutStartSec={_PATIENCE // 2}", "KillSignal=SIGKILL"]
-    # If nobody is left to stop it.
-    return [*found, f"RuntimeMaxSec={_PATIENCE}"]
-
-
-def _why(run: Run, name: str, errors: str) -> str:
-    """What the journal says of a service that did not start, or else systemd-run."""
-    _run(run, "journalctl", "--sync")
-    _code, output, _errors = _run(run, "journalctl", "--no-pager", "--output=cat", "--lines=20", f"--unit={name}")
-    lines = [line.replace(f"{name}: ", "") for line in output.splitlines()]
-    failed = [line for line in lines if line.startswith("Failed at step")]
-    return _line(os.fsencode(" ".join(failed or lines) or errors))
-
-
-def _run(run: Run, *command: str) -> tuple[int, str, str]:
-    try:
-        return run(list(command))
-    except OSError as exc:
-        return 127, "", error_text(exc.errno)
-
-
-def session_memlock(user: User) -> Limit:
+def open_session(user: User) -> Limit:
     """RLIMIT_MEMLOCK in a session that PAM opens for the user.
 
     PAM sets it in the process that opens the session, before it starts another that becomes the user. It is root's, so
@@ -669,7 +434,7 @@ def session_memlock(user: User) -> Limit:
         finally:
             end(session)
         if code:
-            why = _line(_content(said)) if _content(said).strip() else f"exit code {code}."
+            why = one_line(_content(said)) if _content(said).strip() else f"exit code {code}."
             raise Interrupted(f"PAM does not open a session of {user.name}: {why}")
     return Limit(*(None if each == resource.RLIM_INFINITY else each for each in limits))
 
@@ -687,7 +452,7 @@ def _session_ends(pid: int) -> int:
         time.sleep(0.01)
 
 
-def scratch_mode(user: User) -> str:
+def try_mode(user: User) -> str:
     """Opens an iommufd, sets it to per-process accounting, and gives the mode that it has in a child of that user.
 
     Raises IommufdError where it cannot be opened, set or read, Interrupted where the child was kept from that.

@@ -10,9 +10,10 @@ import contextlib
 import grp
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Callable, NamedTuple
 
 from ._child import NoAnswer, Run, in_child
@@ -22,7 +23,6 @@ from ._record import BLOCK, CAPABILITY, FILE, KINDS, NODE, UNIT, Item
 from ._states import (
     FileState,
     NodeState,
-    UnitState,
     capability_in,
     device_of,
     is_unfinished,
@@ -33,8 +33,8 @@ from ._states import (
     open_file,
     read_file_state,
     split_block,
-    unit_states,
 )
+from ._systemd import UnitState, ask_states, is_unit_name
 
 __all__ = (
     "View",
@@ -42,7 +42,7 @@ __all__ = (
     "WantedFile",
     "about",
     "check_path",
-    "look",
+    "look_at_host",
 )
 
 # What makes a shell pattern.
@@ -51,7 +51,7 @@ _MAGIC = re.compile(r"[*?[]")
 # All paths are looked at within so many seconds, each emulator within so many more. Local ones are there in no time.
 _PATIENCE = 30
 
-_UNIT_NAME = re.compile(r"[A-Za-z0-9:_.@\\][A-Za-z0-9:_.@\\-]*\.(service|path|timer|socket)")
+_UNIT_KINDS = ("service", "path", "timer", "socket")
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 # libvirt's configuration has no way to write a quote in a string.
 _DEVICE = re.compile(r"[^\s\"']+")
@@ -62,6 +62,10 @@ _LOADED = "/sys/module"
 _BUILT_IN = "/lib/modules/{}/modules.builtin"
 
 
+# Nobody can write into what is everybody's default.
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 class WantedFile(NamedTuple):
     """What a file is to be: root's, with this content and mode. `program`: it is one, and has to start on the host."""
 
@@ -70,8 +74,7 @@ class WantedFile(NamedTuple):
     program: bool = False
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """What a host is to have.
 
     `modules` are those of the kernel that are to be loaded. `nodes`, paths or shell patterns, are those that the rule
@@ -81,12 +84,12 @@ class Wanted:
     """
 
     modules: tuple[str, ...] = ()
-    files: dict[str, WantedFile] = field(default_factory=dict)
+    files: Mapping[str, WantedFile] = _NOTHING
     capabilities: tuple[str, ...] = ()
     nodes: tuple[str, ...] = ()
     group: str = ""
     mode: str = ""
-    blocks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    blocks: Mapping[str, tuple[str, ...]] = _NOTHING
     units: tuple[str, ...] = ()
     reload: bool = False
 
@@ -108,7 +111,7 @@ class Wanted:
         if both:
             raise IommufdError(f"{shown_path(min(both))} is listed as a whole file and for a block in it: choose one.")
         for name in self.units:
-            if not _UNIT_NAME.fullmatch(name):
+            if not is_unit_name(name, *_UNIT_KINDS):
                 raise IommufdError(f"{name!r} is not the name of a systemd service, path, timer or socket.")
         for name in self.modules:
             if not _MODULE_NAME.fullmatch(name):
@@ -125,7 +128,7 @@ def check_path(path: str) -> None:
         raise IommufdError(f"{path!r} is no absolute path in its shortest form, such as /etc/libvirt/qemu.conf.")
 
 
-@dataclass(frozen=True)
+@dataclass
 class View:
     """What is on the host, of all that is wanted or remembered.
 
@@ -151,13 +154,13 @@ class View:
     gid: int | None = None
 
 
-def look(items: list[Item], wanted: Wanted, run: Run) -> View:
+def look_at_host(items: list[Item], wanted: Wanted, run: Run) -> View:
     """Looks at all that is wanted or remembered.
 
     Raises IommufdError where something is not what it has to be; Untrusted where somebody else than root can write a
     folder on the way, or something whose content is taken.
     """
-    view = View(modules=_modules_there(wanted.modules), gid=_gid_of(wanted.group))
+    view = View(modules=_find_modules(wanted.modules), gid=_find_gid(wanted.group))
     remembered = {kind: [item.path for item in items if item.kind == kind] for kind in KINDS}
     blocks = {*wanted.blocks, *remembered[BLOCK]}
     # The content of what is written as a whole is taken only once, before it is.
@@ -165,34 +168,48 @@ def look(items: list[Item], wanted: Wanted, run: Run) -> View:
     files = list(dict.fromkeys((*wanted.files, *wanted.blocks, *remembered[FILE], *remembered[BLOCK])))
     _check_reachable([*files, *wanted.nodes, *remembered[NODE]])
     for path in files:
-        view.files[path] = state = read_file_state(path, own=path in own)
-        view.missing[path] = missing_folders(path)
-        if is_unfinished(path):
-            view.unfinished.add(path)
+        _look_at_file(view, path, path in own)
+        state = view.files[path]
         if state is not None and path in blocks:
             # Where the block ends must be known before anything is changed.
             with about(path):
                 split_block(state.content)
-    for path in wanted.capabilities:
+    _look_at_executables(view, wanted.capabilities, remembered[CAPABILITY])
+    for path in (*wanted.nodes, *remembered[NODE]):
+        _look_at_nodes(view, path)
+    view.units.update(ask_states(run, list(dict.fromkeys([*wanted.units, *remembered[UNIT]]))))
+    return view
+
+
+def _look_at_file(view: View, path: str, own: bool) -> None:
+    view.files[path] = read_file_state(path, own=own)
+    view.missing[path] = missing_folders(path)
+    if is_unfinished(path):
+        view.unfinished.add(path)
+
+
+def _look_at_executables(view: View, wanted: Iterable[str], remembered: Iterable[str]) -> None:
+    for path in wanted:
         found = _patiently(partial(_look_at_executable, path, True), path)
         if found is None:
             raise IommufdError(f"{shown_path(path)} is no executable file, so it cannot get CAP_IPC_LOCK.")
         view.real[path], xattr = found
         view.xattrs[view.real[path]] = xattr
-    for path in remembered[CAPABILITY]:
+    for path in remembered:
         found = None if path in view.xattrs else _patiently(partial(_look_at_executable, path, False), path)
         if found is not None:
             view.xattrs[path] = found[1]
-    for path in (*wanted.nodes, *remembered[NODE]):
-        view.matches[path] = matching_nodes(path)
-        for each in view.matches[path]:
-            node = node_state(each)
-            if node is not None:
-                view.nodes[each] = node
-                view.kernels_nodes[each] = kernels_node(each)
-                view.devices[each] = device_of(each)
-    view.units.update(unit_states(list(dict.fromkeys([*wanted.units, *remembered[UNIT]])), run))
-    return view
+
+
+def _look_at_nodes(view: View, path: str) -> None:
+    """Looks at the nodes that a path or a pattern stands for."""
+    view.matches[path] = matching_nodes(path)
+    for each in view.matches[path]:
+        node = node_state(each)
+        if node is not None:
+            view.nodes[each] = node
+            view.kernels_nodes[each] = kernels_node(each)
+            view.devices[each] = device_of(each)
 
 
 def _check_reachable(paths: list[str]) -> None:
@@ -243,7 +260,7 @@ def _look_at_executable(path: str, executable: bool) -> tuple[str, str | None] |
         raise IommufdError(f"{shown_path(path)} cannot be looked at ({error_text(exc.errno)}).") from exc
 
 
-def _modules_there(names: Iterable[str]) -> frozenset[str]:
+def _find_modules(names: Iterable[str]) -> frozenset[str]:
     """Those of the kernel's modules that are loaded or built in."""
     built_in = ""
     with contextlib.suppress(OSError), open(_BUILT_IN.format(os.uname().release), encoding="ascii") as stream:
@@ -256,7 +273,7 @@ def _modules_there(names: Iterable[str]) -> frozenset[str]:
     )
 
 
-def _gid_of(group: str) -> int | None:
+def _find_gid(group: str) -> int | None:
     """The id of a group, None where none is asked for. Raises IommufdError where the host has no such group."""
     try:
         return grp.getgrnam(group).gr_gid if group else None

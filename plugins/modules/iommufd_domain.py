@@ -314,26 +314,27 @@ from functools import partial
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer, in_child
-from ansible_collections.virt.iommufd.plugins.module_utils._device import new_iommufd
-from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
-    Libvirt,
+
+from ..module_utils._child import NoAnswer, in_child
+from ..module_utils._device import new_iommufd
+from ..module_utils._domain import (
+    DomainSeen,
+    Endpoint,
     NoDaemon,
-    Seen,
     Started,
-    accountings,
     check_startable,
-    daemon_limit,
+    dotted_version,
+    foretell_changes,
     is_session,
-    look,
+    look_at_daemon,
+    look_at_domain,
     set_mode,
-    start,
     start_daemon,
+    start_domain,
     unit_from_json,
-    version_text,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
+from ..module_utils._errors import IommufdError
+from ..module_utils._iommufd import (
     BUSY,
     CHANGED,
     RLIMIT_MODE,
@@ -341,7 +342,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     Result,
     explain,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._user import find_user
+from ..module_utils._module import Row, finish, memlock_row
+from ..module_utils._user import find_user
 
 URIS = ("qemu:///session", "qemu:///system")
 SHUT_OFF = "shut off"
@@ -349,7 +351,7 @@ SHUT_OFF = "shut off"
 TIMEOUT_MAX = 86400
 
 
-def libvirt_of(params: dict[str, Any]) -> Libvirt:
+def libvirt_of(params: Row) -> Endpoint:
     """The libvirt that the task names. Raises IommufdError where its options do not go together."""
     user = None if params["user"] is None else find_user(params["user"])
     uri = params["uri"] or URIS[user is None]
@@ -357,7 +359,7 @@ def libvirt_of(params: dict[str, Any]) -> Libvirt:
         raise IommufdError(f"uri {uri} is not {' or '.join(URIS)}: only a libvirt of this host can take a descriptor.")
     if user is None and is_session(uri):
         raise IommufdError(f"{uri} is a user's own libvirt: give user, too.")
-    return Libvirt(uri, user)
+    return Endpoint(uri, user)
 
 
 def check_name(name: str) -> None:
@@ -372,18 +374,17 @@ def check_timeout(seconds: int) -> None:
         raise IommufdError(f"timeout {seconds} is out of range: give 1 to {TIMEOUT_MAX} seconds.")
 
 
-class Task:
+class DomainTask:
     """One run of the module: what it was asked for, and the return value as it comes together."""
 
-    def __init__(self, params: dict[str, Any], dry_run: bool) -> None:
+    def __init__(self, params: Row, dry_run: bool, result: Row) -> None:
         self.name: str = params["name"]
         self.state: str = params["state"]
         self.mode: str = params["rlimit_mode"]
         self.wanted = RLIMIT_MODE.number(self.mode)
         self.seconds: int = params["timeout"]
         self.dry_run = dry_run
-        self.warnings: list[str] = []
-        self.result: dict[str, Any] = {"changed": False}
+        self.result = result
         check_name(self.name)
         check_timeout(self.seconds)
         self.libvirt = libvirt_of(params)
@@ -400,7 +401,7 @@ class Task:
             self._domain(seen, seen.state)
             self._start(seen)
 
-    def _meet(self) -> Seen | None:
+    def _meet(self) -> DomainSeen | None:
         """What libvirt says of the domain, once it runs; None where it does not, and must not be started."""
         started = None
         try:
@@ -410,13 +411,13 @@ class Task:
             if session is None:
                 raise
             if self.dry_run:
-                self.warnings.append(f"{exc}. So no more can be told than that libvirt would be started first.")
+                self.result["warnings"] = [f"{exc}. So no more can be told than that libvirt would be started first."]
                 return None
             started = unit_from_json(self._as_user(partial(start_daemon, self.libvirt.uri, session.name)))
             seen = self._look()
         self.result["libvirt"] = {
             "uri": self.libvirt.uri,
-            "version": version_text(seen.version),
+            "version": dotted_version(seen.version),
             "pid": None,
             "memlock_bytes": None,
             "memlock_unlimited": None,
@@ -424,14 +425,14 @@ class Task:
         }
         return seen
 
-    def _look(self) -> Seen:
+    def _look(self) -> DomainSeen:
         unprivileged = self.libvirt.session is not None
-        return Seen.from_json(self._as_user(partial(look, self.libvirt.uri, self.name, unprivileged)))
+        return DomainSeen.from_json(self._as_user(partial(look_at_domain, self.libvirt.uri, self.name, unprivileged)))
 
     def _as_user(self, work: Any, keep: Iterable[int] = ()) -> Any:
         return in_child(self.libvirt.user, work, self.seconds, tuple(keep))
 
-    def _domain(self, seen: Seen | None, state: str) -> None:
+    def _domain(self, seen: DomainSeen | None, state: str) -> None:
         self.result["domain"] = {
             "name": self.name,
             "uuid": seen and seen.uuid,
@@ -439,7 +440,7 @@ class Task:
             "memlock_bytes": seen and seen.definition.need_bytes,
         }
 
-    def _start(self, seen: Seen) -> None:
+    def _start(self, seen: DomainSeen) -> None:
         fdgroup = check_startable(self.name, self.libvirt, seen)
         self._read_limit(seen)
         if self.dry_run:
@@ -449,7 +450,7 @@ class Task:
             self._check(set_mode(fd, self.wanted, dry_run=False))
             paused = self.state == "paused"
             try:
-                answer = self._as_user(partial(start, self.libvirt.uri, self.name, fdgroup, fd, paused), [fd])
+                answer = self._as_user(partial(start_domain, self.libvirt.uri, self.name, fdgroup, fd, paused), [fd])
                 became = Started.from_json(answer)
             except NoAnswer as exc:
                 raise IommufdError(
@@ -462,17 +463,17 @@ class Task:
             self._diff(seen.state, self.result["domain"]["state"])
         self._compare(self._look_at_emulator(), became.started)
 
-    def _read_limit(self, seen: Seen) -> None:
+    def _read_limit(self, seen: DomainSeen) -> None:
         """Reads the limit of a user's daemon. Raises IommufdError where libvirt would fail for it."""
         target, session = self.libvirt.daemon(), self.libvirt.session
         if target is None or session is None:
             return
-        limit = daemon_limit(target, self.name, session, seen.definition.need_bytes)
-        self.result["libvirt"].update(pid=limit.pid, memlock_bytes=limit.hard, memlock_unlimited=limit.hard is None)
+        limit = look_at_daemon(target, self.name, session, seen.definition.need_bytes)
+        self.result["libvirt"].update(pid=limit.pid, **memlock_row(limit.hard))
         if limit.refused:
             raise IommufdError(limit.refused)
 
-    def _foretell(self, seen: Seen | None, state: str | None) -> None:
+    def _foretell(self, seen: DomainSeen | None, state: str | None) -> None:
         """What would happen, but for what only the start itself can tell. Raises IommufdError."""
         with new_iommufd() as fd:
             self._check(set_mode(fd, self.wanted, dry_run=True))
@@ -494,7 +495,7 @@ class Task:
         }
 
     def _look_at_emulator(self) -> list[tuple[str, Result]]:
-        process, found = accountings(self.libvirt.emulator_of(self.name), self.wanted)
+        process, found = foretell_changes(self.libvirt.emulator_of(self.name), self.wanted)
         self.result["process"] = process
         modes = {None if each.before is None else str(RLIMIT_MODE.value(each.before)) for _name, each in found}
         self.result["rlimit_mode"] = modes.pop() if len(modes) == 1 else None
@@ -522,6 +523,11 @@ class Task:
                 )
 
 
+def run(params: Row, check_mode: bool, result: Row) -> None:
+    """Does what the task asks for, and fills in the return value. Raises IommufdError."""
+    DomainTask(params, check_mode, result).run()
+
+
 def main() -> NoReturn:
     module = AnsibleModule(
         argument_spec={
@@ -534,21 +540,7 @@ def main() -> NoReturn:
         },
         supports_check_mode=True,
     )
-    result: dict[str, Any] = {"changed": False}
-    warnings: list[str] = []
-    try:
-        task = Task(module.params, module.check_mode)
-        result, warnings = task.result, task.warnings
-        task.run()
-    except IommufdError as exc:
-        result["msg"] = str(exc)
-    for warning in warnings:
-        module.warn(warning)
-    if not module._diff:
-        result.pop("diff", None)
-    if "msg" in result:
-        module.fail_json(**result)
-    module.exit_json(**result)
+    finish(module, run)
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ capabilities:
   sample: {/usr/bin/kvm: {real_path: /usr/bin/qemu-system-x86_64, ipc_lock: true, ours: true}}
 """
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -193,21 +193,20 @@ from ..module_utils._apply import after, steps_on
 from ..module_utils._capabilities import parse_file_capabilities, with_ipc_lock
 from ..module_utils._child import Run, run_command
 from ..module_utils._errors import IommufdError, error_text, shown_path
+from ..module_utils._module import Row, finish
 from ..module_utils._programs import PROGRAMS, zipapp
-from ..module_utils._record import CAPABILITY, FILE, NODE, Item, Record, check_caller, locked
+from ..module_utils._record import CAPABILITY, FILE, NODE, Item, Record, check_caller, lock_record
 from ..module_utils._states import FileState, NodeState
 from ..module_utils._steps import Grant, RemoveFile, Step, StepFailed, WriteFile, make_steps, note_due
 from ..module_utils._undo import new_items, steps_back
 from ..module_utils._user import group_name, owner_name
-from ..module_utils._wanted import View, Wanted, WantedFile, check_path, look
-
-Row = dict[str, Any]
+from ..module_utils._wanted import View, Wanted, WantedFile, check_path, look_at_host
 
 # What is longer is no file that a role writes, and nobody compares it.
 CONTENT_MAX = 2**16
 
 
-def wanted_of(params: Row) -> Wanted:
+def wanted_by(params: Row) -> Wanted:
     """What the task lists. Raises IommufdError."""
     files = {each["path"]: wanted_file(each) for each in params["files"]}
     wanted = Wanted(
@@ -251,14 +250,15 @@ def capability_row(real_path: str, xattr: bytes | None, ours: bool) -> Row:
     return {"real_path": shown_path(real_path), "ipc_lock": given.lifts_memlock, "ours": ours}
 
 
+def thing_row(kind: str, path: str) -> Row:
+    """A thing of the host's."""
+    return {"kind": kind, "path": shown_path(path)}
+
+
 def item_row(item: Item) -> Row:
     """An entry of the record, without the content of a file."""
-    shown_state = item.before is not None and item.kind in (FILE, NODE)
-    return {
-        "kind": item.kind,
-        "path": shown_path(item.path),
-        "before": owners(item.state) if shown_state else item.before,
-    }
+    before = owners(item.state) if item.before is not None and item.kind in (FILE, NODE) else item.before
+    return {**thing_row(item.kind, item.path), "before": before}
 
 
 def capability_rows(view: View, steps: list[Step], items: list[Item]) -> Row:
@@ -272,7 +272,7 @@ def capability_rows(view: View, steps: list[Step], items: list[Item]) -> Row:
 
 def change_row(step: Step) -> Row:
     """What a step has changed."""
-    return {"kind": step.kind, "path": shown_path(step.path), "text": shown_path(step.says)}
+    return {**thing_row(step.kind, step.path), "text": shown_path(step.says)}
 
 
 def back_row(step: Step) -> Row:
@@ -296,16 +296,16 @@ def diff_row(step: Step) -> Row:
     return {"before_header": step.path, "after_header": step.path, "before": step.before, "after": step.after}
 
 
-def work(record: Record, wanted: Wanted, dry_run: bool, run: Run, result: Row) -> None:
+def make_wanted(record: Record, wanted: Wanted, dry_run: bool, run: Run, result: Row) -> None:
     """Puts back what is not wanted any more, records what is new, makes it, and fills in the return value.
 
     Whatever is refused is refused before anything is changed. Raises IommufdError.
     """
-    view = look(record.items, wanted, run)
+    view = look_at_host(record.items, wanted, run)
     back = steps_back(record, wanted, view)
     new = new_items(record, wanted, view)
     on = steps_on(wanted, after(back, view), record.due)
-    result["diff"] = [diff_row(step) for step in (*back, *on) if step.says and (step.before or step.after)]
+    diff = [diff_row(step) for step in (*back, *on) if step.says and (step.before or step.after)]
     if dry_run:
         result["put_back"] = [back_row(step) for step in back if step.says]
         result["made"] = [made_row(step, view) for step in on if step.says]
@@ -317,7 +317,7 @@ def work(record: Record, wanted: Wanted, dry_run: bool, run: Run, result: Row) -
         if back:
             put_back(record, back, run, result)
             # A folder that was there a moment ago may be gone with what was in it.
-            view = look(record.items, wanted, run)
+            view = look_at_host(record.items, wanted, run)
             new = new_items(record, wanted, view)
             on = steps_on(wanted, view, record.due)
         record.add(new)
@@ -326,8 +326,9 @@ def work(record: Record, wanted: Wanted, dry_run: bool, run: Run, result: Row) -
         # What is due still is due to nothing that is wanted. Of a record that holds nothing, only that was written.
         old, record.due = record.due, []
         keep(record, bool(old))
-    result["recorded"] = [{"kind": item.kind, "path": shown_path(item.path)} for item in new]
+    result["recorded"] = [thing_row(item.kind, item.path) for item in new]
     result["capabilities"] = capability_rows(view, on, record.items)
+    result["diff"] = diff
 
 
 def put_back(record: Record, steps: list[Step], run: Run, result: Row) -> None:
@@ -368,17 +369,19 @@ def keep(record: Record, changed: bool) -> None:
         raise IommufdError(f"The record {record.path} cannot be written ({error_text(exc.errno)}).") from exc
 
 
-def run_module(module: AnsibleModule, result: Row) -> None:
+def run(params: Row, check_mode: bool, result: Row) -> None:
     """Does what the task asks for, and fills in the return value. Raises IommufdError."""
+    result.update(put_back=[], made=[])
     check_caller()
-    wanted = wanted_of(module.params)
-    path = module.params["record"]
+    wanted = wanted_by(params)
+    path = params["record"]
     check_path(path)
-    with locked(path):
+    with lock_record(path):
         record = Record.load(path)
         try:
-            work(record, wanted, module.check_mode, run_command, result)
+            make_wanted(record, wanted, check_mode, run_command, result)
         finally:
+            result["changed"] = bool(result["put_back"] or result["made"])
             result["remembered"] = [item_row(item) for item in record.items]
 
 
@@ -417,17 +420,7 @@ def main() -> NoReturn:
         },
         supports_check_mode=True,
     )
-    result: Row = {"put_back": [], "made": []}
-    try:
-        run_module(module, result)
-    except IommufdError as exc:
-        result["msg"] = str(exc)
-    if not module._diff or "msg" in result:
-        result.pop("diff", None)
-    result["changed"] = bool(result["put_back"] or result["made"])
-    if "msg" in result:
-        module.fail_json(**result)
-    module.exit_json(**result)
+    finish(module, run)
 
 
 if __name__ == "__main__":

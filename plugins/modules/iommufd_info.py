@@ -369,8 +369,8 @@ host:
           sample: null
         cap_sys_resource:
           description:
-            - Whether the daemon has CAP_SYS_RESOURCE, which it needs to set the mode, and may use it. If the daemon does not
-              run, whether its unit would give it the capability.
+            - Whether the daemon has CAP_SYS_RESOURCE, which it needs to set the mode, and may use it. If the daemon does
+              not run, whether its unit would give it the capability.
             - SELinux's policy may deny the use of a capability that the process has. Where it is in force, it is asked.
             - V(null) where that is unknown.
           type: bool
@@ -662,11 +662,12 @@ import os
 import pwd
 import re
 from collections.abc import Collection
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.virt.iommufd.plugins.module_utils import _host
-from ansible_collections.virt.iommufd.plugins.module_utils._budget import (
+
+from ..module_utils import _host
+from ..module_utils._budget import (
     Account,
     Total,
     account_notes,
@@ -676,38 +677,34 @@ from ansible_collections.virt.iommufd.plugins.module_utils._budget import (
     largest_limit,
     total,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import (
+from ..module_utils._capabilities import (
     CAP_IPC_LOCK,
     CAP_SYS_PTRACE,
     CAP_SYS_RESOURCE,
     capability_names,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._child import Run, run_command
-from ansible_collections.virt.iommufd.plugins.module_utils._device import DEVICE
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError, error_text, printable
-from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, Survey, survey
-from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import misc_rdev
-from ansible_collections.virt.iommufd.plugins.module_utils._process import (
+from ..module_utils._child import Run, run_command
+from ..module_utils._device import DEVICE
+from ..module_utils._errors import IommufdError, error_text, shown_path
+from ..module_utils._foreign import shown_text
+from ..module_utils._holders import HeldIommufd, Holder, Survey, survey
+from ..module_utils._iommufd import misc_rdev
+from ..module_utils._module import Row, finish, memlock_row
+from ..module_utils._process import (
     in_initial_namespace,
     own_status,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._running import domain_record
-from ansible_collections.virt.iommufd.plugins.module_utils._user import user_name
-
-Row = dict[str, Any]
-# Runs a command and gives its exit code, output and errors.
-
-# How long whatever is run may take.
-SECONDS = 30
+from ..module_utils._running import read_domain_record
+from ..module_utils._user import user_name
 
 
-class View:
+class Unseen:
     """What this caller could not see. Each entry is one kind of thing, and why."""
 
     def __init__(self) -> None:
         self.limits: list[Row] = []
 
-    def limit(self, what: str, why: str) -> None:
+    def note(self, what: str, why: str) -> None:
         """Notes that a kind of thing could not be seen."""
         self.limits.append({"what": what, "why": why})
 
@@ -728,34 +725,34 @@ def uids_of(users: list[str] | None) -> set[int] | None:
     return found
 
 
-def host_row(view: View, paths: list[str], slow: bool, run: Run) -> Row:
+def host_row(unseen: Unseen, paths: list[str], slow: bool, run: Run) -> Row:
     """What the host supports; `slow` with what takes seconds or wakes a service."""
     system = os.uname()
     release = system.release
-    module = _host.module_state(release)
+    module = _host.find_module(release)
     if module is None:
-        view.limit("module", f"/lib/modules/{release} is not here: whether a module could be loaded cannot be told.")
-    groups = _host.iommu_groups()
+        unseen.note("module", f"/lib/modules/{release} is not here: whether a module could be loaded cannot be told.")
+    groups = _host.find_iommu_groups()
     return {
-        "kernel": printable(os.fsencode(release)),
+        "kernel": shown_text(release),
         "machine": system.machine,
         "module": module,
         "device": device_row(),
-        "options": {"rlimit_mode": option_row(view, module)},
+        "options": {"rlimit_mode": option_row(unseen, module)},
         "caller": caller_row(),
-        "yama_ptrace_scope": _host.yama_ptrace_scope(),
-        "iommus": _host.iommus(),
+        "yama_ptrace_scope": _host.read_yama_scope(),
+        "iommus": _host.find_iommus(),
         "iommu_groups": [{"id": number, "devices": devices} for number, devices in groups.items()],
-        "vfio_devices": [vfio_row(each) for each in _host.vfio_nodes().values() if not each.of_group],
-        "qemu": [emulator_row(view, each, slow, run) for each in _host.emulators(paths)],
-        "libvirt": libvirt_row(view, slow, run),
+        "vfio_devices": [vfio_row(each) for each in _host.find_vfio_nodes().values() if not each.of_group],
+        "qemu": [emulator_row(unseen, each, slow, run) for each in _host.find_emulators(paths)],
+        "libvirt": libvirt_row(unseen, slow, run),
     }
 
 
 def device_row() -> Row:
     """The node /dev/iommu."""
     rdev = misc_rdev()
-    node = _host.node(DEVICE)
+    node = _host.look_at_node(DEVICE)
     return {
         "path": DEVICE,
         "present": node is not None and node.rdev == rdev,
@@ -769,11 +766,11 @@ def node_row(node: _host.Node | None) -> Row:
     return {name: node and getattr(node, name) for name in ("mode", "owner", "group")}
 
 
-def option_row(view: View, module: str | None) -> Row:
+def option_row(unseen: Unseen, module: str | None) -> Row:
     """What an iommufd of our own answers."""
-    scratch = _host.scratch()
+    scratch = _host.try_iommufd()
     if scratch.msg and module in (_host.BUILTIN, _host.LOADED):
-        view.limit("options", scratch.msg)
+        unseen.note("options", scratch.msg)
     return {"readable": scratch.readable, "settable": scratch.settable}
 
 
@@ -793,61 +790,61 @@ def vfio_row(vfio: _host.VfioNode) -> Row:
         "node": vfio.path,
         "address": vfio.addresses[0],
         "iommu_group": vfio.iommu_group,
-        **node_row(_host.node(vfio.path)),
+        **node_row(_host.look_at_node(vfio.path)),
     }
 
 
-def emulator_row(view: View, emulator: _host.Emulator, slow: bool, run: Run) -> Row:
+def emulator_row(unseen: Unseen, emulator: _host.Emulator, slow: bool, run: Run) -> Row:
     """An emulator, asked for its version where that is wanted."""
     given = emulator.capabilities
     if emulator.msg:
-        view.limit("emulators", emulator.msg)
+        unseen.note("emulators", emulator.msg)
     return {
-        "path": printable(os.fsencode(emulator.path)),
+        "path": shown_path(emulator.path),
         "present": emulator.present,
         "writer": emulator.writer and emulator.writer._asdict(),
         "file_capabilities": given and given._asdict(),
         "cap_ipc_lock": None if emulator.msg or not emulator.present else given is not None and given.lifts_memlock,
-        "version": emulator_version(view, emulator, run) if slow and emulator.present else None,
+        "version": emulator_version(unseen, emulator, run) if slow and emulator.present else None,
     }
 
 
-def emulator_version(view: View, emulator: _host.Emulator, run: Run) -> str | None:
+def emulator_version(unseen: Unseen, emulator: _host.Emulator, run: Run) -> str | None:
     """The version that an emulator gives when it is executed, which it is not where others can write it."""
-    path = printable(os.fsencode(emulator.path))
+    path = shown_path(emulator.path)
     try:
         _host.check_may_be_run(emulator)
     except IommufdError as exc:
-        view.limit("emulators", f"{path} was not asked for its version: {exc}")
+        unseen.note("emulators", f"{path} was not asked for its version: {exc}")
         return None
     code, output, errors = run([emulator.path, "--version"])
     found = re.search(r"version (\S+)", output)
     if code or not found:
-        view.limit("emulators", f"{path} --version gives no version: {said(code, output, errors)}")
+        unseen.note("emulators", f"{path} --version gives no version: {said(code, output, errors)}")
         return None
-    return printable(os.fsencode(found.group(1)))
+    return shown_text(found.group(1))
 
 
 def said(code: int, output: str, errors: str) -> str:
     """What a command that failed has said, on one line."""
     text = (errors or output).strip().replace("\n", " ")
-    return f"exit code {code}" + (f", {printable(os.fsencode(text[:400]))}" if text else "")
+    return f"exit code {code}" + (f", {shown_text(text[:400])}" if text else "")
 
 
-def libvirt_row(view: View, slow: bool, run: Run) -> Row:
+def libvirt_row(unseen: Unseen, slow: bool, run: Run) -> Row:
     """The system libvirt, asked for a domain's capabilities where that is wanted."""
     # A look at processes alone needs it not, and a module pays for each import on each host anew.
-    from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt
+    from ..module_utils import _libvirt
 
-    libvirt = _libvirt.look(run)
+    libvirt = _libvirt.look_at_libvirt(run)
     if libvirt.msg:
-        view.limit("libvirt", libvirt.msg)
+        unseen.note("libvirt", libvirt.msg)
     offers = None
     if slow and libvirt.unit is not None:
         code, output, errors = run(["virsh", "--connect=qemu:///system", "domcapabilities"])
         offers = None if code else _libvirt.offers_iommufd(output)
         if offers is None:
-            view.limit("libvirt", f"virsh domcapabilities gives none: {said(code, output, errors)}")
+            unseen.note("libvirt", f"virsh domcapabilities gives none: {said(code, output, errors)}")
     sets, reason = _libvirt.sets_rlimit_mode(libvirt, offers)
     return {
         "version": _libvirt.version_text(libvirt.version),
@@ -860,13 +857,13 @@ def libvirt_row(view: View, slow: bool, run: Run) -> Row:
     }
 
 
-def look_at_processes(view: View, nodes: Collection[int]) -> Survey:
+def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:
     """All processes that hold an iommufd, which of the nodes they have open, and what this caller was kept from."""
     if not in_initial_namespace("pid"):
-        view.limit("processes", "This is not the initial pid namespace. Run the task on the host itself.")
-    hides = _host.proc_hides()
+        unseen.note("processes", "This is not the initial pid namespace. Run the task on the host itself.")
+    hides = _host.read_hidepid()
     if hides and CAP_SYS_PTRACE not in capability_names(own_status().effective):
-        view.limit("processes", f"/proc is mounted with {hides}. Run the task as root (become: true).")
+        unseen.note("processes", f"/proc is mounted with {hides}. Run the task as root (become: true).")
     seen = survey(nodes)
     for what, thing, reasons in (
         ("processes", "", seen.hidden),
@@ -876,14 +873,13 @@ def look_at_processes(view: View, nodes: Collection[int]) -> Survey:
         for reason, pids in reasons.items():
             some = ", ".join(map(str, sorted(pids)[:5])) + (", ..." if len(pids) > 5 else "")
             which = f"{thing}{len(pids)} {'processes' if len(pids) > 1 else 'process'} ({some})"
-            view.limit(what, f"uid {os.geteuid()} cannot look at {which}: {reason}")
+            unseen.note(what, f"uid {os.geteuid()} cannot look at {which}: {reason}")
     return seen
 
 
-def process_row(holder: Holder, account: Account, of_user: Total, largest_limit: int | None, names_: Names) -> Row:
+def process_row(holder: Holder, account: Account, of_user: Total, largest_limit: int | None, host_names: Names) -> Row:
     """A process that holds an iommufd."""
-    domain, uri = names_.domain(holder)
-    soft, hard = holder.memlock.soft, holder.memlock.hard
+    domain, uri = host_names.domain(holder)
     status = holder.status
     return {
         "pid": holder.pid,
@@ -891,7 +887,7 @@ def process_row(holder: Holder, account: Account, of_user: Total, largest_limit:
         "uid": status.uid,
         "user": holder.user,
         "started": iso8601(holder.started),
-        "name": None if holder.name is None else shown(holder.name),
+        "name": None if holder.name is None else shown_text(holder.name),
         "domain": domain,
         "domain_uri": uri,
         "unit": holder.units[0],
@@ -900,10 +896,8 @@ def process_row(holder: Holder, account: Account, of_user: Total, largest_limit:
         "memory_bytes": holder.memory_bytes,
         "pinned_bytes": status.pinned_bytes,
         "locked_bytes": status.locked_bytes,
-        "memlock_bytes": soft,
-        "memlock_unlimited": soft is None,
-        "memlock_hard_bytes": hard,
-        "memlock_hard_unlimited": hard is None,
+        **memlock_row(holder.memlock.soft),
+        **memlock_row(holder.memlock.hard, "memlock_hard"),
         "capabilities": {
             "effective": those_that_matter(status.effective),
             "permitted": those_that_matter(status.permitted),
@@ -911,7 +905,7 @@ def process_row(holder: Holder, account: Account, of_user: Total, largest_limit:
         },
         "no_new_privs": status.no_new_privs,
         "iommufds": None if holder.iommufds is None else [iommufd_row(each) for each in holder.iommufds],
-        "vfio_devices": names_.vfio_devices(holder),
+        "vfio_devices": host_names.vfio_devices(holder),
         "accounting": accounting(account),
         "charged_bytes": charged(account),
         "headroom_bytes": headroom(account, of_user),
@@ -940,23 +934,18 @@ def iso8601(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def shown(name: str) -> str:
-    """A name, safe to print."""
-    return printable(os.fsencode(name))
-
-
 class Names:
     """What this host calls things: its system libvirt's domains, and VFIO's nodes, by device number."""
 
-    def __init__(self, view: View, nodes: dict[int, _host.VfioNode]) -> None:
+    def __init__(self, unseen: Unseen, nodes: dict[int, _host.VfioNode]) -> None:
         self._nodes = nodes
-        self._view: View | None = view
+        self._unseen: Unseen | None = unseen
 
     def domain(self, holder: Holder) -> tuple[str | None, str | None]:
         """The domain whose emulator a process is, and the URI of the libvirt that it belongs to; None, None without."""
         if holder.name is None:
             return None, None
-        name = shown(holder.name)
+        name = shown_text(holder.name)
         if self._is_of_system(holder, holder.name):
             return name, "qemu:///system"
         return (name, "qemu:///session") if holder.session else (None, None)
@@ -964,12 +953,12 @@ class Names:
     def _is_of_system(self, holder: Holder, guest: str) -> bool:
         """Whether the system libvirt says so. The command line, which is the process's own to change, only asks."""
         try:
-            record = domain_record(guest)
+            record = read_domain_record(guest)
         except IommufdError as exc:
             # Else there is no such domain, or the file is not libvirt's.
-            if isinstance(exc.__cause__, PermissionError) and self._view is not None:
-                self._view.limit("domains", f"The domains of the system libvirt cannot be told: {exc}")
-                self._view = None
+            if isinstance(exc.__cause__, PermissionError) and self._unseen is not None:
+                self._unseen.note("domains", f"The domains of the system libvirt cannot be told: {exc}")
+                self._unseen = None
             return False
         return not record.contradiction(guest, holder.pid, holder.status.uid, holder.started, holder.units[0])
 
@@ -995,17 +984,17 @@ def user_row(uid: int, of_user: Total) -> Row:
     }
 
 
-def process_and_user_rows(view: View, pids: list[int] | None, uids: set[int] | None) -> tuple[list[Row], list[Row]]:
+def process_and_user_rows(unseen: Unseen, pids: list[int] | None, uids: set[int] | None) -> tuple[list[Row], list[Row]]:
     """The processes that hold an iommufd, and the users that are charged."""
-    nodes = _host.vfio_nodes()
-    seen = look_at_processes(view, nodes)
-    names_ = Names(view, nodes)
+    nodes = _host.find_vfio_nodes()
+    seen = look_at_processes(unseen, nodes)
+    host_names = Names(unseen, nodes)
     accounts: dict[int, list[Account]] = {uid: [] for uid in (*(uids or ()), *seen.others_pinned, *seen.unseen)}
     account_of = {holder.pid: holder.account() for holder in seen.holders}
     for account in account_of.values():
         accounts.setdefault(account.uid, []).append(account)
     # Whose the processes are that were not seen at all is not known.
-    hidden = any(limit["what"] == "processes" for limit in view.limits)
+    hidden = any(limit["what"] == "processes" for limit in unseen.limits)
     totals = {
         uid: total(some, seen.others_pinned.get(uid, 0), hidden or uid in seen.unseen) for uid, some in accounts.items()
     }
@@ -1014,11 +1003,11 @@ def process_and_user_rows(view: View, pids: list[int] | None, uids: set[int] | N
     for holder in seen.holders:
         uid = holder.status.uid
         if (pids is None or holder.pid in pids) and (uids is None or uid in uids):
-            processes.append(process_row(holder, account_of[holder.pid], totals[uid], largest[uid], names_))
+            processes.append(process_row(holder, account_of[holder.pid], totals[uid], largest[uid], host_names))
     # In a user namespace, the kernel shows all users that it has no number for there as this one.
-    nobody = None if in_initial_namespace("user") else _host.overflow_uid()
+    nobody = None if in_initial_namespace("user") else _host.read_overflow_uid()
     if nobody in totals:
-        view.limit("users", f"This is not the initial user namespace: uid {nobody} stands for any user outside of it.")
+        unseen.note("users", f"This is not the initial user namespace: uid {nobody} stands for any user outside of it.")
         del totals[nobody]
     users = [
         user_row(uid, of_user)
@@ -1028,32 +1017,29 @@ def process_and_user_rows(view: View, pids: list[int] | None, uids: set[int] | N
     return processes, users
 
 
-def gather(params: Row, run: Run) -> Row:
-    """All that the task asks for. Raises IommufdError where it asks for a user that is not there."""
+def run(params: Row, _check_mode: bool, result: Row) -> None:
+    """Looks at all that the task asks for. Raises IommufdError where it asks for a user that is not there."""
     subsets = set(params["gather_subset"])
     for path in params["emulators"]:
         if not os.path.isabs(path) or "\0" in path:
             raise IommufdError(f"{path!r} is not the absolute path of an emulator.")
     uids = uids_of(params["users"])
-    view = View()
-    host: Row = {"limits_of_view": view.limits}
-    result: Row = {
-        "host": host,
-        "narrowed": {"pids": params["pids"], "uids": None if uids is None else sorted(uids)},
-    }
+    unseen = Unseen()
+    host: Row = {"limits_of_view": unseen.limits}
+    result["host"] = host
+    result["narrowed"] = {"pids": params["pids"], "uids": None if uids is None else sorted(uids)}
     if subsets & {"host", "emulators"}:
-        host.update(host_row(view, params["emulators"], "emulators" in subsets, run))
+        host.update(host_row(unseen, params["emulators"], "emulators" in subsets, run_patiently))
     if subsets & {"processes", "users"}:
-        processes, users = process_and_user_rows(view, params["pids"], uids)
+        processes, users = process_and_user_rows(unseen, params["pids"], uids)
         found = {"processes": processes, "users": users}
         result.update({name: found[name] for name in found if name in subsets})
-    return result
 
 
 def run_patiently(words: list[str]) -> tuple[int, str, str]:
     """Runs a command; its exit code is 127 where it cannot be run at all, as the shell has it."""
     try:
-        return run_command(words, SECONDS)
+        return run_command(words)
     except OSError as exc:
         return 127, "", error_text(exc.errno)
 
@@ -1069,11 +1055,7 @@ def main() -> NoReturn:
         },
         supports_check_mode=True,
     )
-    try:
-        result = gather(module.params, run_patiently)
-    except IommufdError as exc:
-        module.fail_json(msg=str(exc))
-    module.exit_json(changed=False, **result)
+    finish(module, run)
 
 
 if __name__ == "__main__":

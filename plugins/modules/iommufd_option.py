@@ -263,36 +263,36 @@ iommufds:
 """
 
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.parsing.convert_bool import boolean
-from ansible_collections.virt.iommufd.plugins.module_utils._borrow import borrow_iommufd, find_iommufds
-from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer, in_child, run_command
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
+
+from ..module_utils._borrow import borrow_iommufd, find_iommufds
+from ..module_utils._child import NoAnswer, in_child, run_command
+from ..module_utils._errors import (
     DescriptorGone,
     IommufdError,
     NotAnIommufd,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._foreign import first_of
-from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
+from ..module_utils._foreign import first_of
+from ..module_utils._iommufd import (
     CHANGED,
     FAILED,
     HUGE_PAGES,
     RLIMIT_MODE,
     UNCHANGED,
-    Answer,
     IommuFd,
     Option,
     Result,
-    decide,
     explain,
     misc_rdev,
+    unread,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
-from ansible_collections.virt.iommufd.plugins.module_utils._target import (
+from ..module_utils._module import Row, finish
+from ..module_utils._process import Process
+from ..module_utils._target import (
     DomainTarget,
-    PidfileTarget,
     PidTarget,
     Target,
     UnitTarget,
@@ -301,8 +301,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._target import (
 
 UINT32_MAX = 2**32 - 1
 
-# What the kernel and systemd answer in no time; a busy host gets so long.
-SECONDS = 60
+# What the kernel answers in no time; a busy host gets so long, and systemd within this its own time.
+SECONDS = 120
 
 # A process may have hundreds of iommufds, and thousands of IOASes. All of them are in the return value.
 LABELS_MAX = 20
@@ -310,15 +310,15 @@ WARNINGS_MAX = 10
 
 OPTIONS = {option.name: option for option in (RLIMIT_MODE, HUGE_PAGES)}
 
-Row = dict[str, Any]
 
-
-def target_of(module: AnsibleModule) -> Target:
+def target_of(params: Row) -> Target:
     """The target that the task names, by the one option of four that it gave."""
-    params = module.params
     if params["pid"] is not None:
         return PidTarget(params["pid"])
     if params["pidfile"] is not None:
+        # Most tasks name no pidfile, and to import this costs each of them.
+        from ..module_utils._pidfile import PidfileTarget
+
         return PidfileTarget(params["pidfile"])
     if params["domain"] is not None:
         return DomainTarget(params["domain"])
@@ -336,22 +336,6 @@ def number_of(option: Option, value: str | None) -> int | None:
         raise IommufdError(f"value {value!r} is not one of {option.name}: give {choices}.") from exc
 
 
-def row(fd: int, ioas_id: int | None, option: Option, result: Result, msg: str) -> Row:
-    """One descriptor's part of the return value, or one IOAS's."""
-
-    def name(number: int | None) -> Any:
-        return None if number is None else option.value(number)
-
-    return {
-        "fd": fd,
-        "ioas_id": ioas_id,
-        "before": name(result.before),
-        "after": name(result.after),
-        "outcome": result.outcome,
-        "msg": msg,
-    }
-
-
 class Job(NamedTuple):
     """What is to be done with each iommufd: `wanted` is the kernel's number of the value, None for a query."""
 
@@ -363,21 +347,35 @@ class Job(NamedTuple):
     def on(self, iommufd: IommuFd, fd: int, subject: str) -> tuple[list[Row], bool]:
         """Does it on one iommufd, or on its IOASes; a row for each, and whether there may be more IOASes."""
         if not self.option.per_ioas:
-            return [self._row(iommufd, fd, None, subject)], False
+            return [self._change(iommufd, fd, None, subject)], False
         if self.ioas_id is not None:
-            return [self._row(iommufd, fd, self.ioas_id, f"IOAS {self.ioas_id} of {subject}")], False
+            return [self._change(iommufd, fd, self.ioas_id, subject)], False
         ioases = iommufd.ioases()
         if ioases.errno:
-            result = decide(Answer(ioases.errno), self.wanted, Answer())
-            return [row(fd, None, self.option, result, explain(result, subject, self.option, self.wanted))], False
-        return [self._row(iommufd, fd, each, f"IOAS {each} of {subject}") for each in ioases.ids], ioases.truncated
+            return [self._explained(fd, None, unread(ioases.errno), subject)], False
+        return [self._change(iommufd, fd, each, subject) for each in ioases.ids], ioases.truncated
 
-    def _row(self, iommufd: IommuFd, fd: int, ioas_id: int | None, subject: str) -> Row:
+    def _change(self, iommufd: IommuFd, fd: int, ioas_id: int | None, subject: str) -> Row:
         result = iommufd.change(self.option, self.wanted, ioas_id or 0, self.dry_run)
-        return row(fd, ioas_id, self.option, result, explain(result, subject, self.option, self.wanted))
+        return self._explained(fd, ioas_id, result, subject if ioas_id is None else f"IOAS {ioas_id} of {subject}")
+
+    def _explained(self, fd: int, ioas_id: int | None, result: Result, subject: str) -> Row:
+        return self.row(fd, ioas_id, result, explain(result, subject, self.option, self.wanted))
+
+    def row(self, fd: int, ioas_id: int | None, result: Result, msg: str) -> Row:
+        """One descriptor's part of the return value, or one IOAS's."""
+        before, after = (None if each is None else self.option.value(each) for each in (result.before, result.after))
+        return {
+            "fd": fd,
+            "ioas_id": ioas_id,
+            "before": before,
+            "after": after,
+            "outcome": result.outcome,
+            "msg": msg,
+        }
 
 
-def job_of(params: dict[str, Any], dry_run: bool) -> Job:
+def job_of(params: Row, dry_run: bool) -> Job:
     """What the task asks for. Raises IommufdError where its options do not go together."""
     option = OPTIONS[params["option"]]
     ioas_id = params["ioas_id"]
@@ -388,7 +386,7 @@ def job_of(params: dict[str, Any], dry_run: bool) -> Job:
     return Job(option, ioas_id, number_of(option, params["value"]), dry_run)
 
 
-def work(process: Process, fd: int | None, job: Job) -> tuple[list[Row], bool]:
+def work_on(process: Process, fd: int | None, job: Job) -> tuple[list[Row], bool]:
     """Does the job on the descriptor that was asked for, or on each iommufd of the process.
 
     What goes wrong with one is told in its row and keeps nobody from the next. Raises IommufdError where there is
@@ -397,10 +395,13 @@ def work(process: Process, fd: int | None, job: Job) -> tuple[list[Row], bool]:
     rows: list[Row] = []
     truncated = False
     without_ioas = 0
-    fds = find_iommufds(process) if fd is None else [fd]
+    fds, rdevs = [] if fd is None else [fd], None
+    if fd is None:
+        held = find_iommufds(process)
+        fds, rdevs = list(held), set(held.values())
     for each in fds:
         try:
-            with borrow_iommufd(process, each) as iommufd:
+            with borrow_iommufd(process, each, rdevs) as iommufd:
                 some, more = job.on(iommufd, each, f"iommufd {each} of {process}")
             rows += some
             truncated |= more
@@ -408,7 +409,7 @@ def work(process: Process, fd: int | None, job: Job) -> tuple[list[Row], bool]:
         except IommufdError as exc:
             # A process may well close one of its descriptors while we look, unless it is the one that was asked for.
             if fd is not None or not isinstance(exc, (DescriptorGone, NotAnIommufd)):
-                rows.append(row(each, job.ioas_id, job.option, Result(FAILED, None, None), str(exc)))
+                rows.append(job.row(each, job.ioas_id, Result(FAILED, None, None), str(exc)))
     if not rows:
         raise IommufdError(nothing_to_work_on(process, bool(without_ioas)))
     return rows, truncated
@@ -432,14 +433,14 @@ def nothing_to_work_on(process: Process, without_ioas: bool) -> str:
     )
 
 
-def report(rows: list[Row], tolerate: list[str]) -> dict[str, Any]:
+def report(rows: list[Row], tolerate: list[str]) -> Row:
     """What the rows come to: `changed`, `value`, `iommufds`, `diff`, `warnings`, and `msg` where it is a failure."""
     values = {each["after"] for each in rows}
     troubled = [each for each in rows if each["outcome"] not in (CHANGED, UNCHANGED)]
     failed = [each for each in troubled if each["outcome"] not in tolerate]
     tolerated = [each["msg"] for each in troubled if each["outcome"] in tolerate]
     changed = [each for each in rows if each["outcome"] == CHANGED]
-    result: dict[str, Any] = {
+    result: Row = {
         "changed": bool(changed),
         "value": values.pop() if len(values) == 1 else None,
         "iommufds": rows,
@@ -470,19 +471,19 @@ def attempt(target: Target, fd: int | None, job: Job) -> Row:
     try:
         with hold_target(target) as process:
             answer["process"] = process.describe()
-            answer["rows"], answer["truncated"] = work(process, fd, job)
+            answer["rows"], answer["truncated"] = work_on(process, fd, job)
     except IommufdError as exc:
         answer["msg"] = str(exc)
     return answer
 
 
-def run(module: AnsibleModule, result: Row) -> None:
+def run(params: Row, check_mode: bool, result: Row) -> None:
     """Does what the task asks for, and fills in the return value. Raises IommufdError."""
-    params = module.params
-    job = job_of(params, module.check_mode)
+    result["option"] = params["option"]
+    job = job_of(params, check_mode)
     # A process may keep whoever looks at it, and may put something in the place of its iommufd that takes for ever to
     # close. So all of it is done in a child.
-    target = target_of(module)
+    target = target_of(params)
     try:
         answer = in_child(None, partial(attempt, target, params["fd"], job), SECONDS)
     except NoAnswer as exc:
@@ -520,18 +521,7 @@ def main() -> NoReturn:
         required_one_of=[("pid", "pidfile", "domain", "unit")],
         supports_check_mode=True,
     )
-    result: dict[str, Any] = {"option": module.params["option"]}
-    try:
-        run(module, result)
-    except IommufdError as exc:
-        result["msg"] = str(exc)
-    for warning in result.pop("warnings", []):
-        module.warn(warning)
-    if not module._diff:
-        result.pop("diff", None)
-    if "msg" in result:
-        module.fail_json(**result)
-    module.exit_json(**result)
+    finish(module, run)
 
 
 if __name__ == "__main__":

@@ -270,17 +270,17 @@ scratch:
 
 import os
 from functools import partial
-from typing import Any, Callable, NoReturn
+from typing import Callable, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_start
-from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, Run, insist, run_command
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError, printable
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Status
-from ansible_collections.virt.iommufd.plugins.module_utils._user import User, find_user
-from ansible_collections.virt.iommufd.plugins.module_utils._vmm import Conditions, Program, Unit
 
-Row = dict[str, Any]
+from ..module_utils import _vmm, _vmm_domain, _vmm_replica, _vmm_start
+from ..module_utils._child import Interrupted, insist, run_command
+from ..module_utils._errors import AccessRefused, IommufdError, shown_path
+from ..module_utils._module import Row, finish, memlock_row
+from ..module_utils._process import Status
+from ..module_utils._user import User, find_user
+from ..module_utils._vmm import Conditions, Program, Unit
 
 NOT_ASKED = "It was not asked for."
 CHECK_MODE = "Not run in check mode."
@@ -289,12 +289,11 @@ UNTRIED = {"ran": False, "ok": None, "inconclusive": False}
 STARTED = {"user": None, "effective": None, "memlock_bytes": None, "memlock_unlimited": False}
 
 
-class Task:
+class CheckTask:
     """What was asked for. `user` is None where none is given."""
 
-    def __init__(self, params: Row, check_mode: bool, run: Run) -> None:
+    def __init__(self, params: Row, check_mode: bool) -> None:
         self.params = params
-        self.run = run
         self._check_mode = check_mode
         as_user = [name for name in ("trial", "scratch") if params[name]]
         if params["start"] and params["emulators"] and not params["domain"]:
@@ -330,41 +329,31 @@ class Task:
             return {**tried, "ok": False, "msg": str(exc)}
 
 
-def shown(path: str) -> str:
-    """A path that is safe to print."""
-    return printable(os.fsencode(path))
-
-
 def effective(status: Status) -> str:
     """A process's effective capabilities as the kernel writes them."""
     return f"{status.effective:016x}"
 
 
-def memlock_row(limit: Limit) -> Row:
-    """A limit of locked memory."""
-    return {"memlock_bytes": limit.soft, "memlock_unlimited": limit.soft is None}
-
-
-def seen_row(seen: _vmm_start.Seen) -> Row:
+def seen_row(seen: _vmm_start.ProcessSeen) -> Row:
     """What was started."""
     void = _vmm.has_ipc_lock(seen.status.effective) and not seen.lifts_memlock
     return {
         "ok": seen.lifts_memlock,
         "user": seen.user,
         "effective": effective(seen.status),
-        **memlock_row(seen.memlock),
+        **memlock_row(seen.memlock.soft),
         "msg": "It has CAP_IPC_LOCK in a user namespace of its own, which lifts no limit of the host's."
         if void
         else "",
     }
 
 
-def emulator_row(task: Task, program: Program, under: Conditions) -> Row:
+def check_emulator(task: CheckTask, program: Program, under: Conditions) -> Row:
     """An emulator, and what came of starting it."""
 
     def check() -> None:
         if program.writer or not program.is_program:
-            raise IommufdError(_vmm.obstacles(program, under)[0])
+            raise IommufdError(_vmm.emulator_obstacles(program, under)[0])
 
     def trial() -> Row:
         check()
@@ -375,31 +364,31 @@ def emulator_row(task: Task, program: Program, under: Conditions) -> Row:
     def started() -> Row:
         check()
         if task.params["domain"]:
-            patient = partial(run_command, seconds=_vmm_start.LIBVIRT_SECONDS)
-            return seen_row(_vmm_start.start_domain(patient, task.params["uri"], program))
+            patient = partial(run_command, seconds=_vmm_domain.LIBVIRT_SECONDS)
+            return seen_row(_vmm_domain.start_bare_domain(patient, task.params["uri"], program))
         return seen_row(_vmm_start.start_emulator(program, under, task.needed_user()))
 
     return {
-        "path": shown(program.path),
-        "real_path": shown(program.real_path),
+        "path": shown_path(program.path),
+        "real_path": shown_path(program.real_path),
         "present": program.present,
         "writer": program.writer and program.writer._asdict(),
         "is_emulator": program.is_program,
         "conditions_of": under.of,
-        "obstacles": _vmm.obstacles(program, under),
+        "obstacles": _vmm.emulator_obstacles(program, under),
         "trial": task.tried("trial", {"effective": None}, trial),
         "started": task.tried("start", {**STARTED, "how": "domain" if task.params["domain"] else "bare"}, started),
     }
 
 
-def unit_row(task: Task, unit: Unit) -> Row:
+def check_unit(task: CheckTask, unit: Unit) -> Row:
     """A service, and what came of starting one like it."""
     program = unit.program
 
     def replica() -> Row:
         if not unit.present or program is None or program.writer:
             raise IommufdError(_vmm.unit_obstacles(unit)[0])
-        return seen_row(_vmm_start.start_replica(task.run, unit))
+        return seen_row(_vmm_replica.start_replica(run_command, unit))
 
     return {
         "name": unit.name,
@@ -412,7 +401,7 @@ def unit_row(task: Task, unit: Unit) -> Row:
     }
 
 
-def user_row(task: Task, name: str) -> Row:
+def check_user(task: CheckTask, name: str) -> Row:
     """A user's limit."""
     nothing: Row = {"user": name, "present": False, "memlock_bytes": None, "memlock_unlimited": False}
     try:
@@ -421,34 +410,32 @@ def user_row(task: Task, name: str) -> Row:
         return {**nothing, **UNTRIED, "msg": str(exc)}
 
     def session() -> Row:
-        return {"ok": True, **memlock_row(_vmm_start.session_memlock(user))}
+        return {"ok": True, **memlock_row(_vmm_start.open_session(user).soft)}
 
     return task.tried("users", {**nothing, "present": True}, session)
 
 
-def scratch_row(task: Task) -> Row:
+def check_iommufd(task: CheckTask) -> Row:
     """What came of setting an iommufd."""
 
     def scratch() -> Row:
-        mode = _vmm_start.scratch_mode(task.needed_user())
+        mode = _vmm_start.try_mode(task.needed_user())
         return {"ok": mode == "process", "mode": mode}
 
     return task.tried("scratch", {"mode": None}, scratch)
 
 
-def check(params: Row, check_mode: bool, run: Run) -> Row:
-    """All that was asked for. Raises IommufdError where the task asks for what cannot be."""
-    task = Task(params, check_mode, run)
+def run(params: Row, check_mode: bool, result: Row) -> None:
+    """Looks at all that was asked for, and tries it. Raises IommufdError where the task asks for what cannot be."""
+    task = CheckTask(params, check_mode)
     # Everything is looked at before anything is started.
     programs = [_vmm.look_at_program(path) for path in params["emulators"]]
-    units = [_vmm.look_at_unit(run, name) for name in params["units"]]
-    under = _vmm.conditions(run) if programs else None
-    return {
-        "emulators": [emulator_row(task, each, under) for each in programs] if under else [],
-        "units": [unit_row(task, each) for each in units],
-        "users": [user_row(task, each) for each in params["users"]],
-        "scratch": scratch_row(task),
-    }
+    units = [_vmm.look_at_unit(run_command, name) for name in params["units"]]
+    under = _vmm.look_at_conditions(run_command) if programs else None
+    result["emulators"] = [check_emulator(task, each, under) for each in programs] if under else []
+    result["units"] = [check_unit(task, each) for each in units]
+    result["users"] = [check_user(task, each) for each in params["users"]]
+    result["scratch"] = check_iommufd(task)
 
 
 def main() -> NoReturn:
@@ -466,11 +453,7 @@ def main() -> NoReturn:
         },
         supports_check_mode=True,
     )
-    try:
-        result = check(module.params, module.check_mode, run_command)
-    except IommufdError as exc:
-        module.fail_json(msg=str(exc))
-    module.exit_json(changed=False, **result)
+    finish(module, run)
 
 
 if __name__ == "__main__":

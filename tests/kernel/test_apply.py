@@ -22,7 +22,7 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import with_ipc_lock
-from ansible_collections.virt.iommufd.plugins.module_utils._record import locked
+from ansible_collections.virt.iommufd.plugins.module_utils._record import lock_record
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_host_apply
 from ansible_collections.virt.iommufd.tests.kernel.harness import CAPABILITIES, VM, Answer, as_user, change_user
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
@@ -551,7 +551,7 @@ def test_whose_record_is_believed() -> None:
     RECORD.write_bytes(content[:-10])
     refused(f"The record {RECORD} is damaged")
     RECORD.write_bytes(content)
-    with locked(str(RECORD)):
+    with lock_record(str(RECORD)):
         refused("Another run works with the record")
     assert apply()["changed"]
     assert xattr() is None

@@ -16,8 +16,8 @@ from typing import Any, Callable
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _borrow, _iommufd, _process
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import IommuFd
+from ansible_collections.virt.iommufd.plugins.module_utils._pidfile import PidfileTarget
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
-from ansible_collections.virt.iommufd.plugins.module_utils._target import PidfileTarget
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
 from ansible_collections.virt.iommufd.tests.kernel.harness import CONTAINER, Answer, Vmm, reusing, start_ticks
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run

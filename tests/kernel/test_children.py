@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_replica, _vmm_start
 from ansible_collections.virt.iommufd.plugins.module_utils._user import find_user
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
 from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, RUN_MODULE, TREE, VM, Answer, change_user
@@ -246,7 +246,7 @@ def test_a_user_who_lowers_limits(service: str) -> None:
 
 def test_a_user_who_takes_the_capability(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a process that has it itself may trace one that has it."""
-    look = _vmm_start._look_at
+    look = _vmm_start.see_in_child
     folder = SERVICE.with_name(f"{service}.d")
     folder.mkdir()
     (folder / "grant.conf").write_text("[Service]\nAmbientCapabilities=CAP_IPC_LOCK\n")
@@ -265,7 +265,7 @@ def test_a_user_who_takes_the_capability(service: str, monkeypatch: pytest.Monke
                 assert select.select([told], [], [], PATIENCE / 4)[0]
                 return look(hold)
 
-            monkeypatch.setattr(_vmm_start, "_look_at", look_late)
+            monkeypatch.setattr(_vmm_replica, "see_in_child", look_late)
             [unit] = checked(units=[service], start=True)["units"]
         assert (unit["replica"]["ok"], unit["replica"]["inconclusive"]) == (None, True)
         assert "has not got CAP_IPC_LOCK that systemd gave it" in unit["replica"]["msg"]
@@ -332,11 +332,11 @@ with open('{told}', 'w') as stream:
 print('{{"QMP"', flush=True)
 time.sleep(600)
 """
-    monkeypatch.setattr(_vmm_start, "_IDLE_QEMU", ("-c", code))
+    monkeypatch.setattr(_vmm_start, "IDLE_QEMU", ("-c", code))
     monkeypatch.setenv("PASSWORD", "S3CRET")
     try:
         program = _vmm.look_at_program(os.path.realpath(sys.executable))
-        _vmm_start.start_emulator(program, _vmm.own_conditions(), find_user("vm"))
+        _vmm_start.start_emulator(program, _vmm.look_at_own_conditions(), find_user("vm"))
         uid, found, terminal, environment = json.loads(told.read_text())
     finally:
         told.unlink()

@@ -13,7 +13,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils import _process
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import RLIMIT_MODE
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget, hold_target
-from ansible_collections.virt.iommufd.plugins.modules.iommufd_option import Job, work
+from ansible_collections.virt.iommufd.plugins.modules.iommufd_option import Job, work_on
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
 from ansible_collections.virt.iommufd.tests.kernel.harness import CONTAINER, Vmm, kernel_config
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
@@ -100,7 +100,7 @@ def test_a_thousand_runs_leave_no_descriptor_behind(vmm: Vmm, start: Start) -> N
         target, fd = [(vmm, iommufd), (vmm, other), (vmm, None), (without, None), (vmm, 999)][turn % 5]
         try:
             with hold_target(PidTarget(target.pid)) as process:
-                work(process, fd, Job(RLIMIT_MODE, None, turn // 5 % 2, turn % 3 == 0))
+                work_on(process, fd, Job(RLIMIT_MODE, None, turn // 5 % 2, turn % 3 == 0))
         except IommufdError:
             failed += 1
             continue

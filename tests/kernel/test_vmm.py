@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_domain, _vmm_start
 from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._user import find_user
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
@@ -119,7 +119,7 @@ def test_without_a_capability(qemu: Path) -> None:
     row = emulator(qemu, start=True, trial=True, user=USER)
     assert row["obstacles"] == []
     assert _vmm.look_at_program(str(qemu)).file_system == _vmm.FileSystem("/", nosuid=False, read_only=False)
-    under = _vmm.conditions(run_command)
+    under = _vmm.look_at_conditions(run_command)
     assert _vmm.has_ipc_lock(under.bounding)
     assert under.initial is True
     assert row["started"]["effective"] == NOTHING
@@ -271,7 +271,7 @@ def test_a_bounding_set_without_it_makes_every_start_fail(qemu: Path) -> None:
         of = f"{LIBVIRT} (pid {command('systemctl', 'show', '--value', '-p', 'MainPID', LIBVIRT).strip()})"
         row = emulator(qemu, trial=True, start=True, user=USER)
         assert row["conditions_of"] == of
-        assert not _vmm.has_ipc_lock(_vmm.conditions(run_command).bounding)
+        assert not _vmm.has_ipc_lock(_vmm.look_at_conditions(run_command).bounding)
         assert f"CAP_IPC_LOCK is not in the bounding set of {of}" in row["obstacles"][0]
         # As it is, it can be executed; with the capability nobody could.
         assert (row["started"]["ok"], row["started"]["effective"]) == (False, NOTHING)
@@ -289,7 +289,7 @@ def test_no_new_privileges_void_it_in_silence(qemu: Path) -> None:
     with libvirt_with("NoNewPrivileges=yes"):
         row = emulator(qemu, trial=True, start=True, user=USER)
         assert row["conditions_of"] == LIBVIRT
-        under = _vmm.conditions(run_command)
+        under = _vmm.look_at_conditions(run_command)
         assert (under.of, under.no_new_privs, under.initial) == (LIBVIRT, True, True)
         assert _vmm.has_ipc_lock(under.bounding)
         assert "runs with NoNewPrivileges" in row["obstacles"][0]
@@ -342,8 +342,8 @@ def test_what_was_started_ends_with_the_module() -> None:
     reading, writing = os.pipe()
     module = os.fork()
     if not module:
-        under, user = _vmm.own_conditions(), find_user(USER)
-        arguments = [QEMU, *_vmm_start._IDLE_QEMU]
+        under, user = _vmm.look_at_own_conditions(), find_user(USER)
+        arguments = [QEMU, *_vmm_start.IDLE_QEMU]
         with open("/dev/null", "wb") as null, _vmm_start._started(QEMU, arguments, under, user, null, null) as pid:
             os.write(writing, f"{pid}\n".encode())
             signal.pause()
@@ -596,10 +596,10 @@ def test_a_domain_ends_with_the_module() -> None:
             return 0, command(*words), ""
 
         uri = "qemu:///system"
-        domain = _vmm_start.domain_xml(
-            _vmm_start._domain_capabilities(run_, uri, program), name, "5f0b7d8e-3f0c-4a52-9c19-6f1d1f5a6c11", QEMU
+        domain = _vmm_domain.domain_xml(
+            _vmm_domain._domain_capabilities(run_, uri, program), name, "5f0b7d8e-3f0c-4a52-9c19-6f1d1f5a6c11", QEMU
         )
-        with _vmm_start._created(uri, name, domain):
+        with _vmm_domain._created(uri, name, domain):
             os.write(writing, b"x")
             signal.pause()
         os._exit(0)
@@ -612,4 +612,4 @@ def test_a_domain_ends_with_the_module() -> None:
         os.kill(module, signal.SIGKILL)
         os.waitpid(module, 0)
     await_(lambda: name not in command("virsh", "list", "--all", "--name"))
-    _vmm_start._remove_leftovers(name, "5f0b7d8e-3f0c-4a52-9c19-6f1d1f5a6c11")
+    _vmm_domain._remove_leftovers(name, "5f0b7d8e-3f0c-4a52-9c19-6f1d1f5a6c11")

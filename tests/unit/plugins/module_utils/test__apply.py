@@ -14,7 +14,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._apply import after, 
 from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import with_ipc_lock
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._record import UNIT, Item, Record
-from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState, UnitState, split_block
+from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState, split_block
 from ansible_collections.virt.iommufd.plugins.module_utils._steps import (
     Effect,
     EnableUnit,
@@ -31,6 +31,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._steps import (
     StopUnit,
     WriteFile,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import UnitState
 from ansible_collections.virt.iommufd.plugins.module_utils._undo import steps_back
 from ansible_collections.virt.iommufd.plugins.module_utils._wanted import View, Wanted, WantedFile
 
@@ -261,7 +262,7 @@ def test_nodes_that_the_rule_is_not_in_force_for(node: NodeState, group: str, mo
     assert effects(wanted, view) == ([Reload(("udev",)), FollowRules(wanted.nodes)] if other else [])
     assert said(wanted, view) == []
     # Those that are only remembered are not asked for.
-    assert steps_on(replace(wanted, nodes=("/dev/iommu",)), view) == []
+    assert steps_on(wanted._replace(nodes=("/dev/iommu",)), view) == []
 
 
 def test_nodes_follow_a_rule_that_is_new() -> None:
@@ -274,7 +275,7 @@ def test_nodes_follow_a_rule_that_is_new() -> None:
     )
     assert effects(wanted, view)[1:] == [Relabel((RULE,)), Reload(("udev",)), FollowRules(wanted.nodes)]
     # Where there is no node that could follow, udev has the rule for those to come.
-    assert effects(replace(wanted, nodes=()), view)[1:] == [Relabel((RULE,)), Reload(("udev",))]
+    assert effects(wanted._replace(nodes=()), view)[1:] == [Relabel((RULE,)), Reload(("udev",))]
     # And of a file that is not udev's it need not know.
     view = replace(view, files={RULE: LABELLED, "/etc/other": OTHER})
     assert [type(effect) for effect in effects(wanted, view)] == [WriteFile]

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -21,25 +20,26 @@ from ansible_collections.virt.iommufd.plugins.module_utils import _device, _doma
 from ansible_collections.virt.iommufd.plugins.module_utils._device import new_iommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     Definition,
-    Libvirt,
+    DomainSeen,
+    Endpoint,
     NoDaemon,
-    Seen,
     SessionDaemon,
     SessionDomain,
     check_limit,
     check_startable,
+    device_obstacles,
+    dotted_version,
     log_end,
     log_file,
-    look,
-    obstacles,
+    look_at_domain,
     parse_definition,
-    start,
     start_daemon,
-    version_text,
+    start_domain,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._pidfile import PidfileTarget
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status
-from ansible_collections.virt.iommufd.plugins.module_utils._target import DomainTarget, PidfileTarget, hold_target
+from ansible_collections.virt.iommufd.plugins.module_utils._target import DomainTarget, hold_target
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 from ansible_collections.virt.iommufd.tests.unit.fake_libvirt import FakeDomain, FakeLibvirt
@@ -182,51 +182,51 @@ def test_an_address_of_any_length_is_none() -> None:
     assert parse_definition(xml(DEVICE.format("", "\u0661"))).devices == ()
 
 
-SEEN = Seen(12_008_000, "u-u-i-d", False, "shut off", Definition("g", ("0000:00:05.1",), 2 * GIB), ("No way.",))
+SEEN = DomainSeen(12_008_000, "u-u-i-d", False, "shut off", Definition("g", ("0000:00:05.1",), 2 * GIB), ("No way.",))
 
 
 def test_what_was_seen_crosses_over_to_another_process() -> None:
-    assert Seen.from_json(json.loads(json.dumps(SEEN.to_json()))) == SEEN
-    bare = dataclasses.replace(SEEN, definition=Definition(None, (), None), obstacles=())
-    assert Seen.from_json(json.loads(json.dumps(bare.to_json()))) == bare
+    assert DomainSeen.from_json(json.loads(json.dumps(SEEN.to_json()))) == SEEN
+    bare = SEEN._replace(definition=Definition(None, (), None), obstacles=())
+    assert DomainSeen.from_json(json.loads(json.dumps(bare.to_json()))) == bare
 
 
 def test_more_devices_than_any_domain_has() -> None:
     definition = parse_definition(xml(DEVICE.format("", 5) * 2000))
     assert (len(definition.devices), definition.need_bytes) == (256, parse_definition(xml()).need_bytes)
-    seen = dataclasses.replace(SEEN, definition=definition, obstacles=("No way.",) * 512)
-    assert Seen.from_json(json.loads(json.dumps(seen.to_json()))) == seen
-    for change in ({"obstacles": ["No."] * 513}, {"definition": {**vars(definition), "devices": ["a"] * 257}}):
+    seen = SEEN._replace(definition=definition, obstacles=("No way.",) * 512)
+    assert DomainSeen.from_json(json.loads(json.dumps(seen.to_json()))) == seen
+    for change in ({"obstacles": ["No."] * 513}, {"definition": {**definition._asdict(), "devices": ["a"] * 257}}):
         with pytest.raises(IommufdError, match=r"has more than [0-9]+ texts\.$"):
-            Seen.from_json({**seen.to_json(), **change})
+            DomainSeen.from_json({**seen.to_json(), **change})
 
 
 def test_not_all_obstacles_are_told() -> None:
-    seen = dataclasses.replace(SEEN, obstacles=("a" * 4000,) * 512)
+    seen = SEEN._replace(obstacles=("a" * 4000,) * 512)
     with pytest.raises(IommufdError, match=r"\.\.\. There are 502 more like these\.$") as raised:
-        check_startable("vm1", Libvirt(SESSION, VM), seen)
+        check_startable("vm1", Endpoint(SESSION, VM), seen)
     assert len(str(raised.value)) < 4300
 
 
 @pytest.mark.parametrize("change", [{"version": "x"}, {"definition": 3}, {"obstacles": None}, {"definition": {}}])
 def test_what_another_process_made_up(change: dict[str, Any]) -> None:
     with pytest.raises(IommufdError, match="cannot be read"):
-        Seen.from_json({**SEEN.to_json(), **change})
+        DomainSeen.from_json({**SEEN.to_json(), **change})
     with pytest.raises(IommufdError, match="cannot be read"):
-        Seen.from_json([])
+        DomainSeen.from_json([])
 
 
 def test_what_another_process_says_is_safe_to_print() -> None:
-    assert Seen.from_json({**SEEN.to_json(), "state": "\x1b[31m\udc80"}).state == "\\x1b[31m\\x80"
+    assert DomainSeen.from_json({**SEEN.to_json(), "state": "\x1b[31m\udc80"}).state == "\\x1b[31m\\x80"
 
 
 def test_version() -> None:
-    assert version_text(12_008_001) == "12.8.1"
+    assert dotted_version(12_008_001) == "12.8.1"
 
 
 @pytest.mark.parametrize("unprivileged", [False, True])
 def test_look(libvirt: FakeLibvirt, unprivileged: bool) -> None:
-    seen = Seen.from_json(look(SESSION, "vm1", unprivileged))
+    seen = DomainSeen.from_json(look_at_domain(SESSION, "vm1", unprivileged))
     assert seen.version == libvirt.version
     assert seen.uuid == "8e3ae1bb-0f0e-4a0f-8f55-1a8f0b2a1c51"
     assert (seen.active, seen.state) == (False, "shut off")
@@ -242,38 +242,38 @@ def test_look(libvirt: FakeLibvirt, unprivileged: bool) -> None:
 @pytest.mark.parametrize(("number", "word"), [(1, "running"), (3, "paused"), (99, "99")])
 def test_look_at_one_that_runs(libvirt: FakeLibvirt, number: int, word: str) -> None:
     libvirt.domains["vm1"].number = number
-    seen = Seen.from_json(look(SESSION, "vm1", True))
+    seen = DomainSeen.from_json(look_at_domain(SESSION, "vm1", True))
     assert (seen.active, seen.state, seen.obstacles) == (True, word, ())
 
 
 def test_no_such_domain(libvirt: FakeLibvirt) -> None:
     with pytest.raises(IommufdError, match=r"^There is no domain vm2 at qemu:///session: define it first"):
-        look(SESSION, "vm2", True)
+        look_at_domain(SESSION, "vm2", True)
     assert libvirt.closed == 1
 
 
 def test_another_error_of_libvirts(libvirt: FakeLibvirt) -> None:
     libvirt.failing["lookupByName"] = libvirt.libvirtError(1, "out of \x07 order")
     with pytest.raises(IommufdError, match=r"^libvirt \(qemu:///session\) says: out of \\x07 order$"):
-        look(SESSION, "vm1", True)
+        look_at_domain(SESSION, "vm1", True)
     assert libvirt.closed == 1
 
 
 def test_nobody_answers(libvirt: FakeLibvirt) -> None:
     libvirt.failing["open"] = libvirt.libvirtError(38, "Failed to connect socket")
     with pytest.raises(NoDaemon, match=r"^libvirt does not answer at qemu:///session: Failed to connect socket$"):
-        look(SESSION, "vm1", True)
+        look_at_domain(SESSION, "vm1", True)
 
 
 def test_the_binding_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "libvirt", None)
     with pytest.raises(IommufdError, match=r"install the package python3-libvirt"):
-        look(SESSION, "vm1", True)
+        look_at_domain(SESSION, "vm1", True)
 
 
 @pytest.mark.parametrize(("paused", "state"), [(False, "running"), (True, "paused")])
 def test_start(libvirt: FakeLibvirt, paused: bool, state: str) -> None:
-    assert start(SESSION, "vm1", "g", 7, paused) == {"state": state, "started": True}
+    assert start_domain(SESSION, "vm1", "g", 7, paused) == {"state": state, "started": True}
     assert libvirt.domains["vm1"].associated == {"g": [7]}
     assert libvirt.closed == 1
 
@@ -288,14 +288,14 @@ def test_a_start_that_fails(libvirt: FakeLibvirt, call: str, tmp_path: Path, mon
     libvirt.before_failure = lambda: log.write_text(log.read_text() + "qemu: of today\n")
     said = "Domain vm1 did not start. libvirt says: qemu: -12 (Cannot allocate memory)."
     with pytest.raises(IommufdError, match=f"^{re.escape(said)} The end of {log}: qemu: of today$"):
-        start(SESSION, "vm1", "g", 7, False)
+        start_domain(SESSION, "vm1", "g", 7, False)
     assert libvirt.closed == 1
 
 
 def test_a_start_for_which_somebody_was_quicker(libvirt: FakeLibvirt) -> None:
     # Whether it is accounted as asked for is looked at afterwards.
     libvirt.domains["vm1"].number = 1
-    assert start(SESSION, "vm1", "g", 7, True) == {"state": "running", "started": False}
+    assert start_domain(SESSION, "vm1", "g", 7, True) == {"state": "running", "started": False}
 
 
 LOG = b"""\
@@ -346,7 +346,7 @@ def devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_device_that_may_be_used(devices: Path) -> None:
     (devices / "vfio0").write_text("")
-    assert list(obstacles(("0000:00:01.0",))) == []
+    assert list(device_obstacles(("0000:00:01.0",))) == []
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_a_device_that_may_be_used(devices: Path) -> None:
     ],
 )
 def test_a_device_that_may_not_be_used(devices: Path, address: str, words: str) -> None:
-    (said,) = obstacles((address,))
+    (said,) = device_obstacles((address,))
     assert re.search(words, said)
 
 
@@ -368,7 +368,7 @@ def test_a_device_that_belongs_to_somebody_else(devices: Path, monkeypatch: pyte
     (devices / "vfio0").chmod(0o400)
     # To root everything is open.
     monkeypatch.setattr(os, "access", lambda *_given: False)
-    (said,) = obstacles(("0000:00:01.0",))
+    (said,) = device_obstacles(("0000:00:01.0",))
     assert re.search(r"vfio0 \(mode 0400, owner \S+\), which uid [0-9]+ may not open for reading and writing", said)
 
 
@@ -476,7 +476,7 @@ def test_no_daemon_is_installed(systemd: FakeSystemd, monkeypatch: pytest.Monkey
         start_daemon(SESSION, "vm")
 
 
-@pytest.mark.parametrize(("errors", "words"), [("Job  failed\n", "says: Job failed$"), ("", "says: exit code 3$")])
+@pytest.mark.parametrize(("errors", "words"), [("Job  failed\n", "failed: Job failed$"), ("", "failed: exit code 3$")])
 def test_a_unit_that_does_not_start(systemd: FakeSystemd, errors: str, words: str) -> None:
     systemd.failing = (3, errors)
     with pytest.raises(NoDaemon, match=words):
@@ -495,13 +495,13 @@ def test_a_host_without_systemd(systemd: FakeSystemd, monkeypatch: pytest.Monkey
         raise FileNotFoundError(2, "no")
 
     monkeypatch.setattr(_domain, "run_command", fail)
-    with pytest.raises(NoDaemon, match=r"^systemctl cannot be run \(ENOENT"):
+    with pytest.raises(NoDaemon, match=r"systemctl cannot be run \(ENOENT"):
         start_daemon(SESSION, "vm")
 
 
 @pytest.mark.parametrize("uri", [SESSION, SYSTEM])
 def test_where_the_emulator_and_the_daemon_are_found(uri: str) -> None:
-    libvirt = Libvirt(uri, VM)
+    libvirt = Endpoint(uri, VM)
     if uri == SYSTEM:
         assert (libvirt.session, libvirt.daemon()) == (None, None)
         assert libvirt.emulator_of("vm1") == DomainTarget("vm1")
@@ -565,7 +565,7 @@ def test_a_daemon_of_somebody_else(emulator: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_can_be_started() -> None:
-    assert check_startable("vm1", Libvirt(SESSION, VM), dataclasses.replace(SEEN, obstacles=())) == "g"
+    assert check_startable("vm1", Endpoint(SESSION, VM), SEEN._replace(obstacles=())) == "g"
 
 
 LINE = r"edit vm1\): <iommufd enabled='yes' fdgroup='iommufd'/>"
@@ -583,7 +583,7 @@ LINE = r"edit vm1\): <iommufd enabled='yes' fdgroup='iommufd'/>"
 )
 def test_what_cannot_be_started(uri: str, change: dict[str, Any], words: str) -> None:
     with pytest.raises(IommufdError, match=words):
-        check_startable("vm1", Libvirt(uri, VM), dataclasses.replace(SEEN, **change))
+        check_startable("vm1", Endpoint(uri, VM), SEEN._replace(**change))
 
 
 def daemon(effective: int = 0) -> Process:

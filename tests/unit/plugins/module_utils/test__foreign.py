@@ -10,7 +10,12 @@ import random
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils._domain import Definition, Seen, Started, unit_from_json
+from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
+    Definition,
+    DomainSeen,
+    Started,
+    unit_from_json,
+)
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._foreign import (
     COUNT_MAX,
@@ -231,9 +236,9 @@ def test_xml_of_many_levels_is_read_and_let_go() -> None:
     del root
 
 
-SEEN = Seen(12_008_000, "u-u-i-d", False, "shut off", Definition("g", ("0000:00:05.1",), 2**31), ("No way.",))
+SEEN = DomainSeen(12_008_000, "u-u-i-d", False, "shut off", Definition("g", ("0000:00:05.1",), 2**31), ("No way.",))
 READERS: list[tuple[Callable[[Any], Any], Any]] = [
-    (Seen.from_json, SEEN.to_json()),
+    (DomainSeen.from_json, SEEN.to_json()),
     (Started.from_json, {"state": "running", "started": True}),
     (unit_from_json, "libvirtd.service"),
     (lambda given: member(given, "a", or_none(number)), {"a": 3}),

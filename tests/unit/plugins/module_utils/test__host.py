@@ -49,24 +49,24 @@ def test_where_iommufd_is(
     monkeypatch.setattr(_host, "misc_rdev", lambda: rdev)
     for name, text in files.items():
         write(sys.parent / name, text)
-    assert _host.module_state("6") == state
+    assert _host.find_module("6") == state
 
 
 def test_a_node() -> None:
     status = os.stat(os.devnull)
-    assert _host.node(os.devnull) == Node(NULL, f"{status.st_mode & 0o7777:04o}", "root", "root")
-    assert _host.node("/") is None
-    assert _host.node("/nowhere") is None
+    assert _host.look_at_node(os.devnull) == Node(NULL, f"{status.st_mode & 0o7777:04o}", "root", "root")
+    assert _host.look_at_node("/") is None
+    assert _host.look_at_node("/nowhere") is None
 
 
 def test_what_an_iommufd_of_our_own_answers(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_device, "DEVICE", os.devnull)
     monkeypatch.setattr(_device, "misc_rdev", lambda: NULL)
-    assert (_host.scratch().readable, _host.scratch().settable) == (True, True)
+    assert (_host.try_iommufd().readable, _host.try_iommufd().settable) == (True, True)
     kernel.privileged = False
-    assert (_host.scratch().readable, _host.scratch().settable) == (True, False)
+    assert (_host.try_iommufd().readable, _host.try_iommufd().settable) == (True, False)
     kernel.without = errno.EOPNOTSUPP
-    assert (_host.scratch().readable, _host.scratch().settable) == (False, False)
+    assert (_host.try_iommufd().readable, _host.try_iommufd().settable) == (False, False)
     assert kernel.mode == 0
 
 
@@ -83,7 +83,7 @@ def test_nothing_else_is_opened(
 ) -> None:
     monkeypatch.setattr(_device, "DEVICE", device)
     monkeypatch.setattr(_device, "misc_rdev", lambda: rdev)
-    scratch = _host.scratch()
+    scratch = _host.try_iommufd()
     assert (scratch.readable, scratch.settable) == (None, None)
     assert words in scratch.msg
     assert kernel.calls == []
@@ -93,7 +93,7 @@ def test_a_link_to_the_node_will_do(kernel: FakeKernel, monkeypatch: pytest.Monk
     (tmp_path / "iommu").symlink_to(os.devnull)
     monkeypatch.setattr(_device, "DEVICE", str(tmp_path / "iommu"))
     monkeypatch.setattr(_device, "misc_rdev", lambda: NULL)
-    assert _host.scratch().readable
+    assert _host.try_iommufd().readable
 
 
 def test_it_may_not_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_it_may_not_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_device, "DEVICE", os.devnull)
     monkeypatch.setattr(_device, "misc_rdev", lambda: NULL)
     monkeypatch.setattr(os, "open", refuse)
-    assert "cannot be opened by uid" in _host.scratch().msg
+    assert "cannot be opened by uid" in _host.try_iommufd().msg
 
 
 @pytest.mark.parametrize(("text", "scope"), [("2\n", 2), ("two", None), (None, None)])
@@ -111,7 +111,7 @@ def test_yama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None,
     if text is not None:
         write(tmp_path / "ptrace_scope", text)
     monkeypatch.setattr(_host, "_YAMA", str(tmp_path / "ptrace_scope"))
-    assert _host.yama_ptrace_scope() == scope
+    assert _host.read_yama_scope() == scope
 
 
 @pytest.mark.parametrize(
@@ -131,9 +131,9 @@ def test_proc_may_hide_processes(
     lines = line.format("/sys", "sysfs", "hidepid=2") + line.format("/proc", "proc", options)
     write(tmp_path / "mountinfo", lines)
     monkeypatch.setattr(_host, "_MOUNTINFO", str(tmp_path / "mountinfo"))
-    assert _host.proc_hides() == hides
+    assert _host.read_hidepid() == hides
     monkeypatch.setattr(_host, "_MOUNTINFO", str(tmp_path / "nowhere"))
-    assert _host.proc_hides() is None
+    assert _host.read_hidepid() is None
 
 
 def test_the_nodes_of_vfio(sys: Path) -> None:
@@ -147,13 +147,13 @@ def test_the_nodes_of_vfio(sys: Path) -> None:
     write(sys / "class/vfio/vfio/dev", "10:196\n")
     device.mkdir(parents=True)
     (sys / "class/vfio-dev/vfio0/device").symlink_to(device)
-    assert _host.iommu_groups() == {5: ["0000:00:05.0"], 12: ["0000:00:1f.0"]}
-    assert _host.vfio_nodes() == {
+    assert _host.find_iommu_groups() == {5: ["0000:00:05.0"], 12: ["0000:00:1f.0"]}
+    assert _host.find_vfio_nodes() == {
         os.makedev(511, 0): VfioNode("/dev/vfio/devices/vfio0", ["0000:00:05.0"], 5, of_group=False),
         os.makedev(242, 0): VfioNode("/dev/vfio/5", ["0000:00:05.0"], 5, of_group=True),
         os.makedev(242, 1): VfioNode("/dev/vfio/noiommu-0", [], 0, of_group=True),
     }
-    assert _host.iommus() == []
+    assert _host.find_iommus() == []
 
 
 def test_emulators_are_named_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_emulators_are_named_once_each(tmp_path: Path, monkeypatch: pytest.Monke
     usual.chmod(0o755)
     (tmp_path / "qemu-system-b").symlink_to(usual)
     monkeypatch.setattr(_host, "_EMULATORS", (f"{tmp_path}/qemu-system-*",))
-    assert _host.emulators([f"{tmp_path}/mine", str(usual)]) == [
+    assert _host.find_emulators([f"{tmp_path}/mine", str(usual)]) == [
         Emulator(str(usual), present=True),
         Emulator(f"{tmp_path}/mine", present=False),
     ]
@@ -171,18 +171,18 @@ def test_emulators_are_named_once_each(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_emulator_that_nobody_answers_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # It waits for somebody who writes.
     os.mkfifo(tmp_path / "fifo")
-    look_at = _host._look_at
+    look_at = _host._look_at_emulator
 
     def look(path: str) -> Emulator:
         if path.endswith("fifo"):
             os.open(path, os.O_RDONLY)
         return look_at(path)
 
-    monkeypatch.setattr(_host, "_look_at", look)
+    monkeypatch.setattr(_host, "_look_at_emulator", look)
     monkeypatch.setattr(_host, "_PATIENCE", 0.3)
     monkeypatch.setattr(_host, "_EMULATORS", ())
     # The others are looked at all the same.
-    first, found, last = _host.emulators([f"{tmp_path}/{name}" for name in ("a", "fifo", "b")])
+    first, found, last = _host.find_emulators([f"{tmp_path}/{name}" for name in ("a", "fifo", "b")])
     assert (found.path, found.present, found.capabilities) == (f"{tmp_path}/fifo", False, None)
     assert found.msg.startswith(f"{tmp_path}/fifo was not found within 0.3 seconds.")
     assert [first, last] == [Emulator(f"{tmp_path}/{name}", present=False) for name in ("a", "b")]
@@ -195,7 +195,7 @@ def test_what_is_no_emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "loop").symlink_to("loop")
     paths = [f"{tmp_path}/{name}" for name in ("fifo", "text", "folder", "loop", "text/below")]
     monkeypatch.setattr(_host, "_EMULATORS", ())
-    assert _host.emulators(paths) == [Emulator(path, present=False) for path in paths]
+    assert _host.find_emulators(paths) == [Emulator(path, present=False) for path in paths]
 
 
 def test_an_emulator_that_others_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +206,7 @@ def test_an_emulator_that_others_can_write(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "theirs").chmod(0o777)
     (tmp_path / "shared").chmod(0o777)
     monkeypatch.setattr(_host, "_EMULATORS", (f"{tmp_path}/their*",))
-    first, second = _host.emulators([f"{tmp_path}/shared/qemu"])
+    first, second = _host.find_emulators([f"{tmp_path}/shared/qemu"])
     assert (first.path, first.present) == (f"{tmp_path}/theirs", True)
     assert first.writer == Writer(f"{tmp_path}/theirs", "everybody")
     assert second.writer == Writer(f"{tmp_path}/shared", "everybody")
@@ -241,7 +241,7 @@ def test_capabilities_that_cannot_be_told(
 
     monkeypatch.setattr(os, "getxattr", getxattr)
     monkeypatch.setattr(_host, "_EMULATORS", ())
-    (found,) = _host.emulators([str(tmp_path / "qemu")])
+    (found,) = _host.find_emulators([str(tmp_path / "qemu")])
     assert (found.path, found.present, found.capabilities) == (str(tmp_path / "qemu"), True, None)
     assert words.format(tmp_path / "qemu") in found.msg
     assert bool(found.msg) == bool(words)

@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt
+from ansible_collections.virt.iommufd.plugins.module_utils._child import Run
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused
 from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     Libvirt,
+    daemon_unit_of,
     library_version,
-    look,
+    look_at_libvirt,
     offers_iommufd,
-    parse_units,
     sets_rlimit_mode,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.plugins.module_utils._selinux import Verdict
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import parse_units
 
 HOSTDEV = "<devices><hostdev><enum name='iommufd'>%s</enum></hostdev></devices>"
 ALL = "cap_chown cap_sys_resource cap_ipc_lock"
@@ -58,16 +60,17 @@ def test_the_version_is_in_the_librarys_name(text: bytes, version: tuple[int, in
 )
 def test_what_a_unit_would_run_with(properties: dict[str, str], may: bool) -> None:
     (shown,) = parse_units(unit("virtqemud.service", **properties))
-    assert shown.may is may
+    assert daemon_unit_of(shown).may is may
 
 
 def test_what_a_unit_would_start() -> None:
     started = "{ path=/usr/sbin/virtqemud ; argv[]=/usr/sbin/virtqemud --timeout 120 ; ignore_errors=no }"
     (shown,) = parse_units(unit("virtqemud.service", ExecStart=started, SELinuxContext="-a:b:c"))
-    assert (shown.program, shown.context) == ("/usr/sbin/virtqemud", "a:b:c")
+    unit_seen = daemon_unit_of(shown)
+    assert (unit_seen.program, unit_seen.context) == ("/usr/sbin/virtqemud", "a:b:c")
 
 
-def answer(*units: str) -> _libvirt.Run:
+def answer(*units: str) -> Run:
     return lambda _command: (0, "\n".join(units), "")
 
 
@@ -85,13 +88,13 @@ def answer(*units: str) -> _libvirt.Run:
     ],
 )
 def test_which_daemon_drives_qemu(units: list[str], chosen: str | None) -> None:
-    assert look(answer(*units)).unit == chosen
+    assert look_at_libvirt(answer(*units)).unit == chosen
 
 
 def test_a_running_daemon_is_looked_at_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Process, "read", lambda _self, name: b"/lib/libvirt.so.0.12008.0" if name == "maps" else b"")
     running = unit("virtqemud.service", MainPID=str(os.getpid()), CapabilityBoundingSet="")
-    found = look(answer(unit("libvirtd.service"), running))
+    found = look_at_libvirt(answer(unit("libvirtd.service"), running))
     assert (found.unit, found.pid, found.version) == ("virtqemud.service", os.getpid(), (12, 8, 0))
     assert found.may is not None
 
@@ -101,30 +104,33 @@ def test_its_memory_map_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None
         raise AccessRefused("It is hidden.")
 
     monkeypatch.setattr(Process, "read", refuse)
-    found = look(answer(unit("virtqemud.service", MainPID=str(os.getpid()))))
+    found = look_at_libvirt(answer(unit("virtqemud.service", MainPID=str(os.getpid()))))
     assert found.version == found.installed
     assert "It is hidden." in found.msg
 
 
 def test_it_has_just_ended() -> None:
-    found = look(answer(unit("virtqemud.service", MainPID="2147483647")))
+    found = look_at_libvirt(answer(unit("virtqemud.service", MainPID="2147483647")))
     assert found.pid is None
     assert found.may is True
 
 
-@pytest.mark.parametrize("pid", [0, os.getpid(), 2147483647])
+@pytest.mark.parametrize("daemon", ["not running", "running", "just ended"])
 @pytest.mark.parametrize(("allowed", "may"), [(True, True), (False, False), (None, None)])
-def test_what_selinux_leaves(monkeypatch: pytest.MonkeyPatch, pid: int, allowed: bool | None, may: bool | None) -> None:
-    monkeypatch.setattr(_libvirt, "names", lambda _mask: ("cap_sys_resource",))
+def test_what_selinux_leaves(
+    monkeypatch: pytest.MonkeyPatch, daemon: str, allowed: bool | None, may: bool | None
+) -> None:
+    pid = {"not running": 0, "running": os.getpid(), "just ended": 2147483647}[daemon]
+    monkeypatch.setattr(_libvirt, "capability_names", lambda _mask: ("cap_sys_resource",))
     monkeypatch.setattr(_libvirt, "lets_use", lambda _capability, _context: Verdict(allowed, "so it is"))
     monkeypatch.setattr(Process, "in_initial_user_namespace", lambda _self: True)
-    found = look(answer(unit("virtqemud.service", MainPID=str(pid))))
+    found = look_at_libvirt(answer(unit("virtqemud.service", MainPID=str(pid))))
     assert (found.may, found.why) == (may, "so it is")
 
 
 def test_what_a_daemon_has_not_selinux_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_libvirt, "lets_use", pytest.fail)
-    found = look(answer(unit("virtqemud.service", CapabilityBoundingSet="")))
+    found = look_at_libvirt(answer(unit("virtqemud.service", CapabilityBoundingSet="")))
     assert (found.may, found.why) == (False, "")
 
 
@@ -135,7 +141,7 @@ def test_systemd_may_not_answer(fails: bool) -> None:
             raise FileNotFoundError(2, "no")
         return 1, "", "Failed to connect\n"
 
-    assert "systemd cannot be asked" in look(run).msg
+    assert "systemd cannot be asked" in look_at_libvirt(run).msg
 
 
 def libvirt(version: Any = (12, 8, 0), **other: Any) -> Libvirt:

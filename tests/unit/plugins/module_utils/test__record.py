@@ -25,9 +25,10 @@ from ansible_collections.virt.iommufd.plugins.module_utils._record import (
     Record,
     RecordUnusable,
     check_caller,
-    locked,
+    lock_record,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState, UnitState
+from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import UnitState
 
 OLD = FileState(b"old", 0o640, 1, 2, {"user.a": b"\xff"})
 NODES = {"mode": "0600", "uid": 0, "gid": 36}
@@ -167,7 +168,7 @@ def test_whose_record_is_believed(path: str, monkeypatch: pytest.MonkeyPatch) ->
             act()
     with pytest.raises(RecordUnusable, match=f"^{above} is not believed, which everybody can write"):
         Record.load(path)
-    with pytest.raises(RecordUnusable, match=f"^{above} is not believed"), locked(path):
+    with pytest.raises(RecordUnusable, match=f"^{above} is not believed"), lock_record(path):
         pass
     os.chmod(above, 0o755)
     monkeypatch.setattr(_paths, "_TRUSTED", ())
@@ -180,13 +181,13 @@ def test_whose_record_is_believed(path: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_one_at_a_time(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_record, "_LOCK_PATIENCE", 0.2)
-    with locked(path), pytest.raises(IommufdError, match="Another run works with the record"), locked(path):
+    with lock_record(path), pytest.raises(IommufdError, match="Another run works with the record"), lock_record(path):
         pass
-    with locked(path):
+    with lock_record(path):
         pass
     with (
         pytest.raises(IommufdError, match=r"cannot be kept: .* is no folder that is there \(ENOENT"),
-        locked(f"{path}/a/b"),
+        lock_record(f"{path}/a/b"),
     ):
         pass
 
@@ -203,9 +204,9 @@ def test_what_the_system_refuses(path: str, tmp_path: Path, monkeypatch: pytest.
     # A file is in the place of a folder.
     with (
         pytest.raises(IommufdError, match=r"cannot be kept: .* is no folder that is there \(ENOTDIR"),
-        locked(f"{path}/a/b"),
+        lock_record(f"{path}/a/b"),
     ):
         pass
     monkeypatch.setattr(_record, "_LOCK", f"{tmp_path}/none/lock")
-    with pytest.raises(IommufdError, match=f"^{tmp_path}/none/lock cannot be opened \\(ENOENT"), locked(path):
+    with pytest.raises(IommufdError, match=f"^{tmp_path}/none/lock cannot be opened \\(ENOENT"), lock_record(path):
         pass

@@ -12,8 +12,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils import _running
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._running import (
     DomainRecord,
-    domain_record,
     parse_domain_record,
+    read_domain_record,
 )
 
 # As libvirt 11.3 writes it, and shorter.
@@ -88,13 +88,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_record_is_read(folder: Path) -> None:
     (folder / "vm 1'.xml").write_text(DOMAIN.format(42, 1, "vm"))
     os.utime(folder / "vm 1'.xml", (0, 1000))
-    assert domain_record("vm 1'") == DomainRecord(42, 1, "vm", None, 1000.0)
+    assert read_domain_record("vm 1'") == DomainRecord(42, 1, "vm", None, 1000.0)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../../etc/passwd", "a/b", "/run/vm1", "vm\0"])
 def test_a_domain_is_a_name_and_not_a_path(name: str) -> None:
     with pytest.raises(IommufdError, match="a name, not a path"):
-        domain_record(name)
+        read_domain_record(name)
 
 
 def test_what_is_not_libvirts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,13 +115,13 @@ def test_what_is_not_libvirts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "\ud800": "cannot be read .it is no path",
     }.items():
         with pytest.raises(IommufdError, match=words) as caught:
-            domain_record(name)
+            read_domain_record(name)
         assert str(caught.value).isprintable()
     monkeypatch.setattr(_running, "_LIBVIRT_UID", os.getuid() + 1)
     with pytest.raises(
         IommufdError, match=f"theirs.xml is not libvirt's: it belongs to uid {os.getuid()}, not to root"
     ):
-        domain_record("theirs")
+        read_domain_record("theirs")
 
 
 @pytest.mark.parametrize("place", ["folder", "file"])
@@ -137,4 +137,4 @@ def test_a_mount_in_the_place_of_what_is_libvirts(folder: Path, monkeypatch: pyt
     real = os.fstat
     monkeypatch.setattr(os, "fstat", lambda fd: pytest.fail("asked") if mount_id(fd) == b"99" else real(fd))
     with pytest.raises(IommufdError, match="is not libvirt's: something is mounted there"):
-        domain_record("vm")
+        read_domain_record("vm")

@@ -13,18 +13,16 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _capabilities, _states
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Untrusted
 from ansible_collections.virt.iommufd.plugins.module_utils._states import (
     FileState,
     NodeState,
-    UnitState,
     capability_in,
     kernels_node,
     make_folder,
     matching_nodes,
     missing_folders,
-    must_run,
     node_state,
     open_file,
     read_file_state,
@@ -33,7 +31,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._states import (
     set_node,
     setting_of,
     split_block,
-    unit_states,
     write_file_state,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._user import owner_name
@@ -320,39 +317,3 @@ def test_half_a_block(content: bytes) -> None:
 )
 def test_a_setting(text: str, values: list[str] | None) -> None:
     assert setting_of(text, "acl") == values
-
-
-PATH = "LoadState=loaded\nUnitFileState=enabled\nActiveState=active\nTriggers=a.service b.service\n"
-NONE = "LoadState=not-found\nUnitFileState=\nActiveState=inactive\n"
-FAILED = "Triggers=\nLoadState=loaded\nActiveState=failed\nUnitFileState=static\n"
-
-
-def test_units() -> None:
-    asked = []
-
-    def run(words: list[str]) -> tuple[int, str, str]:
-        asked.append(words)
-        return 0, "\n".join([PATH, NONE, FAILED]), ""
-
-    states = unit_states(["p.path", "n.path", "f.service"], run)
-    assert states == {
-        "p.path": UnitState(True, True, True, ("a.service", "b.service")),
-        "n.path": UnitState(False, False, False),
-        "f.service": UnitState(True, False, False),
-    }
-    assert str(states["p.path"]) == "enabled, active"
-    with pytest.raises(IommufdError, match=r"tells of 3 units where it was asked for p\.path"):
-        unit_states(["p.path"], run)
-    assert len(asked) == 2
-    assert unit_states([], run) == {}
-    assert len(asked) == 2
-
-
-def test_a_command_that_must_succeed() -> None:
-    assert must_run(lambda _words: (0, "out", "err"), "true") == "out"
-    with pytest.raises(IommufdError, match=r"'systemctl stop' failed: no\\x1b$"):
-        must_run(lambda _words: (1, "out", "no\x1b\n"), "systemctl", "stop")
-    with pytest.raises(IommufdError, match="failed: exit code 124"):
-        must_run(lambda _words: (124, "", ""), "systemctl")
-    with pytest.raises(HostLacks, match="systemctl cannot be run \\(ENOENT"):
-        must_run(refuse(errno.ENOENT), "systemctl")

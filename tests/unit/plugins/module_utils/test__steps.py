@@ -21,7 +21,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._child import run_com
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._programs import GRANT, zipapp
 from ansible_collections.virt.iommufd.plugins.module_utils._record import FILE, UNIT, Item, Record
-from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState, UnitState
+from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState
 from ansible_collections.virt.iommufd.plugins.module_utils._steps import (
     Effect,
     EnableUnit,
@@ -44,6 +44,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._steps import (
     shown_capabilities,
     shown_content,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import UnitState
 
 # Only root may set the real one; tests/kernel does.
 XATTR = "user.stands.in"

@@ -14,21 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _paths, _running, _target
+from ansible_collections.virt.iommufd.plugins.module_utils import _pidfile, _running, _target
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     IommufdError,
     ProcessGone,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Place, Untrusted, Writer
+from ansible_collections.virt.iommufd.plugins.module_utils._pidfile import PidfileTarget, parse_pid
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.plugins.module_utils._target import (
     DomainTarget,
-    PidfileTarget,
     PidTarget,
     Target,
     UnitTarget,
     hold_target,
-    parse_pid,
 )
 
 
@@ -71,7 +70,7 @@ def only_mine(monkeypatch: pytest.MonkeyPatch) -> None:
     def walk(path: str, _trusted: object) -> Iterator[Place]:
         yield Place(-1, "", path, status=os.stat(path))
 
-    monkeypatch.setattr(_paths, "walk", walk)
+    monkeypatch.setattr(_pidfile, "walk", walk)
 
 
 def holds(target: Target) -> int:
@@ -131,7 +130,7 @@ def test_a_pidfile_that_somebody_else_can_write_does_not_count(
     pidfile = pidfile.rename(tmp_path / "shared" / "pid")
     with pytest.raises(IommufdError, match=f"cannot be trusted: {tmp_path}/shared can be written by everybody"):
         holds(PidfileTarget(str(pidfile)))
-    monkeypatch.setattr(_paths, "walk", walk)
+    monkeypatch.setattr(_pidfile, "walk", walk)
     with pytest.raises(IommufdError, match=r"/home/mallory can be written by uid 4711, but .* belongs to uid"):
         holds(PidfileTarget(str(pidfile)))
 
@@ -174,7 +173,7 @@ def test_a_pidfile_that_cannot_be_looked_up(pidfile: Path, monkeypatch: pytest.M
     def walk(*_arguments: object) -> Any:
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(_paths, "walk", walk)
+    monkeypatch.setattr(_pidfile, "walk", walk)
     with pytest.raises(IommufdError, match=r"cannot be looked up .EACCES"):
         holds(PidfileTarget(str(pidfile)))
 
@@ -354,7 +353,7 @@ def test_systemd_may_not_answer() -> None:
     def missing(_command: list[str]) -> tuple[int, str, str]:
         raise FileNotFoundError(errno.ENOENT, "systemctl")
 
-    with pytest.raises(IommufdError, match=r"systemctl does not run .ENOENT"):
+    with pytest.raises(IommufdError, match=r"systemctl cannot be run .ENOENT"):
         holds(UnitTarget("vm.service", missing))
     with pytest.raises(IommufdError, match=r"Failed to connect to bus\\x1b"):
         holds(unit("vm.service", "", 1, "Failed to connect to bus\x1b[2J\n"))

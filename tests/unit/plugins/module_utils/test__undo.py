@@ -19,7 +19,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._record import (
     Item,
     Record,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState, UnitState
+from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState
 from ansible_collections.virt.iommufd.plugins.module_utils._steps import (
     Effect,
     FollowRules,
@@ -32,7 +32,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._steps import (
     StopUnit,
     WriteFile,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._undo import has_ipc_lock, new_items, steps_back
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import UnitState
+from ansible_collections.virt.iommufd.plugins.module_utils._undo import gives_ipc_lock, new_items, steps_back
 from ansible_collections.virt.iommufd.plugins.module_utils._wanted import View, Wanted, WantedFile
 
 IPC_LOCK, NET_RAW = 1 << 14, 1 << 13
@@ -98,12 +99,12 @@ def effects(items: list[Item], view: View, wanted: Wanted | None = None) -> list
     ],
 )
 def test_what_gives_it_in_any_way(attribute: bytes | None, has: bool) -> None:
-    assert has_ipc_lock(attribute) == has
+    assert gives_ipc_lock(attribute) == has
 
 
 def test_what_gives_nobody_knows_what() -> None:
     with pytest.raises(IommufdError, match="a form that is not known"):
-        has_ipc_lock(b"?")
+        gives_ipc_lock(b"?")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt, _vmm
 from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import with_ipc_lock
+from ansible_collections.virt.iommufd.plugins.module_utils._child import Run
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Writer
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, own_status
@@ -20,14 +21,14 @@ from ansible_collections.virt.iommufd.plugins.module_utils._vmm import (
     Conditions,
     FileSystem,
     Program,
-    conditions,
+    emulator_obstacles,
     has_ipc_lock,
     instance,
     is_qemu,
+    look_at_conditions,
+    look_at_own_conditions,
     look_at_program,
     look_at_unit,
-    obstacles,
-    own_conditions,
     parse_mount_point,
     unit_obstacles,
 )
@@ -52,7 +53,7 @@ def shown(**properties: str) -> str:
     return "".join(f"{key}={value}\n" for key, value in {**usual, **properties}.items())
 
 
-def answering(output: str, code: int = 0, errors: str = "") -> _vmm.Run:
+def answering(output: str, code: int = 0, errors: str = "") -> Run:
     return lambda _command, **_data: (code, output, errors)
 
 
@@ -142,7 +143,7 @@ def test_what_others_can_write(tmp_path: Path) -> None:
     path = f"{tmp_path}/theirs/fifo"
     found = look_at_program(path)
     assert found == Program(path, path, True, writer=Writer(f"{tmp_path}/theirs", "everybody"))
-    assert obstacles(found, GOOD) == [
+    assert emulator_obstacles(found, GOOD) == [
         f"{path} cannot be trusted: {tmp_path}/theirs can be written by everybody, who would get with it whatever is"
         " granted. Have it be root's alone, with all folders on the way."
     ]
@@ -152,7 +153,7 @@ def test_nobody_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     os.mkfifo(tmp_path / "fifo", 0o755)
     assert not look_at_program(f"{tmp_path}/fifo").is_program
     monkeypatch.setattr(_vmm, "_LOOK_PATIENCE", 0.2)
-    monkeypatch.setattr(_vmm, "_look", lambda _path: os.open(f"{tmp_path}/fifo", os.O_RDONLY))
+    monkeypatch.setattr(_vmm, "_look_at_path", lambda _path: os.open(f"{tmp_path}/fifo", os.O_RDONLY))
     with pytest.raises(IommufdError, match=r"fifo was not found within 0\.2 seconds"):
         look_at_program(f"{tmp_path}/fifo")
 
@@ -192,31 +193,31 @@ def test_mount_points(fdinfo: bytes, mount_point: str | None) -> None:
 
 def test_own_conditions() -> None:
     own = own_status()
-    found = own_conditions()
+    found = look_at_own_conditions()
     assert (found.of, found.bounding, found.no_new_privs) == ("this caller", own.bounding, own.no_new_privs)
 
 
 def of_libvirt(monkeypatch: pytest.MonkeyPatch, unit: str | None, pid: int | None) -> None:
-    monkeypatch.setattr(_libvirt, "look", lambda _run: _libvirt.Libvirt(None, None, unit, pid, None))
+    monkeypatch.setattr(_libvirt, "look_at_libvirt", lambda _run: _libvirt.Libvirt(None, None, unit, pid, None))
 
 
 def test_the_conditions_are_those_of_libvirts_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
     of_libvirt(monkeypatch, "libvirtd.service", os.getpid())
-    found = conditions(answering(""))
-    assert found == changed(own_conditions(), of=f"libvirtd.service (pid {os.getpid()})")
+    found = look_at_conditions(answering(""))
+    assert found == changed(look_at_own_conditions(), of=f"libvirtd.service (pid {os.getpid()})")
 
 
 @pytest.mark.parametrize("pid", [None, 2**31 - 1])
 def test_the_conditions_are_those_of_its_unit(monkeypatch: pytest.MonkeyPatch, pid: int | None) -> None:
     of_libvirt(monkeypatch, "libvirtd.service", pid)
-    assert conditions(answering(shown())) == Conditions("libvirtd.service", IPC_LOCK | 1, False, True)
+    assert look_at_conditions(answering(shown())) == Conditions("libvirtd.service", IPC_LOCK | 1, False, True)
     narrow = shown(CapabilityBoundingSet="cap_chown cap_of_tomorrow", NoNewPrivileges="yes", PrivateUsers="yes")
-    assert conditions(answering(narrow)) == Conditions("libvirtd.service", 1, True, False)
+    assert look_at_conditions(answering(narrow)) == Conditions("libvirtd.service", 1, True, False)
 
 
 def test_the_conditions_are_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     of_libvirt(monkeypatch, None, None)
-    assert conditions(answering("")).of == "this caller"
+    assert look_at_conditions(answering("")).of == "this caller"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_the_conditions_are_the_callers(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_obstacles_of_a_file_capability(program: Program, under: Conditions, words: list[str]) -> None:
-    found = obstacles(program, under)
+    found = emulator_obstacles(program, under)
     assert len(found) == len(words)
     for sentence, word in zip(found, words):
         assert word in sentence
@@ -340,7 +341,7 @@ def test_systemd_does_not_answer() -> None:
         (answering("", 1, "Failed to\nconnect to bus\n"), "vm.service: Failed to connect to bus."),
         (answering("", 124), "exit code 124"),
         # In a chroot it says nothing.
-        (answering(""), "exit code 0"),
+        (answering(""), "tells nothing of vm.service"),
     ):
         with pytest.raises(IommufdError, match=why):
             look_at_unit(run, "vm.service")

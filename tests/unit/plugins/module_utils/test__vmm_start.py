@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _child, _device, _user, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils import (
+    _child,
+    _device,
+    _user,
+    _vmm_domain,
+    _vmm_replica,
+    _vmm_start,
+)
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, Run
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError, NotAnIommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status, parse_status
@@ -29,26 +36,24 @@ from ansible_collections.virt.iommufd.plugins.module_utils._vmm import (
     Conditions,
     Program,
     Unit,
+    look_at_own_conditions,
     look_at_program,
-    own_conditions,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._vmm_domain import domain_xml, start_bare_domain
+from ansible_collections.virt.iommufd.plugins.module_utils._vmm_replica import replica_properties, start_replica
 from ansible_collections.virt.iommufd.plugins.module_utils._vmm_start import (
-    Seen,
+    ProcessSeen,
     check_able,
-    domain_xml,
-    replica_properties,
-    scratch_mode,
-    session_memlock,
-    start_domain,
+    open_session,
     start_emulator,
-    start_replica,
     try_copy,
+    try_mode,
 )
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
 IPC_LOCK = 1 << 14
 MYSELF = User(pwd.getpwuid(os.getuid()).pw_name, os.getuid(), os.getgid(), "/")
-OWN = own_conditions()
+OWN = look_at_own_conditions()
 
 # Of whoever is not root it is not known whether he has had it fail.
 USERS = [(User("root", 0, 0, "/"), IommufdError), (User("vm", 1001, 1001, "/"), Interrupted)]
@@ -208,7 +213,7 @@ def test_an_emulator_that_does_not_come_up(
     emulator: Program, monkeypatch: pytest.MonkeyPatch, children: list[int]
 ) -> None:
     Path(emulator.path).write_text("#!/bin/sh\necho 'I wait.'; exec sleep 600\n")
-    monkeypatch.setattr(_vmm_start, "_PATIENCE", 4)
+    monkeypatch.setattr(_vmm_start, "PATIENCE", 4)
     with pytest.raises(Interrupted, match=r"runs, but is not up after 2 seconds: I wait\.$"):
         start_emulator(emulator, OWN, MYSELF)
 
@@ -235,7 +240,7 @@ def test_an_emulator_that_is_ended_while_it_is_looked_at(
 ) -> None:
     see = _vmm_start._see
 
-    def end_and_see(process: Process) -> Seen:
+    def end_and_see(process: Process) -> ProcessSeen:
         os.kill(process.pid, number)
         _await(lambda: _has_ended(process))
         return see(process)
@@ -270,7 +275,7 @@ def test_a_child_that_never_becomes_the_emulator(
     emulator: Program, children: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_vmm_start, "isolate", lambda: time.sleep(600))
-    monkeypatch.setattr(_vmm_start, "_PATIENCE", 1)
+    monkeypatch.setattr(_vmm_start, "PATIENCE", 1)
     with pytest.raises(Interrupted, match="was not executed within 0 seconds"):
         start_emulator(emulator, OWN, MYSELF)
 
@@ -429,7 +434,7 @@ def test_a_copy_that_others_may_have_ended(
         yield str(tmp_path / "cat")
 
     monkeypatch.setattr(_vmm_start, "_copy_of_cat", copy)
-    monkeypatch.setattr(_vmm_start, "_PATIENCE", 3)
+    monkeypatch.setattr(_vmm_start, "PATIENCE", 3)
     with pytest.raises(Interrupted, match=told):
         try_copy(emulator, OWN, MYSELF)
 
@@ -477,7 +482,7 @@ def test_a_caller_who_is_worse_off(
     [(IPC_LOCK, True, True), (IPC_LOCK, None, True), (IPC_LOCK, False, False), (0, True, False)],
 )
 def test_whether_it_lifts_the_limit(effective: int, initial: bool | None, lifts: bool) -> None:
-    seen = Seen("vm", changed(own_status(), effective=effective), Limit(1, 1), initial)
+    seen = ProcessSeen("vm", changed(own_status(), effective=effective), Limit(1, 1), initial)
     assert seen.lifts_memlock is lifts
 
 
@@ -531,8 +536,8 @@ def test_a_domain_is_created_and_destroyed(
 ) -> None:
     virsh("Domain created")
     logs, profiles = tmp_path / "logs", tmp_path / "profiles"
-    monkeypatch.setattr(_vmm_start, "_LIBVIRT_LOGS", str(logs))
-    monkeypatch.setattr(_vmm_start, "_LIBVIRT_PROFILES", str(profiles))
+    monkeypatch.setattr(_vmm_domain, "_LIBVIRT_LOGS", str(logs))
+    monkeypatch.setattr(_vmm_domain, "_LIBVIRT_PROFILES", str(profiles))
 
     @contextlib.contextmanager
     def hold(target: Any) -> Iterator[Process]:
@@ -545,8 +550,8 @@ def test_a_domain_is_created_and_destroyed(
         with hold_target(PidTarget(os.getpid())) as process:
             yield process
 
-    monkeypatch.setattr(_vmm_start, "hold_target", hold)
-    seen = start_domain(tells(CAPABILITIES), "qemu:///test", emulator)
+    monkeypatch.setattr(_vmm_domain, "hold_target", hold)
+    seen = start_bare_domain(tells(CAPABILITIES), "qemu:///test", emulator)
     assert seen.user == MYSELF.name
     told = (tmp_path / "told").read_text().splitlines()
     assert told[0].startswith("create --paused --autodestroy /dev/fd/")
@@ -559,7 +564,7 @@ def test_a_domain_that_is_not_created(virsh: Callable[[str], None], emulator: Pr
     virsh("error: Failed to create\nerror: no such thing")
     message = "libvirt does not start a domain with .*: error: Failed to create error: no such thing$"
     with pytest.raises(Interrupted, match=message):
-        start_domain(tells(CAPABILITIES), "qemu:///test", emulator)
+        start_bare_domain(tells(CAPABILITIES), "qemu:///test", emulator)
     assert "destroy" in (tmp_path / "told").read_text()
 
 
@@ -567,7 +572,7 @@ def test_a_virsh_that_ends_at_once(virsh: Callable[[str], None], emulator: Progr
     virsh("")
     (tmp_path / "virsh").write_text("#!/bin/sh\nexec <&-\necho 'error: failed to connect'; exit 1\n")
     with pytest.raises(Interrupted, match=r"libvirt does not start a domain with .*: error: failed to connect$"):
-        start_domain(tells(CAPABILITIES), "qemu:///test", emulator)
+        start_bare_domain(tells(CAPABILITIES), "qemu:///test", emulator)
 
 
 @pytest.mark.parametrize("script", ["echo so far; exec sleep 600", "echo so far; kill -STOP $$"])
@@ -576,10 +581,10 @@ def test_a_virsh_that_says_no_more(
 ) -> None:
     virsh("")
     (tmp_path / "virsh").write_text(f"#!/bin/sh\n{script}\n")
-    monkeypatch.setattr(_vmm_start, "LIBVIRT_SECONDS", 1)
+    monkeypatch.setattr(_vmm_domain, "LIBVIRT_SECONDS", 1)
     began = time.monotonic()
     with pytest.raises(Interrupted, match=r"libvirt does not start a domain with .*: so far$"):
-        start_domain(tells(CAPABILITIES), "qemu:///test", emulator)
+        start_bare_domain(tells(CAPABILITIES), "qemu:///test", emulator)
     assert time.monotonic() - began < 30
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
@@ -595,7 +600,7 @@ def test_a_virsh_that_says_no_more(
 )
 def test_libvirt_does_not_know_the_emulator(emulator: Program, run: Run, why: str) -> None:
     with pytest.raises(Interrupted, match=f"libvirt does not tell what .* can: {why}"):
-        start_domain(run, "qemu:///test", emulator)
+        start_bare_domain(run, "qemu:///test", emulator)
 
 
 def missing(_command: list[str]) -> tuple[int, str, str]:
@@ -604,10 +609,10 @@ def missing(_command: list[str]) -> tuple[int, str, str]:
 
 def test_there_is_no_virsh(emulator: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Interrupted, match="virsh does not run: ENOENT"):
-        start_domain(missing, "qemu:///test", emulator)
+        start_bare_domain(missing, "qemu:///test", emulator)
     monkeypatch.setattr(_child, "_PATH", "/nothing")
     with pytest.raises(Interrupted, match="virsh does not run: ENOENT"):
-        start_domain(tells(CAPABILITIES), "qemu:///test", emulator)
+        start_bare_domain(tells(CAPABILITIES), "qemu:///test", emulator)
 
 
 def unit(program: Program, **settings: str) -> Unit:
@@ -665,7 +670,7 @@ class Systemd:
         self.commands.append(command)
         if command[0] == "systemd-run":
             return self._code, "", "Job failed.\n" if self._code else ""
-        if command[:3] == ["systemctl", "show", "--property=ExecMainCode,ExecMainStatus"]:
+        if command[3:4] == ["--property=ExecMainCode,ExecMainStatus"]:
             return 0, "ExecMainCode={}\nExecMainStatus={}\n".format(*self._ended.split()), ""
         if command[:2] == ["systemctl", "show"]:
             return 0, f"MainPID={self._pid}\n", ""
@@ -740,8 +745,8 @@ def test_a_replica_whose_capability_somebody_has_taken(
     emulator: Program, user: str, static: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process of its user that has the same capability may trace it. Of what root has decided it is a verdict."""
-    monkeypatch.setattr(_vmm_start, "unit_obstacles", lambda _unit: ["PrivateUsers"] if static else [])
-    monkeypatch.setattr(Seen, "lifts_memlock", False)
+    monkeypatch.setattr(_vmm_replica, "unit_obstacles", lambda _unit: ["PrivateUsers"] if static else [])
+    monkeypatch.setattr(ProcessSeen, "lifts_memlock", False)
     systemd = Systemd()
     given = changed(unit(emulator), user=user, ambient=IPC_LOCK)
     if user == "root" or static:
@@ -769,7 +774,7 @@ def test_what_is_said_has_a_bound() -> None:
 
 
 def test_there_is_no_systemd(emulator: Program) -> None:
-    with pytest.raises(Interrupted, match=r"systemd does not start a service like vm.service: ENOENT"):
+    with pytest.raises(Interrupted, match=r"a service like vm.service: systemd-run cannot be run .ENOENT"):
         start_replica(missing, unit(emulator))
 
 
@@ -792,7 +797,7 @@ def test_the_limit_in_a_session(runuser: Callable[[str], None], script: str) -> 
     runuser(script.format(name=MYSELF.name))
     soft, hard = _limits()
     expected = Limit(8192 if "ulimit" in script else soft, hard)
-    assert session_memlock(MYSELF) == expected
+    assert open_session(MYSELF) == expected
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
@@ -803,14 +808,14 @@ def test_the_limit_in_a_session(runuser: Callable[[str], None], script: str) -> 
 def test_a_session_that_is_not_opened(runuser: Callable[[str], None], script: str, why: str) -> None:
     runuser(script)
     with pytest.raises(Interrupted, match=f"PAM does not open a session of {MYSELF.name}: {why}"):
-        session_memlock(MYSELF)
+        open_session(MYSELF)
 
 
 def test_a_session_that_takes_too_long(runuser: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     runuser("sleep 600")
     monkeypatch.setattr(_vmm_start, "COMMAND_SECONDS", 1)
     with pytest.raises(Interrupted, match="PAM does not open a session within 1 seconds"):
-        session_memlock(MYSELF)
+        open_session(MYSELF)
 
 
 @pytest.fixture
@@ -822,20 +827,20 @@ def iommu(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
 
 
 def test_an_iommufd_is_set_and_read_by_the_user(iommu: FakeKernel, children: list[int]) -> None:
-    assert scratch_mode(MYSELF) == "process"
+    assert try_mode(MYSELF) == "process"
     assert len(children) == 1
 
 
 def test_an_iommufd_that_cannot_be_set(iommu: FakeKernel) -> None:
     iommu.privileged = False
     with pytest.raises(IommufdError, match=r"cannot be set to per-process accounting .EPERM"):
-        scratch_mode(MYSELF)
+        try_mode(MYSELF)
 
 
 def test_an_iommufd_that_the_user_cannot_read(iommu: FakeKernel, children: list[int]) -> None:
     iommu.after_set = lambda kernel: setattr(kernel, "without", errno.ENOTTY)
     with pytest.raises(IommufdError, match=f"{MYSELF.name} cannot read the mode of an iommufd .ENOTTY"):
-        scratch_mode(MYSELF)
+        try_mode(MYSELF)
 
 
 def test_an_iommufd_and_a_user_that_one_cannot_become(
@@ -847,7 +852,7 @@ def test_an_iommufd_and_a_user_that_one_cannot_become(
     monkeypatch.setattr(_user, "has_ids", lambda _user: False)
     monkeypatch.setattr(_user, "become", refuse)
     with pytest.raises(IommufdError, match=f"cannot become user {MYSELF.name} .EPERM") as raised:
-        scratch_mode(MYSELF)
+        try_mode(MYSELF)
     assert raised.type is IommufdError
 
 
@@ -858,7 +863,7 @@ def test_an_iommufd_and_a_child_that_is_kept_from_reading(
     monkeypatch.setattr(_vmm_start, "_READING_SECONDS", 1)
     monkeypatch.setattr(_vmm_start, "_mode", lambda _fd, _user: os.kill(os.getpid(), number))
     with pytest.raises(Interrupted):
-        scratch_mode(MYSELF)
+        try_mode(MYSELF)
 
 
 def test_an_iommufd_that_cannot_be_opened(iommu: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -867,7 +872,7 @@ def test_an_iommufd_that_cannot_be_opened(iommu: FakeKernel, monkeypatch: pytest
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(IommufdError, match=r"/dev/null cannot be opened by uid [0-9]+ .EPERM"):
-        scratch_mode(MYSELF)
+        try_mode(MYSELF)
 
 
 @pytest.mark.parametrize(
@@ -879,7 +884,7 @@ def test_there_is_no_iommufd(
 ) -> None:
     monkeypatch.setattr(_device, "misc_rdev", lambda: rdev)
     with pytest.raises(kind, match=words):
-        scratch_mode(MYSELF)
+        try_mode(MYSELF)
 
 
 def test_parse_status_takes_what_cat_prints() -> None:

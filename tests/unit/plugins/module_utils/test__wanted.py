@@ -17,8 +17,15 @@ import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _capabilities, _wanted
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._record import BLOCK, CAPABILITY, FILE, NODE, UNIT, Item
-from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState, UnitState
-from ansible_collections.virt.iommufd.plugins.module_utils._wanted import View, Wanted, WantedFile, check_path, look
+from ansible_collections.virt.iommufd.plugins.module_utils._states import FileState, NodeState
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import UnitState
+from ansible_collections.virt.iommufd.plugins.module_utils._wanted import (
+    View,
+    Wanted,
+    WantedFile,
+    check_path,
+    look_at_host,
+)
 
 ANY_FILE = WantedFile(b"", 0o644)
 UNIT_SAYS = "LoadState=loaded\nUnitFileState=enabled\nActiveState=active\nTriggers=u.service\n"
@@ -86,19 +93,19 @@ def kernel_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_modules_that_are_there(kernel_modules: Path) -> None:
     names = ("iommufd", "vfio-pci", "vfio_pci", "vfio-core", "vfio_core", "printk", "vfio", "core")
-    assert _wanted._modules_there(names) == {"iommufd", "vfio-pci", "vfio_pci", "vfio-core", "vfio_core", "printk"}
-    assert _wanted._modules_there([]) == frozenset()
+    assert _wanted._find_modules(names) == {"iommufd", "vfio-pci", "vfio_pci", "vfio-core", "vfio_core", "printk"}
+    assert _wanted._find_modules([]) == frozenset()
     # Where depmod has left no list, what is loaded is still known.
     (kernel_modules / "modules.builtin").unlink()
-    assert _wanted._modules_there(names) == {"iommufd", "vfio-pci", "vfio_pci", "printk"}
+    assert _wanted._find_modules(names) == {"iommufd", "vfio-pci", "vfio_pci", "printk"}
 
 
 def test_the_group() -> None:
-    assert _wanted._gid_of("") is None
+    assert _wanted._find_gid("") is None
     some = grp.getgrgid(0)
-    assert _wanted._gid_of(some.gr_name) == 0
+    assert _wanted._find_gid(some.gr_name) == 0
     with pytest.raises(IommufdError, match="This host has no group no\\\\x1b: name in iommufd_host_device_group"):
-        _wanted._gid_of("no\x1b")
+        _wanted._find_gid("no\x1b")
 
 
 def test_a_look(tmp_path: Path, kernel_modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +146,7 @@ def test_a_look(tmp_path: Path, kernel_modules: Path, monkeypatch: pytest.Monkey
         units=("u.path",),
     )
     file("conf.iommufd_host-new")
-    view = look(items, wanted, run)
+    view = look_at_host(items, wanted, run)
 
     def state(name: str) -> FileState:
         return FileState(name.encode(), 0o644, os.getuid(), os.getgid())
@@ -176,7 +183,7 @@ def test_nobody_is_asked_for_nothing() -> None:
     def run(words: list[str]) -> tuple[int, str, str]:
         return pytest.fail(f"asked {words}")
 
-    assert look([], Wanted(), run) == View()
+    assert look_at_host([], Wanted(), run) == View()
 
 
 def test_it_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,11 +201,11 @@ def test_it_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for items in ([], [Item(CAPABILITY, f"{tmp_path}/qemu", None)]):
         wanted = Wanted() if items else Wanted(capabilities=(f"{tmp_path}/qemu",))
         with pytest.raises(IommufdError, match=f"^{tmp_path}/qemu was not found within 0.2 seconds"):
-            look(items, wanted, run)
+            look_at_host(items, wanted, run)
     monkeypatch.setattr(_wanted, "walk", hang)
     for wanted in (Wanted(files={f"{tmp_path}/f": ANY_FILE}), Wanted(nodes=(f"{tmp_path}/*",))):
         with pytest.raises(IommufdError, match=f"^Not all of these were found within 0.2 seconds: {tmp_path}\\."):
-            look([], wanted, run)
+            look_at_host([], wanted, run)
 
 
 def test_an_executable_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,4 +217,4 @@ def test_an_executable_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(_wanted, "open_file", refuse)
     with pytest.raises(IommufdError, match=f"^{tmp_path}/qemu cannot be looked at \\(EACCES"):
-        look([], Wanted(capabilities=(f"{tmp_path}/qemu",)), run)
+        look_at_host([], Wanted(capabilities=(f"{tmp_path}/qemu",)), run)

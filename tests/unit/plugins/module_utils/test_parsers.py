@@ -14,7 +14,12 @@ from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import 
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError, printable
 from ansible_collections.virt.iommufd.plugins.module_utils._foreign import number, parse_answer, parse_xml
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import parse_dev, parse_misc
-from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import library_version, offers_iommufd, parse_units
+from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
+    daemon_unit_of,
+    library_version,
+    offers_iommufd,
+)
+from ansible_collections.virt.iommufd.plugins.module_utils._pidfile import parse_pid
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     Limit,
     Stat,
@@ -26,7 +31,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process import (
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_memory, guest_name
 from ansible_collections.virt.iommufd.plugins.module_utils._running import parse_domain_record
-from ansible_collections.virt.iommufd.plugins.module_utils._target import UnitTarget, parse_pid
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import parse_units
+from ansible_collections.virt.iommufd.plugins.module_utils._target import UnitTarget
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -48,7 +54,7 @@ PARSERS: list[Callable[[bytes], Any]] = [
     library_version,
     lambda text: guest_name(text.split(b"\0")),
     lambda text: guest_memory(text.split(b"\0")),
-    lambda text: parse_units(text.decode("utf-8", "backslashreplace")),
+    lambda text: [daemon_unit_of(each) for each in parse_units(text.decode("utf-8", "backslashreplace"))],
     lambda text: offers_iommufd(text.decode("utf-8", "surrogateescape")),
 ]
 

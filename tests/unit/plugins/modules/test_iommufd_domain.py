@@ -18,7 +18,7 @@ import pytest
 from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import _device, _domain
 from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer
-from ansible_collections.virt.iommufd.plugins.module_utils._domain import Libvirt
+from ansible_collections.virt.iommufd.plugins.module_utils._domain import Endpoint
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_domain
@@ -51,9 +51,9 @@ def libvirt(
     fake = FakeLibvirt({"vm1": FakeDomain(XML)})
     monkeypatch.setitem(sys.modules, "libvirt", fake)
     monkeypatch.setattr(_device, "DEVICE", os.devnull)
-    monkeypatch.setattr(_domain, "obstacles", lambda _devices: [])
-    monkeypatch.setattr(Libvirt, "emulator_of", lambda _self, _name: PidTarget(child.pid))
-    monkeypatch.setattr(Libvirt, "daemon", lambda self: self.session and PidTarget(os.getpid()))
+    monkeypatch.setattr(_domain, "device_obstacles", lambda _devices: [])
+    monkeypatch.setattr(Endpoint, "emulator_of", lambda _self, _name: PidTarget(child.pid))
+    monkeypatch.setattr(Endpoint, "daemon", lambda self: self.session and PidTarget(os.getpid()))
     return fake
 
 
@@ -194,7 +194,7 @@ def test_an_emulator_without_an_iommufd(
     run: Run, libvirt: FakeLibvirt, monkeypatch: pytest.MonkeyPatch, number: int | None, words: str
 ) -> None:
     libvirt.domains["vm1"].number = number or libvirt.domains["vm1"].number
-    monkeypatch.setattr(_domain, "find_iommufds", lambda _process: [])
+    monkeypatch.setattr(_domain, "find_iommufds", lambda _process: {})
     answer = run()
     assert answer["failed"]
     assert answer["changed"] is (number is None)
@@ -266,11 +266,11 @@ def test_a_start_for_which_somebody_was_quicker(
     ("step", "ends"),
     [
         (
-            "start",
+            "start_domain",
             "libvirt may still start domain vm1: look again (virsh --connect qemu:///session domstate vm1), or run this"
             " task again.",
         ),
-        ("look", "No answer."),
+        ("look_at_domain", "No answer."),
     ],
 )
 def test_no_answer_in_time(run: Run, monkeypatch: pytest.MonkeyPatch, step: str, ends: str) -> None:

@@ -134,7 +134,7 @@ def test_the_domain_capabilities(monkeypatch: pytest.MonkeyPatch, code: int, off
     def answer(command: list[str]) -> tuple[int, str, str]:
         return (code, "<domainCapabilities/>", "no") if "virsh" in command else (0, unit, "")
 
-    view = iommufd_info.View()
+    view = iommufd_info.Unseen()
     row = iommufd_info.libvirt_row(view, True, answer)
     assert row["domain_capabilities_iommufd"] is offers
     assert bool(view.limits) is (offers is None)
@@ -146,8 +146,8 @@ def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.Monke
         raise IommufdError("/run/libvirt/qemu is closed.") from PermissionError()
 
     monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: False)
-    monkeypatch.setattr(iommufd_info, "domain_record", refuse)
-    monkeypatch.setattr(_host, "proc_hides", lambda: "hidepid=2")
+    monkeypatch.setattr(iommufd_info, "read_domain_record", refuse)
+    monkeypatch.setattr(_host, "read_hidepid", lambda: "hidepid=2")
     monkeypatch.setattr(iommufd_info, "capability_names", lambda _mask: [])
     seen = survey()
     seen.holders = [each._replace(name="vm1") for each in seen.holders]
@@ -177,7 +177,7 @@ def test_nobody_is_called_safe_who_was_not_seen_whole(
     at_risk: bool | None,
 ) -> None:
     monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: True)
-    monkeypatch.setattr(_host, "proc_hides", lambda: "")
+    monkeypatch.setattr(_host, "read_hidepid", lambda: "")
     seen = survey()
     (holder,) = seen.holders
     bare = holder.status._replace(effective=0)
@@ -221,9 +221,9 @@ def test_whose_domain(
             raise IommufdError("There is none.")
         return there
 
-    monkeypatch.setattr(iommufd_info, "domain_record", read)
+    monkeypatch.setattr(iommufd_info, "read_domain_record", read)
     nodes = {null: _host.VfioNode("/dev/vfio/5", ["a"], 5, True)}
-    names = iommufd_info.Names(iommufd_info.View(), nodes)
+    names = iommufd_info.Names(iommufd_info.Unseen(), nodes)
     assert names.domain(holder._replace(name=name, session=session)) == domain
     assert {"fd": 50, "node": "/dev/vfio/5", "addresses": ["a"]} in names.vfio_devices(holder)
 

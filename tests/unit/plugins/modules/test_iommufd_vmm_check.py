@@ -13,11 +13,11 @@ from typing import Any, Callable
 import pytest
 import yaml
 from ansible.module_utils import basic
-from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_domain, _vmm_replica, _vmm_start
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, own_status
-from ansible_collections.virt.iommufd.plugins.module_utils._vmm_start import Seen
+from ansible_collections.virt.iommufd.plugins.module_utils._vmm_start import ProcessSeen
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
 
 Run = Callable[..., "dict[str, Any]"]
@@ -26,6 +26,12 @@ Run = Callable[..., "dict[str, Any]"]
 SHELL = "/bin/sh"
 IPC_LOCK = 1 << 14
 MYSELF = pwd.getpwuid(os.getuid()).pw_name
+# What starts something, and where it is.
+STARTS = {
+    **dict.fromkeys(("try_copy", "start_emulator", "open_session", "try_mode"), _vmm_start),
+    "start_bare_domain": _vmm_domain,
+    "start_replica": _vmm_replica,
+}
 RETURN = yaml.safe_load(iommufd_vmm_check.RETURN)
 KINDS: dict[str, type] = {"dict": dict, "list": list, "str": str, "int": int, "bool": bool}
 
@@ -79,9 +85,9 @@ def shape(documented: dict[str, Any], value: Any, path: str) -> None:
             shape(inner, each[key], f"{path}.{key}")
 
 
-def seen(effective: int = IPC_LOCK, initial: bool = True, limit: int | None = 4096) -> Seen:
+def seen(effective: int = IPC_LOCK, initial: bool = True, limit: int | None = 4096) -> ProcessSeen:
     status = own_status()._replace(effective=effective)
-    return Seen("vm", status, Limit(limit, limit), initial)
+    return ProcessSeen("vm", status, Limit(limit, limit), initial)
 
 
 def test_nothing_is_asked_for(run: Run) -> None:
@@ -112,8 +118,8 @@ def test_check_mode_starts_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     def start(*_words: object) -> None:
         raise AssertionError("this starts something")
 
-    for name in ("try_copy", "start_emulator", "start_domain", "start_replica", "session_memlock", "scratch_mode"):
-        monkeypatch.setattr(_vmm_start, name, start)
+    for name in ("try_copy", "start_emulator", "start_bare_domain", "start_replica", "open_session", "try_mode"):
+        monkeypatch.setattr(STARTS[name], name, start)
     asked = {"trial": True, "start": True, "scratch": True, "users": [MYSELF], "user": MYSELF}
     for domain in (True, False):
         answer = run(emulators=[SHELL], units=["vm.service"], domain=domain, **asked, _ansible_check_mode=True)
@@ -133,9 +139,9 @@ def test_check_mode_starts_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         (seen(initial=False), {"ok": False, "effective": "0000000000004000"}),
     ],
 )
-def test_what_was_started(run: Run, monkeypatch: pytest.MonkeyPatch, was: Seen, row: dict[str, Any]) -> None:
-    for name in ("start_emulator", "start_domain", "start_replica"):
-        monkeypatch.setattr(_vmm_start, name, lambda *_words: was)
+def test_what_was_started(run: Run, monkeypatch: pytest.MonkeyPatch, was: ProcessSeen, row: dict[str, Any]) -> None:
+    for name in ("start_emulator", "start_bare_domain", "start_replica"):
+        monkeypatch.setattr(STARTS[name], name, lambda *_words: was)
     how = {"start": True, "user": MYSELF, "emulators": [SHELL], "units": ["vm.service"]}
     bare, domain = run(**how), run(**how, domain=True)
     for started in (bare["emulators"][0]["started"], domain["emulators"][0]["started"], bare["units"][0]["replica"]):
@@ -157,8 +163,8 @@ def test_what_could_not_be_started(
         raise kind("It is broken.")
 
     tried: list[int] = []
-    for name in ("try_copy", "start_emulator", "start_replica", "session_memlock", "scratch_mode"):
-        monkeypatch.setattr(_vmm_start, name, fail)
+    for name in ("try_copy", "start_emulator", "start_replica", "open_session", "try_mode"):
+        monkeypatch.setattr(STARTS[name], name, fail)
     how = {"trial": True, "start": True, "scratch": True, "user": MYSELF, "users": [MYSELF], "units": ["vm.service"]}
     answer = run(**how, emulators=[SHELL, str(tmp_path)])
     rows = [*(answer["emulators"][0][name] for name in ("trial", "started")), answer["units"][0]["replica"]]
@@ -177,7 +183,7 @@ def test_the_trial(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_users(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_vmm_start, "session_memlock", lambda *_words: Limit(None, None))
+    monkeypatch.setattr(_vmm_start, "open_session", lambda *_words: Limit(None, None))
     one, none = run(users=[MYSELF, "nobody-of-this-name"])["users"]
     assert (one["present"], one["ran"], one["ok"], one["memlock_unlimited"]) == (True, True, True, True)
     assert (none["present"], none["ran"], none["ok"], none["memlock_unlimited"]) == (False, False, None, False)
@@ -186,7 +192,7 @@ def test_users(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("mode", "ok"), [("process", True), ("user", False)])
 def test_scratch(run: Run, monkeypatch: pytest.MonkeyPatch, mode: str, ok: bool) -> None:
-    monkeypatch.setattr(_vmm_start, "scratch_mode", lambda _user: mode)
+    monkeypatch.setattr(_vmm_start, "try_mode", lambda _user: mode)
     told = {"ran": True, "ok": ok, "inconclusive": False, "mode": mode, "msg": ""}
     assert run(scratch=True, user=MYSELF)["scratch"] == told
 
@@ -217,7 +223,7 @@ def test_what_cannot_be_asked_for(run: Run, options: dict[str, Any], words: str)
 
 
 def test_a_user_is_only_needed_to_become_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_vmm_start, "start_domain", lambda *_words: seen())
+    monkeypatch.setattr(_vmm_domain, "start_bare_domain", lambda *_words: seen())
     assert run(start=True, domain=True, emulators=[SHELL])["emulators"][0]["started"]["ok"]
 
 
@@ -232,7 +238,7 @@ def test_it_takes_root(run: Run, monkeypatch: pytest.MonkeyPatch, asked: dict[st
 
 def test_whom_conditions_are_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     under = _vmm.Conditions("libvirtd.service (pid 7)", 0, no_new_privs=True, initial=None)
-    monkeypatch.setattr(_vmm, "conditions", lambda _run: under)
+    monkeypatch.setattr(_vmm, "look_at_conditions", lambda _run: under)
     (emulator,) = run(emulators=[SHELL])["emulators"]
     assert emulator["conditions_of"] == "libvirtd.service (pid 7)"
     assert len(emulator["obstacles"]) == 2
@@ -245,8 +251,8 @@ def test_what_others_can_write_is_not_started(run: Run, tmp_path: Path, monkeypa
     unit = {**UNIT, "ExecStart": f"{{ path={emulator} ; argv[]=x ; }}"}
     text = "".join(f"{key}={value}\n" for key, value in unit.items())
     monkeypatch.setattr(iommufd_vmm_check, "run_command", lambda _command: (0, text, ""))
-    for name in ("try_copy", "start_emulator", "start_replica", "start_domain"):
-        monkeypatch.setattr(_vmm_start, name, lambda *_arguments, name=name: pytest.fail(name))
+    for name in ("try_copy", "start_emulator", "start_replica", "start_bare_domain"):
+        monkeypatch.setattr(STARTS[name], name, lambda *_arguments, name=name: pytest.fail(name))
     for domain in (False, True):
         answer = run(
             emulators=[str(emulator)], units=["vm.service"], user=MYSELF, trial=True, start=True, domain=domain

@@ -1,0 +1,151 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: systemd, asked and told. No other file runs systemctl, systemd-run or journalctl.
+
+`run` is what runs a command and gives its exit code, output and errors: `_child.run_command`, with its time limit, or
+the same as another user. `user` is the service manager of whoever `run` runs it as, and not the system's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from ._child import Run
+from ._errors import HostLacks, IommufdError, error_text, printable
+
+__all__ = (
+    "CommandFailed",
+    "UnitState",
+    "ask_states",
+    "is_unit_name",
+    "must_run",
+    "parse_units",
+    "read_journal",
+    "reload_units",
+    "run_service",
+    "show_units",
+    "tell_systemd",
+)
+
+_STATE = ("LoadState", "UnitFileState", "ActiveState", "Triggers")
+_JOURNAL_LINES = 20
+
+
+class CommandFailed(IommufdError):
+    """A command has failed. `said` is what it said of that, on one line."""
+
+    def __init__(self, words: Sequence[str], said: str) -> None:
+        self.said = said
+        super().__init__(f"'{' '.join(words)}' failed: {said}")
+
+
+def must_run(run: Run, *words: str) -> str:
+    """The output of a command that must succeed. Raises CommandFailed, and HostLacks where it cannot be run."""
+    try:
+        code, output, errors = run(list(words))
+    except OSError as exc:
+        raise HostLacks(f"{words[0]} cannot be run ({error_text(exc.errno)}).") from exc
+    if code:
+        said = printable(" ".join(errors.split()).encode("utf-8", "surrogateescape")) or f"exit code {code}"
+        raise CommandFailed(words, said)
+    return output
+
+
+def is_unit_name(name: str, *kinds: str) -> bool:
+    """Whether that can be the name of a unit, of one of these kinds where any are given."""
+    suffix = rf"\.({'|'.join(kinds)})" if kinds else ""
+    return re.fullmatch(rf"(?!-)[A-Za-z0-9:_.@\\-]+{suffix}", name) is not None
+
+
+def show_units(run: Run, names: Sequence[str], properties: Iterable[str], user: bool = False) -> list[dict[str, str]]:
+    """What systemd shows of units, which it does not start for that, in their order; see `parse_units`.
+
+    Where there is no systemd, as in a chroot, it may be less than was asked for, or nothing. Raises IommufdError.
+    """
+    manager = ["--user"] if user else []
+    words = ["systemctl", *manager, "show", "--no-pager", f"--property={','.join(properties)}", "--", *names]
+    try:
+        return parse_units(must_run(run, *words))
+    except CommandFailed as exc:
+        raise IommufdError(f"systemd cannot be asked for {', '.join(names)}: {exc.said.rstrip('.')}.") from exc
+    except HostLacks as exc:
+        raise HostLacks(f"systemd cannot be asked for {', '.join(names)}: {exc}") from exc
+
+
+def parse_units(text: str) -> list[dict[str, str]]:
+    """Reads the output of `systemctl show`: the properties of each unit, without those that its kind does not have.
+
+    Of what a unit has several times, such as commands, each is on a line of its own.
+    """
+    units = []
+    for paragraph in re.split(r"\n{2,}", text.strip("\n")):
+        shown: dict[str, str] = {}
+        for key, equals, value in (line.partition("=") for line in paragraph.splitlines()):
+            if equals:
+                shown[key] = f"{shown[key]}\n{value}" if key in shown else value
+        units.append(shown)
+    return units
+
+
+class UnitState(NamedTuple):
+    """A systemd unit. `triggers` are the units that it starts, as those of type path and timer do."""
+
+    exists: bool
+    enabled: bool
+    active: bool
+    triggers: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{'enabled' if self.enabled else 'disabled'}, {'active' if self.active else 'inactive'}"
+
+
+def ask_states(run: Run, names: list[str]) -> dict[str, UnitState]:
+    """What systemd says of units. Raises IommufdError where it does not answer."""
+    if not names:
+        return {}
+    units = show_units(run, names, _STATE)
+    if len(units) != len(names) or not all(units):
+        told = sum(map(bool, units))
+        raise IommufdError(f"systemd tells of {told} units where it was asked for {', '.join(names)}.")
+    return {
+        name: UnitState(
+            shown["LoadState"] != "not-found",
+            shown["UnitFileState"].startswith("enabled"),
+            shown["ActiveState"] not in ("inactive", "failed"),
+            tuple(shown.get("Triggers", "").split()),
+        )
+        for name, shown in zip(names, units)
+    }
+
+
+def tell_systemd(run: Run, verb: str, name: str, *options: str, user: bool = False) -> None:
+    """Has systemd start, stop, enable ... a unit. Raises CommandFailed and HostLacks."""
+    must_run(run, "systemctl", *(["--user"] if user else []), verb, *options, "--", name)
+
+
+def reload_units(run: Run) -> None:
+    """Has systemd read all of its files again. Raises CommandFailed and HostLacks."""
+    must_run(run, "systemctl", "daemon-reload")
+
+
+def run_service(
+    run: Run, name: str, command: Sequence[str], properties: Iterable[str], *options: str, user: bool = False
+) -> None:
+    """Has systemd run a command as a transient service of that name. Raises CommandFailed and HostLacks."""
+    manager = ["--user"] if user else []
+    settings = [f"--property={each}" for each in properties]
+    must_run(run, "systemd-run", *manager, "--quiet", *options, f"--unit={name}", *settings, "--", *command)
+
+
+def read_journal(run: Run, name: str) -> list[str]:
+    """The last lines that the journal has of a unit of the system's, without its name. Raises as `must_run` does."""
+    # What is said of one that has ended just now may not be written yet.
+    with contextlib.suppress(CommandFailed):
+        must_run(run, "journalctl", "--sync")
+    words = ["journalctl", "--no-pager", "--output=cat", f"--lines={_JOURNAL_LINES}", f"--unit={name}"]
+    return [line.replace(f"{name}: ", "") for line in must_run(run, *words).splitlines()]
