@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ansible_collections.virt.iommufd.plugins.plugin_utils._filters import reporting
-from ansible_collections.virt.iommufd.plugins.plugin_utils._plan import host_plan
+from ..plugin_utils._filters import reporting
+from ..plugin_utils._plan import host_plan
 
 DOCUMENTATION = r"""
 name: _host_plan

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ansible_collections.virt.iommufd.plugins.plugin_utils._filters import reporting
-from ansible_collections.virt.iommufd.plugins.plugin_utils._result import host_result
+from ..plugin_utils._filters import reporting
+from ..plugin_utils._result import host_result
 
 DOCUMENTATION = r"""
 name: _host_result

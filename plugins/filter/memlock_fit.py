@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ansible_collections.virt.iommufd.plugins.plugin_utils._filters import reporting
-from ansible_collections.virt.iommufd.plugins.plugin_utils._fit import memlock_fit
+from ..plugin_utils._filters import reporting
+from ..plugin_utils._fit import memlock_fit
 
 DOCUMENTATION = r"""
 name: memlock_fit

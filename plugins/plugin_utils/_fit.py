@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from os.path import basename
-from typing import Any
+from typing import Any, NamedTuple
 
 from ansible.module_utils.parsing.convert_bool import boolean
 
@@ -45,8 +44,7 @@ UNKNOWN_LIMIT = (
 Info = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class User:
+class Owner(NamedTuple):
     """The user that the VMM will run as, and what is charged to it under per-user accounting.
 
     `uid` is None for a name that the input does not know. `unsure` may be charged too. `hidden`: there may be more,
@@ -61,8 +59,7 @@ class User:
     partly: bool
 
 
-@dataclass(frozen=True)
-class Vm:
+class NewVm(NamedTuple):
     """The VM that is asked about: what it pins at least and at most, its limit (None without), and these in words.
 
     Where the limit is not `known`, it is the one that libvirt would give for a <hostdev>.
@@ -76,8 +73,7 @@ class Vm:
     known: bool = True
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Forecast(NamedTuple):
     """Whether the VM fits under one accounting, None where that cannot be told, and why."""
 
     accounting: str
@@ -86,7 +82,7 @@ class Verdict:
     reason: str
 
 
-def check(info: Any) -> Info:
+def checked(info: Any) -> Info:
     """The input, if it is what iommufd_info returned."""
     trouble = next(filter(info.get, TROUBLES), None) if isinstance(info, Mapping) else None
     if trouble:
@@ -115,7 +111,7 @@ def size(name: str, value: Any, minimum: int = 0) -> int:
         raise IommufdError(f"{name}: {exc}") from exc
 
 
-def find_user(info: Info, user: Any) -> User:
+def owner_of(info: Info, user: Any) -> Owner:
     """The user that is asked about, as the input knows it."""
     text = str(user).strip()
     known = isinstance(user, (int, str)) and not isinstance(user, bool)
@@ -134,7 +130,7 @@ def find_user(info: Info, user: Any) -> User:
     charges = [row for row in info["users"] if row["uid"] == uid]
     unsure = sum(row["uncertain_bytes"] for row in charges)
     unseen = {each["what"] for each in info["host"]["limits_of_view"]}.intersection(UNSEEN)
-    return User(
+    return Owner(
         name=name,
         uid=uid,
         charged=sum(row["charged_bytes"] for row in charges),
@@ -169,7 +165,7 @@ def measured_overhead(info: Info) -> int | None:
     return max((overhead for overhead in found if 0 <= overhead <= GIB), default=None)
 
 
-def describe(info: Info, memory: int, times: int, memlock: Any, overhead: Any) -> Vm:
+def describe(info: Info, memory: int, times: int, memlock: Any, overhead: Any) -> NewVm:
     """The VM that is asked about, which pins its memory so many times, in whole pages."""
     pins = human_size(memory * times) + (f" ({human_size(memory)} for each of {times} devices)" if times > 1 else "")
     shown = measured_overhead(info)
@@ -183,7 +179,7 @@ def describe(info: Info, memory: int, times: int, memlock: Any, overhead: Any) -
         least, most = 0, GIB
         pins += f" and up to {human_size(most)} beyond that, which is what libvirt allows for"
     least, most = (-(-(memory * times + each) // PAGE) * PAGE for each in (least, most))
-    return Vm(least, most, f"The VM pins {pins}.", *describe_limit(memory * times, memlock))
+    return NewVm(least, most, f"The VM pins {pins}.", *describe_limit(memory * times, memlock))
 
 
 def describe_limit(pinned: int, memlock: Any) -> tuple[int | None, str]:
@@ -196,14 +192,14 @@ def describe_limit(pinned: int, memlock: Any) -> tuple[int | None, str]:
     return limit, f"its limit of {human_size(limit)}"
 
 
-def knows_limit(info: Info, user: User, memlock: Any) -> bool:
+def knows_limit(info: Info, user: Owner, memlock: Any) -> bool:
     """Whether the VM's limit is known: the one of libvirt's for a <hostdev> is not had by a VM that uses none."""
     libvirt = info["host"].get("libvirt")
     for_hostdev = memlock == "libvirt" and user.name in LIBVIRT_USERS
     return not for_hostdev or libvirt is None or libvirt["sets_rlimit_mode"] is not False
 
 
-def emulators(info: Info) -> list[Mapping[str, Any]]:
+def candidates(info: Info) -> list[Mapping[str, Any]]:
     """The host's emulators that a VM would run in: those for its own architecture, or all where none is known to be."""
     host = info["host"]
     present = [each for each in host.get("qemu", []) if each["present"]]
@@ -211,7 +207,7 @@ def emulators(info: Info) -> list[Mapping[str, Any]]:
     return [each for each in present if each["path"] in own] or present
 
 
-def possible(info: Info, user: User, accounting: Any) -> tuple[list[str], str]:
+def possible(info: Info, user: Owner, accounting: Any) -> tuple[list[str], str]:
     """How the VM may be accounted, the strictest first, and why."""
     if accounting not in ("auto", *ACCOUNTINGS):
         raise IommufdError(f"accounting: {accounting!r:.60} is unknown: give auto, {', '.join(ACCOUNTINGS)}.")
@@ -221,7 +217,7 @@ def possible(info: Info, user: User, accounting: Any) -> tuple[list[str], str]:
     if "qemu" not in host:
         accountings, why = from_processes(info, user)
         return accountings, f"The input lacks the subset host, which may tell more of the accounting. {why}"
-    capable = {each["cap_ipc_lock"] for each in emulators(info)}
+    capable = {each["cap_ipc_lock"] for each in candidates(info)}
     if capable == {True}:
         return ["none"], "The host's emulators have CAP_IPC_LOCK."
     accountings, why = from_libvirt(host["libvirt"], user) or from_processes(info, user)
@@ -231,7 +227,7 @@ def possible(info: Info, user: User, accounting: Any) -> tuple[list[str], str]:
     return accountings, why
 
 
-def from_libvirt(libvirt: Info, user: User) -> tuple[list[str], str] | None:
+def from_libvirt(libvirt: Info, user: Owner) -> tuple[list[str], str] | None:
     """How the system libvirt has its VMs accounted; None where the VM is none of them, or libvirt leaves it alone."""
     if user.name not in LIBVIRT_USERS or libvirt["sets_rlimit_mode"] is False:
         return None
@@ -240,7 +236,7 @@ def from_libvirt(libvirt: Info, user: User) -> tuple[list[str], str] | None:
     return ["user", "process"], f"It is not known whether libvirt sets per-process accounting: {libvirt['reason']}"
 
 
-def from_processes(info: Info, user: User) -> tuple[list[str], str]:
+def from_processes(info: Info, user: Owner) -> tuple[list[str], str]:
     """How the user's running VMs are accounted, else what the kernel does by itself."""
     shown = {process["accounting"] for process in info["processes"] if process["uid"] == user.uid}
     partly = user.partly or None in shown
@@ -266,20 +262,20 @@ def from_processes(info: Info, user: User) -> tuple[list[str], str]:
     return ["user"], f"No running VM of {user.name} shows its accounting, and the kernel's default is per user."
 
 
-def judge(vm: Vm, user: User, accounting: str) -> Verdict:
+def forecast(vm: NewVm, user: Owner, accounting: str) -> Forecast:
     """Whether the VM fits under one accounting."""
     if accounting == "none":
-        return Verdict(accounting, True, 0, "With CAP_IPC_LOCK nothing is charged and no limit is checked.")
+        return Forecast(accounting, True, 0, "With CAP_IPC_LOCK nothing is charged and no limit is checked.")
     if accounting == "process":
         fits, how = compare(vm, 0, 0, False)
-        return Verdict(accounting, fits, 0, f"Charged for itself alone, {how}.")
+        return Forecast(accounting, fits, 0, f"Charged for itself alone, {how}.")
     fits, how = compare(vm, user.charged, user.unsure, user.hidden)
     already = human_size(user.charged) if user.charged or user.unsure else "nothing"
     already += f" to {human_size(user.charged + user.unsure)}" if user.unsure else ""
-    return Verdict(accounting, fits, user.charged, f"Charged to {user.name} on top of {already}, {how}.")
+    return Forecast(accounting, fits, user.charged, f"Charged to {user.name} on top of {already}, {how}.")
 
 
-def compare(vm: Vm, charged: int, unsure: int, hidden: bool) -> tuple[bool | None, str]:
+def compare(vm: NewVm, charged: int, unsure: int, hidden: bool) -> tuple[bool | None, str]:
     """Whether the VM's limit allows for it on top of what is charged already, and the same in words.
 
     Whatever is charged is whole pages, so bytes compare just as in the kernel, which rounds the limit down to pages.
@@ -300,7 +296,7 @@ def compare(vm: Vm, charged: int, unsure: int, hidden: bool) -> tuple[bool | Non
     return True, f"it is within {vm.limited}"
 
 
-def cure_by_mode(user: User, vm: Vm) -> str:
+def cure_by_mode(user: Owner, vm: NewVm) -> str:
     if user.name in LIBVIRT_USERS:
         how = (
             "which libvirt 12.1 or later does for devices with <driver name='vfio' iommufd='yes'/> if its daemon has"
@@ -330,7 +326,7 @@ def cure_by_limit(limit: int, by_libvirt: bool, per_user: bool) -> str:
     return f"raise its limit ({how})" + (", for this VM only, since the next one takes still more" if per_user else "")
 
 
-def remedy(info: Info, user: User, vm: Vm, strictest: Verdict, by_libvirt: bool) -> str:
+def remedy(info: Info, user: Owner, vm: NewVm, strictest: Forecast, by_libvirt: bool) -> str:
     """What to change so that the VM fits whatever of the possible accountings it gets."""
     per_user = strictest.accounting == "user"
     enough = vm.most + strictest.charged + (user.unsure if per_user else 0)
@@ -342,7 +338,7 @@ def remedy(info: Info, user: User, vm: Vm, strictest: Verdict, by_libvirt: bool)
     return f"To make it fit: {'; or '.join(cures)}."
 
 
-def emulator(info: Info, user: User) -> str:
+def emulator(info: Info, user: Owner) -> str:
     """The path of the emulator that the VM is most likely to run in: the user's running ones, then x86-64.
 
     One that has CAP_IPC_LOCK already comes last.
@@ -354,21 +350,22 @@ def emulator(info: Info, user: User) -> str:
         # The kernel keeps 15 characters of a name.
         return bool(row["cap_ipc_lock"]), basename(path)[:15] not in running, not path.endswith("x86_64"), path
 
-    likely = min(emulators(info), key=rank, default=None)
+    likely = min(candidates(info), key=rank, default=None)
     return "/usr/bin/qemu-system-x86_64" if likely is None else str(likely["path"])
 
 
-def what_would_tell(info: Info, user: User, vm: Vm, verdicts: list[Verdict]) -> str:
+def what_would_tell(info: Info, user: Owner, vm: NewVm, forecasts: list[Forecast]) -> str:
     """What would make an uncertain answer certain; "" where nothing would."""
     ways = []
     if not vm.known:
         ways.append("give memlock: the domain's <hard_limit>, or LimitMEMLOCK of libvirt's daemon")
-    if verdicts[0].accounting == "user" and user.partly:
+    if forecasts[0].accounting == "user" and user.partly:
         ways.append("run virt.iommufd.iommufd_info as root (become: true) on the host itself, where it sees everything")
-    exact, seen = replace(vm, most=vm.least), replace(user, hidden=False)
-    if any(judge(exact, seen, each.accounting).fits is not judge(vm, seen, each.accounting).fits for each in verdicts):
+    exact, seen = vm._replace(most=vm.least), user._replace(hidden=False)
+    told = [each.accounting for each in forecasts]
+    if any(forecast(exact, seen, each).fits is not forecast(vm, seen, each).fits for each in told):
         ways.append("give the overhead, if it is known")
-    if len(verdicts) > 1:
+    if len(forecasts) > 1:
         ways.append("give the accounting of the VM")
     return f"To know for certain: {'; '.join(ways)}." if ways else ""
 
@@ -377,16 +374,16 @@ def answer(
     info: Any, memory: Any, user: Any, memlock: Any, vfio_devices: Any, viommu: Any, accounting: Any, overhead: Any
 ) -> dict[str, Any]:
     """What the filter returns."""
-    info = check(info)
-    who = find_user(info, user)
+    info = checked(info)
+    who = owner_of(info, user)
     vm = describe(info, size("memory", memory, 1), address_spaces(vfio_devices, viommu), memlock, overhead)
     accountings, why = possible(info, who, accounting)
     # With CAP_IPC_LOCK it does not matter.
-    vm = replace(vm, known=accountings == ["none"] or knows_limit(info, who, memlock))
-    verdicts = [judge(vm, who, each) for each in accountings]
-    strictest = verdicts[0]
-    fits = strictest.fits if len({verdict.fits for verdict in verdicts}) == 1 else None
-    reasons = [why, vm.pins, *(verdict.reason for verdict in verdicts)]
+    vm = vm._replace(known=accountings == ["none"] or knows_limit(info, who, memlock))
+    forecasts = [forecast(vm, who, each) for each in accountings]
+    strictest = forecasts[0]
+    fits = strictest.fits if len({each.fits for each in forecasts}) == 1 else None
+    reasons = [why, vm.pins, *(each.reason for each in forecasts)]
     if not vm.known:
         reasons.append(UNKNOWN_LIMIT)
     if info["host"].get("module") == "absent":
@@ -395,10 +392,10 @@ def answer(
     by_libvirt = memlock == "libvirt" or who.name in LIBVIRT_USERS
     advice = [] if fits else [remedy(info, who, vm, strictest, by_libvirt)]
     if fits is None:
-        advice.insert(0, what_would_tell(info, who, vm, verdicts))
+        advice.insert(0, what_would_tell(info, who, vm, forecasts))
     return {
         "fits": fits,
-        "accounting": strictest.accounting if len(verdicts) == 1 else None,
+        "accounting": strictest.accounting if len(forecasts) == 1 else None,
         "needed": vm.most,
         "charged": strictest.charged,
         "limit": limit,

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from os.path import basename
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
@@ -73,8 +72,7 @@ _NO_IOMMUFD = (
 )
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A strategy, whether it was chosen without a guess, and why."""
 
     strategy: str
@@ -361,7 +359,7 @@ def plan(info: Mapping[str, Any], config: Mapping[str, Any], check: Mapping[str,
         "kernel": host["kernel"],
         "errors": errors,
         "requested": config["strategy"],
-        **vars(choice),
+        **choice._asdict(),
         "user": config["user"],
         # Where units alone start VMs, nothing depends on the host's own.
         "emulators": emulators if capabilities or not units or is_there(host["libvirt"]) else config["emulators"],

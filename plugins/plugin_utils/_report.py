@@ -78,12 +78,12 @@ def describe_vm(process: Mapping[str, Any], at_risk: Mapping[int, bool | None]) 
         "limit_bytes": process["memlock_bytes"],
         "limit_unlimited": process["memlock_unlimited"],
         "headroom_bytes": process["headroom_bytes"],
-        "verdict": judge(process, at_risk),
+        "verdict": verdict_of(process, at_risk),
         "notes": list(process["notes"]),
     }
 
 
-def judge(process: Mapping[str, Any], at_risk: Mapping[int, bool | None]) -> str:
+def verdict_of(process: Mapping[str, Any], at_risk: Mapping[int, bool | None]) -> str:
     if process["accounting"] is None:
         return UNKNOWN
     if process["headroom_bytes"] is None:
