@@ -56,7 +56,8 @@ from typing import Any
 from ansible import constants
 from ansible.errors import AnsibleLookupError
 from ansible.plugins.lookup import LookupBase
-from ansible_collections.virt.iommufd.plugins.module_utils._programs import EXEC, zipapp
+
+from ..module_utils._programs import EXEC, zipapp
 
 
 class LookupModule(LookupBase):

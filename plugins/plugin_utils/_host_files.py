@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ansible_collections.virt.iommufd.plugins.module_utils._programs import EXEC, GRANT
+from ..module_utils._programs import EXEC, GRANT
 
 __all__ = (
     "LAUNCHER",

@@ -8,10 +8,10 @@ import json
 from typing import Any
 
 import pytest
-import yaml
-from ansible.errors import AnsibleFilterError
-from ansible_collections.virt.iommufd.plugins.filter import audit_report as plugin
-from ansible_collections.virt.iommufd.plugins.filter.audit_report import audit_report
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.plugin_utils import _report
+from ansible_collections.virt.iommufd.plugins.plugin_utils._report import audit_report
+from ansible_collections.virt.iommufd.tests.unit.filter_docs import documented_fields
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -65,12 +65,8 @@ def told(result: Any) -> Row:
     return row
 
 
-def test_the_filter_goes_by_its_name() -> None:
-    assert plugin.FilterModule().filters() == {"audit_report": audit_report}
-
-
 def test_the_documented_fields() -> None:
-    fields = yaml.safe_load(plugin.RETURN)["_value"]["contains"]
+    fields = documented_fields("audit_report")
     row = told(info(process(), at_risk=True))
     assert row.keys() == fields["hosts"]["contains"].keys()
     vm = {name: field["sample"] for name, field in fields["hosts"]["contains"]["vms"]["contains"].items()}
@@ -354,7 +350,7 @@ def test_whatever_a_host_returns(results: Row) -> None:
     report = audit_report(results)
     assert report["hosts"].keys() == results.keys()
     for line in report["lines"]:
-        assert len(line) <= plugin.WIDTH
+        assert len(line) <= _report.WIDTH
         assert line.isascii()
         assert line == "" or line.isprintable()
 
@@ -370,9 +366,9 @@ def test_no_hosts() -> None:
 
 @pytest.mark.parametrize("results", [None, "text", [], [info()]])
 def test_a_wrong_input(results: Any) -> None:
-    with pytest.raises(AnsibleFilterError) as raised:
+    with pytest.raises(IommufdError) as raised:
         audit_report(results)
     assert str(raised.value) == (
-        "audit_report: The input is not a dictionary: give it the names of hosts with what virt.iommufd.iommufd_info"
+        "The input is not a dictionary: give it the names of hosts with what virt.iommufd.iommufd_info"
         " returned for each."
     )

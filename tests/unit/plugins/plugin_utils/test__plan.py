@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible.errors import AnsibleFilterError
-from ansible_collections.virt.iommufd.plugins.filter import iommufd_host_plan as plugin
-from ansible_collections.virt.iommufd.plugins.filter.iommufd_host_plan import iommufd_host_plan
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_host_apply
+from ansible_collections.virt.iommufd.plugins.plugin_utils import _plan
+from ansible_collections.virt.iommufd.plugins.plugin_utils._plan import host_plan
+from ansible_collections.virt.iommufd.tests.unit.filter_docs import documented_fields
 
 APPLY = Path(__file__).resolve().parents[4] / "roles" / "iommufd_host" / "tasks" / "apply.yml"
 
@@ -66,10 +67,10 @@ def plan(libvirt: Row, *rows: Row, host: Row | None = None, **config: Any) -> Ro
     """The plan for a host with that libvirt. Units that are asked for are there, unless they are in `rows`."""
     config = {"architecture": "x86_64", "user": "libvirt-qemu", **config}
     named = {row.get("path", row.get("name")) for row in rows}
-    units = [plugin.unit_name(name) for name in config.get("units", [])]
+    units = [_plan.unit_name(name) for name in config.get("units", [])]
     others = [emulator(path) for path in [QEMU, *config.get("emulators", [])] if path not in named]
     others += [unit(name) for name in units if name not in named]
-    return iommufd_host_plan(info(libvirt, **(host or {})), config, check(*rows, *others))
+    return host_plan(info(libvirt, **(host or {})), config, check(*rows, *others))
 
 
 def paths(made: Row) -> list[str]:
@@ -126,9 +127,9 @@ NOTHING: Row = {
     ("libvirt", "config", "strategy", "certain", "grants"),
     [
         (OLD, {}, "cap_ipc_lock", True, [FILE]),
-        (OLD, {"fallback": "none"}, "none", True, []),
+        (OLD, {"fallback": "none"}, "observe", True, []),
         (OLD, {"units": ["vm1"]}, "cap_ipc_lock", True, [FILE, DROP_IN]),
-        (OLD, {"strategy": "none"}, "none", True, []),
+        (OLD, {"strategy": "observe"}, "observe", True, []),
         (OLD, {"strategy": "cap_ipc_lock"}, "cap_ipc_lock", True, [FILE]),
         (NEW, {}, "native", True, []),
         (NEW, {"fallback": "none"}, "native", True, []),
@@ -139,11 +140,11 @@ NOTHING: Row = {
         (NEW, {"units": ["vm1"], "emulators": [QEMU]}, "cap_ipc_lock", True, [FILE, DROP_IN]),
         (UNSURE, {}, "cap_ipc_lock", False, [FILE]),
         (UNSURE, {"units": ["vm1"]}, "cap_ipc_lock", False, [FILE, DROP_IN]),
-        (UNSURE, {"fallback": "none"}, "none", False, []),
+        (UNSURE, {"fallback": "none"}, "observe", False, []),
         (UNSURE, {"strategy": "native"}, "native", False, []),
         (NO_LIBVIRT, {"units": ["vm1"]}, "cap_ipc_lock", True, [DROP_IN]),
         (NO_LIBVIRT, {"emulators": [QEMU]}, "cap_ipc_lock", True, [FILE]),
-        (NO_LIBVIRT, {}, "none", False, []),
+        (NO_LIBVIRT, {}, "observe", False, []),
         (NO_LIBVIRT, {"strategy": "cap_ipc_lock"}, "cap_ipc_lock", True, [FILE]),
     ],
 )
@@ -162,6 +163,9 @@ def test_strategies(libvirt: Row, config: Row, strategy: str, certain: bool, gra
     of_emulators = GRANT_FILES if wanted["capabilities"] else []
     assert paths(made) == [MODULES_FILE, *made["files_of_grants"], *of_emulators]
     assert set(wanted) == set(NOTHING)
+    documented = documented_fields("_host_plan")
+    assert made.keys() == documented.keys()
+    assert wanted.keys() == documented["wanted"]["contains"].keys()
 
 
 def test_what_is_wanted_are_the_options_of_the_module() -> None:
@@ -330,28 +334,22 @@ def test_systemd_reads_again_what_it_has_not_read() -> None:
     rows = [unit("vm1.service"), unit("vm2.service", outdated=True)]
     assert plan(OLD, *rows, units=["vm1", "vm2"])["wanted"]["reload"] is True
     # By what iommufd_info tells alone, that is not known yet.
-    assert iommufd_host_plan(info(OLD), {"architecture": "x86_64"})["wanted"]["reload"] is False
+    assert host_plan(info(OLD), {"architecture": "x86_64"})["wanted"]["reload"] is False
 
 
 def test_an_emulator_of_another_name() -> None:
     rows = [{"path": "/usr/libexec/qemu-kvm", "present": True}, {"path": QEMU, "present": False}]
     host = {"qemu": [{**row, "writer": None} for row in rows]}
-    made = iommufd_host_plan(info(OLD, **host), {"architecture": "x86_64"})
+    made = host_plan(info(OLD, **host), {"architecture": "x86_64"})
     assert made["emulators"] == ["/usr/libexec/qemu-kvm"]
     power = {"qemu": [{"path": "/usr/bin/qemu-system-ppc64", "present": True, "writer": None}]}
-    assert iommufd_host_plan(info(OLD, **power), {"architecture": "ppc64le"})["emulators"] == [
-        "/usr/bin/qemu-system-ppc64"
-    ]
+    assert host_plan(info(OLD, **power), {"architecture": "ppc64le"})["emulators"] == ["/usr/bin/qemu-system-ppc64"]
 
 
 @pytest.mark.parametrize("arguments", [(None, {}), ({}, None), ({}, {}), ({"host": {}}, {}, []), ({"host": {}}, {})])
 def test_other_input(arguments: tuple[Any, ...]) -> None:
-    with pytest.raises(AnsibleFilterError, match="iommufd_host_plan"):
-        iommufd_host_plan(*arguments)
-
-
-def test_what_ansible_finds() -> None:
-    assert plugin.FilterModule().filters() == {"iommufd_host_plan": iommufd_host_plan}
+    with pytest.raises(IommufdError, match=r"^(It takes|There is no) "):
+        host_plan(*arguments)
 
 
 def test_the_launcher_is_a_file_of_the_plan_where_it_is_asked_for() -> None:
@@ -360,7 +358,7 @@ def test_the_launcher_is_a_file_of_the_plan_where_it_is_asked_for() -> None:
     made = plan(NO_LIBVIRT, launcher=True)
     assert {"path": path, "program": "iommufd-exec"} in made["wanted"]["files"]
     # It takes no grant.
-    assert (made["strategy"], made["certain"], made["grants"]) == ("none", True, [])
+    assert (made["strategy"], made["certain"], made["grants"]) == ("observe", True, [])
     assert made["files_of_grants"] == []
     # What libvirt starts does not use it.
     assert plan(OLD, launcher=True)["grants"] == [FILE]
@@ -400,22 +398,22 @@ WRITER = {"place": "/opt/vm", "who": "user alice (uid 1002)"}
 SAYS = "The emulator {} cannot be trusted: /opt/vm can be written by user alice (uid 1002), who would get with it"
 
 
-@pytest.mark.parametrize("config", [{}, {"strategy": "none"}, {"strategy": "cap_ipc_lock"}])
+@pytest.mark.parametrize("config", [{}, {"strategy": "observe"}, {"strategy": "cap_ipc_lock"}])
 def test_an_emulator_that_others_can_write(config: Row) -> None:
     """By what iommufd_info tells alone."""
     config = {"architecture": "x86_64", **config}
     host = {"qemu": [{"path": QEMU, "present": True, "writer": WRITER}]}
-    made = iommufd_host_plan(info(OLD, **host), config)
+    made = host_plan(info(OLD, **host), config)
     assert [each.startswith(SAYS.format(QEMU)) for each in made["errors"]] == [True]
     assert (made["grants"], made["files_of_grants"], made["wanted"]) == ([], [], NOTHING)
     # Another one is nobody's concern.
     host = {"qemu": [{"path": "/opt/vm/q", "present": True, "writer": WRITER}, *info(OLD)["host"]["qemu"]]}
-    assert iommufd_host_plan(info(OLD, **host), config)["errors"] == []
-    made = iommufd_host_plan(info(OLD, **host), {**config, "emulators": ["/opt/vm/q"]})
+    assert host_plan(info(OLD, **host), config)["errors"] == []
+    made = host_plan(info(OLD, **host), {**config, "emulators": ["/opt/vm/q"]})
     assert [each.startswith(SAYS.format("/opt/vm/q")) for each in made["errors"]] == [True]
 
 
-@pytest.mark.parametrize("strategy", ["none", "cap_ipc_lock"])
+@pytest.mark.parametrize("strategy", ["observe", "cap_ipc_lock"])
 def test_an_emulator_that_others_can_write_since(strategy: str) -> None:
     """By what iommufd_vmm_check tells, whatever iommufd_info has found a moment ago."""
     row = emulator("/opt/q", writer=WRITER, is_emulator=False, obstacles=["/opt/q cannot be trusted."])

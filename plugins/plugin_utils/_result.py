@@ -2,206 +2,20 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The filter iommufd_host_result: what came of a plan of the role iommufd_host, and what is left for the operator."""
+"""Private to this collection: what came of a plan of the role iommufd_host, and what is left for the operator."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from os.path import basename
 from typing import Any
 
-from ansible.errors import AnsibleFilterError
-from ansible_collections.virt.iommufd.plugins.module_utils._foreign import harmless
-from ansible_collections.virt.iommufd.plugins.plugin_utils._host_files import LAUNCHER, unit_with_drop_in
+from ..module_utils._errors import IommufdError
+from ..module_utils._foreign import harmless
+from ._host_files import LAUNCHER, unit_with_drop_in
 
-DOCUMENTATION = r"""
-name: iommufd_host_result
-short_description: Tell what the role iommufd_host has done on a host
-version_added: 0.1.0
-author:
-  - The virt.iommufd contributors (@virt-iommufd)
-description:
-  - Puts together what the role C(virt.iommufd.iommufd_host) granted, what proves it, and what the operator still has to
-    do. It touches nothing.
-options:
-  _input:
-    description: The plan, as P(virt.iommufd.iommufd_host_plan#filter) returned it.
-    type: dict
-    required: true
-  info:
-    description: What M(virt.iommufd.iommufd_info) returned, with all of its default subsets.
-    type: dict
-    required: true
-  applied:
-    description: What M(virt.iommufd.iommufd_host_apply) returned for the plan.
-    type: dict
-    required: true
-  check:
-    description: What M(virt.iommufd.iommufd_vmm_check) returned once the plan was carried out.
-    type: dict
-    required: true
-  restarts:
-    description: Whether the role restarts itself what has to be, so that the operator need not.
-    type: bool
-    default: false
-seealso:
-  - plugin: virt.iommufd.iommufd_host_plan
-    plugin_type: filter
-    description: Makes the plan.
-"""
-
-EXAMPLES = r"""
-- name: Report what the operator still has to do
-  ansible.builtin.debug:
-    msg: "{{ (plan | virt.iommufd.iommufd_host_result(info=info, applied=applied, check=check)).todo }}"
-"""
-
-RETURN = r"""
-_value:
-  description: The result, which the role makes its fact C(iommufd_host_result).
-  type: dict
-  contains:
-    supported:
-      description: Whether the running kernel has iommufd.
-      type: bool
-      sample: true
-    kernel:
-      description: The release of the running kernel.
-      type: str
-      sample: 6.12.107
-    requested:
-      description: The strategy that was asked for.
-      type: str
-      sample: auto
-    strategy:
-      description: The strategy that was taken.
-      type: str
-      sample: cap_ipc_lock
-    certain:
-      description: Whether nothing had to be guessed for that choice.
-      type: bool
-      sample: true
-    why:
-      description: Why that strategy.
-      type: str
-      sample: "libvirt 11.3.0 does not set per-process accounting: 12.1.0 is the first that does."
-    grants:
-      description: What is granted by the role, now or by an earlier run.
-      type: list
-      elements: dict
-      contains:
-        what:
-          description: V(cap_ipc_lock) or V(memlock).
-          type: str
-          sample: cap_ipc_lock
-        to:
-          description: The emulator, unit or user that has it.
-          type: str
-          sample: /usr/bin/qemu-system-x86_64
-        by:
-          description: V(file capability), V(drop-in) or V(limits.d).
-          type: str
-          sample: file capability
-        value:
-          description: The capability's sets, or the limit in bytes, V(null) for unlimited.
-          type: raw
-          sample: ep
-    found:
-      description: What somebody else has granted, with the keys C(what), C(to) and C(why). It is never removed.
-      type: list
-      elements: dict
-    access:
-      description: What lets QEMU open the device nodes by itself, or why nothing is done for that.
-      type: list
-      elements: str
-    verified:
-      description: What was tried on the live host.
-      type: list
-      elements: dict
-      contains:
-        what:
-          description: What was tried, as a sentence.
-          type: str
-          sample: /usr/bin/qemu-system-x86_64, as libvirt-qemu, has CAP_IPC_LOCK
-        ok:
-          description: Whether it is so; V(null) where it was not tried, or nothing was seen that tells.
-          type: bool
-          sample: true
-        evidence:
-          description: What F(/proc) or the kernel said, or why it was not tried or nothing is known.
-          type: str
-          sample: bare start, CapEff 0000000000004000
-    failed:
-      description: Those that are not so, as sentences. The role takes its grants back and fails if there are any.
-      type: list
-      elements: str
-    unproven:
-      description:
-        - Those of which nothing is known though they were tried, as sentences, such as where a process was ended by a
-          signal before it was looked at.
-        - The role fails if there are any. Where RV(ignore:failed) is empty it takes back only what it has granted in
-          the same run, since a user of the host may have seen to that.
-      type: list
-      elements: str
-    pending:
-      description: The VMs that still run under the old accounting.
-      type: list
-      elements: dict
-      contains:
-        pid:
-          description: Its process id.
-          type: int
-          sample: 4242
-        name:
-          description: Its libvirt domain, else what it calls its guest, else its unit, else its name.
-          type: str
-          sample: vm1
-        domain:
-          description: Its libvirt domain; V(null) without one.
-          type: str
-          sample: vm1
-        unit:
-          description: Its systemd unit; V(null) without one.
-          type: str
-          sample: vm1.service
-        accounting:
-          description: As in RV(virt.iommufd.iommufd_info#module:processes[].accounting).
-          type: str
-          sample: user
-        todo:
-          description: What to do about it.
-          type: str
-          sample: Shut it off and start it again.
-        dropped_in:
-          description: Its unit, where that has a drop-in of the role's; V(null) otherwise.
-          type: str
-          sample: vm1.service
-    todo:
-      description: What the operator still has to do, each a sentence.
-      type: list
-      elements: str
-    put_back:
-      description: What this run put back of what an earlier one had done, each a sentence.
-      type: list
-      elements: str
-    restart:
-      description: What reads anew only when it starts what this run has changed. VMs outlive a daemon of libvirt's.
-      type: dict
-      contains:
-        daemons:
-          description: Daemons, by the names of their units.
-          type: list
-          elements: str
-          sample: [libvirtd.service]
-        units:
-          description:
-            - Units with a drop-in of the role's that was changed or put back, or that still run without it. Of a
-              template it is a pattern of systemctl's for all of its instances.
-          type: list
-          elements: str
-          sample: [vm1.service, vm@*.service]
-"""
+__all__ = ("host_result",)
 
 Row = dict[str, Any]
 
@@ -247,7 +61,7 @@ def _dropped_in(changes: list[Row]) -> list[str]:
 
 
 def _of_others(there: Mapping[str, Any] | None) -> bool:
-    """Whether an emulator, as the record module returns it, has CAP_IPC_LOCK from somebody else."""
+    """Whether an emulator, as iommufd_host_apply returns it, has CAP_IPC_LOCK from somebody else."""
     return there is not None and there["ipc_lock"] and not there["ours"]
 
 
@@ -389,7 +203,7 @@ def result(
     check: Mapping[str, Any],
     restarts: bool,
 ) -> Row:
-    """The whole result, as RETURN describes it."""
+    """The whole result, as the filter's RETURN describes it."""
     verified = verified_of(plan, check)
     failed = [
         f"{each['what']}: no ({each['evidence']})." for each in verified if each["ok"] is False and each["counts"]
@@ -434,21 +248,12 @@ def result(
     }
 
 
-class FilterModule:
-    """What Ansible looks for."""
-
-    def filters(self) -> Mapping[str, Callable[..., Row]]:
-        return {"iommufd_host_result": iommufd_host_result}
-
-
-def iommufd_host_result(plan: Any, info: Any, applied: Any, check: Any, restarts: bool = False) -> Row:
-    """The filter. Raises AnsibleFilterError where it is not given what it takes."""
+def host_result(plan: Any, info: Any, applied: Any, check: Any, restarts: bool = False) -> Row:
+    """The result, as the filter _host_result returns it. Raises IommufdError where it is not given what it takes."""
     if not all(isinstance(each, Mapping) for each in (plan, info, applied, check)):
-        raise AnsibleFilterError(
-            "iommufd_host_result takes a plan of iommufd_host_plan, and what the three modules of its options returned."
-        )
+        raise IommufdError("It takes a plan of _host_plan, and what the three modules of its options returned.")
     try:
         # The modules give printable texts. A host that is not to be trusted gives what it likes.
         return dict(harmless(result(plan, info, applied, check, restarts)))
     except KeyError as exc:
-        raise AnsibleFilterError(f"iommufd_host_result: there is no {exc} in its input.") from exc
+        raise IommufdError(f"There is no {exc} in its input.") from exc

@@ -7,10 +7,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ansible.errors import AnsibleFilterError
-from ansible_collections.virt.iommufd.plugins.filter import iommufd_host_kept as plugin
-from ansible_collections.virt.iommufd.plugins.filter.iommufd_host_kept import iommufd_host_kept
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.plugin_utils import _host_files
+from ansible_collections.virt.iommufd.plugins.plugin_utils._kept import host_kept
+from ansible_collections.virt.iommufd.tests.unit.filter_docs import documented_fields
 
 Row = dict[str, Any]
 
@@ -74,16 +74,17 @@ def restored(*files: Row) -> list[Row]:
 
 def test_what_has_failed_leaves_no_grant() -> None:
     made = plan(DROP_IN, LIMITS, emulators=(QEMU,))
-    found = iommufd_host_kept(made, applied(), failed=True)
+    found = host_kept(made, applied(), failed=True)
     # The rest is no grant, and stays as it is wanted.
     assert found == {**made["wanted"], "files": [MODULES, LAUNCHER], "capabilities": [], "units": []}
+    assert found.keys() == documented_fields("_host_kept").keys()
     assert found["nodes"] == ["/dev/iommu"]
     assert [each["path"] for each in found["blocks"]] == ["/etc/libvirt/qemu.conf"]
 
 
 def test_what_was_in_force_before_stays() -> None:
     made = plan(DROP_IN, LIMITS, emulators=(QEMU,))
-    found = iommufd_host_kept(made, applied(), failed=False)
+    found = host_kept(made, applied(), failed=False)
     files = [MODULES, LAUNCHER, *restored(DROP_IN, LIMITS), *of_emulators(QEMU)]
     assert found == {**made["wanted"], "files": files}
     assert (found["capabilities"], found["units"]) == ([QEMU], UNITS)
@@ -93,7 +94,7 @@ def test_what_was_in_force_before_stays() -> None:
 
 def test_what_this_run_has_granted_goes() -> None:
     new = [("capability", QEMU), ("file", DROP_IN["path"]), ("file", WATCH["path"]), ("unit", UNITS[0])]
-    found = iommufd_host_kept(plan(DROP_IN, LIMITS, emulators=(KVM,)), applied(*new), failed=False)
+    found = host_kept(plan(DROP_IN, LIMITS, emulators=(KVM,)), applied(*new), failed=False)
     assert (found["capabilities"], found["units"]) == ([], [])
     assert found["files"] == [MODULES, LAUNCHER, *restored(LIMITS)]
 
@@ -101,7 +102,7 @@ def test_what_this_run_has_granted_goes() -> None:
 def test_one_of_two_emulators_is_new() -> None:
     """What gives the capability back must forget the one, and may be new itself."""
     new = [("capability", OTHER), ("file", of_emulators()[0]["path"]), ("unit", UNITS[1])]
-    found = iommufd_host_kept(plan(emulators=(KVM, OTHER)), applied(*new), failed=False)
+    found = host_kept(plan(emulators=(KVM, OTHER)), applied(*new), failed=False)
     assert (found["capabilities"], found["units"]) == ([KVM], UNITS)
     assert found["files"] == [MODULES, LAUNCHER, *of_emulators(KVM)]
     # It goes on watching the file behind a link.
@@ -111,7 +112,7 @@ def test_one_of_two_emulators_is_new() -> None:
 
 
 def test_what_others_have_granted_is_not_ours_to_keep() -> None:
-    found = iommufd_host_kept(plan(emulators=(QEMU,)), applied(others=QEMU), failed=False)
+    found = host_kept(plan(emulators=(QEMU,)), applied(others=QEMU), failed=False)
     assert (found["files"], found["capabilities"], found["units"]) == ([MODULES, LAUNCHER], [], [])
 
 
@@ -120,20 +121,16 @@ def test_a_file_that_held_no_text() -> None:
     known = applied()
     (row,) = [each for each in known["made"] if each["path"] == LIMITS["path"]]
     row["before"] = None
-    assert iommufd_host_kept(plan(LIMITS), known, failed=False)["files"] == [MODULES, LAUNCHER, LIMITS]
+    assert host_kept(plan(LIMITS), known, failed=False)["files"] == [MODULES, LAUNCHER, LIMITS]
 
 
 def test_a_file_that_the_run_did_not_write() -> None:
     """It is as it was wanted already."""
-    found = iommufd_host_kept(plan(DROP_IN, LIMITS), applied(written=(LIMITS,)), failed=False)
+    found = host_kept(plan(DROP_IN, LIMITS), applied(written=(LIMITS,)), failed=False)
     assert found["files"] == [MODULES, LAUNCHER, DROP_IN, *restored(LIMITS)]
 
 
 @pytest.mark.parametrize("arguments", [(None, {}, False), ({}, None, False), ({}, {}, None), ({}, {}, False)])
 def test_other_input(arguments: tuple[Any, ...]) -> None:
-    with pytest.raises(AnsibleFilterError, match="iommufd_host_kept"):
-        iommufd_host_kept(*arguments)
-
-
-def test_what_ansible_finds() -> None:
-    assert plugin.FilterModule().filters() == {"iommufd_host_kept": iommufd_host_kept}
+    with pytest.raises(IommufdError, match=r"^(It takes|There is no) "):
+        host_kept(*arguments)

@@ -2,21 +2,19 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The filter iommufd_host_plan: from what a host is and what is asked for, what the role iommufd_host is to do."""
+"""Private to this collection: from what a host is and what is asked for, what the role iommufd_host is to do."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from os.path import basename
-from typing import Any
+from typing import Any, NamedTuple
 
-from ansible.errors import AnsibleFilterError
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._foreign import harmless
-from ansible_collections.virt.iommufd.plugins.module_utils._size import parse_size
-from ansible_collections.virt.iommufd.plugins.plugin_utils._host_files import (
+from ..module_utils._errors import IommufdError
+from ..module_utils._foreign import harmless
+from ..module_utils._size import parse_size
+from ._host_files import (
     apparmor_file,
     drop_in,
     grant_files,
@@ -26,149 +24,7 @@ from ansible_collections.virt.iommufd.plugins.plugin_utils._host_files import (
     udev_rules,
 )
 
-DOCUMENTATION = r"""
-name: iommufd_host_plan
-short_description: Tell what the role iommufd_host would do on a host
-version_added: 0.1.0
-author:
-  - The virt.iommufd contributors (@virt-iommufd)
-description:
-  - Decides, from what a host is and from what is asked for, which strategy the role C(virt.iommufd.iommufd_host) takes,
-    what it writes and grants, and what stands against it. It touches nothing, so check mode and a real run share it.
-options:
-  _input:
-    description: What M(virt.iommufd.iommufd_info) returned, with all of its default subsets.
-    type: dict
-    required: true
-  config:
-    description:
-      - The inputs of the role, by their names without C(iommufd_host_).
-      - Also C(architecture), the host's as C(uname -m) tells it, C(apparmor), whether AppArmor is enabled, and
-        C(libvirt_user), whom the distribution has the VMs of the system libvirt run as.
-    type: dict
-    required: true
-  check:
-    description:
-      - What M(virt.iommufd.iommufd_vmm_check) returned for the emulators and units of the host.
-      - Without it, only privileges, support and the inputs themselves are judged.
-    type: dict
-seealso:
-  - module: virt.iommufd.iommufd_info
-    description: Returns what this filter takes.
-  - plugin: virt.iommufd.iommufd_host_result
-    plugin_type: filter
-    description: Tells what came of the plan.
-"""
-
-EXAMPLES = r"""
-- name: Look at the host
-  virt.iommufd.iommufd_info:
-  register: info
-
-- name: Report which strategy the role would take, and why
-  ansible.builtin.debug:
-    msg: "{{ plan.strategy }}: {{ plan.why }}"
-  vars:
-    plan: "{{ info | virt.iommufd.iommufd_host_plan(config={'strategy': 'auto', 'architecture': 'x86_64'}) }}"
-"""
-
-RETURN = r"""
-_value:
-  description: The plan.
-  type: dict
-  contains:
-    supported:
-      description: Whether the running kernel has iommufd, if need be once its module is loaded.
-      type: bool
-      sample: true
-    kernel:
-      description: The release of the running kernel.
-      type: str
-      sample: 6.12.107
-    errors:
-      description: What stands against the plan, each a sentence with the way out; empty if nothing does.
-      type: list
-      elements: str
-    requested:
-      description: The strategy that was asked for.
-      type: str
-      sample: auto
-    strategy:
-      description: The strategy that is taken, V(native), V(cap_ipc_lock), V(memlock) or V(none).
-      type: str
-      sample: cap_ipc_lock
-    certain:
-      description: Whether nothing had to be guessed for that choice.
-      type: bool
-      sample: true
-    why:
-      description: Why that strategy.
-      type: str
-      sample: libvirt 11.3.0 does not set the mode.
-    user:
-      description: The user that VMs run as, by which emulators are checked.
-      type: str
-      sample: libvirt-qemu
-    emulators:
-      description: The emulators of this host whose capabilities are checked.
-      type: list
-      elements: str
-      sample: [/usr/bin/qemu-system-x86_64]
-    grants:
-      description: What is granted, to whom, and by what means, with the keys C(what), C(to), C(by) and C(value).
-      type: list
-      elements: dict
-    files_of_grants:
-      description: Those of the files that are a grant to a unit or a user, by their paths.
-      type: list
-      elements: str
-    wanted:
-      description: The options of the internal module that makes the host so, by their names.
-      type: dict
-      contains:
-        modules:
-          description: The kernel modules that are loaded.
-          type: list
-          elements: str
-        files:
-          description:
-            - The files that the role writes, with the keys C(path), and C(content), or C(program) for a program of this
-              collection that is made on the host.
-          type: list
-          elements: dict
-        capabilities:
-          description: The emulators that get CAP_IPC_LOCK as a file capability.
-          type: list
-          elements: str
-          sample: [/usr/bin/qemu-system-x86_64]
-        nodes:
-          description: The device nodes whose owner and mode a udev rule changes, as paths and shell patterns.
-          type: list
-          elements: str
-        group:
-          description: The group that the rule gives them.
-          type: str
-        mode:
-          description: The mode that the rule gives them.
-          type: str
-        blocks:
-          description:
-            - The files of others in which the role keeps a block of its own, with the keys C(path) and C(devices), the
-              device nodes that C(cgroup_device_acl) must have beside what it has.
-          type: list
-          elements: dict
-        units:
-          description: The systemd units of those files that are enabled and started.
-          type: list
-          elements: str
-        reload:
-          description: Whether systemd has not read all files of the units of VMs yet.
-          type: bool
-    access:
-      description: What is done to let QEMU open the device nodes by itself, or why nothing is.
-      type: list
-      elements: str
-"""
+__all__ = ("host_plan", "own_emulators", "unit_name")
 
 Row = dict[str, Any]
 
@@ -216,8 +72,7 @@ _NO_IOMMUFD = (
 )
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A strategy, whether it was chosen without a guess, and why."""
 
     strategy: str
@@ -286,16 +141,16 @@ def choose(config: Mapping[str, Any], libvirt: Mapping[str, Any]) -> Choice:
     if sets and not named:
         return Choice("native", True, reason)
     if not there and not named and config["launcher"]:
-        return Choice("none", True, f"{reason} What starts VMs with iommufd-exec has each charged for itself.")
+        return Choice("observe", True, f"{reason} What starts VMs with iommufd-exec has each charged for itself.")
     if not there and not named:
         return Choice(
-            "none",
+            "observe",
             False,
             f"{reason} Neither units nor emulators were named either, so there is nothing to grant anything to: name in"
             " iommufd_host_units what starts the VMs of this host.",
         )
     if config["fallback"] == "none":
-        return Choice("none", sets is not None, f"{reason} And iommufd_host_fallback is none.")
+        return Choice("observe", sets is not None, f"{reason} And iommufd_host_fallback is none.")
     if sets:
         return Choice(
             "cap_ipc_lock", True, f"{reason} But that is of no use to the units and emulators that were named."
@@ -480,7 +335,7 @@ def wanted_of(
 
 
 def plan(info: Mapping[str, Any], config: Mapping[str, Any], check: Mapping[str, Any] | None) -> Row:
-    """The whole plan, as RETURN describes it."""
+    """The whole plan, as the filter's RETURN describes it."""
     host = info["host"]
     config = {**_DEFAULTS, **config}
     supported = host["module"] != "absent" or host["device"]["present"]
@@ -504,7 +359,7 @@ def plan(info: Mapping[str, Any], config: Mapping[str, Any], check: Mapping[str,
         "kernel": host["kernel"],
         "errors": errors,
         "requested": config["strategy"],
-        **vars(choice),
+        **choice._asdict(),
         "user": config["user"],
         # Where units alone start VMs, nothing depends on the host's own.
         "emulators": emulators if capabilities or not units or is_there(host["libvirt"]) else config["emulators"],
@@ -517,22 +372,13 @@ def plan(info: Mapping[str, Any], config: Mapping[str, Any], check: Mapping[str,
     }
 
 
-class FilterModule:
-    """What Ansible looks for."""
-
-    def filters(self) -> Mapping[str, Callable[..., Row]]:
-        return {"iommufd_host_plan": iommufd_host_plan}
-
-
-def iommufd_host_plan(info: object, config: object, check: object = None) -> Row:
-    """The filter. Raises AnsibleFilterError where it is not given what it takes."""
+def host_plan(info: object, config: object, check: object = None) -> Row:
+    """The plan, as the filter _host_plan returns it. Raises IommufdError where it is not given what it takes."""
     if not isinstance(info, Mapping) or not isinstance(config, Mapping) or not isinstance(check, (Mapping, type(None))):
-        raise AnsibleFilterError(
-            "iommufd_host_plan takes what virt.iommufd.iommufd_info returned, and the inputs of the role as config."
-        )
+        raise IommufdError("It takes what virt.iommufd.iommufd_info returned, and the inputs of the role as config.")
     try:
         # The modules give printable texts. A host that is not to be trusted gives what it likes. What is made of that
         # may have lines: files do.
         return plan({"host": harmless(info["host"])}, config, harmless(check))
     except KeyError as exc:
-        raise AnsibleFilterError(f"iommufd_host_plan: there is no {exc} in its input.") from exc
+        raise IommufdError(f"There is no {exc} in its input.") from exc

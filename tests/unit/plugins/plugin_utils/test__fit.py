@@ -7,10 +7,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import yaml
-from ansible.errors import AnsibleFilterError
-from ansible_collections.virt.iommufd.plugins.filter import memlock_fit as plugin
-from ansible_collections.virt.iommufd.plugins.filter.memlock_fit import memlock_fit
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.plugin_utils._fit import memlock_fit
+from ansible_collections.virt.iommufd.tests.unit.filter_docs import documented_fields
 
 KIB, MIB, GIB = (1024**power for power in range(1, 4))
 PAGE = 4096
@@ -81,22 +80,18 @@ def fit(data: Any, memory: Any = "64M", who: Any = "libvirt-qemu", **parameters:
 
 def message(data: Any, **parameters: Any) -> str:
     """What is told of an error."""
-    with pytest.raises(AnsibleFilterError) as raised:
+    with pytest.raises(IommufdError) as raised:
         fit(data, **parameters)
     return str(raised.value)
 
 
-def test_the_filter_goes_by_its_name() -> None:
-    assert plugin.FilterModule().filters() == {"memlock_fit": memlock_fit}
-
-
 def test_the_documented_answer() -> None:
-    documented = yaml.safe_load(plugin.RETURN)["_value"]["contains"]
+    documented = documented_fields("memlock_fit")
     answer = fit(info(), memory="64G", memlock="65G", overhead="1G")
     assert answer == {name: entry["sample"] for name, entry in documented.items()}
 
 
-@pytest.mark.parametrize("strategy", ["user", "process"])
+@pytest.mark.parametrize("accounting", ["user", "process"])
 @pytest.mark.parametrize(
     ("spare", "fits"),
     [
@@ -107,11 +102,11 @@ def test_the_documented_answer() -> None:
         pytest.param(-PAGE, False, id="a page short"),
     ],
 )
-def test_the_boundary(strategy: str, spare: int, fits: bool) -> None:
-    charged = PINNED if strategy == "user" else 0
-    answer = fit(info(), memory=PINNED, overhead=0, memlock=charged + PINNED + spare, strategy=strategy)
+def test_the_boundary(accounting: str, spare: int, fits: bool) -> None:
+    charged = PINNED if accounting == "user" else 0
+    answer = fit(info(), memory=PINNED, overhead=0, memlock=charged + PINNED + spare, accounting=accounting)
     assert answer["fits"] is fits
-    assert answer["accounting"] == strategy
+    assert answer["accounting"] == accounting
     assert answer["needed"] == PINNED
     assert answer["charged"] == charged
     assert answer["limit"] == charged + PINNED + spare
@@ -226,7 +221,7 @@ ENDS = "and ends with -12 (Cannot allocate memory)."
     ],
 )
 def test_per_user(data: Row, memlock: Any, fits: bool | None, reason: str) -> None:
-    answer = fit(data, memlock=memlock, strategy="user")
+    answer = fit(data, memlock=memlock, accounting="user")
     assert (answer["fits"], answer["accounting"]) == (fits, "user")
     assert answer["reason"] == reason
 
@@ -248,14 +243,14 @@ def test_per_user(data: Row, memlock: Any, fits: bool | None, reason: str) -> No
 )
 def test_per_process(memlock: Any, overhead: int, fits: bool, reason: str | None) -> None:
     data = info(users=[user(uncertain_bytes=PINNED)], host=host(limits_of_view=unseen("processes")))
-    answer = fit(data, memlock=memlock, overhead=overhead, strategy="process")
+    answer = fit(data, memlock=memlock, overhead=overhead, accounting="process")
     assert (answer["fits"], answer["accounting"], answer["charged"]) == (fits, "process", 0)
     assert answer["headroom"] == answer["limit"]
     assert reason in (answer["reason"], None)
 
 
 def test_with_cap_ipc_lock() -> None:
-    answer = fit(info(), memory="64G", memlock="64K", strategy="cap_ipc_lock", overhead=0)
+    answer = fit(info(), memory="64G", memlock="64K", accounting="none", overhead=0)
     assert answer == {
         "fits": True,
         "accounting": "none",
@@ -293,7 +288,7 @@ def test_address_spaces(parameters: Row, needed: int, limit: int) -> None:
 
 
 def test_several_address_spaces_multiply_what_was_measured() -> None:
-    answer = fit(info(), memory="64G", viommu=True, vfio_devices=2, strategy="process")
+    answer = fit(info(), memory="64G", viommu=True, vfio_devices=2, accounting="process")
     assert answer["needed"] == 128 * GIB + 2 * 256 * KIB
     assert answer["reason"].startswith(
         "The VM pins 128 GiB (64 GiB for each of 2 devices) and up to 512 KiB beyond that, as running VMs do."
@@ -448,7 +443,7 @@ def test_auto_is_not_sure_of_root(who: Any) -> None:
     assert answer["reason"].startswith(
         "What root starts has CAP_IPC_LOCK, unless it is taken away, which libvirt does."
     )
-    assert answer["remedy"].startswith("To know for certain: give the strategy by which the VM is accounted. To make")
+    assert answer["remedy"].startswith("To know for certain: give the accounting of the VM. To make")
 
 
 @pytest.mark.parametrize(
@@ -513,7 +508,7 @@ def test_several_possibilities(data: Row, memlock: str, fits: bool | None, reaso
 def test_the_charge_is_that_of_the_user(who: Any, charged: int) -> None:
     alice = process(uid=2000, user="alice", accounting="process")
     data = info(users=[user(), user(uid=1000, user=None, charged_bytes=MIB)], processes=[process(), alice])
-    assert fit(data, who=who, strategy="user")["charged"] == charged
+    assert fit(data, who=who, accounting="user")["charged"] == charged
 
 
 MODE = (
@@ -559,8 +554,8 @@ def hard_limit(kib: int) -> str:
         ),
         pytest.param(
             info(host=host(qemu=[emulator(None)])),
-            {"strategy": "auto"},
-            [GIVE_MEMLOCK, "give the strategy by which the VM is accounted"],
+            {"accounting": "auto"},
+            [GIVE_MEMLOCK, "give the accounting of the VM"],
             [MODE, CAPABILITY, hard_limit(2 * 65792 + MIB) + NEXT],
             id="nor is the accounting",
         ),
@@ -573,7 +568,7 @@ def hard_limit(kib: int) -> str:
         ),
         pytest.param(
             info(),
-            {"memlock": "32M", "strategy": "process", "overhead": 0},
+            {"memlock": "32M", "accounting": "process", "overhead": 0},
             [],
             [CAPABILITY, hard_limit(64 * KIB + MIB)],
             id="libvirt per process",
@@ -623,7 +618,7 @@ def hard_limit(kib: int) -> str:
         pytest.param(
             info(host=host(limits_of_view=unseen("processes"), libvirt=libvirt(None))),
             {"memlock": 2 * PINNED - PAGE},
-            [AS_ROOT, "give the overhead, if it is known", "give the strategy by which the VM is accounted"],
+            [AS_ROOT, "give the overhead, if it is known", "give the accounting of the VM"],
             [MODE, CAPABILITY, hard_limit(2 * 65792 + MIB) + NEXT],
             id="everything is unknown",
         ),
@@ -645,7 +640,7 @@ UNKNOWN = (
     [
         pytest.param(info(), {}, "Charged to libvirt-qemu on top of 64.2 MiB,", id="user"),
         pytest.param(info(), {"memory": "64T"}, "Charged to libvirt-qemu on top of 64.2 MiB,", id="however much"),
-        pytest.param(info(), {"strategy": "process"}, "Charged for itself alone,", id="process"),
+        pytest.param(info(), {"accounting": "process"}, "Charged for itself alone,", id="process"),
     ],
 )
 def test_a_limit_that_is_not_known(data: Row, parameters: Row, how: str) -> None:
@@ -658,7 +653,7 @@ def test_a_limit_that_is_not_known(data: Row, parameters: Row, how: str) -> None
     ("data", "parameters"),
     [
         pytest.param(info(host=host(qemu=[emulator(True)])), {}, id="the emulator has the capability"),
-        pytest.param(info(), {"strategy": "cap_ipc_lock"}, id="the VM has it"),
+        pytest.param(info(), {"accounting": "none"}, id="the VM has it"),
         pytest.param(info(host=host(libvirt=libvirt(True))), {}, id="libvirt sets the mode"),
         pytest.param(info(host=host(libvirt=libvirt(None))), {}, id="libvirt may set it"),
         pytest.param(info(host=BARE), {}, id="nothing is known of libvirt"),
@@ -717,7 +712,7 @@ def machine(name: str, *capable: str, without: tuple[str, ...] = ()) -> Row:
 def test_the_emulators_of_the_hosts_architecture(on: Row, accounting: str | None, proposed: str) -> None:
     data = info(host=on, processes=[process(comm="qemu")])
     assert fit(data, memlock="64K")["accounting"] == accounting
-    assert f"setcap cap_ipc_lock+ep /usr/bin/{proposed})" in fit(data, memlock="64K", strategy="user")["remedy"]
+    assert f"setcap cap_ipc_lock+ep /usr/bin/{proposed})" in fit(data, memlock="64K", accounting="user")["remedy"]
 
 
 @pytest.mark.parametrize(
@@ -739,7 +734,7 @@ def test_the_emulators_of_the_hosts_architecture(on: Row, accounting: str | None
     ],
 )
 def test_the_emulator_that_the_remedy_names(emulators: list[Row], expected: str) -> None:
-    answer = fit(info(host=host(qemu=emulators)), memlock="64K", strategy="user")
+    answer = fit(info(host=host(qemu=emulators)), memlock="64K", accounting="user")
     assert f"setcap cap_ipc_lock+ep {expected})" in answer["remedy"]
 
 
@@ -756,7 +751,7 @@ def test_the_remedy_without_the_subset_host() -> None:
     ],
 )
 def test_a_wrong_size_is_named(name: str, value: Any) -> None:
-    assert message(info(), **{name: value}).startswith(f"memlock_fit: {name}: {value!r} is ")
+    assert message(info(), **{name: value}).startswith(f"{name}: {value!r} is ")
 
 
 WRONG: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -769,9 +764,9 @@ WRONG: dict[str, tuple[str, tuple[Any, ...]]] = {
         (None, True, 0, -1, "0", "x", 1.5, [1], 10000, "9" * 20, "\u0664"),
     ),
     "viommu": ("viommu: {} is not a boolean: give true or false.", (None, "x", 2, "")),
-    "strategy": (
-        "strategy: {} is unknown: give auto, user, process, cap_ipc_lock.",
-        ("none", None, "", ["user"], {}, True),
+    "accounting": (
+        "accounting: {} is unknown: give auto, user, process, none.",
+        ("cap_ipc_lock", None, "", ["user"], {}, True),
     ),
 }
 
@@ -780,7 +775,7 @@ WRONG: dict[str, tuple[str, tuple[Any, ...]]] = {
     ("name", "value"), [(name, value) for name, (_text, values) in WRONG.items() for value in values]
 )
 def test_a_wrong_parameter_is_named(name: str, value: Any) -> None:
-    assert message(info(), **{name: value}) == f"memlock_fit: {WRONG[name][0].format(repr(value))}"
+    assert message(info(), **{name: value}) == WRONG[name][0].format(repr(value))
 
 
 NOT_THE_RETURN = "The input is not what virt.iommufd.iommufd_info returned: give what the task registered."
@@ -853,7 +848,7 @@ NOT_THE_RETURN = "The input is not what virt.iommufd.iommufd_info returned: give
     ],
 )
 def test_a_wrong_input(data: Any, expected: str) -> None:
-    assert message(data) == f"memlock_fit: {expected}"
+    assert message(data) == expected
 
 
 def test_a_result_that_did_not_fail() -> None:
@@ -869,6 +864,6 @@ def test_the_input_may_be_narrowed_to_the_user(who: Any) -> None:
 def test_the_input_must_not_be_narrowed_to_others(who: Any) -> None:
     data = info(narrowed={"pids": None, "uids": [64055]})
     assert message(data, who=who) == (
-        f"memlock_fit: user: the input tells of other users than {who}: run virt.iommufd.iommufd_info without users, or"
+        f"user: the input tells of other users than {who}: run virt.iommufd.iommufd_info without users, or"
         " with this one among them."
     )

@@ -7,9 +7,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ansible.errors import AnsibleFilterError
-from ansible_collections.virt.iommufd.plugins.filter import iommufd_host_result as plugin
-from ansible_collections.virt.iommufd.plugins.filter.iommufd_host_result import iommufd_host_result
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.plugin_utils._result import host_result
+from ansible_collections.virt.iommufd.tests.unit.filter_docs import documented_fields
 
 Row = dict[str, Any]
 
@@ -144,8 +144,8 @@ def session(limit: int | None) -> Row:
         (plan("native"), started(True), False, ""),
         (plan("cap_ipc_lock", DROP_IN), replica(True), True, ""),
         (plan("cap_ipc_lock", DROP_IN), replica(False), False, "A replica of vm1.service has CAP_IPC_LOCK: no"),
-        (plan("none"), replica(False), True, ""),
-        (plan("none"), replica(True), False, ""),
+        (plan("observe"), replica(False), True, ""),
+        (plan("observe"), replica(True), False, ""),
         (plan("memlock", RAISED), replica(False, memlock_bytes=2**30), True, ""),
         (plan("memlock", RAISED), replica(False), False, "may lock 1073741824 bytes: no (1048576 bytes)."),
         (plan("memlock", RAISED), replica(False, memlock_unlimited=True), True, ""),
@@ -156,7 +156,7 @@ def session(limit: int | None) -> Row:
     ],
 )
 def test_what_was_verified(made: Row, row: Row, ok: bool, failed: str) -> None:
-    found = iommufd_host_result(made, info(), applied(), check(row))
+    found = host_result(made, info(), applied(), check(row))
     assert found["verified"][0]["what"] == "The rlimit mode can be set for libvirt-qemu, and read back"
     assert found["verified"][0]["ok"] is True
     assert found["verified"][-1]["ok"] is ok
@@ -166,13 +166,13 @@ def test_what_was_verified(made: Row, row: Row, ok: bool, failed: str) -> None:
 
 
 def test_a_mode_that_cannot_be_set_is_a_failure() -> None:
-    found = iommufd_host_result(plan("none"), info(), applied(), check(scratch=False))
+    found = host_result(plan("observe"), info(), applied(), check(scratch=False))
     assert found["failed"] == ["The rlimit mode can be set for libvirt-qemu, and read back: no (Not so.)."]
 
 
 def test_what_was_not_tried_is_neither() -> None:
     row = started(False, ran=False, effective=None, msg="not run in check mode")
-    found = iommufd_host_result(plan("cap_ipc_lock", FILE), info(), applied(), check(row, scratch=None))
+    found = host_result(plan("cap_ipc_lock", FILE), info(), applied(), check(row, scratch=None))
     assert [each["ok"] for each in found["verified"]] == [None, None]
     assert found["verified"][1]["evidence"] == "not run in check mode"
     assert found["failed"] == []
@@ -191,11 +191,11 @@ UNKNOWN: Row = {"ok": None, "inconclusive": True, "effective": None, "msg": "It 
         (plan("memlock", USERS), {**session(None), **UNKNOWN}, "A session of alice may lock 1073741824 bytes"),
         # Nothing was granted, so that nothing has to be proven.
         (plan("native"), started(False, **UNKNOWN), ""),
-        (plan("none"), replica(False, **UNKNOWN), ""),
+        (plan("observe"), replica(False, **UNKNOWN), ""),
     ],
 )
 def test_what_is_not_known(made: Row, row: Row, unproven: str) -> None:
-    found = iommufd_host_result(made, info(), applied(), check(row))
+    found = host_result(made, info(), applied(), check(row))
     assert found["failed"] == []
     expected = [f"{unproven}: that is not known (It was ended by signal 9.)."] if unproven else []
     assert found["unproven"] == expected
@@ -206,7 +206,7 @@ def test_what_is_not_known(made: Row, row: Row, unproven: str) -> None:
 def test_a_mode_that_is_not_known() -> None:
     unknown = check()
     unknown["scratch"].update(UNKNOWN, mode=None)
-    found = iommufd_host_result(plan("none"), info(), applied(), unknown)
+    found = host_result(plan("observe"), info(), applied(), unknown)
     assert (found["failed"], len(found["unproven"])) == ([], 1)
 
 
@@ -225,7 +225,7 @@ def test_a_mode_that_is_not_known() -> None:
         (plan("native"), process(domain=None, unit="vm1.service"), [], ""),
         (plan("native"), process(accounting="process"), [], ""),
         (plan("cap_ipc_lock", FILE), process(accounting="none"), [], ""),
-        (plan("none"), process(), [], ""),
+        (plan("observe"), process(), [], ""),
         (
             plan("memlock", RAISED),
             process(unit="vm1.service", domain=None),
@@ -243,16 +243,16 @@ def test_a_mode_that_is_not_known() -> None:
         (plan("memlock", {**RAISED, "to": "vm@.service"}), process(unit="vm.service", domain=None), [], ""),
         (plan("memlock", USERS), process(user="alice", unit=None, domain=None), [], "end it and start it again"),
         (plan("memlock", RAISED), process(unit="other.service"), [], ""),
-        (plan("none"), process(accounting="none"), [TAKEN], "keeps CAP_IPC_LOCK"),
-        (plan("none"), process(accounting="none", comm="pinner"), [TAKEN], ""),
-        (plan("none"), process(accounting="none", unit="vm1.service"), [DROPPED], "keeps CAP_IPC_LOCK"),
-        (plan("none"), process(accounting="none", unit="vm2.service"), [DROPPED], ""),
-        (plan("none"), process(accounting="none", user="root"), [TAKEN], ""),
-        (plan("none"), process(accounting="none"), [], ""),
+        (plan("observe"), process(accounting="none"), [TAKEN], "keeps CAP_IPC_LOCK"),
+        (plan("observe"), process(accounting="none", comm="pinner"), [TAKEN], ""),
+        (plan("observe"), process(accounting="none", unit="vm1.service"), [DROPPED], "keeps CAP_IPC_LOCK"),
+        (plan("observe"), process(accounting="none", unit="vm2.service"), [DROPPED], ""),
+        (plan("observe"), process(accounting="none", user="root"), [TAKEN], ""),
+        (plan("observe"), process(accounting="none"), [], ""),
     ],
 )
 def test_what_still_runs_as_before(made: Row, held: Row, put_back: list[Row], todo: str) -> None:
-    found = iommufd_host_result(made, info(held), applied(*put_back), check())
+    found = host_result(made, info(held), applied(*put_back), check())
     assert len(found["pending"]) == bool(todo)
     if todo:
         (row,) = found["pending"]
@@ -284,7 +284,7 @@ def test_what_still_runs_as_before(made: Row, held: Row, put_back: list[Row], to
     ],
 )
 def test_what_a_restart_of_its_unit_would_cure(made: Row, unit: str | None, dropped_in: str | None) -> None:
-    found = iommufd_host_result(made, info(process(unit=unit)), applied(), check())
+    found = host_result(made, info(process(unit=unit)), applied(), check())
     (row,) = found["pending"]
     assert row["dropped_in"] == dropped_in
     assert found["restart"]["units"] == ([dropped_in] if dropped_in else [])
@@ -316,70 +316,76 @@ def test_what_a_restart_of_its_unit_would_cure(made: Row, unit: str | None, drop
 )
 def test_units_to_restart(known: Row, units: list[str]) -> None:
     for restarts in (False, True):
-        found = iommufd_host_result(plan("none"), info(), known, check(), restarts)
+        found = host_result(plan("observe"), info(), known, check(), restarts)
         assert found["restart"] == {"daemons": [], "units": units}
 
 
 def test_a_unit_that_still_runs_as_before_is_restarted_once() -> None:
     held = [process(unit="vm@1.service"), process(unit="vm1.service"), process(unit="vm1.service", domain=None)]
     known = applied(made=(written(drop_in_of("vm1.service")),))
-    found = iommufd_host_result(plan("cap_ipc_lock", FILE, DROP_IN, TEMPLATE), info(*held), known, check())
+    found = host_result(plan("cap_ipc_lock", FILE, DROP_IN, TEMPLATE), info(*held), known, check())
     assert found["restart"]["units"] == ["vm1.service", "vm@1.service"]
 
 
 def test_what_goes_with_the_launcher() -> None:
     gone = removed("/usr/local/bin/iommufd-exec")
-    (todo,) = iommufd_host_result(plan("none"), info(), applied(gone), check())["todo"]
+    (todo,) = host_result(plan("observe"), info(), applied(gone), check())["todo"]
     assert "does not start any more" in todo
     # Somebody else's file that was there before is there again.
     back = {**gone, "text": "/usr/local/bin/iommufd-exec is what it was.", "gone": False}
-    assert iommufd_host_result(plan("none"), info(), applied(back), check())["todo"] == []
+    assert host_result(plan("observe"), info(), applied(back), check())["todo"] == []
 
 
 def test_what_others_have_granted() -> None:
     made = plan("cap_ipc_lock", FILE)
-    assert iommufd_host_result(made, info(capable=True), applied(ours=True), check())["found"] == []
-    (found,) = iommufd_host_result(made, info(capable=True), applied(ours=False), check())["found"]
+    assert host_result(made, info(capable=True), applied(ours=True), check())["found"] == []
+    (found,) = host_result(made, info(capable=True), applied(ours=False), check())["found"]
     assert (found["what"], found["to"]) == ("cap_ipc_lock", QEMU)
-    assert iommufd_host_result(made, info(capable=True), applied(ours=True), check())["grants"] == [FILE]
-    assert iommufd_host_result(made, info(capable=True), applied(ours=False), check())["grants"] == []
-    left = iommufd_host_result(plan("native"), info(capable=True), applied(), check())
+    assert host_result(made, info(capable=True), applied(ours=True), check())["grants"] == [FILE]
+    assert host_result(made, info(capable=True), applied(ours=False), check())["grants"] == []
+    left = host_result(plan("native"), info(capable=True), applied(), check())
     assert [each["to"] for each in left["found"]] == [QEMU]
     assert f"setcap -r {QEMU}" in left["todo"][0]
     # What this run has put back was there when the host was looked at.
-    assert iommufd_host_result(plan("native"), info(capable=True), applied(TAKEN), check())["found"] == []
-    (found,) = iommufd_host_result(plan("none"), info(), applied(), check(replica(True)))["found"]
+    assert host_result(plan("native"), info(capable=True), applied(TAKEN), check())["found"] == []
+    (found,) = host_result(plan("observe"), info(), applied(), check(replica(True)))["found"]
     assert found["to"] == "vm1.service"
-    assert iommufd_host_result(plan("cap_ipc_lock", DROP_IN), info(), applied(), check(replica(True)))["found"] == []
+    assert host_result(plan("cap_ipc_lock", DROP_IN), info(), applied(), check(replica(True)))["found"] == []
 
 
 def test_daemons_to_restart() -> None:
     for known in (applied(made=(block("It is there."),)), applied(block("It is removed.", gone=False))):
-        found = iommufd_host_result(plan("none"), info(), known, check())
+        found = host_result(plan("observe"), info(), known, check())
         assert found["restart"] == {"daemons": ["libvirtd.service"], "units": []}
         assert found["todo"] == [
             "Restart libvirtd.service, which reads qemu.conf only when it starts; VMs go on running meanwhile."
         ]
         # The role does it by itself.
-        found = iommufd_host_result(plan("none"), info(), known, check(), restarts=True)
+        found = host_result(plan("observe"), info(), known, check(), restarts=True)
         assert (found["restart"]["daemons"], found["todo"]) == (["libvirtd.service"], [])
         # One that does not run reads it when it starts.
-        found = iommufd_host_result(plan("none"), info(libvirt=None), known, check())
+        found = host_result(plan("observe"), info(libvirt=None), known, check())
         assert (found["restart"]["daemons"], found["todo"]) == ([], [])
-    assert iommufd_host_result(plan("none"), info(), applied(DROPPED, TAKEN), check())["restart"]["daemons"] == []
+    assert host_result(plan("observe"), info(), applied(DROPPED, TAKEN), check())["restart"]["daemons"] == []
+
+
+def test_the_documented_fields() -> None:
+    documented = documented_fields("_host_result")
+    found = host_result(plan("cap_ipc_lock", FILE), info(process()), applied(), check(started(True)))
+    assert found.keys() == documented.keys()
+    assert [each.keys() for each in found["pending"]] == [documented["pending"]["contains"].keys()]
+    assert found["restart"].keys() == documented["restart"]["contains"].keys()
+    for part in ("grants", "verified"):
+        assert {f"C({name})" in documented[part]["description"] for row in found[part] for name in row} == {True}
 
 
 def test_what_a_host_answers_moves_no_cursor() -> None:
     row = {**TAKEN, "text": "It is\x1b[2J\ntaken."}
-    found = iommufd_host_result(plan("none"), info(), applied(row), check())
+    found = host_result(plan("observe"), info(), applied(row), check())
     assert found["put_back"] == [r"It is\x1b[2J\ntaken."]
 
 
 @pytest.mark.parametrize("arguments", [(None, {}, {}, {}), ({}, {}, [], {}), ({}, {}, {}, None), ({}, {}, {}, {})])
 def test_other_input(arguments: tuple[Any, ...]) -> None:
-    with pytest.raises(AnsibleFilterError, match="iommufd_host_result"):
-        iommufd_host_result(*arguments)
-
-
-def test_what_ansible_finds() -> None:
-    assert plugin.FilterModule().filters() == {"iommufd_host_result": iommufd_host_result}
+    with pytest.raises(IommufdError, match=r"^(It takes|There is no) "):
+        host_result(*arguments)
