@@ -4,8 +4,8 @@
 
 """Private to this collection: a libvirt domain that is started with an iommufd of ours.
 
-What speaks to libvirt (`look_at_domain`, `start_domain`, `start_daemon`) runs in a child that has become the user whose
-libvirt it is, and returns what JSON can hold. What looks at processes runs as the caller.
+What speaks to libvirt (`look_at_domain`, `start_domain`) runs in a child that has become the user whose libvirt it is,
+and returns what JSON can hold. What looks at processes runs as the caller.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import glob
 import importlib
 import os
 import re
-import shutil
 import stat
-import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -25,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._borrow import borrow_iommufd, find_iommufds
 from ._capabilities import CAP_SYS_RESOURCE, capability_names
-from ._child import in_child, run_command
+from ._child import in_child
 from ._errors import DescriptorGone, IommufdError, NotAnIommufd, error_text, printable
 from ._foreign import boolean, first_of, member, number, or_none, parse_xml, shown_text, text, texts
 from ._iommufd import RLIMIT_MODE, IommuFd, Result
@@ -33,7 +31,6 @@ from ._pidfile import read_pidfile
 from ._process import Limit, Process
 from ._qemu import guest_name
 from ._size import SIZE_MAX, human_size
-from ._systemd import run_service, show_units, tell_systemd
 from ._target import DomainTarget, Target, escaped, hold_target, look_patiently
 from ._user import User, user_name
 
@@ -41,6 +38,7 @@ if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
 __all__ = (
+    "DAEMONS",
     "SINCE",
     "Definition",
     "DomainSeen",
@@ -51,14 +49,13 @@ __all__ = (
     "Started",
     "check_limit",
     "check_startable",
+    "connected",
     "dotted_version",
     "foretell_changes",
     "look_at_daemon",
     "look_at_domain",
     "parse_definition",
-    "start_daemon",
     "start_domain",
-    "unit_from_json",
 )
 
 # libvirt's NEWS: <iommufd enabled='yes' fdgroup='NAME'/> and a descriptor for it. As virConnectGetLibVersion counts.
@@ -70,13 +67,7 @@ _STATES = ("unknown", "running", "blocked", "paused", "shutting down", "shut off
 _NO_DOMAIN = 42
 
 # The daemon that drives QEMU, in the new arrangement and in the old one.
-_DAEMONS = ("virtqemud", "libvirtd")
-_FOLDERS = "/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin"
-# As libvirt's library starts one itself: it ends two minutes after the last client and the last domain.
-_IDLE = "--timeout=120"
-_PATIENCE = 30
-_ATTEMPTS = 4
-_PAUSE = 2.0
+DAEMONS = ("virtqemud", "libvirtd")
 
 _GIB = 2**30
 _HEXADECIMAL = re.compile(r"(?:0[xX])?[0-9A-Fa-f]{1,8}")
@@ -230,14 +221,6 @@ class Started(NamedTuple):
             raise IommufdError(f"What became of the start cannot be read: {exc}.") from exc
 
 
-def unit_from_json(given: Any) -> str | None:
-    """What `start_daemon` has returned, likewise. Raises IommufdError."""
-    try:
-        return or_none(text)(given)
-    except IommufdError as exc:
-        raise IommufdError(f"Which unit was started cannot be read: it {exc}.") from exc
-
-
 def _binding() -> Any:
     """The Python binding of libvirt. Raises IommufdError."""
     try:
@@ -256,7 +239,7 @@ def _said(error: Any) -> str:
 
 
 @contextlib.contextmanager
-def _connected(uri: str) -> Iterator[tuple[Any, Any]]:
+def connected(uri: str) -> Iterator[tuple[Any, Any]]:
     """The binding, and a connection to a daemon that runs or waits behind its socket, closed when the context ends.
 
     Raises NoDaemon where there is none, and IommufdError for any of libvirt's errors in the context.
@@ -289,11 +272,11 @@ def _find(libvirt: Any, connection: Any, uri: str, name: str) -> Any:
 
 
 def look_at_domain(uri: str, name: str, unprivileged: bool) -> dict[str, Any]:
-    """What libvirt says of a domain, for `Seen.from_json`. `unprivileged`: its libvirt may do no more than we here.
+    """What libvirt says of a domain, for `DomainSeen.from_json`. Raises NoDaemon and IommufdError.
 
-    Raises NoDaemon and IommufdError.
+    `unprivileged`: its libvirt may do no more than we here.
     """
-    with _connected(uri) as (libvirt, connection):
+    with connected(uri) as (libvirt, connection):
         domain = _find(libvirt, connection, uri, name)
         definition = parse_definition(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
         active = bool(domain.isActive())
@@ -349,7 +332,7 @@ def start_domain(uri: str, name: str, fdgroup: str, fd: int, paused: bool) -> di
     libvirt's daemon holds the descriptor no longer than the connection lasts (virDomainFDAssociate), the emulator for
     as long as it runs. Raises NoDaemon and IommufdError.
     """
-    with _connected(uri) as (libvirt, connection):
+    with connected(uri) as (libvirt, connection):
         domain = _find(libvirt, connection, uri, name)
         log = log_file(uri, name)
         began = _size(log)
@@ -403,76 +386,6 @@ def log_end(path: str, began: int, said: str) -> str:
     return f" The end of {path}: {' | '.join(new)}" if new else ""
 
 
-def start_daemon(uri: str, user: str) -> str | None:
-    """Has the service manager of the user, who we are here, start libvirt's daemon; the name of its unit.
-
-    A unit that the user has is taken: virtqemud's or libvirtd's, the socket before the service. Otherwise the daemon
-    becomes a transient service. None: meanwhile it was started by somebody else. Raises NoDaemon.
-    """
-    if not os.path.exists(f"{os.environ['XDG_RUNTIME_DIR']}/systemd/private"):
-        raise NoDaemon(
-            f"User {user} has no service manager running that could start libvirt: let it run at all times (`loginctl"
-            f" enable-linger {user}`), or have the user logged in."
-        )
-    unit = None
-    for attempt in range(_ATTEMPTS):
-        try:
-            unit = _start_unit(user)
-            break
-        except NoDaemon:
-            raise
-        except IommufdError as exc:
-            # What was there of a transient service when it was looked for may be gone, and the other way round.
-            if attempt == _ATTEMPTS - 1:
-                raise NoDaemon(f"libvirt's daemon could not be had started: {exc}") from exc
-        time.sleep(_PAUSE)
-        with contextlib.suppress(NoDaemon), _connected(uri):
-            return None
-    # A unit that is no socket may say that it is started before it listens.
-    deadline = time.monotonic() + _PATIENCE
-    said = ""
-    while True:
-        try:
-            with _connected(uri):
-                return unit
-        except NoDaemon as exc:
-            said = str(exc)
-        if time.monotonic() > deadline:
-            raise NoDaemon(f"The service manager of user {user} has started {unit}, but {said}")
-        time.sleep(0.2)
-
-
-def _start_unit(user: str) -> str:
-    """Has the service manager start libvirt's daemon; the name of the unit. Raises IommufdError."""
-    units = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("socket", "service")]
-    for each in show_units(_run_as_user, units, ("Id", "LoadState"), user=True):
-        # It may be a transient service that we made. The service manager keeps it, and its name is not free, while
-        # there are processes in its control group: emulators and virtlogd outlive the daemon.
-        if each.get("LoadState") == "loaded":
-            tell_systemd(_run_as_user, "start", each["Id"], user=True)
-            return each["Id"]
-    return _run_daemon(user)
-
-
-def _run_daemon(user: str) -> str:
-    """Has the service manager run the daemon as a transient service; the service's name. Raises IommufdError."""
-    for daemon in _DAEMONS:
-        program = shutil.which(daemon, path=_FOLDERS)
-        if program is not None:
-            unit = f"{daemon}.service"
-            # The emulators and virtlogd are in its control group, and have to outlive it.
-            properties = ["KillMode=process", f"Description=libvirt of user {user}"]
-            options = ["--collect", "--service-type=notify"]
-            run_service(_run_as_user, unit, [program, _IDLE], properties, *options, user=True)
-            return unit
-    raise NoDaemon(f"This host has no libvirt daemon that drives QEMU: there is no {' and no '.join(_DAEMONS)}.")
-
-
-def _run_as_user(words: list[str]) -> tuple[int, str, str]:
-    """Runs a command that speaks to the user's service manager."""
-    return run_command(words, variables=dict(os.environ))
-
-
 class SessionDaemon(NamedTuple):
     """The daemon of a user's own libvirt, by the pidfile of its QEMU driver in the user's runtime folder.
 
@@ -497,7 +410,7 @@ class SessionDaemon(NamedTuple):
 
     def check(self, process: Process) -> None:
         """Raises IommufdError where the process is not the user's daemon."""
-        if process.uid != self.uid or process.comm not in _DAEMONS:
+        if process.uid != self.uid or process.comm not in DAEMONS:
             raise IommufdError(f"{process} is not libvirt's daemon of uid {self.uid}: {self.path} is stale.")
 
 

@@ -329,9 +329,7 @@ from ..module_utils._domain import (
     look_at_daemon,
     look_at_domain,
     set_mode,
-    start_daemon,
     start_domain,
-    unit_from_json,
 )
 from ..module_utils._errors import IommufdError
 from ..module_utils._iommufd import (
@@ -413,6 +411,9 @@ class DomainTask:
             if self.dry_run:
                 self.result["warnings"] = [f"{exc}. So no more can be told than that libvirt would be started first."]
                 return None
+            # Nearly always one runs, and to import this costs each task.
+            from ..module_utils._daemon import start_daemon, unit_from_json
+
             started = unit_from_json(self._as_user(partial(start_daemon, self.libvirt.uri, session.name)))
             seen = self._look()
         self.result["libvirt"] = {

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _device, _domain
+from ansible_collections.virt.iommufd.plugins.module_utils import _daemon, _device, _domain
+from ansible_collections.virt.iommufd.plugins.module_utils._daemon import start_daemon
 from ansible_collections.virt.iommufd.plugins.module_utils._device import new_iommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     Definition,
@@ -33,7 +34,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     log_file,
     look_at_domain,
     parse_definition,
-    start_daemon,
     start_domain,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
@@ -413,10 +413,10 @@ def systemd(libvirt: FakeLibvirt, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "systemd").mkdir()
     (tmp_path / "systemd/private").write_text("")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.setattr(_domain, "run_command", fake.run)
+    monkeypatch.setattr(_daemon, "run_command", fake.run)
     monkeypatch.setattr(shutil, "which", lambda name, path: f"/usr/sbin/{name}" if name == "libvirtd" else None)
-    monkeypatch.setattr(_domain, "_PATIENCE", 0.1)
-    monkeypatch.setattr(_domain, "_PAUSE", 0)
+    monkeypatch.setattr(_daemon, "_PATIENCE", 0.1)
+    monkeypatch.setattr(_daemon, "_PAUSE", 0)
     return fake
 
 
@@ -494,7 +494,7 @@ def test_a_host_without_systemd(systemd: FakeSystemd, monkeypatch: pytest.Monkey
     def fail(*_given: Any, **_options: Any) -> None:
         raise FileNotFoundError(2, "no")
 
-    monkeypatch.setattr(_domain, "run_command", fail)
+    monkeypatch.setattr(_daemon, "run_command", fail)
     with pytest.raises(NoDaemon, match=r"systemctl cannot be run \(ENOENT"):
         start_daemon(SESSION, "vm")
 
@@ -539,7 +539,7 @@ OTHER = VM._replace(uid=os.getuid() + 1)
 def test_the_emulator_and_the_daemon_of_a_user(emulator: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with hold_target(SessionDomain.of(ME, "a&b")) as process:
         assert process.pid == emulator
-    monkeypatch.setattr(_domain, "_DAEMONS", (process.comm,))
+    monkeypatch.setattr(_domain, "DAEMONS", (process.comm,))
     with hold_target(SessionDaemon.of(ME)) as process:
         assert process.pid == emulator
 
@@ -559,7 +559,7 @@ def test_a_pidfile_that_names_another_process(emulator: int, target: Callable[[]
 
 def test_a_daemon_of_somebody_else(emulator: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with hold_target(SessionDomain.of(ME, "a&b")) as process:
-        monkeypatch.setattr(_domain, "_DAEMONS", (process.comm,))
+        monkeypatch.setattr(_domain, "DAEMONS", (process.comm,))
     with pytest.raises(IommufdError, match="is not libvirt's daemon of uid"), hold_target(SessionDaemon.of(OTHER)):
         pass
 

@@ -10,11 +10,11 @@ import random
 from typing import Any, Callable
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils._daemon import unit_from_json
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
     Definition,
     DomainSeen,
     Started,
-    unit_from_json,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._foreign import (

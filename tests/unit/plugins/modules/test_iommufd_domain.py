@@ -16,7 +16,7 @@ from typing import Any, Callable
 
 import pytest
 from ansible.module_utils import basic
-from ansible_collections.virt.iommufd.plugins.module_utils import _device, _domain
+from ansible_collections.virt.iommufd.plugins.module_utils import _daemon, _device, _domain
 from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer
 from ansible_collections.virt.iommufd.plugins.module_utils._domain import Endpoint
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget
@@ -319,7 +319,7 @@ def asleep(libvirt: FakeLibvirt, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         started.append(user)
         return "libvirtd.service"
 
-    monkeypatch.setattr(iommufd_domain, "start_daemon", wake)
+    monkeypatch.setattr(_daemon, "start_daemon", wake)
     return started
 
 
