@@ -369,8 +369,8 @@ host:
           sample: null
         cap_sys_resource:
           description:
-            - Whether the daemon has CAP_SYS_RESOURCE, which it needs to set the mode, and may use it. If the daemon does
-              not run, whether its unit would give it the capability.
+            - Whether the daemon has CAP_SYS_RESOURCE, which it needs to set the mode, and may use it. If the daemon
+              does not run, whether its unit would give it the capability.
             - SELinux's policy may deny the use of a capability that the process has. Where it is in force, it is asked.
             - V(null) where that is unknown.
           type: bool
