@@ -19,8 +19,7 @@ from ansible.module_utils.parsing.convert_bool import boolean
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
 from ..module_utils._size import human_size, parse_size
-from ._plan import own_emulators
-from ._views import UNSEEN
+from ._host_info import UNSEEN, own_emulators
 
 __all__ = ("memlock_fit",)
 
@@ -203,7 +202,7 @@ def candidates(info: Info) -> list[Mapping[str, Any]]:
     """The host's emulators that a VM would run in: those for its own architecture, or all where none is known to be."""
     host = info["host"]
     present = [each for each in host.get("qemu", []) if each["present"]]
-    own = own_emulators(host, [], host["machine"]) if present and "machine" in host else []
+    own = own_emulators(present, host["machine"]) if "machine" in host else []
     return [each for each in present if each["path"] in own] or present
 
 

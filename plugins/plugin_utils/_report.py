@@ -12,7 +12,7 @@ from typing import Any
 
 from ..module_utils._errors import IommufdError
 from ..module_utils._size import human_size
-from ._views import UNSEEN
+from ._host_info import UNSEEN
 
 __all__ = ("audit_report",)
 
