@@ -170,8 +170,8 @@ def _choose_by_host(config: Row, libvirt: Row) -> Choice:
             f"{reason} Neither units nor emulators were named either, so there is nothing to grant anything to: name in"
             " iommufd_host_units what starts the VMs of this host.",
         )
-    if config["fallback"] == "none":
-        return Choice("observe", sets is not None, f"{reason} And iommufd_host_fallback is none.")
+    if config["fallback"] == "observe":
+        return Choice("observe", sets is not None, f"{reason} And iommufd_host_fallback is observe.")
     if sets:
         why = "But that is of no use to the units and emulators that were named."
     elif sets is None:

@@ -127,12 +127,12 @@ NOTHING: Row = {
     ("libvirt", "config", "strategy", "certain", "grants"),
     [
         (OLD, {}, "cap_ipc_lock", True, [FILE]),
-        (OLD, {"fallback": "none"}, "observe", True, []),
+        (OLD, {"fallback": "observe"}, "observe", True, []),
         (OLD, {"units": ["vm1"]}, "cap_ipc_lock", True, [FILE, DROP_IN]),
         (OLD, {"strategy": "observe"}, "observe", True, []),
         (OLD, {"strategy": "cap_ipc_lock"}, "cap_ipc_lock", True, [FILE]),
         (NEW, {}, "native", True, []),
-        (NEW, {"fallback": "none"}, "native", True, []),
+        (NEW, {"fallback": "observe"}, "native", True, []),
         (NEW, {"strategy": "native"}, "native", True, []),
         (NEW, {"strategy": "cap_ipc_lock"}, "cap_ipc_lock", True, [FILE]),
         # Units that were named are no domains of libvirt, whose emulator gets nothing.
@@ -140,7 +140,7 @@ NOTHING: Row = {
         (NEW, {"units": ["vm1"], "emulators": [QEMU]}, "cap_ipc_lock", True, [FILE, DROP_IN]),
         (UNSURE, {}, "cap_ipc_lock", False, [FILE]),
         (UNSURE, {"units": ["vm1"]}, "cap_ipc_lock", False, [FILE, DROP_IN]),
-        (UNSURE, {"fallback": "none"}, "observe", False, []),
+        (UNSURE, {"fallback": "observe"}, "observe", False, []),
         (UNSURE, {"strategy": "native"}, "native", False, []),
         (NO_LIBVIRT, {"units": ["vm1"]}, "cap_ipc_lock", True, [DROP_IN]),
         (NO_LIBVIRT, {"emulators": [QEMU]}, "cap_ipc_lock", True, [FILE]),
