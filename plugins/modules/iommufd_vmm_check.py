@@ -492,7 +492,7 @@ from typing import Callable, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils import _vmm, _vmm_domain, _vmm_replica, _vmm_start
+from ..module_utils import _vmm, _vmm_start
 from ..module_utils._child import Interrupted, insist, run_command
 from ..module_utils._errors import AccessRefused, IommufdError, shown_path
 from ..module_utils._module import Row, finish, memlock_row
@@ -583,6 +583,9 @@ def check_emulator(task: CheckTask, program: Program, under: Conditions) -> Row:
     def started() -> Row:
         check()
         if task.params["domain"]:
+            # Few tasks have it start a domain.
+            from ..module_utils import _vmm_domain
+
             patient = partial(run_command, seconds=_vmm_domain.LIBVIRT_SECONDS)
             return seen_row(_vmm_domain.start_bare_domain(patient, task.params["uri"], program))
         return seen_row(_vmm_start.start_emulator(program, under, task.needed_user()))
@@ -613,6 +616,9 @@ def check_unit(task: CheckTask, unit: Unit) -> Row:
     def replica() -> Row:
         if not unit.present or program is None or program.writer:
             raise IommufdError(_vmm.unit_obstacles(unit)[0])
+        # Few tasks have it start a unit's replica.
+        from ..module_utils import _vmm_replica
+
         return seen_row(_vmm_replica.start_replica(run_command, unit))
 
     return {
