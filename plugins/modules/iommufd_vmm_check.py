@@ -218,7 +218,7 @@ emulators:
       description: Under what emulators are executed here.
       type: dict
       contains:
-        of:
+        read_from:
           description: Whose they are. That is libvirt's daemon, its unit where it does not run, or else this caller.
           type: str
           sample: libvirtd.service (pid 812)
@@ -243,7 +243,7 @@ emulators:
       description: What came of O(trial).
       type: dict
       contains:
-        ran:
+        attempted:
           description: Whether it was tried.
           type: bool
           sample: true
@@ -267,7 +267,7 @@ emulators:
       description: What came of O(start).
       type: dict
       contains:
-        ran:
+        attempted:
           description: Whether it was tried.
           type: bool
           sample: true
@@ -318,7 +318,7 @@ units:
       description: As it was given.
       type: str
       sample: vm@.service
-    asked:
+    instance:
       description: What systemd was asked for.
       type: str
       sample: vm@iommufd-host-check.service
@@ -388,7 +388,7 @@ units:
       description: What came of O(start).
       type: dict
       contains:
-        ran:
+        attempted:
           description: Whether it was tried.
           type: bool
           sample: true
@@ -435,7 +435,7 @@ users:
       description: Whether this host has that user.
       type: bool
       sample: true
-    ran:
+    attempted:
       description: Whether it was tried.
       type: bool
       sample: true
@@ -464,7 +464,7 @@ scratch:
   returned: always
   type: dict
   contains:
-    ran:
+    attempted:
       description: Whether it was tried.
       type: bool
       sample: true
@@ -503,7 +503,7 @@ from ..module_utils._vmm import Conditions, Program, Unit
 NOT_ASKED = "It was not asked for."
 CHECK_MODE = "Not run in check mode."
 
-UNTRIED = {"ran": False, "ok": None, "inconclusive": False}
+UNTRIED = {"attempted": False, "ok": None, "inconclusive": False}
 STARTED = {"user": None, "effective": None, "memlock_bytes": None, "memlock_unlimited": False}
 
 
@@ -538,7 +538,7 @@ class CheckTask:
             return {**nothing, **UNTRIED, "msg": NOT_ASKED}
         if self._check_mode:
             return {**nothing, **UNTRIED, "msg": CHECK_MODE}
-        tried = {**nothing, "ran": True, "inconclusive": False}
+        tried = {**nothing, "attempted": True, "inconclusive": False}
         try:
             return {**tried, "msg": "", **insist(act)}
         except Interrupted as exc:
@@ -598,7 +598,7 @@ def check_emulator(task: CheckTask, program: Program, under: Conditions) -> Row:
         "is_emulator": program.is_program,
         "file_system": place and place._asdict(),
         "conditions": {
-            "of": under.of,
+            "read_from": under.read_from,
             "bounding_ipc_lock": _vmm.has_ipc_lock(under.bounding),
             "no_new_privs": under.no_new_privs,
             "initial_user_namespace": under.initial,
@@ -623,7 +623,7 @@ def check_unit(task: CheckTask, unit: Unit) -> Row:
 
     return {
         "name": unit.name,
-        "asked": unit.asked,
+        "instance": unit.instance,
         "present": unit.present,
         "load_state": unit.load_state,
         "outdated": unit.outdated,

@@ -97,9 +97,9 @@ def verified_of(plan: Mapping[str, Any], check: Mapping[str, Any]) -> list[Row]:
 
 
 def _tried(what: str, tried: Mapping[str, Any], ok: bool, evidence: str, counts: bool = True) -> Row:
-    known = tried["ran"] and not tried["inconclusive"]
+    known = tried["attempted"] and not tried["inconclusive"]
     told = tried["msg"] if not known or (not ok and tried["msg"]) else evidence
-    unproven = tried["ran"] and not known
+    unproven = tried["attempted"] and not known
     return {"what": what, "ok": ok if known else None, "evidence": told, "counts": counts, "unproven": unproven}
 
 

@@ -139,7 +139,7 @@ def check(ok: bool | None, obstacles: bool = False) -> Row:
     None is what is not known.
     """
     capability = {
-        "ran": True,
+        "attempted": True,
         "inconclusive": ok is None,
         "ok": ok,
         "effective": "0000000000004000" if ok else "*",
@@ -153,14 +153,14 @@ def check(ok: bool | None, obstacles: bool = False) -> Row:
         "writer": {"place": "*", "who": "*"} if obstacles else None,
         "is_emulator": True,
         "file_system": {"mount_point": "*", "nosuid": False, "read_only": False},
-        "conditions": {"of": "*"},
+        "conditions": {"read_from": "*"},
         "obstacles": ["*"] if obstacles else [],
-        "trial": {"ran": True, "inconclusive": False, "ok": True, "effective": "*", "msg": "*"},
+        "trial": {"attempted": True, "inconclusive": False, "ok": True, "effective": "*", "msg": "*"},
         "started": {**capability, "how": "*", "user": "*"},
     }
     unit = {
         "name": UNIT,
-        "asked": UNIT,
+        "instance": UNIT,
         "present": True,
         "load_state": "*",
         "outdated": False,
@@ -175,7 +175,7 @@ def check(ok: bool | None, obstacles: bool = False) -> Row:
         "emulators": [emulator],
         "units": [unit],
         "users": [],
-        "scratch": {"ran": True, "inconclusive": False, "ok": True, "mode": "process", "msg": "*"},
+        "scratch": {"attempted": True, "inconclusive": False, "ok": True, "mode": "process", "msg": "*"},
     }
 
 
