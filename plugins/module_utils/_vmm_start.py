@@ -211,8 +211,8 @@ def check_able(under: Conditions) -> None:
     own = own_status()
     if has_ipc_lock(under.bounding) and not has_ipc_lock(own.bounding):
         raise IommufdError(
-            f"This caller runs with a bounding set without CAP_IPC_LOCK, so it cannot try what {under.read_from} would do."
-            " Run the task on the host itself, outside of any container."
+            f"This caller runs with a bounding set without CAP_IPC_LOCK, so it cannot try what {under.read_from} would"
+            " do. Run the task on the host itself, outside of any container."
         )
     if own.no_new_privs and not under.no_new_privs:
         raise IommufdError(
