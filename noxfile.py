@@ -221,4 +221,16 @@ def tooling(session: nox.Session) -> None:
     )
 
 
+@nox.session(requires=["lab-fallback"])
+def machine(session: nox.Session) -> None:
+    """Test the lab against the bad luck of a guest that runs."""
+    session.install("-r", f"{REQUIREMENTS}/units.txt")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    session.run(
+        *("pytest", "-c", "tests/unit/pytest.ini", "--rootdir=tests", f"--junitxml={RESULTS}/{session.name}.xml"),
+        *("tests/lab/with_a_guest.py", *session.posargs),
+        env={"PYTHONPATH": "tests/lab"},
+    )
+
+
 antsibull_nox.load_antsibull_nox_toml()

@@ -12,13 +12,15 @@ from __future__ import annotations
 import glob
 import os
 import re
-from typing import NamedTuple
+from functools import partial
+from typing import Callable, NamedTuple
 
 from ._capabilities import CAP_SYS_RESOURCE, capability_names
 from ._child import Run
 from ._errors import AccessRefused, IommufdError
 from ._foreign import parse_xml
 from ._process import Process
+from ._selinux import Verdict, context_of, context_of_service, lets_use
 from ._systemd import show_units
 
 __all__ = (
@@ -48,6 +50,8 @@ _PROPERTIES = (
     "CapabilityBoundingSet",
     "AmbientCapabilities",
     "PrivateUsers",
+    "SELinuxContext",
+    "ExecStart",
 )
 
 # libvirt's QEMU driver keeps it while it runs, wherever that is.
@@ -71,7 +75,10 @@ def library_version(text: bytes) -> Version | None:
 
 
 class DaemonUnit(NamedTuple):
-    """What systemd says of a unit: `may` is whether it would run with CAP_SYS_RESOURCE, None where that is not said."""
+    """What systemd says of a unit: `may` is whether it would run with CAP_SYS_RESOURCE, None where that is not said.
+
+    `program` is what it starts, `context` the SELinux context that it sets for that; each may be empty.
+    """
 
     name: str
     there: bool
@@ -79,6 +86,8 @@ class DaemonUnit(NamedTuple):
     pid: int
     initial: bool
     may: bool | None
+    program: str = ""
+    context: str = ""
 
 
 def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
@@ -88,6 +97,7 @@ def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
     # Root gets all of the bounding set; anybody else what is ambient.
     given = bounding if shown.get("User", "") in ("", "root", "0") else shown.get("AmbientCapabilities")
     initial = shown.get("PrivateUsers", "no") == "no"
+    program = re.match(r"\{ path=(\S+) ;", shown.get("ExecStart", ""))
     return DaemonUnit(
         name=shown.get("Id", ""),
         there=shown.get("LoadState") == "loaded",
@@ -95,6 +105,9 @@ def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
         pid=int(pid) if re.fullmatch(r"[0-9]{1,10}", pid) else 0,
         initial=initial,
         may=None if given is None else initial and CAP_SYS_RESOURCE in given.split(),
+        program=program[1] if program else "",
+        # With a minus, a context that cannot be had is no failure.
+        context=shown.get("SELinuxContext", "").lstrip("-"),
     )
 
 
@@ -102,7 +115,8 @@ class Libvirt(NamedTuple):
     """The system libvirt. `installed` is the version of the library on disk, `version` that of the running daemon.
 
     Where the daemon does not run, or its memory map may not be read, they are the same. None is what cannot be told,
-    and `msg` tells why; `pid` is None where it does not run, and `unit` where there is none.
+    and `msg` tells why; `pid` is None where it does not run, and `unit` where there is none. `may` is whether the
+    daemon has CAP_SYS_RESOURCE and may use it, and `why` what SELinux has to do with that.
     """
 
     version: Version | None
@@ -111,6 +125,7 @@ class Libvirt(NamedTuple):
     pid: int | None
     may: bool | None
     msg: str = ""
+    why: str = ""
 
 
 def look_at_libvirt(run: Run) -> Libvirt:
@@ -130,20 +145,33 @@ def look_at_libvirt(run: Run) -> Libvirt:
             msg = f"libvirt runs in no unit of this host, perhaps in a container: there is {_DRIVER_PID}."
         return Libvirt(installed, installed, None, None, None, msg)
     if not unit.pid:
-        return Libvirt(installed, installed, unit.name, None, unit.may)
+        may, why = _would_be_left(unit)
+        return Libvirt(installed, installed, unit.name, None, may, why=why)
     try:
         with Process.hold(unit.pid) as daemon:
             initial = daemon.in_initial_user_namespace()
             may = CAP_SYS_RESOURCE in capability_names(daemon.status.effective)
             may = may and (unit.initial if initial is None else initial)
+            may, why = _left(may, partial(context_of, unit.pid))
             running, msg = installed, ""
             try:
                 running = library_version(daemon.read("maps")) or installed
             except AccessRefused as exc:
                 msg = f"The version that the running daemon has mapped: {exc}"
-            return Libvirt(running, installed, unit.name, unit.pid, may, msg)
+            return Libvirt(running, installed, unit.name, unit.pid, may, msg, why)
     except IommufdError as exc:
-        return Libvirt(installed, installed, unit.name, None, unit.may, str(exc))
+        may, why = _would_be_left(unit)
+        return Libvirt(installed, installed, unit.name, None, may, str(exc), why)
+
+
+def _left(may: bool | None, context: Callable[[], str]) -> Verdict:
+    """What SELinux leaves of a capability that a daemon has, which it may not use all the same."""
+    verdict = Verdict(False) if may is False else lets_use(CAP_SYS_RESOURCE, context)
+    return Verdict(verdict.allowed and may, verdict.why)
+
+
+def _would_be_left(unit: DaemonUnit) -> Verdict:
+    return _left(unit.may, lambda: unit.context or context_of_service(unit.program))
 
 
 def _choose(units: list[DaemonUnit]) -> DaemonUnit | None:
@@ -185,8 +213,18 @@ def _does(libvirt: Libvirt, version: Version, offers: bool | None) -> tuple[bool
     if offers is False:
         return False, "could set per-process accounting, but does not offer iommufd for the devices of a domain here."
     if libvirt.may is None:
-        return None, "sets per-process accounting if its daemon has CAP_SYS_RESOURCE, which cannot be told."
+        return (
+            None,
+            "sets per-process accounting if its daemon has CAP_SYS_RESOURCE and may use it, which cannot be told."
+            f"{f' {libvirt.why}.' if libvirt.why else ''}",
+        )
     who = "its daemon runs" if libvirt.pid else f"{libvirt.unit}, which does not run now, would run"
+    if not libvirt.may and libvirt.why:
+        return (
+            False,
+            f"cannot set per-process accounting: {who} with CAP_SYS_RESOURCE, but {libvirt.why}."
+            " Allow it in a policy module of your own.",
+        )
     if not libvirt.may:
         return (
             False,

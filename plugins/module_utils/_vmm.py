@@ -53,8 +53,6 @@ _ELF_TYPES = (2, 3)
 
 _UNIT_PROPERTIES = (
     "LoadState",
-    "ActiveState",
-    "MainPID",
     "ExecStart",
     "User",
     "Group",
@@ -296,22 +294,17 @@ def _written(writer: Writer) -> str:
 class Unit(NamedTuple):
     """What systemd says of a service, and of the program that it starts.
 
-    `name` is what was asked for, `instance` what systemd was asked for: of a template, an instance. `user` is None
-    where systemd makes one up or has no such unit, and `program` where the unit starts none. `outdated`: its files have
-    changed since systemd read them. `settings` are systemd's properties as it shows them. `helpers` are the other
-    programs that it runs, with the same capabilities.
+    `name` is what was asked for. `user` is None where systemd makes one up or has no such unit, and `program` where
+    the unit starts none. `outdated`: its files have changed since systemd read them. `settings` are systemd's
+    properties as it shows them. `helpers` are the other programs that it runs, with the same capabilities.
     """
 
     name: str
-    instance: str
     load_state: str
-    active: bool
-    pid: int | None
     user: str | None
     program: Program | None
     bounding: int
     ambient: int
-    no_new_privs: bool
     private_users: bool
     outdated: bool
     memlock: Limit
@@ -333,26 +326,20 @@ def instance_of(name: str) -> str:
 
 def look_at_unit(run: Run, name: str) -> Unit:
     """Asks systemd for a service, which starts nothing. Raises IommufdError where it does not answer."""
-    instance = instance_of(name)
-    shown = _show(run, instance)
+    shown = _show(run, instance_of(name))
     paths = _paths_in(shown.get("ExecStart", ""))
     helpers = [*paths[1:], *(path for name in _HELPERS for path in _paths_in(shown.get(name, "")))]
-    pid = int(shown.get("MainPID") or 0)
     load_state = shown.get("LoadState", "")
     nobody = load_state != "loaded" or shown.get("DynamicUser") == "yes"
     hard = _size_in(shown.get("LimitMEMLOCK", ""))
     soft = _size_in(shown["LimitMEMLOCKSoft"]) if "LimitMEMLOCKSoft" in shown else hard
     return Unit(
         name=name,
-        instance=instance,
         load_state=load_state,
-        active=shown.get("ActiveState") == "active",
-        pid=pid or None,
         user=None if nobody else shown.get("User") or "root",
         program=look_at_program(paths[0]) if paths else None,
         bounding=_mask(shown.get("CapabilityBoundingSet", "")),
         ambient=_mask(shown.get("AmbientCapabilities", "")),
-        no_new_privs=shown.get("NoNewPrivileges") == "yes",
         private_users=shown.get("PrivateUsers", "no") != "no",
         outdated=shown.get("NeedDaemonReload") == "yes",
         memlock=Limit(soft, hard),

@@ -67,19 +67,14 @@ options:
     type: int
     default: 600
 extends_documentation_fragment:
-  - virt.iommufd.attributes
+  - virt.iommufd._attributes
 attributes:
   check_mode:
-    support: full
     details:
       - The module asks libvirt, so a daemon that waits behind its socket wakes up. It does not tell the user's service
         manager to start one. Where that would be needed, it reports no more than that, and that it would start the
         domain.
       - The module tries on an iommufd of its own whether the accounting could be set.
-  diff_mode:
-    support: full
-  idempotent:
-    support: full
 requirements:
   - Linux 6.2 or later, built with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, with the module C(iommufd) loaded.
   - libvirt 12.2 or later, and its Python binding for the Python that Ansible uses on the host. That is the package

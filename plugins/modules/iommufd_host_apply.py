@@ -7,34 +7,23 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: iommufd_host_apply
-short_description: Make a host as the role iommufd_host wants it, and put back what is not wanted
+short_description: "[INTERNAL] Make a host as the role iommufd_host wants it, and put back what is not wanted"
 description:
-  - Makes a host what the role P(virt.iommufd.iommufd_host#role) wants it to be. Before it changes anything it records,
-    on the host itself, how that was, and it puts back from that record what is not wanted any more. It is made for that
-    role, which calls it once.
-  - B(First) everything that the record holds and that is B(not) listed any more is put back, and the record forgets
-    it. Files get their former content, mode, owner and group, or are removed, with the folders that were made for
-    them; blocks are cut out; executables get their former file capabilities; device nodes their former permissions;
-    units are disabled and stopped. systemd and udev are told where a file of theirs went.
-  - B(Then) what is listed and not in the record yet is recorded as it is now, and made as it is to be. Kernel modules
-    are loaded, capabilities granted, files written, and once systemd and udev were told of those, units are enabled and
-    started.
-  - With nothing listed at all, everything is put back, and the record is removed. Kernel modules stay loaded.
-  - An executable that has CAP_IPC_LOCK while the record knows nothing of it got it from somebody else. It is reported,
-    not recorded, and so never taken away.
+  - Only the role P(virt.iommufd.iommufd_host#role) uses this module. Its options and return values may change at any
+    time.
+  - First, it puts back everything that is recorded and not listed any more. Then it records how the rest is, and makes
+    what is listed. With nothing listed, it puts everything back, and removes the record. Kernel modules stay loaded.
 version_added: 0.1.0
 author:
   - The virt.iommufd contributors (@virt-iommufd)
 options:
   modules:
-    description: Kernel modules that are loaded, where they are neither loaded nor built in.
+    description: Kernel modules to load.
     type: list
     elements: str
     default: []
   files:
-    description:
-      - Regular files that are written as a whole. They belong to root. Folders on the way are made with mode 0755.
-      - A symbolic link is refused, and so is a file of more than 1 MiB.
+    description: Regular files to write as a whole. They belong to root. A file of more than 1 MiB is refused.
     type: list
     elements: dict
     default: []
@@ -44,48 +33,32 @@ options:
         type: path
         required: true
       content:
-        description: What it holds.
+        description: The text of the file, which gets the mode 0644.
         type: str
       program:
-        description:
-          - A program of this collection that it is, with mode 0755. It is made on the host, and has to start there with
-            C(--help) before it gets its name.
+        description: The program of this collection to install. It has to start before it gets its name.
         type: str
         choices: [iommufd-exec, iommufd-host-grant]
   capabilities:
-    description:
-      - Executables that get CAP_IPC_LOCK as a file capability, beside what they have. Symbolic links are followed to
-        the file.
-      - One whose other file capabilities are not effective is refused, since CAP_IPC_LOCK could not be added without
-        making those effective too; so is any with capabilities for another user namespace, which a user can give to his
-        own files.
+    description: Executables that get CAP_IPC_LOCK as a file capability. Symbolic links are followed.
     type: list
     elements: path
     default: []
   nodes:
-    description:
-      - Device nodes whose mode, owner or group is changed by a rule of udev that is among O(files), as paths or shell
-        patterns such as V(/dev/vfio/devices/*). Only the last part of a path may be a pattern.
-      - Where the rule is written, or some node is not as O(group) and O(mode) say, udev applies its rules anew.
-      - A node that was not there when its path or pattern was recorded, and is put back, becomes what the kernel and
-        the rules of udev make of it.
+    description: Device nodes that a udev rule among O(files) changes, as paths. The last part may be a pattern.
     type: list
     elements: path
     default: []
   group:
-    description: The group that the rule gives to O(nodes). Without it, any will do.
+    description: The group that the rule gives to O(nodes). If empty, any will do.
     type: str
     default: ""
   mode:
-    description: The mode that the rule gives to O(nodes), octal. Without it, any will do.
+    description: The mode that the rule gives to O(nodes), octal. If empty, any will do.
     type: str
     default: ""
   blocks:
-    description:
-      - Configuration files of libvirt's QEMU driver that get a block at their beginning, between the lines
-        C(# BEGIN iommufd_host) and C(# END iommufd_host), which sets C(cgroup_device_acl). Only the block is taken out
-        again, whatever else has changed in the file.
-      - A file that was not there is removed with the block, if nothing else is in it.
+    description: Configuration files of libvirt's QEMU driver that get a block which sets C(cgroup_device_acl).
     type: list
     elements: dict
     default: []
@@ -95,15 +68,12 @@ options:
         type: path
         required: true
       devices:
-        description: Device nodes that the setting has beside those that the rest of the file gives it, or libvirt.
+        description: Device nodes to add to those that the file or libvirt names already.
         type: list
         elements: str
         required: true
   units:
-    description:
-      - systemd units, with files among O(files), that are enabled and started. One whose file is written is restarted.
-      - To put one back, it is disabled and stopped before anything else is done, and so is the unit that it triggers.
-        One that was enabled or active before is so again afterwards.
+    description: systemd units, with files among O(files), to enable and start.
     type: list
     elements: str
     default: []
@@ -112,74 +82,38 @@ options:
     type: bool
     default: false
   record:
-    description:
-      - The file that holds the record. It is made with mode 0600, and its folder, if that is missing, with 0700. The
-        folder is removed with the record, if nothing else is in it.
-      - A record is refused that is not root's or that others may write, and so are all folders above it.
+    description: The file that holds the record. Only root may be able to write it, and all folders above it.
     type: path
     default: /var/lib/iommufd_host/record.json
 extends_documentation_fragment:
-  - virt.iommufd.attributes
+  - virt.iommufd._attributes
 attributes:
   check_mode:
-    support: full
     details:
-      - Nothing is changed; what would be is returned. Whether a program starts is not tried.
+      - Whether a program starts is not tried.
   diff_mode:
-    support: full
     details:
-      - It shows what is put back, written and granted. Of a file with a block it shows the block alone.
-  idempotent:
-    support: full
+      - Of a file with a block, the diff shows the block alone.
 requirements:
   - Python 3.9 or later with C(ctypes) on the host; Debian's package C(python3) has it, C(python3-minimal) has not.
   - For O(units), systemd. For O(nodes), udev. For O(modules), C(modprobe).
 notes:
   - B(Privilege.) It takes root.
-  - B(Others' folders.) A path is refused where somebody else than root can write any folder or link on the way, or
-    what root takes from the file there. That is judged when it is recorded, when it is put back, and once more at the
-    moment of each change, by descriptors that nobody can swap. The message names the place and who can write it.
-  - B(Cut off.) The record is written before anything is changed, and each thing is forgotten only once it is back, so a
-    run that was cut off at any point is made good by the next.
-  - B(Executables.) Where an executable carries exactly what it had and CAP_IPC_LOCK besides, it gets exactly what it
-    had; having no file capabilities and having an empty set of them are told apart. Where somebody has changed its file
-    capabilities since, only CAP_IPC_LOCK is taken out. Where it has lost it, as by an upgrade of its package, nothing
-    is done.
-  - B(Units that stay.) Where CAP_IPC_LOCK is taken from an executable, recorded units that are still listed are
-    stopped first, so that they do not grant it again by what their files still say.
-  - B(SELinux.) New files get the label that the policy has for their path, if C(restorecon) is there.
-seealso:
-  - module: virt.iommufd.iommufd_info
-    description: Tells what the host supports and who holds an iommufd.
-  - module: virt.iommufd.iommufd_vmm_check
-    description: Tells what would void a file capability, before it is granted.
+  - B(Others' folders.) A path is refused where somebody else than root can write a folder or link on the way, or what
+    root takes from the file there.
+  - B(Cut off.) The record is written before anything is changed, so the next run makes good a run that was cut off.
+  - B(Executables.) What somebody else has granted is reported, and never taken away. An executable whose other file
+    capabilities are not effective, or are for another user namespace, is refused.
 """
 
 EXAMPLES = r"""
-- name: Ensure that the emulator may pin memory without a limit, and that the modules are loaded, now and at boot
+- name: Put the host back as it was
   virt.iommufd.iommufd_host_apply:
-    modules: [iommufd, vfio-pci]
-    files:
-      - path: /etc/modules-load.d/iommufd_host.conf
-        content: |
-          iommufd
-          vfio-pci
-    capabilities: [/usr/bin/qemu-system-x86_64]
-
-- name: Ensure that the host is as it was
-  virt.iommufd.iommufd_host_apply:
-  register: applied
-
-- name: Report what was put back
-  ansible.builtin.debug:
-    var: applied.put_back
 """
 
 RETURN = r"""
 put_back:
-  description:
-    - What was put back, or in check mode would be.
-    - RV(ignore:changed) is true where there is any, or anything in RV(made). To record something is not a change.
+  description: What was put back, or in check mode would be.
   returned: always
   type: list
   elements: dict
@@ -187,59 +121,48 @@ put_back:
     kind:
       description: V(file), V(capability), V(node), V(block), V(unit) or V(module).
       type: str
-      sample: file
     path:
-      description: The path, or the name of the unit or module. Of a capability, the path with symbolic links followed.
+      description: The path with symbolic links followed, or the name of the unit or module.
       type: str
-      sample: /etc/modules-load.d/iommufd_host.conf
     text:
       description: The same for people, a sentence.
       type: str
-      sample: /etc/modules-load.d/iommufd_host.conf is removed.
     gone:
       description: Whether it is a file that is no more.
       type: bool
-      sample: true
 made:
-  description: What was made as it is to be, or in check mode would be.
+  description: What was made as wanted, or in check mode would be.
   returned: always
   type: list
   elements: dict
   contains:
     kind:
-      description: As in RV(put_back[].kind).
+      description: V(file), V(capability), V(node), V(block), V(unit) or V(module).
       type: str
-      sample: capability
     path:
-      description: As in RV(put_back[].path).
+      description: The path with symbolic links followed, or the name of the unit or module.
       type: str
-      sample: /usr/bin/qemu-system-x86_64
     text:
-      description: As in RV(put_back[].text).
+      description: The same for people, a sentence.
       type: str
-      sample: /usr/bin/qemu-system-x86_64 has got CAP_IPC_LOCK.
     content:
-      description: Of a file, whether it held something else before, and not only had another mode or owner.
+      description: Of a file, whether it held something else before.
       type: bool
-      sample: true
     before:
-      description: What a file held, V(null) where there was none, or no text of 64 KiB at most.
+      description: What a file held. V(null) where there was none, or no text of 64 KiB at most.
       type: str
-      sample: null
 recorded:
-  description: What was recorded by this run, or in check mode would be.
+  description: What this run recorded, or in check mode would record.
   returned: on success
   type: list
   elements: dict
   contains:
     kind:
-      description: As in RV(put_back[].kind).
+      description: V(file), V(capability), V(node), V(block), V(unit) or V(module).
       type: str
-      sample: file
     path:
-      description: As in RV(put_back[].path).
+      description: The path with symbolic links followed, or the name of the unit or module.
       type: str
-      sample: /etc/modules-load.d/iommufd_host.conf
 remembered:
   description: Everything that the record holds now, or in check mode would hold, the oldest first.
   returned: on success, and where something could not be put back
@@ -247,35 +170,19 @@ remembered:
   elements: dict
   contains:
     kind:
-      description: As in RV(put_back[].kind).
+      description: V(file), V(capability), V(node), V(block), V(unit) or V(module).
       type: str
-      sample: capability
     path:
-      description: As in RV(put_back[].path).
+      description: The path with symbolic links followed, or the name of the unit or module.
       type: str
-      sample: /usr/bin/qemu-system-x86_64
     before:
-      description:
-        - How it was. V(null) where there was nothing.
-        - Of a V(file) and a V(node) C(mode), C(owner) and C(group); of a V(capability) C(xattr), the extended attribute
-          C(security.capability) as hexadecimal digits, V(null) where there was none; of a V(unit) C(enabled) and
-          C(active); of a V(block) nothing but that the file was there.
+      description: How it was. V(null) where there was nothing. The content of a file is left out.
       type: dict
-      sample: {xattr: null}
 capabilities:
-  description:
-    - Each of O(capabilities) as it is now, or in check mode would be, by its path.
-    - C(real_path) is the path with symbolic links followed. C(ipc_lock) is whether whoever executes the file has
-      CAP_IPC_LOCK at once. C(ours) is whether the record knows the file, so that what was granted will be taken back;
-      where it is V(false), somebody else has granted it. C(other) are the file's other capabilities.
+  description: Each of O(capabilities) as it is now, or in check mode would be. C(ours) is whether the record has it.
   returned: on success
   type: dict
-  sample:
-    /usr/bin/kvm:
-      real_path: /usr/bin/qemu-system-x86_64
-      ipc_lock: true
-      ours: true
-      other: []
+  sample: {/usr/bin/kvm: {real_path: /usr/bin/qemu-system-x86_64, ipc_lock: true, ours: true}}
 """
 
 from typing import NoReturn
@@ -283,7 +190,7 @@ from typing import NoReturn
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils._apply import after, steps_on
-from ..module_utils._capabilities import CAP_IPC_LOCK, parse_file_capabilities, with_ipc_lock
+from ..module_utils._capabilities import parse_file_capabilities, with_ipc_lock
 from ..module_utils._child import Run, run_command
 from ..module_utils._errors import IommufdError, error_text, shown_path
 from ..module_utils._module import Row, finish
@@ -340,8 +247,7 @@ def text_of(content: bytes) -> str | None:
 def capability_row(real_path: str, xattr: bytes | None, ours: bool) -> Row:
     """An executable."""
     given = parse_file_capabilities(xattr or b"")
-    other = [each for each in dict.fromkeys([*given.permitted, *given.inheritable]) if each != CAP_IPC_LOCK]
-    return {"real_path": shown_path(real_path), "ipc_lock": given.lifts_memlock, "ours": ours, "other": other}
+    return {"real_path": shown_path(real_path), "ipc_lock": given.lifts_memlock, "ours": ours}
 
 
 def thing_row(kind: str, path: str) -> Row:

@@ -69,18 +69,7 @@ options:
     elements: path
     default: []
 extends_documentation_fragment:
-  - virt.iommufd.attributes
-attributes:
-  check_mode:
-    support: full
-    details:
-      - This module changes nothing.
-  diff_mode:
-    support: none
-    details:
-      - This module changes nothing.
-  idempotent:
-    support: full
+  - virt.iommufd._attributes.info_module
 requirements:
   - Python 3.9 or later with C(ctypes) on the host; Debian's package C(python3) has it, C(python3-minimal) has not.
 notes:
@@ -380,8 +369,9 @@ host:
           sample: null
         cap_sys_resource:
           description:
-            - Whether the daemon has CAP_SYS_RESOURCE, which it needs to set the mode. If the daemon does not run,
-              whether its unit would give it the capability.
+            - Whether the daemon has CAP_SYS_RESOURCE, which it needs to set the mode, and may use it. If the daemon
+              does not run, whether its unit would give it the capability.
+            - SELinux's policy may deny the use of a capability that the process has. Where it is in force, it is asked.
             - V(null) where that is unknown.
           type: bool
           sample: true

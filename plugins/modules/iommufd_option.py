@@ -97,18 +97,13 @@ options:
       - unsupported
       - denied
 extends_documentation_fragment:
-  - virt.iommufd.attributes
+  - virt.iommufd._attributes
 attributes:
   check_mode:
-    support: full
     details:
       - To learn whether the rlimit mode could be set, the module sends the kernel a value that the kernel is sure to
         reject. That changes nothing.
       - For huge pages, the kernel offers no such way. So check mode predicts that they can be turned off.
-  diff_mode:
-    support: full
-  idempotent:
-    support: full
 requirements:
   - Linux 6.2 or later, built with CONFIG_IOMMUFD, with the module C(iommufd) loaded.
   - Python 3.9 or later with C(ctypes) on the host; Debian's package C(python3) has it, C(python3-minimal) has not.

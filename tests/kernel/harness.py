@@ -51,6 +51,13 @@ _SYS_IO_URING_SETUP = 425
 _SYS_IO_URING_REGISTER = 427
 _IORING_REGISTER_BUFFERS = 0
 _IORING_UNREGISTER_BUFFERS = 1
+# linux/vhost.h, linux/vhost_types.h
+_VHOST_SET_OWNER = 0xAF01
+_VHOST_IOTLB_MSG_V2 = 2
+_VHOST_IOTLB_UPDATE = 2
+_VHOST_IOTLB_BATCH_BEGIN = 5
+_VHOST_IOTLB_BATCH_END = 6
+_VHOST_ACCESS_RW = 3
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWNS = 0x00020000
 _MS_BIND = 0x1000
@@ -232,6 +239,22 @@ class Acts(Pinner):
     def unregister_buffer(self, ring: str) -> Answer:
         """Has the kernel give back what it pinned for an io_uring, which after the end of a process takes its time."""
         _checked(_libc.syscall(_SYS_IO_URING_REGISTER, int(ring), _IORING_UNREGISTER_BUFFERS, None, 0))
+        return {}
+
+    def vdpa(self, path: str) -> Answer:
+        """Opens a vDPA device and becomes its owner."""
+        self._vdpa = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fcntl.ioctl(self._vdpa, _VHOST_SET_OWNER)
+        return {}
+
+    def vdpa_map(self, size: str) -> Answer:
+        """Maps so many bytes for the vDPA device. It gets all pieces of them at once, in a batch."""
+        memory = mmap.mmap(-1, int(size))
+        self._memory.append(memory)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for kind in (_VHOST_IOTLB_BATCH_BEGIN, _VHOST_IOTLB_UPDATE, _VHOST_IOTLB_BATCH_END):
+            update = (len(memory), address, _VHOST_ACCESS_RW) if kind == _VHOST_IOTLB_UPDATE else (0, 0, 0)
+            os.write(self._vdpa, struct.pack("=II3QBB38x", _VHOST_IOTLB_MSG_V2, 0, 0, *update, kind))
         return {}
 
     def fork(self) -> Answer:

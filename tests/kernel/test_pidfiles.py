@@ -195,7 +195,7 @@ def test_a_user_swaps_a_pidfile_all_the_time(vmm: Vmm, start: Start, tmp_path_fa
                 seen.add(answered["msg"])
             else:
                 assert answered["process"]["pid"] == alice.pid
-            if turn >= 100 and len(seen) >= 3:
+            if turn >= 50 and len(seen) >= 3:
                 break
         swapper.end()
         assert len(seen) >= 3

@@ -20,6 +20,7 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_domain, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._user import find_user
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
 from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, Answer, as_user, run_apart
@@ -117,9 +118,10 @@ def qemu(copied: Path) -> Iterator[Path]:
 def test_without_a_capability(qemu: Path) -> None:
     row = emulator(qemu, start=True, trial=True, user=USER)
     assert row["obstacles"] == []
-    assert row["file_system"] == {"mount_point": "/", "nosuid": False, "read_only": False}
-    assert row["conditions"]["bounding_ipc_lock"] is True
-    assert row["conditions"]["initial_user_namespace"] is True
+    assert _vmm.look_at_program(str(qemu)).file_system == _vmm.FileSystem("/", nosuid=False, read_only=False)
+    under = _vmm.look_at_conditions(run_command)
+    assert _vmm.has_ipc_lock(under.bounding)
+    assert under.initial is True
     assert row["started"]["effective"] == NOTHING
     assert (row["started"]["attempted"], row["started"]["ok"], row["started"]["user"]) == (True, False, USER)
     # What was tried had it, and the emulator has not got it by that.
@@ -220,7 +222,8 @@ def test_nosuid_is_an_obstacle_that_nothing_tells(folder: Path) -> None:
         path = Path(shutil.copy(QEMU, target))
         command("setcap", "cap_ipc_lock+ep", str(path))
         row = emulator(path, start=True, trial=True, user=USER)
-        assert row["file_system"] == {"mount_point": str(target), "nosuid": True, "read_only": False}
+        seen = _vmm.look_at_program(str(path)).file_system
+        assert seen == _vmm.FileSystem(str(target), nosuid=True, read_only=False)
         assert row["obstacles"] == [f"{path} gives no capabilities: the file system at {target} is mounted nosuid."]
         assert (row["trial"]["ok"], row["trial"]["effective"]) == (False, NOTHING)
         assert (row["started"]["ok"], row["started"]["effective"]) == (False, NOTHING)
@@ -230,7 +233,8 @@ def test_nosuid_is_an_obstacle_that_nothing_tells(folder: Path) -> None:
 def test_a_read_only_mount(qemu: Path, folder: Path) -> None:
     with mounted(folder, "--bind", "-o", "ro", str(folder)) as target:
         row = emulator(target / qemu.name, trial=True, user=USER)
-        assert row["file_system"] == {"mount_point": str(target), "nosuid": False, "read_only": True}
+        seen = _vmm.look_at_program(str(target / qemu.name)).file_system
+        assert seen == _vmm.FileSystem(str(target), nosuid=False, read_only=True)
         assert "is mounted read-only" in row["obstacles"][0]
         assert (row["trial"]["ok"], row["trial"]["effective"]) == (False, None)
         assert "cannot be made (EROFS: " in row["trial"]["msg"]
@@ -266,8 +270,8 @@ def test_a_bounding_set_without_it_makes_every_start_fail(qemu: Path) -> None:
         command("systemctl", "start", LIBVIRT)
         of = f"{LIBVIRT} (pid {command('systemctl', 'show', '--value', '-p', 'MainPID', LIBVIRT).strip()})"
         row = emulator(qemu, trial=True, start=True, user=USER)
-        assert row["conditions"]["read_from"] == of
-        assert row["conditions"]["bounding_ipc_lock"] is False
+        assert row["conditions_of"] == of
+        assert not _vmm.has_ipc_lock(_vmm.look_at_conditions(run_command).bounding)
         assert f"CAP_IPC_LOCK is not in the bounding set of {of}" in row["obstacles"][0]
         # As it is, it can be executed; with the capability nobody could.
         assert (row["started"]["ok"], row["started"]["effective"]) == (False, NOTHING)
@@ -284,12 +288,10 @@ def test_no_new_privileges_void_it_in_silence(qemu: Path) -> None:
     command("setcap", "cap_ipc_lock+ep", str(qemu))
     with libvirt_with("NoNewPrivileges=yes"):
         row = emulator(qemu, trial=True, start=True, user=USER)
-        assert row["conditions"] == {
-            "read_from": LIBVIRT,
-            "bounding_ipc_lock": True,
-            "no_new_privs": True,
-            "initial_user_namespace": True,
-        }
+        assert row["conditions_of"] == LIBVIRT
+        under = _vmm.look_at_conditions(run_command)
+        assert (under.read_from, under.no_new_privs, under.initial) == (LIBVIRT, True, True)
+        assert _vmm.has_ipc_lock(under.bounding)
         assert "runs with NoNewPrivileges" in row["obstacles"][0]
         for what in (row["trial"], row["started"]):
             assert (what["ok"], what["effective"]) == (False, NOTHING)
@@ -306,7 +308,7 @@ def test_no_new_privileges_void_it_in_silence(qemu: Path) -> None:
 def test_a_caller_who_is_worse_off_than_libvirt(qemu: Path, how: list[str], words: str) -> None:
     options = {"emulators": [str(qemu)], "trial": True, "start": True, "user": USER}
     [row] = run_apart(["setpriv", *how], "iommufd_vmm_check", **options)["emulators"]
-    assert row["conditions"]["read_from"].startswith(LIBVIRT)
+    assert row["conditions_of"].startswith(LIBVIRT)
     assert row["obstacles"] == []
     for what in (row["trial"], row["started"]):
         assert what["ok"] is False
@@ -318,8 +320,8 @@ def test_an_ordinary_user_may_look_but_starts_nothing(qemu: Path) -> None:
     options: dict[str, Any] = {"emulators": [str(qemu)], "units": [LIBVIRT]}
     answered = run_apart(as_user(1002), "iommufd_vmm_check", **options)
     assert answered["emulators"][0]["is_emulator"]
-    assert answered["emulators"][0]["conditions"]["read_from"].startswith(LIBVIRT)
-    assert answered["units"][0]["exec"] == "/usr/sbin/libvirtd"
+    assert answered["emulators"][0]["conditions_of"].startswith(LIBVIRT)
+    assert [(each["present"], each["user"]) for each in answered["units"]] == [(True, "root")]
     refused = run_apart(as_user(1002), "iommufd_vmm_check", **options, trial=True, user=USER)
     assert refused["failed"]
     assert "uid 1002 cannot be asked for trial, which takes root: run the task with become: true" in refused["msg"]
@@ -407,36 +409,42 @@ REPLICATED: dict[str, tuple[str, bool, str | None]] = {
 
 
 @pytest.fixture(scope="module")
-def replicas() -> Iterator[dict[str, tuple[Answer, Answer]]]:
-    """What the module says of each service before it was started, and of the service itself once it runs."""
+def replicas() -> Iterator[dict[str, Answer]]:
+    """What the module says of each service before it was started. The services run meanwhile."""
     names = [Services.path(name).name for name in REPLICATED]
     services = Services(**{name: settings for name, (settings, _ok, _obstacle) in REPLICATED.items()})
     try:
         before = check(units=names, start=True)["units"]
         assert command("systemctl", "list-units", "--all", "--plain", "--no-legend", f"{_vmm.REPLICA}*") == ""
         command("systemctl", "start", *names)
-        yield dict(zip(REPLICATED, zip(before, check(units=names)["units"])))
+        yield dict(zip(REPLICATED, before))
     finally:
         services.remove()
 
 
 @pytest.mark.parametrize("name", REPLICATED)
-def test_a_replica_is_what_the_unit_is(replicas: dict[str, tuple[Answer, Answer]], name: str) -> None:
+def test_a_replica_is_what_the_unit_is(replicas: dict[str, Answer], name: str) -> None:
     _settings, ok, obstacle = REPLICATED[name]
-    row, running = replicas[name]
-    assert (row["present"], row["active"], row["pid"], running["active"]) == (True, False, None, True)
+    row = replicas[name]
+    assert row["present"] is True
     assert [obstacle in sentence for sentence in row["obstacles"] if obstacle] == [True] * len(row["obstacles"])
     assert bool(row["obstacles"]) == bool(obstacle)
     assert (row["replica"]["attempted"], row["replica"]["ok"]) == (True, ok), row
-    effective, uid, limit = status_of(running["pid"])
+    unit = Services.path(name).name
+    effective, uid, limit = status_of(int(command("systemctl", "show", "--value", "-p", "MainPID", unit)))
     assert row["replica"]["effective"] == effective
     expected = (None, True) if limit == -1 else (limit, False)
     assert (row["replica"]["memlock_bytes"], row["replica"]["memlock_unlimited"]) == expected
-    assert (row["memlock_bytes"], row["memlock_unlimited"]) == expected
+    assert _vmm.look_at_unit(run_command, unit).memlock.soft == expected[0]
     if name == "dynamic":
         assert row["user"] is None
     else:
         assert row["user"] == row["replica"]["user"] == {0: "root", 1001: "vm"}[uid]
+
+
+def has_attribute(path: Path) -> bool:
+    """Whether it has file capabilities, be it empty ones."""
+    return "security.capability" in os.listxattr(path)
 
 
 def test_a_units_program_with_an_empty_attribute(folder: Path) -> None:
@@ -448,24 +456,28 @@ def test_a_units_program_with_an_empty_attribute(folder: Path) -> None:
         # What setcap and some modules leave that take the last capability away.
         command("setcap", "=", str(zeros))
         os.setxattr(nothing, "security.capability", b"")
+        assert has_attribute(zeros)
+        assert has_attribute(nothing)
         of_zeros, of_nothing = check(units=names, start=True)["units"]
         for row in (of_zeros, of_nothing):
             # As it tells the operator to do.
             [advice] = re.findall("`(.*)`", row["obstacles"][0])
             command(*advice.split())
+        assert not has_attribute(zeros)
+        assert not has_attribute(nothing)
         after = check(units=names[:1], start=True)["units"] + check(units=names[1:])["units"]
     finally:
         services.remove()
         shutil.rmtree(folder / "attributes")
     # What its user cannot have brought about is seen, or told as an obstacle.
     for row, ok in ((of_zeros, False), (of_nothing, None)):
-        assert (row["file_capability"], row["ambient_ipc_lock"], row["replica"]["ok"]) == (True, True, ok)
+        assert (row["ambient_ipc_lock"], row["replica"]["ok"]) == (True, ok)
     assert "takes ambient capabilities from it" in of_zeros["obstacles"][0]
     assert of_zeros["replica"]["effective"] == NOTHING
     assert "it cannot be executed" in of_nothing["obstacles"][0]
     assert of_nothing["replica"]["effective"] is None
     assert re.search(r"Failed at step EXEC spawning \S+: Invalid argument", of_nothing["replica"]["msg"])
-    assert [(row["file_capability"], row["obstacles"]) for row in after] == [(False, [])] * 2
+    assert [row["obstacles"] for row in after] == [[], []]
     assert after[0]["replica"]["ok"]
 
 
@@ -495,7 +507,7 @@ def test_units_that_do_not_start() -> None:
     assert "/nothing/there, which is not there" in no_program["obstacles"][0]
     # What the unit gives to a program is seen by another one.
     assert no_program["replica"]["effective"] == NOTHING
-    assert template["instance"] == template["name"].replace("@", "@iommufd-host-check")
+    assert _vmm.instance_of(template["name"]) == template["name"].replace("@", "@iommufd-host-check")
     assert template["replica"]["ok"]
 
 
@@ -554,7 +566,7 @@ def test_a_domain(granted: bool) -> None:
     finally:
         if granted:
             command("setcap", "-r", QEMU)
-    assert re.fullmatch(rf"{LIBVIRT} \(pid [0-9]+\)", row["conditions"]["read_from"])
+    assert re.fullmatch(rf"{LIBVIRT} \(pid [0-9]+\)", row["conditions_of"])
     started = row["started"]
     assert started["msg"] == ""
     assert (started["attempted"], started["how"], started["user"]) == (True, "domain", USER)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,11 @@ from progress import Progress, run
 
 _MAKE = Path(__file__).parent / "kernel" / "make.sh"
 _INIT = Path(__file__).parent / "kernel" / "init"
+_CONTEXTS = Path(__file__).parent / "kernel" / "file_contexts"
+# For SELinux; under another security module the labels lie idle.
+LABEL = Path(__file__).parent / "label.py"
 # To be raised with every change below that makes something else from the same inputs.
-_RECIPE = 1
+_RECIPE = 2
 # What kernel/make.sh runs, beside what every Debian system has
 _TOOLS = ("make", "kmod", "cpio", "busybox-static", "xz-utils", "zstd")
 # Room in the modules' disk for the file system's own records, in KiB
@@ -40,7 +44,7 @@ def kernel_artifact(kernel: Kernel) -> store.Artifact:
         "suite": kernel.suite.name,
         "packages": kernel.packages,
         "container": kernel.container,
-        "scripts": [path.read_text(encoding="utf-8") for path in (_MAKE, _INIT)],
+        "scripts": [path.read_text(encoding="utf-8") for path in (_MAKE, _INIT, _CONTEXTS, LABEL)],
         "tools": _TOOLS,
         "recipe": _RECIPE,
     }
@@ -78,8 +82,9 @@ def _build(kernel: Kernel, work: Path) -> Mapping[str, Any]:
         modules = out / disk
         size = sum(path.lstat().st_size // 1024 + 4 for path in modules.rglob("*")) * 21 // 20 + _SLACK
         # Under fakeroot everything belongs to root, whoever builds.
-        mke2fs = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d", str(modules)]
-        run(["fakeroot", *mke2fs, str(work / f"{disk}.img"), f"{size}k"], log, progress)
+        script = '"$1" "$2" "$3" "$4" && mke2fs -q -t ext4 -O ^has_journal -m 0 -d "$3" "$5" "$6"'
+        label = [sys.executable, str(LABEL), str(modules), str(_CONTEXTS)]
+        run(["fakeroot", "sh", "-c", script, "sh", *label, str(work / f"{disk}.img"), f"{size}k"], log, progress)
     for name in ("bzImage", "initrd.img", "include"):
         (out / name).rename(work / name)
     release, version = ((out / name).read_text(encoding="utf-8").strip() for name in ("release", "version"))

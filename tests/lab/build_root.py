@@ -11,6 +11,7 @@ import io
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Mapping
 from functools import partial
@@ -18,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import store
-from build_kernel import last_step, suite_options
+from build_kernel import LABEL, last_step, suite_options
 from guests import Root
 from progress import LabError, Progress, environment, run
 
 _HERE = Path(__file__).parent
 _OVERLAY = _HERE / "root" / "overlay"
-_CUSTOMIZE = _HERE / "root" / "customize.sh"
+_CUSTOMIZE = (_HERE / "root" / "customize.sh",)
+# Where SELinux is to be in force: these after it, and the labels that the policy in the new file system has for paths.
+_SELINUX = (_HERE / "root" / "selinux.sh", _HERE / "root" / "selinux.cil")
+_CONTEXTS = "etc/selinux/default/contexts/files/file_contexts"
 # To be raised with every change below that makes something else from the same inputs.
 _RECIPE = 1
 # The guests' name in their known_hosts, whatever the port.
@@ -50,7 +54,7 @@ def root_artifact(root: Root) -> store.Artifact:
         "packages": root.packages,
         "size_mib": root.size_mib,
         "overlay": {name: hashlib.sha256(content).hexdigest() for name, content in _overlay().items()},
-        "customize": _CUSTOMIZE.read_text(encoding="utf-8"),
+        "scripts": [path.read_text(encoding="utf-8") for path in (*_scripts(root), *([LABEL] if root.selinux else []))],
         "recipe": _RECIPE,
     }
     return store.Artifact("root", root.name, inputs)
@@ -80,13 +84,18 @@ def _overlay() -> dict[str, bytes]:
     return files
 
 
-def _write_overlay(archive: Path) -> None:
-    """Writes the overlay and the customizing script as a tar file in which everything belongs to root."""
+def _scripts(root: Root) -> tuple[Path, ...]:
+    return (*_CUSTOMIZE, *(_SELINUX if root.selinux else ()))
+
+
+def _write_overlay(root: Root, archive: Path) -> None:
+    """Writes the overlay and the customizing scripts as a tar file in which everything belongs to root."""
     with tarfile.open(archive, "w") as tar:
         folder = tarfile.TarInfo("root/.ssh")
         folder.type, folder.mode = tarfile.DIRTYPE, 0o700
         tar.addfile(folder)
-        for name, content in {**_overlay(), _CUSTOMIZE.name: _CUSTOMIZE.read_bytes()}.items():
+        scripts = {path.name: path.read_bytes() for path in _scripts(root)}
+        for name, content in {**_overlay(), **scripts}.items():
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(content), 0o600 if ".ssh" in name else 0o644
             tar.addfile(entry, io.BytesIO(content))
@@ -96,7 +105,7 @@ def _build(root: Root, work: Path) -> Mapping[str, Any]:
     log = work / "build.log"
     progress = Progress(f"root {root.name}: installing {len(root.packages)} packages and what they need")
     overlay = work / "overlay.tar"
-    _write_overlay(overlay)
+    _write_overlay(root, overlay)
     archive = work / "root.tar"
     command = [
         "mmdebstrap",
@@ -104,7 +113,11 @@ def _build(root: Root, work: Path) -> Mapping[str, Any]:
         f"--include={','.join(root.packages)}",
         *suite_options(root.suite),
         f'--customize-hook=tar-in "{overlay}" /',
-        f'--customize-hook=chroot "$1" sh /{_CUSTOMIZE.name} && rm "$1/{_CUSTOMIZE.name}"',
+        *(
+            f'--customize-hook=chroot "$1" sh /{path.name} && rm "$1/{path.name}"'
+            for path in _scripts(root)
+            if path.suffix == ".sh"
+        ),
         root.suite.name,
         str(archive),
     ]
@@ -117,13 +130,19 @@ def _build(root: Root, work: Path) -> Mapping[str, Any]:
     progress = Progress(f"root {root.name}: making the disk")
     tree = work / "tree"
     script = (
+        "archive=$1 tree=$2 image=$3 size=$4 && shift 4 && "
         # What devtmpfs will hold is left out.
-        'mkdir "$2" && tar -xf "$1" -C "$2" --numeric-owner --xattrs --xattrs-include="*" --exclude="./dev/*" && '
+        'mkdir "$tree" && '
+        'tar -xf "$archive" -C "$tree" --numeric-owner --exclude="./dev/*" --xattrs --xattrs-include="*" '
+        # semodule labels its own files, where the build is root's. Under fakeroot tar makes files of no type of them.
+        "--pax-option=delete=SCHILY.xattr.security.selinux && "
+        '"$@" && '
         # No tables are left for the guest to fill in while it boots.
-        'mke2fs -q -t ext4 -L root -m 0 -N 131072 -E lazy_itable_init=0,lazy_journal_init=0 -d "$2" "$3" "$4"'
+        'mke2fs -q -t ext4 -L root -m 0 -N 131072 -E lazy_itable_init=0,lazy_journal_init=0 -d "$tree" "$image" "$size"'
     )
     image = ["sh", "-c", script, "sh", str(archive), str(tree), str(work / "root.img"), f"{root.size_mib}M"]
-    run(["fakeroot", *image], log, progress)
+    label = [sys.executable, str(LABEL), str(tree), str(tree / _CONTEXTS)] if root.selinux else ["true"]
+    run(["fakeroot", *image, *label], log, progress)
     archive.unlink()
     overlay.unlink()
     shutil.rmtree(tree)

@@ -38,19 +38,24 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Root:
-    """A root file system: what is installed from which suite, and the size of its (sparse) disk."""
+    """A root file system: what is installed from which suite, and the size of its (sparse) disk.
+
+    selinux: whether its files are labelled, and SELinux is in force.
+    """
 
     name: str
     suite: Suite
     packages: tuple[str, ...]
     size_mib: int = 4096
+    selinux: bool = False
 
 
 @dataclass(frozen=True)
 class Guest:
     """A machine: a kernel, a root file system, and memory.
 
-    modules: the kernel's, `lab` (with iommufd) or `packaged` (as Debian ships them).
+    modules: the kernel's, `lab` (with iommufd) or `packaged` (as Debian ships them). parameters: more of them on the
+    kernel's command line.
     """
 
     name: str
@@ -58,6 +63,7 @@ class Guest:
     root: Root
     modules: str = "lab"
     memory_mib: int = 2048
+    parameters: tuple[str, ...] = ()
     purpose: str = ""
 
 
@@ -98,6 +104,12 @@ KERNEL_SID = Kernel("sid", SID, ("linux-image-amd64", "linux-headers-amd64", "li
 
 ROOT_TRIXIE = Root("trixie", TRIXIE, _PACKAGES)
 ROOT_SID = Root("sid", SID, _PACKAGES)
+ROOT_SELINUX = Root(
+    "selinux",
+    TRIXIE,
+    (*(name for name in _PACKAGES if name != "apparmor"), "selinux-policy-default", "policycoreutils"),
+    selinux=True,
+)
 
 DEFAULT_GUEST = "fallback"
 
@@ -109,6 +121,13 @@ GUESTS: dict[str, Guest] = {
         ),
         # Room for two domains of more than 1 GiB each.
         Guest("native", KERNEL_SID, ROOT_SID, memory_mib=3584, purpose="libvirt sets the mode itself"),
+        Guest(
+            "selinux",
+            KERNEL_TRIXIE,
+            ROOT_SELINUX,
+            parameters=("security=selinux",),
+            purpose="confined by SELinux, and laid out as Red Hat's family is",
+        ),
         Guest("stock", KERNEL_TRIXIE, ROOT_TRIXIE, "packaged", purpose="Debian's own modules, without iommufd"),
     )
 }

@@ -316,7 +316,7 @@ class Machine:
             *("-qmp", "unix:qmp,server=on,wait=off"),
             *("-kernel", str(kernel / "bzImage")),
             *("-initrd", str(kernel / "initrd.img")),
-            *("-append", " ".join(_PARAMETERS)),
+            *("-append", " ".join((*_PARAMETERS, *self.guest.parameters))),
             *("-drive", "if=none,id=root,file=disk.qcow2,format=qcow2,cache=unsafe"),
             *("-drive", f"if=none,id=modules,file={_comma(kernel / self.guest.modules)}.img,format=raw,readonly=on"),
             *("-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:22"),
@@ -463,7 +463,10 @@ class Machine:
                 os.kill(state.pid, number)
 
     def _last_words(self) -> str:
-        words = "".join(f"\n{text}" for text in (tail(self._qemu_log, 5), tail(self.console)) if text)
+        end = tail(self.console)
+        # Why it panicked may have been pushed out of the end by what the kernel tells of its state then.
+        panic = [line for line in tail(self.console, 200).splitlines() if "Kernel panic" in line and line not in end]
+        words = "".join(f"\n{text}" for text in (tail(self._qemu_log, 5), *panic[-1:], end) if text)
         return f", the end of {self.console}:{words}" if words else f" without a word in {self.console}"
 
 

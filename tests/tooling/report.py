@@ -27,6 +27,7 @@ REQUIRED = (
     "extra-checks",
     "license-check",
     "lint",
+    "machine",
     "molecule-apparmor",
     "molecule-audit",
     "molecule-default",
@@ -38,6 +39,7 @@ REQUIRED = (
     "molecule-fit",
     "molecule-kernel",
     "molecule-native",
+    "molecule-selinux",
     "molecule-stock",
     "molecule-units",
     "molecule-unprivileged",
@@ -57,7 +59,7 @@ REQUIRED = (
 LINE, TASK_LINES = 600, 12
 
 # Sessions that leave the results of single tests; one that leaves none has tested nothing.
-COUNTED = ("molecule-kernel", "sanity-", "tooling", "uapi", "units-", "untrusted-")
+COUNTED = ("machine", "molecule-kernel", "molecule-selinux", "sanity-", "tooling", "uapi", "units-", "untrusted-")
 
 
 @dataclass

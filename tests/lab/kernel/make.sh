@@ -37,6 +37,7 @@ mkdir /out /build
 cd /build
 tar -xf "$source" --strip-components=1 --wildcards \
     '*/drivers/iommu/iommufd' '*/drivers/iommu/*.h' '*/drivers/vfio' '*/lib/interval_tree.c' \
+    '*/drivers/vhost' '*/drivers/vdpa/vdpa_sim' \
     '*/include/uapi/linux/iommufd.h' '*/include/uapi/linux/vfio.h'
 
 # The one thing of the kernel's image that iommufd needs, and that a kernel without it lacks
@@ -65,6 +66,16 @@ build() {
 }
 build drivers/iommu/iommufd "$@"
 build drivers/vfio "$@" KBUILD_EXTRA_SYMBOLS=/build/drivers/iommu/iommufd/Module.symvers
+
+# A vDPA device that is none. Debian has all that it needs but one module of drivers/vhost, so the others are left alone.
+set -- CONFIG_DEBUG_INFO_BTF_MODULES=
+for each in VHOST VHOST_IOTLB VHOST_NET VHOST_SCSI VHOST_VDPA VHOST_VSOCK; do
+    set -- "$@" "CONFIG_$each="
+done
+build drivers/vhost "$@" CONFIG_VHOST_RING=m
+build drivers/vdpa/vdpa_sim CONFIG_DEBUG_INFO_BTF_MODULES= CONFIG_VDPA_SIM=m CONFIG_VDPA_SIM_NET=m \
+    CONFIG_VDPA_SIM_BLOCK= KBUILD_EXTRA_SYMBOLS=/build/drivers/vhost/Module.symvers
+changed="$changed VHOST_RING=m VDPA_SIM=m VDPA_SIM_NET=m"
 
 # The modules as packaged, for a host without iommufd, and those with the new ones in the place of Debian's VFIO.
 mkdir -p /out/packaged /out/lab

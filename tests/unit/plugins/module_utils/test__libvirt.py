@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Run
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused
 from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
@@ -19,6 +20,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     sets_rlimit_mode,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
+from ansible_collections.virt.iommufd.plugins.module_utils._selinux import Verdict
 from ansible_collections.virt.iommufd.plugins.module_utils._systemd import parse_units
 
 HOSTDEV = "<devices><hostdev><enum name='iommufd'>%s</enum></hostdev></devices>"
@@ -59,6 +61,13 @@ def test_the_version_is_in_the_librarys_name(text: bytes, version: tuple[int, in
 def test_what_a_unit_would_run_with(properties: dict[str, str], may: bool) -> None:
     (shown,) = parse_units(unit("virtqemud.service", **properties))
     assert daemon_unit_of(shown).may is may
+
+
+def test_what_a_unit_would_start() -> None:
+    started = "{ path=/usr/sbin/virtqemud ; argv[]=/usr/sbin/virtqemud --timeout 120 ; ignore_errors=no }"
+    (shown,) = parse_units(unit("virtqemud.service", ExecStart=started, SELinuxContext="-a:b:c"))
+    unit_seen = daemon_unit_of(shown)
+    assert (unit_seen.program, unit_seen.context) == ("/usr/sbin/virtqemud", "a:b:c")
 
 
 def answer(*units: str) -> Run:
@@ -104,6 +113,25 @@ def test_it_has_just_ended() -> None:
     found = look_at_libvirt(answer(unit("virtqemud.service", MainPID="2147483647")))
     assert found.pid is None
     assert found.may is True
+
+
+@pytest.mark.parametrize("daemon", ["not running", "running", "just ended"])
+@pytest.mark.parametrize(("allowed", "may"), [(True, True), (False, False), (None, None)])
+def test_what_selinux_leaves(
+    monkeypatch: pytest.MonkeyPatch, daemon: str, allowed: bool | None, may: bool | None
+) -> None:
+    pid = {"not running": 0, "running": os.getpid(), "just ended": 2147483647}[daemon]
+    monkeypatch.setattr(_libvirt, "capability_names", lambda _mask: ("cap_sys_resource",))
+    monkeypatch.setattr(_libvirt, "lets_use", lambda _capability, _context: Verdict(allowed, "so it is"))
+    monkeypatch.setattr(Process, "in_initial_user_namespace", lambda _self: True)
+    found = look_at_libvirt(answer(unit("virtqemud.service", MainPID=str(pid))))
+    assert (found.may, found.why) == (may, "so it is")
+
+
+def test_what_a_daemon_has_not_selinux_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_libvirt, "lets_use", pytest.fail)
+    found = look_at_libvirt(answer(unit("virtqemud.service", CapabilityBoundingSet="")))
+    assert (found.may, found.why) == (False, "")
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -165,6 +193,13 @@ def libvirt(version: Any = (12, 8, 0), **other: Any) -> Libvirt:
             None,
             "libvirt 12.8.0 sets per-process accounting if its daemon has CAP_SYS_RESOURCE",
         ),
+        (
+            libvirt(may=False, why="SELinux's policy denies sys_resource to a:b:c"),
+            None,
+            False,
+            "its daemon runs with CAP_SYS_RESOURCE, but SELinux's policy denies sys_resource to a:b:c. Allow it",
+        ),
+        (libvirt(may=None, why="SELinux is silent"), None, None, "which cannot be told. SELinux is silent."),
         (libvirt(), False, False, "libvirt 12.8.0 could set per-process accounting, but does not offer iommufd"),
         (libvirt(None), None, None, "The version of libvirt cannot be told"),
         (libvirt(unit=None), None, False, "There is no system libvirt"),

@@ -616,13 +616,11 @@ def test_there_is_no_virsh(emulator: Program, monkeypatch: pytest.MonkeyPatch) -
 
 
 def unit(program: Program, **settings: str) -> Unit:
-    flags = {"active": False, "no_new_privs": False, "private_users": False, "outdated": False}
+    flags = {"private_users": False, "outdated": False}
     limit = Limit(*_limits())
     return Unit(
         "vm.service",
-        "vm.service",
         "loaded",
-        pid=None,
         user="vm",
         program=program,
         bounding=0,

@@ -340,7 +340,7 @@ def test_there_and_back(host: Host, terminal: str) -> None:
     }
     in_order = [old, new, rule, unit, service, program, conf, terminal, f"{terminal}?", "u.path", qemu]
     assert paths(first["recorded"]) == paths(first["remembered"]) == host.kept() == in_order
-    assert first["capabilities"] == {kvm: {"real_path": qemu, "ipc_lock": True, "ours": True, "other": []}}
+    assert first["capabilities"] == {kvm: {"real_path": qemu, "ipc_lock": True, "ours": True}}
     remembered = {each["path"]: each["before"] for each in first["remembered"]}
     assert (remembered[old]["mode"], remembered[terminal]["mode"]) == ("0640", "0620")
     assert [path for path in in_order if remembered[path] is None] == [
@@ -600,12 +600,7 @@ def test_what_somebody_else_granted(host: Host) -> None:
     qemu = host.file("qemu", b"", 0o755)
     grant(qemu, NET_RAW_TOO)
     answer = host.run(capabilities=[qemu])
-    assert answer["capabilities"][qemu] == {
-        "real_path": qemu,
-        "ipc_lock": True,
-        "ours": False,
-        "other": ["cap_net_raw"],
-    }
+    assert answer["capabilities"][qemu] == {"real_path": qemu, "ipc_lock": True, "ours": False}
     assert (answer["recorded"], answer["made"], answer["changed"]) == ([], [], False)
     # Nothing was to be remembered.
     assert not host.record.exists()

@@ -1,0 +1,95 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: whether SELinux lets a process use a capability that /proc/PID/status shows.
+
+The policy that is in force is asked, by selinuxfs (security/selinux/selinuxfs.c). Nothing is tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Callable, NamedTuple
+
+from ._errors import error_text
+
+__all__ = ("Verdict", "context_of", "context_of_service", "lets_use")
+
+_SELINUXFS = "/sys/fs/selinux"
+_XATTR = "security.selinux"
+# security/selinux/include/security.h: AVD_FLAGS_PERMISSIVE
+_PERMISSIVE = 1
+# SIMPLE_TRANSACTION_LIMIT is less than a page.
+_ANSWER = 4096
+
+
+class Verdict(NamedTuple):
+    """Whether it is allowed, None where that cannot be told; and what forbids it, or why it cannot be told."""
+
+    allowed: bool | None
+    why: str = ""
+
+
+def lets_use(capability: str, context: Callable[[], str]) -> Verdict:
+    """Whether a process may use a capability that it has in the initial user namespace, as far as SELinux goes.
+
+    `capability` is one of the first 32, such as `cap_sys_resource`. `context` gives the process's context, and is
+    called where SELinux is in force. See cred_has_capability() in security/selinux/hooks.c.
+    """
+    if not _enforces():
+        return Verdict(True)
+    permission = capability[len("cap_") :]
+    try:
+        who = context()
+        bit = 1 << (_number(f"capability/perms/{permission}") - 1)
+        allowed, *_others, flags = _ask("access", who, who, _number("capability/index")).split()
+        if int(allowed, 16) & bit or int(flags, 16) & _PERMISSIVE:
+            return Verdict(True)
+    except OSError as exc:
+        return Verdict(
+            None, f"SELinux is in force, and its policy cannot be asked for {permission} ({error_text(exc.errno)})"
+        )
+    except ValueError:
+        return Verdict(
+            None, f"SELinux is in force, and its answer for {permission} is of a form that is not known here"
+        )
+    return Verdict(False, f"SELinux's policy denies {permission} to {who}")
+
+
+def context_of(pid: int) -> str:
+    """The context of a process. Raises OSError."""
+    with open(f"/proc/{pid}/attr/current", "rb") as stream:
+        return _text(stream.read())
+
+
+def context_of_service(program: str) -> str:
+    """The context in which systemd runs a program, unless the unit sets one. Raises OSError."""
+    label = _text(os.getxattr(program, _XATTR))
+    return _text(_ask("create", context_of(1), label, _number("process/index")))
+
+
+def _enforces() -> bool:
+    with contextlib.suppress(OSError), open(f"{_SELINUXFS}/enforce", "rb") as stream:
+        return stream.read().strip() == b"1"
+    return False
+
+
+def _number(name: str) -> int:
+    with open(f"{_SELINUXFS}/class/{name}", "rb") as stream:
+        return int(stream.read())
+
+
+def _ask(what: str, source: str, target: str, kind: int) -> bytes:
+    """One question: the answer is read from where the question was written."""
+    fd = os.open(f"{_SELINUXFS}/{what}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.write(fd, f"{source} {target} {kind}".encode())
+        return os.pread(fd, _ANSWER, 0)
+    finally:
+        os.close(fd)
+
+
+def _text(raw: bytes) -> str:
+    return raw.rstrip(b"\0\n").decode("ascii", "backslashreplace")
