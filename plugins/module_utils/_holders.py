@@ -226,10 +226,10 @@ def _pids() -> Iterator[int]:
 
 
 def _is_of_container(pid: int) -> bool:
-    return who_pays(owner_of(pid)) == CONTAINERS
+    return who_pays(find_owner(pid)) == CONTAINERS
 
 
-def owner_of(pid: int) -> int:
+def find_owner(pid: int) -> int:
     """The user that a process seems to be of, root where it has ended: what is in its folder may keep us waiting."""
     try:
         return os.stat(f"/proc/{pid}").st_uid
@@ -278,12 +278,12 @@ def _look_at_all(
 def _skip(result: Survey, pid: int, budget: Budget) -> None:
     """Leaves a process out that has kept a child waiting, and has its user pay for it."""
     _leave_out(result, pid)
-    budget.seconds[who_pays(owner_of(pid))] += _PENALTY
+    budget.seconds[who_pays(find_owner(pid))] += _PENALTY
 
 
 def _leave_out(result: Survey, pid: int) -> None:
     result.closed.setdefault(_KEEPS_WAITING, []).append(pid)
-    result.unseen.add(owner_of(pid))
+    result.unseen.add(find_owner(pid))
 
 
 def _batches(

@@ -14,7 +14,6 @@ from functools import partial
 from typing import NamedTuple
 
 from ._errors import IommufdError, ProcessGone, error_text, printable
-from ._paths import Untrusted, walk
 from ._process import Process
 from ._target import look_patiently
 
@@ -76,6 +75,9 @@ class PidfileTarget(NamedTuple):
 
     def _check_writers(self, process: Process, read: Pidfile) -> None:
         """Raises IommufdError where somebody else can have written the file."""
+        # What trusts the folder as a whole needs it not, as _domain.
+        from ._paths import Untrusted, walk
+
         try:
             with walk(self.path, (0, process.uid)) as place:
                 found = place.status
@@ -97,10 +99,10 @@ class PidfileTarget(NamedTuple):
 
 def read_pidfile(path: str) -> Pidfile:
     """What a pidfile says, and which one it is. Raises IommufdError for any file that is not a pidfile."""
-    return Pidfile(*look_patiently(f"Pidfile {path}", partial(_read, path)))
+    return Pidfile(*look_patiently(f"Pidfile {path}", partial(_read_regular, path)))
 
 
-def _read(path: str) -> Pidfile:
+def _read_regular(path: str) -> Pidfile:
     subject = f"Pidfile {path}"
     if not os.path.isabs(path):
         raise IommufdError(f"{subject} is not an absolute path.")

@@ -212,12 +212,12 @@ def is_qemu(program: Program) -> bool:
 
 
 class Conditions(NamedTuple):
-    """Under what a VMM is executed: `of` is whom this was read from.
+    """Under what a VMM is executed: `read_from` is whom.
 
     `bounding` is the bounding set. `initial`: in the initial user namespace; None where that cannot be told.
     """
 
-    of: str
+    read_from: str
     bounding: int
     no_new_privs: bool
     initial: bool | None
@@ -272,13 +272,15 @@ def emulator_obstacles(program: Program, under: Conditions) -> list[str]:
         found.append(f"{path} cannot be given capabilities: {where} is mounted read-only.")
     if not has_ipc_lock(under.bounding):
         found.append(
-            f"CAP_IPC_LOCK is not in the bounding set of {under.of}: {path} with that capability could not be executed"
-            " there at all (EPERM), so every start of a VM would fail."
+            f"CAP_IPC_LOCK is not in the bounding set of {under.read_from}: {path} with that capability could not be"
+            " executed there at all (EPERM), so every start of a VM would fail."
         )
     if under.no_new_privs:
-        found.append(f"{under.of} runs with NoNewPrivileges, which has file capabilities ignored in silence.")
+        found.append(f"{under.read_from} runs with NoNewPrivileges, which has file capabilities ignored in silence.")
     if under.initial is False:
-        found.append(f"{under.of} is in a user namespace of its own, where CAP_IPC_LOCK lifts no limit of the host's.")
+        found.append(
+            f"{under.read_from} is in a user namespace of its own, where CAP_IPC_LOCK lifts no limit of the host's."
+        )
     return found
 
 
@@ -315,7 +317,7 @@ class Unit(NamedTuple):
         return self.load_state == "loaded"
 
 
-def instance(name: str) -> str:
+def instance_of(name: str) -> str:
     """The name to ask systemd for: of a template, an instance. Raises IommufdError where it is no name of a service."""
     if not is_unit_name(name, "service"):
         raise IommufdError(f"{name!r} is not the name of a systemd service, such as vm.service or vm@.service.")
@@ -324,7 +326,7 @@ def instance(name: str) -> str:
 
 def look_at_unit(run: Run, name: str) -> Unit:
     """Asks systemd for a service, which starts nothing. Raises IommufdError where it does not answer."""
-    shown = _show(run, instance(name))
+    shown = _show(run, instance_of(name))
     paths = _paths_in(shown.get("ExecStart", ""))
     helpers = [*paths[1:], *(path for name in _HELPERS for path in _paths_in(shown.get(name, "")))]
     load_state = shown.get("LoadState", "")

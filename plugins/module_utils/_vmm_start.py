@@ -211,12 +211,13 @@ def check_able(under: Conditions) -> None:
     own = own_status()
     if has_ipc_lock(under.bounding) and not has_ipc_lock(own.bounding):
         raise IommufdError(
-            f"This caller runs with a bounding set without CAP_IPC_LOCK, so it cannot try what {under.of} would do. Run"
-            " the task on the host itself, outside of any container."
+            f"This caller runs with a bounding set without CAP_IPC_LOCK, so it cannot try what {under.read_from} would"
+            " do. Run the task on the host itself, outside of any container."
         )
     if own.no_new_privs and not under.no_new_privs:
         raise IommufdError(
-            f"This caller runs with NoNewPrivileges, so it cannot try what {under.of} would do. Run the task without."
+            f"This caller runs with NoNewPrivileges, so it cannot try what {under.read_from} would do. Run the task"
+            " without."
         )
 
 
@@ -340,7 +341,7 @@ def _failure(reading: int, pid: int, what: str) -> bytes:
 def _not_executed(what: str, number: int, step: str, under: Conditions, user: User) -> str:
     text = f"{what} cannot be executed as {user.name}: to {step} failed ({error_text(number)})."
     if step == "execute it" and number == errno.EPERM and not has_ipc_lock(under.bounding):
-        text += f" CAP_IPC_LOCK is not in the bounding set of {under.of}."
+        text += f" CAP_IPC_LOCK is not in the bounding set of {under.read_from}."
     return text
 
 

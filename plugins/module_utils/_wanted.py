@@ -168,27 +168,27 @@ def look_at_host(items: list[Item], wanted: Wanted, run: Run) -> View:
     files = list(dict.fromkeys((*wanted.files, *wanted.blocks, *remembered[FILE], *remembered[BLOCK])))
     _check_reachable([*files, *wanted.nodes, *remembered[NODE]])
     for path in files:
-        _look_at_file(view, path, path in own)
+        _view_file(view, path, path in own)
         state = view.files[path]
         if state is not None and path in blocks:
             # Where the block ends must be known before anything is changed.
             with about(path):
                 split_block(state.content)
-    _look_at_executables(view, wanted.capabilities, remembered[CAPABILITY])
+    _view_executables(view, wanted.capabilities, remembered[CAPABILITY])
     for path in (*wanted.nodes, *remembered[NODE]):
-        _look_at_nodes(view, path)
+        _view_nodes(view, path)
     view.units.update(ask_states(run, list(dict.fromkeys([*wanted.units, *remembered[UNIT]]))))
     return view
 
 
-def _look_at_file(view: View, path: str, own: bool) -> None:
+def _view_file(view: View, path: str, own: bool) -> None:
     view.files[path] = read_file_state(path, own=own)
     view.missing[path] = missing_folders(path)
     if is_unfinished(path):
         view.unfinished.add(path)
 
 
-def _look_at_executables(view: View, wanted: Iterable[str], remembered: Iterable[str]) -> None:
+def _view_executables(view: View, wanted: Iterable[str], remembered: Iterable[str]) -> None:
     for path in wanted:
         found = _patiently(partial(_look_at_executable, path, True), path)
         if found is None:
@@ -201,7 +201,7 @@ def _look_at_executables(view: View, wanted: Iterable[str], remembered: Iterable
             view.xattrs[path] = found[1]
 
 
-def _look_at_nodes(view: View, path: str) -> None:
+def _view_nodes(view: View, path: str) -> None:
     """Looks at the nodes that a path or a pattern stands for."""
     view.matches[path] = matching_nodes(path)
     for each in view.matches[path]:

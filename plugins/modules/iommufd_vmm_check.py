@@ -117,7 +117,7 @@ emulators:
       description: The outcome of O(trial).
       type: dict
       contains:
-        ran:
+        attempted:
           description: Whether it was tried.
           type: bool
         ok:
@@ -136,7 +136,7 @@ emulators:
       description: The outcome of O(start).
       type: dict
       contains:
-        ran:
+        attempted:
           description: Whether it was tried.
           type: bool
         ok:
@@ -192,7 +192,7 @@ units:
       description: The outcome of O(start).
       type: dict
       contains:
-        ran:
+        attempted:
           description: Whether it was tried.
           type: bool
         ok:
@@ -228,7 +228,7 @@ users:
     present:
       description: Whether this host has that user.
       type: bool
-    ran:
+    attempted:
       description: Whether it was tried.
       type: bool
     ok:
@@ -251,7 +251,7 @@ scratch:
   returned: always
   type: dict
   contains:
-    ran:
+    attempted:
       description: Whether it was tried.
       type: bool
     ok:
@@ -274,7 +274,7 @@ from typing import Callable, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils import _vmm, _vmm_domain, _vmm_replica, _vmm_start
+from ..module_utils import _vmm, _vmm_start
 from ..module_utils._child import Interrupted, insist, run_command
 from ..module_utils._errors import AccessRefused, IommufdError, shown_path
 from ..module_utils._module import Row, finish, memlock_row
@@ -285,7 +285,7 @@ from ..module_utils._vmm import Conditions, Program, Unit
 NOT_ASKED = "It was not asked for."
 CHECK_MODE = "Not run in check mode."
 
-UNTRIED = {"ran": False, "ok": None, "inconclusive": False}
+UNTRIED = {"attempted": False, "ok": None, "inconclusive": False}
 STARTED = {"user": None, "effective": None, "memlock_bytes": None, "memlock_unlimited": False}
 
 
@@ -314,13 +314,13 @@ class CheckTask:
             raise IommufdError("It takes user: the name of the user that emulators run as on this host.")
         return self.user
 
-    def tried(self, name: str, nothing: Row, act: Callable[[], Row]) -> Row:
+    def attempt(self, name: str, nothing: Row, act: Callable[[], Row]) -> Row:
         """What came of an option: the row that `act` gives, or `nothing` and why."""
         if not self.params[name]:
             return {**nothing, **UNTRIED, "msg": NOT_ASKED}
         if self._check_mode:
             return {**nothing, **UNTRIED, "msg": CHECK_MODE}
-        tried = {**nothing, "ran": True, "inconclusive": False}
+        tried = {**nothing, "attempted": True, "inconclusive": False}
         try:
             return {**tried, "msg": "", **insist(act)}
         except Interrupted as exc:
@@ -364,6 +364,9 @@ def check_emulator(task: CheckTask, program: Program, under: Conditions) -> Row:
     def started() -> Row:
         check()
         if task.params["domain"]:
+            # Few tasks have it start a domain.
+            from ..module_utils import _vmm_domain
+
             patient = partial(run_command, seconds=_vmm_domain.LIBVIRT_SECONDS)
             return seen_row(_vmm_domain.start_bare_domain(patient, task.params["uri"], program))
         return seen_row(_vmm_start.start_emulator(program, under, task.needed_user()))
@@ -374,10 +377,10 @@ def check_emulator(task: CheckTask, program: Program, under: Conditions) -> Row:
         "present": program.present,
         "writer": program.writer and program.writer._asdict(),
         "is_emulator": program.is_program,
-        "conditions_of": under.of,
+        "conditions_of": under.read_from,
         "obstacles": _vmm.emulator_obstacles(program, under),
-        "trial": task.tried("trial", {"effective": None}, trial),
-        "started": task.tried("start", {**STARTED, "how": "domain" if task.params["domain"] else "bare"}, started),
+        "trial": task.attempt("trial", {"effective": None}, trial),
+        "started": task.attempt("start", {**STARTED, "how": "domain" if task.params["domain"] else "bare"}, started),
     }
 
 
@@ -388,6 +391,9 @@ def check_unit(task: CheckTask, unit: Unit) -> Row:
     def replica() -> Row:
         if not unit.present or program is None or program.writer:
             raise IommufdError(_vmm.unit_obstacles(unit)[0])
+        # Few tasks have it start a unit's replica.
+        from ..module_utils import _vmm_replica
+
         return seen_row(_vmm_replica.start_replica(run_command, unit))
 
     return {
@@ -397,7 +403,7 @@ def check_unit(task: CheckTask, unit: Unit) -> Row:
         "user": unit.user,
         "ambient_ipc_lock": _vmm.has_ipc_lock(unit.ambient),
         "obstacles": _vmm.unit_obstacles(unit),
-        "replica": task.tried("start", STARTED, replica),
+        "replica": task.attempt("start", STARTED, replica),
     }
 
 
@@ -412,7 +418,7 @@ def check_user(task: CheckTask, name: str) -> Row:
     def session() -> Row:
         return {"ok": True, **memlock_row(_vmm_start.open_session(user).soft)}
 
-    return task.tried("users", {**nothing, "present": True}, session)
+    return task.attempt("users", {**nothing, "present": True}, session)
 
 
 def check_iommufd(task: CheckTask) -> Row:
@@ -422,7 +428,7 @@ def check_iommufd(task: CheckTask) -> Row:
         mode = _vmm_start.try_mode(task.needed_user())
         return {"ok": mode == "process", "mode": mode}
 
-    return task.tried("scratch", {"mode": None}, scratch)
+    return task.attempt("scratch", {"mode": None}, scratch)
 
 
 def run(params: Row, check_mode: bool, result: Row) -> None:

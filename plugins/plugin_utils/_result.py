@@ -175,9 +175,9 @@ def _unit(unit: Row, grant: Row | None) -> list[Tried]:
 
 
 def _tried(what: str, tried: Row, ok: bool, evidence: str, counts: bool = True) -> Tried:
-    known = tried["ran"] and not tried["inconclusive"]
+    known = tried["attempted"] and not tried["inconclusive"]
     told = tried["msg"] if not known or (not ok and tried["msg"]) else evidence
-    return Tried(what, ok if known else None, told, counts, unproven=tried["ran"] and not known)
+    return Tried(what, ok if known else None, told, counts, unproven=tried["attempted"] and not known)
 
 
 def _capability(who: str, tried: Row, wanted: bool, evidence: str) -> Tried:

@@ -51,13 +51,13 @@ def emulator(path: Path | str, **options: Any) -> Answer:
 
 def trial(path: Path | str) -> Answer:
     row: Answer = emulator(path, trial=True, user=USER)["trial"]
-    assert row["ran"]
+    assert row["attempted"]
     return row
 
 
 def bare(path: Path | str) -> Answer:
     row: Answer = emulator(path, start=True, user=USER)["started"]
-    assert (row["ran"], row["how"]) == (True, "bare")
+    assert (row["attempted"], row["how"]) == (True, "bare")
     return row
 
 
@@ -123,9 +123,9 @@ def test_without_a_capability(qemu: Path) -> None:
     assert _vmm.has_ipc_lock(under.bounding)
     assert under.initial is True
     assert row["started"]["effective"] == NOTHING
-    assert (row["started"]["ran"], row["started"]["ok"], row["started"]["user"]) == (True, False, USER)
+    assert (row["started"]["attempted"], row["started"]["ok"], row["started"]["user"]) == (True, False, USER)
     # What was tried had it, and the emulator has not got it by that.
-    assert row["trial"] == {"ran": True, "ok": True, "inconclusive": False, "effective": IPC_LOCK, "msg": ""}
+    assert row["trial"] == {"attempted": True, "ok": True, "inconclusive": False, "effective": IPC_LOCK, "msg": ""}
     assert command("getcap", str(qemu)) == ""
     assert os.listdir(qemu.parent) == [qemu.name]
 
@@ -182,7 +182,7 @@ def test_what_has_the_capability_but_does_not_come_up(folder: Path) -> None:
             started = bare(path)
         finally:
             path.unlink()
-        assert (started["ran"], started["ok"], started["inconclusive"]) == (True, None, True)
+        assert (started["attempted"], started["ok"], started["inconclusive"]) == (True, None, True)
         assert (started["effective"], started["msg"]) == (None, f"{path} ended at once: it said nothing.")
 
 
@@ -290,7 +290,7 @@ def test_no_new_privileges_void_it_in_silence(qemu: Path) -> None:
         row = emulator(qemu, trial=True, start=True, user=USER)
         assert row["conditions_of"] == LIBVIRT
         under = _vmm.look_at_conditions(run_command)
-        assert (under.of, under.no_new_privs, under.initial) == (LIBVIRT, True, True)
+        assert (under.read_from, under.no_new_privs, under.initial) == (LIBVIRT, True, True)
         assert _vmm.has_ipc_lock(under.bounding)
         assert "runs with NoNewPrivileges" in row["obstacles"][0]
         for what in (row["trial"], row["started"]):
@@ -334,7 +334,7 @@ def test_check_mode_starts_nothing(qemu: Path) -> None:
         answered = check(emulators=[str(qemu)], units=[LIBVIRT], domain=domain, **asked, _ansible_check_mode=True)
         [row], [unit] = answered["emulators"], answered["units"]
         for what in (row["trial"], row["started"], unit["replica"], answered["users"][0], answered["scratch"]):
-            assert (what["ran"], what["ok"], what["msg"]) == (False, None, "Not run in check mode.")
+            assert (what["attempted"], what["ok"], what["msg"]) == (False, None, "Not run in check mode.")
 
 
 @pytest.mark.once
@@ -429,7 +429,7 @@ def test_a_replica_is_what_the_unit_is(replicas: dict[str, Answer], name: str) -
     assert row["present"] is True
     assert [obstacle in sentence for sentence in row["obstacles"] if obstacle] == [True] * len(row["obstacles"])
     assert bool(row["obstacles"]) == bool(obstacle)
-    assert (row["replica"]["ran"], row["replica"]["ok"]) == (True, ok), row
+    assert (row["replica"]["attempted"], row["replica"]["ok"]) == (True, ok), row
     unit = Services.path(name).name
     effective, uid, limit = status_of(int(command("systemctl", "show", "--value", "-p", "MainPID", unit)))
     assert row["replica"]["effective"] == effective
@@ -501,13 +501,13 @@ def test_units_that_do_not_start() -> None:
         (none, False, "systemd has no unit kernel-test-none.service."),
         (bad, False, "systemd cannot start kernel-test-bad.service: its unit is bad-setting."),
     ):
-        assert (row["replica"]["ran"], row["replica"]["ok"], row["replica"]["effective"]) == (True, ok, None)
+        assert (row["replica"]["attempted"], row["replica"]["ok"], row["replica"]["effective"]) == (True, ok, None)
         assert words in row["replica"]["msg"]
     assert [row["present"] for row in (nobody, no_start, bad, none)] == [True, True, False, False]
     assert "/nothing/there, which is not there" in no_program["obstacles"][0]
     # What the unit gives to a program is seen by another one.
     assert no_program["replica"]["effective"] == NOTHING
-    assert _vmm.instance(template["name"]) == template["name"].replace("@", "@iommufd-host-check")
+    assert _vmm.instance_of(template["name"]) == template["name"].replace("@", "@iommufd-host-check")
     assert template["replica"]["ok"]
 
 
@@ -521,14 +521,14 @@ def test_the_limit_of_a_session() -> None:
         limits.unlink()
     assert (vm["ok"], vm["memlock_bytes"], vm["memlock_unlimited"]) == (True, 123456 * 1024, False)
     assert (alice["ok"], alice["memlock_bytes"], alice["memlock_unlimited"]) == (True, None, True)
-    assert (none["present"], none["ran"]) == (False, False)
+    assert (none["present"], none["attempted"]) == (False, False)
     [vm] = check(users=["vm"])["users"]
     assert vm["memlock_bytes"] not in (None, 123456 * 1024)
 
 
 @pytest.mark.parametrize("user", [USER, "alice", "root"])
 def test_an_iommufd_that_is_set_for_somebody_else(user: str) -> None:
-    told = {"ran": True, "ok": True, "inconclusive": False, "mode": "process", "msg": ""}
+    told = {"attempted": True, "ok": True, "inconclusive": False, "mode": "process", "msg": ""}
     assert check(scratch=True, user=user)["scratch"] == told
 
 
@@ -536,7 +536,7 @@ def test_an_iommufd_that_is_set_for_somebody_else(user: str) -> None:
 def test_an_iommufd_that_is_none() -> None:
     hide = ["unshare", "--mount", "sh", "-c", 'mount --bind /dev/null /dev/iommu && exec "$@"', "sh"]
     scratch = run_apart(hide, "iommufd_vmm_check", scratch=True, user=USER)["scratch"]
-    assert (scratch["ran"], scratch["ok"], scratch["mode"]) == (True, False, None)
+    assert (scratch["attempted"], scratch["ok"], scratch["mode"]) == (True, False, None)
     assert "/dev/iommu is not the kernel's iommufd but something else" in scratch["msg"]
 
 
@@ -569,7 +569,7 @@ def test_a_domain(granted: bool) -> None:
     assert re.fullmatch(rf"{LIBVIRT} \(pid [0-9]+\)", row["conditions_of"])
     started = row["started"]
     assert started["msg"] == ""
-    assert (started["ran"], started["how"], started["user"]) == (True, "domain", USER)
+    assert (started["attempted"], started["how"], started["user"]) == (True, "domain", USER)
     assert (started["ok"], started["effective"]) == (granted, IPC_LOCK if granted else NOTHING)
     assert leftovers() <= before
 
@@ -577,7 +577,12 @@ def test_a_domain(granted: bool) -> None:
 def test_a_domain_that_libvirt_cannot_start() -> None:
     before = leftovers()
     started = emulator("/usr/bin/sleep", start=True, domain=True)["started"]
-    assert (started["ran"], started["ok"], started["inconclusive"], started["effective"]) == (True, None, True, None)
+    assert (started["attempted"], started["ok"], started["inconclusive"], started["effective"]) == (
+        True,
+        None,
+        True,
+        None,
+    )
     assert "libvirt does not tell what /usr/bin/sleep can: error: " in started["msg"]
     no_libvirt = emulator(QEMU, start=True, domain=True, uri="qemu+unix:///system?socket=/nothing")["started"]
     assert (no_libvirt["ok"], no_libvirt["inconclusive"]) == (None, True)

@@ -139,7 +139,7 @@ def check(ok: bool | None, obstacles: bool = False) -> Row:
     None is what is not known.
     """
     capability = {
-        "ran": True,
+        "attempted": True,
         "inconclusive": ok is None,
         "ok": ok,
         "effective": "0000000000004000" if ok else "*",
@@ -154,7 +154,7 @@ def check(ok: bool | None, obstacles: bool = False) -> Row:
         "is_emulator": True,
         "conditions_of": "*",
         "obstacles": ["*"] if obstacles else [],
-        "trial": {"ran": True, "inconclusive": False, "ok": True, "effective": "*", "msg": "*"},
+        "trial": {"attempted": True, "inconclusive": False, "ok": True, "effective": "*", "msg": "*"},
         "started": {**capability, "how": "*", "user": "*"},
     }
     unit = {
@@ -171,7 +171,7 @@ def check(ok: bool | None, obstacles: bool = False) -> Row:
         "emulators": [emulator],
         "units": [unit],
         "users": [],
-        "scratch": {"ran": True, "inconclusive": False, "ok": True, "mode": "process", "msg": "*"},
+        "scratch": {"attempted": True, "inconclusive": False, "ok": True, "mode": "process", "msg": "*"},
     }
 
 

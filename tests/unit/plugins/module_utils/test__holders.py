@@ -311,7 +311,7 @@ def crowd(alone: FakeKernel, child: subprocess.Popen[bytes], monkeypatch: pytest
     monkeypatch.setattr(_holders._Look, "_add", add)
     monkeypatch.setattr(_holders, "ask_child", crowd.children)
     monkeypatch.setattr(_holders, "_BATCH", 1)
-    monkeypatch.setattr(_holders, "owner_of", crowd.uid)
+    monkeypatch.setattr(_holders, "find_owner", crowd.uid)
     return crowd
 
 
@@ -402,7 +402,7 @@ def test_containers_and_large_tables_come_last(crowd: Crowd, monkeypatch: pytest
 def test_whose_process_is_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not _holders._is_of_container(os.getpid())
     assert not _holders._is_of_container(2**31 - 1)
-    monkeypatch.setattr(_holders, "owner_of", lambda _pid: 100_000)
+    monkeypatch.setattr(_holders, "find_owner", lambda _pid: 100_000)
     assert _holders._is_of_container(1)
 
 

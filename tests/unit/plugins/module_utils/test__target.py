@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _pidfile, _running, _target
+from ansible_collections.virt.iommufd.plugins.module_utils import _paths, _running, _target
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     IommufdError,
     ProcessGone,
@@ -70,7 +70,7 @@ def only_mine(monkeypatch: pytest.MonkeyPatch) -> None:
     def walk(path: str, _trusted: object) -> Iterator[Place]:
         yield Place(-1, "", path, status=os.stat(path))
 
-    monkeypatch.setattr(_pidfile, "walk", walk)
+    monkeypatch.setattr(_paths, "walk", walk)
 
 
 def holds(target: Target) -> int:
@@ -130,7 +130,7 @@ def test_a_pidfile_that_somebody_else_can_write_does_not_count(
     pidfile = pidfile.rename(tmp_path / "shared" / "pid")
     with pytest.raises(IommufdError, match=f"cannot be trusted: {tmp_path}/shared can be written by everybody"):
         holds(PidfileTarget(str(pidfile)))
-    monkeypatch.setattr(_pidfile, "walk", walk)
+    monkeypatch.setattr(_paths, "walk", walk)
     with pytest.raises(IommufdError, match=r"/home/mallory can be written by uid 4711, but .* belongs to uid"):
         holds(PidfileTarget(str(pidfile)))
 
@@ -173,7 +173,7 @@ def test_a_pidfile_that_cannot_be_looked_up(pidfile: Path, monkeypatch: pytest.M
     def walk(*_arguments: object) -> Any:
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(_pidfile, "walk", walk)
+    monkeypatch.setattr(_paths, "walk", walk)
     with pytest.raises(IommufdError, match=r"cannot be looked up .EACCES"):
         holds(PidfileTarget(str(pidfile)))
 

@@ -23,7 +23,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._vmm import (
     Program,
     emulator_obstacles,
     has_ipc_lock,
-    instance,
+    instance_of,
     is_qemu,
     look_at_conditions,
     look_at_own_conditions,
@@ -194,7 +194,7 @@ def test_mount_points(fdinfo: bytes, mount_point: str | None) -> None:
 def test_own_conditions() -> None:
     own = own_status()
     found = look_at_own_conditions()
-    assert (found.of, found.bounding, found.no_new_privs) == ("this caller", own.bounding, own.no_new_privs)
+    assert (found.read_from, found.bounding, found.no_new_privs) == ("this caller", own.bounding, own.no_new_privs)
 
 
 def of_libvirt(monkeypatch: pytest.MonkeyPatch, unit: str | None, pid: int | None) -> None:
@@ -204,7 +204,7 @@ def of_libvirt(monkeypatch: pytest.MonkeyPatch, unit: str | None, pid: int | Non
 def test_the_conditions_are_those_of_libvirts_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
     of_libvirt(monkeypatch, "libvirtd.service", os.getpid())
     found = look_at_conditions(answering(""))
-    assert found == changed(look_at_own_conditions(), of=f"libvirtd.service (pid {os.getpid()})")
+    assert found == changed(look_at_own_conditions(), read_from=f"libvirtd.service (pid {os.getpid()})")
 
 
 @pytest.mark.parametrize("pid", [None, 2**31 - 1])
@@ -217,7 +217,7 @@ def test_the_conditions_are_those_of_its_unit(monkeypatch: pytest.MonkeyPatch, p
 
 def test_the_conditions_are_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     of_libvirt(monkeypatch, None, None)
-    assert look_at_conditions(answering("")).of == "this caller"
+    assert look_at_conditions(answering("")).read_from == "this caller"
 
 
 @pytest.mark.parametrize(
@@ -265,13 +265,13 @@ def test_obstacles_of_a_file_capability(program: Program, under: Conditions, wor
     ],
 )
 def test_what_systemd_is_asked_for(name: str, asked: str) -> None:
-    assert instance(name) == asked
+    assert instance_of(name) == asked
 
 
 @pytest.mark.parametrize("name", ["vm1", "-H.service", "a/b.service", "a b.service", "vm.scope", ".service\n", ""])
 def test_names_that_are_no_services(name: str) -> None:
     with pytest.raises(IommufdError, match="is not the name of a systemd service"):
-        instance(name)
+        instance_of(name)
 
 
 EXEC = "{{ path={} ; argv[]={} -S ; ignore_errors=no ; pid=0 }}"

@@ -93,7 +93,7 @@ def seen(effective: int = IPC_LOCK, initial: bool = True, limit: int | None = 40
 def test_nothing_is_asked_for(run: Run) -> None:
     answer = run()
     assert (answer["emulators"], answer["units"], answer["users"]) == ([], [], [])
-    untried = {"ran": False, "ok": None, "inconclusive": False, "mode": None, "msg": "It was not asked for."}
+    untried = {"attempted": False, "ok": None, "inconclusive": False, "mode": None, "msg": "It was not asked for."}
     assert answer["scratch"] == untried
 
 
@@ -107,7 +107,7 @@ def test_what_is_only_looked_at(run: Run, tmp_path: Path) -> None:
     )
     assert (second["present"], second["is_emulator"]) == (False, False)
     assert (third["present"], third["is_emulator"]) == (True, False)
-    assert not first["trial"]["ran"]
+    assert not first["trial"]["attempted"]
     (unit,) = answer["units"]
     assert (unit["name"], unit["present"], unit["user"]) == ("vm@.service", True, "vm")
     assert (unit["ambient_ipc_lock"], unit["outdated"], unit["obstacles"]) == (True, False, [])
@@ -125,7 +125,7 @@ def test_check_mode_starts_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         answer = run(emulators=[SHELL], units=["vm.service"], domain=domain, **asked, _ansible_check_mode=True)
         (emulator,), (unit,), (user,) = answer["emulators"], answer["units"], answer["users"]
         for row in (emulator["trial"], emulator["started"], unit["replica"], user, answer["scratch"]):
-            assert (row["ran"], row["ok"], row["msg"]) == (False, None, "Not run in check mode.")
+            assert (row["attempted"], row["ok"], row["msg"]) == (False, None, "Not run in check mode.")
             assert row["inconclusive"] is False
         assert emulator["started"]["how"] == ("domain" if domain else "bare")
         assert user["present"]
@@ -146,7 +146,7 @@ def test_what_was_started(run: Run, monkeypatch: pytest.MonkeyPatch, was: Proces
     bare, domain = run(**how), run(**how, domain=True)
     for started in (bare["emulators"][0]["started"], domain["emulators"][0]["started"], bare["units"][0]["replica"]):
         assert {key: started[key] for key in row} == row
-        assert started["ran"]
+        assert started["attempted"]
         assert started["user"] == "vm"
         assert bool(started["msg"]) == (was.initial is False)
 
@@ -169,7 +169,7 @@ def test_what_could_not_be_started(
     answer = run(**how, emulators=[SHELL, str(tmp_path)])
     rows = [*(answer["emulators"][0][name] for name in ("trial", "started")), answer["units"][0]["replica"]]
     for row in [*rows, answer["users"][0], answer["scratch"]]:
-        assert (row["ran"], row["ok"], row["inconclusive"], row["msg"]) == (True, ok, ok is None, "It is broken.")
+        assert (row["attempted"], row["ok"], row["inconclusive"], row["msg"]) == (True, ok, ok is None, "It is broken.")
     assert len(tried) == 5 * times
     for name in ("trial", "started"):
         assert "is no executable program" in answer["emulators"][1][name]["msg"]
@@ -179,21 +179,21 @@ def test_the_trial(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for status, ok in ((seen().status, True), (seen(0).status, False)):
         monkeypatch.setattr(_vmm_start, "try_copy", lambda *_words, status=status: status)
         trial = run(emulators=[SHELL], user=MYSELF, trial=True)["emulators"][0]["trial"]
-        assert (trial["ran"], trial["ok"], bool(trial["msg"])) == (True, ok, not ok)
+        assert (trial["attempted"], trial["ok"], bool(trial["msg"])) == (True, ok, not ok)
 
 
 def test_users(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_vmm_start, "open_session", lambda *_words: Limit(None, None))
     one, none = run(users=[MYSELF, "nobody-of-this-name"])["users"]
-    assert (one["present"], one["ran"], one["ok"], one["memlock_unlimited"]) == (True, True, True, True)
-    assert (none["present"], none["ran"], none["ok"], none["memlock_unlimited"]) == (False, False, None, False)
+    assert (one["present"], one["attempted"], one["ok"], one["memlock_unlimited"]) == (True, True, True, True)
+    assert (none["present"], none["attempted"], none["ok"], none["memlock_unlimited"]) == (False, False, None, False)
     assert "This host has no user 'nobody-of-this-name'" in none["msg"]
 
 
 @pytest.mark.parametrize(("mode", "ok"), [("process", True), ("user", False)])
 def test_scratch(run: Run, monkeypatch: pytest.MonkeyPatch, mode: str, ok: bool) -> None:
     monkeypatch.setattr(_vmm_start, "try_mode", lambda _user: mode)
-    told = {"ran": True, "ok": ok, "inconclusive": False, "mode": mode, "msg": ""}
+    told = {"attempted": True, "ok": ok, "inconclusive": False, "mode": mode, "msg": ""}
     assert run(scratch=True, user=MYSELF)["scratch"] == told
 
 

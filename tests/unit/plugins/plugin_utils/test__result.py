@@ -95,7 +95,7 @@ def applied(*put_back: Row, made: tuple[Row, ...] = (), ours: bool | None = None
 def started(has: bool, /, **fields: Any) -> Row:
     """An emulator that was started, with the capability or without."""
     done = {
-        "ran": True,
+        "attempted": True,
         "inconclusive": False,
         "how": "bare",
         "ok": has,
@@ -109,7 +109,14 @@ def started(has: bool, /, **fields: Any) -> Row:
 def replica(has: bool, /, **fields: Any) -> Row:
     """A unit whose replica was started."""
     limits = {"memlock_bytes": 2**20, "memlock_unlimited": False}
-    done = {"ran": True, "inconclusive": False, "ok": has, "effective": WITH if has else WITHOUT, "msg": "", **limits}
+    done = {
+        "attempted": True,
+        "inconclusive": False,
+        "ok": has,
+        "effective": WITH if has else WITHOUT,
+        "msg": "",
+        **limits,
+    }
     return {"name": "vm1.service", "ambient_ipc_lock": has, "replica": {**done, **fields}}
 
 
@@ -120,7 +127,7 @@ def check(*rows: Row, scratch: bool | None = True) -> Row:
         "units": [row for row in rows if "name" in row],
         "users": [row for row in rows if "present" in row],
         "scratch": {
-            "ran": scratch is not None,
+            "attempted": scratch is not None,
             "inconclusive": False,
             "ok": scratch,
             "mode": "process" if scratch else None,
@@ -132,7 +139,7 @@ def check(*rows: Row, scratch: bool | None = True) -> Row:
 def session(limit: int | None) -> Row:
     """A user whose session was opened."""
     limits = {"memlock_bytes": limit, "memlock_unlimited": limit is None}
-    return {"user": "alice", "present": True, "ran": True, "inconclusive": False, "msg": "", **limits}
+    return {"user": "alice", "present": True, "attempted": True, "inconclusive": False, "msg": "", **limits}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +179,7 @@ def test_a_mode_that_cannot_be_set_is_a_failure() -> None:
 
 
 def test_what_was_not_tried_is_neither() -> None:
-    row = started(False, ran=False, effective=None, msg="not run in check mode")
+    row = started(False, attempted=False, effective=None, msg="not run in check mode")
     found = host_result(plan("cap_ipc_lock", FILE), info(), applied(), check(row, scratch=None))
     assert [each["ok"] for each in found["verified"]] == [None, None]
     assert found["verified"][1]["evidence"] == "not run in check mode"
