@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 
 __all__ = (
     "AccessRefused",
+    "CommandFailed",
     "DescriptorGone",
     "HostLacks",
     "IommufdError",
@@ -69,3 +71,11 @@ class AccessRefused(IommufdError):
 
 class HostLacks(IommufdError):
     """This kernel, or the sandbox around the caller, does not offer what is needed."""
+
+
+class CommandFailed(IommufdError):
+    """A command has failed. `said` is what it said of that, on one line."""
+
+    def __init__(self, words: Sequence[str], said: str) -> None:
+        self.said = said
+        super().__init__(f"'{' '.join(words)}' failed: {said}")

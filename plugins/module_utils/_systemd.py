@@ -16,10 +16,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ._child import Run
-from ._errors import HostLacks, IommufdError, error_text, printable
+from ._errors import CommandFailed, HostLacks, IommufdError, error_text, printable
 
 __all__ = (
-    "CommandFailed",
     "UnitState",
     "ask_states",
     "is_unit_name",
@@ -34,14 +33,6 @@ __all__ = (
 
 _STATE = ("LoadState", "UnitFileState", "ActiveState", "Triggers")
 _JOURNAL_LINES = 20
-
-
-class CommandFailed(IommufdError):
-    """A command has failed. `said` is what it said of that, on one line."""
-
-    def __init__(self, words: Sequence[str], said: str) -> None:
-        self.said = said
-        super().__init__(f"'{' '.join(words)}' failed: {said}")
 
 
 def must_run(run: Run, *words: str) -> str:

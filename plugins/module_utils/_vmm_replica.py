@@ -13,8 +13,8 @@ import contextlib
 import os
 
 from ._child import Interrupted, Run
-from ._errors import IommufdError
-from ._systemd import CommandFailed, read_journal, run_service, show_units, tell_systemd
+from ._errors import CommandFailed, IommufdError
+from ._systemd import read_journal, run_service, show_units, tell_systemd
 from ._target import UnitTarget, hold_target
 from ._vmm import REPLICA, Unit, has_ipc_lock, is_qemu, unit_obstacles
 from ._vmm_start import IDLE_QEMU, PATIENCE, ProcessSeen, ended_by_itself, one_line, see_in_child

@@ -339,7 +339,7 @@ def steps_of(asked: Vm, spaces: int, limit: int) -> list[Step]:
 def test_vms(spaces: int, asked: Vm, kernel: Kernel, vdpa: str) -> None:
     enough = verdict(asked, kernel).enough
     # With the capability nothing may be too little.
-    for limit in {max(enough - 1, 0), enough}:
+    for limit in sorted({max(enough - 1, 0), enough}):
         told = verdict(asked._replace(limit=exactly(limit)), kernel)
         assert (told.fits, told.question) == (limit == enough, None)
         steps = steps_of(asked, spaces, limit)

@@ -32,7 +32,7 @@ def dead_links(page: Path, text: str) -> list[str]:
     """The links of a page to files or headings that the project does not have."""
     found = []
     for link in re.findall(r"\]\(([^)\s]+)\)", CODE.sub("", text)):
-        name, _, anchor = link.partition("#")
+        name, _mark, anchor = link.partition("#")
         target = (page.parent / name) if name else page
         if "://" not in link and (not target.exists() or (anchor and anchor not in anchors(target))):
             found.append(link)
