@@ -48,6 +48,9 @@ _value:
   description: The plan.
   type: dict
   contains:
+    state:
+      description: The state that was asked for, V(present) or V(absent).
+      type: str
     supported:
       description: Whether the running kernel has iommufd, if need be once its module is loaded.
       type: bool
@@ -130,6 +133,10 @@ _value:
         reload:
           description: Whether systemd has not read all files of the units of VMs yet.
           type: bool
+    untried:
+      description: The emulators that get CAP_IPC_LOCK and do not have it, so that it has to be tried first.
+      type: list
+      elements: str
     access:
       description: What is done to let QEMU open the device nodes by itself, or why nothing is.
       type: list

@@ -52,6 +52,9 @@ _value:
   description: The result, which the role makes its fact C(iommufd_host_result).
   type: dict
   contains:
+    state:
+      description: V(present) or V(absent).
+      type: str
     supported:
       description: Whether the running kernel has iommufd, if need be once its module is loaded.
       type: bool

@@ -18,9 +18,9 @@ from ansible.module_utils.parsing.convert_bool import boolean
 
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
+from ..module_utils._iommufd import NONE, PROCESS, USER
 from ..module_utils._size import human_size, parse_size
-from ._plan import own_emulators
-from ._views import UNSEEN
+from ._host_info import UNSEEN, own_emulators
 
 __all__ = ("memlock_fit",)
 
@@ -31,7 +31,7 @@ PAGE = 4096
 LIBVIRT_USERS = ("libvirt-qemu", "qemu")
 
 # The strictest first.
-ACCOUNTINGS = ("user", "process", "none")
+ACCOUNTINGS = (USER, PROCESS, NONE)
 
 # What the result of a task says where it has nothing to say of the host.
 TROUBLES = ("unreachable", "failed", "skipped")
@@ -203,7 +203,7 @@ def candidates(info: Info) -> list[Mapping[str, Any]]:
     """The host's emulators that a VM would run in: those for its own architecture, or all where none is known to be."""
     host = info["host"]
     present = [each for each in host.get("qemu", []) if each["present"]]
-    own = own_emulators(host, [], host["machine"]) if present and "machine" in host else []
+    own = own_emulators(present, host["machine"]) if "machine" in host else []
     return [each for each in present if each["path"] in own] or present
 
 
@@ -219,10 +219,10 @@ def possible(info: Info, user: Owner, accounting: Any) -> tuple[list[str], str]:
         return accountings, f"The input lacks the subset host, which may tell more of the accounting. {why}"
     capable = {each["cap_ipc_lock"] for each in candidates(info)}
     if capable == {True}:
-        return ["none"], "The host's emulators have CAP_IPC_LOCK."
+        return [NONE], "The host's emulators have CAP_IPC_LOCK."
     accountings, why = from_libvirt(host["libvirt"], user) or from_processes(info, user)
-    if capable - {False} and "none" not in accountings:
-        accountings.append("none")
+    if capable - {False} and NONE not in accountings:
+        accountings.append(NONE)
         why = f"Some of the host's emulators have CAP_IPC_LOCK, or may have it, so the VM may too. {why}"
     return accountings, why
 
@@ -232,8 +232,8 @@ def from_libvirt(libvirt: Info, user: Owner) -> tuple[list[str], str] | None:
     if user.name not in LIBVIRT_USERS or libvirt["sets_rlimit_mode"] is False:
         return None
     if libvirt["sets_rlimit_mode"]:
-        return ["process"], libvirt["reason"]
-    return ["user", "process"], f"It is not known whether libvirt sets per-process accounting: {libvirt['reason']}"
+        return [PROCESS], libvirt["reason"]
+    return [USER, PROCESS], f"It is not known whether libvirt sets per-process accounting: {libvirt['reason']}"
 
 
 def from_processes(info: Info, user: Owner) -> tuple[list[str], str]:
@@ -241,32 +241,32 @@ def from_processes(info: Info, user: Owner) -> tuple[list[str], str]:
     shown = {process["accounting"] for process in info["processes"] if process["uid"] == user.uid}
     partly = user.partly or None in shown
     shown.discard(None)
-    if shown and partly and shown != {"user"}:
-        accountings = [each for each in ACCOUNTINGS if each in {*shown, "user"}]
+    if shown and partly and shown != {USER}:
+        accountings = [each for each in ACCOUNTINGS if each in {*shown, USER}]
         return (
             accountings,
             f"{user.name} may have other VMs than were seen whole, and the kernel's default is per user.",
         )
     if len(shown) == 1:
         (accounting,) = shown
-        how = {"user": "are accounted per user", "process": "are accounted per process", "none": "have CAP_IPC_LOCK"}
+        how = {USER: "are accounted per user", PROCESS: "are accounted per process", NONE: "have CAP_IPC_LOCK"}
         return [accounting], f"The running VMs of {user.name} {how[accounting]}."
     if shown:
-        accountings = [each for each in ACCOUNTINGS if each in {*shown, "user"}]
+        accountings = [each for each in ACCOUNTINGS if each in {*shown, USER}]
         return (
             accountings,
             f"The running VMs of {user.name} differ in accounting, and the kernel's default is per user.",
         )
     if user.uid == 0 or user.name == "root":
-        return ["user", "none"], "What root starts has CAP_IPC_LOCK, unless it is taken away, which libvirt does."
-    return ["user"], f"No running VM of {user.name} shows its accounting, and the kernel's default is per user."
+        return [USER, NONE], "What root starts has CAP_IPC_LOCK, unless it is taken away, which libvirt does."
+    return [USER], f"No running VM of {user.name} shows its accounting, and the kernel's default is per user."
 
 
 def forecast(vm: NewVm, user: Owner, accounting: str) -> Forecast:
     """Whether the VM fits under one accounting."""
-    if accounting == "none":
+    if accounting == NONE:
         return Forecast(accounting, True, 0, "With CAP_IPC_LOCK nothing is charged and no limit is checked.")
-    if accounting == "process":
+    if accounting == PROCESS:
         fits, how = compare(vm, 0, 0, False)
         return Forecast(accounting, fits, 0, f"Charged for itself alone, {how}.")
     fits, how = compare(vm, user.charged, user.unsure, user.hidden)
@@ -328,7 +328,7 @@ def cure_by_limit(limit: int, by_libvirt: bool, per_user: bool) -> str:
 
 def remedy(info: Info, user: Owner, vm: NewVm, strictest: Forecast, by_libvirt: bool) -> str:
     """What to change so that the VM fits whatever of the possible accountings it gets."""
-    per_user = strictest.accounting == "user"
+    per_user = strictest.accounting == USER
     enough = vm.most + strictest.charged + (user.unsure if per_user else 0)
     cures = [cure_by_mode(user, vm)] if per_user else []
     cures.append(cure_by_capability(emulator(info, user)))
@@ -359,7 +359,7 @@ def what_would_tell(info: Info, user: Owner, vm: NewVm, forecasts: list[Forecast
     ways = []
     if not vm.known:
         ways.append("give memlock: the domain's <hard_limit>, or LimitMEMLOCK of libvirt's daemon")
-    if forecasts[0].accounting == "user" and user.partly:
+    if forecasts[0].accounting == USER and user.partly:
         ways.append("run virt.iommufd.iommufd_info as root (become: true) on the host itself, where it sees everything")
     exact, seen = vm._replace(most=vm.least), user._replace(hidden=False)
     told = [each.accounting for each in forecasts]
@@ -379,7 +379,7 @@ def answer(
     vm = describe(info, size("memory", memory, 1), address_spaces(vfio_devices, viommu), memlock, overhead)
     accountings, why = possible(info, who, accounting)
     # With CAP_IPC_LOCK it does not matter.
-    vm = vm._replace(known=accountings == ["none"] or knows_limit(info, who, memlock))
+    vm = vm._replace(known=accountings == [NONE] or knows_limit(info, who, memlock))
     forecasts = [forecast(vm, who, each) for each in accountings]
     strictest = forecasts[0]
     fits = strictest.fits if len({each.fits for each in forecasts}) == 1 else None
@@ -399,7 +399,7 @@ def answer(
         "needed": vm.most,
         "charged": strictest.charged,
         "limit": limit,
-        "headroom": None if limit is None or strictest.accounting == "none" else limit - strictest.charged,
+        "headroom": None if limit is None or strictest.accounting == NONE else limit - strictest.charged,
         "reason": " ".join(filter(None, reasons)),
         "remedy": " ".join(filter(None, advice)) or None,
     }

@@ -6,30 +6,27 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from os.path import basename
 from typing import Any, NamedTuple
 
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
-from ..module_utils._size import parse_size
-from ._host_files import (
-    apparmor_file,
-    drop_in,
-    grant_files,
-    launcher,
-    limits_file,
-    modules_file,
-    udev_rules,
+from ._host_files import apparmor_file, drop_in, grant_files, launcher, limits_file, modules_file, udev_rules
+from ._host_info import has_iommufd, has_libvirt, own_emulators
+from ._plan_errors import (
+    check_errors,
+    input_errors,
+    memlock_bytes,
+    privilege_errors,
+    strategy_errors,
+    support_errors,
+    writer_errors,
 )
 
-__all__ = ("host_plan", "own_emulators", "unit_name")
+__all__ = ("host_plan", "unit_name")
 
 Row = dict[str, Any]
 
-# uname -m, where the name of QEMU's emulator is another one.
-_EMULATOR_OF = {"ppc64le": "ppc64", "i686": "i386", "armv7l": "arm"}
 _QEMU_CONF = "/etc/libvirt/qemu.conf"
 # What gives emulators their capability back, of grant_files.
 _GRANT_UNITS = ("iommufd-host-grant.path", "iommufd-host-grant.timer")
@@ -41,6 +38,7 @@ _PASSES_DESCRIPTORS = (12, 1)
 _VFIO_NODES = [f"/dev/vfio/devices/vfio{number}" for number in range(16)]
 
 _DEFAULTS: Row = {
+    "state": "present",
     "strategy": "auto",
     "fallback": "cap_ipc_lock",
     "emulators": [],
@@ -65,12 +63,6 @@ _NOTHING: Row = {
     "reload": False,
 }
 
-_NO_IOMMUFD = (
-    "Kernel {kernel} has no iommufd: it was built without CONFIG_IOMMUFD. Debian's kernels are; Red Hat's and those of"
-    " Ubuntu 26.04 have it. Boot a kernel that has it: Linux 6.2 or later, and 6.6 with CONFIG_VFIO_DEVICE_CDEV for"
-    " devices of VFIO. Or set iommufd_host_required to false, to have this reported instead."
-)
-
 
 class Choice(NamedTuple):
     """A strategy, whether it was chosen without a guess, and why."""
@@ -80,28 +72,65 @@ class Choice(NamedTuple):
     why: str
 
 
-def privilege_errors(caller: Mapping[str, Any]) -> list[str]:
-    """What the one who runs the role lacks to configure the host and to prove it."""
-    if caller["uid"] != 0:
-        return [
-            f"The role has to run as root on the host, and runs as uid {caller['uid']}: set become: true, for a user"
-            " who may become root there."
-        ]
-    if not caller["initial_user_namespace"]:
-        return [
-            "The role has to run in the host's initial user namespace, outside of any container: the capabilities of"
-            " another one count for nothing here."
-        ]
-    needed = {
-        "cap_sys_resource": "to set the rlimit mode",
-        "cap_sys_ptrace": "to look at VMs that run",
+class Access(NamedTuple):
+    """Whether QEMU is to be let at the device nodes, what is said of that, and what stands against it."""
+
+    opens: bool
+    said: list[str]
+    errors: list[str]
+
+
+def host_plan(info: object, config: object, check: object = None) -> Row:
+    """The plan, as the filter _host_plan returns it. Raises IommufdError where it is not given what it takes."""
+    if not isinstance(info, Mapping) or not isinstance(config, Mapping) or not isinstance(check, (Mapping, type(None))):
+        raise IommufdError("It takes what virt.iommufd.iommufd_info returned, and the inputs of the role as config.")
+    try:
+        # The modules give printable texts. A host that is not to be trusted gives what it likes. What is made of that
+        # may have lines: files do.
+        return _plan(harmless(info["host"]), {**_DEFAULTS, **config}, harmless(check))
+    except KeyError as exc:
+        raise IommufdError(f"There is no {exc} in its input.") from exc
+
+
+def _plan(host: Row, config: Row, check: Row | None) -> Row:
+    libvirt = host["libvirt"]
+    emulators = config["emulators"] or own_emulators(host["qemu"], config["architecture"])
+    units = [unit_name(name) for name in config["units"]]
+    wrong = input_errors(config)
+    config = {**config, "user": _user(config, libvirt, check)}
+    choice = choose(config, libvirt)
+    access = _access(config, libvirt)
+    granted = emulators if choice.strategy == "cap_ipc_lock" and _are_granted(config, libvirt) else []
+    errors = (
+        wrong
+        or privilege_errors(host["caller"])
+        or support_errors(host)
+        or strategy_errors(choice.strategy, config, libvirt, emulators) + writer_errors(host, emulators) + access.errors
+        or ([] if check is None else check_errors(check, config["emulators"] or granted, units, choice.strategy))
+    )
+    if config["state"] == "present" and not has_iommufd(host):
+        choice = choice._replace(strategy="observe", why=" ".join(errors))
+    grants = [] if errors else _grants(choice.strategy, granted, units, config)
+    wanted = _NOTHING if errors else _wanted(grants, config, access.opens, host, check)
+    have = [each["path"] for each in host["qemu"] if each["cap_ipc_lock"]]
+    return {
+        "state": config["state"],
+        "supported": has_iommufd(host),
+        "kernel": host["kernel"],
+        "errors": errors,
+        "requested": config["strategy"],
+        **choice._asdict(),
+        "user": config["user"],
+        # Where units alone start VMs, nothing depends on the host's own.
+        "emulators": emulators if granted or not units or has_libvirt(libvirt) else config["emulators"],
+        "units_of_vms": units,
+        "memlock_users": config["memlock_users"] if choice.strategy == "memlock" else [],
+        "grants": grants,
+        "files_of_grants": [each["path"] for each in _files_of_grants(grants)],
+        "wanted": wanted,
+        "untried": [path for path in wanted["capabilities"] if path not in have],
+        "access": access.said,
     }
-    return [
-        f"Root lacks {capability.upper()} here, which it takes {purpose}: run the role outside of any container or"
-        " sandbox."
-        for capability, purpose in needed.items()
-        if capability not in caller["capabilities"]
-    ]
 
 
 def unit_name(name: str) -> str:
@@ -109,35 +138,27 @@ def unit_name(name: str) -> str:
     return name if name.endswith(".service") else f"{name}.service"
 
 
-def own_emulators(host: Mapping[str, Any], given: list[str], architecture: str) -> list[str]:
-    """The emulators that are given, else those of the host that run guests of its own architecture."""
-    if given:
-        return given
-    own = {"qemu-kvm", f"qemu-system-{_EMULATOR_OF.get(architecture, architecture)}"}
-    return [each["path"] for each in host["qemu"] if each["present"] and basename(each["path"]) in own]
-
-
-def is_there(libvirt: Mapping[str, Any]) -> bool:
-    """Whether there is, or may be, a system libvirt."""
-    return libvirt["unit"] is not None or libvirt["sets_rlimit_mode"] is None
-
-
-def user_of(config: Mapping[str, Any], libvirt: Mapping[str, Any], check: Mapping[str, Any] | None) -> str:
+def _user(config: Row, libvirt: Row, check: Row | None) -> str:
     """The user that VMs run as: the one that is given, else libvirt's, else that of the first unit that has one."""
-    if config["user"] or is_there(libvirt):
+    if config["user"] or has_libvirt(libvirt):
         return str(config["user"] or config["libvirt_user"])
     users = [each["user"] for each in check["units"] if each["user"]] if check else []
     return users[0] if users else "root"
 
 
-def choose(config: Mapping[str, Any], libvirt: Mapping[str, Any]) -> Choice:
+def choose(config: Row, libvirt: Row) -> Choice:
     """The strategy that is asked for, or the one that suits the host."""
-    requested, reason = config["strategy"], str(libvirt["reason"])
-    there, sets = is_there(libvirt), libvirt["sets_rlimit_mode"]
+    if config["state"] == "absent":
+        return Choice("observe", True, "iommufd_host_state is absent.")
+    if config["strategy"] != "auto":
+        certain = config["strategy"] != "native" or libvirt["sets_rlimit_mode"] is not None
+        return Choice(config["strategy"], certain, f"It was asked for.{'' if certain else ' ' + libvirt['reason']}")
+    return _choose_by_host(config, libvirt)
+
+
+def _choose_by_host(config: Row, libvirt: Row) -> Choice:
+    reason, sets, there = libvirt["reason"], libvirt["sets_rlimit_mode"], has_libvirt(libvirt)
     named = bool(config["units"] or config["emulators"])
-    if requested != "auto":
-        certain = requested != "native" or sets is not None
-        return Choice(requested, certain, f"It was asked for.{'' if certain else ' ' + reason}")
     if sets and not named:
         return Choice("native", True, reason)
     if not there and not named and config["launcher"]:
@@ -149,176 +170,77 @@ def choose(config: Mapping[str, Any], libvirt: Mapping[str, Any]) -> Choice:
             f"{reason} Neither units nor emulators were named either, so there is nothing to grant anything to: name in"
             " iommufd_host_units what starts the VMs of this host.",
         )
-    if config["fallback"] == "none":
-        return Choice("observe", sets is not None, f"{reason} And iommufd_host_fallback is none.")
+    if config["fallback"] == "observe":
+        return Choice("observe", sets is not None, f"{reason} And iommufd_host_fallback is observe.")
     if sets:
-        return Choice(
-            "cap_ipc_lock", True, f"{reason} But that is of no use to the units and emulators that were named."
-        )
-    guess = (
-        " So CAP_IPC_LOCK is granted to be on the safe side, and may be more than is needed." if sets is None else ""
-    )
-    return Choice("cap_ipc_lock", sets is not None, reason + guess)
+        why = "But that is of no use to the units and emulators that were named."
+    elif sets is None:
+        why = "So CAP_IPC_LOCK is granted to be on the safe side, and may be more than is needed."
+    else:
+        why = ""
+    return Choice("cap_ipc_lock", sets is not None, f"{reason} {why}".strip())
 
 
-def are_granted(config: Mapping[str, Any], libvirt: Mapping[str, Any]) -> bool:
+def _are_granted(config: Row, libvirt: Row) -> bool:
     """Whether emulators get CAP_IPC_LOCK: those that were named; or where libvirt may start VMs without the mode."""
-    libvirts = is_there(libvirt) and not libvirt["sets_rlimit_mode"]
+    libvirts = has_libvirt(libvirt) and not libvirt["sets_rlimit_mode"]
     return bool(config["emulators"]) or not config["units"] or libvirts
 
 
-def strategy_errors(
-    config: Mapping[str, Any], choice: Choice, host: Mapping[str, Any], emulators: list[str]
-) -> list[str]:
-    """What keeps the strategy from being carried out."""
-    libvirt = host["libvirt"]
-    if choice.strategy == "native" and libvirt["sets_rlimit_mode"] is False:
-        return [f"The strategy native is not to be had: {libvirt['reason']} Set iommufd_host_strategy to auto."]
-    if choice.strategy == "cap_ipc_lock" and not config["units"] and not emulators:
-        return [
-            "There is nothing to grant CAP_IPC_LOCK to: this host has no emulator for its own architecture. Name some"
-            " in iommufd_host_emulators, or units in iommufd_host_units."
-        ]
-    if choice.strategy != "memlock":
-        return []
-    errors = []
-    if not config["units"] and not config["memlock_users"]:
-        errors.append(
-            "The strategy memlock needs to know whose limit to raise: name units in iommufd_host_units, or users in"
-            " iommufd_host_memlock_users."
-        )
-    try:
-        memlock(config["memlock"])
-    except IommufdError as exc:
-        errors.append(f"iommufd_host_memlock: {exc} Or give infinity.")
-    return errors
-
-
-def memlock(value: object) -> int | None:
-    """A limit in bytes, None for unlimited. Raises IommufdError."""
-    return None if value in ("infinity", "unlimited") else parse_size(value, minimum=1)
-
-
-def input_errors(config: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the inputs themselves, whatever the host."""
-    errors = [
-        f"{path!r} in iommufd_host_emulators is not an absolute path of letters, digits and any of ._+@- alone."
-        for path in config["emulators"]
-        # It goes into files of systemd, to which other characters mean something.
-        if not re.fullmatch(r"(/[A-Za-z0-9._+@-]+)+", path)
-    ]
-    errors += [
-        f"{name!r} in iommufd_host_units is not the name of a service unit, such as vm1.service or vm@.service."
-        for name in config["units"]
-        if not re.fullmatch(r"[A-Za-z0-9:_.\\@-]{1,240}", name) or re.search(r"\.(?!service$)[a-z]+$", name)
-    ]
-    if config["device_mode"] and not re.fullmatch("0?[0-7]{3}", config["device_mode"]):
-        errors.append(f"iommufd_host_device_mode, {config['device_mode']!r}, is not an octal mode such as 0660.")
-    for name in ("device_group", "user"):
-        if config[name] and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?", config[name]):
-            errors.append(f"iommufd_host_{name}, {config[name]!r}, is not a name.")
-    return errors
-
-
-def writer_errors(host: Mapping[str, Any], emulators: list[str]) -> list[str]:
-    """Which emulators can be written by somebody else than root, who could make anything of what is granted."""
-    written = {each["path"]: each["writer"] for each in host["qemu"] if each["writer"]}
-    return [
-        f"The emulator {path} cannot be trusted: {written[path]['place']} can be written by {written[path]['who']}, who"
-        " would get with it whatever is granted. Have it and all folders on the way to it be root's alone, or name"
-        " others in iommufd_host_emulators."
-        for path in emulators
-        if path in written
-    ]
-
-
-def check_errors(check: Mapping[str, Any], emulators: list[str], units: list[str], strategy: str) -> list[str]:
-    """What stands against a grant to these emulators and units, as they are on the host."""
-    errors = []
-    looked = {each["path"]: each for each in check["emulators"]}
-    for path in emulators:
-        emulator = looked[path]
-        if not emulator["present"]:
-            errors.append(f"There is no emulator {path}: name those of this host in iommufd_host_emulators.")
-        elif emulator["writer"]:
-            errors += emulator["obstacles"]
-        elif not emulator["is_emulator"]:
-            errors.append(
-                f"{path} is not an emulator: name executables in iommufd_host_emulators, not scripts or folders."
-            )
-        elif strategy == "cap_ipc_lock":
-            errors += emulator["obstacles"]
-    errors += [
-        f"This host has no user {each['user']!r}: name those that it has in iommufd_host_memlock_users."
-        for each in check["users"]
-        if not each["present"]
-    ]
-    for unit in check["units"]:
-        if not unit["present"]:
-            errors.append(
-                f"systemd knows no unit {unit['name']}: name in iommufd_host_units what starts the VMs of this host."
-            )
-        elif strategy == "cap_ipc_lock":
-            errors += unit["obstacles"]
-    return errors
-
-
-def access(config: Mapping[str, Any], libvirt: Mapping[str, Any]) -> tuple[bool, list[str], list[str]]:
-    """Whether QEMU is to be let at the device nodes; what is said of that; and what stands against it."""
+def _access(config: Row, libvirt: Row) -> Access:
+    """Whether QEMU is to be let at the device nodes."""
     if not config["qemu_access"]:
-        return False, [], []
+        return Access(False, [], [])
     if libvirt["unit"] is None:
-        return False, [], ["iommufd_host_qemu_access is for the system libvirt, and there is none here: leave it out."]
+        error = "iommufd_host_qemu_access is for the system libvirt, and there is none here: leave it out."
+        return Access(False, [], [error])
     version = tuple(int(part) for part in (libvirt["version"] or "0").split(".")[:2])
     if version >= _PASSES_DESCRIPTORS:
-        return (
-            False,
-            [f"Nothing: libvirt {libvirt['version']} opens the device nodes itself and passes them to QEMU."],
-            [],
-        )
-    said = [f"udev gives the device nodes to group {config['device_group'] or config['user']}"]
-    said.append(f"cgroup_device_acl in {_QEMU_CONF} has the device nodes")
+        said = f"Nothing: libvirt {libvirt['version']} opens the device nodes itself and passes them to QEMU."
+        return Access(False, [said], [])
+    steps = [
+        f"udev gives the device nodes to group {config['device_group'] or config['user']}",
+        f"cgroup_device_acl in {_QEMU_CONF} has the device nodes",
+    ]
     if config["apparmor"]:
-        said.append(f"AppArmor lets QEMU open them: {apparmor_file()['path']}")
-    return True, said, []
+        steps.append(f"AppArmor lets QEMU open them: {apparmor_file()['path']}")
+    return Access(True, steps, [])
 
 
-def grants_of(choice: Choice, capabilities: list[str], units: list[str], config: Mapping[str, Any]) -> list[Row]:
+def _grants(strategy: str, capabilities: list[str], units: list[str], config: Row) -> list[Row]:
     """What is granted, to whom and by what means. A limit's value is in bytes, None for unlimited."""
-    if choice.strategy == "cap_ipc_lock":
+    if strategy == "cap_ipc_lock":
         given = [{"what": "cap_ipc_lock", "to": path, "by": "file capability", "value": "ep"} for path in capabilities]
         return given + [{"what": "cap_ipc_lock", "to": unit, "by": "drop-in", "value": "ambient"} for unit in units]
-    if choice.strategy != "memlock":
+    if strategy != "memlock":
         return []
-    limit = memlock(config["memlock"])
+    limit = memlock_bytes(config["memlock"])
     raised = [{"what": "memlock", "to": unit, "by": "drop-in", "value": limit} for unit in units]
     return raised + [
         {"what": "memlock", "to": user, "by": "limits.d", "value": limit} for user in config["memlock_users"]
     ]
 
 
-def files_of_grants(grants: list[Row]) -> list[Row]:
+def _files_of_grants(grants: list[Row]) -> list[Row]:
     """The files that are a grant to a unit or a user."""
     raised = [grant for grant in grants if grant["by"] == "limits.d"]
     drop_ins = [drop_in(grant) for grant in grants if grant["by"] == "drop-in"]
     return drop_ins + ([limits_file(raised)] if raised else [])
 
 
-def wanted_of(
-    grants: list[Row], config: Mapping[str, Any], opens: bool, host: Mapping[str, Any], check: Mapping[str, Any] | None
-) -> Row:
-    """What the host is to have, as the internal module takes it."""
+def _wanted(grants: list[Row], config: Row, opens: bool, host: Row, check: Row | None) -> Row:
+    """What the host is to have, as iommufd_host_apply takes it."""
     group, mode = config["device_group"], config["device_mode"]
     if opens:
         group, mode = group or config["user"], mode or "0660"
-    there = [each["node"] for each in host["vfio_devices"]]
     granted = [grant["to"] for grant in grants if grant["by"] == "file capability"]
     nodes = list(_NODES) if group or mode else []
+    devices = [_NODES[0], *dict.fromkeys([*_VFIO_NODES, *(each["node"] for each in host["vfio_devices"])])]
     files = [modules_file(config["modules"])]
     files += [udev_rules(group, mode)] if nodes else []
     files += [launcher()] if config["launcher"] else []
     files += [apparmor_file()] if opens and config["apparmor"] else []
-    files += files_of_grants(grants)
+    files += _files_of_grants(grants)
     real = {each["path"]: each["real_path"] for each in check["emulators"]} if check else {}
     files += grant_files({path: real.get(path, path) for path in granted}) if granted else []
     return {
@@ -328,57 +250,7 @@ def wanted_of(
         "nodes": nodes,
         "group": group,
         "mode": mode,
-        "blocks": [{"path": _QEMU_CONF, "devices": [_NODES[0], *dict.fromkeys(_VFIO_NODES + there)]}] if opens else [],
+        "blocks": [{"path": _QEMU_CONF, "devices": devices}] if opens else [],
         "units": list(_GRANT_UNITS) if granted else [],
         "reload": any(unit["outdated"] for unit in check["units"]) if check else False,
     }
-
-
-def plan(info: Mapping[str, Any], config: Mapping[str, Any], check: Mapping[str, Any] | None) -> Row:
-    """The whole plan, as the filter's RETURN describes it."""
-    host = info["host"]
-    config = {**_DEFAULTS, **config}
-    supported = host["module"] != "absent" or host["device"]["present"]
-    emulators = own_emulators(host, config["emulators"], config["architecture"])
-    units = [unit_name(name) for name in config["units"]]
-    choice = choose(config, host["libvirt"])
-    wrong = input_errors(config)
-    config["user"] = user_of(config, host["libvirt"], check)
-    opens, said, access_errors = access(config, host["libvirt"])
-    errors = wrong or privilege_errors(host["caller"])
-    if not errors and not supported:
-        errors = [_NO_IOMMUFD.format(kernel=host["kernel"])]
-    if not errors:
-        errors = strategy_errors(config, choice, host, emulators) + writer_errors(host, emulators) + access_errors
-    capabilities = emulators if choice.strategy == "cap_ipc_lock" and are_granted(config, host["libvirt"]) else []
-    if not errors and check is not None:
-        errors = check_errors(check, config["emulators"] or capabilities, units, choice.strategy)
-    grants = [] if errors else grants_of(choice, capabilities, units, config)
-    return {
-        "supported": supported,
-        "kernel": host["kernel"],
-        "errors": errors,
-        "requested": config["strategy"],
-        **choice._asdict(),
-        "user": config["user"],
-        # Where units alone start VMs, nothing depends on the host's own.
-        "emulators": emulators if capabilities or not units or is_there(host["libvirt"]) else config["emulators"],
-        "units_of_vms": units,
-        "memlock_users": config["memlock_users"] if choice.strategy == "memlock" else [],
-        "grants": grants,
-        "files_of_grants": [each["path"] for each in files_of_grants(grants)],
-        "wanted": _NOTHING if errors else wanted_of(grants, config, opens, host, check),
-        "access": said,
-    }
-
-
-def host_plan(info: object, config: object, check: object = None) -> Row:
-    """The plan, as the filter _host_plan returns it. Raises IommufdError where it is not given what it takes."""
-    if not isinstance(info, Mapping) or not isinstance(config, Mapping) or not isinstance(check, (Mapping, type(None))):
-        raise IommufdError("It takes what virt.iommufd.iommufd_info returned, and the inputs of the role as config.")
-    try:
-        # The modules give printable texts. A host that is not to be trusted gives what it likes. What is made of that
-        # may have lines: files do.
-        return plan({"host": harmless(info["host"])}, config, harmless(check))
-    except KeyError as exc:
-        raise IommufdError(f"There is no {exc} in its input.") from exc

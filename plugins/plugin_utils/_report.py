@@ -11,8 +11,9 @@ from textwrap import wrap
 from typing import Any
 
 from ..module_utils._errors import IommufdError
+from ..module_utils._iommufd import USER
 from ..module_utils._size import human_size
-from ._views import UNSEEN
+from ._host_info import UNSEEN
 
 __all__ = ("audit_report",)
 
@@ -91,7 +92,7 @@ def verdict_of(process: Mapping[str, Any], at_risk: Mapping[int, bool | None]) -
     if process["headroom_bytes"] < 0:
         return OVER_LIMIT
     # Without the subset users there is no word on that.
-    risk = at_risk.get(process["uid"], False) if process["accounting"] == "user" else False
+    risk = at_risk.get(process["uid"], False) if process["accounting"] == USER else False
     return UNKNOWN if risk is None else AT_RISK if risk else OK
 
 

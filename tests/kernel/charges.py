@@ -281,12 +281,12 @@ def by_perf() -> Pinner:
 
 def by_af_xdp() -> Pinner:
     """As the memory of a socket for packets."""
-    sockets = [socket.socket(AF_XDP, socket.SOCK_RAW) for _each in range(_MANY)]
+    # What a socket has is given back when it is closed, so none of them may be lost.
+    sockets = [socket.socket(AF_XDP, socket.SOCK_RAW).detach() for _each in range(_MANY)]
 
     def pin(memory: Memory) -> None:
-        sockets.pop().setsockopt(
-            SOL_XDP, XDP_UMEM_REG, struct.pack("=QQIIII", memory.address, memory.size, 4096, 0, 0, 0)
-        )
+        area = struct.pack("=QQIIII", memory.address, memory.size, 4096, 0, 0, 0)
+        _checked(_libc.setsockopt(sockets.pop(), SOL_XDP, XDP_UMEM_REG, area, len(area)))
 
     return pin
 

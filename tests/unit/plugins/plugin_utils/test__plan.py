@@ -40,8 +40,8 @@ def info(libvirt: Row, **host: Any) -> Row:
         "caller": ROOT,
         "vfio_devices": [{"node": "/dev/vfio/devices/vfio20"}],
         "qemu": [
-            {"path": QEMU, "present": True, "writer": None},
-            {"path": "/usr/bin/qemu-system-i386", "present": True, "writer": None},
+            {"path": QEMU, "present": True, "writer": None, "cap_ipc_lock": False},
+            {"path": "/usr/bin/qemu-system-i386", "present": True, "writer": None, "cap_ipc_lock": False},
         ],
         "libvirt": libvirt,
     }
@@ -127,12 +127,12 @@ NOTHING: Row = {
     ("libvirt", "config", "strategy", "certain", "grants"),
     [
         (OLD, {}, "cap_ipc_lock", True, [FILE]),
-        (OLD, {"fallback": "none"}, "observe", True, []),
+        (OLD, {"fallback": "observe"}, "observe", True, []),
         (OLD, {"units": ["vm1"]}, "cap_ipc_lock", True, [FILE, DROP_IN]),
         (OLD, {"strategy": "observe"}, "observe", True, []),
         (OLD, {"strategy": "cap_ipc_lock"}, "cap_ipc_lock", True, [FILE]),
         (NEW, {}, "native", True, []),
-        (NEW, {"fallback": "none"}, "native", True, []),
+        (NEW, {"fallback": "observe"}, "native", True, []),
         (NEW, {"strategy": "native"}, "native", True, []),
         (NEW, {"strategy": "cap_ipc_lock"}, "cap_ipc_lock", True, [FILE]),
         # Units that were named are no domains of libvirt, whose emulator gets nothing.
@@ -140,7 +140,7 @@ NOTHING: Row = {
         (NEW, {"units": ["vm1"], "emulators": [QEMU]}, "cap_ipc_lock", True, [FILE, DROP_IN]),
         (UNSURE, {}, "cap_ipc_lock", False, [FILE]),
         (UNSURE, {"units": ["vm1"]}, "cap_ipc_lock", False, [FILE, DROP_IN]),
-        (UNSURE, {"fallback": "none"}, "observe", False, []),
+        (UNSURE, {"fallback": "observe"}, "observe", False, []),
         (UNSURE, {"strategy": "native"}, "native", False, []),
         (NO_LIBVIRT, {"units": ["vm1"]}, "cap_ipc_lock", True, [DROP_IN]),
         (NO_LIBVIRT, {"emulators": [QEMU]}, "cap_ipc_lock", True, [FILE]),
@@ -339,10 +339,10 @@ def test_systemd_reads_again_what_it_has_not_read() -> None:
 
 def test_an_emulator_of_another_name() -> None:
     rows = [{"path": "/usr/libexec/qemu-kvm", "present": True}, {"path": QEMU, "present": False}]
-    host = {"qemu": [{**row, "writer": None} for row in rows]}
+    host = {"qemu": [{**row, "writer": None, "cap_ipc_lock": False} for row in rows]}
     made = host_plan(info(OLD, **host), {"architecture": "x86_64"})
     assert made["emulators"] == ["/usr/libexec/qemu-kvm"]
-    power = {"qemu": [{"path": "/usr/bin/qemu-system-ppc64", "present": True, "writer": None}]}
+    power = {"qemu": [{"path": "/usr/bin/qemu-system-ppc64", "present": True, "writer": None, "cap_ipc_lock": False}]}
     assert host_plan(info(OLD, **power), {"architecture": "ppc64le"})["emulators"] == ["/usr/bin/qemu-system-ppc64"]
 
 
@@ -402,12 +402,13 @@ SAYS = "The emulator {} cannot be trusted: /opt/vm can be written by user alice 
 def test_an_emulator_that_others_can_write(config: Row) -> None:
     """By what iommufd_info tells alone."""
     config = {"architecture": "x86_64", **config}
-    host = {"qemu": [{"path": QEMU, "present": True, "writer": WRITER}]}
+    host = {"qemu": [{"path": QEMU, "present": True, "writer": WRITER, "cap_ipc_lock": False}]}
     made = host_plan(info(OLD, **host), config)
     assert [each.startswith(SAYS.format(QEMU)) for each in made["errors"]] == [True]
     assert (made["grants"], made["files_of_grants"], made["wanted"]) == ([], [], NOTHING)
     # Another one is nobody's concern.
-    host = {"qemu": [{"path": "/opt/vm/q", "present": True, "writer": WRITER}, *info(OLD)["host"]["qemu"]]}
+    other = {"path": "/opt/vm/q", "present": True, "writer": WRITER, "cap_ipc_lock": False}
+    host = {"qemu": [other, *info(OLD)["host"]["qemu"]]}
     assert host_plan(info(OLD, **host), config)["errors"] == []
     made = host_plan(info(OLD, **host), {**config, "emulators": ["/opt/vm/q"]})
     assert [each.startswith(SAYS.format("/opt/vm/q")) for each in made["errors"]] == [True]
@@ -419,3 +420,39 @@ def test_an_emulator_that_others_can_write_since(strategy: str) -> None:
     row = emulator("/opt/q", writer=WRITER, is_emulator=False, obstacles=["/opt/q cannot be trusted."])
     made = plan(OLD, row, emulators=["/opt/q"], strategy=strategy)
     assert (made["errors"], made["grants"]) == (["/opt/q cannot be trusted."], [])
+
+
+@pytest.mark.parametrize("module", ["loaded", "absent"])
+def test_nothing_is_planned_for_the_state_absent(module: str) -> None:
+    host = {"module": module, "device": {"path": "/dev/iommu", "present": module == "loaded"}}
+    made = host_plan(info(OLD, **host), {"state": "absent", "strategy": "cap_ipc_lock"})
+    assert (made["state"], made["requested"], made["strategy"]) == ("absent", "cap_ipc_lock", "observe")
+    assert (made["certain"], made["why"]) == (True, "iommufd_host_state is absent.")
+    assert (made["grants"], made["files_of_grants"], made["untried"], made["access"]) == ([], [], [], [])
+    assert (made["wanted"]["capabilities"], made["wanted"]["units"]) == ([], [])
+
+
+def test_a_kernel_without_iommufd_takes_no_strategy() -> None:
+    absent = {"module": "absent", "device": {"path": "/dev/iommu", "present": False}}
+    made = host_plan(info(OLD, **absent), {"architecture": "x86_64", "strategy": "cap_ipc_lock"})
+    assert (made["state"], made["supported"], made["wanted"]) == ("present", False, NOTHING)
+    assert (made["requested"], made["strategy"]) == ("cap_ipc_lock", "observe")
+    assert [made["why"]] == made["errors"]
+    assert made["why"].startswith("Kernel 6.12.107 has no iommufd: ")
+    # It tells all that is wrong.
+    made = host_plan(info(OLD, **absent), {"device_mode": "8", "user": "a b"})
+    assert (len(made["errors"]), made["why"]) == (2, " ".join(made["errors"]))
+
+
+def test_what_has_the_capability_already_is_not_tried() -> None:
+    assert plan(OLD)["untried"] == [QEMU]
+    host = {"qemu": [{"path": QEMU, "present": True, "writer": None, "cap_ipc_lock": True}]}
+    made = plan(OLD, host=host, emulators=[QEMU, "/opt/q"])
+    assert (made["wanted"]["capabilities"], made["untried"]) == ([QEMU, "/opt/q"], ["/opt/q"])
+    assert plan(OLD, strategy="observe")["untried"] == []
+
+
+def test_a_user_that_a_host_names_is_no_input() -> None:
+    """What is wrong with it is not told as if somebody had asked for it."""
+    made = plan(NO_LIBVIRT, unit("a.service", user="a b"), units=["a"], user="")
+    assert (made["user"], made["errors"]) == ("a b", [])

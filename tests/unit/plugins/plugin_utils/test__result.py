@@ -47,6 +47,7 @@ def block(text: str, **fields: Any) -> Row:
 def plan(strategy: str, *grants: Row) -> Row:
     """A plan without errors; of its fields, those that matter here."""
     return {
+        "state": "present",
         "supported": True,
         "kernel": "6.12.107",
         "requested": "auto",
@@ -396,3 +397,10 @@ def test_what_a_host_answers_moves_no_cursor() -> None:
 def test_other_input(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(IommufdError, match=r"^(It takes|There is no) "):
         host_result(*arguments)
+
+
+def test_nothing_is_verified_where_the_host_is_put_back() -> None:
+    """Not even that nothing was tried."""
+    found = host_result({**plan("observe"), "state": "absent"}, info(), applied(TAKEN), check(scratch=None))
+    assert (found["state"], found["verified"], found["failed"], found["unproven"]) == ("absent", [], [], [])
+    assert found["put_back"] == [TAKEN["text"]]

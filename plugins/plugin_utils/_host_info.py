@@ -1,0 +1,36 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: what is made of what iommufd_info tells of a host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os.path import basename
+from typing import Any
+
+__all__ = ("UNSEEN", "has_iommufd", "has_libvirt", "own_emulators")
+
+# What stands in limits_of_view where there may be VMs that were not seen: processes as a whole, their descriptors, or
+# their iommufds.
+UNSEEN = ("processes", "descriptors", "iommufds")
+
+# uname -m, where the name of QEMU's emulator is another one.
+_EMULATOR_OF = {"ppc64le": "ppc64", "i686": "i386", "armv7l": "arm"}
+
+
+def own_emulators(qemu: Sequence[Mapping[str, Any]], architecture: str) -> list[str]:
+    """Those of a host's emulators that run guests of its own architecture."""
+    own = {"qemu-kvm", f"qemu-system-{_EMULATOR_OF.get(architecture, architecture)}"}
+    return [each["path"] for each in qemu if each["present"] and basename(each["path"]) in own]
+
+
+def has_iommufd(host: Mapping[str, Any]) -> bool:
+    """Whether the running kernel has iommufd, if need be once its module is loaded."""
+    return bool(host["module"] != "absent" or host["device"]["present"])
+
+
+def has_libvirt(libvirt: Mapping[str, Any]) -> bool:
+    """Whether there is, or may be, a system libvirt."""
+    return libvirt["unit"] is not None or libvirt["sets_rlimit_mode"] is None

@@ -1,0 +1,155 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: what stands against a plan of the role iommufd_host, each a sentence with the way out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..module_utils._errors import IommufdError
+from ..module_utils._size import parse_size
+from ._host_info import has_iommufd
+
+__all__ = (
+    "check_errors",
+    "input_errors",
+    "memlock_bytes",
+    "privilege_errors",
+    "strategy_errors",
+    "support_errors",
+    "writer_errors",
+)
+
+_NO_IOMMUFD = (
+    "Kernel {kernel} has no iommufd: it was built without CONFIG_IOMMUFD. Debian's kernels are; Red Hat's and those of"
+    " Ubuntu 26.04 have it. Boot a kernel that has it: Linux 6.2 or later, and 6.6 with CONFIG_VFIO_DEVICE_CDEV for"
+    " devices of VFIO. Or set iommufd_host_required to false, to have this reported instead."
+)
+
+
+def memlock_bytes(value: object) -> int | None:
+    """A limit in bytes, None for unlimited. Raises IommufdError."""
+    return None if value in ("infinity", "unlimited") else parse_size(value, minimum=1)
+
+
+def input_errors(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the inputs themselves, whatever the host."""
+    errors = [
+        f"{path!r} in iommufd_host_emulators is not an absolute path of letters, digits and any of ._+@- alone."
+        for path in config["emulators"]
+        # It goes into files of systemd, to which other characters mean something.
+        if not re.fullmatch(r"(/[A-Za-z0-9._+@-]+)+", path)
+    ]
+    errors += [
+        f"{name!r} in iommufd_host_units is not the name of a service unit, such as vm1.service or vm@.service."
+        for name in config["units"]
+        if not re.fullmatch(r"[A-Za-z0-9:_.\\@-]{1,240}", name) or re.search(r"\.(?!service$)[a-z]+$", name)
+    ]
+    if config["device_mode"] and not re.fullmatch("0?[0-7]{3}", config["device_mode"]):
+        errors.append(f"iommufd_host_device_mode, {config['device_mode']!r}, is not an octal mode such as 0660.")
+    for name in ("device_group", "user"):
+        if config[name] and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?", config[name]):
+            errors.append(f"iommufd_host_{name}, {config[name]!r}, is not a name.")
+    return errors
+
+
+def privilege_errors(caller: Mapping[str, Any]) -> list[str]:
+    """What the one who runs the role lacks to configure the host and to prove it."""
+    if caller["uid"] != 0:
+        return [
+            f"The role has to run as root on the host, and runs as uid {caller['uid']}: set become: true, for a user"
+            " who may become root there."
+        ]
+    if not caller["initial_user_namespace"]:
+        return [
+            "The role has to run in the host's initial user namespace, outside of any container: the capabilities of"
+            " another one count for nothing here."
+        ]
+    needed = {
+        "cap_sys_resource": "to set the rlimit mode",
+        "cap_sys_ptrace": "to look at VMs that run",
+    }
+    return [
+        f"Root lacks {capability.upper()} here, which it takes {purpose}: run the role outside of any container or"
+        " sandbox."
+        for capability, purpose in needed.items()
+        if capability not in caller["capabilities"]
+    ]
+
+
+def writer_errors(host: Mapping[str, Any], emulators: list[str]) -> list[str]:
+    """Which emulators can be written by somebody else than root, who could make anything of what is granted."""
+    written = {each["path"]: each["writer"] for each in host["qemu"] if each["writer"]}
+    return [
+        f"The emulator {path} cannot be trusted: {written[path]['place']} can be written by {written[path]['who']}, who"
+        " would get with it whatever is granted. Have it and all folders on the way to it be root's alone, or name"
+        " others in iommufd_host_emulators."
+        for path in emulators
+        if path in written
+    ]
+
+
+def check_errors(check: Mapping[str, Any], emulators: list[str], units: list[str], strategy: str) -> list[str]:
+    """What stands against a grant to these emulators and units, as they are on the host."""
+    errors = []
+    looked = {each["path"]: each for each in check["emulators"]}
+    for path in emulators:
+        emulator = looked[path]
+        if not emulator["present"]:
+            errors.append(f"There is no emulator {path}: name those of this host in iommufd_host_emulators.")
+        elif emulator["writer"]:
+            errors += emulator["obstacles"]
+        elif not emulator["is_emulator"]:
+            errors.append(
+                f"{path} is not an emulator: name executables in iommufd_host_emulators, not scripts or folders."
+            )
+        elif strategy == "cap_ipc_lock":
+            errors += emulator["obstacles"]
+    errors += [
+        f"This host has no user {each['user']!r}: name those that it has in iommufd_host_memlock_users."
+        for each in check["users"]
+        if not each["present"]
+    ]
+    for unit in check["units"]:
+        if not unit["present"]:
+            errors.append(
+                f"systemd knows no unit {unit['name']}: name in iommufd_host_units what starts the VMs of this host."
+            )
+        elif strategy == "cap_ipc_lock":
+            errors += unit["obstacles"]
+    return errors
+
+
+def support_errors(host: Mapping[str, Any]) -> list[str]:
+    """That the running kernel has no iommufd, not even in a module."""
+    return [] if has_iommufd(host) else [_NO_IOMMUFD.format(kernel=host["kernel"])]
+
+
+def strategy_errors(
+    strategy: str, config: Mapping[str, Any], libvirt: Mapping[str, Any], emulators: list[str]
+) -> list[str]:
+    """What keeps the strategy from being carried out."""
+    if strategy == "native" and libvirt["sets_rlimit_mode"] is False:
+        return [f"The strategy native is not to be had: {libvirt['reason']} Set iommufd_host_strategy to auto."]
+    if strategy == "cap_ipc_lock" and not config["units"] and not emulators:
+        return [
+            "There is nothing to grant CAP_IPC_LOCK to: this host has no emulator for its own architecture. Name some"
+            " in iommufd_host_emulators, or units in iommufd_host_units."
+        ]
+    if strategy != "memlock":
+        return []
+    errors = []
+    if not config["units"] and not config["memlock_users"]:
+        errors.append(
+            "The strategy memlock needs to know whose limit to raise: name units in iommufd_host_units, or users in"
+            " iommufd_host_memlock_users."
+        )
+    try:
+        memlock_bytes(config["memlock"])
+    except IommufdError as exc:
+        errors.append(f"iommufd_host_memlock: {exc} Or give infinity.")
+    return errors
