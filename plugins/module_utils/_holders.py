@@ -446,7 +446,7 @@ def _held_iommufds(process: Process, fds: list[int], rdevs: set[int]) -> tuple[l
     for fd in fds:
         try:
             with borrow_iommufd(process, fd, rdevs) as iommufd:
-                held = _ask(iommufd, fd, f"iommufd {fd} of {process}")
+                held = _ask_iommufd(iommufd, fd, f"iommufd {fd} of {process}")
         except Swapped:
             return found, _SWAPS, True
         except (DescriptorGone, NotAnIommufd):
@@ -470,7 +470,7 @@ def _cut(held: list[HeldIommufd], left: int) -> list[HeldIommufd]:
     return found
 
 
-def _ask(iommufd: IommuFd, fd: int, subject: str) -> HeldIommufd:
+def _ask_iommufd(iommufd: IommuFd, fd: int, subject: str) -> HeldIommufd:
     result = iommufd.change(RLIMIT_MODE, None)
     # A kernel without the option charges the user.
     number = 0 if result.outcome == UNSUPPORTED else result.before
