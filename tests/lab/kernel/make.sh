@@ -34,6 +34,8 @@ if [ -n "$architecture" ]; then
 fi
 
 release=$(basename "$(only /lib/modules/*)")
+# As the package itself does when it is configured
+[ -z "$architecture" ] || depmod "$release"
 headers=/usr/src/linux-headers-$release
 source=$(only /usr/src/linux-source-*.tar.xz)
 
@@ -126,6 +128,7 @@ done | sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++ { printf "%02d %s\
         esac
         $unpack "$file" > "$initramfs/modules/$number.ko"
     done
+[ -e "$initramfs/modules/01.ko" ] || fail "no module leads to the disks"
 (cd "$initramfs" && find . | sort | cpio --quiet --create --format=newc --owner=0:0) > /out/initrd.img
 
 cp "/boot/vmlinuz-$release" /out/vmlinuz
