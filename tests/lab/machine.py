@@ -40,7 +40,7 @@ from guests import GUESTS, Guest
 from progress import LabError, Progress, end_group, environment, tail
 
 # A loaded machine emulates slowly; a guest that is broken mostly ends by itself, since a panic ends QEMU.
-BOOT_TIMEOUT = 300.0
+BOOT_TIMEOUT = 600.0
 _QMP_TIMEOUT = 30.0
 # A restored guest has nothing left to do but to answer.
 _RESTORE_TIMEOUT = 60.0
