@@ -95,8 +95,10 @@ def _way(adds: str, adds_with: str, checks: str | None = None, lifts: bool = Tru
     return Way(frozenset(adds.split()), frozenset(adds_with.split()), checks, lifts, error)
 
 
-# The functions named are those of Linux 6.12 and 7.2. The capability is asked for where the memory is mapped, unless
-# another function is said to. Each limit is rlimit(RLIMIT_MEMLOCK) in whole pages, of the process that maps.
+# The functions named are those of Linux 6.12 and 7.2, on which each row was tried: vDPA by vdpa_sim, RDMA by rxe, and
+# DMA_BUF on 7.2 alone. Read and not tried: EPERM and EAGAIN of mlock, max_iotlb_entries, VDUSE, perf_event_paranoid.
+# The capability is asked for where the memory is mapped, unless another function is said to. Each limit is
+# rlimit(RLIMIT_MEMLOCK) in whole pages, of the process that maps.
 WAYS = {
     # iommu/iommufd/pages.c: iopt_alloc_pages() asks for the capability, incr_user_locked_vm() checks, and
     # do_update_pinned() adds. The user is the real one, and the limit is read when the pages are pinned.
