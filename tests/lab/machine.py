@@ -200,6 +200,8 @@ class Machine:
         inputs = {
             "kernel": kernel.name,
             "root": root.name,
+            # Made once more from the same inputs, a disk has other bytes at other places than the saved memory knows.
+            "made": [store.manifest(each).get("made") for each in (kernel, root)],
             "qemu": _version(self.guest.architecture.emulator),
             "command": [word.replace(str(kernel), kernel.name) for word in self._qemu(kernel, 0)],
             "settle": _SETTLE,
