@@ -73,6 +73,10 @@ _PARAMETERS = (
 )
 
 
+class _Died(LabError):
+    """The guest has ended by itself while it booted."""
+
+
 @dataclass(frozen=True)
 class State:
     """What is known of a started guest. start_time: of its process, in ticks since boot `boot_id`: pids come again."""
@@ -234,6 +238,14 @@ class Machine:
         return {"kernel": kernel.name, "root": root.name}
 
     def _boot(self, kernel: Path, root: Path) -> State:
+        try:
+            return self._boot_once(kernel, root)
+        except _Died as error:
+            # Seen with QEMU 7.2 on a busy machine: a panic in the first second, of a kernel that boots at other times.
+            print(f"lab: guest {self.name} is booted once more: {error}", file=sys.stderr)
+            return self._boot_once(kernel, root)
+
+    def _boot_once(self, kernel: Path, root: Path) -> State:
         self._prepare(root)
         image = root / "root.img"
         command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(image)]
@@ -374,7 +386,7 @@ class Machine:
         answer = "waiting for SSH"
         while True:
             if not _is_alive(state):
-                raise LabError(f"guest {self.name} died while it booted{self._last_words()}")
+                raise _Died(f"guest {self.name} died while it booted{self._last_words()}")
             if progress.seconds > seconds:
                 raise LabError(f"guest {self.name} did not answer by SSH within {seconds:.0f} s{self._last_words()}")
             progress.show(answer)
