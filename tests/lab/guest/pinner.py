@@ -174,9 +174,9 @@ def start(name: str, user: str, limit: str, apart: bool) -> None:
     (SOCKETS / name).unlink(missing_ok=True)
     become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
     namespaces = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc"] if apart else []
-    # The first process of a pid namespace gets no SIGTERM: systemd would wait for it for 90 seconds.
-    properties = [f"--property=LimitMEMLOCK={limit}", "--property=KillSignal=SIGKILL"]
-    unit = ["systemd-run", "--quiet", "--collect", f"--unit={UNIT.format(name)}", *properties]
+    unit = ["systemd-run", "--quiet", "--collect", f"--unit={UNIT.format(name)}", f"--property=LimitMEMLOCK={limit}"]
+    # SIGTERM ends neither the first process of a pid namespace nor unshare, which systemd would wait 90 s for.
+    unit += ["--property=KillSignal=SIGKILL"] if apart else []
     subprocess.run([*unit, "--", *namespaces, *become, __file__, "serve", name], check=True)
 
 
