@@ -17,7 +17,7 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 from ansible.module_utils.parsing.convert_bool import boolean
-from ansible_collections.virt.iommufd.plugins.filter.iommufd_host_plan import own_emulators
+from ansible_collections.virt.iommufd.plugins.filter.iommufd_host_plan import own_emulators, qemu_for
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._foreign import harmless
 from ansible_collections.virt.iommufd.plugins.module_utils._size import human_size, parse_size
@@ -521,7 +521,7 @@ def remedy(info: Info, user: User, vm: Vm, strictest: Verdict, by_libvirt: bool)
 def emulator(info: Info, user: User) -> str:
     """The path of the emulator that the VM is most likely to run in: the user's running ones, then x86-64.
 
-    One that has CAP_IPC_LOCK already comes last.
+    One that has CAP_IPC_LOCK already comes last. Without any, it is the one that the host would have.
     """
     running = {process["comm"] for process in info["processes"] if process["uid"] == user.uid}
 
@@ -531,7 +531,7 @@ def emulator(info: Info, user: User) -> str:
         return bool(row["cap_ipc_lock"]), basename(path)[:15] not in running, not path.endswith("x86_64"), path
 
     likely = min(emulators(info), key=rank, default=None)
-    return "/usr/bin/qemu-system-x86_64" if likely is None else str(likely["path"])
+    return f"/usr/bin/{qemu_for(info['host'].get('machine', 'x86_64'))}" if likely is None else str(likely["path"])
 
 
 def what_would_tell(info: Info, user: User, vm: Vm, verdicts: list[Verdict]) -> str:

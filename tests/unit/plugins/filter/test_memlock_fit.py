@@ -689,6 +689,11 @@ def test_a_limit_that_does_not_matter_or_is_known(data: Row, parameters: Row) ->
     assert "qemu:commandline" not in answer["reason"]
 
 
+def test_the_emulator_of_a_host_that_has_none() -> None:
+    answer = fit(info(host=host(qemu=[], machine="aarch64")), memlock="64K", strategy="user")
+    assert "setcap cap_ipc_lock+ep /usr/bin/qemu-system-aarch64)" in answer["remedy"]
+
+
 def machine(name: str, *capable: str, without: tuple[str, ...] = ()) -> Row:
     """A host of that architecture with emulators, some of which have CAP_IPC_LOCK."""
     rows = [emulator(True, f"/usr/bin/{each}") for each in capable]
