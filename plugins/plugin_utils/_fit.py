@@ -20,12 +20,13 @@ from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
 from ..module_utils._iommufd import NONE, PROCESS, USER
 from ..module_utils._size import human_size, parse_size
-from ._host_info import UNSEEN, own_emulators
+from ._host_info import UNSEEN, own_emulators, qemu_for
 
 __all__ = ("memlock_fit",)
 
 GIB = 2**30
-PAGE = 4096
+# The smallest and the largest page that a Linux host with iommufd has.
+PAGES = (2**12, 2**16)
 
 # Users that distributions run the domains of the system libvirt as.
 LIBVIRT_USERS = ("libvirt-qemu", "qemu")
@@ -178,8 +179,16 @@ def describe(info: Info, memory: int, times: int, memlock: Any, overhead: Any) -
     else:
         least, most = 0, GIB
         pins += f" and up to {human_size(most)} beyond that, which is what libvirt allows for"
-    least, most = (-(-(memory * times + each) // PAGE) * PAGE for each in (least, most))
+    page = info["host"].get("page_bytes")
+    smallest, largest = (page, page) if page else PAGES
+    least = whole_pages(memory * times + least, smallest)
+    most = whole_pages(memory * times + most, largest)
     return NewVm(least, most, f"The VM pins {pins}.", *describe_limit(memory * times, memlock))
+
+
+def whole_pages(size_: int, page: int) -> int:
+    """The size, rounded up to pages."""
+    return -(-size_ // page) * page
 
 
 def describe_limit(pinned: int, memlock: Any) -> tuple[int | None, str]:
@@ -341,7 +350,7 @@ def remedy(info: Info, user: Owner, vm: NewVm, strictest: Forecast, by_libvirt: 
 def emulator(info: Info, user: Owner) -> str:
     """The path of the emulator that the VM is most likely to run in: the user's running ones, then x86-64.
 
-    One that has CAP_IPC_LOCK already comes last.
+    One that has CAP_IPC_LOCK already comes last. Without any, it is the one that the host would have.
     """
     running = {process["comm"] for process in info["processes"] if process["uid"] == user.uid}
 
@@ -351,7 +360,7 @@ def emulator(info: Info, user: Owner) -> str:
         return bool(row["cap_ipc_lock"]), basename(path)[:15] not in running, not path.endswith("x86_64"), path
 
     likely = min(candidates(info), key=rank, default=None)
-    return "/usr/bin/qemu-system-x86_64" if likely is None else str(likely["path"])
+    return f"/usr/bin/{qemu_for(info['host'].get('machine', 'x86_64'))}" if likely is None else str(likely["path"])
 
 
 def what_would_tell(info: Info, user: Owner, vm: NewVm, forecasts: list[Forecast]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from os.path import basename
 from typing import Any
 
-__all__ = ("UNSEEN", "has_iommufd", "has_libvirt", "own_emulators")
+__all__ = ("UNSEEN", "has_iommufd", "has_libvirt", "own_emulators", "qemu_for")
 
 # What stands in limits_of_view where there may be VMs that were not seen: processes as a whole, their descriptors, or
 # their iommufds.
@@ -22,7 +22,7 @@ _EMULATOR_OF = {"ppc64le": "ppc64", "i686": "i386", "armv7l": "arm"}
 
 def own_emulators(qemu: Sequence[Mapping[str, Any]], architecture: str) -> list[str]:
     """Those of a host's emulators that run guests of its own architecture."""
-    own = {"qemu-kvm", f"qemu-system-{_EMULATOR_OF.get(architecture, architecture)}"}
+    own = {"qemu-kvm", qemu_for(architecture)}
     return [each["path"] for each in qemu if each["present"] and basename(each["path"]) in own]
 
 
@@ -34,3 +34,8 @@ def has_iommufd(host: Mapping[str, Any]) -> bool:
 def has_libvirt(libvirt: Mapping[str, Any]) -> bool:
     """Whether there is, or may be, a system libvirt."""
     return libvirt["unit"] is not None or libvirt["sets_rlimit_mode"] is None
+
+
+def qemu_for(architecture: str) -> str:
+    """The name of QEMU's program for an architecture, as uname -m tells it."""
+    return f"qemu-system-{_EMULATOR_OF.get(architecture, architecture)}"
