@@ -87,8 +87,8 @@ options:
   overhead:
     description:
       - What the VM pins beyond its memory, such as firmware and video memory, in all of its address spaces, as a size.
-      - If given, the filter takes it as exact, and rounds the sum with O(memory) up to whole pages. How large they are is
-        in the input if V(host) was gathered. Without that, pages may have 4 to 64 KiB.
+      - If given, the filter takes it as exact, and rounds the sum with O(memory) up to whole pages. How large they
+        are is in the input if V(host) was gathered. Without that, pages may have 4 to 64 KiB.
       - If not given, it may be anything up to the most that a running VM of the input pins beyond its memory, with
         O(viommu) times O(vfio_devices). The filter ignores VMs with more than one IOAS, since they may have pinned
         their memory more than once. It also ignores VMs that pin over 1 GiB beyond their memory, since these probably
