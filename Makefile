@@ -35,7 +35,7 @@ demo: $(VENV)/stamp lab-tools  ## show the failure and the cure on a real kernel
 	    $(BIN)/ansible-playbook -i $(VENV)/inventory tests/demo/demo.yml
 	@echo "The VM is still up. To stop it: $(STOP)"
 
-check: $(VENV)/stamp  ## check quickly: lint, and the unit tests on one Python (a minute)
+check: $(VENV)/stamp  ## check quickly: lint, and the unit tests on one Python (two minutes)
 	@rm -rf $(RESULTS)
 	$(NOX) --parallel $(PARALLEL) --stop-on-first-error -s \
 	    "units-$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')" ansible-lint types lint license-check

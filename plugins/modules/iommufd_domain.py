@@ -76,7 +76,7 @@ attributes:
         domain.
       - The module tries on an iommufd of its own whether the accounting could be set.
 requirements:
-  - Linux 6.2 or later, built with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, with the module C(iommufd) loaded.
+  - Linux 6.2 or later, built with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, with the kernel module C(iommufd) loaded.
   - libvirt 12.2 or later, and its Python binding for the Python that Ansible uses on the host. That is the package
     C(python3-libvirt) of Debian, Ubuntu, Fedora and Red Hat.
   - systemd, for a user's libvirt that does not run yet.

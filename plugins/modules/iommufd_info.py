@@ -30,7 +30,7 @@ options:
       - V(host) is what the host supports.
       - V(processes) are the processes that hold an iommufd.
       - V(users) are the users that per-user accounting charges.
-      - V(emulators) adds to V(host) what takes seconds or wakes a service, each at most 30 seconds long. The module
+      - V(emulators) adds to V(host) what takes seconds or wakes a service, each at most 90 seconds long. The module
         asks every emulator for its version. It asks the system libvirt for the capabilities of a domain, which may
         start libvirt's daemon.
     type: list

@@ -105,7 +105,7 @@ attributes:
         reject. That changes nothing.
       - For huge pages, the kernel offers no such way. So check mode predicts that they can be turned off.
 requirements:
-  - Linux 6.2 or later, built with CONFIG_IOMMUFD, with the module C(iommufd) loaded.
+  - Linux 6.2 or later, built with CONFIG_IOMMUFD, with the kernel module C(iommufd) loaded.
   - Python 3.9 or later with C(ctypes) on the host; Debian's package C(python3) has it, C(python3-minimal) has not.
 notes:
   - B(Privilege.) To share a descriptor, the module needs ptrace access to the process. That is root with CAP_SYS_PTRACE

@@ -22,7 +22,7 @@ def anchors(path: Path) -> set[str]:
     """The anchors that GitHub makes of the headings of a page."""
     text = path.read_text("utf-8")
     if path.suffix == ".rst":
-        titles = re.findall(r"(?m)^(\S.*)\n[=-]{3,}$", text)
+        titles = re.findall(r"(?m)^(\S.*)\n[=^-]{3,}$", text)
         return {re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") for title in titles}
     titles = re.findall(r"(?m)^#+ (.*)$", text)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
