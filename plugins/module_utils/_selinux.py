@@ -13,7 +13,7 @@ import contextlib
 import os
 from typing import Callable, NamedTuple
 
-from ._errors import error_text
+from ._errors import IommufdError, error_text
 
 __all__ = ("Verdict", "context_of", "context_of_service", "lets_use")
 
@@ -36,7 +36,7 @@ def lets_use(capability: str, context: Callable[[], str]) -> Verdict:
     """Whether a process may use a capability that it has in the initial user namespace, as far as SELinux goes.
 
     `capability` is one of the first 32, such as `cap_sys_resource`. `context` gives the process's context, and is
-    called where SELinux is in force. See cred_has_capability() in security/selinux/hooks.c.
+    called where SELinux is in force; it may raise OSError and IommufdError. See cred_has_capability() in security/selinux/hooks.c.
     """
     if not _enforces():
         return Verdict(True)
@@ -51,6 +51,8 @@ def lets_use(capability: str, context: Callable[[], str]) -> Verdict:
         return Verdict(
             None, f"SELinux is in force, and its policy cannot be asked for {permission} ({error_text(exc.errno)})"
         )
+    except IommufdError as exc:
+        return Verdict(None, f"SELinux is in force, and the context is not known: {str(exc).rstrip('.')}")
     except ValueError:
         return Verdict(
             None, f"SELinux is in force, and its answer for {permission} is of a form that is not known here"
