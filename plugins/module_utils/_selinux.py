@@ -38,8 +38,11 @@ def lets_use(capability: str, context: Callable[[], str]) -> Verdict:
     `capability` is one of the first 32, such as `cap_sys_resource`. `context` gives the process's context, and is
     called where SELinux is in force; it may raise OSError and IommufdError. See cred_has_capability() in security/selinux/hooks.c.
     """
-    if not _enforces():
-        return Verdict(True)
+    try:
+        if not _enforces():
+            return Verdict(True)
+    except OSError as exc:
+        return Verdict(None, f"Whether SELinux is in force cannot be read ({error_text(exc.errno)})")
     permission = capability[len("cap_") :]
     try:
         who = context()
@@ -73,7 +76,8 @@ def context_of_service(program: str) -> str:
 
 
 def _enforces() -> bool:
-    with contextlib.suppress(OSError), open(f"{_SELINUXFS}/enforce", "rb") as stream:
+    # A kernel without SELinux has neither the file nor a place for it.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(f"{_SELINUXFS}/enforce", "rb") as stream:
         return stream.read().strip() == b"1"
     return False
 

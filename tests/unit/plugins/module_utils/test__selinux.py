@@ -79,6 +79,14 @@ def test_without_selinux_in_force_nothing_is_asked(selinuxfs: Path, enforce: str
     assert lets_use("cap_sys_resource", pytest.fail) == (True, "")
 
 
+def test_whether_it_is_in_force_may_not_be_readable(selinuxfs: Path) -> None:
+    (selinuxfs / "enforce").unlink()
+    (selinuxfs / "enforce").symlink_to("enforce")
+    allowed, why = lets_use("cap_sys_resource", pytest.fail)
+    assert allowed is None
+    assert why.startswith("Whether SELinux is in force cannot be read (ELOOP")
+
+
 def test_the_context_that_a_service_would_have(selinuxfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
