@@ -17,7 +17,7 @@ from typing import Callable, NamedTuple
 
 from ._capabilities import CAP_SYS_RESOURCE, capability_names
 from ._child import Run
-from ._errors import AccessRefused, IommufdError
+from ._errors import IommufdError, ProcessGone
 from ._foreign import parse_xml
 from ._process import Process
 from ._selinux import Verdict, context_of, context_of_service, lets_use
@@ -110,7 +110,7 @@ def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
 class Libvirt(NamedTuple):
     """The system libvirt. `installed` is the version of the library on disk, `version` that of the running daemon.
 
-    Where the daemon does not run, or its memory map may not be read, they are the same. None is what cannot be told,
+    Where the daemon does not run, or its memory map cannot be read, they are the same. None is what cannot be told,
     and `msg` tells why; `pid` is None where it does not run, and `unit` where there is none. `may` is whether the
     daemon has CAP_SYS_RESOURCE and may use it, and `why` what SELinux has to do with that.
     """
@@ -152,7 +152,10 @@ def look_at_libvirt(run: Run) -> Libvirt:
             running, msg = installed, ""
             try:
                 running = library_version(daemon.read("maps")) or installed
-            except AccessRefused as exc:
+            except ProcessGone:
+                raise
+            except IommufdError as exc:
+                # It runs all the same.
                 msg = f"The version that the running daemon has mapped: {exc}"
             return Libvirt(running, installed, unit.name, unit.pid, may, msg, why)
     except IommufdError as exc:

@@ -97,14 +97,16 @@ def test_a_running_daemon_is_looked_at_itself(monkeypatch: pytest.MonkeyPatch) -
     assert found.may is not None
 
 
-def test_its_memory_map_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [AccessRefused, IommufdError])
+def test_its_memory_map_cannot_be_read(monkeypatch: pytest.MonkeyPatch, error: type[IommufdError]) -> None:
     def refuse(_self: Process, _name: str) -> bytes:
-        raise AccessRefused("It is hidden.")
+        raise error("It is hidden.")
 
     monkeypatch.setattr(Process, "read", refuse)
     found = look_at_libvirt(answer(unit("virtqemud.service", MainPID=str(os.getpid()))))
     assert found.version == found.installed
-    assert "It is hidden." in found.msg
+    assert found.pid == os.getpid()
+    assert found.msg == "The version that the running daemon has mapped: It is hidden."
 
 
 def test_it_has_just_ended() -> None:
