@@ -16,6 +16,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._systemd import (
     is_unit_name,
     must_run,
     parse_units,
+    read_journal,
     show_units,
 )
 
@@ -88,6 +89,14 @@ def test_units() -> None:
     assert len(asked) == 2
     assert ask_states(run, []) == {}
     assert len(asked) == 2
+
+
+def test_the_journal() -> None:
+    """What it tells counts, also where journalctl fails."""
+    assert read_journal(lambda _words: (1, "a.service: Failed at step USER\n", "Damaged."), "a.service") == [
+        "Failed at step USER"
+    ]
+    assert read_journal(missing, "a.service") == []
 
 
 def test_a_command_that_must_succeed() -> None:
