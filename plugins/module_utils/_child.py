@@ -371,8 +371,8 @@ def _execute(
         os.execvpe(words[0], list(words), dict(variables))
     except BaseException as exc:
         # There is a zero byte in a word, for one. What is not told here would look like the command's own answer.
-        number = exc.errno if isinstance(exc, OSError) else None
-        os.write(report, str(number or errno.EINVAL).encode())
+        failure = exc.errno if isinstance(exc, OSError) else None
+        os.write(report, str(failure or errno.EINVAL).encode())
 
 
 def run_command(

@@ -41,7 +41,8 @@ def lets_use(capability: str, context: Callable[[], str]) -> Verdict:
     """Whether a process may use a capability that it has in the initial user namespace, as far as SELinux goes.
 
     `capability` is one of the first 32, such as `cap_sys_resource`. `context` gives the process's context, and is
-    called where SELinux is in force; it may raise OSError and IommufdError. See cred_has_capability() in security/selinux/hooks.c.
+    called where SELinux is in force; it may raise OSError and IommufdError. See cred_has_capability() in
+    security/selinux/hooks.c.
     """
     try:
         if not _enforces():
