@@ -64,6 +64,9 @@ _value:
     requested:
       description: The strategy that was asked for.
       type: str
+    chosen:
+      description: The strategy that suits the host, whether its running kernel has iommufd or not.
+      type: str
     strategy:
       description: The strategy that is taken, V(native), V(cap_ipc_lock), V(memlock) or V(observe).
       type: str

@@ -369,11 +369,10 @@ def _execute(
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         os.execvpe(words[0], list(words), dict(variables))
-    except OSError as exc:
-        os.write(report, str(exc.errno).encode())
-    except ValueError:
-        # There is a zero byte in a word.
-        os.write(report, str(errno.EINVAL).encode())
+    except BaseException as exc:
+        # There is a zero byte in a word, for one. What is not told here would look like the command's own answer.
+        failure = exc.errno if isinstance(exc, OSError) else None
+        os.write(report, str(failure or errno.EINVAL).encode())
 
 
 def run_command(

@@ -558,7 +558,7 @@ class DaemonLimit(NamedTuple):
 def look_at_daemon(target: Target, name: str, user: User, need: int | None) -> DaemonLimit:
     """Looks at a user's daemon, before it starts a domain that needs so much. Raises as hold_target does."""
 
-    def look_at_domain() -> DaemonLimit:
+    def look() -> DaemonLimit:
         with hold_target(target) as daemon:
             limit = daemon.memlock()
             try:
@@ -567,7 +567,7 @@ def look_at_daemon(target: Target, name: str, user: User, need: int | None) -> D
                 return DaemonLimit(daemon.pid, limit.hard, str(exc))
             return DaemonLimit(daemon.pid, limit.hard, "")
 
-    return DaemonLimit(*in_child(None, look_at_domain, _SECONDS))
+    return DaemonLimit(*in_child(None, look, _SECONDS))
 
 
 def set_mode(fd: int, wanted: int, dry_run: bool) -> Result:

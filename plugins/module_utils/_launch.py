@@ -26,7 +26,7 @@ from typing import NamedTuple, NoReturn
 
 from ._capabilities import CAP_IPC_LOCK, capability_names, parse_file_capabilities, read_xattr
 from ._device import DEVICE, open_iommufd
-from ._errors import AccessRefused, HostLacks, IommufdError, error_text
+from ._errors import AccessRefused, IommufdError, error_text
 from ._iommufd import CHANGED, DENIED, PROCESS, RLIMIT_MODE, UNCHANGED, UNSUPPORTED, USER, IommuFd, Result, explain
 from ._size import human_size, parse_size
 from ._syscalls import (
@@ -251,11 +251,13 @@ def open_device() -> int:
     try:
         fd = open_iommufd()
     except IommufdError as exc:
-        hints = {
-            HostLacks: " Or does the unit have PrivateDevices=?",
-            AccessRefused: " A unit needs DeviceAllow=, too.",
-        }
-        raise Refusal(NO_IOMMUFD, f"{exc}{hints.get(type(exc), '')}") from exc
+        hint, cause = "", exc.__cause__
+        if isinstance(cause, FileNotFoundError) and cause.filename == DEVICE:
+            # The kernel has the device, and the node is missing.
+            hint = " Or does the unit have PrivateDevices=?"
+        elif isinstance(exc, AccessRefused):
+            hint = " A unit needs DeviceAllow=, too."
+        raise Refusal(NO_IOMMUFD, f"{exc}{hint}") from exc
     if fd > 2:
         return fd
     # Started without standard streams. A VMM would take it for one of them.

@@ -17,7 +17,7 @@ from typing import Callable, NamedTuple
 
 from ._capabilities import CAP_SYS_RESOURCE, capability_names
 from ._child import Run
-from ._errors import AccessRefused, IommufdError
+from ._errors import IommufdError, ProcessGone
 from ._foreign import parse_xml
 from ._process import Process
 from ._selinux import Verdict, context_of, context_of_service, lets_use
@@ -51,7 +51,6 @@ _PROPERTIES = (
     "AmbientCapabilities",
     "PrivateUsers",
     "SELinuxContext",
-    "ExecStart",
 )
 
 # libvirt's QEMU driver keeps it while it runs, wherever that is.
@@ -77,7 +76,7 @@ def library_version(text: bytes) -> Version | None:
 class DaemonUnit(NamedTuple):
     """What systemd says of a unit: `may` is whether it would run with CAP_SYS_RESOURCE, None where that is not said.
 
-    `program` is what it starts, `context` the SELinux context that it sets for that; each may be empty.
+    `context` is the SELinux context that it sets for what it starts; it may be empty.
     """
 
     name: str
@@ -86,7 +85,6 @@ class DaemonUnit(NamedTuple):
     pid: int
     initial: bool
     may: bool | None
-    program: str = ""
     context: str = ""
 
 
@@ -97,7 +95,6 @@ def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
     # Root gets all of the bounding set; anybody else what is ambient.
     given = bounding if shown.get("User", "") in ("", "root", "0") else shown.get("AmbientCapabilities")
     initial = shown.get("PrivateUsers", "no") == "no"
-    program = re.match(r"\{ path=(\S+) ;", shown.get("ExecStart", ""))
     return DaemonUnit(
         name=shown.get("Id", ""),
         there=shown.get("LoadState") == "loaded",
@@ -105,7 +102,6 @@ def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
         pid=int(pid) if re.fullmatch(r"[0-9]{1,10}", pid) else 0,
         initial=initial,
         may=None if given is None else initial and CAP_SYS_RESOURCE in given.split(),
-        program=program[1] if program else "",
         # With a minus, a context that cannot be had is no failure.
         context=shown.get("SELinuxContext", "").lstrip("-"),
     )
@@ -114,7 +110,7 @@ def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
 class Libvirt(NamedTuple):
     """The system libvirt. `installed` is the version of the library on disk, `version` that of the running daemon.
 
-    Where the daemon does not run, or its memory map may not be read, they are the same. None is what cannot be told,
+    Where the daemon does not run, or its memory map cannot be read, they are the same. None is what cannot be told,
     and `msg` tells why; `pid` is None where it does not run, and `unit` where there is none. `may` is whether the
     daemon has CAP_SYS_RESOURCE and may use it, and `why` what SELinux has to do with that.
     """
@@ -145,7 +141,7 @@ def look_at_libvirt(run: Run) -> Libvirt:
             msg = f"libvirt runs in no unit of this host, perhaps in a container: there is {_DRIVER_PID}."
         return Libvirt(installed, installed, None, None, None, msg)
     if not unit.pid:
-        may, why = _would_be_left(unit)
+        may, why = _would_be_left(run, unit)
         return Libvirt(installed, installed, unit.name, None, may, why=why)
     try:
         with Process.hold(unit.pid) as daemon:
@@ -156,11 +152,14 @@ def look_at_libvirt(run: Run) -> Libvirt:
             running, msg = installed, ""
             try:
                 running = library_version(daemon.read("maps")) or installed
-            except AccessRefused as exc:
+            except ProcessGone:
+                raise
+            except IommufdError as exc:
+                # It runs all the same.
                 msg = f"The version that the running daemon has mapped: {exc}"
             return Libvirt(running, installed, unit.name, unit.pid, may, msg, why)
     except IommufdError as exc:
-        may, why = _would_be_left(unit)
+        may, why = _would_be_left(run, unit)
         return Libvirt(installed, installed, unit.name, None, may, str(exc), why)
 
 
@@ -170,8 +169,18 @@ def _left(may: bool | None, context: Callable[[], str]) -> Verdict:
     return Verdict(verdict.allowed and may, verdict.why)
 
 
-def _would_be_left(unit: DaemonUnit) -> Verdict:
-    return _left(unit.may, lambda: unit.context or context_of_service(unit.program))
+def _would_be_left(run: Run, unit: DaemonUnit) -> Verdict:
+    return _left(unit.may, lambda: unit.context or context_of_service(_program_of(run, unit)))
+
+
+def _program_of(run: Run, unit: DaemonUnit) -> str:
+    """What a unit starts. Raises IommufdError."""
+    # Asked for alone, since its words may have empty lines, as those between units are.
+    started = show_units(run, [unit.name], ("ExecStart",))[0].get("ExecStart", "")
+    found = re.match(r"\{ path=(\S+) ;", started)
+    if not found:
+        raise IommufdError(f"systemd does not tell what {unit.name} starts.")
+    return found[1]
 
 
 def _choose(units: list[DaemonUnit]) -> DaemonUnit | None:

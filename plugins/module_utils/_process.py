@@ -407,7 +407,10 @@ class Process(NamedTuple):
         return initial
 
     def read(self, name: str, most: int = sys.maxsize) -> bytes:
-        """A file of the process in /proc, or the beginning of it. Raises ProcessGone or AccessRefused."""
+        """A file of the process in /proc, or the beginning of it.
+
+        Raises ProcessGone, AccessRefused, or IommufdError for what is neither, as where memory is short.
+        """
         try:
             text = read_file(f"/proc/{self.pid}/{name}", most)
         except OSError as exc:

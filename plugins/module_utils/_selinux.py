@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from functools import partial
 from typing import Callable, NamedTuple
 
-from ._errors import error_text
+from ._child import in_child
+from ._errors import IommufdError, error_text, shown_path
+from ._paths import walk
 
 __all__ = ("Verdict", "context_of", "context_of_service", "lets_use")
 
@@ -23,6 +26,8 @@ _XATTR = "security.selinux"
 _PERMISSIVE = 1
 # SIMPLE_TRANSACTION_LIMIT is less than a page.
 _ANSWER = 4096
+# A local file is there in no time.
+_PATIENCE = 10
 
 
 class Verdict(NamedTuple):
@@ -36,10 +41,14 @@ def lets_use(capability: str, context: Callable[[], str]) -> Verdict:
     """Whether a process may use a capability that it has in the initial user namespace, as far as SELinux goes.
 
     `capability` is one of the first 32, such as `cap_sys_resource`. `context` gives the process's context, and is
-    called where SELinux is in force. See cred_has_capability() in security/selinux/hooks.c.
+    called where SELinux is in force; it may raise OSError and IommufdError. See cred_has_capability() in
+    security/selinux/hooks.c.
     """
-    if not _enforces():
-        return Verdict(True)
+    try:
+        if not _enforces():
+            return Verdict(True)
+    except OSError as exc:
+        return Verdict(None, f"Whether SELinux is in force cannot be read ({error_text(exc.errno)})")
     permission = capability[len("cap_") :]
     try:
         who = context()
@@ -51,6 +60,8 @@ def lets_use(capability: str, context: Callable[[], str]) -> Verdict:
         return Verdict(
             None, f"SELinux is in force, and its policy cannot be asked for {permission} ({error_text(exc.errno)})"
         )
+    except IommufdError as exc:
+        return Verdict(None, f"SELinux is in force, and the context is not known: {str(exc).rstrip('.')}")
     except ValueError:
         return Verdict(
             None, f"SELinux is in force, and its answer for {permission} is of a form that is not known here"
@@ -65,13 +76,26 @@ def context_of(pid: int) -> str:
 
 
 def context_of_service(program: str) -> str:
-    """The context in which systemd runs a program, unless the unit sets one. Raises OSError."""
-    label = _text(os.getxattr(program, _XATTR))
+    """The context in which systemd runs a program, unless the unit sets one. Raises OSError and IommufdError."""
+    # A path may lead to a mount whose server does not answer for ever.
+    label = in_child(None, partial(_label_of, program), _PATIENCE)
     return _text(_ask("create", context_of(1), label, _number("process/index")))
 
 
+def _label_of(program: str) -> str:
+    """The context of the file that is executed. Raises IommufdError."""
+    try:
+        with walk(program, follow=True, program=True) as place:
+            if place.found is None:
+                raise IommufdError(f"There is no {shown_path(program)}.")
+            return _text(os.getxattr(f"/proc/self/fd/{place.found}", _XATTR))
+    except OSError as exc:
+        raise IommufdError(f"{shown_path(program)} cannot be looked at ({error_text(exc.errno)}).") from exc
+
+
 def _enforces() -> bool:
-    with contextlib.suppress(OSError), open(f"{_SELINUXFS}/enforce", "rb") as stream:
+    # A kernel without SELinux has neither the file nor a place for it.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(f"{_SELINUXFS}/enforce", "rb") as stream:
         return stream.read().strip() == b"1"
     return False
 

@@ -10,7 +10,6 @@ the same as another user. `user` is the service manager of whoever `run` runs it
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -54,33 +53,37 @@ def is_unit_name(name: str, *kinds: str) -> bool:
 
 
 def show_units(run: Run, names: Sequence[str], properties: Iterable[str], user: bool = False) -> list[dict[str, str]]:
-    """What systemd shows of units, which it does not start for that, in their order; see `parse_units`.
+    """What systemd shows of units, which it does not start for that, in their order; see `_properties`.
 
     Where there is no systemd, as in a chroot, it may be less than was asked for, or nothing. Raises IommufdError.
     """
     manager = ["--user"] if user else []
     words = ["systemctl", *manager, "show", "--no-pager", f"--property={','.join(properties)}", "--", *names]
     try:
-        return parse_units(must_run(run, *words))
+        output = must_run(run, *words)
     except CommandFailed as exc:
         raise IommufdError(f"systemd cannot be asked for {', '.join(names)}: {exc.said.rstrip('.')}.") from exc
     except HostLacks as exc:
         raise HostLacks(f"systemd cannot be asked for {', '.join(names)}: {exc}") from exc
+    # A command's words may have empty lines, as a script has. Of one unit, all of it is its own.
+    return [_properties(output)] if len(names) == 1 else parse_units(output)
 
 
 def parse_units(text: str) -> list[dict[str, str]]:
-    """Reads the output of `systemctl show`: the properties of each unit, without those that its kind does not have.
+    """Reads the output of `systemctl show` of several units, of which no property may hold an empty line."""
+    return [_properties(paragraph) for paragraph in re.split(r"\n{2,}", text.strip("\n"))]
+
+
+def _properties(text: str) -> dict[str, str]:
+    """The properties of one unit, without those that its kind does not have.
 
     Of what a unit has several times, such as commands, each is on a line of its own.
     """
-    units = []
-    for paragraph in re.split(r"\n{2,}", text.strip("\n")):
-        shown: dict[str, str] = {}
-        for key, equals, value in (line.partition("=") for line in paragraph.splitlines()):
-            if equals:
-                shown[key] = f"{shown[key]}\n{value}" if key in shown else value
-        units.append(shown)
-    return units
+    shown: dict[str, str] = {}
+    for key, equals, value in (line.partition("=") for line in text.splitlines()):
+        if equals:
+            shown[key] = f"{shown[key]}\n{value}" if key in shown else value
+    return shown
 
 
 class UnitState(NamedTuple):
@@ -134,9 +137,13 @@ def run_service(
 
 
 def read_journal(run: Run, name: str) -> list[str]:
-    """The last lines that the journal has of a unit of the system's, without its name. Raises as `must_run` does."""
-    # What is said of one that has ended just now may not be written yet.
-    with contextlib.suppress(CommandFailed):
-        must_run(run, "journalctl", "--sync")
+    """The last lines that journalctl gives of a unit of the system's, without its name; none where it cannot be run."""
     words = ["journalctl", "--no-pager", "--output=cat", f"--lines={_JOURNAL_LINES}", f"--unit={name}"]
-    return [line.replace(f"{name}: ", "") for line in must_run(run, *words).splitlines()]
+    try:
+        # What is said of one that has ended just now may not be written yet.
+        run(["journalctl", "--sync"])
+        # It may fail, as at a damaged file, and have told something all the same.
+        _code, output, _errors = run(words)
+    except OSError:
+        return []
+    return [line.replace(f"{name}: ", "") for line in output.splitlines()]

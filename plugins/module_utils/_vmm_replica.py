@@ -121,8 +121,6 @@ def replica_properties(unit: Unit) -> list[str]:
 
 def _why(run: Run, name: str, errors: str) -> str:
     """What the journal says of a service that did not start, or else systemd-run."""
-    lines: list[str] = []
-    with contextlib.suppress(IommufdError):
-        lines = read_journal(run, name)
+    lines = read_journal(run, name)
     failed = [line for line in lines if line.startswith("Failed at step")]
     return one_line(os.fsencode(" ".join(failed or lines) or errors))

@@ -33,6 +33,7 @@ options:
       - V(emulators) adds to V(host) what takes seconds or wakes a service, each at most 90 seconds long. The module
         asks every emulator for its version. It asks the system libvirt for the capabilities of a domain, which may
         start libvirt's daemon.
+      - For V(host), the module also asks systemd about libvirt's daemon. It waits at most 90 seconds for each answer.
     type: list
     elements: str
     choices:
@@ -687,7 +688,7 @@ from ..module_utils._capabilities import (
     CAP_SYS_RESOURCE,
     capability_names,
 )
-from ..module_utils._child import Run, run_command
+from ..module_utils._child import COMMAND_SECONDS, Run, run_command
 from ..module_utils._device import DEVICE
 from ..module_utils._errors import IommufdError, error_text, shown_path
 from ..module_utils._foreign import shown_text
@@ -700,6 +701,9 @@ from ..module_utils._process import (
 )
 from ..module_utils._running import read_domain_record
 from ..module_utils._user import user_name
+
+# How long a command may take that is not systemd's.
+SECONDS = 30
 
 
 class Unseen:
@@ -1042,9 +1046,12 @@ def run(params: Row, _check_mode: bool, result: Row) -> None:
 
 
 def run_patiently(words: list[str]) -> tuple[int, str, str]:
-    """Runs a command; its exit code is 127 where it cannot be run at all, as the shell has it."""
+    """Runs a command; its exit code is 127 where it cannot be run at all, as the shell has it.
+
+    systemd gets the time that it gets everywhere.
+    """
     try:
-        return run_command(words)
+        return run_command(words, COMMAND_SECONDS if words[0] == "systemctl" else SECONDS)
     except OSError as exc:
         return 127, "", error_text(exc.errno)
 

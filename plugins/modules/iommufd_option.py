@@ -301,8 +301,10 @@ from ..module_utils._target import (
 
 UINT32_MAX = 2**32 - 1
 
-# What the kernel answers in no time; a busy host gets so long, and systemd within this its own time.
-SECONDS = 120
+# What the kernel answers in no time; a busy host gets so long.
+SECONDS = 60
+# Of this, systemd may take its own time, before the kernel is asked.
+UNIT_SECONDS = 120
 
 # A process may have hundreds of iommufds, and thousands of IOASes. All of them are in the return value.
 LABELS_MAX = 20
@@ -484,11 +486,12 @@ def run(params: Row, check_mode: bool, result: Row) -> None:
     # A process may keep whoever looks at it, and may put something in the place of its iommufd that takes for ever to
     # close. So all of it is done in a child.
     target = target_of(params)
+    seconds = UNIT_SECONDS if isinstance(target, UnitTarget) else SECONDS
     try:
-        answer = in_child(None, partial(attempt, target, params["fd"], job), SECONDS)
+        answer = in_child(None, partial(attempt, target, params["fd"], job), seconds)
     except NoAnswer as exc:
         raise IommufdError(
-            f"{target} keeps whoever looks at it waiting, for more than {SECONDS} seconds: it is stuck, as in executing"
+            f"{target} keeps whoever looks at it waiting, for more than {seconds} seconds: it is stuck, as in executing"
             " a program while the server of a mount does not answer. It may have been set, or not: look again."
         ) from exc
     result.update({name: answer[name] for name in ("process",) if name in answer})

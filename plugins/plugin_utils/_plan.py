@@ -99,6 +99,7 @@ def _plan(host: Row, config: Row, check: Row | None) -> Row:
     wrong = input_errors(config)
     config = {**config, "user": _user(config, libvirt, check)}
     choice = choose(config, libvirt)
+    chosen = choice.strategy
     access = _access(config, libvirt)
     granted = emulators if choice.strategy == "cap_ipc_lock" and _are_granted(config, libvirt) else []
     errors = (
@@ -119,6 +120,7 @@ def _plan(host: Row, config: Row, check: Row | None) -> Row:
         "kernel": host["kernel"],
         "errors": errors,
         "requested": config["strategy"],
+        "chosen": chosen,
         **choice._asdict(),
         "user": config["user"],
         # Where units alone start VMs, nothing depends on the host's own.

@@ -74,7 +74,7 @@ def _result(plan: Any, info: Any, applied: Any, check: Any, restarts: bool) -> R
             *todo,
             *([] if restarts else _todo_for_daemons(restart["daemons"])),
             *_todo_for_launcher(applied["put_back"]),
-            *(_todo_for_found(found) if plan["strategy"] == "native" else []),
+            *(_todo_for_found(found) if plan["chosen"] == "native" else []),
         ],
         "put_back": [each["text"] for each in applied["put_back"]],
         "restart": restart,

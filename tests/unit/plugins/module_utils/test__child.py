@@ -352,6 +352,15 @@ def test_a_command_that_does_not_end_well(script: str, code: int, told: str) -> 
     assert time.monotonic() - began < 30
 
 
+def test_what_fails_before_a_command_is_not_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_keep: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(_child, "close_all_but", fail)
+    with pytest.raises(OSError, match="Invalid argument"):
+        run_command(["true"])
+
+
 def test_a_child_that_hangs_is_ended() -> None:
     began = time.monotonic()
     with pytest.raises(NoAnswer, match=f"^{WHO} got no answer within 0 seconds"):

@@ -294,9 +294,19 @@ def test_whatever_fails_starts_nothing(
 def test_a_host_without_the_device(
     task: FakeTask, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(_device, "DEVICE", str(tmp_path / "iommu"))
+    for module in (_device, _launch):
+        monkeypatch.setattr(module, "DEVICE", str(tmp_path / "iommu"))
     assert run(monkeypatch) == NO_IOMMUFD
-    assert "There is no" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "There is no" in said
+    assert said.endswith(" Or does the unit have PrivateDevices=?\n")
+    # Where the kernel has none, no unit can help it.
+    with monkeypatch.context() as patch:
+        patch.setattr(_device, "misc_rdev", lambda: None)
+        assert run(patch) == NO_IOMMUFD
+    said = capfd.readouterr().err
+    assert "This kernel has no iommufd" in said
+    assert "PrivateDevices" not in said
     # A link leads wherever its owner wants.
     (tmp_path / "iommu").symlink_to(os.devnull)
     assert run(monkeypatch) == NO_IOMMUFD
@@ -322,11 +332,11 @@ def test_a_sandbox_that_hides_the_devices_number(
     task: FakeTask, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def hidden() -> int:
-        raise HostLacks("The device number is not to be had.")
+        raise HostLacks("The device number is not to be had.") from FileNotFoundError(2, "No", "/proc/misc")
 
     monkeypatch.setattr(_device, "misc_rdev", hidden)
     assert run(monkeypatch) == NO_IOMMUFD
-    assert "is not to be had" in capfd.readouterr().err
+    assert capfd.readouterr().err.endswith("is not to be had.\n")
 
 
 def test_what_was_not_foreseen_has_a_code_of_its_own(

@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Run
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     Libvirt,
     daemon_unit_of,
@@ -63,11 +63,9 @@ def test_what_a_unit_would_run_with(properties: dict[str, str], may: bool) -> No
     assert daemon_unit_of(shown).may is may
 
 
-def test_what_a_unit_would_start() -> None:
-    started = "{ path=/usr/sbin/virtqemud ; argv[]=/usr/sbin/virtqemud --timeout 120 ; ignore_errors=no }"
-    (shown,) = parse_units(unit("virtqemud.service", ExecStart=started, SELinuxContext="-a:b:c"))
-    unit_seen = daemon_unit_of(shown)
-    assert (unit_seen.program, unit_seen.context) == ("/usr/sbin/virtqemud", "a:b:c")
+def test_the_context_that_a_unit_sets() -> None:
+    (shown,) = parse_units(unit("virtqemud.service", SELinuxContext="-a:b:c"))
+    assert daemon_unit_of(shown).context == "a:b:c"
 
 
 def answer(*units: str) -> Run:
@@ -99,14 +97,16 @@ def test_a_running_daemon_is_looked_at_itself(monkeypatch: pytest.MonkeyPatch) -
     assert found.may is not None
 
 
-def test_its_memory_map_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [AccessRefused, IommufdError])
+def test_its_memory_map_cannot_be_read(monkeypatch: pytest.MonkeyPatch, error: type[IommufdError]) -> None:
     def refuse(_self: Process, _name: str) -> bytes:
-        raise AccessRefused("It is hidden.")
+        raise error("It is hidden.")
 
     monkeypatch.setattr(Process, "read", refuse)
     found = look_at_libvirt(answer(unit("virtqemud.service", MainPID=str(os.getpid()))))
     assert found.version == found.installed
-    assert "It is hidden." in found.msg
+    assert found.pid == os.getpid()
+    assert found.msg == "The version that the running daemon has mapped: It is hidden."
 
 
 def test_it_has_just_ended() -> None:
@@ -126,6 +126,28 @@ def test_what_selinux_leaves(
     monkeypatch.setattr(Process, "in_initial_user_namespace", lambda _self: True)
     found = look_at_libvirt(answer(unit("virtqemud.service", MainPID=str(pid))))
     assert (found.may, found.why) == (may, "so it is")
+
+
+@pytest.mark.parametrize(
+    ("started", "context"),
+    [
+        ("ExecStart={ path=/usr/sbin/virtqemud ; argv[]=/usr/sbin/virtqemud -a\n\n-b ; }\n", "/usr/sbin/virtqemud"),
+        ("", "IommufdError"),
+    ],
+)
+def test_what_a_unit_starts_is_asked_for_alone(monkeypatch: pytest.MonkeyPatch, started: str, context: str) -> None:
+    def run(words: list[str]) -> tuple[int, str, str]:
+        return 0, started if "--property=ExecStart" in words else unit("virtqemud.service"), ""
+
+    def lets_use(_capability: str, context: Callable[[], str]) -> Verdict:
+        try:
+            return Verdict(None, context())
+        except IommufdError as exc:
+            return Verdict(None, type(exc).__name__)
+
+    monkeypatch.setattr(_libvirt, "lets_use", lets_use)
+    monkeypatch.setattr(_libvirt, "context_of_service", lambda program: program)
+    assert look_at_libvirt(run).why == context
 
 
 def test_what_a_daemon_has_not_selinux_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,14 @@ def test_without_selinux_in_force_nothing_is_asked(selinuxfs: Path, enforce: str
     assert lets_use("cap_sys_resource", pytest.fail) == (True, "")
 
 
+def test_whether_it_is_in_force_may_not_be_readable(selinuxfs: Path) -> None:
+    (selinuxfs / "enforce").unlink()
+    (selinuxfs / "enforce").symlink_to("enforce")
+    allowed, why = lets_use("cap_sys_resource", pytest.fail)
+    assert allowed is None
+    assert why.startswith("Whether SELinux is in force cannot be read (ELOOP")
+
+
 def test_the_context_that_a_service_would_have(selinuxfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -88,6 +97,21 @@ def test_the_context_that_a_service_would_have(selinuxfs: Path, monkeypatch: pyt
 
     monkeypatch.setattr(_selinux, "_ask", ask)
     monkeypatch.setattr(_selinux, "context_of", lambda pid: f"context of {pid}")
-    monkeypatch.setattr(os, "getxattr", lambda path, name: f"{name} of {path}\0".encode())
-    assert context_of_service("/usr/sbin/virtqemud") == DAEMON
-    assert asked == [("create", "context of 1", "security.selinux of /usr/sbin/virtqemud", 2)]
+    monkeypatch.setattr(os, "getxattr", lambda path, name: f"{name} of {os.path.realpath(path)}\0".encode())
+    program = os.path.realpath("/bin/sh")
+    assert context_of_service("/bin/sh") == DAEMON
+    assert asked == [("create", "context of 1", f"security.selinux of {program}", 2)]
+
+
+def test_a_program_is_not_waited_for_for_ever(selinuxfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_selinux, "_PATIENCE", 0.1)
+    monkeypatch.setattr(os, "getxattr", lambda _path, _name: time.sleep(60))
+    allowed, why = lets_use("cap_sys_resource", lambda: context_of_service("/bin/sh"))
+    assert allowed is None
+    assert "the context is not known: The process that does this as root got no answer within" in why
+
+
+def test_a_program_that_is_not_there(selinuxfs: Path) -> None:
+    allowed, why = lets_use("cap_sys_resource", lambda: context_of_service("/usr/sbin/virt-no-such"))
+    assert allowed is None
+    assert why.endswith("There is no /usr/sbin/virt-no-such")

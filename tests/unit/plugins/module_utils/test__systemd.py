@@ -16,6 +16,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._systemd import (
     is_unit_name,
     must_run,
     parse_units,
+    read_journal,
     show_units,
 )
 
@@ -55,6 +56,13 @@ def test_what_is_shown() -> None:
     assert parse_units("") == [{}]
 
 
+def test_of_one_unit_everything_is_its_own() -> None:
+    """Its command is `sh -c "set -e\\n\\nexec qemu"`."""
+    output = "ExecStart={ path=/bin/sh ; argv[]=/bin/sh -c set -e\n\nexec qemu ; }\nUser=vm\n"
+    (shown,) = show_units(lambda _words: (0, output, ""), ["a.service"], ["ExecStart", "User"])
+    assert shown == {"ExecStart": "{ path=/bin/sh ; argv[]=/bin/sh -c set -e", "User": "vm"}
+
+
 def test_systemd_may_not_answer() -> None:
     with pytest.raises(HostLacks, match=r"^systemd cannot be asked for a\.service: systemctl cannot be run .ENOENT"):
         show_units(missing, ["a.service"], ["Id"])
@@ -76,11 +84,19 @@ def test_units() -> None:
         "f.service": UnitState(True, False, False),
     }
     assert str(states["p.path"]) == "enabled, active"
-    with pytest.raises(IommufdError, match=r"tells of 3 units where it was asked for p\.path"):
-        ask_states(run, ["p.path"])
+    with pytest.raises(IommufdError, match=r"tells of 3 units where it was asked for p\.path, n\.path\."):
+        ask_states(run, ["p.path", "n.path"])
     assert len(asked) == 2
     assert ask_states(run, []) == {}
     assert len(asked) == 2
+
+
+def test_the_journal() -> None:
+    """What it tells counts, also where journalctl fails."""
+    assert read_journal(lambda _words: (1, "a.service: Failed at step USER\n", "Damaged."), "a.service") == [
+        "Failed at step USER"
+    ]
+    assert read_journal(missing, "a.service") == []
 
 
 def test_a_command_that_must_succeed() -> None:

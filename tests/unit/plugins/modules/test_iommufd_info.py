@@ -129,6 +129,12 @@ def test_an_emulator_of_somebody_else_is_not_executed(
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize(("words", "seconds"), [(["/opt/q", "--version"], 30), (["virsh"], 30), (["systemctl"], 90)])
+def test_how_long_a_command_may_take(monkeypatch: pytest.MonkeyPatch, words: list[str], seconds: int) -> None:
+    monkeypatch.setattr(iommufd_info, "run_command", lambda _words, given: (0, str(given), ""))
+    assert iommufd_info.run_patiently(words) == (0, str(seconds), "")
+
+
 @pytest.mark.parametrize(("code", "offers"), [(0, False), (1, None)])
 def test_the_domain_capabilities(monkeypatch: pytest.MonkeyPatch, code: int, offers: bool | None) -> None:
     unit = "Id=virtqemud.service\nLoadState=loaded\nCapabilityBoundingSet=cap_sys_resource\n"

@@ -14,6 +14,7 @@ from typing import Any, Callable
 import pytest
 from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd
+from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -114,6 +115,18 @@ def test_bad_input(run: Run, null_is_iommufd: FakeKernel, options: dict[str, Any
     assert answer["failed"]
     assert re.search(words, answer["msg"])
     assert null_is_iommufd.calls == []
+
+
+@pytest.mark.parametrize(("target", "seconds"), [({}, 60), ({"pid": None, "unit": "vm1.service"}, 120)])
+def test_a_unit_has_systemds_time_besides(
+    run: Run, monkeypatch: pytest.MonkeyPatch, target: dict[str, Any], seconds: int
+) -> None:
+    def wait(_user: None, _work: object, waited: float) -> None:
+        assert waited == seconds
+        raise NoAnswer
+
+    monkeypatch.setattr(iommufd_option, "in_child", wait)
+    assert f"keeps whoever looks at it waiting, for more than {seconds} seconds" in run(**target)["msg"]
 
 
 @pytest.mark.parametrize(("rdev", "words"), [(os.makedev(10, 123), "holds no iommufd"), (None, "modprobe iommufd")])

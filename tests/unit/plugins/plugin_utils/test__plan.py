@@ -436,7 +436,7 @@ def test_a_kernel_without_iommufd_takes_no_strategy() -> None:
     absent = {"module": "absent", "device": {"path": "/dev/iommu", "present": False}}
     made = host_plan(info(OLD, **absent), {"architecture": "x86_64", "strategy": "cap_ipc_lock"})
     assert (made["state"], made["supported"], made["wanted"]) == ("present", False, NOTHING)
-    assert (made["requested"], made["strategy"]) == ("cap_ipc_lock", "observe")
+    assert (made["requested"], made["chosen"], made["strategy"]) == ("cap_ipc_lock", "cap_ipc_lock", "observe")
     assert [made["why"]] == made["errors"]
     assert made["why"].startswith("Kernel 6.12.107 has no iommufd: ")
     # It tells all that is wrong.

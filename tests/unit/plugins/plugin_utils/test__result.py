@@ -51,6 +51,7 @@ def plan(strategy: str, *grants: Row) -> Row:
         "supported": True,
         "kernel": "6.12.107",
         "requested": "auto",
+        "chosen": strategy,
         "strategy": strategy,
         "certain": True,
         "why": "So it is.",
@@ -353,6 +354,9 @@ def test_what_others_have_granted() -> None:
     assert host_result(made, info(capable=True), applied(ours=False), check())["grants"] == []
     left = host_result(plan("native"), info(capable=True), applied(), check())
     assert [each["to"] for each in left["found"]] == [QEMU]
+    assert f"setcap -r {QEMU}" in left["todo"][0]
+    # Nor is it needed where the kernel has no iommufd.
+    left = host_result({**plan("observe"), "chosen": "native"}, info(capable=True), applied(), check())
     assert f"setcap -r {QEMU}" in left["todo"][0]
     # What this run has put back was there when the host was looked at.
     assert host_result(plan("native"), info(capable=True), applied(TAKEN), check())["found"] == []
