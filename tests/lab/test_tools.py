@@ -49,3 +49,16 @@ def test_the_list_of_tools_says_so_for_that_guest_alone(capsys: pytest.CaptureFi
     told = capsys.readouterr().out
     assert "arm64" not in told
     assert "qemu-system-x86_64" in told
+
+
+@pytest.mark.usefixtures("without_emulation")
+def test_who_may_not_register_it_is_told_so_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sudo = tmp_path / "sudo"
+    sudo.write_text("#!/bin/sh\necho 'sudo: a password is required' >&2\nexit 1\n")
+    sudo.chmod(0o755)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr(tools, "missing", lambda guests: [])
+    with pytest.raises(LabError, match=r"does not run programs of arm64.* As root: "):
+        tools.install([GUESTS["arm64-16k"]])
+    # Who asks for others is not troubled.
+    tools.install([GUESTS["fallback"]])

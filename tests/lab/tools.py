@@ -128,27 +128,32 @@ def install(guests: Iterable[Guest]) -> None:
     if lacking:
         _install(lacking)
     for architecture in unregistered(guest.architecture for guest in guests):
-        command = register_command(architecture)
-        subprocess.run([*_prefix(command), "sh", "-c", command], check=False)
+        prefix = _prefix()
+        if prefix is not None:
+            subprocess.run([*prefix, "sh", "-c", register_command(architecture)], check=False)
+        # Without the right, or where the kernel refuses, this says what is missing.
         require_programs(architecture)
     require(guests)
 
 
-def _prefix(command: str) -> list[str]:
-    """What a command is started by that is root's. Raises LabError, naming `command`, where there is no such right."""
+def _prefix() -> list[str] | None:
+    """The words before a command that is root's; None where there is no such right."""
     if os.geteuid() == 0:
         return []
     try:
         subprocess.run(["sudo", "-n", "true"], capture_output=True, check=True)
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        raise LabError(f"no right to change this machine: as root, run {command}") from None
+    except (OSError, subprocess.CalledProcessError):
+        return None
     return ["sudo", "-n"]
 
 
 def _install(lacking: list[Tool]) -> None:
+    prefix = _prefix()
+    if prefix is None:
+        raise LabError(f"no right to install packages: run {install_command(lacking)}")
     # Two runs at once wait for one another.
     options = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-o", "DPkg::Lock::Timeout=600"]
-    apt = [*_prefix(install_command(lacking)), *options]
+    apt = [*prefix, *options]
     packages = sorted({tool.package for tool in lacking})
     command = [*apt, "install", "--no-install-recommends", "--yes", *packages]
     # The package lists of a fresh machine may be missing or old, which the first try tells.
