@@ -258,8 +258,13 @@ def own_emulators(host: Mapping[str, Any], given: list[str], architecture: str) 
     """The emulators that are given, else those of the host that run guests of its own architecture."""
     if given:
         return given
-    own = {"qemu-kvm", f"qemu-system-{_EMULATOR_OF.get(architecture, architecture)}"}
+    own = {"qemu-kvm", qemu_for(architecture)}
     return [each["path"] for each in host["qemu"] if each["present"] and basename(each["path"]) in own]
+
+
+def qemu_for(architecture: str) -> str:
+    """The name of QEMU's program for an architecture, as uname -m tells it."""
+    return f"qemu-system-{_EMULATOR_OF.get(architecture, architecture)}"
 
 
 def is_there(libvirt: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 from ansible.module_utils.parsing.convert_bool import boolean
-from ansible_collections.virt.iommufd.plugins.filter.iommufd_host_plan import own_emulators
+from ansible_collections.virt.iommufd.plugins.filter.iommufd_host_plan import own_emulators, qemu_for
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._foreign import harmless
 from ansible_collections.virt.iommufd.plugins.module_utils._size import human_size, parse_size
@@ -98,7 +98,8 @@ options:
   overhead:
     description:
       - What the VM pins beyond its memory, such as firmware and video memory, in all of its address spaces, as a size.
-      - If given, it is taken as exact. The sum with O(memory) is rounded up to whole pages, of 4096 bytes.
+      - If given, it is taken as exact. The sum with O(memory) is rounded up to whole pages. How large they are is in
+        the input where V(host) was gathered; without it, pages may be of 4 to 64 KiB.
       - If not given, it may be anything up to the most that a running VM of the input pins beyond its memory, with
         O(viommu) times O(vfio_devices). VMs with more than one IOAS are left out, since they may have pinned their
         memory more than once, and so are those that pin over 1 GiB beyond it, which have rather got more memory since.
@@ -192,7 +193,8 @@ _value:
 """
 
 GIB = 2**30
-PAGE = 4096
+# The smallest and the largest page that a Linux host with iommufd has.
+PAGES = (2**12, 2**16)
 
 # Users that distributions run the domains of the system libvirt as.
 LIBVIRT_USERS = ("libvirt-qemu", "qemu")
@@ -348,8 +350,16 @@ def describe(info: Info, memory: int, times: int, memlock: Any, overhead: Any) -
     else:
         least, most = 0, GIB
         pins += f" and up to {human_size(most)} beyond that, which is what libvirt allows for"
-    least, most = (-(-(memory * times + each) // PAGE) * PAGE for each in (least, most))
+    page = info["host"].get("page_bytes")
+    smallest, largest = (page, page) if page else PAGES
+    least = whole_pages(memory * times + least, smallest)
+    most = whole_pages(memory * times + most, largest)
     return Vm(least, most, f"The VM pins {pins}.", *describe_limit(memory * times, memlock))
+
+
+def whole_pages(size_: int, page: int) -> int:
+    """The size, rounded up to pages."""
+    return -(-size_ // page) * page
 
 
 def describe_limit(pinned: int, memlock: Any) -> tuple[int | None, str]:
@@ -511,7 +521,7 @@ def remedy(info: Info, user: User, vm: Vm, strictest: Verdict, by_libvirt: bool)
 def emulator(info: Info, user: User) -> str:
     """The path of the emulator that the VM is most likely to run in: the user's running ones, then x86-64.
 
-    One that has CAP_IPC_LOCK already comes last.
+    One that has CAP_IPC_LOCK already comes last. Without any, it is the one that the host would have.
     """
     running = {process["comm"] for process in info["processes"] if process["uid"] == user.uid}
 
@@ -521,7 +531,7 @@ def emulator(info: Info, user: User) -> str:
         return bool(row["cap_ipc_lock"]), basename(path)[:15] not in running, not path.endswith("x86_64"), path
 
     likely = min(emulators(info), key=rank, default=None)
-    return "/usr/bin/qemu-system-x86_64" if likely is None else str(likely["path"])
+    return f"/usr/bin/{qemu_for(info['host'].get('machine', 'x86_64'))}" if likely is None else str(likely["path"])
 
 
 def what_would_tell(info: Info, user: User, vm: Vm, verdicts: list[Verdict]) -> str:

@@ -172,6 +172,10 @@ host:
       description: The host's architecture, as C(uname -m) tells it.
       type: str
       sample: x86_64
+    page_bytes:
+      description: The size of the kernel's pages, which memory is pinned and charged in.
+      type: int
+      sample: 4096
     module:
       description:
         - Where the kernel's iommufd is. V(builtin) and V(loaded) can be used, V(loadable) once its module is loaded;
@@ -744,6 +748,7 @@ def host_row(view: View, paths: list[str], slow: bool, run: Run) -> Row:
     return {
         "kernel": printable(os.fsencode(release)),
         "machine": system.machine,
+        "page_bytes": os.sysconf("SC_PAGE_SIZE"),
         "module": module,
         "device": device_row(),
         "options": {"rlimit_mode": option_row(view, module)},

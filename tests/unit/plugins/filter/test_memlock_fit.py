@@ -56,7 +56,8 @@ def libvirt(sets_rlimit_mode: bool | None) -> Row:
 
 def host(**fields: Any) -> Row:
     """A host whose libvirt does not set the mode and whose emulator has no capability."""
-    return {"limits_of_view": [], "module": "loaded", "qemu": [emulator(False)], "libvirt": libvirt(False), **fields}
+    told = {"limits_of_view": [], "module": "loaded", "qemu": [emulator(False)], "libvirt": libvirt(False)}
+    return {**told, "page_bytes": PAGE, **fields}
 
 
 def unseen(*what: str) -> list[Row]:
@@ -123,6 +124,21 @@ def test_a_vm_pins_whole_pages() -> None:
     assert fit(info(), memory=1, overhead=0)["needed"] == PAGE
     assert fit(info(), memory=PAGE, overhead=1)["needed"] == 2 * PAGE
     assert fit(info(), memory=PAGE, overhead=1, memlock=PINNED + 2 * PAGE - 1)["fits"] is False
+
+
+@pytest.mark.parametrize("page", [PAGE, 4 * PAGE, 16 * PAGE])
+def test_pages_are_those_of_the_host(page: int) -> None:
+    data = info(host=host(page_bytes=page))
+    answer = fit(data, memory=MIB, overhead=1, memlock=MIB + page, strategy="process")
+    assert (answer["needed"], answer["fits"]) == (MIB + page, True)
+    # The kernel rounds the limit down, the memory up.
+    assert fit(data, memory=MIB, overhead=1, memlock=MIB + page - 1, strategy="process")["fits"] is False
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(MIB, False), (MIB + PAGE, None), (MIB + 16 * PAGE, True)])
+def test_pages_of_a_host_that_was_not_looked_at(limit: int, fits: bool | None) -> None:
+    data = info(host={name: value for name, value in host().items() if name != "page_bytes"})
+    assert fit(data, memory=MIB, overhead=1, memlock=limit, strategy="process")["fits"] is fits
 
 
 ON_TOP_OF = "The VM pins 64 MiB and up to 256 KiB beyond that, as running VMs do. Charged to libvirt-qemu on top of"
@@ -671,6 +687,11 @@ def test_a_limit_that_does_not_matter_or_is_known(data: Row, parameters: Row) ->
     assert answer["fits"] is True
     assert answer["limit"] >= GIB
     assert "qemu:commandline" not in answer["reason"]
+
+
+def test_the_emulator_of_a_host_that_has_none() -> None:
+    answer = fit(info(host=host(qemu=[], machine="aarch64")), memlock="64K", strategy="user")
+    assert "setcap cap_ipc_lock+ep /usr/bin/qemu-system-aarch64)" in answer["remedy"]
 
 
 def machine(name: str, *capable: str, without: tuple[str, ...] = ()) -> Row:

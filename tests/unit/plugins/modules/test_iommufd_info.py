@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 from pathlib import Path
@@ -68,6 +69,7 @@ def test_every_field_is_documented_and_there(
     assert [each["uid"] for each in answer["users"]] in ([os.getuid()], [])
     assert not answer["changed"]
     assert answer["host"]["machine"] == os.uname().machine
+    assert answer["host"]["page_bytes"] == mmap.PAGESIZE
 
 
 def test_narrowed_to_users(run: Run, alone: FakeKernel, child: subprocess.Popen[bytes]) -> None:
