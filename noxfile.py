@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,10 +52,20 @@ def note(session: nox.Session, core: str) -> None:
 
 
 def lab(guest: str) -> None:
-    """Make a session that makes what a guest of the lab is booted from, for the scenarios that need the guest."""
+    """Make a session that makes what a guest of the lab is booted from, for the scenarios that need the guest.
+
+    What the guest needs of this machine is installed. Where that cannot be, the report says so, and they do not run.
+    """
 
     @nox.session(name=f"lab-{guest}", python=False)
     def run(session: nox.Session) -> None:
+        command = [sys.executable, "tests/lab", "tools", "--install", guest]
+        told = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if told.returncode != 0:
+            reason = f"guest {guest}: {(told.stdout.splitlines() or ['no reason given'])[-1]}"
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            (RESULTS / f"{session.name}.impossible").write_text(reason, encoding="utf-8")
+            session.skip(reason)
         session.run("python", "tests/lab", "build", guest, external=True)
 
 

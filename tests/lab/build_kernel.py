@@ -20,6 +20,8 @@ _MAKE = Path(__file__).parent / "kernel" / "make.sh"
 _INIT = Path(__file__).parent / "kernel" / "init"
 # To be raised with every change below that makes something else from the same inputs.
 _RECIPE = 1
+# The architecture of the machines that the lab is built on
+HERE = "amd64"
 # What kernel/make.sh runs, beside what every Debian system has
 _TOOLS = ("make", "kmod", "cpio", "busybox-static", "xz-utils", "zstd")
 # Room in the modules' disk for the file system's own records, in KiB
@@ -32,7 +34,7 @@ def suite_options(suite: Suite) -> list[str]:
 
 
 def kernel_artifact(kernel: Kernel) -> store.Artifact:
-    """The kernel: bzImage, initrd.img, include/linux (its headers), and two disks with its modules (ext4).
+    """The kernel: vmlinuz, initrd.img, include/linux (its headers), and two disks with its modules (ext4).
 
     lab.img: with iommufd and VFIO as the lab builds them; packaged.img: as Debian ships them.
     """
@@ -40,6 +42,7 @@ def kernel_artifact(kernel: Kernel) -> store.Artifact:
         "suite": kernel.suite.name,
         "packages": kernel.packages,
         "container": kernel.container,
+        "for": [kernel.architecture.name, kernel.flavour],
         "scripts": [path.read_text(encoding="utf-8") for path in (_MAKE, _INIT)],
         "tools": _TOOLS,
         "recipe": _RECIPE,
@@ -54,15 +57,20 @@ def make_kernel(kernel: Kernel) -> Path:
 
 def _build(kernel: Kernel, work: Path) -> Mapping[str, Any]:
     log = work / "build.log"
-    progress = Progress(f"kernel {kernel.name}: installing {kernel.packages[0]}, and building modules for it")
+    progress = Progress(f"kernel {kernel.name}: installing it, and building modules for it")
     archive = work / "out.tar"
+    # Whatever a kernel is for, what builds for it runs here.
+    foreign = kernel.architecture if kernel.architecture.triplet else None
+    words = " ".join((kernel.container, *((foreign.name, foreign.triplet, kernel.flavour) if foreign else ())))
+    tools = [name for name in _TOOLS if not (foreign and name == "busybox-static")]
     command = [
         "mmdebstrap",
         "--variant=apt",
-        f"--include={','.join((*kernel.packages, *_TOOLS))}",
+        f"--architectures={','.join((HERE, foreign.name)) if foreign else HERE}",
+        f"--include={','.join((*kernel.packages, *tools))}",
         *suite_options(kernel.suite),
         *(f'--customize-hook=upload "{path}" "/{path.name}"' for path in (_MAKE, _INIT)),
-        f'--customize-hook=chroot "$1" sh /{_MAKE.name} {kernel.container}',
+        f'--customize-hook=chroot "$1" sh /{_MAKE.name} {words}',
         f'--customize-hook=tar-out /out "{archive}"',
         "--format=null",
         kernel.suite.name,
@@ -80,7 +88,7 @@ def _build(kernel: Kernel, work: Path) -> Mapping[str, Any]:
         # Under fakeroot everything belongs to root, whoever builds.
         mke2fs = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d", str(modules)]
         run(["fakeroot", *mke2fs, str(work / f"{disk}.img"), f"{size}k"], log, progress)
-    for name in ("bzImage", "initrd.img", "include"):
+    for name in ("vmlinuz", "initrd.img", "include"):
         (out / name).rename(work / name)
     release, version = ((out / name).read_text(encoding="utf-8").strip() for name in ("release", "version"))
     archive.unlink()

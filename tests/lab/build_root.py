@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import store
+import tools
 from build_kernel import last_step, suite_options
 from guests import Root
 from progress import LabError, Progress, environment, run
@@ -31,6 +32,9 @@ _RECIPE = 1
 HOST_ALIAS = "virt-iommufd-lab"
 # Versions that are worth a place in the manifest
 _NOTED = ("libvirt-daemon-system", "qemu-system-x86", "systemd", "openssh-server", "python3")
+
+# What udev's database of hardware is made of, and what nobody reads there
+_SLOW = ("/usr/lib/udev/hwdb.d/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*")
 
 _key_artifact = store.Artifact("key", "ssh", {"type": "ed25519"})
 
@@ -48,6 +52,8 @@ def root_artifact(root: Root) -> store.Artifact:
     inputs = {
         "suite": root.suite.name,
         "packages": root.packages,
+        "architecture": root.architecture.name,
+        "left_out": _left_out(root),
         "size_mib": root.size_mib,
         "overlay": {name: hashlib.sha256(content).hexdigest() for name, content in _overlay().items()},
         "customize": _CUSTOMIZE.read_text(encoding="utf-8"),
@@ -69,6 +75,11 @@ def _generate_key(work: Path) -> Mapping[str, Any]:
     if made.returncode != 0:
         raise LabError(f"ssh-keygen failed: {made.stderr.strip()}")
     return {}
+
+
+def _left_out(root: Root) -> tuple[str, ...]:
+    """The files that are not unpacked: where programs are emulated, those that it takes long to make something of."""
+    return _SLOW if root.architecture.triplet else ()
 
 
 def _overlay() -> dict[str, bytes]:
@@ -93,6 +104,7 @@ def _write_overlay(archive: Path) -> None:
 
 
 def _build(root: Root, work: Path) -> Mapping[str, Any]:
+    tools.require_programs(root.architecture)
     log = work / "build.log"
     progress = Progress(f"root {root.name}: installing {len(root.packages)} packages and what they need")
     overlay = work / "overlay.tar"
@@ -101,6 +113,8 @@ def _build(root: Root, work: Path) -> Mapping[str, Any]:
     command = [
         "mmdebstrap",
         "--variant=minbase",
+        f"--architectures={root.architecture.name}",
+        *(f"--dpkgopt=path-exclude={pattern}" for pattern in _left_out(root)),
         f"--include={','.join(root.packages)}",
         *suite_options(root.suite),
         f'--customize-hook=tar-in "{overlay}" /',

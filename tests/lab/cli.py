@@ -97,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     headers.add_argument("guest", nargs="?", default=DEFAULT_GUEST)
     headers.set_defaults(run=_headers)
 
-    tool = commands.add_parser("tools", help="list the programs needed; exit code 1 if one is missing")
+    tool = commands.add_parser("tools", help="list the programs that guests need; exit code 1 if one is missing")
+    tool.add_argument("guests", nargs="*", metavar="GUEST", default=[DEFAULT_GUEST])
     tool.add_argument(
         "--install", action="store_true", help="install what is missing (root, or sudo without a password)"
     )
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _up(options: argparse.Namespace) -> int:
-    tools.require()
+    tools.require([guest_named(options.guest)])
     guest = Machine(guest_named(options.guest))
     if not guest.up():
         print(f"guest {guest.name} is up already")
@@ -169,8 +170,9 @@ def _ssh(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    tools.require()
-    for guest in [guest_named(name) for name in options.guests]:
+    guests = [guest_named(name) for name in options.guests]
+    tools.require(guests)
+    for guest in guests:
         Machine(guest).build()
     return 0
 
@@ -187,20 +189,25 @@ def _inventory(options: argparse.Namespace) -> int:
 
 
 def _headers(options: argparse.Namespace) -> int:
-    tools.require()
+    # A kernel alone is built, and nothing emulated.
+    tools.require([])
     print(make_kernel(guest_named(options.guest).kernel) / "include")
     return 0
 
 
 def _tools(options: argparse.Namespace) -> int:
+    guests = [guest_named(name) for name in options.guests]
     if options.install:
-        tools.install()
-    lacking = tools.missing()
-    for tool in tools.TOOLS:
+        tools.install(guests)
+    lacking = tools.missing(guests)
+    for tool in tools.needed(guests):
         print(f"{'missing' if tool in lacking else 'ok':8} {tool.package:24} {tool.probe:50} {tool.purpose}")
     if lacking:
         print(f"Install with: {tools.install_command(lacking)}")
-    return 1 if lacking else 0
+    unregistered = tools.unregistered(guest.architecture for guest in guests)
+    for architecture in unregistered:
+        print(f"This kernel does not run programs of {architecture.name}: {tools.register_command(architecture)}")
+    return 1 if lacking or unregistered else 0
 
 
 def _clean(_options: argparse.Namespace) -> int:

@@ -23,17 +23,36 @@ class Suite:
 
 
 @dataclass(frozen=True)
+class Architecture:
+    """A processor and the machine around it. name: Debian's. triplet: GNU's, where programs for it need emulation here.
+
+    emulator: the program that is such a machine; devices: those of it that no other has; parameters: those of its
+    kernel.
+    """
+
+    name: str
+    emulator: str
+    machine: str
+    cpu: str
+    devices: tuple[str, ...]
+    parameters: tuple[str, ...]
+    triplet: str = ""
+
+
+@dataclass(frozen=True)
 class Kernel:
     """Debian's kernel of a suite, and what the lab builds for it.
 
     packages: the kernel, its headers and its source. container: whose /dev/vfio/vfio is, `legacy` (VFIO's own) or
-    `iommufd`.
+    `iommufd`. flavour: Debian's name of it, where the architecture has several.
     """
 
     name: str
     suite: Suite
     packages: tuple[str, ...]
     container: str
+    architecture: Architecture
+    flavour: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,7 @@ class Root:
     name: str
     suite: Suite
     packages: tuple[str, ...]
+    architecture: Architecture
     size_mib: int = 4096
 
 
@@ -60,11 +80,38 @@ class Guest:
     memory_mib: int = 2048
     purpose: str = ""
 
+    @property
+    def architecture(self) -> Architecture:
+        """That of its kernel, and so of its root file system."""
+        return self.kernel.architecture
+
+
+# A new identity at each start: a restored guest's random numbers must not be those of its twins.
+AMD64 = Architecture(
+    "amd64",
+    "qemu-system-x86_64",
+    "q35,kernel-irqchip=split",
+    "max",
+    ("intel-iommu,intremap=on,device-iotlb=on", "vmgenid,guid=auto"),
+    # A busy machine's emulator may be late with the first ticks of the timer, which Linux would take for a broken timer
+    # and panic. Under KVM it leaves that check out by itself (kvm_guest_init()).
+    ("console=ttyS0", "no_timer_check"),
+)
+# QEMU has no vmgenid for it. Of the processor's keys for pointers it is told to make cheap ones.
+ARM64 = Architecture(
+    "arm64",
+    "qemu-system-aarch64",
+    "virt,gic-version=3,iommu=smmuv3",
+    "max,pauth-impdef=on",
+    (),
+    ("console=ttyAMA0",),
+    "aarch64-linux-gnu",
+)
 
 TRIXIE = Suite("trixie")
 SID = Suite("sid", may_be_expired=True)
 
-_PACKAGES = (
+_SYSTEM = (
     # the system
     "systemd-sysv",
     "udev",
@@ -85,6 +132,9 @@ _PACKAGES = (
     "strace",
     "fuse3",
     "python3-pytest",
+)
+_PACKAGES = (
+    *_SYSTEM,
     # the virtualization host
     "apparmor",
     "qemu-system-x86",
@@ -93,11 +143,18 @@ _PACKAGES = (
     "python3-libvirt",
 )
 
-KERNEL_TRIXIE = Kernel("trixie", TRIXIE, ("linux-image-amd64", "linux-headers-amd64", "linux-source-6.12"), "legacy")
-KERNEL_SID = Kernel("sid", SID, ("linux-image-amd64", "linux-headers-amd64", "linux-source"), "iommufd")
+_AMD64 = ("linux-image-amd64", "linux-headers-amd64")
+KERNEL_TRIXIE = Kernel("trixie", TRIXIE, (*_AMD64, "linux-source-6.12"), "legacy", AMD64)
+KERNEL_SID = Kernel("sid", SID, (*_AMD64, "linux-source"), "iommufd", AMD64)
+# Their images and headers are those of the flavour.
+_ARM64 = ("linux-source-6.12", "gcc-14-aarch64-linux-gnu")
+KERNEL_ARM64 = Kernel("arm64", TRIXIE, _ARM64, "legacy", ARM64, "arm64")
+KERNEL_ARM64_16K = Kernel("arm64-16k", TRIXIE, _ARM64, "legacy", ARM64, "arm64-16k")
 
-ROOT_TRIXIE = Root("trixie", TRIXIE, _PACKAGES)
-ROOT_SID = Root("sid", SID, _PACKAGES)
+ROOT_TRIXIE = Root("trixie", TRIXIE, _PACKAGES, AMD64)
+ROOT_SID = Root("sid", SID, _PACKAGES, AMD64)
+# What programs of its own do while they are installed is emulated, so it is kept small.
+ROOT_ARM64 = Root("arm64", TRIXIE, _SYSTEM, ARM64)
 
 DEFAULT_GUEST = "fallback"
 
@@ -109,6 +166,8 @@ GUESTS: dict[str, Guest] = {
         ),
         # Room for two domains of more than 1 GiB each.
         Guest("native", KERNEL_SID, ROOT_SID, memory_mib=3584, purpose="libvirt sets the mode itself"),
+        Guest("arm64", KERNEL_ARM64, ROOT_ARM64, memory_mib=1536, purpose="another processor, and another IOMMU"),
+        Guest("arm64-16k", KERNEL_ARM64_16K, ROOT_ARM64, memory_mib=1536, purpose="the same, with pages of 16 KiB"),
         Guest("stock", KERNEL_TRIXIE, ROOT_TRIXIE, "packaged", purpose="Debian's own modules, without iommufd"),
     )
 }

@@ -40,7 +40,7 @@ from guests import GUESTS, Guest
 from progress import LabError, Progress, end_group, environment, tail
 
 # A loaded machine emulates slowly; a guest that is broken mostly ends by itself, since a panic ends QEMU.
-BOOT_TIMEOUT = 300.0
+BOOT_TIMEOUT = 600.0
 _QMP_TIMEOUT = 30.0
 # A restored guest has nothing left to do but to answer.
 _RESTORE_TIMEOUT = 60.0
@@ -54,19 +54,19 @@ _SETTLE = "systemctl is-system-running --wait || { systemctl list-units --failed
 # The tests' own programs, and where a guest has them.
 _PROGRAMS = Path(__file__).parent / "guest"
 _PROGRAMS_IN_GUEST = "/usr/local/bin"
+# Where there is no vmgenid, the kernel is given random numbers of this start, and told to use them (random(4)).
+_RESEED = (
+    "head -c 512 /dev/hwrng > /dev/random && perl -e 'open F, q(>), q(/dev/random) and ioctl F, 0x5207, 0 or die $!'"
+)
 _PORT_ATTEMPTS = 5
 # unix(7): sun_path has 108 bytes, one of them for the end.
 _SOCKET_PATH_MAX = 107
 # Three devices with a driver of their own to take from: 1234:11e8, which nothing in the kernel claims.
 _PASSTHROUGH_DEVICES = 3
 _PARAMETERS = (
-    "console=ttyS0",
     "loglevel=5",
     # It reboots at once, which -no-reboot turns into the end of QEMU.
     "panic=-1",
-    # A busy machine's emulator may be late with the first ticks of the timer, which Linux would take for a broken timer
-    # and panic. Under KVM it leaves that check out by itself (kvm_guest_init()).
-    "no_timer_check",
     "systemd.show_status=auto",
     # A dumb terminal is not asked for its size, whose answer would be waited for.
     "TERM=dumb",
@@ -200,7 +200,7 @@ class Machine:
         inputs = {
             "kernel": kernel.name,
             "root": root.name,
-            "qemu": _version(),
+            "qemu": _version(self.guest.architecture.emulator),
             "command": [word.replace(str(kernel), kernel.name) for word in self._qemu(kernel, 0)],
             "settle": _SETTLE,
             "recipe": _RECIPE,
@@ -296,27 +296,27 @@ class Machine:
 
     def _qemu(self, kernel: Path, port: int) -> list[str]:
         # Software emulation unless told otherwise: a /dev/kvm that exists need not be able to boot this.
-        accel = os.environ.get("LAB_ACCEL", "tcg")
-        # A new identity at each start: a restored guest's random numbers must not be those of its twins.
-        devices = ["intel-iommu,intremap=on,device-iotlb=on", "vmgenid,guid=auto", "virtio-rng-pci"]
+        accel = "tcg" if self.guest.architecture.triplet else os.environ.get("LAB_ACCEL", "tcg")
+        architecture = self.guest.architecture
+        devices = [*architecture.devices, "virtio-rng-pci"]
         devices += ["virtio-blk-pci,drive=root", "virtio-blk-pci,drive=modules"]
         devices += ["virtio-net-pci,netdev=net,romfile="]
         devices += ["edu"] * _PASSTHROUGH_DEVICES
         command = [
-            "qemu-system-x86_64",
+            architecture.emulator,
             *("-name", f"lab-{self.name}"),
-            *("-machine", "q35,kernel-irqchip=split"),
+            *("-machine", architecture.machine),
             *("-accel", accel),
-            *("-cpu", "max" if accel == "tcg" else "host"),
+            *("-cpu", architecture.cpu if accel == "tcg" else "host"),
             # One processor: QEMU before 8.1 may go on with what it made of code that the kernel, on another processor,
             # has since patched, such as the breakpoint that Linux puts there meanwhile. Then the guest panics.
             *("-smp", "1", "-m", f"{self.guest.memory_mib}M"),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-serial", "file:console.log"),
             *("-qmp", "unix:qmp,server=on,wait=off"),
-            *("-kernel", str(kernel / "bzImage")),
+            *("-kernel", str(kernel / "vmlinuz")),
             *("-initrd", str(kernel / "initrd.img")),
-            *("-append", " ".join(_PARAMETERS)),
+            *("-append", " ".join((*architecture.parameters, *_PARAMETERS))),
             *("-drive", "if=none,id=root,file=disk.qcow2,format=qcow2,cache=unsafe"),
             *("-drive", f"if=none,id=modules,file={_comma(kernel / self.guest.modules)}.img,format=raw,readonly=on"),
             *("-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:22"),
@@ -390,6 +390,8 @@ class Machine:
         Gives what ssh says if that fails.
         """
         awaken = f"date --set=@{time.time():.2f} && tar --extract --directory={_PROGRAMS_IN_GUEST}"
+        if not any(device.startswith("vmgenid") for device in self.guest.architecture.devices):
+            awaken = f"{_RESEED} && {awaken}"
         try:
             tried = self._run(self.ssh_command([awaken]), 60, _programs())
         except subprocess.TimeoutExpired:
@@ -510,9 +512,9 @@ def _greets(port: int) -> bool:
         return False
 
 
-def _version() -> str:
+def _version(emulator: str) -> str:
     """Which QEMU this is: no other need be able to read what it saves."""
-    command = ["qemu-system-x86_64", "--version"]
+    command = [emulator, "--version"]
     told = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
     return told.stdout.partition("\n")[0]
 

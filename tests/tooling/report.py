@@ -32,6 +32,7 @@ REQUIRED = (
     "molecule-default",
     "molecule-domain",
     "molecule-drift",
+    "molecule-elsewhere",
     "molecule-examples",
     "molecule-exec",
     "molecule-fallback",
@@ -57,7 +58,7 @@ REQUIRED = (
 LINE, TASK_LINES = 600, 12
 
 # Sessions that leave the results of single tests; one that leaves none has tested nothing.
-COUNTED = ("molecule-kernel", "sanity-", "tooling", "uapi", "units-", "untrusted-")
+COUNTED = ("molecule-elsewhere", "molecule-kernel", "sanity-", "tooling", "uapi", "units-", "untrusted-")
 
 
 @dataclass
@@ -165,6 +166,8 @@ def main(results: Path, status: int) -> int:
             f"{name:24} {where(name, notes):36} {entry['result']:8} {count.passed:6} {count.failed:6} {seconds}",
         )
         problems += [f"{name}: {entry['result']}"] * (not ok or count.failed > 0)
+        if (reason := results / f"{name}.impossible").is_file():
+            impossible.append(f"{name}: {reason.read_text(encoding='utf-8')}")
         if not ok and (log := results / f"{name}.log").is_file():
             problems += [f"    {line}" for line in failed_task(log.read_text(encoding="utf-8", errors="replace"))]
         problems += [f"{name}: skipped {what}" for what in count.skipped]

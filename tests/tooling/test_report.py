@@ -82,6 +82,20 @@ def test_it_says_with_what_a_session_ran(tmp_path: Path, capsys: pytest.CaptureF
     assert "Python 3.11, ansible-core 2.19.14" in line
 
 
+def test_what_this_machine_cannot_run_is_listed_and_fails_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As Nox tells it of a session that has skipped itself, and of one that stands on it.
+    write(tmp_path, "<testcase name='a'/>", {**ALL, "lab-arm64": "skipped", "molecule-elsewhere": "aborted"})
+    (tmp_path / "molecule-elsewhere.xml").unlink()
+    (tmp_path / "lab-arm64.impossible").write_text("guest arm64: no binfmt_misc")
+    assert report.main(tmp_path, 1) == 1
+    _ran, _heading, rest = capsys.readouterr().out.partition("What could not run on this machine\n")
+    impossible, _heading, wrong = rest.partition("What is wrong\n")
+    assert "lab-arm64: guest arm64: no binfmt_misc" in impossible
+    assert "molecule-elsewhere: aborted" in wrong
+
+
 def test_a_run_that_left_nothing_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(tmp_path, 0) == 1
     assert capsys.readouterr().out.splitlines()[-1] == f"0 passed, {len(report.REQUIRED)} failed"

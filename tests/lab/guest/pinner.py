@@ -175,6 +175,8 @@ def start(name: str, user: str, limit: str, apart: bool) -> None:
     become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
     namespaces = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc"] if apart else []
     unit = ["systemd-run", "--quiet", "--collect", f"--unit={UNIT.format(name)}", f"--property=LimitMEMLOCK={limit}"]
+    # SIGTERM ends neither the first process of a pid namespace nor unshare, which systemd would wait 90 s for.
+    unit += ["--property=KillSignal=SIGKILL"] if apart else []
     subprocess.run([*unit, "--", *namespaces, *become, __file__, "serve", name], check=True)
 
 

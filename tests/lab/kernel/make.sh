@@ -6,8 +6,9 @@
 # Runs in a throw-away chroot that has Debian's kernel, its headers and its source: builds the modules that Debian leaves
 # out, for exactly that kernel, and puts what a guest is booted from into /out.
 #   make.sh CONTAINER   whose /dev/vfio/vfio is: `legacy` (VFIO's own container) or `iommufd`
+#   make.sh CONTAINER ARCHITECTURE TRIPLET FLAVOUR   for another architecture, whose compiler TRIPLET-gcc is installed
 set -eu
-container=$1
+container=$1 architecture=${2:-} triplet=${3:-} flavour=${4:-}
 
 fail() {
     echo "make.sh: $*" >&2
@@ -19,7 +20,22 @@ only() {
     printf '%s\n' "$1"
 }
 
+# Packages of another architecture are only unpacked: the headers want a compiler that runs there. What they have of
+# programs is in packages of their own, which run here.
+if [ -n "$architecture" ]; then
+    packages=$(apt-cache show --no-all-versions "linux-image-$flavour:$architecture" \
+        "linux-headers-$flavour:$architecture" | sed -n "s/^Depends: \\([^ ]*\\).*/\\1:$architecture/p")
+    base=$(echo "$packages" | sed -n "s/^linux-image-\\(.*\\)-$flavour:.*/\\1/p")
+    apt-get install --quiet --yes --no-install-recommends linux-base "linux-kbuild-$base" "linux-headers-$base-common"
+    mkdir /packages
+    # shellcheck disable=SC2086 # the names of several
+    (cd /packages && apt-get download --quiet $packages "busybox-static:$architecture")
+    dpkg --unpack --force-depends /packages/*.deb
+fi
+
 release=$(basename "$(only /lib/modules/*)")
+# As the package itself does when it is configured
+[ -z "$architecture" ] || depmod "$release"
 headers=/usr/src/linux-headers-$release
 source=$(only /usr/src/linux-source-*.tar.xz)
 
@@ -61,7 +77,8 @@ fi
 build() {
     folder=$1
     shift
-    make -j"$(nproc)" -C "$headers" M="/build/$folder" KCFLAGS="$on" "$@" modules
+    make -j"$(nproc)" -C "$headers" M="/build/$folder" KCFLAGS="$on" "$@" \
+        ${triplet:+"ARCH=$architecture" "CROSS_COMPILE=$triplet-"} modules
 }
 build drivers/iommu/iommufd "$@"
 build drivers/vfio "$@" KBUILD_EXTRA_SYMBOLS=/build/drivers/iommu/iommufd/Module.symvers
@@ -76,7 +93,7 @@ cp -al "/out/packaged/$release" /out/lab/
 rm -r "/out/lab/$release/kernel/drivers/vfio" "/out/lab/$release/config"
 mkdir "/out/lab/$release/updates"
 find drivers -name '*.ko' -exec cp -t "/out/lab/$release/updates" {} +
-strip --strip-debug "/out/lab/$release/updates/"*.ko
+"${triplet:+$triplet-}strip" --strip-debug "/out/lab/$release/updates/"*.ko
 names=$(echo "$changed" | sed 's/=[a-z]*//g; s/ /|/g')
 {
     grep -Ev "^(# )?CONFIG_($names)[= ]" "/boot/config-$release"
@@ -111,9 +128,10 @@ done | sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++ { printf "%02d %s\
         esac
         $unpack "$file" > "$initramfs/modules/$number.ko"
     done
+[ -e "$initramfs/modules/01.ko" ] || fail "no module leads to the disks"
 (cd "$initramfs" && find . | sort | cpio --quiet --create --format=newc --owner=0:0) > /out/initrd.img
 
-cp "/boot/vmlinuz-$release" /out/bzImage
+cp "/boot/vmlinuz-$release" /out/vmlinuz
 mkdir -p /out/include/linux
 cp include/uapi/linux/iommufd.h include/uapi/linux/vfio.h /out/include/linux/
 printf '%s\n' "$release" > /out/release

@@ -19,11 +19,13 @@ useradd --uid 1002 --create-home --shell /bin/bash alice
 systemctl mask --quiet \
     apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service \
     fstrim.timer logrotate.timer man-db.timer systemd-networkd-wait-online.service getty@tty1.service \
-    serial-getty@ttyS0.service libvirt-guests.service
+    serial-getty@ttyS0.service serial-getty@ttyAMA0.service libvirt-guests.service
+systemctl enable --quiet systemd-networkd.service ssh.service
 # libvirt is started by its sockets, when somebody asks for it. Disabling its service disables them too.
-systemctl disable --quiet libvirtd.service
-systemctl enable --quiet systemd-networkd.service ssh.service libvirtd.socket libvirtd-ro.socket libvirtd-admin.socket \
-    virtlogd.socket
+if [ -e /usr/lib/systemd/system/libvirtd.service ]; then
+    systemctl disable --quiet libvirtd.service
+    systemctl enable --quiet libvirtd.socket libvirtd-ro.socket libvirtd-admin.socket virtlogd.socket
+fi
 
 # Otherwise apparmor.service compiles every profile of the distribution before SSH may start: a minute under emulation.
 for profile in /etc/apparmor.d/*; do
