@@ -30,7 +30,7 @@ options:
       - V(host) is what the host supports.
       - V(processes) are the processes that hold an iommufd.
       - V(users) are the users that per-user accounting charges.
-      - V(emulators) adds to V(host) what takes seconds or wakes a service, each at most 90 seconds long. The module
+      - V(emulators) adds to V(host) what takes seconds or wakes a service, each at most 30 seconds long. The module
         asks every emulator for its version. It asks the system libvirt for the capabilities of a domain, which may
         start libvirt's daemon.
       - For V(host), the module also asks systemd about libvirt's daemon. It waits at most 90 seconds for each answer.
@@ -688,7 +688,7 @@ from ..module_utils._capabilities import (
     CAP_SYS_RESOURCE,
     capability_names,
 )
-from ..module_utils._child import COMMAND_SECONDS, Run, run_command
+from ..module_utils._child import run_command
 from ..module_utils._device import DEVICE
 from ..module_utils._errors import IommufdError, error_text, shown_path
 from ..module_utils._foreign import shown_text
@@ -733,7 +733,7 @@ def uids_of(users: list[str] | None) -> set[int] | None:
     return found
 
 
-def host_row(unseen: Unseen, paths: list[str], slow: bool, run: Run) -> Row:
+def host_row(unseen: Unseen, paths: list[str], slow: bool) -> Row:
     """What the host supports; `slow` with what takes seconds or wakes a service."""
     system = os.uname()
     release = system.release
@@ -753,8 +753,8 @@ def host_row(unseen: Unseen, paths: list[str], slow: bool, run: Run) -> Row:
         "iommus": _host.find_iommus(),
         "iommu_groups": [{"id": number, "devices": devices} for number, devices in groups.items()],
         "vfio_devices": [vfio_row(each) for each in _host.find_vfio_nodes().values() if not each.of_group],
-        "qemu": [emulator_row(unseen, each, slow, run) for each in _host.find_emulators(paths)],
-        "libvirt": libvirt_row(unseen, slow, run),
+        "qemu": [emulator_row(unseen, each, slow) for each in _host.find_emulators(paths)],
+        "libvirt": libvirt_row(unseen, slow),
     }
 
 
@@ -803,7 +803,7 @@ def vfio_row(vfio: _host.VfioNode) -> Row:
     }
 
 
-def emulator_row(unseen: Unseen, emulator: _host.Emulator, slow: bool, run: Run) -> Row:
+def emulator_row(unseen: Unseen, emulator: _host.Emulator, slow: bool) -> Row:
     """An emulator, asked for its version where that is wanted."""
     given = emulator.capabilities
     if emulator.msg:
@@ -814,11 +814,11 @@ def emulator_row(unseen: Unseen, emulator: _host.Emulator, slow: bool, run: Run)
         "writer": emulator.writer and emulator.writer._asdict(),
         "file_capabilities": given and given._asdict(),
         "cap_ipc_lock": None if emulator.msg or not emulator.present else given is not None and given.lifts_memlock,
-        "version": emulator_version(unseen, emulator, run) if slow and emulator.present else None,
+        "version": emulator_version(unseen, emulator) if slow and emulator.present else None,
     }
 
 
-def emulator_version(unseen: Unseen, emulator: _host.Emulator, run: Run) -> str | None:
+def emulator_version(unseen: Unseen, emulator: _host.Emulator) -> str | None:
     """The version that an emulator gives when it is executed, which it is not where others can write it."""
     path = shown_path(emulator.path)
     try:
@@ -826,7 +826,7 @@ def emulator_version(unseen: Unseen, emulator: _host.Emulator, run: Run) -> str 
     except IommufdError as exc:
         unseen.note("emulators", f"{path} was not asked for its version: {exc}")
         return None
-    code, output, errors = run([emulator.path, "--version"])
+    code, output, errors = run_patiently([emulator.path, "--version"])
     found = re.search(r"version (\S+)", output)
     if code or not found:
         unseen.note("emulators", f"{path} --version gives no version: {said(code, output, errors)}")
@@ -840,17 +840,17 @@ def said(code: int, output: str, errors: str) -> str:
     return f"exit code {code}" + (f", {shown_text(text[:400])}" if text else "")
 
 
-def libvirt_row(unseen: Unseen, slow: bool, run: Run) -> Row:
+def libvirt_row(unseen: Unseen, slow: bool) -> Row:
     """The system libvirt, asked for a domain's capabilities where that is wanted."""
     # A look at processes alone needs it not, and a module pays for each import on each host anew.
     from ..module_utils import _libvirt
 
-    libvirt = _libvirt.look_at_libvirt(run)
+    libvirt = _libvirt.look_at_libvirt(run_command)
     if libvirt.msg:
         unseen.note("libvirt", libvirt.msg)
     offers = None
     if slow and libvirt.unit is not None:
-        code, output, errors = run(["virsh", "--connect=qemu:///system", "domcapabilities"])
+        code, output, errors = run_patiently(["virsh", "--connect=qemu:///system", "domcapabilities"])
         offers = None if code else _libvirt.offers_iommufd(output)
         if offers is None:
             unseen.note("libvirt", f"virsh domcapabilities gives none: {said(code, output, errors)}")
@@ -1038,7 +1038,7 @@ def run(params: Row, _check_mode: bool, result: Row) -> None:
     result["host"] = host
     result["narrowed"] = {"pids": params["pids"], "uids": None if uids is None else sorted(uids)}
     if subsets & {"host", "emulators"}:
-        host.update(host_row(unseen, params["emulators"], "emulators" in subsets, run_patiently))
+        host.update(host_row(unseen, params["emulators"], "emulators" in subsets))
     if subsets & {"processes", "users"}:
         processes, users = process_and_user_rows(unseen, params["pids"], uids)
         found = {"processes": processes, "users": users}
@@ -1046,12 +1046,9 @@ def run(params: Row, _check_mode: bool, result: Row) -> None:
 
 
 def run_patiently(words: list[str]) -> tuple[int, str, str]:
-    """Runs a command; its exit code is 127 where it cannot be run at all, as the shell has it.
-
-    systemd gets the time that it gets everywhere.
-    """
+    """Runs a command; its exit code is 127 where it cannot be run at all, as the shell has it."""
     try:
-        return run_command(words, COMMAND_SECONDS if words[0] == "systemctl" else SECONDS)
+        return run_command(words, SECONDS)
     except OSError as exc:
         return 127, "", error_text(exc.errno)
 
