@@ -134,6 +134,7 @@ def test_it_becomes_the_command_itself() -> None:
         assert json.loads(SEEN.read_text())["pid"] == process.pid
 
 
+@pytest.mark.host
 def test_the_users_groups_are_all_there() -> None:
     # Debian's, which has the group kvm as well.
     user = pwd.getpwnam("libvirt-qemu")
@@ -282,6 +283,7 @@ def test_the_environment_and_other_descriptors_are_the_callers() -> None:
 # Whether it has a controlling terminal, and which session keyring (KEYCTL_GET_KEYRING_ID of KEY_SPEC_SESSION_KEYRING).
 TIES = r"""
 import ctypes, errno, json, os
+keyctl = 250 if os.uname().machine == "x86_64" else 219
 libc = ctypes.CDLL(None)
 libc.syscall.restype = ctypes.c_long
 try:
@@ -289,7 +291,7 @@ try:
 except OSError as exc:
     terminal = errno.errorcode[exc.errno]
 with open("/run/iommufd-exec-seen", "w") as stream:
-    json.dump({"terminal": terminal, "keyring": libc.syscall(ctypes.c_long(250), ctypes.c_long(0), -3, 0)}, stream)
+    json.dump({"terminal": terminal, "keyring": libc.syscall(ctypes.c_long(keyctl), ctypes.c_long(0), -3, 0)}, stream)
 """
 
 
