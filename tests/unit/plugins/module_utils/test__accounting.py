@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -361,3 +363,23 @@ def test_what_is_certain_is_so_for_every_amount_in_between(seed: int) -> None:
                 whole[name].least <= others[name].least <= others[name].most <= whole[name].most for name in others
             )
     assert certain
+
+
+GIB = 2**30
+SIZING = Path(__file__).resolve().parents[4] / "docs" / "docsite" / "rst" / "sizing.rst"
+
+
+def test_the_examples_of_the_guide() -> None:
+    """Each "needs NUMBER GiB" of its examples, in their order, is what the model calls enough."""
+    asked = [
+        vm(BY_USER, memory=exactly(64 * GIB), held_user=exactly(64 * GIB)),
+        vm(BY_PROCESS, memory=exactly(64 * GIB), held_user=exactly(64 * GIB)),
+        vm(BY_PROCESS, BY_PROCESS, BY_PROCESS, memory=exactly(32 * GIB), viommu=EACH),
+        vm(BY_PROCESS, BY_PROCESS, BY_PROCESS, memory=exactly(32 * GIB), viommu=NESTED),
+        vm(BY_PROCESS, DPA, NVME, memory=exactly(16 * GIB)),
+        vm(BY_PROCESS, DPA, NVME, memory=exactly(16 * GIB), capable=True),
+        vm(BY_PROCESS, DPA, NVME, memory=exactly(16 * GIB), locked=exactly(16 * GIB)),
+    ]
+    examples = SIZING.read_text(encoding="utf-8").partition("\nThree examples\n")[2]
+    told = re.findall(r"needs?(?:\s+a\s+limit\s+of)?\s+\*\*(\d+)\s+GiB", examples)
+    assert [int(number) * GIB for number in told] == [verdict(each, KERNEL).enough for each in asked]
