@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
@@ -379,6 +380,16 @@ class Services:
         command("systemctl", "daemon-reload")
 
 
+def main_pid(unit: str) -> str:
+    """The main process of a unit."""
+    return command("systemctl", "show", "--value", "--property=MainPID", unit).strip()
+
+
+def executes(pid: str, program: Path) -> bool:
+    """Whether the process is the program by now."""
+    return Path("/proc", pid, "exe").resolve() == program
+
+
 def status_of(pid: int) -> tuple[str, int, int]:
     """A process's effective capabilities, user and soft limit of locked memory."""
     status = Path(f"/proc/{pid}/status").read_text()
@@ -417,6 +428,10 @@ def replicas() -> Iterator[dict[str, Answer]]:
         before = check(units=names, start=True)["units"]
         assert command("systemctl", "list-units", "--all", "--plain", "--no-legend", f"{_vmm.REPLICA}*") == ""
         command("systemctl", "start", *names)
+        for name, (settings, _ok, _obstacle) in REPLICATED.items():
+            # systemd counts a service as started before that is the program.
+            program = Path(re.findall(r"^ExecStart=(\S+)", settings, re.MULTILINE)[0]).resolve()
+            await_(partial(executes, main_pid(Services.path(name).name), program))
         yield dict(zip(REPLICATED, before))
     finally:
         services.remove()
@@ -431,7 +446,7 @@ def test_a_replica_is_what_the_unit_is(replicas: dict[str, Answer], name: str) -
     assert bool(row["obstacles"]) == bool(obstacle)
     assert (row["replica"]["attempted"], row["replica"]["ok"]) == (True, ok), row
     unit = Services.path(name).name
-    effective, uid, limit = status_of(int(command("systemctl", "show", "--value", "-p", "MainPID", unit)))
+    effective, uid, limit = status_of(int(main_pid(unit)))
     assert row["replica"]["effective"] == effective
     expected = (None, True) if limit == -1 else (limit, False)
     assert (row["replica"]["memlock_bytes"], row["replica"]["memlock_unlimited"]) == expected
