@@ -38,20 +38,20 @@ def open_descriptors() -> list[str]:
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """Some folders with a file each, and links."""
-    for folder in ("mine", "shared", "sticky", "everybodys"):
+    for folder in ("mine", "groups", "sticky", "everybodys"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder).chmod(0o755)
         (tmp_path / folder / "file").write_bytes(b"content")
         (tmp_path / folder / "file").chmod(0o644)
-    (tmp_path / "shared").chmod(0o775)
+    (tmp_path / "groups").chmod(0o775)
     (tmp_path / "sticky").chmod(0o1777)
     (tmp_path / "everybodys").chmod(0o777)
     (tmp_path / "mine" / "writable").touch()
     (tmp_path / "mine" / "writable").chmod(0o1666)
     (tmp_path / "mine" / "link").symlink_to("file")
-    (tmp_path / "mine" / "astray").symlink_to("../shared/file")
-    (tmp_path / "way").symlink_to("shared")
-    (tmp_path / "absolute").symlink_to(tmp_path / "shared")
+    (tmp_path / "mine" / "astray").symlink_to("../groups/file")
+    (tmp_path / "way").symlink_to("groups")
+    (tmp_path / "absolute").symlink_to(tmp_path / "groups")
     (tmp_path / "round").symlink_to(f"{tmp_path}/mine/../mine/.")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "nowhere").symlink_to("none/below")
@@ -85,12 +85,12 @@ def test_a_way_that_can_be_trusted(place: Path, path: str, real: str) -> None:
 @pytest.mark.parametrize(
     ("path", "where", "who"),
     [
-        ("shared/file", "shared", f"group {GROUP}"),
-        ("way/file", "shared", f"group {GROUP}"),
-        ("absolute/file", "shared", f"group {GROUP}"),
-        ("shared/../mine/file", "shared", f"group {GROUP}"),
-        ("way/../mine/./file", "shared", f"group {GROUP}"),
-        ("mine/astray", "shared", f"group {GROUP}"),
+        ("groups/file", "groups", f"group {GROUP}"),
+        ("way/file", "groups", f"group {GROUP}"),
+        ("absolute/file", "groups", f"group {GROUP}"),
+        ("groups/../mine/file", "groups", f"group {GROUP}"),
+        ("way/../mine/./file", "groups", f"group {GROUP}"),
+        ("mine/astray", "groups", f"group {GROUP}"),
         ("everybodys/file", "everybodys", "everybody"),
         # Nothing behind it is looked at.
         ("everybodys/none/at/all", "everybodys", "everybody"),
@@ -194,7 +194,7 @@ def test_what_was_found_is_what_is_opened(place: Path) -> None:
         sync(found.folder)
         # What comes into its place by another name is not where this leads to.
         (place / "mine").rename(place / "moved")
-        (place / "mine").symlink_to("shared")
+        (place / "mine").symlink_to("groups")
         os.stat("astray", dir_fd=found.folder, follow_symlinks=False)
 
 
