@@ -68,6 +68,9 @@ _PARAMETERS = (
     # It reboots at once, which -no-reboot turns into the end of QEMU.
     "panic=-1",
     "systemd.show_status=auto",
+    # The log takes ten lines in five seconds otherwise, and the start of a domain under AppArmor has more: what was
+    # denied was missing whenever the machine was quick.
+    "sysctl.kernel.printk_ratelimit=0",
     # A dumb terminal is not asked for its size, whose answer would be waited for.
     "TERM=dumb",
 )
