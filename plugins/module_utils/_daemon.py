@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 from ._child import run_command
-from ._domain import DAEMONS, NoDaemon, connected
+from ._domain_start import DAEMONS, NoDaemon, connected
 from ._errors import IommufdError
 from ._foreign import or_none, text
 from ._systemd import run_service, show_units, tell_systemd

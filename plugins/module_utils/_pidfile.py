@@ -75,7 +75,7 @@ class PidfileTarget(NamedTuple):
 
     def _check_writers(self, process: Process, read: Pidfile) -> None:
         """Raises IommufdError where somebody else can have written the file."""
-        # What trusts the folder as a whole needs it not, as _domain.
+        # What trusts the folder as a whole needs it not, as _domain_start.
         from ._paths import Untrusted, walk
 
         try:

@@ -62,9 +62,9 @@ def zipapp(name: str) -> bytes:
 
 
 def _exec_modules() -> tuple[str, tuple[ModuleType, ...]]:
-    from . import _capabilities, _device, _errors, _iommufd, _launch, _size, _syscalls, _uapi, _user
+    from . import _capabilities, _device, _errors, _iommufd, _iommufd_exec, _size, _syscalls, _uapi, _user
 
-    return "_launch", (_capabilities, _device, _errors, _iommufd, _launch, _size, _syscalls, _uapi, _user)
+    return "_iommufd_exec", (_capabilities, _device, _errors, _iommufd, _iommufd_exec, _size, _syscalls, _uapi, _user)
 
 
 def _grant_modules() -> tuple[str, tuple[ModuleType, ...]]:

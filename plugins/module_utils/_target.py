@@ -144,7 +144,7 @@ def escaped(text: str) -> str:
 
 
 class Target(Protocol):
-    """What names a process: those here, and those of _pidfile and _domain."""
+    """What names a process: those here, and those of _pidfile and _domain_start."""
 
     def resolve(self) -> int:
         """The process's id, as it is now. Raises IommufdError where there is none."""

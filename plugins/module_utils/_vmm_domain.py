@@ -4,7 +4,7 @@
 
 """Private to this collection: has libvirt start a domain, to see with which capabilities and limits its emulator runs.
 
-See _vmm_start for what is a verdict, and for what ends whatever is started.
+See _vmm_trial for what is a verdict, and for what ends whatever is started.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import IO
 from ._child import Interrupted, NoAnswer, Run, end, start_command
 from ._errors import IommufdError, error_text
 from ._target import DomainTarget, escaped, hold_target
-from ._vmm import REPLICA, Program
-from ._vmm_start import ProcessSeen, one_line, see_in_child
+from ._vmm_look import REPLICA, Program
+from ._vmm_trial import ProcessSeen, one_line, see_in_child
 
 __all__ = (
     "LIBVIRT_SECONDS",

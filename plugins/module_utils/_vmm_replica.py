@@ -4,7 +4,7 @@
 
 """Private to this collection: starts a service like a unit, to see with which capabilities and limits it runs.
 
-See _vmm_start for what is a verdict, and for what ends whatever is started.
+See _vmm_trial for what is a verdict, and for what ends whatever is started.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ._child import Interrupted, Run
 from ._errors import CommandFailed, IommufdError
 from ._systemd import read_journal, run_service, show_units, tell_systemd
 from ._target import UnitTarget, hold_target
-from ._vmm import REPLICA, Unit, has_ipc_lock, is_qemu, unit_obstacles
-from ._vmm_start import IDLE_QEMU, PATIENCE, ProcessSeen, ended_by_itself, one_line, see_in_child
+from ._vmm_look import REPLICA, Unit, has_ipc_lock, is_qemu, unit_obstacles
+from ._vmm_trial import IDLE_QEMU, PATIENCE, ProcessSeen, ended_by_itself, one_line, see_in_child
 
 __all__ = ("start_replica",)
 

@@ -317,7 +317,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils._child import NoAnswer, in_child
 from ..module_utils._device import new_iommufd
-from ..module_utils._domain import (
+from ..module_utils._domain_start import (
     DomainSeen,
     Endpoint,
     NoDaemon,

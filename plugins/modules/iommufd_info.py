@@ -671,7 +671,7 @@ from typing import NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils import _host
+from ..module_utils import _host_facts
 from ..module_utils._budget import (
     Account,
     Total,
@@ -692,7 +692,6 @@ from ..module_utils._child import run_command
 from ..module_utils._device import DEVICE
 from ..module_utils._errors import IommufdError, error_text, shown_path
 from ..module_utils._foreign import shown_text
-from ..module_utils._holders import HeldIommufd, Holder, Survey, survey
 from ..module_utils._iommufd import misc_rdev
 from ..module_utils._module import Row, finish, memlock_row
 from ..module_utils._process import (
@@ -700,6 +699,7 @@ from ..module_utils._process import (
     own_status,
 )
 from ..module_utils._running import read_domain_record
+from ..module_utils._survey import HeldIommufd, Holder, Survey, survey
 from ..module_utils._user import user_name
 
 # How long a command may take that is not systemd's.
@@ -737,10 +737,10 @@ def host_row(unseen: Unseen, paths: list[str], slow: bool) -> Row:
     """What the host supports; `slow` with what takes seconds or wakes a service."""
     system = os.uname()
     release = system.release
-    module = _host.find_module(release)
+    module = _host_facts.find_module(release)
     if module is None:
         unseen.note("module", f"/lib/modules/{release} is not here: whether a module could be loaded cannot be told.")
-    groups = _host.find_iommu_groups()
+    groups = _host_facts.find_iommu_groups()
     return {
         "kernel": shown_text(release),
         "machine": system.machine,
@@ -749,11 +749,11 @@ def host_row(unseen: Unseen, paths: list[str], slow: bool) -> Row:
         "device": device_row(),
         "options": {"rlimit_mode": option_row(unseen, module)},
         "caller": caller_row(),
-        "yama_ptrace_scope": _host.read_yama_scope(),
-        "iommus": _host.find_iommus(),
+        "yama_ptrace_scope": _host_facts.read_yama_scope(),
+        "iommus": _host_facts.find_iommus(),
         "iommu_groups": [{"id": number, "devices": devices} for number, devices in groups.items()],
-        "vfio_devices": [vfio_row(each) for each in _host.find_vfio_nodes().values() if not each.of_group],
-        "qemu": [emulator_row(unseen, each, slow) for each in _host.find_emulators(paths)],
+        "vfio_devices": [vfio_row(each) for each in _host_facts.find_vfio_nodes().values() if not each.of_group],
+        "qemu": [emulator_row(unseen, each, slow) for each in _host_facts.find_emulators(paths)],
         "libvirt": libvirt_row(unseen, slow),
     }
 
@@ -761,7 +761,7 @@ def host_row(unseen: Unseen, paths: list[str], slow: bool) -> Row:
 def device_row() -> Row:
     """The node /dev/iommu."""
     rdev = misc_rdev()
-    node = _host.look_at_node(DEVICE)
+    node = _host_facts.look_at_node(DEVICE)
     return {
         "path": DEVICE,
         "present": node is not None and node.rdev == rdev,
@@ -770,15 +770,15 @@ def device_row() -> Row:
     }
 
 
-def node_row(node: _host.Node | None) -> Row:
+def node_row(node: _host_facts.Node | None) -> Row:
     """The permissions of a device node."""
     return {name: node and getattr(node, name) for name in ("mode", "owner", "group")}
 
 
 def option_row(unseen: Unseen, module: str | None) -> Row:
     """What an iommufd of our own answers."""
-    scratch = _host.try_iommufd()
-    if scratch.msg and module in (_host.BUILTIN, _host.LOADED):
+    scratch = _host_facts.try_iommufd()
+    if scratch.msg and module in (_host_facts.BUILTIN, _host_facts.LOADED):
         unseen.note("options", scratch.msg)
     return {"readable": scratch.readable, "settable": scratch.settable}
 
@@ -793,17 +793,17 @@ def caller_row() -> Row:
     }
 
 
-def vfio_row(vfio: _host.VfioNode) -> Row:
+def vfio_row(vfio: _host_facts.VfioNode) -> Row:
     """A device that VFIO offers to iommufd."""
     return {
         "node": vfio.path,
         "address": vfio.addresses[0],
         "iommu_group": vfio.iommu_group,
-        **node_row(_host.look_at_node(vfio.path)),
+        **node_row(_host_facts.look_at_node(vfio.path)),
     }
 
 
-def emulator_row(unseen: Unseen, emulator: _host.Emulator, slow: bool) -> Row:
+def emulator_row(unseen: Unseen, emulator: _host_facts.Emulator, slow: bool) -> Row:
     """An emulator, asked for its version where that is wanted."""
     given = emulator.capabilities
     if emulator.msg:
@@ -818,11 +818,11 @@ def emulator_row(unseen: Unseen, emulator: _host.Emulator, slow: bool) -> Row:
     }
 
 
-def emulator_version(unseen: Unseen, emulator: _host.Emulator) -> str | None:
+def emulator_version(unseen: Unseen, emulator: _host_facts.Emulator) -> str | None:
     """The version that an emulator gives when it is executed, which it is not where others can write it."""
     path = shown_path(emulator.path)
     try:
-        _host.check_may_be_run(emulator)
+        _host_facts.check_may_be_run(emulator)
     except IommufdError as exc:
         unseen.note("emulators", f"{path} was not asked for its version: {exc}")
         return None
@@ -870,7 +870,7 @@ def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:
     """All processes that hold an iommufd, which of the nodes they have open, and what this caller was kept from."""
     if not in_initial_namespace("pid"):
         unseen.note("processes", "This is not the initial pid namespace. Run the task on the host itself.")
-    hides = _host.read_hidepid()
+    hides = _host_facts.read_hidepid()
     if hides and CAP_SYS_PTRACE not in capability_names(own_status().effective):
         unseen.note("processes", f"/proc is mounted with {hides}. Run the task as root (become: true).")
     seen = survey(nodes)
@@ -946,7 +946,7 @@ def iso8601(seconds: float) -> str:
 class Names:
     """What this host calls things: its system libvirt's domains, and VFIO's nodes, by device number."""
 
-    def __init__(self, unseen: Unseen, nodes: dict[int, _host.VfioNode]) -> None:
+    def __init__(self, unseen: Unseen, nodes: dict[int, _host_facts.VfioNode]) -> None:
         self._nodes = nodes
         self._unseen: Unseen | None = unseen
 
@@ -995,7 +995,7 @@ def user_row(uid: int, of_user: Total) -> Row:
 
 def process_and_user_rows(unseen: Unseen, pids: list[int] | None, uids: set[int] | None) -> tuple[list[Row], list[Row]]:
     """The processes that hold an iommufd, and the users that are charged."""
-    nodes = _host.find_vfio_nodes()
+    nodes = _host_facts.find_vfio_nodes()
     seen = look_at_processes(unseen, nodes)
     host_names = Names(unseen, nodes)
     accounts: dict[int, list[Account]] = {uid: [] for uid in (*(uids or ()), *seen.others_pinned, *seen.unseen)}
@@ -1014,7 +1014,7 @@ def process_and_user_rows(unseen: Unseen, pids: list[int] | None, uids: set[int]
         if (pids is None or holder.pid in pids) and (uids is None or uid in uids):
             processes.append(process_row(holder, account_of[holder.pid], totals[uid], largest[uid], host_names))
     # In a user namespace, the kernel shows all users that it has no number for there as this one.
-    nobody = None if in_initial_namespace("user") else _host.read_overflow_uid()
+    nobody = None if in_initial_namespace("user") else _host_facts.read_overflow_uid()
     if nobody in totals:
         unseen.note("users", f"This is not the initial user namespace: uid {nobody} stands for any user outside of it.")
         del totals[nobody]

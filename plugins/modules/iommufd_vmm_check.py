@@ -23,7 +23,7 @@ options:
     elements: path
     default: []
   user:
-    description: The user of O(trial), O(scratch), and O(start) without O(domain), which require it.
+    description: The user of O(trial), O(try_iommufd), and O(start) without O(domain), which require it.
     type: str
   units:
     description: systemd services that start a VMM. Of a template, an instance is asked for.
@@ -51,7 +51,7 @@ options:
     description: The system libvirt of this host, as C(virsh --connect) takes it.
     type: str
     default: qemu:///system
-  scratch:
+  try_iommufd:
     description: Whether to set an iommufd of its own to per-process accounting, and to read that back as O(user).
     type: bool
     default: false
@@ -65,7 +65,7 @@ requirements:
   - Python 3.9 or later with C(ctypes) on the host; Debian's package C(python3) has it, C(python3-minimal) has not.
   - systemd for O(units); C(virsh) for O(domain); C(runuser) for O(users).
 notes:
-  - B(Privilege.) Root is needed for all that is started, and for O(users) and O(scratch), but not for the rest.
+  - B(Privilege.) Root is needed for all that is started, and for O(users) and O(try_iommufd), but not for the rest.
   - B(Verdicts.) A user may stop, end or limit what runs as that user. So only what was seen counts. What was not seen
     is tried three times. Then RV(ignore:ok) is V(null), and RV(ignore:inconclusive) is V(true).
   - B(Others' files.) What somebody else than root can write is neither executed nor copied. It is an obstacle.
@@ -246,8 +246,8 @@ users:
     msg:
       description: Why it was not tried, what is wrong, or why nothing is known; empty otherwise.
       type: str
-scratch:
-  description: The outcome of O(scratch).
+try_iommufd:
+  description: The outcome of O(try_iommufd).
   returned: always
   type: dict
   contains:
@@ -274,13 +274,13 @@ from typing import Callable, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils import _vmm, _vmm_start
+from ..module_utils import _vmm_look, _vmm_trial
 from ..module_utils._child import Interrupted, insist, run_command
 from ..module_utils._errors import AccessRefused, IommufdError, shown_path
 from ..module_utils._module import Row, finish, memlock_row
 from ..module_utils._process import Status
 from ..module_utils._user import User, find_user
-from ..module_utils._vmm import Conditions, Program, Unit
+from ..module_utils._vmm_look import Conditions, Program, Unit
 
 NOT_ASKED = "It was not asked for."
 CHECK_MODE = "Not run in check mode."
@@ -295,14 +295,14 @@ class CheckTask:
     def __init__(self, params: Row, check_mode: bool) -> None:
         self.params = params
         self._check_mode = check_mode
-        as_user = [name for name in ("trial", "scratch") if params[name]]
+        as_user = [name for name in ("trial", "try_iommufd") if params[name]]
         if params["start"] and params["emulators"] and not params["domain"]:
             as_user.append("start")
         if as_user and not params["user"]:
             raise IommufdError(f"{as_user[0]} takes user: the name of the user that emulators run as on this host.")
         # One that is not there is told of at once, not when something is to be started.
         self.user: User | None = find_user(params["user"]) if params["user"] else None
-        starts = [name for name in ("trial", "start", "scratch", "users") if params[name]]
+        starts = [name for name in ("trial", "start", "try_iommufd", "users") if params[name]]
         if starts and not check_mode and os.geteuid() != 0:
             raise AccessRefused(
                 f"uid {os.geteuid()} cannot be asked for {starts[0]}, which takes root: run the task with become: true."
@@ -334,9 +334,9 @@ def effective(status: Status) -> str:
     return f"{status.effective:016x}"
 
 
-def seen_row(seen: _vmm_start.ProcessSeen) -> Row:
+def seen_row(seen: _vmm_trial.ProcessSeen) -> Row:
     """What was started."""
-    void = _vmm.has_ipc_lock(seen.status.effective) and not seen.lifts_memlock
+    void = _vmm_look.has_ipc_lock(seen.status.effective) and not seen.lifts_memlock
     return {
         "ok": seen.lifts_memlock,
         "user": seen.user,
@@ -353,12 +353,12 @@ def check_emulator(task: CheckTask, program: Program, under: Conditions) -> Row:
 
     def check() -> None:
         if program.writer or not program.is_program:
-            raise IommufdError(_vmm.emulator_obstacles(program, under)[0])
+            raise IommufdError(_vmm_look.emulator_obstacles(program, under)[0])
 
     def trial() -> Row:
         check()
-        status = _vmm_start.try_copy(program, under, task.needed_user())
-        ok = _vmm.has_ipc_lock(status.effective)
+        status = _vmm_trial.try_copy(program, under, task.needed_user())
+        ok = _vmm_look.has_ipc_lock(status.effective)
         return {"ok": ok, "effective": effective(status), "msg": "" if ok else "It ran, but without CAP_IPC_LOCK."}
 
     def started() -> Row:
@@ -369,7 +369,7 @@ def check_emulator(task: CheckTask, program: Program, under: Conditions) -> Row:
 
             patient = partial(run_command, seconds=_vmm_domain.LIBVIRT_SECONDS)
             return seen_row(_vmm_domain.start_bare_domain(patient, task.params["uri"], program))
-        return seen_row(_vmm_start.start_emulator(program, under, task.needed_user()))
+        return seen_row(_vmm_trial.start_emulator(program, under, task.needed_user()))
 
     return {
         "path": shown_path(program.path),
@@ -378,7 +378,7 @@ def check_emulator(task: CheckTask, program: Program, under: Conditions) -> Row:
         "writer": program.writer and program.writer._asdict(),
         "is_emulator": program.is_program,
         "conditions_of": under.read_from,
-        "obstacles": _vmm.emulator_obstacles(program, under),
+        "obstacles": _vmm_look.emulator_obstacles(program, under),
         "trial": task.attempt("trial", {"effective": None}, trial),
         "started": task.attempt("start", {**STARTED, "how": "domain" if task.params["domain"] else "bare"}, started),
     }
@@ -390,7 +390,7 @@ def check_unit(task: CheckTask, unit: Unit) -> Row:
 
     def replica() -> Row:
         if not unit.present or program is None or program.writer:
-            raise IommufdError(_vmm.unit_obstacles(unit)[0])
+            raise IommufdError(_vmm_look.unit_obstacles(unit)[0])
         # Few tasks have it start a unit's replica.
         from ..module_utils import _vmm_replica
 
@@ -401,8 +401,8 @@ def check_unit(task: CheckTask, unit: Unit) -> Row:
         "present": unit.present,
         "outdated": unit.outdated,
         "user": unit.user,
-        "ambient_ipc_lock": _vmm.has_ipc_lock(unit.ambient),
-        "obstacles": _vmm.unit_obstacles(unit),
+        "ambient_ipc_lock": _vmm_look.has_ipc_lock(unit.ambient),
+        "obstacles": _vmm_look.unit_obstacles(unit),
         "replica": task.attempt("start", STARTED, replica),
     }
 
@@ -416,7 +416,7 @@ def check_user(task: CheckTask, name: str) -> Row:
         return {**nothing, **UNTRIED, "msg": str(exc)}
 
     def session() -> Row:
-        return {"ok": True, **memlock_row(_vmm_start.open_session(user).soft)}
+        return {"ok": True, **memlock_row(_vmm_trial.open_session(user).soft)}
 
     return task.attempt("users", {**nothing, "present": True}, session)
 
@@ -424,24 +424,24 @@ def check_user(task: CheckTask, name: str) -> Row:
 def check_iommufd(task: CheckTask) -> Row:
     """What came of setting an iommufd."""
 
-    def scratch() -> Row:
-        mode = _vmm_start.try_mode(task.needed_user())
+    def try_iommufd() -> Row:
+        mode = _vmm_trial.try_mode(task.needed_user())
         return {"ok": mode == "process", "mode": mode}
 
-    return task.attempt("scratch", {"mode": None}, scratch)
+    return task.attempt("try_iommufd", {"mode": None}, try_iommufd)
 
 
 def run(params: Row, check_mode: bool, result: Row) -> None:
     """Looks at all that was asked for, and tries it. Raises IommufdError where the task asks for what cannot be."""
     task = CheckTask(params, check_mode)
     # Everything is looked at before anything is started.
-    programs = [_vmm.look_at_program(path) for path in params["emulators"]]
-    units = [_vmm.look_at_unit(run_command, name) for name in params["units"]]
-    under = _vmm.look_at_conditions(run_command) if programs else None
+    programs = [_vmm_look.look_at_program(path) for path in params["emulators"]]
+    units = [_vmm_look.look_at_unit(run_command, name) for name in params["units"]]
+    under = _vmm_look.look_at_conditions(run_command) if programs else None
     result["emulators"] = [check_emulator(task, each, under) for each in programs] if under else []
     result["units"] = [check_unit(task, each) for each in units]
     result["users"] = [check_user(task, each) for each in params["users"]]
-    result["scratch"] = check_iommufd(task)
+    result["try_iommufd"] = check_iommufd(task)
 
 
 def main() -> NoReturn:
@@ -455,7 +455,7 @@ def main() -> NoReturn:
             "start": {"type": "bool", "default": False},
             "domain": {"type": "bool", "default": False},
             "uri": {"type": "str", "default": "qemu:///system"},
-            "scratch": {"type": "bool", "default": False},
+            "try_iommufd": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )

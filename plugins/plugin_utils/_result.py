@@ -146,7 +146,7 @@ def _verified(plan: Row, check: Row) -> list[Tried]:
     """What was tried on the live host, and whether it came out as the strategy wants it."""
     granted = {grant["to"]: grant for grant in plan["grants"]}
     return [
-        _mode(plan["user"] or "root", check["scratch"]),
+        _mode(plan["user"] or "root", check["try_iommufd"]),
         *(_emulator(each, plan["user"], each["path"] in granted) for each in check["emulators"]),
         *(tried for each in check["units"] for tried in _unit(each, granted.get(each["name"]))),
         *(

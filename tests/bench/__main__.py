@@ -208,11 +208,11 @@ def times(taken: float, other: float) -> str:
 LAUNCH = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from iommufd_exec import _device, _launch
+from iommufd_exec import _device, _iommufd_exec
 _device.DEVICE = "/dev/null"
 _device.misc_rdev = lambda: os.stat("/dev/null").st_rdev
 sys.argv[1:] = ["--", "/bin/true", "{iommufd}"]
-sys.exit(_launch.main())
+sys.exit(_iommufd_exec.main())
 """
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_replica, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils import _vmm_look, _vmm_replica, _vmm_trial
 from ansible_collections.virt.iommufd.plugins.module_utils._user import find_user
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
 from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, RUN_MODULE, TREE, VM, Answer, change_user
@@ -202,10 +202,10 @@ def test_a_user_who_ends_all_that_is_started(service: str) -> None:
             user="vm",
             trial=True,
             start=True,
-            scratch=True,
+            try_iommufd=True,
         )
     [emulator], [unit], [user] = answered["emulators"], answered["units"], answered["users"]
-    rows = [emulator["started"], unit["replica"], emulator["trial"], answered["scratch"], user]
+    rows = [emulator["started"], unit["replica"], emulator["trial"], answered["try_iommufd"], user]
     assert [row for row in rows if row["ok"] is False] == []
     # These take long enough to be hit each time. The session's limit is seen in a process of root's.
     assert [row["inconclusive"] for row in rows[:2]] == [True, True]
@@ -214,13 +214,13 @@ def test_a_user_who_ends_all_that_is_started(service: str) -> None:
 
 
 def test_a_user_who_stops_all_that_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_vmm_start, "_READING_SECONDS", 3, raising=False)
+    monkeypatch.setattr(_vmm_trial, "_READING_SECONDS", 3, raising=False)
     began = time.monotonic()
     with user_who(all_get(signal.SIGSTOP)):
-        answered = checked(emulators=[QEMU], users=["vm"], user="vm", trial=True, start=True, scratch=True)
+        answered = checked(emulators=[QEMU], users=["vm"], user="vm", trial=True, start=True, try_iommufd=True)
     assert time.monotonic() - began < PATIENCE / 4
     [emulator], [user] = answered["emulators"], answered["users"]
-    rows = [emulator["started"], emulator["trial"], answered["scratch"], user]
+    rows = [emulator["started"], emulator["trial"], answered["try_iommufd"], user]
     assert [row for row in rows if row["ok"] is False] == []
     assert emulator["started"]["inconclusive"]
     assert "was stopped by signal 19, so nothing is known of it" in emulator["started"]["msg"]
@@ -246,7 +246,7 @@ def test_a_user_who_lowers_limits(service: str) -> None:
 
 def test_a_user_who_takes_the_capability(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a process that has it itself may trace one that has it."""
-    look = _vmm_start.see_in_child
+    look = _vmm_trial.see_in_child
     folder = SERVICE.with_name(f"{service}.d")
     folder.mkdir()
     (folder / "grant.conf").write_text("[Service]\nAmbientCapabilities=CAP_IPC_LOCK\n")
@@ -278,10 +278,10 @@ def test_a_user_who_takes_the_capability(service: str, monkeypatch: pytest.Monke
 def test_a_user_who_has_all_that_is_started_fail(service: str) -> None:
     """It ends by itself then, as if it could not start."""
     with user_who(take_memory):
-        answered = checked(emulators=[QEMU], units=[service], user="vm", trial=True, start=True, scratch=True)
+        answered = checked(emulators=[QEMU], units=[service], user="vm", trial=True, start=True, try_iommufd=True)
     [emulator], [unit] = answered["emulators"], answered["units"]
     # The emulator and the unit have no capability: that may have been seen, before.
-    for row in (emulator["trial"], answered["scratch"]):
+    for row in (emulator["trial"], answered["try_iommufd"]):
         assert row["ok"] is not False, row
     for row in (emulator["started"], unit["replica"]):
         assert row["inconclusive"] or row["effective"] is not None, row
@@ -332,11 +332,11 @@ with open('{told}', 'w') as stream:
 print('{{"QMP"', flush=True)
 time.sleep(600)
 """
-    monkeypatch.setattr(_vmm_start, "IDLE_QEMU", ("-c", code))
+    monkeypatch.setattr(_vmm_trial, "IDLE_QEMU", ("-c", code))
     monkeypatch.setenv("PASSWORD", "S3CRET")
     try:
-        program = _vmm.look_at_program(os.path.realpath(sys.executable))
-        _vmm_start.start_emulator(program, _vmm.look_at_own_conditions(), find_user("vm"))
+        program = _vmm_look.look_at_program(os.path.realpath(sys.executable))
+        _vmm_trial.start_emulator(program, _vmm_look.look_at_own_conditions(), find_user("vm"))
         uid, found, terminal, environment = json.loads(told.read_text())
     finally:
         told.unlink()

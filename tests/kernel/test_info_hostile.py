@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _holders
+from ansible_collections.virt.iommufd.plugins.module_utils import _survey
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start
 from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, CONTAINER, DEVICES, MIB, PATIENCE, VM, Vmm
 from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, look_at, process, user
@@ -72,7 +72,7 @@ def test_a_descriptor_on_a_mount_that_refuses_root(start: Start, tmp_path: Path)
 
 def test_a_process_with_100000_descriptors(start: Start, alarm: None, monkeypatch: pytest.MonkeyPatch) -> None:
     # All are looked at, however busy this machine is. On one that is not, that is a matter of seconds.
-    monkeypatch.setattr(_holders, "_PATIENCE", PATIENCE)
+    monkeypatch.setattr(_survey, "_PATIENCE", PATIENCE)
     vmm = start(0)
     fd = vmm.open()
     assert vmm.do("dup", str(vmm.do("hold_socket")["fd"]), "100000")["last"] >= 100000

@@ -379,7 +379,7 @@ def dead() -> Iterator[Path]:
 
 @pytest.mark.parametrize("link", [False, True])
 def test_a_mount_whose_server_does_not_answer(dead: Path, link: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (("_host", "_PATIENCE"), ("_vmm", "_LOOK_PATIENCE"), ("_wanted", "_PATIENCE")):
+    for module, name in (("_host_facts", "_PATIENCE"), ("_vmm_look", "_LOOK_PATIENCE"), ("_wanted", "_PATIENCE")):
         monkeypatch.setattr(f"ansible_collections.virt.iommufd.plugins.module_utils.{module}.{name}", 1)
     path = dead
     if link:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_domain, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils import _vmm_domain, _vmm_look, _vmm_trial
 from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._user import find_user
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
@@ -119,9 +119,9 @@ def qemu(copied: Path) -> Iterator[Path]:
 def test_without_a_capability(qemu: Path) -> None:
     row = emulator(qemu, start=True, trial=True, user=USER)
     assert row["obstacles"] == []
-    assert _vmm.look_at_program(str(qemu)).file_system == _vmm.FileSystem("/", nosuid=False, read_only=False)
-    under = _vmm.look_at_conditions(run_command)
-    assert _vmm.has_ipc_lock(under.bounding)
+    assert _vmm_look.look_at_program(str(qemu)).file_system == _vmm_look.FileSystem("/", nosuid=False, read_only=False)
+    under = _vmm_look.look_at_conditions(run_command)
+    assert _vmm_look.has_ipc_lock(under.bounding)
     assert under.initial is True
     assert row["started"]["effective"] == NOTHING
     assert (row["started"]["attempted"], row["started"]["ok"], row["started"]["user"]) == (True, False, USER)
@@ -223,8 +223,8 @@ def test_nosuid_is_an_obstacle_that_nothing_tells(folder: Path) -> None:
         path = Path(shutil.copy(QEMU, target))
         command("setcap", "cap_ipc_lock+ep", str(path))
         row = emulator(path, start=True, trial=True, user=USER)
-        seen = _vmm.look_at_program(str(path)).file_system
-        assert seen == _vmm.FileSystem(str(target), nosuid=True, read_only=False)
+        seen = _vmm_look.look_at_program(str(path)).file_system
+        assert seen == _vmm_look.FileSystem(str(target), nosuid=True, read_only=False)
         assert row["obstacles"] == [f"{path} gives no capabilities: the file system at {target} is mounted nosuid."]
         assert (row["trial"]["ok"], row["trial"]["effective"]) == (False, NOTHING)
         assert (row["started"]["ok"], row["started"]["effective"]) == (False, NOTHING)
@@ -234,8 +234,8 @@ def test_nosuid_is_an_obstacle_that_nothing_tells(folder: Path) -> None:
 def test_a_read_only_mount(qemu: Path, folder: Path) -> None:
     with mounted(folder, "--bind", "-o", "ro", str(folder)) as target:
         row = emulator(target / qemu.name, trial=True, user=USER)
-        seen = _vmm.look_at_program(str(target / qemu.name)).file_system
-        assert seen == _vmm.FileSystem(str(target), nosuid=False, read_only=True)
+        seen = _vmm_look.look_at_program(str(target / qemu.name)).file_system
+        assert seen == _vmm_look.FileSystem(str(target), nosuid=False, read_only=True)
         assert "is mounted read-only" in row["obstacles"][0]
         assert (row["trial"]["ok"], row["trial"]["effective"]) == (False, None)
         assert "cannot be made (EROFS: " in row["trial"]["msg"]
@@ -272,7 +272,7 @@ def test_a_bounding_set_without_it_makes_every_start_fail(qemu: Path) -> None:
         of = f"{LIBVIRT} (pid {command('systemctl', 'show', '--value', '-p', 'MainPID', LIBVIRT).strip()})"
         row = emulator(qemu, trial=True, start=True, user=USER)
         assert row["conditions_of"] == of
-        assert not _vmm.has_ipc_lock(_vmm.look_at_conditions(run_command).bounding)
+        assert not _vmm_look.has_ipc_lock(_vmm_look.look_at_conditions(run_command).bounding)
         assert f"CAP_IPC_LOCK is not in the bounding set of {of}" in row["obstacles"][0]
         # As it is, it can be executed; with the capability nobody could.
         assert (row["started"]["ok"], row["started"]["effective"]) == (False, NOTHING)
@@ -290,9 +290,9 @@ def test_no_new_privileges_void_it_in_silence(qemu: Path) -> None:
     with libvirt_with("NoNewPrivileges=yes"):
         row = emulator(qemu, trial=True, start=True, user=USER)
         assert row["conditions_of"] == LIBVIRT
-        under = _vmm.look_at_conditions(run_command)
+        under = _vmm_look.look_at_conditions(run_command)
         assert (under.read_from, under.no_new_privs, under.initial) == (LIBVIRT, True, True)
-        assert _vmm.has_ipc_lock(under.bounding)
+        assert _vmm_look.has_ipc_lock(under.bounding)
         assert "runs with NoNewPrivileges" in row["obstacles"][0]
         for what in (row["trial"], row["started"]):
             assert (what["ok"], what["effective"]) == (False, NOTHING)
@@ -330,11 +330,11 @@ def test_an_ordinary_user_may_look_but_starts_nothing(qemu: Path) -> None:
 
 @pytest.mark.once
 def test_check_mode_starts_nothing(qemu: Path) -> None:
-    asked = {"trial": True, "start": True, "scratch": True, "user": USER, "users": ["vm"]}
+    asked = {"trial": True, "start": True, "try_iommufd": True, "user": USER, "users": ["vm"]}
     for domain in (False, True):
         answered = check(emulators=[str(qemu)], units=[LIBVIRT], domain=domain, **asked, _ansible_check_mode=True)
         [row], [unit] = answered["emulators"], answered["units"]
-        for what in (row["trial"], row["started"], unit["replica"], answered["users"][0], answered["scratch"]):
+        for what in (row["trial"], row["started"], unit["replica"], answered["users"][0], answered["try_iommufd"]):
             assert (what["attempted"], what["ok"], what["msg"]) == (False, None, "Not run in check mode.")
 
 
@@ -343,9 +343,9 @@ def test_what_was_started_ends_with_the_module() -> None:
     reading, writing = os.pipe()
     module = os.fork()
     if not module:
-        under, user = _vmm.look_at_own_conditions(), find_user(USER)
-        arguments = [QEMU, *_vmm_start.IDLE_QEMU]
-        with open("/dev/null", "wb") as null, _vmm_start._started(QEMU, arguments, under, user, null, null) as pid:
+        under, user = _vmm_look.look_at_own_conditions(), find_user(USER)
+        arguments = [QEMU, *_vmm_trial.IDLE_QEMU]
+        with open("/dev/null", "wb") as null, _vmm_trial._started(QEMU, arguments, under, user, null, null) as pid:
             os.write(writing, f"{pid}\n".encode())
             signal.pause()
         os._exit(0)
@@ -426,7 +426,7 @@ def replicas() -> Iterator[dict[str, Answer]]:
     services = Services(**{name: settings for name, (settings, _ok, _obstacle) in REPLICATED.items()})
     try:
         before = check(units=names, start=True)["units"]
-        assert command("systemctl", "list-units", "--all", "--plain", "--no-legend", f"{_vmm.REPLICA}*") == ""
+        assert command("systemctl", "list-units", "--all", "--plain", "--no-legend", f"{_vmm_look.REPLICA}*") == ""
         command("systemctl", "start", *names)
         for name, (settings, _ok, _obstacle) in REPLICATED.items():
             # systemd counts a service as started before that is the program.
@@ -450,7 +450,7 @@ def test_a_replica_is_what_the_unit_is(replicas: dict[str, Answer], name: str) -
     assert row["replica"]["effective"] == effective
     expected = (None, True) if limit == -1 else (limit, False)
     assert (row["replica"]["memlock_bytes"], row["replica"]["memlock_unlimited"]) == expected
-    assert _vmm.look_at_unit(run_command, unit).memlock.soft == expected[0]
+    assert _vmm_look.look_at_unit(run_command, unit).memlock.soft == expected[0]
     if name == "dynamic":
         assert row["user"] is None
     else:
@@ -522,7 +522,7 @@ def test_units_that_do_not_start() -> None:
     assert "/nothing/there, which is not there" in no_program["obstacles"][0]
     # What the unit gives to a program is seen by another one.
     assert no_program["replica"]["effective"] == NOTHING
-    assert _vmm.instance_of(template["name"]) == template["name"].replace("@", "@iommufd-host-check")
+    assert _vmm_look.instance_of(template["name"]) == template["name"].replace("@", "@iommufd-host-check")
     assert template["replica"]["ok"]
 
 
@@ -544,23 +544,23 @@ def test_the_limit_of_a_session() -> None:
 @pytest.mark.parametrize("user", [USER, "alice", "root"])
 def test_an_iommufd_that_is_set_for_somebody_else(user: str) -> None:
     told = {"attempted": True, "ok": True, "inconclusive": False, "mode": "process", "msg": ""}
-    assert check(scratch=True, user=user)["scratch"] == told
+    assert check(try_iommufd=True, user=user)["try_iommufd"] == told
 
 
 @pytest.mark.once
 def test_an_iommufd_that_is_none() -> None:
     hide = ["unshare", "--mount", "sh", "-c", 'mount --bind /dev/null /dev/iommu && exec "$@"', "sh"]
-    scratch = run_apart(hide, "iommufd_vmm_check", scratch=True, user=USER)["scratch"]
-    assert (scratch["attempted"], scratch["ok"], scratch["mode"]) == (True, False, None)
-    assert "/dev/iommu is not the kernel's iommufd but something else" in scratch["msg"]
+    try_iommufd = run_apart(hide, "iommufd_vmm_check", try_iommufd=True, user=USER)["try_iommufd"]
+    assert (try_iommufd["attempted"], try_iommufd["ok"], try_iommufd["mode"]) == (True, False, None)
+    assert "/dev/iommu is not the kernel's iommufd but something else" in try_iommufd["msg"]
 
 
 @pytest.mark.once
 def test_an_iommufd_that_cannot_be_set() -> None:
     less = ["setpriv", "--bounding-set=-sys_resource"]
-    scratch = run_apart(less, "iommufd_vmm_check", scratch=True, user=USER)["scratch"]
-    assert (scratch["ok"], scratch["mode"]) == (False, None)
-    assert "cannot be set to per-process accounting (EPERM: " in scratch["msg"]
+    try_iommufd = run_apart(less, "iommufd_vmm_check", try_iommufd=True, user=USER)["try_iommufd"]
+    assert (try_iommufd["ok"], try_iommufd["mode"]) == (False, None)
+    assert "cannot be set to per-process accounting (EPERM: " in try_iommufd["msg"]
 
 
 def leftovers() -> set[str]:
@@ -606,7 +606,7 @@ def test_a_domain_that_libvirt_cannot_start() -> None:
 
 
 def test_a_domain_ends_with_the_module() -> None:
-    program = _vmm.look_at_program(QEMU)
+    program = _vmm_look.look_at_program(QEMU)
     name = "iommufd-host-check-kernel-test"
     reading, writing = os.pipe()
     module = os.fork()

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from ansible.module_utils.common import warnings
-from ansible_collections.virt.iommufd.plugins.module_utils import _device, _holders, _iommufd, _paths
+from ansible_collections.virt.iommufd.plugins.module_utils import _device, _iommufd, _paths, _survey
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
@@ -80,7 +80,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     fake = FakeKernel()
     monkeypatch.setattr(fcntl, "ioctl", fake.ioctl)
     monkeypatch.setattr(iommufd_option, "in_child", lambda _user, work, _seconds: through_json(work()))
-    monkeypatch.setattr(_holders, "ask_child", lambda _user, work, _seconds: (through_json(each) for each in work()))
+    monkeypatch.setattr(_survey, "ask_child", lambda _user, work, _seconds: (through_json(each) for each in work()))
     return fake
 
 
@@ -100,6 +100,6 @@ def null_is_iommufd(monkeypatch: pytest.MonkeyPatch, kernel: FakeKernel) -> Fake
 @pytest.fixture
 def alone(null_is_iommufd: FakeKernel, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     """The child is the only process of the host, and what it has open on /dev/null an iommufd."""
-    monkeypatch.setattr(_holders, "misc_rdev", _iommufd.misc_rdev)
-    monkeypatch.setattr(_holders, "_pids", lambda: iter([child.pid]))
+    monkeypatch.setattr(_survey, "misc_rdev", _iommufd.misc_rdev)
+    monkeypatch.setattr(_survey, "_pids", lambda: iter([child.pid]))
     return null_is_iommufd

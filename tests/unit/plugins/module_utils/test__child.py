@@ -32,7 +32,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._child import (
     spawn,
     start_command,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._domain import NoDaemon
+from ansible_collections.virt.iommufd.plugins.module_utils._domain_start import NoDaemon
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User, find_user
 

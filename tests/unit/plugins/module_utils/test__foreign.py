@@ -11,7 +11,7 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._daemon import unit_from_json
-from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
+from ansible_collections.virt.iommufd.plugins.module_utils._domain_start import (
     Definition,
     DomainSeen,
     Started,

@@ -16,9 +16,9 @@ from typing import Any, Callable
 
 import pytest
 from ansible.module_utils import basic
-from ansible_collections.virt.iommufd.plugins.module_utils import _daemon, _device, _domain
+from ansible_collections.virt.iommufd.plugins.module_utils import _daemon, _device, _domain_start
 from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer
-from ansible_collections.virt.iommufd.plugins.module_utils._domain import Endpoint
+from ansible_collections.virt.iommufd.plugins.module_utils._domain_start import Endpoint
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_domain
@@ -51,7 +51,7 @@ def libvirt(
     fake = FakeLibvirt({"vm1": FakeDomain(XML)})
     monkeypatch.setitem(sys.modules, "libvirt", fake)
     monkeypatch.setattr(_device, "DEVICE", os.devnull)
-    monkeypatch.setattr(_domain, "device_obstacles", lambda _devices: [])
+    monkeypatch.setattr(_domain_start, "device_obstacles", lambda _devices: [])
     monkeypatch.setattr(Endpoint, "emulator_of", lambda _self, _name: PidTarget(child.pid))
     monkeypatch.setattr(Endpoint, "daemon", lambda self: self.session and PidTarget(os.getpid()))
     return fake
@@ -124,7 +124,7 @@ def test_start(run: Run, libvirt: FakeLibvirt, null_is_iommufd: FakeKernel, stat
 def enough(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Whatever limit this process has is enough, but where a test is about that."""
     if "limit" not in request.fixturenames:
-        monkeypatch.setattr(_domain, "check_limit", lambda *_given: None)
+        monkeypatch.setattr(_domain_start, "check_limit", lambda *_given: None)
 
 
 def test_check_mode(run: Run, libvirt: FakeLibvirt, null_is_iommufd: FakeKernel) -> None:
@@ -194,7 +194,7 @@ def test_an_emulator_without_an_iommufd(
     run: Run, libvirt: FakeLibvirt, monkeypatch: pytest.MonkeyPatch, number: int | None, words: str
 ) -> None:
     libvirt.domains["vm1"].number = number or libvirt.domains["vm1"].number
-    monkeypatch.setattr(_domain, "find_iommufds", lambda _process: {})
+    monkeypatch.setattr(_domain_start, "find_iommufds", lambda _process: {})
     answer = run()
     assert answer["failed"]
     assert answer["changed"] is (number is None)
@@ -288,7 +288,7 @@ def test_no_answer_in_time(run: Run, monkeypatch: pytest.MonkeyPatch, step: str,
 @pytest.fixture
 def limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process has no privilege and the least limit."""
-    monkeypatch.setattr(_domain, "capability_names", lambda _mask: [])
+    monkeypatch.setattr(_domain_start, "capability_names", lambda _mask: [])
     monkeypatch.setattr(resource, "prlimit", lambda *_given: (0, 0))
 
 

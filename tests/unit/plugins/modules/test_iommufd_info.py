@@ -14,11 +14,11 @@ from typing import Any, Callable
 import pytest
 import yaml
 from ansible.module_utils import basic
-from ansible_collections.virt.iommufd.plugins.module_utils import _host
+from ansible_collections.virt.iommufd.plugins.module_utils import _host_facts
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._holders import survey
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit
 from ansible_collections.virt.iommufd.plugins.module_utils._running import DomainRecord
+from ansible_collections.virt.iommufd.plugins.module_utils._survey import survey
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -101,7 +101,7 @@ def test_what_takes_seconds_is_asked_on_demand(run: Run, tmp_path: Path, monkeyp
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\nprintf 'no \\033[1m' >&2; exit 3\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(_host, "_EMULATORS", ())
+    monkeypatch.setattr(_host_facts, "_EMULATORS", ())
     paths = [str(emulator), str(broken)]
     assert [each["version"] for each in run(gather_subset=["host"], emulators=paths)["host"]["qemu"]] == [None, None]
     host = run(gather_subset=["emulators"], emulators=paths)["host"]
@@ -118,7 +118,7 @@ def test_an_emulator_of_somebody_else_is_not_executed(
     emulator.write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\necho version 1.0\n")
     emulator.chmod(0o755)
     emulator.parent.chmod(0o777)
-    monkeypatch.setattr(_host, "_EMULATORS", ())
+    monkeypatch.setattr(_host_facts, "_EMULATORS", ())
     host = run(gather_subset=["emulators"], emulators=[str(emulator)])["host"]
     (row,) = host["qemu"]
     assert (row["path"], row["present"], row["version"], row["cap_ipc_lock"]) == (str(emulator), True, None, None)
@@ -155,7 +155,7 @@ def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: False)
     monkeypatch.setattr(iommufd_info, "read_domain_record", refuse)
-    monkeypatch.setattr(_host, "read_hidepid", lambda: "hidepid=2")
+    monkeypatch.setattr(_host_facts, "read_hidepid", lambda: "hidepid=2")
     monkeypatch.setattr(iommufd_info, "capability_names", lambda _mask: [])
     seen = survey()
     seen.holders = [each._replace(name="vm1") for each in seen.holders]
@@ -185,7 +185,7 @@ def test_nobody_is_called_safe_who_was_not_seen_whole(
     at_risk: bool | None,
 ) -> None:
     monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: True)
-    monkeypatch.setattr(_host, "read_hidepid", lambda: "")
+    monkeypatch.setattr(_host_facts, "read_hidepid", lambda: "")
     seen = survey()
     (holder,) = seen.holders
     bare = holder.status._replace(effective=0)
@@ -230,7 +230,7 @@ def test_whose_domain(
         return there
 
     monkeypatch.setattr(iommufd_info, "read_domain_record", read)
-    nodes = {null: _host.VfioNode("/dev/vfio/5", ["a"], 5, True)}
+    nodes = {null: _host_facts.VfioNode("/dev/vfio/5", ["a"], 5, True)}
     names = iommufd_info.Names(iommufd_info.Unseen(), nodes)
     assert names.domain(holder._replace(name=name, session=session)) == domain
     assert {"fd": 50, "node": "/dev/vfio/5", "addresses": ["a"]} in names.vfio_devices(holder)

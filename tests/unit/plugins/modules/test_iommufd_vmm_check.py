@@ -13,11 +13,11 @@ from typing import Any, Callable
 import pytest
 import yaml
 from ansible.module_utils import basic
-from ansible_collections.virt.iommufd.plugins.module_utils import _vmm, _vmm_domain, _vmm_replica, _vmm_start
+from ansible_collections.virt.iommufd.plugins.module_utils import _vmm_domain, _vmm_look, _vmm_replica, _vmm_trial
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, own_status
-from ansible_collections.virt.iommufd.plugins.module_utils._vmm_start import ProcessSeen
+from ansible_collections.virt.iommufd.plugins.module_utils._vmm_trial import ProcessSeen
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
 
 Run = Callable[..., "dict[str, Any]"]
@@ -28,7 +28,7 @@ IPC_LOCK = 1 << 14
 MYSELF = pwd.getpwuid(os.getuid()).pw_name
 # What starts something, and where it is.
 STARTS = {
-    **dict.fromkeys(("try_copy", "start_emulator", "open_session", "try_mode"), _vmm_start),
+    **dict.fromkeys(("try_copy", "start_emulator", "open_session", "try_mode"), _vmm_trial),
     "start_bare_domain": _vmm_domain,
     "start_replica": _vmm_replica,
 }
@@ -94,7 +94,7 @@ def test_nothing_is_asked_for(run: Run) -> None:
     answer = run()
     assert (answer["emulators"], answer["units"], answer["users"]) == ([], [], [])
     untried = {"attempted": False, "ok": None, "inconclusive": False, "mode": None, "msg": "It was not asked for."}
-    assert answer["scratch"] == untried
+    assert answer["try_iommufd"] == untried
 
 
 def test_what_is_only_looked_at(run: Run, tmp_path: Path) -> None:
@@ -120,11 +120,11 @@ def test_check_mode_starts_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
     for name in ("try_copy", "start_emulator", "start_bare_domain", "start_replica", "open_session", "try_mode"):
         monkeypatch.setattr(STARTS[name], name, start)
-    asked = {"trial": True, "start": True, "scratch": True, "users": [MYSELF], "user": MYSELF}
+    asked = {"trial": True, "start": True, "try_iommufd": True, "users": [MYSELF], "user": MYSELF}
     for domain in (True, False):
         answer = run(emulators=[SHELL], units=["vm.service"], domain=domain, **asked, _ansible_check_mode=True)
         (emulator,), (unit,), (user,) = answer["emulators"], answer["units"], answer["users"]
-        for row in (emulator["trial"], emulator["started"], unit["replica"], user, answer["scratch"]):
+        for row in (emulator["trial"], emulator["started"], unit["replica"], user, answer["try_iommufd"]):
             assert (row["attempted"], row["ok"], row["msg"]) == (False, None, "Not run in check mode.")
             assert row["inconclusive"] is False
         assert emulator["started"]["how"] == ("domain" if domain else "bare")
@@ -165,10 +165,11 @@ def test_what_could_not_be_started(
     tried: list[int] = []
     for name in ("try_copy", "start_emulator", "start_replica", "open_session", "try_mode"):
         monkeypatch.setattr(STARTS[name], name, fail)
-    how = {"trial": True, "start": True, "scratch": True, "user": MYSELF, "users": [MYSELF], "units": ["vm.service"]}
+    how: dict[str, Any] = {"trial": True, "start": True, "try_iommufd": True}
+    how |= {"user": MYSELF, "users": [MYSELF], "units": ["vm.service"]}
     answer = run(**how, emulators=[SHELL, str(tmp_path)])
     rows = [*(answer["emulators"][0][name] for name in ("trial", "started")), answer["units"][0]["replica"]]
-    for row in [*rows, answer["users"][0], answer["scratch"]]:
+    for row in [*rows, answer["users"][0], answer["try_iommufd"]]:
         assert (row["attempted"], row["ok"], row["inconclusive"], row["msg"]) == (True, ok, ok is None, "It is broken.")
     assert len(tried) == 5 * times
     for name in ("trial", "started"):
@@ -177,13 +178,13 @@ def test_what_could_not_be_started(
 
 def test_the_trial(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for status, ok in ((seen().status, True), (seen(0).status, False)):
-        monkeypatch.setattr(_vmm_start, "try_copy", lambda *_words, status=status: status)
+        monkeypatch.setattr(_vmm_trial, "try_copy", lambda *_words, status=status: status)
         trial = run(emulators=[SHELL], user=MYSELF, trial=True)["emulators"][0]["trial"]
         assert (trial["attempted"], trial["ok"], bool(trial["msg"])) == (True, ok, not ok)
 
 
 def test_users(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_vmm_start, "open_session", lambda *_words: Limit(None, None))
+    monkeypatch.setattr(_vmm_trial, "open_session", lambda *_words: Limit(None, None))
     one, none = run(users=[MYSELF, "nobody-of-this-name"])["users"]
     assert (one["present"], one["attempted"], one["ok"], one["memlock_unlimited"]) == (True, True, True, True)
     assert (none["present"], none["attempted"], none["ok"], none["memlock_unlimited"]) == (False, False, None, False)
@@ -191,10 +192,10 @@ def test_users(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("mode", "ok"), [("process", True), ("user", False)])
-def test_scratch(run: Run, monkeypatch: pytest.MonkeyPatch, mode: str, ok: bool) -> None:
-    monkeypatch.setattr(_vmm_start, "try_mode", lambda _user: mode)
+def test_try_iommufd(run: Run, monkeypatch: pytest.MonkeyPatch, mode: str, ok: bool) -> None:
+    monkeypatch.setattr(_vmm_trial, "try_mode", lambda _user: mode)
     told = {"attempted": True, "ok": ok, "inconclusive": False, "mode": mode, "msg": ""}
-    assert run(scratch=True, user=MYSELF)["scratch"] == told
+    assert run(try_iommufd=True, user=MYSELF)["try_iommufd"] == told
 
 
 def test_a_service_that_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +210,9 @@ def test_a_service_that_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) 
     ("options", "words"),
     [
         ({"trial": True}, "trial takes user"),
-        ({"scratch": True}, "scratch takes user"),
+        ({"try_iommufd": True}, "try_iommufd takes user"),
         ({"start": True, "emulators": ["/q"]}, "start takes user"),
-        ({"scratch": True, "user": "nobody-of-this-name"}, "This host has no user 'nobody-of-this-name'"),
+        ({"try_iommufd": True, "user": "nobody-of-this-name"}, "This host has no user 'nobody-of-this-name'"),
         ({"emulators": ["q"]}, "'q' is not an absolute path"),
         ({"units": ["vm1"]}, "'vm1' is not the name of a systemd service"),
     ],
@@ -227,7 +228,7 @@ def test_a_user_is_only_needed_to_become_it(run: Run, monkeypatch: pytest.Monkey
     assert run(start=True, domain=True, emulators=[SHELL])["emulators"][0]["started"]["ok"]
 
 
-@pytest.mark.parametrize("asked", [{"trial": True}, {"start": True}, {"scratch": True}, {"users": ["root"]}])
+@pytest.mark.parametrize("asked", [{"trial": True}, {"start": True}, {"try_iommufd": True}, {"users": ["root"]}])
 def test_it_takes_root(run: Run, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     answer = run(user=MYSELF, **asked)
@@ -237,8 +238,8 @@ def test_it_takes_root(run: Run, monkeypatch: pytest.MonkeyPatch, asked: dict[st
 
 
 def test_whom_conditions_are_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    under = _vmm.Conditions("libvirtd.service (pid 7)", 0, no_new_privs=True, initial=None)
-    monkeypatch.setattr(_vmm, "look_at_conditions", lambda _run: under)
+    under = _vmm_look.Conditions("libvirtd.service (pid 7)", 0, no_new_privs=True, initial=None)
+    monkeypatch.setattr(_vmm_look, "look_at_conditions", lambda _run: under)
     (emulator,) = run(emulators=[SHELL])["emulators"]
     assert emulator["conditions_of"] == "libvirtd.service (pid 7)"
     assert len(emulator["obstacles"]) == 2

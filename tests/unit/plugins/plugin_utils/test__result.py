@@ -121,17 +121,17 @@ def replica(has: bool, /, **fields: Any) -> Row:
     return {"name": "vm1.service", "ambient_ipc_lock": has, "replica": {**done, **fields}}
 
 
-def check(*rows: Row, scratch: bool | None = True) -> Row:
-    """What iommufd_vmm_check returned; nothing was started where `scratch` is None."""
+def check(*rows: Row, try_iommufd: bool | None = True) -> Row:
+    """What iommufd_vmm_check returned; nothing was started where `try_iommufd` is None."""
     return {
         "emulators": [row for row in rows if "path" in row],
         "units": [row for row in rows if "name" in row],
         "users": [row for row in rows if "present" in row],
-        "scratch": {
-            "attempted": scratch is not None,
+        "try_iommufd": {
+            "attempted": try_iommufd is not None,
             "inconclusive": False,
-            "ok": scratch,
-            "mode": "process" if scratch else None,
+            "ok": try_iommufd,
+            "mode": "process" if try_iommufd else None,
             "msg": "Not so.",
         },
     }
@@ -175,13 +175,13 @@ def test_what_was_verified(made: Row, row: Row, ok: bool, failed: str) -> None:
 
 
 def test_a_mode_that_cannot_be_set_is_a_failure() -> None:
-    found = host_result(plan("observe"), info(), applied(), check(scratch=False))
+    found = host_result(plan("observe"), info(), applied(), check(try_iommufd=False))
     assert found["failed"] == ["The rlimit mode can be set for libvirt-qemu, and read back: no (Not so.)."]
 
 
 def test_what_was_not_tried_is_neither() -> None:
     row = started(False, attempted=False, effective=None, msg="not run in check mode")
-    found = host_result(plan("cap_ipc_lock", FILE), info(), applied(), check(row, scratch=None))
+    found = host_result(plan("cap_ipc_lock", FILE), info(), applied(), check(row, try_iommufd=None))
     assert [each["ok"] for each in found["verified"]] == [None, None]
     assert found["verified"][1]["evidence"] == "not run in check mode"
     assert found["failed"] == []
@@ -214,7 +214,7 @@ def test_what_is_not_known(made: Row, row: Row, unproven: str) -> None:
 
 def test_a_mode_that_is_not_known() -> None:
     unknown = check()
-    unknown["scratch"].update(UNKNOWN, mode=None)
+    unknown["try_iommufd"].update(UNKNOWN, mode=None)
     found = host_result(plan("observe"), info(), applied(), unknown)
     assert (found["failed"], len(found["unproven"])) == ([], 1)
 
@@ -405,6 +405,6 @@ def test_other_input(arguments: tuple[Any, ...]) -> None:
 
 def test_nothing_is_verified_where_the_host_is_put_back() -> None:
     """Not even that nothing was tried."""
-    found = host_result({**plan("observe"), "state": "absent"}, info(), applied(TAKEN), check(scratch=None))
+    found = host_result({**plan("observe"), "state": "absent"}, info(), applied(TAKEN), check(try_iommufd=None))
     assert (found["state"], found["verified"], found["failed"], found["unproven"]) == ("absent", [], [], [])
     assert found["put_back"] == [TAKEN["text"]]

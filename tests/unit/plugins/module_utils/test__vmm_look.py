@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt, _vmm
+from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt, _vmm_look
 from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import with_ipc_lock
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Run
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Writer
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, own_status
-from ansible_collections.virt.iommufd.plugins.module_utils._vmm import (
+from ansible_collections.virt.iommufd.plugins.module_utils._vmm_look import (
     Conditions,
     FileSystem,
     Program,
@@ -123,7 +123,7 @@ def refusing(number: int) -> Any:
 @pytest.mark.parametrize(
     ("where", "name", "number", "message"),
     [
-        (_vmm, "walk", errno.EACCES, "cannot be looked at .EACCES"),
+        (_vmm_look, "walk", errno.EACCES, "cannot be looked at .EACCES"),
         (os, "getxattr", errno.EIO, "The capabilities of .* cannot be read .EIO"),
     ],
 )
@@ -152,14 +152,14 @@ def test_what_others_can_write(tmp_path: Path) -> None:
 def test_nobody_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "fifo", 0o755)
     assert not look_at_program(f"{tmp_path}/fifo").is_program
-    monkeypatch.setattr(_vmm, "_LOOK_PATIENCE", 0.2)
-    monkeypatch.setattr(_vmm, "_look_at_path", lambda _path: os.open(f"{tmp_path}/fifo", os.O_RDONLY))
+    monkeypatch.setattr(_vmm_look, "_LOOK_PATIENCE", 0.2)
+    monkeypatch.setattr(_vmm_look, "_look_at_path", lambda _path: os.open(f"{tmp_path}/fifo", os.O_RDONLY))
     with pytest.raises(IommufdError, match=r"fifo was not found within 0\.2 seconds"):
         look_at_program(f"{tmp_path}/fifo")
 
 
 def test_what_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_vmm, "reopen", refusing(errno.EACCES))
+    monkeypatch.setattr(_vmm_look, "reopen", refusing(errno.EACCES))
     with pytest.raises(IommufdError, match=r"cannot be read .EACCES"):
         look_at_program(SHELL)
 
@@ -379,7 +379,7 @@ THEIRS = Program("/opt/vm/q", "/opt/vm/q", True, writer=Writer("/opt/vm", "user 
         ),
     ],
 )
-def test_obstacles_of_an_ambient_capability(unit: _vmm.Unit, words: list[str]) -> None:
+def test_obstacles_of_an_ambient_capability(unit: _vmm_look.Unit, words: list[str]) -> None:
     found = unit_obstacles(unit)
     assert len(found) == len(words)
     for sentence, word in zip(found, words):

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _device, _launch
+from ansible_collections.virt.iommufd.plugins.module_utils import _device, _iommufd_exec
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     BUSY,
@@ -32,7 +32,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     UNSUPPORTED,
     Result,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._launch import (
+from ansible_collections.virt.iommufd.plugins.module_utils._iommufd_exec import (
     NO_IOMMUFD,
     NOT_BECOME,
     NOT_EXECUTABLE,
@@ -61,7 +61,7 @@ from ansible_collections.virt.iommufd.tests.unit.fake_task import (
 )
 
 ROOT = Path(__file__).resolve().parents[4]
-TREE = Path(_launch.__file__).parents[5]
+TREE = Path(_iommufd_exec.__file__).parents[5]
 INFINITY = resource.RLIM_INFINITY
 COMMAND = ["qemu", "-object", "iommufd,id=iommufd0,fd={iommufd}"]
 VM = pwd.struct_passwd(("vm", "x", 1001, 1001, "", "/home/vm", "/bin/sh"))
@@ -174,7 +174,7 @@ def task(null_is_iommufd: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> FakeTa
 def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
     """The exit code of the launcher with these options and COMMAND. Raises Executed where it becomes COMMAND."""
     monkeypatch.setattr(sys, "argv", ["iommufd-exec", *options, "--", *COMMAND])
-    return _launch.main()
+    return _iommufd_exec.main()
 
 
 def test_a_user_who_has_nothing_but_the_descriptor(
@@ -294,7 +294,7 @@ def test_whatever_fails_starts_nothing(
 def test_a_host_without_the_device(
     task: FakeTask, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    for module in (_device, _launch):
+    for module in (_device, _iommufd_exec):
         monkeypatch.setattr(module, "DEVICE", str(tmp_path / "iommu"))
     assert run(monkeypatch) == NO_IOMMUFD
     said = capfd.readouterr().err
@@ -351,7 +351,7 @@ def test_a_word_that_no_program_can_be_given(monkeypatch: pytest.MonkeyPatch) ->
     # The tests' own process goes on, and a program to which one of them writes may end before.
     monkeypatch.setattr(signal, "signal", lambda number, action: None)
     with pytest.raises(Refusal, match="embedded null byte") as raised:
-        _launch.execute(["/bin/true", "a\0b"], os.open(os.devnull, os.O_RDWR))
+        _iommufd_exec.execute(["/bin/true", "a\0b"], os.open(os.devnull, os.O_RDWR))
     assert raised.value.code == NOT_EXECUTABLE
 
 
@@ -394,7 +394,7 @@ def capable(task: FakeTask, monkeypatch: pytest.MonkeyPatch) -> Kernel:
 def test_a_file_that_lifts_the_limit_is_warned_of(
     capable: Kernel, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_launch, "find_program", "/usr/bin/{}".format)
+    monkeypatch.setattr(_iommufd_exec, "find_program", "/usr/bin/{}".format)
     with pytest.raises(Executed):
         run(monkeypatch, "--user", "vm")
     warning, accounting = capfd.readouterr().err.splitlines()
@@ -451,7 +451,7 @@ def test_whether_a_file_lifts_the_limit(
 def apart(script: str, **settings: Any) -> str:
     """What a program prints that has imported the launcher, away from the tests' own process."""
     code = f"import sys; sys.path[:0] = [{str(TREE)!r}]\nimport json, os\n"
-    code += f"from ansible_collections.virt.iommufd.plugins.module_utils import _device, _launch\n{script}"
+    code += f"from ansible_collections.virt.iommufd.plugins.module_utils import _device, _iommufd_exec\n{script}"
     command = [sys.executable, "-I", "-c", code]
     printed: str = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=60, **settings).stdout
     return printed
@@ -459,7 +459,7 @@ def apart(script: str, **settings: Any) -> str:
 
 @pytest.mark.parametrize("given", [{}, {"LC_CTYPE": "C"}, {"LC_ALL": "C", "A": "b=c"}, {"LC_CTYPE": "C.UTF-8"}])
 def test_the_environment_is_the_one_that_was_given(given: dict[str, str]) -> None:
-    script = "print(json.dumps({os.fsdecode(k): os.fsdecode(v) for k, v in _launch.given_environment().items()}))"
+    script = "print(json.dumps({os.fsdecode(k): os.fsdecode(v) for k, v in _iommufd_exec.given_environment().items()}))"
     assert json.loads(apart(script, env=given)) == given
 
 
@@ -470,7 +470,7 @@ script = '''
 import json, os, sys
 print(json.dumps([[os.fsencode(word).hex() for word in sys.argv[1:]], sorted(os.listdir("/proc/self/fd"))]))
 '''
-_launch.execute([sys.executable, "-I", "-c", script, "$HOME", "", "a b", os.fsdecode(b"\\xff\\xfe"), "'"], fd)
+_iommufd_exec.execute([sys.executable, "-I", "-c", script, "$HOME", "", "a b", os.fsdecode(b"\\xff\\xfe"), "'"], fd)
 """
 
 
@@ -483,7 +483,7 @@ def test_a_real_program_gets_its_arguments_and_the_descriptor_and_nothing_else()
 
 def test_a_real_program_does_not_ignore_the_signals_that_python_does() -> None:
     grep = '["grep", "^SigIgn:", "/proc/self/status"]'
-    found = apart(f"_launch.execute({grep}, os.open(os.devnull, os.O_RDWR))")
+    found = apart(f"_iommufd_exec.execute({grep}, os.open(os.devnull, os.O_RDWR))")
     ignored = int(found.split()[1], 16)
     assert not ignored >> signal.SIGPIPE - 1 & 1
     assert not ignored >> signal.SIGXFSZ - 1 & 1
@@ -496,8 +496,8 @@ _device.DEVICE = os.devnull
 _device.misc_rdev = lambda: os.stat(os.devnull).st_rdev
 out = os.dup(1)
 os.closerange(0, 3)
-fd = _launch.open_device()
-_launch.say("nobody hears it")
+fd = _iommufd_exec.open_device()
+_iommufd_exec.say("nobody hears it")
 os.write(out, json.dumps([fd > 2, bool(fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC)]).encode())
 """
     assert json.loads(apart(script)) == [True, True]
@@ -509,7 +509,7 @@ def test_help_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert raised.value.code == 0
     shown = capsys.readouterr().out
     page = (ROOT / "docs" / "iommufd-exec.8").read_text(encoding="utf-8").replace("\\-", "-")
-    options = {word for action in _launch.make_parser()._actions for word in action.option_strings}
+    options = {word for action in _iommufd_exec.make_parser()._actions for word in action.option_strings}
     codes = {str(code) for code in (USAGE, NO_IOMMUFD, NOT_SET, NOT_BECOME, NOT_EXECUTABLE, NOT_FOUND)}
     for word in options | codes | {"CAP_SYS_RESOURCE", "CAP_SETPCAP", "CAP_SETUID", "CAP_SETGID", "SIGPIPE"}:
         assert word in shown

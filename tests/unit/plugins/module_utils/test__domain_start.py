@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _daemon, _device, _domain
+from ansible_collections.virt.iommufd.plugins.module_utils import _daemon, _device, _domain_start
 from ansible_collections.virt.iommufd.plugins.module_utils._daemon import start_daemon
 from ansible_collections.virt.iommufd.plugins.module_utils._device import new_iommufd
-from ansible_collections.virt.iommufd.plugins.module_utils._domain import (
+from ansible_collections.virt.iommufd.plugins.module_utils._domain_start import (
     Definition,
     DomainSeen,
     Endpoint,
@@ -339,8 +339,8 @@ def devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "0000:00:03.0").mkdir()
     (tmp_path / "drivers/edu").mkdir(parents=True)
     (tmp_path / "0000:00:03.0/driver").symlink_to(tmp_path / "drivers/edu")
-    monkeypatch.setattr(_domain, "_PCI_DEVICES", str(tmp_path))
-    monkeypatch.setattr(_domain, "_VFIO_NODES", str(tmp_path))
+    monkeypatch.setattr(_domain_start, "_PCI_DEVICES", str(tmp_path))
+    monkeypatch.setattr(_domain_start, "_VFIO_NODES", str(tmp_path))
     return tmp_path
 
 
@@ -539,7 +539,7 @@ OTHER = VM._replace(uid=os.getuid() + 1)
 def test_the_emulator_and_the_daemon_of_a_user(emulator: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with hold_target(SessionDomain.of(ME, "a&b")) as process:
         assert process.pid == emulator
-    monkeypatch.setattr(_domain, "DAEMONS", (process.comm,))
+    monkeypatch.setattr(_domain_start, "DAEMONS", (process.comm,))
     with hold_target(SessionDaemon.of(ME)) as process:
         assert process.pid == emulator
 
@@ -559,7 +559,7 @@ def test_a_pidfile_that_names_another_process(emulator: int, target: Callable[[]
 
 def test_a_daemon_of_somebody_else(emulator: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with hold_target(SessionDomain.of(ME, "a&b")) as process:
-        monkeypatch.setattr(_domain, "DAEMONS", (process.comm,))
+        monkeypatch.setattr(_domain_start, "DAEMONS", (process.comm,))
     with pytest.raises(IommufdError, match="is not libvirt's daemon of uid"), hold_target(SessionDaemon.of(OTHER)):
         pass
 
@@ -624,9 +624,9 @@ def device(null_is_iommufd: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> Fake
 
 def test_a_new_iommufd(device: FakeKernel) -> None:
     with new_iommufd() as fd:
-        assert _domain.set_mode(fd, 1, dry_run=True).outcome == "changed"
+        assert _domain_start.set_mode(fd, 1, dry_run=True).outcome == "changed"
         assert device.mode == 0
-        assert _domain.set_mode(fd, 1, dry_run=False).outcome == "changed"
+        assert _domain_start.set_mode(fd, 1, dry_run=False).outcome == "changed"
         assert device.mode == 1
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)

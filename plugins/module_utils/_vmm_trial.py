@@ -48,7 +48,7 @@ from ._iommufd import PROCESS, RLIMIT_MODE, IommuFd
 from ._process import Limit, Process, Status, own_status, parse_status
 from ._syscalls import PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, prctl
 from ._user import User, forbid_core, impersonate
-from ._vmm import (
+from ._vmm_look import (
     Conditions,
     Program,
     has_ipc_lock,

@@ -4,7 +4,7 @@
 
 """Private to this collection: what a VMM of this host would run with, and what would keep CAP_IPC_LOCK from it.
 
-Everything here only reads. What starts a VMM to prove it is in _vmm_start.
+Everything here only reads. What starts a VMM to prove it is in _vmm_trial.
 """
 
 from __future__ import annotations

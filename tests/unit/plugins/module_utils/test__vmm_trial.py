@@ -25,23 +25,23 @@ from ansible_collections.virt.iommufd.plugins.module_utils import (
     _user,
     _vmm_domain,
     _vmm_replica,
-    _vmm_start,
+    _vmm_trial,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, Run
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError, NotAnIommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status, parse_status
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget, hold_target
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User
-from ansible_collections.virt.iommufd.plugins.module_utils._vmm import (
+from ansible_collections.virt.iommufd.plugins.module_utils._vmm_domain import domain_xml, start_bare_domain
+from ansible_collections.virt.iommufd.plugins.module_utils._vmm_look import (
     Conditions,
     Program,
     Unit,
     look_at_own_conditions,
     look_at_program,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._vmm_domain import domain_xml, start_bare_domain
 from ansible_collections.virt.iommufd.plugins.module_utils._vmm_replica import replica_properties, start_replica
-from ansible_collections.virt.iommufd.plugins.module_utils._vmm_start import (
+from ansible_collections.virt.iommufd.plugins.module_utils._vmm_trial import (
     ProcessSeen,
     check_able,
     open_session,
@@ -127,7 +127,7 @@ def test_outside_of_the_bounding_set(emulator: Program, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "execve", refuse)
     # Nobody but root may give up anything of it.
-    monkeypatch.setattr(_vmm_start, "own_status", lambda: changed(own_status(), bounding=0))
+    monkeypatch.setattr(_vmm_trial, "own_status", lambda: changed(own_status(), bounding=0))
     with pytest.raises(IommufdError, match=r"EPERM.*CAP_IPC_LOCK is not in the bounding set of libvirtd.service\.$"):
         start_emulator(emulator, Conditions("libvirtd.service", 0, OWN.no_new_privs, True), MYSELF)
 
@@ -159,14 +159,14 @@ def test_an_emulator_whose_limits_are_lowered(
         f"echo $$ >{tmp_path}/pid; while ! test -e {tmp_path}/go; do sleep 0.02; done; echo x >{tmp_path}/x || exit 1"
     )
     Path(emulator.path).write_text(f"#!/bin/sh\n{script}\nsleep 600\n")
-    look = _vmm_start._check_runs
+    look = _vmm_trial._check_runs
 
     def lower_and_look(program: Program, pid: int, output: Any, who: User) -> None:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, 0))
         (tmp_path / "go").touch()
         look(program, pid, output, who)
 
-    monkeypatch.setattr(_vmm_start, "_check_runs", lower_and_look)
+    monkeypatch.setattr(_vmm_trial, "_check_runs", lower_and_look)
     with pytest.raises(IommufdError) as raised:
         start_emulator(emulator, OWN, user)
     assert raised.type is kind
@@ -197,13 +197,13 @@ def test_an_emulator_that_says_too_much(
     """It writes into a file of root's."""
     Path(emulator.path).write_text("#!/bin/sh\nexec dd if=/dev/zero bs=65536 count=4096 status=none\n")
     sizes: list[int] = []
-    content = _vmm_start._content
+    content = _vmm_trial._content
 
     def note(output: Any) -> bytes:
         sizes.append(os.fstat(output.fileno()).st_size)
         return content(output)
 
-    monkeypatch.setattr(_vmm_start, "_content", note)
+    monkeypatch.setattr(_vmm_trial, "_content", note)
     with pytest.raises(IommufdError):
         start_emulator(emulator, OWN, MYSELF)
     assert max(sizes) <= 2**20
@@ -213,7 +213,7 @@ def test_an_emulator_that_does_not_come_up(
     emulator: Program, monkeypatch: pytest.MonkeyPatch, children: list[int]
 ) -> None:
     Path(emulator.path).write_text("#!/bin/sh\necho 'I wait.'; exec sleep 600\n")
-    monkeypatch.setattr(_vmm_start, "PATIENCE", 4)
+    monkeypatch.setattr(_vmm_trial, "PATIENCE", 4)
     with pytest.raises(Interrupted, match=r"runs, but is not up after 2 seconds: I wait\.$"):
         start_emulator(emulator, OWN, MYSELF)
 
@@ -238,14 +238,14 @@ def test_an_emulator_that_others_may_have_ended(emulator: Program, children: lis
 def test_an_emulator_that_is_ended_while_it_is_looked_at(
     emulator: Program, children: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    see = _vmm_start._see
+    see = _vmm_trial._see
 
     def end_and_see(process: Process) -> ProcessSeen:
         os.kill(process.pid, number)
         _await(lambda: _has_ended(process))
         return see(process)
 
-    monkeypatch.setattr(_vmm_start, "_see", end_and_see)
+    monkeypatch.setattr(_vmm_trial, "_see", end_and_see)
     number = signal.SIGKILL
     with pytest.raises(Interrupted, match="was ended by signal 9"):
         start_emulator(emulator, OWN, MYSELF)
@@ -257,7 +257,7 @@ def test_an_emulator_that_cannot_be_looked_at(
     def refuse(_process: Process) -> NoReturn:
         raise IommufdError("no")
 
-    monkeypatch.setattr(_vmm_start, "_see", refuse)
+    monkeypatch.setattr(_vmm_trial, "_see", refuse)
     with pytest.raises(Interrupted, match=r"could not be looked at: no$"):
         start_emulator(emulator, OWN, MYSELF)
 
@@ -266,7 +266,7 @@ def test_an_emulator_that_cannot_be_looked_at(
 def test_a_child_that_is_kept_from_becoming_the_emulator(
     emulator: Program, children: list[int], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(_vmm_start, "isolate", lambda: os.kill(os.getpid(), number))
+    monkeypatch.setattr(_vmm_trial, "isolate", lambda: os.kill(os.getpid(), number))
     with pytest.raises(Interrupted, match=f"by signal {number:d}, so nothing is known of it"):
         start_emulator(emulator, OWN, MYSELF)
 
@@ -274,8 +274,8 @@ def test_a_child_that_is_kept_from_becoming_the_emulator(
 def test_a_child_that_never_becomes_the_emulator(
     emulator: Program, children: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_vmm_start, "isolate", lambda: time.sleep(600))
-    monkeypatch.setattr(_vmm_start, "PATIENCE", 1)
+    monkeypatch.setattr(_vmm_trial, "isolate", lambda: time.sleep(600))
+    monkeypatch.setattr(_vmm_trial, "PATIENCE", 1)
     with pytest.raises(Interrupted, match="was not executed within 0 seconds"):
         start_emulator(emulator, OWN, MYSELF)
 
@@ -324,12 +324,12 @@ def test_the_step_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, steps: in
     for name in ("dup2", "chdir"):
         monkeypatch.setattr(os, name, lambda *_words: None)
     for name in ("isolate", "forbid_core"):
-        monkeypatch.setattr(_vmm_start, name, lambda: None)
-    monkeypatch.setattr(_vmm_start, "close_all_but", lambda _keep: None)
+        monkeypatch.setattr(_vmm_trial, name, lambda: None)
+    monkeypatch.setattr(_vmm_trial, "close_all_but", lambda _keep: None)
     monkeypatch.setattr(resource, "setrlimit", lambda *_given: None)
-    monkeypatch.setattr(_vmm_start, "prctl", refuse)
+    monkeypatch.setattr(_vmm_trial, "prctl", refuse)
     reading, writing = os.pipe()
-    _vmm_start._become("/nothing/there", ["x"], [14], True, MYSELF, (1, 2), writing)
+    _vmm_trial._become("/nothing/there", ["x"], [14], True, MYSELF, (1, 2), writing)
     os.close(writing)
     with open(reading, "rb") as report:
         expected = b"2 execute it" if steps else b"1 give up capabilities"
@@ -341,7 +341,7 @@ def test_what_was_started_ends_with_this_process(tmp_path: Path) -> None:
     starter = os.fork()
     if not starter:
         output = (tmp_path / "output").open("wb")
-        with output, _vmm_start._started("/bin/sleep", ["sleep", "600"], OWN, MYSELF, output, output) as pid:
+        with output, _vmm_trial._started("/bin/sleep", ["sleep", "600"], OWN, MYSELF, output, output) as pid:
             noted.with_suffix(".new").write_text(str(pid))
             noted.with_suffix(".new").rename(noted)
             signal.pause()
@@ -408,7 +408,7 @@ def test_a_copy_that_says_half_of_it(
     emulator: Program, attributes: list[bytes], monkeypatch: pytest.MonkeyPatch, user: User, kind: type[IommufdError]
 ) -> None:
     """As with a limit of what it may write: what is missing then may be the capability."""
-    monkeypatch.setattr(_vmm_start, "_OUTPUT_MAX", 600)
+    monkeypatch.setattr(_vmm_trial, "_OUTPUT_MAX", 600)
     with pytest.raises(IommufdError, match=r"was executed, but failed: Name: ") as raised:
         try_copy(emulator, OWN, user)
     assert raised.type is kind
@@ -433,8 +433,8 @@ def test_a_copy_that_others_may_have_ended(
     def copy(_program: Program, _what: str) -> Iterator[str]:
         yield str(tmp_path / "cat")
 
-    monkeypatch.setattr(_vmm_start, "_copy_of_cat", copy)
-    monkeypatch.setattr(_vmm_start, "PATIENCE", 3)
+    monkeypatch.setattr(_vmm_trial, "_copy_of_cat", copy)
+    monkeypatch.setattr(_vmm_trial, "PATIENCE", 3)
     with pytest.raises(Interrupted, match=told):
         try_copy(emulator, OWN, MYSELF)
 
@@ -471,7 +471,7 @@ def test_a_caller_who_is_worse_off(
     monkeypatch: pytest.MonkeyPatch, own: tuple[int, bool], under: tuple[int, bool], able: bool
 ) -> None:
     status = changed(own_status(), bounding=own[0], no_new_privs=own[1])
-    monkeypatch.setattr(_vmm_start, "own_status", lambda: status)
+    monkeypatch.setattr(_vmm_trial, "own_status", lambda: status)
     expect: Any = contextlib.nullcontext() if able else pytest.raises(IommufdError, match=r"^This caller runs with")
     with expect:
         check_able(Conditions("libvirtd.service", *under, initial=True))
@@ -761,11 +761,11 @@ def test_a_replica_whose_capability_somebody_has_taken(
 
 def test_what_is_said_has_a_bound() -> None:
     """Whoever takes the file from a program that runs as him can make no more of it, and not keep us from reading."""
-    with _vmm_start._output() as output:
-        assert _vmm_start._content(output) == b""
+    with _vmm_trial._output() as output:
+        assert _vmm_trial._content(output) == b""
         other = os.open(f"/proc/self/fd/{output.fileno()}", os.O_RDWR)
         os.write(other, b"one\n")
-        assert _vmm_start._content(output) == b"one\n"
+        assert _vmm_trial._content(output) == b"one\n"
         for act in (lambda: os.ftruncate(other, 0), lambda: os.pwrite(other, b"x", 2**20)):
             with pytest.raises(PermissionError):
                 act()
@@ -813,7 +813,7 @@ def test_a_session_that_is_not_opened(runuser: Callable[[str], None], script: st
 
 def test_a_session_that_takes_too_long(runuser: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     runuser("sleep 600")
-    monkeypatch.setattr(_vmm_start, "COMMAND_SECONDS", 1)
+    monkeypatch.setattr(_vmm_trial, "COMMAND_SECONDS", 1)
     with pytest.raises(Interrupted, match="PAM does not open a session within 1 seconds"):
         open_session(MYSELF)
 
@@ -860,8 +860,8 @@ def test_an_iommufd_and_a_user_that_one_cannot_become(
 def test_an_iommufd_and_a_child_that_is_kept_from_reading(
     iommu: FakeKernel, children: list[int], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(_vmm_start, "_READING_SECONDS", 1)
-    monkeypatch.setattr(_vmm_start, "_mode", lambda _fd, _user: os.kill(os.getpid(), number))
+    monkeypatch.setattr(_vmm_trial, "_READING_SECONDS", 1)
+    monkeypatch.setattr(_vmm_trial, "_mode", lambda _fd, _user: os.kill(os.getpid(), number))
     with pytest.raises(Interrupted):
         try_mode(MYSELF)
 

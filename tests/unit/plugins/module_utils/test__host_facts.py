@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _device, _host
+from ansible_collections.virt.iommufd.plugins.module_utils import _device, _host_facts
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._host import Emulator, Node, VfioNode
+from ansible_collections.virt.iommufd.plugins.module_utils._host_facts import Emulator, Node, VfioNode
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Writer
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -21,8 +21,8 @@ NULL = os.stat(os.devnull).st_rdev
 @pytest.fixture
 def sys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stands in for /sys, and beside it `modules` for /lib/modules."""
-    monkeypatch.setattr(_host, "_SYS", str(tmp_path / "sys"))
-    monkeypatch.setattr(_host, "_MODULES", str(tmp_path / "modules"))
+    monkeypatch.setattr(_host_facts, "_SYS", str(tmp_path / "sys"))
+    monkeypatch.setattr(_host_facts, "_MODULES", str(tmp_path / "modules"))
     return tmp_path / "sys"
 
 
@@ -46,27 +46,27 @@ def write(path: Path, text: str = "") -> None:
 def test_where_iommufd_is(
     sys: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], rdev: int | None, state: str | None
 ) -> None:
-    monkeypatch.setattr(_host, "misc_rdev", lambda: rdev)
+    monkeypatch.setattr(_host_facts, "misc_rdev", lambda: rdev)
     for name, text in files.items():
         write(sys.parent / name, text)
-    assert _host.find_module("6") == state
+    assert _host_facts.find_module("6") == state
 
 
 def test_a_node() -> None:
     status = os.stat(os.devnull)
-    assert _host.look_at_node(os.devnull) == Node(NULL, f"{status.st_mode & 0o7777:04o}", "root", "root")
-    assert _host.look_at_node("/") is None
-    assert _host.look_at_node("/nowhere") is None
+    assert _host_facts.look_at_node(os.devnull) == Node(NULL, f"{status.st_mode & 0o7777:04o}", "root", "root")
+    assert _host_facts.look_at_node("/") is None
+    assert _host_facts.look_at_node("/nowhere") is None
 
 
 def test_what_an_iommufd_of_our_own_answers(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_device, "DEVICE", os.devnull)
     monkeypatch.setattr(_device, "misc_rdev", lambda: NULL)
-    assert (_host.try_iommufd().readable, _host.try_iommufd().settable) == (True, True)
+    assert (_host_facts.try_iommufd().readable, _host_facts.try_iommufd().settable) == (True, True)
     kernel.privileged = False
-    assert (_host.try_iommufd().readable, _host.try_iommufd().settable) == (True, False)
+    assert (_host_facts.try_iommufd().readable, _host_facts.try_iommufd().settable) == (True, False)
     kernel.without = errno.EOPNOTSUPP
-    assert (_host.try_iommufd().readable, _host.try_iommufd().settable) == (False, False)
+    assert (_host_facts.try_iommufd().readable, _host_facts.try_iommufd().settable) == (False, False)
     assert kernel.mode == 0
 
 
@@ -83,7 +83,7 @@ def test_nothing_else_is_opened(
 ) -> None:
     monkeypatch.setattr(_device, "DEVICE", device)
     monkeypatch.setattr(_device, "misc_rdev", lambda: rdev)
-    scratch = _host.try_iommufd()
+    scratch = _host_facts.try_iommufd()
     assert (scratch.readable, scratch.settable) == (None, None)
     assert words in scratch.msg
     assert kernel.calls == []
@@ -93,7 +93,7 @@ def test_a_link_to_the_node_will_do(kernel: FakeKernel, monkeypatch: pytest.Monk
     (tmp_path / "iommu").symlink_to(os.devnull)
     monkeypatch.setattr(_device, "DEVICE", str(tmp_path / "iommu"))
     monkeypatch.setattr(_device, "misc_rdev", lambda: NULL)
-    assert _host.try_iommufd().readable
+    assert _host_facts.try_iommufd().readable
 
 
 def test_it_may_not_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,15 +103,15 @@ def test_it_may_not_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_device, "DEVICE", os.devnull)
     monkeypatch.setattr(_device, "misc_rdev", lambda: NULL)
     monkeypatch.setattr(os, "open", refuse)
-    assert "cannot be opened by uid" in _host.try_iommufd().msg
+    assert "cannot be opened by uid" in _host_facts.try_iommufd().msg
 
 
 @pytest.mark.parametrize(("text", "scope"), [("2\n", 2), ("two", None), (None, None)])
 def test_yama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, scope: int | None) -> None:
     if text is not None:
         write(tmp_path / "ptrace_scope", text)
-    monkeypatch.setattr(_host, "_YAMA", str(tmp_path / "ptrace_scope"))
-    assert _host.read_yama_scope() == scope
+    monkeypatch.setattr(_host_facts, "_YAMA", str(tmp_path / "ptrace_scope"))
+    assert _host_facts.read_yama_scope() == scope
 
 
 @pytest.mark.parametrize(
@@ -130,10 +130,10 @@ def test_proc_may_hide_processes(
     line = "22 28 0:21 / {} rw,nosuid shared:5 - {} proc {}\n"
     lines = line.format("/sys", "sysfs", "hidepid=2") + line.format("/proc", "proc", options)
     write(tmp_path / "mountinfo", lines)
-    monkeypatch.setattr(_host, "_MOUNTINFO", str(tmp_path / "mountinfo"))
-    assert _host.read_hidepid() == hides
-    monkeypatch.setattr(_host, "_MOUNTINFO", str(tmp_path / "nowhere"))
-    assert _host.read_hidepid() is None
+    monkeypatch.setattr(_host_facts, "_MOUNTINFO", str(tmp_path / "mountinfo"))
+    assert _host_facts.read_hidepid() == hides
+    monkeypatch.setattr(_host_facts, "_MOUNTINFO", str(tmp_path / "nowhere"))
+    assert _host_facts.read_hidepid() is None
 
 
 def test_the_nodes_of_vfio(sys: Path) -> None:
@@ -147,13 +147,13 @@ def test_the_nodes_of_vfio(sys: Path) -> None:
     write(sys / "class/vfio/vfio/dev", "10:196\n")
     device.mkdir(parents=True)
     (sys / "class/vfio-dev/vfio0/device").symlink_to(device)
-    assert _host.find_iommu_groups() == {5: ["0000:00:05.0"], 12: ["0000:00:1f.0"]}
-    assert _host.find_vfio_nodes() == {
+    assert _host_facts.find_iommu_groups() == {5: ["0000:00:05.0"], 12: ["0000:00:1f.0"]}
+    assert _host_facts.find_vfio_nodes() == {
         os.makedev(511, 0): VfioNode("/dev/vfio/devices/vfio0", ["0000:00:05.0"], 5, of_group=False),
         os.makedev(242, 0): VfioNode("/dev/vfio/5", ["0000:00:05.0"], 5, of_group=True),
         os.makedev(242, 1): VfioNode("/dev/vfio/noiommu-0", [], 0, of_group=True),
     }
-    assert _host.find_iommus() == []
+    assert _host_facts.find_iommus() == []
 
 
 def test_emulators_are_named_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,8 +161,8 @@ def test_emulators_are_named_once_each(tmp_path: Path, monkeypatch: pytest.Monke
     write(usual)
     usual.chmod(0o755)
     (tmp_path / "qemu-system-b").symlink_to(usual)
-    monkeypatch.setattr(_host, "_EMULATORS", (f"{tmp_path}/qemu-system-*",))
-    assert _host.find_emulators([f"{tmp_path}/mine", str(usual)]) == [
+    monkeypatch.setattr(_host_facts, "_EMULATORS", (f"{tmp_path}/qemu-system-*",))
+    assert _host_facts.find_emulators([f"{tmp_path}/mine", str(usual)]) == [
         Emulator(str(usual), present=True),
         Emulator(f"{tmp_path}/mine", present=False),
     ]
@@ -171,18 +171,18 @@ def test_emulators_are_named_once_each(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_emulator_that_nobody_answers_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # It waits for somebody who writes.
     os.mkfifo(tmp_path / "fifo")
-    look_at = _host._look_at_emulator
+    look_at = _host_facts._look_at_emulator
 
     def look(path: str) -> Emulator:
         if path.endswith("fifo"):
             os.open(path, os.O_RDONLY)
         return look_at(path)
 
-    monkeypatch.setattr(_host, "_look_at_emulator", look)
-    monkeypatch.setattr(_host, "_PATIENCE", 0.3)
-    monkeypatch.setattr(_host, "_EMULATORS", ())
+    monkeypatch.setattr(_host_facts, "_look_at_emulator", look)
+    monkeypatch.setattr(_host_facts, "_PATIENCE", 0.3)
+    monkeypatch.setattr(_host_facts, "_EMULATORS", ())
     # The others are looked at all the same.
-    first, found, last = _host.find_emulators([f"{tmp_path}/{name}" for name in ("a", "fifo", "b")])
+    first, found, last = _host_facts.find_emulators([f"{tmp_path}/{name}" for name in ("a", "fifo", "b")])
     assert (found.path, found.present, found.capabilities) == (f"{tmp_path}/fifo", False, None)
     assert found.msg.startswith(f"{tmp_path}/fifo was not found within 0.3 seconds.")
     assert [first, last] == [Emulator(f"{tmp_path}/{name}", present=False) for name in ("a", "b")]
@@ -194,8 +194,8 @@ def test_what_is_no_emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to("loop")
     paths = [f"{tmp_path}/{name}" for name in ("fifo", "text", "folder", "loop", "text/below")]
-    monkeypatch.setattr(_host, "_EMULATORS", ())
-    assert _host.find_emulators(paths) == [Emulator(path, present=False) for path in paths]
+    monkeypatch.setattr(_host_facts, "_EMULATORS", ())
+    assert _host_facts.find_emulators(paths) == [Emulator(path, present=False) for path in paths]
 
 
 def test_an_emulator_that_others_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,19 +205,19 @@ def test_an_emulator_that_others_can_write(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / name).chmod(0o755)
     (tmp_path / "theirs").chmod(0o777)
     (tmp_path / "shared").chmod(0o777)
-    monkeypatch.setattr(_host, "_EMULATORS", (f"{tmp_path}/their*",))
-    first, second = _host.find_emulators([f"{tmp_path}/shared/qemu"])
+    monkeypatch.setattr(_host_facts, "_EMULATORS", (f"{tmp_path}/their*",))
+    first, second = _host_facts.find_emulators([f"{tmp_path}/shared/qemu"])
     assert (first.path, first.present) == (f"{tmp_path}/theirs", True)
     assert first.writer == Writer(f"{tmp_path}/theirs", "everybody")
     assert second.writer == Writer(f"{tmp_path}/shared", "everybody")
     assert second.msg.startswith(f"{tmp_path}/shared/qemu cannot be trusted: {tmp_path}/shared can be written by")
     with pytest.raises(IommufdError, match="shared can be written by everybody"):
-        _host.check_may_be_run(second)
+        _host_facts.check_may_be_run(second)
     # To an ordinary user, his own are good enough.
     mine = Emulator(f"{tmp_path}/shared/qemu", True, writer=Writer(str(tmp_path), "uid 1002"))
     (tmp_path / "shared").chmod(0o755)
-    _host.check_may_be_run(mine)
-    _host.check_may_be_run(Emulator(f"{tmp_path}/none", True))
+    _host_facts.check_may_be_run(mine)
+    _host_facts.check_may_be_run(Emulator(f"{tmp_path}/none", True))
 
 
 @pytest.mark.parametrize(
@@ -240,8 +240,8 @@ def test_capabilities_that_cannot_be_told(
         return answer
 
     monkeypatch.setattr(os, "getxattr", getxattr)
-    monkeypatch.setattr(_host, "_EMULATORS", ())
-    (found,) = _host.find_emulators([str(tmp_path / "qemu")])
+    monkeypatch.setattr(_host_facts, "_EMULATORS", ())
+    (found,) = _host_facts.find_emulators([str(tmp_path / "qemu")])
     assert (found.path, found.present, found.capabilities) == (str(tmp_path / "qemu"), True, None)
     assert words.format(tmp_path / "qemu") in found.msg
     assert bool(found.msg) == bool(words)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _holders, _iommufd, _tables
+from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd, _survey, _tables
 from ansible_collections.virt.iommufd.plugins.module_utils._borrow import Swapped
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, NoAnswer
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
@@ -22,8 +22,8 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     IommufdError,
     ProcessGone,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._holders import HeldIommufd, Holder, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Descriptors, Process
+from ansible_collections.virt.iommufd.plugins.module_utils._survey import HeldIommufd, Holder, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._tables import LARGE, TOO_MANY_HOLDERS, Budget, Tables
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -87,8 +87,8 @@ def test_an_iommufd_with_an_ioas_decides(alone: FakeKernel) -> None:
 
 
 def test_no_iommufd_in_the_kernel(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_holders, "misc_rdev", lambda: None)
-    monkeypatch.setattr(_holders, "_pids", refuse(AssertionError()))
+    monkeypatch.setattr(_survey, "misc_rdev", lambda: None)
+    monkeypatch.setattr(_survey, "_pids", refuse(AssertionError()))
     assert survey().holders == []
 
 
@@ -109,7 +109,7 @@ def test_a_process_that_ends(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_process_that_closes_it(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Process, "character_device", refuse(DescriptorGone("It is closed.")))
-    monkeypatch.setattr(_holders, "_status_text", lambda _pid: STATUS % 8)
+    monkeypatch.setattr(_survey, "_status_text", lambda _pid: STATUS % 8)
     result = survey()
     assert result.holders == []
     assert result.others_pinned == {7: 8192}
@@ -122,14 +122,14 @@ def test_a_process_that_closes_it(alone: FakeKernel, monkeypatch: pytest.MonkeyP
         (STATUS % 0, []),
         # As the kernel lines it up.
         (STATUS.replace(b"%d kB", b"       0 kB"), []),
-        (LEADERLESS, [_holders._LEADERLESS]),
+        (LEADERLESS, [_survey._LEADERLESS]),
     ],
 )
 def test_others_that_have_pinned_nothing(
     alone: FakeKernel, monkeypatch: pytest.MonkeyPatch, text: bytes | None, closed: list[str]
 ) -> None:
     monkeypatch.setattr(Process, "character_device", refuse(DescriptorGone("It is closed.")))
-    monkeypatch.setattr(_holders, "_status_text", lambda _pid: text)
+    monkeypatch.setattr(_survey, "_status_text", lambda _pid: text)
     result = survey()
     assert (result.others_pinned, list(result.closed)) == ({}, closed)
 
@@ -152,35 +152,35 @@ def test_threads_that_end(
         return STATUS % 8 if path.endswith("/status") else stat("vm", flags)
 
     monkeypatch.setattr(Process, "hold", refuse(IommufdError("The first thread has ended.")))
-    monkeypatch.setattr(_holders, "_status_text", lambda _pid: LEADERLESS)
-    monkeypatch.setattr(_holders, "read_file", read_file)
+    monkeypatch.setattr(_survey, "_status_text", lambda _pid: LEADERLESS)
+    monkeypatch.setattr(_survey, "read_file", read_file)
     listed = os.listdir
     monkeypatch.setattr(os, "listdir", lambda path: ["0", "1"] if str(path).endswith("/task") else listed(path))
     result = survey()
-    assert (list(result.closed), result.hidden) == ([_holders._LEADERLESS] * lingers, {})
+    assert (list(result.closed), result.hidden) == ([_survey._LEADERLESS] * lingers, {})
     # The first thread has no memory any more; the others tell what the process has pinned.
     assert (result.others_pinned, result.unseen) == (({7: 8192}, {7}) if lingers else ({}, set()))
 
 
 def test_threads_that_keep_us_waiting(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Process, "hold", refuse(IommufdError("The first thread has ended.")))
-    monkeypatch.setattr(_holders, "_status_text", lambda _pid: LEADERLESS)
-    monkeypatch.setattr(_holders, "in_child", refuse(NoAnswer("It hangs.")))
+    monkeypatch.setattr(_survey, "_status_text", lambda _pid: LEADERLESS)
+    monkeypatch.setattr(_survey, "in_child", refuse(NoAnswer("It hangs.")))
     result = survey()
     assert (result.closed, list(result.hidden)) == ({}, ["It hangs."])
 
 
 def test_another_that_is_hidden(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Process, "character_device", refuse(DescriptorGone("It is closed.")))
-    monkeypatch.setattr(_holders, "_status_text", refuse(PermissionError(errno.EACCES, "no")))
-    assert list(survey().hidden) == [f"EACCES: Permission denied. {_holders._CURE}"]
+    monkeypatch.setattr(_survey, "_status_text", refuse(PermissionError(errno.EACCES, "no")))
+    assert list(survey().hidden) == [f"EACCES: Permission denied. {_survey._CURE}"]
 
 
 def test_a_process_that_cannot_be_held(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     exc = IommufdError("It is hidden.")
     exc.__cause__ = PermissionError(errno.EPERM, "no")
     monkeypatch.setattr(Process, "hold", refuse(exc))
-    assert list(survey().hidden) == [f"EPERM: Operation not permitted. {_holders._CURE}"]
+    assert list(survey().hidden) == [f"EPERM: Operation not permitted. {_survey._CURE}"]
 
 
 @pytest.fixture
@@ -193,14 +193,14 @@ def closed(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_closed(
     closed: None, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, pinned: int, count: int
 ) -> None:
-    monkeypatch.setattr(_holders, "_status_text", lambda _pid: STATUS % pinned)
+    monkeypatch.setattr(_survey, "_status_text", lambda _pid: STATUS % pinned)
     result = survey()
-    assert result.closed == {f"EACCES: Permission denied. {_holders._CURE}": [child.pid]}
+    assert result.closed == {f"EACCES: Permission denied. {_survey._CURE}": [child.pid]}
     assert [holder.iommufds for holder in result.holders] == [None] * count
 
 
 def test_a_kernel_thread_has_no_descriptors(closed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_holders, "_status_text", lambda _pid: STATUS.replace(b"VmSize", b"VmNone") % 0)
+    monkeypatch.setattr(_survey, "_status_text", lambda _pid: STATUS.replace(b"VmSize", b"VmNone") % 0)
     assert survey().closed == {}
 
 
@@ -208,12 +208,12 @@ def test_a_kernel_thread_has_no_descriptors(closed: None, monkeypatch: pytest.Mo
     ("text", "hidden"),
     [
         (lambda _pid: None, []),
-        (refuse(PermissionError(errno.EACCES, "no")), [f"EACCES: Permission denied. {_holders._CURE}"]),
+        (refuse(PermissionError(errno.EACCES, "no")), [f"EACCES: Permission denied. {_survey._CURE}"]),
         (lambda _pid: b"It is no status.", ["/proc/PID/status cannot be read: 'It is no status.'."]),
     ],
 )
 def test_hidden(closed: None, monkeypatch: pytest.MonkeyPatch, text: Callable[..., Any], hidden: list[str]) -> None:
-    monkeypatch.setattr(_holders, "_status_text", text)
+    monkeypatch.setattr(_survey, "_status_text", text)
     assert list(survey().hidden) == hidden
 
 
@@ -232,18 +232,18 @@ def test_one_that_swaps_is_told_and_counts_as_unknown(alone: FakeKernel, monkeyp
 
     def look(process: Process, fds: list[int], _rdevs: set[int]) -> tuple[list[HeldIommufd], str, bool]:
         looked.extend(fds)
-        return [HeldIommufd(50, "user", None, [])], _holders._SWAPS, True
+        return [HeldIommufd(50, "user", None, [])], _survey._SWAPS, True
 
-    monkeypatch.setattr(_holders, "_held_iommufds", look)
+    monkeypatch.setattr(_survey, "_held_iommufds", look)
     result = survey()
     assert looked == [50, 51]
-    assert list(result.refused) == [_holders._SWAPS]
+    assert list(result.refused) == [_survey._SWAPS]
     assert result.holders[0].account().modes == frozenset({"user", None})
 
 
 def test_it_is_the_borrowing_that_tells(held: Process, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_holders, "borrow_iommufd", refuse(Swapped("It is a pipe.")))
-    assert _holders._held_iommufds(held, [50, 51], set()) == ([], _holders._SWAPS, True)
+    monkeypatch.setattr(_survey, "borrow_iommufd", refuse(Swapped("It is a pipe.")))
+    assert _survey._held_iommufds(held, [50, 51], set()) == ([], _survey._SWAPS, True)
 
 
 class Crowd:
@@ -304,14 +304,14 @@ def crowd(alone: FakeKernel, child: subprocess.Popen[bytes], monkeypatch: pytest
         assert not more
         crowd.add(look, pid, payer)
 
-    monkeypatch.setattr(_holders, "_pids", lambda: iter(crowd.PIDS))
-    monkeypatch.setattr(_holders, "_is_of_container", lambda _pid: False)
-    monkeypatch.setattr(_holders, "_status_text", crowd.status)
+    monkeypatch.setattr(_survey, "_pids", lambda: iter(crowd.PIDS))
+    monkeypatch.setattr(_survey, "_is_of_container", lambda _pid: False)
+    monkeypatch.setattr(_survey, "_status_text", crowd.status)
     monkeypatch.setattr(Tables, "look", lambda *_given: Descriptors({50: _iommufd.misc_rdev() or 0}, 1, False))
-    monkeypatch.setattr(_holders._Look, "_add", add)
-    monkeypatch.setattr(_holders, "ask_child", crowd.children)
-    monkeypatch.setattr(_holders, "_BATCH", 1)
-    monkeypatch.setattr(_holders, "find_owner", crowd.uid)
+    monkeypatch.setattr(_survey._Look, "_add", add)
+    monkeypatch.setattr(_survey, "ask_child", crowd.children)
+    monkeypatch.setattr(_survey, "_BATCH", 1)
+    monkeypatch.setattr(_survey, "find_owner", crowd.uid)
     return crowd
 
 
@@ -338,7 +338,7 @@ def test_whose_processes_keep_us_waiting_is_not_looked_at_any_more(crowd: Crowd,
     assert [holder.pid for holder in result.holders] == [1, 3, 7]
     # After the third time, the sixth of that user is not even looked at.
     assert crowd.looked == [1, 2, 3, 4, 5, 7]
-    assert result.closed == {_holders._KEEPS_WAITING: [2, 4, 5, 6]}
+    assert result.closed == {_survey._KEEPS_WAITING: [2, 4, 5, 6]}
     assert result.unseen == {7}
     # Each time another child goes on after the one that it hung at.
     assert crowd.started == [[1, 2, 3, 4, 5, 6, 7], [3, 4, 5, 6, 7], [5, 6, 7], [6, 7]]
@@ -348,7 +348,7 @@ def test_what_was_not_told_is_looked_at_again(crowd: Crowd, monkeypatch: pytest.
     def fail(_look: object) -> None:
         raise NoAnswer("It hangs.")
 
-    monkeypatch.setattr(_holders, "_BATCH", 99)
+    monkeypatch.setattr(_survey, "_BATCH", 99)
     crowd.trouble = {4: fail}
     result = survey()
     assert crowd.started == [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 5, 6, 7]]
@@ -356,10 +356,10 @@ def test_what_was_not_told_is_looked_at_again(crowd: Crowd, monkeypatch: pytest.
 
 
 def test_a_child_that_ends_without_a_word(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_holders, "ask_child", lambda *_given: (each for each in ""))
+    monkeypatch.setattr(_survey, "ask_child", lambda *_given: (each for each in ""))
     result = survey()
     assert result.holders == []
-    assert result.closed == {_holders._KEEPS_WAITING: [1, 2, 3, 4, 5, 6, 7]}
+    assert result.closed == {_survey._KEEPS_WAITING: [1, 2, 3, 4, 5, 6, 7]}
 
 
 def test_a_child_with_what_may_never_close_looks_at_nobody_else(crowd: Crowd) -> None:
@@ -373,23 +373,23 @@ def test_a_child_with_what_may_never_close_looks_at_nobody_else(crowd: Crowd) ->
 
 
 def test_a_users_time_has_an_end(crowd: Crowd) -> None:
-    crowd.seconds = _holders._OF_USER / 2 + 1
+    crowd.seconds = _survey._OF_USER / 2 + 1
     result = survey()
     assert [holder.pid for holder in result.holders] == [1, 2, 3, 7]
-    assert result.closed == {_holders._KEEPS_WAITING: [4, 5, 6]}
+    assert result.closed == {_survey._KEEPS_WAITING: [4, 5, 6]}
     assert (result.others_pinned, result.unseen) == ({7: 3 * 8192}, {7})
 
 
 def test_an_end_to_all_looks(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_holders, "_SECONDS", -1)
+    monkeypatch.setattr(_survey, "_SECONDS", -1)
     result = survey()
     assert [holder.pid for holder in result.holders] == [1]
-    assert result.closed == {_holders._KEEPS_WAITING: [2, 3, 4, 5, 6, 7]}
+    assert result.closed == {_survey._KEEPS_WAITING: [2, 3, 4, 5, 6, 7]}
     assert result.unseen == {7, 8}
 
 
 def test_containers_and_large_tables_come_last(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_holders, "_is_of_container", lambda pid: pid in (1, 2))
+    monkeypatch.setattr(_survey, "_is_of_container", lambda pid: pid in (1, 2))
     survey()
     assert crowd.looked == [3, 4, 5, 6, 7, 1, 2]
     crowd.looked.clear()
@@ -400,29 +400,29 @@ def test_containers_and_large_tables_come_last(crowd: Crowd, monkeypatch: pytest
 
 
 def test_whose_process_is_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not _holders._is_of_container(os.getpid())
-    assert not _holders._is_of_container(2**31 - 1)
-    monkeypatch.setattr(_holders, "find_owner", lambda _pid: 100_000)
-    assert _holders._is_of_container(1)
+    assert not _survey._is_of_container(os.getpid())
+    assert not _survey._is_of_container(2**31 - 1)
+    monkeypatch.setattr(_survey, "find_owner", lambda _pid: 100_000)
+    assert _survey._is_of_container(1)
 
 
 def test_more_than_is_told_of_one(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     alone.ioases = dict.fromkeys(range(1, 9), 1)
-    monkeypatch.setattr(_holders, "_IOASES_MAX", 5)
-    monkeypatch.setattr(_holders, "_NAME_MAX", 4)
+    monkeypatch.setattr(_survey, "_IOASES_MAX", 5)
+    monkeypatch.setattr(_survey, "_NAME_MAX", 4)
     monkeypatch.setattr(Process, "arguments", lambda _process: [b"qemu", b"-name", b"x" * 9])
     result = survey()
     (holder,) = result.holders
     assert holder.iommufds is not None
     assert [ioas for ioas, _pages in holder.iommufds[0].ioases] == [1, 2, 3, 4, 5]
     assert (holder.name, holder.more) == ("xxxx...", True)
-    assert list(result.refused) == [_holders._TOO_MANY_IOMMUFDS]
+    assert list(result.refused) == [_survey._TOO_MANY_IOMMUFDS]
     monkeypatch.setattr(_tables, "_IOASES_OF_USER", 2)
     assert survey().holders[0].iommufds == [holder.iommufds[0]._replace(ioases=[(1, True), (2, True)])]
-    monkeypatch.setattr(_holders, "IOMMUFDS_MAX", 1)
+    monkeypatch.setattr(_survey, "IOMMUFDS_MAX", 1)
     alone.ioases = {}
     assert survey().holders[0].more
 
 
 def test_a_status_of_nobody() -> None:
-    assert _holders._status(2**31 - 1) is None
+    assert _survey._status(2**31 - 1) is None
