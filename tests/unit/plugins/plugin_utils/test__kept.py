@@ -77,7 +77,7 @@ def test_what_has_failed_leaves_no_grant() -> None:
     found = host_kept(made, applied(), failed=True)
     # The rest is no grant, and stays as it is wanted.
     assert found == {**made["wanted"], "files": [MODULES, LAUNCHER], "capabilities": [], "units": []}
-    assert found.keys() == documented_fields("_host_kept").keys()
+    assert found.keys() == documented_fields("_host_plan")["wanted"]["contains"].keys()
     assert found["nodes"] == ["/dev/iommu"]
     assert [each["path"] for each in found["blocks"]] == ["/etc/libvirt/qemu.conf"]
 
