@@ -7,12 +7,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pty
 import re
 import shutil
 import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -245,14 +243,6 @@ def texts(rows: list[Answer]) -> list[str]:
 
 def paths(rows: list[Answer]) -> list[str]:
     return [each["path"] for each in rows]
-
-
-@pytest.fixture
-def terminal() -> Iterator[str]:
-    ours, theirs = pty.openpty()
-    yield os.ttyname(theirs)
-    os.close(ours)
-    os.close(theirs)
 
 
 # All that is told where everything is new, and where it is all put back.
