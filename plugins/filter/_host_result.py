@@ -78,7 +78,7 @@ _value:
       type: list
       elements: str
     grants:
-      description: What the role has granted, now or earlier, as in the plan.
+      description: What this run or an earlier one has granted, by C(privilege), C(grantee), C(means) and C(value).
       type: list
       elements: dict
     found:
