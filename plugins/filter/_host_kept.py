@@ -43,42 +43,10 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description: What stays, in the form of RV(virt.iommufd._host_plan#filter:_value.wanted).
+  description:
+    - What stays, with the fields of RV(virt.iommufd._host_plan#filter:_value.wanted).
+    - Its files of grants hold what they held before the run.
   type: dict
-  contains:
-    modules:
-      description: The kernel modules that are loaded.
-      type: list
-      elements: str
-    files:
-      description: The files that stay. Those of grants hold what they held before the run.
-      type: list
-      elements: dict
-    capabilities:
-      description: The emulators that keep CAP_IPC_LOCK as a file capability.
-      type: list
-      elements: str
-    nodes:
-      description: The device nodes whose owner and mode a udev rule changes, as paths and shell patterns.
-      type: list
-      elements: str
-    group:
-      description: The group that the rule gives them.
-      type: str
-    mode:
-      description: The mode that the rule gives them.
-      type: str
-    blocks:
-      description: The files of others in which the role keeps a block, with C(path) and C(devices).
-      type: list
-      elements: dict
-    units:
-      description: The systemd units of those files that are enabled and started.
-      type: list
-      elements: str
-    reload:
-      description: Whether systemd has not read all files of the units of VMs yet.
-      type: bool
 """
 
 

@@ -92,7 +92,7 @@ _value:
       type: list
       elements: str
     grants:
-      description: What is granted, to whom, and by what means, with the keys C(what), C(to), C(by) and C(value).
+      description: What is granted, each with C(privilege), C(grantee), C(means) and C(value).
       type: list
       elements: dict
     files_of_grants:

@@ -78,11 +78,11 @@ _value:
       type: list
       elements: str
     grants:
-      description: What the role has granted, now or earlier, with the keys C(what), C(to), C(by) and C(value).
+      description: What this run or an earlier one has granted, by C(privilege), C(grantee), C(means) and C(value).
       type: list
       elements: dict
     found:
-      description: What somebody else has granted, with the keys C(what), C(to) and C(why). It is never removed.
+      description: What somebody else has granted, with C(privilege), C(grantee) and C(why). It is never removed.
       type: list
       elements: dict
     verified:

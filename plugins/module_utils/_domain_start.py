@@ -52,9 +52,11 @@ __all__ = (
     "connected",
     "dotted_version",
     "foretell_changes",
+    "is_session",
     "look_at_daemon",
     "look_at_domain",
     "parse_definition",
+    "set_mode",
     "start_domain",
 )
 

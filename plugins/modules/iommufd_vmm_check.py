@@ -277,6 +277,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ..module_utils import _vmm_look, _vmm_trial
 from ..module_utils._child import Interrupted, insist, run_command
 from ..module_utils._errors import AccessRefused, IommufdError, shown_path
+from ..module_utils._iommufd import PROCESS
 from ..module_utils._module import Row, finish, memlock_row
 from ..module_utils._process import Status
 from ..module_utils._user import User, find_user
@@ -426,7 +427,7 @@ def check_iommufd(task: CheckTask) -> Row:
 
     def try_iommufd() -> Row:
         mode = _vmm_trial.try_mode(task.needed_user())
-        return {"ok": mode == "process", "mode": mode}
+        return {"ok": mode == PROCESS, "mode": mode}
 
     return task.attempt("try_iommufd", {"mode": None}, try_iommufd)
 

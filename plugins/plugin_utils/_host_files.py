@@ -74,8 +74,8 @@ def launcher() -> Row:
 def drop_in(grant: Mapping[str, Any]) -> Row:
     """What gives a unit the capability, or another limit."""
     limit = "infinity" if grant["value"] is None else grant["value"]
-    setting = "AmbientCapabilities=CAP_IPC_LOCK" if grant["what"] == "cap_ipc_lock" else f"LimitMEMLOCK={limit}"
-    return _file(f"{_UNITS}/{grant['to']}.d/{_DROP_IN}", ["[Service]", setting])
+    setting = "AmbientCapabilities=CAP_IPC_LOCK" if grant["privilege"] == "cap_ipc_lock" else f"LimitMEMLOCK={limit}"
+    return _file(f"{_UNITS}/{grant['grantee']}.d/{_DROP_IN}", ["[Service]", setting])
 
 
 def unit_with_drop_in(path: str) -> str | None:
@@ -87,7 +87,7 @@ def unit_with_drop_in(path: str) -> str | None:
 def limits_file(grants: Iterable[Mapping[str, Any]]) -> Row:
     """What raises users' limits for their sessions. PAM counts in KiB."""
     limits = {
-        grant["to"]: "unlimited" if grant["value"] is None else (grant["value"] + 1023) // 1024 for grant in grants
+        grant["grantee"]: "unlimited" if grant["value"] is None else (grant["value"] + 1023) // 1024 for grant in grants
     }
     return _file(_LIMITS_FILE, ["# Counted in KiB.", *(f"{user} - memlock {limit}" for user, limit in limits.items())])
 

@@ -212,21 +212,27 @@ def _access(config: Row, libvirt: Row) -> Access:
 def _grants(strategy: str, capabilities: list[str], units: list[str], config: Row) -> list[Row]:
     """What is granted, to whom and by what means. A limit's value is in bytes, None for unlimited."""
     if strategy == "cap_ipc_lock":
-        given = [{"what": "cap_ipc_lock", "to": path, "by": "file capability", "value": "ep"} for path in capabilities]
-        return given + [{"what": "cap_ipc_lock", "to": unit, "by": "drop-in", "value": "ambient"} for unit in units]
+        given = [
+            {"privilege": "cap_ipc_lock", "grantee": path, "means": "file capability", "value": "ep"}
+            for path in capabilities
+        ]
+        return given + [
+            {"privilege": "cap_ipc_lock", "grantee": unit, "means": "drop-in", "value": "ambient"} for unit in units
+        ]
     if strategy != "memlock":
         return []
     limit = memlock_bytes(config["memlock"])
-    raised = [{"what": "memlock", "to": unit, "by": "drop-in", "value": limit} for unit in units]
+    raised = [{"privilege": "memlock", "grantee": unit, "means": "drop-in", "value": limit} for unit in units]
     return raised + [
-        {"what": "memlock", "to": user, "by": "limits.d", "value": limit} for user in config["memlock_users"]
+        {"privilege": "memlock", "grantee": user, "means": "limits.d", "value": limit}
+        for user in config["memlock_users"]
     ]
 
 
 def _files_of_grants(grants: list[Row]) -> list[Row]:
     """The files that are a grant to a unit or a user."""
-    raised = [grant for grant in grants if grant["by"] == "limits.d"]
-    drop_ins = [drop_in(grant) for grant in grants if grant["by"] == "drop-in"]
+    raised = [grant for grant in grants if grant["means"] == "limits.d"]
+    drop_ins = [drop_in(grant) for grant in grants if grant["means"] == "drop-in"]
     return drop_ins + ([limits_file(raised)] if raised else [])
 
 
@@ -235,7 +241,7 @@ def _wanted(grants: list[Row], config: Row, opens: bool, host: Row, check: Row |
     group, mode = config["device_group"], config["device_mode"]
     if opens:
         group, mode = group or config["user"], mode or "0660"
-    granted = [grant["to"] for grant in grants if grant["by"] == "file capability"]
+    granted = [grant["grantee"] for grant in grants if grant["means"] == "file capability"]
     nodes = list(_NODES) if group or mode else []
     devices = [_NODES[0], *dict.fromkeys([*_VFIO_NODES, *(each["node"] for each in host["vfio_devices"])])]
     files = [modules_file(config["modules"])]

@@ -64,7 +64,7 @@ def _result(plan: Any, info: Any, applied: Any, check: Any, restarts: bool) -> R
     todo = [f"{each['name']} (pid {each['pid']}): {each['todo']}" for each in pending]
     return {
         **{key: plan[key] for key in _OF_PLAN},
-        "grants": [grant for grant in plan["grants"] if not _of_others(applied["capabilities"].get(grant["to"]))],
+        "grants": [grant for grant in plan["grants"] if not _of_others(applied["capabilities"].get(grant["grantee"]))],
         "found": found,
         "verified": [{"what": each.what, "ok": each.ok, "evidence": each.evidence} for each in verified],
         "failed": [f"{each.what}: no ({each.evidence})." for each in wrong],
@@ -98,10 +98,10 @@ def _todo_for_launcher(put_back: list[Row]) -> list[str]:
 
 def _todo_for_found(found: list[Row]) -> list[str]:
     return [
-        f"{each['to']} has CAP_IPC_LOCK, which libvirt does not need here: every user who may run it can pin all"
-        f" memory. Take it away, if nothing else wants it: setcap -r {each['to']}."
+        f"{each['grantee']} has CAP_IPC_LOCK, which libvirt does not need here: every user who may run it can pin all"
+        f" memory. Take it away, if nothing else wants it: setcap -r {each['grantee']}."
         for each in found
-        if each["to"].startswith("/")
+        if each["grantee"].startswith("/")
     ]
 
 
@@ -110,19 +110,25 @@ def _found(plan: Row, info: Row, applied: Row, check: Row) -> list[Row]:
     found = []
     for path, there in applied["capabilities"].items():
         if _of_others(there):
-            found.append({"what": "cap_ipc_lock", "to": path, "why": "The file had it before this role knew of it."})
+            found.append(
+                {"privilege": "cap_ipc_lock", "grantee": path, "why": "The file had it before this role knew of it."}
+            )
     # The information is from before what is put back was put back.
     known = {*_taken_from(applied["put_back"]), *plan["wanted"]["capabilities"]}
     known.update(there["real_path"] for there in applied["capabilities"].values())
     for emulator in info["host"]["qemu"]:
         if emulator["cap_ipc_lock"] and emulator["path"] not in known:
             why = "The file has it, and neither this run nor an earlier one granted it."
-            found.append({"what": "cap_ipc_lock", "to": emulator["path"], "why": why})
-    ours = {grant["to"] for grant in plan["grants"] if grant["by"] == "drop-in" and grant["what"] == "cap_ipc_lock"}
+            found.append({"privilege": "cap_ipc_lock", "grantee": emulator["path"], "why": why})
+    ours = {
+        grant["grantee"]
+        for grant in plan["grants"]
+        if grant["means"] == "drop-in" and grant["privilege"] == "cap_ipc_lock"
+    }
     for unit in check["units"]:
         if unit["ambient_ipc_lock"] and unit["name"] not in ours:
             why = "AmbientCapabilities of the unit has it, and this role did not put it there."
-            found.append({"what": "cap_ipc_lock", "to": unit["name"], "why": why})
+            found.append({"privilege": "cap_ipc_lock", "grantee": unit["name"], "why": why})
     return found
 
 
@@ -144,7 +150,7 @@ def _of_others(there: Row | None) -> bool:
 
 def _verified(plan: Row, check: Row) -> list[Tried]:
     """What was tried on the live host, and whether it came out as the strategy wants it."""
-    granted = {grant["to"]: grant for grant in plan["grants"]}
+    granted = {grant["grantee"]: grant for grant in plan["grants"]}
     return [
         _mode(plan["user"] or "root", check["try_iommufd"]),
         *(_emulator(each, plan["user"], each["path"] in granted) for each in check["emulators"]),
@@ -169,7 +175,7 @@ def _emulator(emulator: Row, user: str, wanted: bool) -> Tried:
 
 
 def _unit(unit: Row, grant: Row | None) -> list[Tried]:
-    who, replica, what = f"A replica of {unit['name']}", unit["replica"], grant and grant["what"]
+    who, replica, what = f"A replica of {unit['name']}", unit["replica"], grant and grant["privilege"]
     rows = [_capability(who, replica, what == "cap_ipc_lock", f"CapEff {replica['effective']}")]
     return [*rows, _limit(who, replica, grant["value"])] if grant and what == "memlock" else rows
 
@@ -196,7 +202,7 @@ def _limit(who: str, tried: Row, wanted: int | None) -> Tried:
 def _pending(plan: Row, info: Row, put_back: list[Row]) -> list[Row]:
     """The VMs that still run as they were started before."""
     rows = []
-    ours = [grant["to"] for grant in plan["grants"] if grant["by"] == "drop-in"]
+    ours = [grant["grantee"] for grant in plan["grants"] if grant["means"] == "drop-in"]
     for process in info["processes"]:
         why = _old(plan, process, put_back)
         if why:
@@ -227,8 +233,8 @@ def _old(plan: Row, process: Row, put_back: list[Row]) -> str:
         return f"It runs with a limit of {process['memlock_bytes']} bytes"
     if process["accounting"] == USER and _is_cured(plan, process):
         return "It is charged to its user together with that user's other VMs"
-    taken = [{"to": each, "by": "file capability"} for each in _taken_from(put_back)]
-    taken += [{"to": each, "by": "drop-in"} for each in _dropped_in(put_back)]
+    taken = [{"grantee": each, "means": "file capability"} for each in _taken_from(put_back)]
+    taken += [{"grantee": each, "means": "drop-in"} for each in _dropped_in(put_back)]
     if process["accounting"] == NONE and not plan["grants"] and _would_have(process, taken):
         return "It keeps CAP_IPC_LOCK, which was taken back, until it ends"
     return ""
@@ -236,7 +242,11 @@ def _old(plan: Row, process: Row, put_back: list[Row]) -> str:
 
 def _is_short(process: Row, grants: list[Row]) -> bool:
     """Whether a process has less than the limit that was raised for its user or unit."""
-    raised = [each["value"] for each in grants if each["to"] == process["user"] or _is_of(process["unit"], each["to"])]
+    raised = [
+        each["value"]
+        for each in grants
+        if each["grantee"] == process["user"] or _is_of(process["unit"], each["grantee"])
+    ]
     if not raised or process["memlock_unlimited"]:
         return False
     return raised[0] is None or process["memlock_bytes"] < raised[0]
@@ -255,10 +265,10 @@ def _would_have(process: Row, grants: list[Row]) -> bool:
         # It has the capability by itself.
         return False
     for grant in grants:
-        if grant["by"] == "drop-in" and _is_of(process["unit"], grant["to"]):
+        if grant["means"] == "drop-in" and _is_of(process["unit"], grant["grantee"]):
             return True
         # The kernel keeps 15 characters of a name.
-        if grant["by"] == "file capability" and basename(grant["to"])[:15] == process["comm"]:
+        if grant["means"] == "file capability" and basename(grant["grantee"])[:15] == process["comm"]:
             return True
     return False
 

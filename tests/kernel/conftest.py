@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Processes to try the module on, ended with the test, and the list of what users get to read."""
+"""Processes to try the module on, ended with the test, a vDPA device, and the list of what users get to read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
-from ansible_collections.virt.iommufd.tests.kernel.harness import VM, Answer, Vmm, kernel_config
+from ansible_collections.virt.iommufd.tests.kernel.harness import VM, Answer, Vmm, kernel_config, vdpa_device
 
 Start = Callable[..., Vmm]
 Told = Callable[[Answer], str]
@@ -81,6 +81,13 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
 def container_is_iommufd() -> bool:
     """Whether /dev/vfio/vfio is an iommufd, by the kernel's configuration."""
     return "CONFIG_IOMMUFD_VFIO_CONTAINER=y" in kernel_config()
+
+
+@pytest.fixture(scope="module")
+def vdpa() -> Iterator[str]:
+    """The node of a simulated vDPA device that has memory pinned, as hardware has."""
+    with vdpa_device(use_va=False) as node:
+        yield node
 
 
 @pytest.fixture

@@ -425,3 +425,30 @@ def run_apart(prefix: list[str], module: str = "iommufd_option", /, **options: A
     assert done.returncode == 0, done.stderr
     answered: Answer = json.loads(done.stdout.splitlines()[-1])
     return answered
+
+
+def execute(*words: str) -> None:
+    """Runs a command, which must succeed."""
+    subprocess.run(words, check=True, timeout=PATIENCE)
+
+
+@contextlib.contextmanager
+def vdpa_device(use_va: bool) -> Iterator[str]:
+    """The node of a simulated vDPA device, which has memory pinned, or with `use_va` uses virtual addresses."""
+    name = "kernel-test"
+    # One for each contiguous piece of memory. Both have 2048 by default, and memory of more pieces is refused like
+    # memory beyond the limit.
+    entries = "max_iotlb_entries=65536"
+    execute("modprobe", "vdpa_sim", f"use_va={int(use_va)}", entries)
+    execute("modprobe", "vhost_vdpa", entries)
+    execute("modprobe", "vdpa_sim_net")
+    try:
+        execute("vdpa", "dev", "add", "name", name, "mgmtdev", "vdpasim_net")
+        execute("udevadm", "settle")
+        [device] = Path("/sys/bus/vdpa/devices", name).glob("vhost-vdpa-*")
+        node = Path("/dev", device.name)
+        node.chmod(0o666)
+        yield str(node)
+        execute("vdpa", "dev", "del", name)
+    finally:
+        execute("modprobe", "--remove", "vdpa_sim_net", "vdpa_sim", "vhost_vdpa")

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
@@ -51,7 +50,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._accounting import (
 )
 from ansible_collections.virt.iommufd.tests.kernel import charges
 from ansible_collections.virt.iommufd.tests.kernel.charges import Pinner, Seen, Step, pins
-from ansible_collections.virt.iommufd.tests.kernel.harness import DEVICES, PAGE, kernel_config
+from ansible_collections.virt.iommufd.tests.kernel.harness import DEVICES, PAGE, execute, kernel_config, vdpa_device
 
 # As many pages as perf can have. Few, since each takes its time under emulation; different, so that none is mistaken.
 FIRST, SECOND, THIRD = 17 * PAGE, 33 * PAGE, 9 * PAGE
@@ -72,14 +71,10 @@ def kernel(container_is_iommufd: bool) -> Kernel:
     return Kernel(PAGE, (int(major), int(minor)), container_is_iommufd)
 
 
-def command(*words: str) -> None:
-    subprocess.run(words, check=True)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def legacy(container_is_iommufd: bool) -> None:
     if not container_is_iommufd:
-        command("modprobe", "vfio_iommu_type1")
+        execute("modprobe", "vfio_iommu_type1")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,42 +87,23 @@ def perf() -> Iterator[None]:
     allowance.write_text(before, encoding="ascii")
 
 
-def vdpa_device(use_va: int) -> Iterator[str]:
-    """The node of a simulated device."""
-    command("modprobe", "vdpa_sim", f"use_va={use_va}")
-    command("modprobe", "--all", "vhost_vdpa", "vdpa_sim_net")
-    try:
-        command("vdpa", "dev", "add", "name", NAME, "mgmtdev", "vdpasim_net")
-        command("udevadm", "settle")
-        [device] = Path("/sys/bus/vdpa/devices", NAME).glob("vhost-vdpa-*")
-        yield f"/dev/{device.name}"
-        command("vdpa", "dev", "del", NAME)
-    finally:
-        command("modprobe", "--remove", "vdpa_sim_net", "vdpa_sim", "vhost_vdpa")
-
-
-@pytest.fixture(scope="module")
-def vdpa() -> Iterator[str]:
-    yield from vdpa_device(use_va=0)
-
-
 @pytest.fixture(scope="module")
 def rdma() -> Iterator[str]:
     """The node of a device that does RDMA over Ethernet, of which there is none but a dummy."""
-    command("modprobe", "--all", "ib_uverbs", "rdma_rxe", "dummy")
-    command("ip", "link", "add", NAME, "type", "dummy")
+    execute("modprobe", "--all", "ib_uverbs", "rdma_rxe", "dummy")
+    execute("ip", "link", "add", NAME, "type", "dummy")
     try:
-        command("ip", "link", "set", NAME, "up")
-        command("rdma", "link", "add", NAME, "type", "rxe", "netdev", NAME)
-        command("udevadm", "settle")
+        execute("ip", "link", "set", NAME, "up")
+        execute("rdma", "link", "add", NAME, "type", "rxe", "netdev", NAME)
+        execute("udevadm", "settle")
         devices = Path("/sys/class/infiniband_verbs").glob("uverbs*")
         [name] = [path.name for path in devices if (path / "ibdev").read_text(encoding="ascii").strip() == NAME]
         node = Path("/dev/infiniband", name)
         node.chmod(0o666)
         yield str(node)
     finally:
-        command("ip", "link", "del", NAME)
-        command("modprobe", "--remove", "rdma_rxe", "ib_uverbs", "dummy")
+        execute("ip", "link", "del", NAME)
+        execute("modprobe", "--remove", "rdma_rxe", "ib_uverbs", "dummy")
 
 
 class Opener(NamedTuple):
@@ -199,7 +175,8 @@ def test_every_way_is_tried(kernel: Kernel) -> None:
 
 @pytest.fixture
 def vdpa_va() -> Iterator[str]:
-    yield from vdpa_device(use_va=1)
+    with vdpa_device(use_va=True) as node:
+        yield node
 
 
 # Before those that have the same module loaded for the rest of this file.

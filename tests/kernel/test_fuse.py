@@ -16,11 +16,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _process, _syscalls
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
-from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE
+from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, VM
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 pytestmark = pytest.mark.once
@@ -38,7 +39,7 @@ def attributes(node: int) -> bytes:
     return struct.pack("=QQQQQQIIIIIIIIII", node, 0, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
 
 
-def answer(opcode: int, node: int) -> tuple[int, bytes]:
+def answer(opcode: int, node: int, attributes: Callable[[int], bytes] = attributes) -> tuple[int, bytes]:
     """An errno, and the body of the answer. No attribute may be kept, so each stat asks the server anew."""
     if opcode == INIT:
         return 0, struct.pack("=IIIIHHIIHHI28x", 7, 31, 4096, 0, 1, 1, 4096, 1, 0, 0, 0)
@@ -128,19 +129,22 @@ def test_a_descriptor_on_a_dead_fuse_mount(
     assert fd not in borrowed
 
 
-def test_a_descriptor_on_a_mount_that_refuses_root(start: Start, tmp_path: Path) -> None:
-    # Without allow_other nobody but its owner may look at what is on a FUSE mount.
+@pytest.fixture
+def refusing(start: Start, tmp_path: Path) -> Iterator[Path]:
+    """A mount that refuses root: without allow_other nobody but its owner may look at it. It ends as `server` does."""
     subprocess.run(["modprobe", "fuse"], check=True)
     fuse = os.open("/dev/fuse", os.O_RDWR)
-    mount(tmp_path, fuse, "user_id=1001,group_id=1001")
-    try:
-        vmm = start(0)
-        vmm.do("open", str(tmp_path), "path")
-        vmm.open()
-        with pytest.raises(PermissionError):
-            os.stat(tmp_path)
-        assert run(pid=vmm.pid, value="process")["changed"]
-        assert vmm.mode == "process"
-    finally:
-        os.close(fuse)
-        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+    mount(tmp_path, fuse, f"user_id={VM},group_id={VM}")
+    yield tmp_path
+    os.close(fuse)
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_a_descriptor_on_a_mount_that_refuses_root(refusing: Path, start: Start) -> None:
+    vmm = start(0)
+    vmm.do("open", str(refusing), "path")
+    vmm.open()
+    with pytest.raises(PermissionError):
+        os.stat(refusing)
+    assert run(pid=vmm.pid, value="process")["changed"]
+    assert vmm.mode == "process"

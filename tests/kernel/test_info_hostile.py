@@ -18,11 +18,11 @@ from ansible_collections.virt.iommufd.plugins.module_utils import _survey
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start
 from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, CONTAINER, DEVICES, MIB, PATIENCE, VM, Vmm
 from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, look_at, process, user
-from ansible_collections.virt.iommufd.tests.kernel.test_fuse import mount, server
+from ansible_collections.virt.iommufd.tests.kernel.test_fuse import refusing, server
 
 pytestmark = pytest.mark.once
 
-__all__ = ("server",)
+__all__ = ("refusing", "server")
 
 
 @pytest.fixture
@@ -54,20 +54,13 @@ def test_an_emulator_on_a_dead_fuse_mount(server: tuple[Path, int], alarm: None)
     assert f"{path} was not found within 10 seconds" in limits(answered)["emulators"]
 
 
-def test_a_descriptor_on_a_mount_that_refuses_root(start: Start, tmp_path: Path) -> None:
-    subprocess.run(["modprobe", "fuse"], check=True)
-    fuse = os.open("/dev/fuse", os.O_RDWR)
-    mount(tmp_path, fuse, "user_id=1001,group_id=1001")
-    try:
-        vmm = start(0)
-        vmm.do("open", str(tmp_path), "path")
-        fd = vmm.open()
-        answered = look()
-        assert [each["fd"] for each in process(answered, vmm.pid)["iommufds"]] == [fd]
-        assert answered["host"]["limits_of_view"] == []
-    finally:
-        os.close(fuse)
-        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+def test_a_descriptor_on_a_mount_that_refuses_root(refusing: Path, start: Start) -> None:
+    vmm = start(0)
+    vmm.do("open", str(refusing), "path")
+    fd = vmm.open()
+    answered = look()
+    assert [each["fd"] for each in process(answered, vmm.pid)["iommufds"]] == [fd]
+    assert answered["host"]["limits_of_view"] == []
 
 
 def test_a_process_with_100000_descriptors(start: Start, alarm: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from ansible_collections.virt.iommufd.tests.kernel.harness import (
     change_user,
 )
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
-from ansible_collections.virt.iommufd.tests.kernel.test_fuse import ENOSYS, GETATTR, INIT, LOOKUP, OPEN, OPENDIR, mount
+from ansible_collections.virt.iommufd.tests.kernel.test_fuse import FLUSH, INIT, answer, mount
 
 pytestmark = pytest.mark.once
 
@@ -429,7 +429,7 @@ def start_fuse() -> Iterator[Callable[[Path], None]]:
 
 
 # linux/fuse.h: what FUSE asks besides to read a file, and what it wants no answer to.
-READ, FLUSH = 15, 25
+READ = 15
 UNANSWERED = (2, 42)
 
 
@@ -442,18 +442,10 @@ def claims_root(request: bytes, content: bytes) -> tuple[int, bytes]:
         return struct.pack("=3Q3Q3I7I", node, len(content), 1, *times, kind | 0o755, 1, 0, 0, 0, 4096, 0)
 
     _length, opcode, _unique, node = struct.unpack_from("=IIQQ", request)
-    if opcode == INIT:
-        return 0, struct.pack("=IIIIHHIIHHI28x", 7, 31, 4096, 0, 1, 1, 4096, 1, 0, 0, 0)
-    if opcode == LOOKUP:
-        return 0, struct.pack("=QQQQII", 2, 0, 0, 0, 0, 0) + attributes(2)
-    if opcode == GETATTR:
-        return 0, struct.pack("=QII", 0, 0, 0) + attributes(node)
-    if opcode in (OPEN, OPENDIR):
-        return 0, struct.pack("=QII", 1, 0, 0)
     if opcode == READ:
         offset, size = struct.unpack_from("=QI", request, 48)
         return 0, content[offset : offset + size]
-    return (0 if opcode == FLUSH else ENOSYS), b""
+    return (0, b"") if opcode == FLUSH else answer(opcode, node, attributes)
 
 
 def serve_as_alice(fuse: int, noted: int, content: bytes, deaf: bool) -> None:

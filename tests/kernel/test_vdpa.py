@@ -6,41 +6,11 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start
 from ansible_collections.virt.iommufd.tests.kernel.harness import DEVICES, MIB, PAGE, VM, Vmm
 
-NAME = "kernel-test"
 SIZE = 24 * MIB
-# One for each contiguous piece of memory. Both have 2048 by default, and memory of more pieces is refused like memory
-# beyond the limit.
-ENTRIES = "max_iotlb_entries=65536"
-
-
-def run(*command: str) -> None:
-    subprocess.run(command, check=True)
-
-
-@pytest.fixture(scope="module")
-def vdpa() -> Iterator[str]:
-    """The node of a simulated device that has memory pinned, as hardware has."""
-    run("modprobe", "vdpa_sim", "use_va=0", ENTRIES)
-    run("modprobe", "vhost_vdpa", ENTRIES)
-    run("modprobe", "vdpa_sim_net")
-    run("vdpa", "dev", "add", "name", NAME, "mgmtdev", "vdpasim_net")
-    try:
-        [device] = Path(f"/sys/bus/vdpa/devices/{NAME}").glob("vhost-vdpa-*")
-        run("udevadm", "settle")
-        node = f"/dev/{device.name}"
-        Path(node).chmod(0o666)
-        yield node
-    finally:
-        run("vdpa", "dev", "del", NAME)
-        run("modprobe", "--remove", "vdpa_sim_net", "vdpa_sim", "vhost_vdpa")
 
 
 @pytest.fixture

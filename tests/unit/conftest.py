@@ -2,13 +2,14 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A process to look at, and a kernel that answers for it."""
+"""A process to look at, and a kernel that answers for it; a device node."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,3 +104,12 @@ def alone(null_is_iommufd: FakeKernel, child: subprocess.Popen[bytes], monkeypat
     monkeypatch.setattr(_survey, "misc_rdev", _iommufd.misc_rdev)
     monkeypatch.setattr(_survey, "_pids", lambda: iter([child.pid]))
     return null_is_iommufd
+
+
+@pytest.fixture
+def terminal() -> Iterator[str]:
+    """A device node that belongs to the caller."""
+    ours, theirs = pty.openpty()
+    yield os.ttyname(theirs)
+    os.close(ours)
+    os.close(theirs)

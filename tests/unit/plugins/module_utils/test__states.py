@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import errno
 import os
-import pty
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
@@ -129,15 +127,6 @@ def test_a_folder_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "rmdir", refuse(errno.EROFS))
     with pytest.raises(OSError, match="Read-only"):
         remove_file(str(tmp_path / "file"), [str(tmp_path)])
-
-
-@pytest.fixture
-def terminal() -> Iterator[str]:
-    """A device node that belongs to the caller."""
-    ours, theirs = pty.openpty()
-    yield os.ttyname(theirs)
-    os.close(ours)
-    os.close(theirs)
 
 
 def test_a_node(terminal: str) -> None:

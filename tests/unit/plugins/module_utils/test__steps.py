@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-import pty
 import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
@@ -233,15 +231,6 @@ def test_capabilities(tmp_path: Path) -> None:
             effect.make(told)
     assert XATTR not in os.listxattr(path)
     assert told.said == []
-
-
-@pytest.fixture
-def terminal() -> Iterator[str]:
-    """A device node that belongs to the caller."""
-    ours, theirs = pty.openpty()
-    yield os.ttyname(theirs)
-    os.close(ours)
-    os.close(theirs)
 
 
 def test_a_node(terminal: str) -> None:

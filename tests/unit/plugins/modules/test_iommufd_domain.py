@@ -15,13 +15,13 @@ import sys
 from typing import Any, Callable
 
 import pytest
-from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import _daemon, _device, _domain_start
 from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer
 from ansible_collections.virt.iommufd.plugins.module_utils._domain_start import Endpoint
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_domain
+from ansible_collections.virt.iommufd.tests.kernel.run_module import run as run_module
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 from ansible_collections.virt.iommufd.tests.unit.fake_libvirt import PAUSED, RUNNING, FakeDomain, FakeLibvirt
 
@@ -58,8 +58,8 @@ def libvirt(
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], libvirt: FakeLibvirt) -> Run:
-    """Runs the module; the answer is the JSON that it prints. What its child does is done in this process."""
+def run(monkeypatch: pytest.MonkeyPatch, libvirt: FakeLibvirt) -> Run:
+    """Runs the module. What its child does is done in this process."""
 
     def in_child(user: User | None, work: Callable[[], Any], seconds: float, keep: tuple[int, ...]) -> Any:
         assert (user is None) == (libvirt_user is None)
@@ -70,19 +70,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lib
 
     libvirt_user: str | None = None
 
-    def run_module(**options: Any) -> dict[str, Any]:
+    def run_as_user(**options: Any) -> dict[str, Any]:
         nonlocal libvirt_user
-        arguments = {key: value for key, value in {"name": "vm1", "user": ME, **options}.items() if value is not None}
-        libvirt_user = arguments.get("user")
-        monkeypatch.setattr(basic, "_ANSIBLE_ARGS", json.dumps({"ANSIBLE_MODULE_ARGS": arguments}).encode())
-        monkeypatch.setattr(basic, "_ANSIBLE_PROFILE", "legacy", raising=False)
-        with pytest.raises(SystemExit):
-            iommufd_domain.main()
-        answer: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return answer
+        given = {key: value for key, value in {"name": "vm1", "user": ME, **options}.items() if value is not None}
+        libvirt_user = given.get("user")
+        return run_module(iommufd_domain, **given)
 
     monkeypatch.setattr(iommufd_domain, "in_child", in_child)
-    return run_module
+    return run_as_user
 
 
 @pytest.mark.parametrize("state", ["running", "paused"])

@@ -7,18 +7,15 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pty
 import re
 import shutil
 import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import (
     _apply,
     _capabilities,
@@ -32,6 +29,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import Iommuf
 from ansible_collections.virt.iommufd.plugins.module_utils._programs import EXEC, GRANT, INTERPRETER, zipapp
 from ansible_collections.virt.iommufd.plugins.module_utils._states import NodeState
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_host_apply
+from ansible_collections.virt.iommufd.tests.kernel.run_module import run as run_module
 
 Answer = dict[str, Any]
 
@@ -141,22 +139,15 @@ class FakeSystemd:
 class Host:
     """A few folders that stand for a host, and the module that works on them."""
 
-    def __init__(self, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, root: Path) -> None:
         self.root, self.record = root, root / "lib" / "record.json"
         self.modules = root.with_name(f"{root.name}.modules")
         self.modules.mkdir()
         self.systemd = FakeSystemd(root, self.modules)
-        self._capsys, self._monkeypatch = capsys, monkeypatch
 
     def run(self, **options: Any) -> Answer:
         """The module's answer."""
-        options = {"record": str(self.record), **options}
-        self._monkeypatch.setattr(basic, "_ANSIBLE_ARGS", json.dumps({"ANSIBLE_MODULE_ARGS": options}).encode())
-        self._monkeypatch.setattr(basic, "_ANSIBLE_PROFILE", "legacy", raising=False)
-        with pytest.raises(SystemExit):
-            iommufd_host_apply.main()
-        answer: Answer = json.loads(self._capsys.readouterr().out)
-        return answer
+        return run_module(iommufd_host_apply, **{"record": str(self.record), **options})
 
     def cut(self, command: str, **options: Any) -> None:
         """Has a run be killed at a command."""
@@ -204,8 +195,8 @@ class Host:
 
 
 @pytest.fixture
-def host(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Host:
-    host = Host(tmp_path, capsys, monkeypatch)
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    host = Host(tmp_path)
     uid, gid = os.geteuid(), os.getegid()
     monkeypatch.setattr(_record, "_ROOT", uid)
     monkeypatch.setattr(_record, "_LOCK", f"{tmp_path}.lock")
@@ -245,14 +236,6 @@ def texts(rows: list[Answer]) -> list[str]:
 
 def paths(rows: list[Answer]) -> list[str]:
     return [each["path"] for each in rows]
-
-
-@pytest.fixture
-def terminal() -> Iterator[str]:
-    ours, theirs = pty.openpty()
-    yield os.ttyname(theirs)
-    os.close(ours)
-    os.close(theirs)
 
 
 # All that is told where everything is new, and where it is all put back.
@@ -506,7 +489,8 @@ def test_all_that_is_returned_is_documented(host: Host, terminal: str) -> None:
     documented = yaml.safe_load(iommufd_host_apply.RETURN)
     wanted = everything(host, terminal)
     answer = host.run(**wanted)
-    assert set(answer) - {"changed", "invocation"} == set(documented)
+    assert set(answer) - {"changed", "invocation", "warnings"} == set(documented)
+    assert answer["warnings"] == []
     kinds = {"file", "capability", "node", "block", "unit"}
     for name in ("recorded", "remembered"):
         assert all(set(each) == set(documented[name]["contains"]) for each in answer[name])
@@ -528,7 +512,7 @@ def test_all_that_is_returned_is_documented(host: Host, terminal: str) -> None:
     host.systemd.broken = "modprobe"
     failed = host.run(modules=["nvme"])
     always = {name for name in documented if documented[name]["returned"] != "on success"}
-    assert set(failed) - {"changed", "invocation", "failed", "msg"} == always
+    assert set(failed) - {"changed", "invocation", "warnings", "failed", "msg"} == always
 
 
 def test_no_more_is_shown_of_a_file_with_a_block_than_the_block(host: Host) -> None:

@@ -4,57 +4,32 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 import yaml
-from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import _host_facts
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit
 from ansible_collections.virt.iommufd.plugins.module_utils._running import DomainRecord
 from ansible_collections.virt.iommufd.plugins.module_utils._survey import survey
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
+from ansible_collections.virt.iommufd.tests.kernel.run_module import run as run_module
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
+from ansible_collections.virt.iommufd.tests.unit.returned import check_returned
 
 Run = Callable[..., "dict[str, Any]"]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the module; the answer is the JSON that it prints."""
-
-    def run_module(**options: Any) -> dict[str, Any]:
-        monkeypatch.setattr(basic, "_ANSIBLE_ARGS", json.dumps({"ANSIBLE_MODULE_ARGS": options}).encode())
-        monkeypatch.setattr(basic, "_ANSIBLE_PROFILE", "legacy", raising=False)
-        with pytest.raises(SystemExit):
-            iommufd_info.main()
-        answer: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return answer
-
-    return run_module
-
-
-def shape(documented: dict[str, Any], value: Any, path: str) -> None:
-    """Fails where a value is not as RETURN says: its keys, all of them and no others, and the types."""
-    if value is None:
-        return
-    rows: list[dict[str, Any]] = value if isinstance(value, list) else [value]
-    kinds: dict[str, type] = {"dict": dict, "list": list, "str": str, "int": int, "bool": bool}
-    # A boolean is an integer, to Python.
-    assert isinstance(value, kinds[documented["type"]]), path
-    assert isinstance(value, bool) == (documented["type"] == "bool"), path
-    if "contains" not in documented:
-        return
-    for each in rows:
-        assert set(each) == set(documented["contains"]), path
-        for key, inner in documented["contains"].items():
-            shape(inner, each[key], f"{path}.{key}")
+def run() -> Run:
+    """Runs the module."""
+    return partial(run_module, iommufd_info)
 
 
 def test_every_field_is_documented_and_there(
@@ -64,7 +39,7 @@ def test_every_field_is_documented_and_there(
     answer = run(emulators=[str(tmp_path / "qemu")])
     documented = yaml.safe_load(iommufd_info.RETURN)
     for name, value in documented.items():
-        shape(value, answer[name], name)
+        check_returned(value, answer[name], name, null_is_told=False)
     assert [each["pid"] for each in answer["processes"]] == [child.pid]
     assert [each["uid"] for each in answer["users"]] in ([os.getuid()], [])
     assert not answer["changed"]

@@ -5,36 +5,30 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import subprocess
 from typing import Any, Callable
 
 import pytest
-from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
+from ansible_collections.virt.iommufd.tests.kernel.run_module import run as run_module
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
 Run = Callable[..., "dict[str, Any]"]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], child: subprocess.Popen[bytes]) -> Run:
+def run(child: subprocess.Popen[bytes]) -> Run:
     """Runs the module on the child; the answer is the JSON that it prints."""
 
-    def run_module(**options: Any) -> dict[str, Any]:
-        arguments = {key: value for key, value in {"pid": child.pid, **options}.items() if value is not None}
-        monkeypatch.setattr(basic, "_ANSIBLE_ARGS", json.dumps({"ANSIBLE_MODULE_ARGS": arguments}).encode())
-        monkeypatch.setattr(basic, "_ANSIBLE_PROFILE", "legacy", raising=False)
-        with pytest.raises(SystemExit):
-            iommufd_option.main()
-        answer: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return answer
+    def run_on_child(**options: Any) -> dict[str, Any]:
+        given = {key: value for key, value in {"pid": child.pid, **options}.items() if value is not None}
+        return run_module(iommufd_option, **given)
 
-    return run_module
+    return run_on_child
 
 
 def test_query(run: Run, null_is_iommufd: FakeKernel, child: subprocess.Popen[bytes]) -> None:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pwd
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any, Callable
 
 import pytest
 import yaml
-from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import _vmm_domain, _vmm_look, _vmm_replica, _vmm_trial
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, own_status
 from ansible_collections.virt.iommufd.plugins.module_utils._vmm_trial import ProcessSeen
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
+from ansible_collections.virt.iommufd.tests.kernel.run_module import run as run_module
+from ansible_collections.virt.iommufd.tests.unit.returned import check_returned
 
 Run = Callable[..., "dict[str, Any]"]
 
@@ -33,7 +33,6 @@ STARTS = {
     "start_replica": _vmm_replica,
 }
 RETURN = yaml.safe_load(iommufd_vmm_check.RETURN)
-KINDS: dict[str, type] = {"dict": dict, "list": list, "str": str, "int": int, "bool": bool}
 
 UNIT = {
     "LoadState": "loaded",
@@ -46,43 +45,21 @@ UNIT = {
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs the module as root, on a host whose systemd knows one service; the answer is the JSON that it prints."""
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the module as root, on a host whose systemd knows one service."""
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     text = "".join(f"{key}={value}\n" for key, value in UNIT.items())
     monkeypatch.setattr(iommufd_vmm_check, "run_command", lambda _command: (0, text, ""))
 
-    def run_module(**options: Any) -> dict[str, Any]:
-        monkeypatch.setattr(basic, "_ANSIBLE_ARGS", json.dumps({"ANSIBLE_MODULE_ARGS": options}).encode())
-        monkeypatch.setattr(basic, "_ANSIBLE_PROFILE", "legacy", raising=False)
-        with pytest.raises(SystemExit):
-            iommufd_vmm_check.main()
-        answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    def run_as_root(**options: Any) -> dict[str, Any]:
+        answer = run_module(iommufd_vmm_check, **options)
         if not answer.get("failed"):
             assert answer["changed"] is False
             for name, documented in RETURN.items():
-                shape(documented, answer[name], name)
+                check_returned(documented, answer[name], name)
         return answer
 
-    return run_module
-
-
-def shape(documented: dict[str, Any], value: Any, path: str) -> None:
-    """Fails where a value is not as RETURN says: its keys, all of them and no others, types, and where it is null."""
-    rows: list[dict[str, Any]] = value if isinstance(value, list) else [value]
-    if value is None:
-        text = documented["description"]
-        assert "V(null)" in (text if isinstance(text, str) else " ".join(text)), path
-        return
-    # A boolean is an integer, to Python.
-    assert isinstance(value, KINDS[documented["type"]]), path
-    assert isinstance(value, bool) == (documented["type"] == "bool"), path
-    if "contains" not in documented:
-        return
-    for each in rows:
-        assert set(each) == set(documented["contains"]), path
-        for key, inner in documented["contains"].items():
-            shape(inner, each[key], f"{path}.{key}")
+    return run_as_root
 
 
 def seen(effective: int = IPC_LOCK, initial: bool = True, limit: int | None = 4096) -> ProcessSeen:

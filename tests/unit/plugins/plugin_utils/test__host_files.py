@@ -60,13 +60,13 @@ def test_the_launcher() -> None:
 @pytest.mark.parametrize(
     ("grant", "setting"),
     [
-        ({"what": "cap_ipc_lock", "value": "ambient"}, "AmbientCapabilities=CAP_IPC_LOCK"),
-        ({"what": "memlock", "value": 2**30}, "LimitMEMLOCK=1073741824"),
-        ({"what": "memlock", "value": None}, "LimitMEMLOCK=infinity"),
+        ({"privilege": "cap_ipc_lock", "value": "ambient"}, "AmbientCapabilities=CAP_IPC_LOCK"),
+        ({"privilege": "memlock", "value": 2**30}, "LimitMEMLOCK=1073741824"),
+        ({"privilege": "memlock", "value": None}, "LimitMEMLOCK=infinity"),
     ],
 )
 def test_the_drop_in_of_a_unit(grant: Row, setting: str) -> None:
-    row = _host_files.drop_in({**grant, "to": "vm@.service"})
+    row = _host_files.drop_in({**grant, "grantee": "vm@.service"})
     path = "/etc/systemd/system/vm@.service.d/50-iommufd_host.conf"
     assert row == {"path": path, "content": f"{OURS}[Service]\n{setting}\n"}
     assert _host_files.unit_with_drop_in(path) == "vm@.service"
@@ -74,7 +74,7 @@ def test_the_drop_in_of_a_unit(grant: Row, setting: str) -> None:
 
 @pytest.mark.parametrize("unit", ["vm1.service", "vm@.service", "vm@1.service", r"a\x2db:c_d-e.f@.service"])
 def test_the_unit_of_a_drop_in(unit: str) -> None:
-    row = _host_files.drop_in({"what": "memlock", "to": unit, "value": None})
+    row = _host_files.drop_in({"privilege": "memlock", "grantee": unit, "value": None})
     assert _host_files.unit_with_drop_in(row["path"]) == unit
 
 
@@ -117,11 +117,11 @@ def test_what_is_no_drop_in_of_ours(path: str) -> None:
 
 def test_the_limits_of_users() -> None:
     grants: list[Row] = [
-        {"to": "alice", "value": 2**30},
+        {"grantee": "alice", "value": 2**30},
         # PAM has no smaller unit, and less than what was asked for would not do.
-        {"to": "bob", "value": 2**20 + 1},
-        {"to": "carol", "value": None},
-        {"to": "alice", "value": 2**30},
+        {"grantee": "bob", "value": 2**20 + 1},
+        {"grantee": "carol", "value": None},
+        {"grantee": "alice", "value": 2**30},
     ]
     lines = "# Counted in KiB.\nalice - memlock 1048576\nbob - memlock 1025\ncarol - memlock unlimited\n"
     row = {"path": "/etc/security/limits.d/80-iommufd_host.conf", "content": OURS + lines}

@@ -19,8 +19,8 @@ REAL = {KVM: QEMU, QEMU: QEMU, OTHER: OTHER}
 UNITS = ["iommufd-host-grant.path", "iommufd-host-grant.timer"]
 MODULES: Row = _host_files.modules_file(["iommufd"])
 LAUNCHER: Row = _host_files.launcher()
-DROP_IN: Row = _host_files.drop_in({"what": "memlock", "to": "vm1.service", "value": 2**30})
-LIMITS: Row = _host_files.limits_file([{"to": "alice", "value": 2**30}])
+DROP_IN: Row = _host_files.drop_in({"privilege": "memlock", "grantee": "vm1.service", "value": 2**30})
+LIMITS: Row = _host_files.limits_file([{"grantee": "alice", "value": 2**30}])
 
 
 def of_emulators(*emulators: str) -> list[Row]:
@@ -77,7 +77,7 @@ def test_what_has_failed_leaves_no_grant() -> None:
     found = host_kept(made, applied(), failed=True)
     # The rest is no grant, and stays as it is wanted.
     assert found == {**made["wanted"], "files": [MODULES, LAUNCHER], "capabilities": [], "units": []}
-    assert found.keys() == documented_fields("_host_kept").keys()
+    assert found.keys() == documented_fields("_host_plan")["wanted"]["contains"].keys()
     assert found["nodes"] == ["/dev/iommu"]
     assert [each["path"] for each in found["blocks"]] == ["/etc/libvirt/qemu.conf"]
 

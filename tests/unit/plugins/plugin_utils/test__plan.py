@@ -104,8 +104,8 @@ def test_the_user_of_vms(libvirt: Row, rows: list[Row], config: Row, user: str) 
     assert plan(libvirt, *rows, **config)["user"] == user
 
 
-FILE = {"what": "cap_ipc_lock", "to": QEMU, "by": "file capability", "value": "ep"}
-DROP_IN = {"what": "cap_ipc_lock", "to": "vm1.service", "by": "drop-in", "value": "ambient"}
+FILE = {"privilege": "cap_ipc_lock", "grantee": QEMU, "means": "file capability", "value": "ep"}
+DROP_IN = {"privilege": "cap_ipc_lock", "grantee": "vm1.service", "means": "drop-in", "value": "ambient"}
 
 MODULES_FILE = "/etc/modules-load.d/iommufd_host.conf"
 UDEV_FILE = "/etc/udev/rules.d/80-iommufd_host.rules"
@@ -155,7 +155,7 @@ def test_strategies(libvirt: Row, config: Row, strategy: str, certain: bool, gra
     assert made["requested"] == config.get("strategy", "auto")
     assert made["why"].endswith(".")
     wanted = made["wanted"]
-    assert wanted["capabilities"] == [grant["to"] for grant in grants if grant["by"] == "file capability"]
+    assert wanted["capabilities"] == [grant["grantee"] for grant in grants if grant["means"] == "file capability"]
     # What comes back after an upgrade is watched where there is something that an upgrade drops.
     watched = ["iommufd-host-grant.path", "iommufd-host-grant.timer"]
     assert wanted["units"] == (watched if wanted["capabilities"] else [])
@@ -181,8 +181,8 @@ def test_a_limit_for_units_and_users() -> None:
     made = plan(OLD, strategy="memlock", memlock="1.5G", units=["vm@.service"], memlock_users=["alice"])
     assert made["errors"] == []
     assert made["grants"] == [
-        {"what": "memlock", "to": "vm@.service", "by": "drop-in", "value": 3 * 2**29},
-        {"what": "memlock", "to": "alice", "by": "limits.d", "value": 3 * 2**29},
+        {"privilege": "memlock", "grantee": "vm@.service", "means": "drop-in", "value": 3 * 2**29},
+        {"privilege": "memlock", "grantee": "alice", "means": "limits.d", "value": 3 * 2**29},
     ]
     assert made["files_of_grants"] == [
         "/etc/systemd/system/vm@.service.d/50-iommufd_host.conf",

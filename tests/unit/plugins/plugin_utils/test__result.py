@@ -14,11 +14,11 @@ from ansible_collections.virt.iommufd.tests.unit.filter_docs import documented_f
 Row = dict[str, Any]
 
 QEMU = "/usr/bin/qemu-system-x86_64"
-FILE = {"what": "cap_ipc_lock", "to": QEMU, "by": "file capability", "value": "ep"}
-DROP_IN = {"what": "cap_ipc_lock", "to": "vm1.service", "by": "drop-in", "value": "ambient"}
-TEMPLATE = {**DROP_IN, "to": "vm@.service"}
-RAISED = {"what": "memlock", "to": "vm1.service", "by": "drop-in", "value": 2**30}
-USERS = {"what": "memlock", "to": "alice", "by": "limits.d", "value": 2**30}
+FILE = {"privilege": "cap_ipc_lock", "grantee": QEMU, "means": "file capability", "value": "ep"}
+DROP_IN = {"privilege": "cap_ipc_lock", "grantee": "vm1.service", "means": "drop-in", "value": "ambient"}
+TEMPLATE = {**DROP_IN, "grantee": "vm@.service"}
+RAISED = {"privilege": "memlock", "grantee": "vm1.service", "means": "drop-in", "value": 2**30}
+USERS = {"privilege": "memlock", "grantee": "alice", "means": "limits.d", "value": 2**30}
 WITH, WITHOUT = "0000000000004000", "0000000000000000"
 
 
@@ -58,7 +58,7 @@ def plan(strategy: str, *grants: Row) -> Row:
         "user": "libvirt-qemu",
         "access": [],
         "grants": list(grants),
-        "wanted": {"capabilities": [grant["to"] for grant in grants if grant["by"] == "file capability"]},
+        "wanted": {"capabilities": [grant["grantee"] for grant in grants if grant["means"] == "file capability"]},
     }
 
 
@@ -244,12 +244,12 @@ def test_a_mode_that_is_not_known() -> None:
         (plan("memlock", RAISED), process(unit="vm1.service", memlock_bytes=2**30), [], ""),
         (plan("memlock", RAISED), process(unit="vm1.service", memlock_bytes=None, memlock_unlimited=True), [], ""),
         (
-            plan("memlock", {**RAISED, "to": "vm@.service"}),
+            plan("memlock", {**RAISED, "grantee": "vm@.service"}),
             process(unit="vm@1.service", domain=None),
             [],
             "restart vm@1",
         ),
-        (plan("memlock", {**RAISED, "to": "vm@.service"}), process(unit="vm.service", domain=None), [], ""),
+        (plan("memlock", {**RAISED, "grantee": "vm@.service"}), process(unit="vm.service", domain=None), [], ""),
         (plan("memlock", USERS), process(user="alice", unit=None, domain=None), [], "end it and start it again"),
         (plan("memlock", RAISED), process(unit="other.service"), [], ""),
         (plan("observe"), process(accounting="none"), [TAKEN], "keeps CAP_IPC_LOCK"),
@@ -349,11 +349,11 @@ def test_what_others_have_granted() -> None:
     made = plan("cap_ipc_lock", FILE)
     assert host_result(made, info(capable=True), applied(ours=True), check())["found"] == []
     (found,) = host_result(made, info(capable=True), applied(ours=False), check())["found"]
-    assert (found["what"], found["to"]) == ("cap_ipc_lock", QEMU)
+    assert (found["privilege"], found["grantee"]) == ("cap_ipc_lock", QEMU)
     assert host_result(made, info(capable=True), applied(ours=True), check())["grants"] == [FILE]
     assert host_result(made, info(capable=True), applied(ours=False), check())["grants"] == []
     left = host_result(plan("native"), info(capable=True), applied(), check())
-    assert [each["to"] for each in left["found"]] == [QEMU]
+    assert [each["grantee"] for each in left["found"]] == [QEMU]
     assert f"setcap -r {QEMU}" in left["todo"][0]
     # Nor is it needed where the kernel has no iommufd.
     left = host_result({**plan("observe"), "chosen": "native"}, info(capable=True), applied(), check())
@@ -361,7 +361,7 @@ def test_what_others_have_granted() -> None:
     # What this run has put back was there when the host was looked at.
     assert host_result(plan("native"), info(capable=True), applied(TAKEN), check())["found"] == []
     (found,) = host_result(plan("observe"), info(), applied(), check(replica(True)))["found"]
-    assert found["to"] == "vm1.service"
+    assert found["grantee"] == "vm1.service"
     assert host_result(plan("cap_ipc_lock", DROP_IN), info(), applied(), check(replica(True)))["found"] == []
 
 
