@@ -17,8 +17,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ._borrow import IOMMUFDS_MAX, Swapped, borrow_iommufd
-from ._budget import Account
 from ._capabilities import CAP_IPC_LOCK, capability_names
+from ._charges import Account, way_of
 from ._child import ask_child, in_child
 from ._errors import DescriptorGone, IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import (
@@ -120,15 +120,15 @@ class Holder(NamedTuple):
 
     def account(self) -> Account:
         """What matters for what it is charged. Memory is pinned through an IOAS, so iommufds with one decide."""
-        modes = None
+        ways = None
         if self.iommufds is not None:
             used = [each for each in self.iommufds if each.ioases or each.rlimit_mode is None] or self.iommufds
             # One that was not looked at may have any mode.
-            modes = frozenset([each.rlimit_mode for each in used] + [None] * self.more)
+            ways = frozenset([way_of(each.rlimit_mode) for each in used] + [None] * self.more)
         return Account(
             pid=self.pid,
             uid=self.status.uid,
-            modes=modes,
+            ways=ways,
             ipc_lock=CAP_IPC_LOCK in capability_names(self.status.effective),
             initial=self.initial,
             pinned=self.status.pinned_bytes,

@@ -567,18 +567,52 @@ processes:
         - V(null) where that is unknown, which RV(processes[].notes) explains.
       type: str
       sample: user
+    counters:
+      description:
+        - The counters that the kernel compares with the limit when it pins more. Each has to stay within the limit for
+          itself.
+        - Where RV(processes[].accounting) is V(null), there may be others.
+      type: list
+      elements: dict
+      contains:
+        counter:
+          description:
+            - V(user) is one for all processes of the user, which no file shows. V(mm_locked) is C(VmLck) of the
+              process, V(mm_pinned) its C(VmPin).
+          type: str
+          sample: user
+        held_bytes:
+          description: What it holds. Of V(user), that is RV(users[].charged_bytes), an estimate.
+          type: int
+          sample: 67371008
+        headroom_bytes:
+          description:
+            - What is left of the limit; less than 0 where it holds more than the limit allows. V(null) where the limit
+              is unlimited.
+            - Of V(user), it may be less by up to RV(users[].uncertain_bytes), and by what unseen processes have pinned.
+          type: int
+          sample: 37486592
+        backends:
+          description: What the process pins by and has this counter checked for.
+          type: list
+          elements: str
+          sample: [iommufd]
+    counter:
+      description:
+        - The one of RV(processes[].counters) that has the least headroom, and so refuses first.
+        - V(null) where none is checked, or where RV(processes[].accounting) is V(null).
+      type: str
+      sample: user
     charged_bytes:
       description:
-        - What it contributes to the charge. Under V(user), that is what it has pinned. Under V(process), it is what is
-          charged to it as locked. With V(none), it is 0.
+        - What it contributes to RV(processes[].counter). Under V(user), that is what it has pinned, and else what that
+          counter holds. With V(none), it is 0.
         - V(null) where RV(processes[].accounting) is V(null).
       type: int
       sample: 67371008
     headroom_bytes:
       description:
-        - How much more it could pin. Under V(user), the charge of all of the user's processes counts. This charge may
-          be more by up to RV(users[].uncertain_bytes), and by what unseen processes have pinned.
-        - Less than 0 where more is charged than the limit allows. V(null) where nothing limits it, or where
+        - How much more it could pin, by RV(processes[].counter). V(null) where nothing limits it, or where
           RV(processes[].accounting) is V(null).
       type: int
       sample: 37486592
@@ -672,21 +706,23 @@ from typing import NoReturn
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils import _host_facts
-from ..module_utils._budget import (
-    Account,
-    Total,
-    account_notes,
-    accounting,
-    charged,
-    headroom,
-    largest_limit,
-    total,
-)
 from ..module_utils._capabilities import (
     CAP_IPC_LOCK,
     CAP_SYS_PTRACE,
     CAP_SYS_RESOURCE,
     capability_names,
+)
+from ..module_utils._charges import (
+    Account,
+    Check,
+    Total,
+    account_notes,
+    accounting,
+    charged,
+    checks,
+    decisive,
+    largest_limit,
+    total,
 )
 from ..module_utils._child import run_command
 from ..module_utils._device import DEVICE
@@ -890,6 +926,8 @@ def process_row(holder: Holder, account: Account, of_user: Total, largest_limit:
     """A process that holds an iommufd."""
     domain, uri = host_names.domain(holder)
     status = holder.status
+    checked = checks(account, of_user)
+    check = decisive(account, checked)
     return {
         "pid": holder.pid,
         "comm": holder.comm,
@@ -916,8 +954,10 @@ def process_row(holder: Holder, account: Account, of_user: Total, largest_limit:
         "iommufds": None if holder.iommufds is None else [iommufd_row(each) for each in holder.iommufds],
         "vfio_devices": host_names.vfio_devices(holder),
         "accounting": accounting(account),
-        "charged_bytes": charged(account),
-        "headroom_bytes": headroom(account, of_user),
+        "counters": [counter_row(each) for each in checked],
+        "counter": check and check.counter,
+        "charged_bytes": charged(account, check),
+        "headroom_bytes": check and check.headroom,
         "notes": account_notes(account, of_user, largest_limit),
     }
 
@@ -930,6 +970,16 @@ def iommufd_row(iommufd: HeldIommufd) -> Row:
         "settable": iommufd.settable,
         "ioases": [{"ioas_id": ioas_id, "huge_pages": huge_pages} for ioas_id, huge_pages in iommufd.ioases],
         "msg": iommufd.msg,
+    }
+
+
+def counter_row(check: Check) -> Row:
+    """A counter that is checked for what a process pins."""
+    return {
+        "counter": check.counter,
+        "held_bytes": check.held,
+        "headroom_bytes": check.headroom,
+        "backends": check.backends,
     }
 
 

@@ -54,6 +54,7 @@ def test_user(start: Start) -> None:
     row = look_at(vmm)
     assert (row["accounting"], row["charged_bytes"], row["headroom_bytes"]) == ("user", 24 * SIZE, 16 * SIZE)
     assert (row["pinned_bytes"], row["locked_bytes"], row["notes"]) == (24 * SIZE, 0, [])
+    assert [(each["counter"], each["backends"]) for each in row["counters"]] == [("user", ["iommufd"])]
     has_headroom(vmm, 16 * SIZE)
 
 
@@ -81,6 +82,7 @@ def test_process(start: Start) -> None:
         row = look_at(each)
         assert (row["accounting"], row["charged_bytes"], row["headroom_bytes"]) == ("process", 24 * SIZE, 16 * SIZE)
         assert (row["pinned_bytes"], row["locked_bytes"], row["notes"]) == (24 * SIZE, 24 * SIZE, [])
+        assert [(each["counter"], each["backends"]) for each in row["counters"]] == [("mm_locked", ["iommufd"])]
     assert look()["users"] == []
     has_headroom(second, 16 * SIZE)
     assert look_at(first)["headroom_bytes"] == 16 * SIZE
@@ -117,6 +119,7 @@ def test_none(start: Start, mode: str, uid: int) -> None:
     assert row["initial_user_namespace"] is True
     assert (row["accounting"], row["charged_bytes"], row["headroom_bytes"]) == ("none", 0, None)
     assert (row["iommufds"][0]["rlimit_mode"], row["notes"]) == (mode, [])
+    assert (row["counters"], row["counter"]) == ([], None)
     assert look()["users"] == []
     pins(vmm, 8 * SIZE)
 
@@ -198,6 +201,7 @@ def test_iommufds_with_different_modes(start: Start) -> None:
     assert [each["rlimit_mode"] for each in row["iommufds"]] == ["user", "process"]
     assert (row["pinned_bytes"], row["locked_bytes"]) == (12 * SIZE, 4 * SIZE)
     assert (row["accounting"], row["charged_bytes"], row["headroom_bytes"]) == (None, None, None)
+    assert ([each["counter"] for each in row["counters"]], row["counter"]) == (["user", "mm_locked"], None)
     assert ["differ in their rlimit mode" in note for note in row["notes"]] == [True]
     assert user(answered, VM)["uncertain_bytes"] == 12 * SIZE
     assert user(answered, VM)["charged_bytes"] == 0

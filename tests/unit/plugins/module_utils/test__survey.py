@@ -14,6 +14,7 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd, _survey, _tables
+from ansible_collections.virt.iommufd.plugins.module_utils._accounting import IOMMUFD_USER
 from ansible_collections.virt.iommufd.plugins.module_utils._borrow import Swapped
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, NoAnswer
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
@@ -48,7 +49,7 @@ def test_a_process_with_an_iommufd(alone: FakeKernel, child: subprocess.Popen[by
     assert holder.devices == {}
     assert set(survey({os.stat(os.devnull).st_rdev}).holders[0].devices) >= {50, 51}
     account = holder.account()
-    assert (account.pid, account.uid, account.modes) == (child.pid, os.getuid(), frozenset({"user"}))
+    assert (account.pid, account.uid, account.ways) == (child.pid, os.getuid(), frozenset({IOMMUFD_USER}))
     assert alone.mode == 0
 
 
@@ -74,16 +75,16 @@ def test_an_iommufd_that_does_not_answer(alone: FakeKernel) -> None:
     assert holder.iommufds is not None
     assert holder.iommufds[0].rlimit_mode is None
     assert "EIO" in holder.iommufds[0].msg
-    assert holder.account().modes == frozenset({None})
+    assert holder.account().ways == frozenset({None})
 
 
 def test_an_iommufd_with_an_ioas_decides(alone: FakeKernel) -> None:
     (holder,) = survey().holders
     empty, used = HeldIommufd(3, "process", True, []), HeldIommufd(4, "user", False, [(2, True)])
     both = holder._replace(iommufds=[empty, used])
-    assert both.account().modes == frozenset({"user"})
+    assert both.account().ways == frozenset({IOMMUFD_USER})
     neither = holder._replace(iommufds=None)
-    assert neither.account().modes is None
+    assert neither.account().ways is None
 
 
 def test_no_iommufd_in_the_kernel(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +239,7 @@ def test_one_that_swaps_is_told_and_counts_as_unknown(alone: FakeKernel, monkeyp
     result = survey()
     assert looked == [50, 51]
     assert list(result.refused) == [_survey._SWAPS]
-    assert result.holders[0].account().modes == frozenset({"user", None})
+    assert result.holders[0].account().ways == frozenset({IOMMUFD_USER, None})
 
 
 def test_it_is_the_borrowing_that_tells(held: Process, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils._budget import (
+from ansible_collections.virt.iommufd.plugins.module_utils._charges import (
     Account,
+    Check,
+    Total,
     account_notes,
     accounting,
     charged,
-    headroom,
+    checks,
+    decisive,
     largest_limit,
     total,
+    way_of,
 )
 
 MIB = 2**20
@@ -22,7 +26,11 @@ MIB = 2**20
 
 def account(*modes: str | None, **other: Any) -> Account:
     known = {"pid": 1, "uid": 1001, "ipc_lock": False, "initial": True, "pinned": 24 * MIB, "locked": 0}
-    return Account(**{"modes": frozenset(modes), "limit": 40 * MIB, **known, **other})
+    return Account(**{"ways": frozenset(map(way_of, modes)), "limit": 40 * MIB, **known, **other})
+
+
+def deciding(who: Account, of_user: Total | None = None) -> Check | None:
+    return decisive(who, checks(who, of_user or total([who])))
 
 
 @pytest.mark.parametrize(
@@ -38,15 +46,44 @@ def account(*modes: str | None, **other: Any) -> Account:
         (account("user", ipc_lock=True, initial=None), None, None),
         (account("user", initial=None), "user", 24 * MIB),
         (account("user", "process"), None, None),
+        # A mode that this collection does not know is like one that could not be read.
+        (account("2"), None, None),
         (account(None), None, None),
         (account(None, ipc_lock=True), "none", 0),
-        (account(modes=None), None, None),
-        (account(modes=None, ipc_lock=True), None, None),
+        (account(ways=None), None, None),
+        (account(ways=None, ipc_lock=True), None, None),
     ],
 )
 def test_who_is_charged(who: Account, how: str | None, charge: int | None) -> None:
     assert accounting(who) == how
-    assert charged(who) == charge
+    assert charged(who, deciding(who)) == charge
+
+
+@pytest.mark.parametrize(
+    ("who", "counters"),
+    [
+        (account("user"), [Check("user", 24 * MIB, 16 * MIB, ["iommufd"])]),
+        (account("process", locked=25 * MIB), [Check("mm_locked", 25 * MIB, 15 * MIB, ["iommufd"])]),
+        (account("user", limit=None), [Check("user", 24 * MIB, None, ["iommufd"])]),
+        (account("user", ipc_lock=True), []),
+        (account(None), []),
+        (account(ways=None), []),
+    ],
+)
+def test_which_counters_are_checked(who: Account, counters: list[Check]) -> None:
+    assert checks(who, total([who])) == counters
+    assert deciding(who) == (counters[0] if counters else None)
+
+
+def test_counters_of_iommufds_that_differ() -> None:
+    who = account("user", "process", locked=MIB)
+    assert [each.counter for each in checks(who, total([who]))] == ["user", "mm_locked"]
+    assert deciding(who) is None
+
+
+def headroom(who: Account, of_user: Total) -> int | None:
+    check = deciding(who, of_user)
+    return check and check.headroom
 
 
 def test_the_users_total() -> None:
@@ -56,7 +93,7 @@ def test_the_users_total() -> None:
         account("user", pid=3, pinned=MIB, limit=None),
         account("process", pid=4, locked=24 * MIB, limit=MIB),
         account("user", pid=5, ipc_lock=True, limit=MIB),
-        account(modes=None, pid=6, pinned=3 * MIB),
+        account(ways=None, pid=6, pinned=3 * MIB),
     ]
     of_user = total(some, others_pinned=MIB)
     assert of_user.pids == [1, 2, 3]
@@ -95,7 +132,7 @@ def test_another_one_as_large_just_fits_or_does_not(limit: int | None, risk: boo
         ([account(None, pinned=20 * MIB + 4096, limit=None)], 0, False, None),
         ([account(None, pinned=0, limit=48 * MIB)], 0, False, False),
         ([account(None, pinned=0, limit=48 * MIB - 1)], 0, False, None),
-        ([account(modes=None, pinned=0, limit=48 * MIB - 1)], 0, False, None),
+        ([account(ways=None, pinned=0, limit=48 * MIB - 1)], 0, False, None),
         ([account("process", limit=MIB)], 0, False, False),
         # What is certain stays so.
         ([account("user", pinned=20 * MIB)], 0, True, True),
@@ -123,7 +160,7 @@ def test_another_one_might_not_fit(others: list[Account], others_pinned: int, un
         (account("user", ipc_lock=True, initial=None), "this caller may not see in which it is"),
         (account("user", "process"), "Its iommufds differ in their rlimit mode"),
         (account(None), "The rlimit mode of an iommufd of it could not be read"),
-        (account(modes=None), "this caller may not look at its descriptors"),
+        (account(ways=None), "this caller may not look at its descriptors"),
     ],
 )
 def test_what_contradicts_the_accounting(who: Account, note: str) -> None:

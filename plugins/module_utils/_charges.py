@@ -2,47 +2,74 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Private to this collection: who is charged for pinned memory, and what is left of the limit. Pure functions.
+"""Private to this collection: what running processes are charged for, and what is left of their limits. Pure functions.
 
-The rules are those of drivers/iommu/iommufd/pages.c: iopt_alloc_pages() chooses who is charged when memory is mapped,
-by capable(CAP_IPC_LOCK) and then by the iommufd's rlimit mode; incr_user_locked_vm() and update_mm_locked_vm() charge.
+What is checked for whom, and what lifts that, is what _accounting has in WAYS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from functools import cache
+from typing import NamedTuple, Optional
 
-from ._iommufd import NONE, PROCESS, USER
+from ._accounting import IOMMUFD, IOMMUFD_PROCESS, IOMMUFD_USER, MM_LOCKED, MM_PINNED, USER, WAYS
+from ._iommufd import NONE, PROCESS
 
 __all__ = (
     "Account",
+    "Check",
     "Total",
     "account_notes",
     "accounting",
     "charged",
-    "headroom",
+    "checks",
+    "decisive",
     "largest_limit",
     "total",
+    "way_of",
 )
+
+Ways = Optional[frozenset[Optional[str]]]  # at run time: Python 3.9 has no str | None
+
+_COUNTERS = (USER, MM_LOCKED, MM_PINNED)
+_BACKENDS = {IOMMUFD_USER: IOMMUFD, IOMMUFD_PROCESS: IOMMUFD}
+_ACCOUNTINGS = {IOMMUFD_USER: USER, IOMMUFD_PROCESS: PROCESS}
 
 
 class Account(NamedTuple):
     """What is known of a process that matters for what it is charged. Sizes are bytes.
 
-    `modes` are the rlimit modes of its iommufds, None in it for one that could not be read; None for all of it where
-    its descriptors could not be looked at. `initial`: whether it is in the initial user namespace, None where that
-    could not be told. `limit` is the soft RLIMIT_MEMLOCK, None for unlimited.
+    `ways` are those in which it can pin memory, by their names in WAYS, None in it for an iommufd whose mode is not
+    known; None for all of it where its descriptors could not be looked at. `initial`: whether it is in the initial user
+    namespace, None where that could not be told. `limit` is the soft RLIMIT_MEMLOCK, None for unlimited.
     """
 
     pid: int
     uid: int
-    modes: frozenset[str | None] | None
+    ways: Ways
     ipc_lock: bool
     initial: bool | None
     pinned: int
     locked: int
     limit: int | None
+
+    @property
+    def capable(self) -> bool | None:
+        """Whether it has CAP_IPC_LOCK where that counts; None where this cannot be told."""
+        return self.initial if self.ipc_lock else False
+
+
+class Check(NamedTuple):
+    """A counter that the kernel compares with the limit of a process, for what it pins by these backends.
+
+    `held` is what the counter holds, `headroom` what is left of the limit, None where that is unlimited.
+    """
+
+    counter: str
+    held: int
+    headroom: int | None
+    backends: list[str]
 
 
 class Total(NamedTuple):
@@ -60,21 +87,72 @@ class Total(NamedTuple):
     at_risk: bool | None
 
 
-def accounting(account: Account) -> str | None:
-    """Who is charged for what the process pins from now on: USER, PROCESS or NONE; None where that cannot be told."""
-    if account.modes is None:
+def way_of(mode: str | None) -> str | None:
+    """How memory is pinned through an iommufd of this mode; None for one that could not be read, or is not known."""
+    return {USER: IOMMUFD_USER, PROCESS: IOMMUFD_PROCESS}.get(mode or "")
+
+
+# Many processes of a host are alike.
+@cache
+def _checked(ways: Ways, capable: bool | None) -> frozenset[str] | None:
+    """Those of the ways for which a counter is checked; None where that cannot be told."""
+    if ways is None:
         return None
-    if account.ipc_lock and account.initial:
+    found = []
+    for name in ways:
+        # All ways of an iommufd are alike in that.
+        way = WAYS[name or IOMMUFD_USER]
+        if way.checks is None or (way.lifts and capable):
+            continue
+        if name is None or (way.lifts and capable is None):
+            return None
+        found.append(name)
+    return frozenset(found)
+
+
+@cache
+def _accounting(ways: Ways, capable: bool | None) -> str | None:
+    checked = _checked(ways, capable)
+    if checked is None or not ways:
+        return None
+    if not checked:
         return NONE
-    if account.ipc_lock and account.initial is None:
+    modes = {_ACCOUNTINGS[name] for name in checked if name in _ACCOUNTINGS} or {PROCESS}
+    return modes.pop() if len(modes) == 1 else None
+
+
+def accounting(account: Account) -> str | None:
+    """Who is charged for what the process pins from now on: USER, PROCESS or NONE; None where that cannot be told.
+
+    An iommufd's mode decides. What is checked beside it, or without one, is a counter of the process.
+    """
+    return _accounting(account.ways, account.capable)
+
+
+def checks(account: Account, of_user: Total) -> list[Check]:
+    """The counters that are known to be checked for what the process pins."""
+    found = []
+    for counter in _COUNTERS:
+        ways = [name for name in _checked(account.ways, account.capable) or () if WAYS[name].checks == counter]
+        if ways:
+            held = {USER: of_user.charged, MM_LOCKED: account.locked, MM_PINNED: account.pinned}[counter]
+            headroom = None if account.limit is None else account.limit - held
+            found.append(Check(counter, held, headroom, sorted({_BACKENDS.get(name, name) for name in ways})))
+    return found
+
+
+def decisive(account: Account, found: list[Check]) -> Check | None:
+    """The check that will be the first to refuse; None where there is none, or it cannot be told which."""
+    if accounting(account) is None:
         return None
-    # A mode that this collection does not know is like one that could not be read.
-    return next(iter(account.modes)) if account.modes in ({USER}, {PROCESS}) else None
+    return min(found, key=lambda check: float("inf") if check.headroom is None else check.headroom, default=None)
 
 
-def charged(account: Account) -> int | None:
-    """What the process contributes to the charge; None where that cannot be told."""
-    return {USER: account.pinned, PROCESS: account.locked, NONE: 0, None: None}[accounting(account)]
+def charged(account: Account, check: Check | None) -> int | None:
+    """What the process adds to the counter of its decisive check; 0 without one, None where that cannot be told."""
+    if check is None:
+        return 0 if accounting(account) == NONE else None
+    return account.locked if check.counter == MM_LOCKED else account.pinned
 
 
 def total(accounts: Iterable[Account], others_pinned: int = 0, unseen: bool = False) -> Total:
@@ -114,14 +192,6 @@ def largest_limit(accounts: Iterable[Account]) -> int | None:
     return max(finite) if finite and len(finite) == len(limits) else None
 
 
-def headroom(account: Account, of_user: Total) -> int | None:
-    """How much more the process could pin; None where nothing limits it, or where that cannot be told."""
-    how = accounting(account)
-    if how in (None, NONE) or account.limit is None:
-        return None
-    return account.limit - (account.locked if how == PROCESS else of_user.charged)
-
-
 def account_notes(account: Account, of_user: Total, largest_limit: int | None) -> list[str]:
     """What contradicts the accounting that was read, or why there is none. `largest_limit`: of the user's processes.
 
@@ -134,7 +204,7 @@ def account_notes(account: Account, of_user: Total, largest_limit: int | None) -
         return [_why_unknown(account)]
     if not pinned:
         return []
-    if how == NONE and locked and PROCESS in (account.modes or ()):
+    if how == NONE and locked and IOMMUFD_PROCESS in (account.ways or ()):
         return [
             f"VmLck is {locked} bytes: it was charged for them before it had CAP_IPC_LOCK, or has locked memory by"
             " other means, such as mlock. What it pins from now on is not charged."
@@ -150,14 +220,14 @@ def account_notes(account: Account, of_user: Total, largest_limit: int | None) -
 
 
 def _why_unknown(account: Account) -> str:
-    if account.modes is None:
+    if account.ways is None:
         return "It cannot be told whether it holds an iommufd: this caller may not look at its descriptors."
-    if account.ipc_lock:
+    if account.ipc_lock and account.capable is None:
         return (
             "It has CAP_IPC_LOCK, which counts in the initial user namespace only, and this caller may not see in which"
             " it is."
         )
-    if account.modes - {USER, PROCESS}:
+    if None in account.ways:
         return "The rlimit mode of an iommufd of it could not be read."
     return "Its iommufds differ in their rlimit mode, and the kernel does not tell what was pinned through which."
 
