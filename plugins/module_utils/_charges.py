@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple, Optional
 
-from ._accounting import IOMMUFD, IOMMUFD_PROCESS, IOMMUFD_USER, MM_LOCKED, MM_PINNED, USER, WAYS
+from ._accounting import IOMMUFD, IOMMUFD_PROCESS, IOMMUFD_USER, LEGACY, MM_LOCKED, MM_PINNED, USER, VDPA, WAYS
 from ._iommufd import NONE, PROCESS
 
 __all__ = (
@@ -34,6 +34,7 @@ Ways = Optional[frozenset[Optional[str]]]  # at run time: Python 3.9 has no str 
 
 _COUNTERS = (USER, MM_LOCKED, MM_PINNED)
 _BACKENDS = {IOMMUFD_USER: IOMMUFD, IOMMUFD_PROCESS: IOMMUFD}
+_LEGACY_ALONE: Ways = frozenset({LEGACY})
 _ACCOUNTINGS = {IOMMUFD_USER: USER, IOMMUFD_PROCESS: PROCESS}
 
 
@@ -152,23 +153,38 @@ def charged(account: Account, check: Check | None) -> int | None:
     """What the process adds to the counter of its decisive check; 0 without one, None where that cannot be told."""
     if check is None:
         return 0 if accounting(account) == NONE else None
+    if check.counter == USER and _has(account, VDPA):
+        # VmPin has both what its iommufd has pinned and what its vDPA device has, which its user is not charged for.
+        return None
     return account.locked if check.counter == MM_LOCKED else account.pinned
 
 
+def _has(account: Account, *names: str) -> bool:
+    """Whether all of these are among the ways of a process."""
+    return account.ways is not None and account.ways.issuperset(names)
+
+
 def total(accounts: Iterable[Account], others_pinned: int = 0, unseen: bool = False) -> Total:
-    """What the processes of one user come to; `others_pinned` is what those without an iommufd have pinned.
+    """What the processes of one user come to; `others_pinned` is what those have pinned that hold nothing of this.
 
     `unseen`: the user may have others with an iommufd.
     """
     accounts = list(accounts)
     mine = [each for each in accounts if accounting(each) == USER]
     unknown = [each for each in accounts if accounting(each) is None]
-    sum_ = sum(each.pinned for each in mine)
-    uncertain = others_pinned + sum(each.pinned for each in unknown)
+    sum_ = sum(each.pinned for each in mine if not _has(each, VDPA))
+    uncertain = others_pinned + sum(each.pinned for each in accounts if _is_uncertain(each))
     risk: bool | None = _lacks_room(mine, sum_)
     if not risk and (unseen or _lacks_room([*mine, *unknown], sum_ + uncertain)):
         risk = None
     return Total([each.pid for each in mine], sum_, uncertain, _largest(mine), _smallest_limit(mine), risk)
+
+
+def _is_uncertain(account: Account) -> bool:
+    """Whether its user may be charged for what a process has pinned (VmPin), or for some of it."""
+    how = accounting(account)
+    # What a legacy container pins is not in VmPin, so it is something else that is.
+    return how is None or (how == USER and _has(account, VDPA)) or account.ways == _LEGACY_ALONE
 
 
 def _lacks_room(accounts: list[Account], sum_: int) -> bool:
@@ -199,22 +215,46 @@ def account_notes(account: Account, of_user: Total, largest_limit: int | None) -
     capability that came or went after the memory was mapped shows.
     """
     how = accounting(account)
-    pinned, locked = account.pinned, account.locked
     if how is None:
         return [_why_unknown(account)]
+    return [*_side_by_side(account), *_contradictions(account, how, of_user, largest_limit)]
+
+
+def _side_by_side(account: Account) -> list[str]:
+    """What comes of several ways in one process."""
+    notes = []
+    if _has(account, LEGACY, IOMMUFD_PROCESS) and not account.capable:
+        notes.append(
+            "It holds a legacy container, too. What it pins by that and what it pins by its iommufd are both added to"
+            " VmLck, and compared with one limit."
+        )
+    if _has(account, VDPA):
+        notes.append(
+            "What its vDPA device pins is compared with VmPin, whatever capability it has, and with all that it has"
+            " pinned by iommufd. A device that works with virtual addresses, such as one of VDUSE, pins nothing."
+        )
+    if _has(account, VDPA, IOMMUFD_USER) and accounting(account) == USER:
+        notes.append("The kernel does not tell how much of VmPin its user is charged for.")
+    return notes
+
+
+def _contradictions(account: Account, how: str, of_user: Total, largest_limit: int | None) -> list[str]:
+    pinned, locked = account.pinned, account.locked
     if not pinned:
         return []
-    if how == NONE and locked and IOMMUFD_PROCESS in (account.ways or ()):
+    if account.ways == _LEGACY_ALONE:
+        return [f"It has pinned {pinned} bytes by other means than its legacy container, such as io_uring or RDMA."]
+    if how == NONE and locked and _has(account, IOMMUFD_PROCESS) and not _has(account, LEGACY):
         return [
             f"VmLck is {locked} bytes: it was charged for them before it had CAP_IPC_LOCK, or has locked memory by"
             " other means, such as mlock. What it pins from now on is not charged."
         ]
-    if how == PROCESS and locked < pinned:
+    if how == PROCESS and locked < pinned and not _has(account, VDPA):
         return [
             f"VmLck is {locked} bytes, less than the {pinned} bytes that it has pinned: the rest was pinned while it"
             " had CAP_IPC_LOCK, or by other means than iommufd, such as io_uring or RDMA."
         ]
-    if how == USER:
+    if how == USER and not _has(account, VDPA):
         return _contradictions_of_user(account, of_user, largest_limit)
     return []
 
@@ -222,6 +262,11 @@ def account_notes(account: Account, of_user: Total, largest_limit: int | None) -
 def _why_unknown(account: Account) -> str:
     if account.ways is None:
         return "It cannot be told whether it holds an iommufd: this caller may not look at its descriptors."
+    if not account.ways:
+        return (
+            "It holds a VFIO device, but neither an iommufd nor a container: it cannot be told how what it pins is"
+            " accounted."
+        )
     if account.ipc_lock and account.capable is None:
         return (
             "It has CAP_IPC_LOCK, which counts in the initial user namespace only, and this caller may not see in which"
@@ -234,7 +279,7 @@ def _why_unknown(account: Account) -> str:
 
 def _contradictions_of_user(account: Account, of_user: Total, largest_limit: int | None) -> list[str]:
     notes = []
-    if account.locked >= account.pinned:
+    if account.locked >= account.pinned and not _has(account, LEGACY):
         notes.append(
             f"VmLck, {account.locked} bytes, is no less than what it has pinned, {account.pinned} bytes, though that is"
             " charged to its user and does not show there: it has locked memory by other means, such as mlock."

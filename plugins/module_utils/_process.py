@@ -288,6 +288,14 @@ def parse_pidfd(text: bytes) -> int:
     return int(found.group(1))
 
 
+def parse_flags(text: bytes) -> int:
+    """The flags that a descriptor was opened with, in the text of /proc/PID/fdinfo/N. Raises IommufdError."""
+    found = re.search(rb"^flags:\s*([0-7]{1,16})$", text, re.MULTILINE)
+    if not found:
+        raise IommufdError(f"/proc/PID/fdinfo cannot be read: no flags in {printable(text[:200])!r}.")
+    return int(found.group(1), 8)
+
+
 def _yama() -> str:
     try:
         return "kernel.yama.ptrace_scope is " + read_file("/proc/sys/kernel/yama/ptrace_scope").decode("ascii").strip()
@@ -457,6 +465,18 @@ class Process(NamedTuple):
             self.check_alive()
             gone, refused = DescriptorGone(self._no_descriptor(fd)), self._refused("look at its descriptors", exc)
             raise _error(exc, "statx", f"descriptor {fd} of {self}", gone, refused) from exc
+
+    def is_path_only(self, fd: int) -> bool:
+        """Whether descriptor `fd` was opened with O_PATH, as the kernel tells it without anything being shared.
+
+        Raises DescriptorGone, and what `read` does.
+        """
+        try:
+            return parse_flags(self.read(f"fdinfo/{fd}")) & os.O_PATH != 0
+        except IommufdError as exc:
+            if isinstance(exc.__cause__, FileNotFoundError):
+                raise DescriptorGone(self._no_descriptor(fd)) from exc
+            raise
 
     def link(self, fd: int) -> str:
         """What descriptor `fd` is open on, as the kernel names it, escaped to be printable."""

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Private to this collection: the processes of this host that hold an iommufd, and what they hold."""
+"""Private to this collection: the processes of this host that hold what memory is pinned by, and what they hold."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+from ._accounting import LEGACY, VDPA
 from ._borrow import IOMMUFDS_MAX, Swapped, borrow_iommufd
 from ._capabilities import CAP_IPC_LOCK, capability_names
 from ._charges import Account, way_of
@@ -25,6 +26,7 @@ from ._iommufd import (
     HUGE_PAGES,
     RLIMIT_MODE,
     UNSUPPORTED,
+    VFIO_CONTAINER,
     VFIO_CONTAINER_RDEV,
     IommuFd,
     can_be_set,
@@ -44,7 +46,7 @@ _IOAS_GAP = 32
 
 # How many IOASes of a process are told, how many of its device nodes, and how much of a name.
 _IOASES_MAX = 1024
-_NODES_MAX = 256
+_NODES_MAX = IOMMUFDS_MAX
 _NAME_MAX = 255
 
 # In seconds: how long one process may keep us, what that counts when it does, how long all of a user's processes may,
@@ -67,7 +69,14 @@ _NOTHING_PINNED = b"\nVmPin:\t       0 kB\n"
 
 _CURE = "That takes root with CAP_SYS_PTRACE (become: true) on the host itself, and kernel.yama.ptrace_scope below 3."
 _LEADERLESS = "The first thread has ended while others run on, which puts the descriptors out of reach."
-_TOO_MANY_IOMMUFDS = f"It has more than {IOMMUFDS_MAX} iommufds, or IOASes, than are looked at."
+_TOO_MANY_IOMMUFDS = (
+    f"It has more iommufds, IOASes or device nodes than are looked at, which are {IOMMUFDS_MAX} iommufds and as many"
+    " nodes of a process."
+)
+_UNKNOWN_CONTAINER = (
+    f"It has {VFIO_CONTAINER} open, which is either VFIO's legacy container or an iommufd. This caller may not open it,"
+    " and so cannot tell which. It is given as a legacy container."
+)
 _SWAPS = "It puts other files in the place of its iommufds while they are looked at."
 _KEEPS_WAITING = (
     f"It, or another process of its user, keeps whoever looks at it waiting. All of a user's may do so for {_OF_USER}"
@@ -96,11 +105,11 @@ class HeldIommufd(NamedTuple):
 
 
 class Holder(NamedTuple):
-    """A process that holds an iommufd, or, with `iommufds` None, may hold one: it does not let this caller look.
+    """A process that holds what memory is pinned by, or, with `iommufds` None, may: it does not let this caller look.
 
     `name`, `memory_bytes` and `session` are what its command line says of its guest, the name decoded as file names
-    are. `devices` are the device nodes that it has open of those that were asked for, by descriptor. `more`: it has
-    iommufds, or descriptors, that were not looked at.
+    are. `devices` are the device nodes that it has open, by descriptor: those that were asked for, and legacy
+    containers. `more`: it has iommufds, or descriptors, that were not looked at.
     """
 
     pid: int
@@ -118,17 +127,26 @@ class Holder(NamedTuple):
     iommufds: list[HeldIommufd] | None
     more: bool
 
-    def account(self) -> Account:
-        """What matters for what it is charged. Memory is pinned through an IOAS, so iommufds with one decide."""
+    def containers(self) -> list[int]:
+        """The descriptors of its legacy containers."""
+        return [fd for fd, rdev in self.devices.items() if rdev == VFIO_CONTAINER_RDEV]
+
+    def account(self, vdpa: Container[int]) -> Account:
+        """What matters for what it is charged; `vdpa` are the numbers of vDPA devices.
+
+        Memory is pinned through an IOAS, so iommufds with one decide.
+        """
         ways = None
         if self.iommufds is not None:
             used = [each for each in self.iommufds if each.ioases or each.rlimit_mode is None] or self.iommufds
             # One that was not looked at may have any mode.
-            ways = frozenset([way_of(each.rlimit_mode) for each in used] + [None] * self.more)
+            ways = {way_of(each.rlimit_mode) for each in used} | ({None} if self.more else set())
+            ways.update([LEGACY] if self.containers() else [])
+            ways.update(VDPA for rdev in self.devices.values() if rdev in vdpa)
         return Account(
             pid=self.pid,
             uid=self.status.uid,
-            ways=ways,
+            ways=None if ways is None else frozenset(ways),
             ipc_lock=CAP_IPC_LOCK in capability_names(self.status.effective),
             initial=self.initial,
             pinned=self.status.pinned_bytes,
@@ -163,9 +181,9 @@ Reasons = dict[str, list[int]]
 
 @dataclass
 class Survey:
-    """What was seen. `others_pinned`: by user, what processes have pinned of which no iommufd was looked at.
+    """What was seen. `others_pinned`: by user, what processes have pinned of which no such thing was looked at.
 
-    `unseen`: the users of such processes that may hold one all the same. The rest is what was not seen, each a reason
+    `unseen`: the users of such processes that may hold some all the same. The rest is what was not seen, each a reason
     and the processes: `hidden` as a whole, `closed` their descriptors, or some of them, and `refused` their iommufds.
     `leaderless` are those whose first thread has ended, until it is known whether the others will too, and `large`
     those that wait for the end, with the sizes of their tables.
@@ -204,11 +222,11 @@ class Survey:
 def survey(nodes: Collection[int] = ()) -> Survey:
     """Looks at all processes in /proc. One that ends meanwhile is left out. Raises HostLacks.
 
-    `nodes` are the numbers of other devices of which it is told who has them open beside an iommufd.
+    `nodes` are the numbers of the devices of VFIO and vDPA, of which it is told who has them open.
     """
     result = Survey()
-    if misc_rdev() is None:
-        # Nobody can hold one.
+    if misc_rdev() is None and not nodes and not _may_have_containers():
+        # Nobody can hold anything.
         return result
     look = partial(_look_at_all, result, Budget(), nodes, time.monotonic() + _SECONDS)
     # What containers have comes last, and large tables of descriptors after all others: nobody is to keep others from
@@ -219,6 +237,11 @@ def survey(nodes: Collection[int] = ()) -> Survey:
     _add_leaderless(result)
     result.holders.sort(key=lambda holder: holder.pid)
     return result
+
+
+def _may_have_containers() -> bool:
+    """Whether this kernel has VFIO's containers, which takes sysfs to rule out."""
+    return os.path.exists("/sys/class/misc/vfio") or not os.path.isdir("/sys/class/misc")
 
 
 def _pids() -> Iterator[int]:
@@ -366,7 +389,7 @@ class _Look:
             return
         if found.more:
             seen.closed.setdefault(TOO_MANY, []).append(pid)
-        if self._rdevs(found.devices).isdisjoint(found.devices.values()):
+        if not found.devices:
             if found.more:
                 seen.unseen.add(number_in(text, b"Uid"))
             _add_other(seen, pid, text)
@@ -381,14 +404,17 @@ class _Look:
         _add_other(self._seen, pid, text)
 
     def _rdevs(self, devices: dict[int, int]) -> set[int]:
-        """The numbers that an iommufd has. /dev/vfio/vfio is asked what it is only where somebody has it open."""
+        """The numbers that an iommufd has. /dev/vfio/vfio is asked what it is only where somebody has it open.
+
+        Else it is the legacy container.
+        """
         if VFIO_CONTAINER_RDEV in devices.values() and not self._container_asked:
             self._container_asked = True
             self._iommufds |= iommufd_rdevs({VFIO_CONTAINER_RDEV})
         return self._iommufds
 
     def _add(self, pid: int, payer: int, found: Descriptors | None, more: bool) -> None:
-        """Adds the process if it holds an iommufd still, or does not let this caller look."""
+        """Adds the process if it holds anything still, or does not let this caller look."""
         seen = self._seen
         try:
             with Process.hold(pid) as process:
@@ -398,18 +424,21 @@ class _Look:
                 rdevs = self._rdevs(found.devices)
                 fds = [fd for fd, rdev in found.devices.items() if rdev in rdevs]
                 held, refused, self.swapped = _held_iommufds(process, fds[:IOMMUFDS_MAX], rdevs)
-                if held:
+                nodes = [fd for fd, rdev in found.devices.items() if rdev not in rdevs]
+                devices = _open_nodes(process, found.devices, nodes[:_NODES_MAX])
+                if held or devices:
                     told = _cut(held, self._budget.ioases_left(payer))
-                    many = len(fds) > IOMMUFDS_MAX or told != held
+                    many = len(fds) > IOMMUFDS_MAX or len(nodes) > _NODES_MAX or told != held
                     refused = refused or (_TOO_MANY_IOMMUFDS if many else "")
-                    devices = _still_open(process, found.devices, self._nodes)
                     seen.holders.append(_holder(process, devices, told, more or many or self.swapped))
-                    self._budget.hold(payer, len(told), sum(len(each.ioases) for each in told))
+                    self._budget.hold(payer, len(told) + len(devices), sum(len(each.ioases) for each in told))
+                if VFIO_CONTAINER_RDEV in devices.values() and not os.access(VFIO_CONTAINER, os.R_OK | os.W_OK):
+                    refused = refused or _UNKNOWN_CONTAINER
                 if refused:
                     seen.refused.setdefault(refused, []).append(pid)
-                if not held and refused:
+                if not (held or devices) and refused:
                     seen.unseen.add(process.uid)
-                if not held:
+                if not (held or devices):
                     _add_other(seen, pid)
         except ProcessGone:
             pass
@@ -428,14 +457,16 @@ def _is_leaderless(pid: int) -> bool:
     return False
 
 
-def _still_open(process: Process, devices: dict[int, int], nodes: Collection[int]) -> dict[int, int]:
-    """Those of the nodes that it has still: they were seen before it was held, and may have been another one's."""
+def _open_nodes(process: Process, devices: dict[int, int], fds: list[int]) -> dict[int, int]:
+    """Those of the descriptors that it has still: they were seen before it was held, and may have been another one's.
+
+    What was opened with O_PATH has no driver behind it, and is left out.
+    """
     found: dict[int, int] = {}
-    for fd, rdev in devices.items():
-        if rdev in nodes and len(found) < _NODES_MAX:
-            with contextlib.suppress(DescriptorGone):
-                if process.character_device(fd) == rdev:
-                    found[fd] = rdev
+    for fd in fds:
+        with contextlib.suppress(DescriptorGone):
+            if process.character_device(fd) == devices[fd] and not process.is_path_only(fd):
+                found[fd] = devices[fd]
     return found
 
 
@@ -511,7 +542,7 @@ def _shortened(name: str) -> str:
 
 
 def _add_other(result: Survey, pid: int, text: bytes | None = None) -> None:
-    """Counts what a process without an iommufd has pinned. `text` is what was said of it, if it was asked for."""
+    """Counts what a process has pinned that holds nothing of this. `text` is what was said of it, if it was asked."""
     try:
         text = text or _status_text(pid)
         # So it is with nearly all processes of a host, and to take the whole text apart costs as much as to read it.

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: iommufd_info
-short_description: Report who holds an iommufd, how it is accounted, and what the host supports
+short_description: Report who pins memory for devices, how it is accounted, and what the host supports
 description:
-  - Reports which processes of a host hold an iommufd, who is charged for the memory that they pin, which limit counts,
-    and how much of that limit is left.
+  - Reports which processes of a host pin memory for devices, who is charged for that memory, which limit counts, and
+    how much of that limit is left. Such a process holds an iommufd, a legacy container of VFIO (C(/dev/vfio/vfio)), a
+    device or a group of VFIO, or a vDPA device (C(/dev/vhost-vdpa-N)).
   - The kernel charges memory that devices reach through an iommufd in one of three ways, and decides when the memory is
     mapped. Under B(user) accounting, which is the kernel's default, it adds up all processes of a user, and compares
     the sum with the RLIMIT_MEMLOCK of the one process that maps. Under B(process) accounting, it charges each process
     for itself. With B(none), it charges nobody and checks nothing, because the process has CAP_IPC_LOCK in the initial
     user namespace.
+  - A legacy container always charges the process, and CAP_IPC_LOCK lifts its limit, too. A vDPA device charges the
+    process in another counter, which no capability lifts.
   - Also reports what the host supports, which VMMs it has and with which capabilities, and whether its libvirt sets
     per-process accounting by itself.
   - From this module's return value, the filter P(virt.iommufd.memlock_fit#filter) predicts whether one more VM would
@@ -28,7 +31,7 @@ options:
     description:
       - What to report.
       - V(host) is what the host supports.
-      - V(processes) are the processes that hold an iommufd.
+      - V(processes) are the processes that pin memory for devices, or could.
       - V(users) are the users that per-user accounting charges.
       - V(emulators) adds to V(host) what takes seconds or wakes a service, each at most 30 seconds long. The module
         asks every emulator for its version. It asks the system libvirt for the capabilities of a domain, which may
@@ -47,7 +50,8 @@ options:
       - users
   pids:
     description:
-      - Return only these processes in RV(processes), except those that have ended or hold no iommufd.
+      - Return only these processes in RV(processes), except those that have ended or hold nothing that memory is pinned
+        by.
       - RV(users) is not affected, since a sum over some of a user's processes would be wrong.
     type: list
     elements: int
@@ -85,10 +89,10 @@ notes:
     perf have charged to that user; no file shows that. Nor does a file show that a process was charged to its user
     before it got CAP_IPC_LOCK.
   - B(Bounds.) Any user may have descriptors and processes without end, so the module stops at a limit. It looks at
-    262144 descriptors and 256 iommufds of a process, and at 1048576 descriptors, 2500 processes that hold an iommufd,
-    and 4096 iommufds of a user. A process may delay the module for 10 seconds, and one user's processes may do so three
-    times. Names are cut at 255 characters. RV(host.limits_of_view) names what the module did not look at, and the
-    accounting of such a process is V(null).
+    262144 descriptors, 256 iommufds and 256 nodes of other devices of a process. Of a user, it looks at 1048576
+    descriptors, 2500 processes that hold such things, and 4096 of the things. A process may delay the module for 10
+    seconds, and one user's processes may do so three times. Names are cut at 255 characters. RV(host.limits_of_view)
+    names what the module did not look at, and the accounting of such a process is V(null).
   - B(Threads.) Limits, capabilities and descriptors are those of a process's first thread.
 seealso:
   - plugin: virt.iommufd.memlock_fit
@@ -146,8 +150,9 @@ host:
         what:
           description:
             - V(processes) where there may be processes that this caller does not see at all.
-            - V(descriptors) where it is unknown whether some processes hold an iommufd.
-            - V(iommufds) where an iommufd was found but could not be queried.
+            - V(descriptors) where it is unknown whether some processes hold an iommufd, or what else memory is pinned
+              by.
+            - V(iommufds) where an iommufd was found but could not be queried, or it is unknown whether it is one.
             - V(users) where the users of processes cannot be told apart.
             - V(domains) where the domains of the system libvirt are unknown.
             - V(options), V(module), V(emulators) and V(libvirt) where that part of RV(host) is incomplete.
@@ -400,8 +405,9 @@ host:
             libvirt 12.8.0 sets per-process accounting, as all since 12.1.0, and its daemon runs with CAP_SYS_RESOURCE.
 processes:
   description:
-    - The processes that hold an iommufd, in the order of their ids.
-    - Also processes with pinned memory whose descriptors this caller may not see, since they may hold an iommufd.
+    - The processes that hold an iommufd, a legacy container, a device or group of VFIO, or a vDPA device, in the order
+      of their ids.
+    - Also processes with pinned memory whose descriptors this caller may not see, since they may hold one.
   returned: when O(gather_subset) has V(processes)
   type: list
   elements: dict
@@ -507,8 +513,17 @@ processes:
       description: Whether file capabilities are ignored when it executes a program.
       type: bool
       sample: false
+    backends:
+      description:
+        - What it has devices by, V(iommufd), V(legacy) or V(vdpa), so far as it has descriptors of that.
+        - V(null) where this caller may not look.
+      type: list
+      elements: str
+      sample: [iommufd]
     iommufds:
-      description: Its iommufds, in the order of the descriptors; V(null) where this caller may not look.
+      description:
+        - Its iommufds, in the order of the descriptors; V(null) where this caller may not look.
+        - Where the kernel was built so that iommufd provides C(/dev/vfio/vfio), that is an iommufd, too.
       type: list
       elements: dict
       contains:
@@ -543,8 +558,19 @@ processes:
           description: Why it could not be read; empty if it could.
           type: str
           sample: ""
+    legacy_containers:
+      description: Its legacy containers of VFIO (C(/dev/vfio/vfio)); V(null) where this caller may not look.
+      type: list
+      elements: dict
+      contains:
+        fd:
+          description: The number of the descriptor in the process.
+          type: int
+          sample: 32
     vfio_devices:
-      description: The VFIO devices and groups that it holds by a device node, in the order of the descriptors.
+      description:
+        - The VFIO devices and groups that it holds by a device node, in the order of the descriptors. V(null) where
+          this caller may not look.
       type: list
       elements: dict
       contains:
@@ -561,9 +587,30 @@ processes:
           type: list
           elements: str
           sample: ["0000:00:03.0"]
+        backend:
+          description:
+            - V(iommufd) for a device. For a group, V(legacy) where the process holds a legacy container, else
+              V(iommufd) where it holds an iommufd, and V(null) where it holds neither.
+          type: str
+          sample: iommufd
+    vdpa_devices:
+      description: The vDPA devices that it holds; V(null) where this caller may not look.
+      type: list
+      elements: dict
+      contains:
+        fd:
+          description: The number of the descriptor in the process.
+          type: int
+          sample: 33
+        node:
+          description: The path that the host has for it.
+          type: str
+          sample: /dev/vhost-vdpa-0
     accounting:
       description:
-        - Who is charged for what it pins from now on, V(user), V(process) or V(none).
+        - Who is charged for what it pins from now on, V(user), V(process) or V(none). The mode of its iommufds decides.
+          With a legacy container or a vDPA device and no iommufd, it is V(process).
+        - It is V(none) only where nothing is checked. With CAP_IPC_LOCK and a vDPA device, it is V(process).
         - V(null) where that is unknown, which RV(processes[].notes) explains.
       type: str
       sample: user
@@ -607,7 +654,8 @@ processes:
       description:
         - What it contributes to RV(processes[].counter). Under V(user), that is what it has pinned, and else what that
           counter holds. With V(none), it is 0.
-        - V(null) where RV(processes[].accounting) is V(null).
+        - V(null) where RV(processes[].accounting) is V(null), or where the process has pinned memory by a vDPA device,
+          too, which V(user) is not charged for.
       type: int
       sample: 67371008
     headroom_bytes:
@@ -637,7 +685,7 @@ users:
       type: str
       sample: libvirt-qemu
     pids:
-      description: The user's processes with an iommufd that is accounted per user.
+      description: The user's processes with an iommufd that is accounted per user. Others are not charged to the user.
       type: list
       elements: int
       sample: [4242]
@@ -647,8 +695,8 @@ users:
       sample: 67371008
     uncertain_bytes:
       description:
-        - What the user's other processes have pinned, if it is unknown whether the user is charged for it. The module
-          cannot see their iommufds, or the memory was pinned by other means, such as io_uring or RDMA.
+        - What the user's processes have pinned, if it is unknown whether the user is charged for it. The module cannot
+          see their iommufds, or the memory was pinned by other means, such as vDPA, io_uring or RDMA.
       type: int
       sample: 0
     largest_bytes:
@@ -706,6 +754,7 @@ from typing import NoReturn
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils import _host_facts
+from ..module_utils._accounting import IOMMUFD, LEGACY, VDPA
 from ..module_utils._capabilities import (
     CAP_IPC_LOCK,
     CAP_SYS_PTRACE,
@@ -903,7 +952,7 @@ def libvirt_row(unseen: Unseen, slow: bool) -> Row:
 
 
 def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:
-    """All processes that hold an iommufd, which of the nodes they have open, and what this caller was kept from."""
+    """All processes that hold what memory is pinned by, be it one of the nodes, and what this caller was kept from."""
     if not in_initial_namespace("pid"):
         unseen.note("processes", "This is not the initial pid namespace. Run the task on the host itself.")
     hides = _host_facts.read_hidepid()
@@ -923,7 +972,7 @@ def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:
 
 
 def process_row(holder: Holder, account: Account, of_user: Total, largest_limit: int | None, host_names: Names) -> Row:
-    """A process that holds an iommufd."""
+    """A process that holds what memory is pinned by."""
     domain, uri = host_names.domain(holder)
     status = holder.status
     checked = checks(account, of_user)
@@ -951,8 +1000,11 @@ def process_row(holder: Holder, account: Account, of_user: Total, largest_limit:
             "bounding": those_that_matter(status.bounding),
         },
         "no_new_privs": status.no_new_privs,
+        "backends": host_names.backends(holder),
         "iommufds": None if holder.iommufds is None else [iommufd_row(each) for each in holder.iommufds],
+        "legacy_containers": None if holder.iommufds is None else [{"fd": fd} for fd in holder.containers()],
         "vfio_devices": host_names.vfio_devices(holder),
+        "vdpa_devices": host_names.vdpa_devices(holder),
         "accounting": accounting(account),
         "counters": [counter_row(each) for each in checked],
         "counter": check and check.counter,
@@ -994,10 +1046,11 @@ def iso8601(seconds: float) -> str:
 
 
 class Names:
-    """What this host calls things: its system libvirt's domains, and VFIO's nodes, by device number."""
+    """What this host calls things: its system libvirt's domains, and the nodes of VFIO and vDPA, by device number."""
 
-    def __init__(self, unseen: Unseen, nodes: dict[int, _host_facts.VfioNode]) -> None:
+    def __init__(self, unseen: Unseen, nodes: dict[int, _host_facts.VfioNode], vdpa: dict[int, str]) -> None:
         self._nodes = nodes
+        self._vdpa = vdpa
         self._unseen: Unseen | None = unseen
 
     def domain(self, holder: Holder) -> tuple[str | None, str | None]:
@@ -1021,10 +1074,38 @@ class Names:
             return False
         return not record.contradiction(guest, holder.pid, holder.status.uid, holder.started, holder.units[0])
 
-    def vfio_devices(self, holder: Holder) -> list[Row]:
-        """The devices of VFIO that a process has open."""
+    def backends(self, holder: Holder) -> list[str] | None:
+        """What a process has devices by; None where this caller may not look."""
+        vfio, vdpa = self.vfio_devices(holder), self.vdpa_devices(holder)
+        if holder.iommufds is None or vfio is None or vdpa is None:
+            return None
+        found = {each["backend"] for each in vfio} - {None}
+        found |= {IOMMUFD} if holder.iommufds else set()
+        found |= {LEGACY} if holder.containers() else set()
+        return sorted(found | ({VDPA} if vdpa else set()))
+
+    def vfio_devices(self, holder: Holder) -> list[Row] | None:
+        """The devices and groups of VFIO that a process has open; None where this caller may not look."""
+        if holder.iommufds is None:
+            return None
+        # A group is of no use without one of them.
+        of_group = LEGACY if holder.containers() else IOMMUFD if holder.iommufds else None
         held = ((fd, self._nodes[rdev]) for fd, rdev in holder.devices.items() if rdev in self._nodes)
-        return [{"fd": fd, "node": node.path, "addresses": node.addresses} for fd, node in held]
+        return [
+            {
+                "fd": fd,
+                "node": node.path,
+                "addresses": node.addresses,
+                "backend": of_group if node.of_group else IOMMUFD,
+            }
+            for fd, node in held
+        ]
+
+    def vdpa_devices(self, holder: Holder) -> list[Row] | None:
+        """The vDPA devices that a process has open; None where this caller may not look."""
+        if holder.iommufds is None:
+            return None
+        return [{"fd": fd, "node": self._vdpa[rdev]} for fd, rdev in holder.devices.items() if rdev in self._vdpa]
 
 
 def user_row(uid: int, of_user: Total) -> Row:
@@ -1044,12 +1125,12 @@ def user_row(uid: int, of_user: Total) -> Row:
 
 
 def process_and_user_rows(unseen: Unseen, pids: list[int] | None, uids: set[int] | None) -> tuple[list[Row], list[Row]]:
-    """The processes that hold an iommufd, and the users that are charged."""
-    nodes = _host_facts.find_vfio_nodes()
-    seen = look_at_processes(unseen, nodes)
-    host_names = Names(unseen, nodes)
+    """The processes that hold what memory is pinned by, and the users that are charged."""
+    nodes, vdpa = _host_facts.find_vfio_nodes(), _host_facts.find_vdpa_nodes()
+    seen = look_at_processes(unseen, {*nodes, *vdpa})
+    host_names = Names(unseen, nodes, vdpa)
     accounts: dict[int, list[Account]] = {uid: [] for uid in (*(uids or ()), *seen.others_pinned, *seen.unseen)}
-    account_of = {holder.pid: holder.account() for holder in seen.holders}
+    account_of = {holder.pid: holder.account(vdpa) for holder in seen.holders}
     for account in account_of.values():
         accounts.setdefault(account.uid, []).append(account)
     # Whose the processes are that were not seen at all is not known.

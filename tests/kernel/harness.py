@@ -257,6 +257,22 @@ class Acts(Pinner):
             os.write(self._vdpa, struct.pack("=II3QBB38x", _VHOST_IOTLB_MSG_V2, 0, 0, *update, kind))
         return {}
 
+    def attach_container(self, cdev: str) -> Answer:
+        """Opens a container and the group of a device, as only root may, and has the container ready to map memory."""
+        from ansible_collections.virt.iommufd.tests.kernel import charges
+
+        self._by_container = charges.by_container(cdev)
+        return {}
+
+    def map_in_container(self, size: str) -> Answer:
+        """Maps so many bytes in the container, which pins them."""
+        from ansible_collections.virt.iommufd.tests.kernel.charges import Memory
+
+        memory = mmap.mmap(-1, int(size))
+        self._memory.append(memory)
+        self._by_container(Memory(-1, memory))
+        return {}
+
     def fork(self) -> Answer:
         """Leaves a child that lives as long as this process, with all its descriptors, and says its id."""
         child = os.fork()

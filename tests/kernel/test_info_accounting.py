@@ -173,7 +173,9 @@ def test_the_iommufd_and_the_device_of_a_process(start: Start) -> None:
     links = vmm.do("look")["fds"]
     address = Path("/sys/class/vfio-dev/vfio1/device").resolve().name
     held = [int(number) for number, link in links.items() if link == DEVICES[1]]
-    assert row["vfio_devices"] == [{"fd": held[0], "node": DEVICES[1], "addresses": [address]}]
+    device = {"fd": held[0], "node": DEVICES[1], "addresses": [address], "backend": "iommufd"}
+    assert (row["vfio_devices"], row["backends"]) == ([device], ["iommufd"])
+    assert (row["legacy_containers"], row["vdpa_devices"]) == ([], [])
     # The mode can change again once the last object is gone, which a device that is bound is, too.
     vmm.do("destroy", str(alone))
     assert look_at(vmm)["iommufds"][0]["settable"] is False
@@ -239,34 +241,13 @@ def test_another_node(start: Start, another_node: Path) -> None:
     assert (row["fd"], row["rlimit_mode"], row["settable"]) == (fd, "user", True)
 
 
-def test_a_vfio_container(start: Start, container_is_iommufd: bool) -> None:
-    vmm = start()
-    fd = vmm.open(CONTAINER)
-    if not container_is_iommufd:
-        assert look()["processes"] == []
-        return
-    assert look_at(vmm)["iommufds"][0]["fd"] == fd
-    vmm.limit(LIMIT)
-    vmm.do("attach", DEVICES[0])
-    pins(vmm, 24 * SIZE)
-    row = look_at(vmm)
-    assert row["iommufds"][0]["rlimit_mode"] == vmm.mode == "process"
-    assert (row["accounting"], row["charged_bytes"], row["headroom_bytes"]) == ("process", 24 * SIZE, 16 * SIZE)
-    has_headroom(vmm, 16 * SIZE)
-
-
 def test_a_descriptor_that_only_names_the_node(start: Start) -> None:
     vmm = start()
-    vmm.open("/dev/iommu", "path")
+    for path in ("/dev/iommu", CONTAINER, DEVICES[0]):
+        vmm.open(path, "path")
     assert look()["processes"] == []
     fd = vmm.open()
     assert [each["fd"] for each in look_at(vmm)["iommufds"]] == [fd]
-
-
-def test_no_iommufd(start: Start) -> None:
-    vmm = start()
-    vmm.do("open", DEVICES[0], "r")
-    assert look()["processes"] == look()["users"] == []
 
 
 def test_a_capability_dropped_after_it_pinned_under_process(start: Start) -> None:

@@ -7,6 +7,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils._accounting import (
+    IOMMUFD_PROCESS,
+    IOMMUFD_USER,
+    LEGACY,
+    VDPA,
+)
 from ansible_collections.virt.iommufd.plugins.module_utils._charges import (
     Account,
     Check,
@@ -27,6 +33,10 @@ MIB = 2**20
 def account(*modes: str | None, **other: Any) -> Account:
     known = {"pid": 1, "uid": 1001, "ipc_lock": False, "initial": True, "pinned": 24 * MIB, "locked": 0}
     return Account(**{"ways": frozenset(map(way_of, modes)), "limit": 40 * MIB, **known, **other})
+
+
+def having(*ways: str | None, **other: Any) -> Account:
+    return account(**{"ways": frozenset(ways), **other})
 
 
 def deciding(who: Account, of_user: Total | None = None) -> Check | None:
@@ -52,6 +62,23 @@ def deciding(who: Account, of_user: Total | None = None) -> Check | None:
         (account(None, ipc_lock=True), "none", 0),
         (account(ways=None), None, None),
         (account(ways=None, ipc_lock=True), None, None),
+        # Without an iommufd it is the process that is charged.
+        (having(LEGACY, locked=25 * MIB), "process", 25 * MIB),
+        (having(LEGACY, ipc_lock=True), "none", 0),
+        (having(VDPA), "process", 24 * MIB),
+        (having(VDPA, ipc_lock=True), "process", 24 * MIB),
+        (having(VDPA, ipc_lock=True, initial=None), "process", 24 * MIB),
+        (having(LEGACY, VDPA, locked=26 * MIB), "process", 26 * MIB),
+        (having(LEGACY, VDPA, ipc_lock=True, initial=None), None, None),
+        # Beside one, its mode decides, as long as that is not lifted.
+        (having(IOMMUFD_USER, LEGACY), "user", 24 * MIB),
+        (having(IOMMUFD_PROCESS, LEGACY, VDPA), "process", 24 * MIB),
+        (having(IOMMUFD_USER, VDPA, ipc_lock=True), "process", 24 * MIB),
+        # Nobody knows how much of VmPin is the user's.
+        (having(IOMMUFD_USER, VDPA, limit=None), "user", None),
+        (having(None, LEGACY), None, None),
+        # A device of VFIO alone.
+        (having(), None, None),
     ],
 )
 def test_who_is_charged(who: Account, how: str | None, charge: int | None) -> None:
@@ -68,11 +95,33 @@ def test_who_is_charged(who: Account, how: str | None, charge: int | None) -> No
         (account("user", ipc_lock=True), []),
         (account(None), []),
         (account(ways=None), []),
+        (having(), []),
+        (having(LEGACY, locked=MIB), [Check("mm_locked", MIB, 39 * MIB, ["legacy"])]),
+        (having(VDPA, ipc_lock=True), [Check("mm_pinned", 24 * MIB, 16 * MIB, ["vdpa"])]),
+        (having(IOMMUFD_PROCESS, LEGACY, locked=MIB), [Check("mm_locked", MIB, 39 * MIB, ["iommufd", "legacy"])]),
     ],
 )
 def test_which_counters_are_checked(who: Account, counters: list[Check]) -> None:
     assert checks(who, total([who])) == counters
     assert deciding(who) == (counters[0] if counters else None)
+
+
+@pytest.mark.parametrize(
+    ("who", "decides"),
+    [
+        (having(IOMMUFD_USER, LEGACY, locked=24 * MIB), "user"),
+        (having(IOMMUFD_USER, LEGACY, locked=25 * MIB), "mm_locked"),
+        (having(IOMMUFD_PROCESS, VDPA, locked=23 * MIB), "mm_pinned"),
+        (having(IOMMUFD_PROCESS, VDPA, locked=25 * MIB), "mm_locked"),
+        # What of VmPin is the user's is not known, but no more than all of it.
+        (having(IOMMUFD_USER, VDPA), "mm_pinned"),
+        (having(IOMMUFD_USER, LEGACY, VDPA, limit=None), "user"),
+    ],
+)
+def test_the_counter_with_the_least_headroom_decides(who: Account, decides: str) -> None:
+    check = deciding(who)
+    assert check is not None
+    assert check.counter == decides
 
 
 def test_counters_of_iommufds_that_differ() -> None:
@@ -104,6 +153,25 @@ def test_the_users_total() -> None:
     assert largest_limit(some[:2]) == 64 * MIB
     assert largest_limit(some) is None
     assert largest_limit([]) is None
+
+
+def test_what_a_user_is_not_charged_for() -> None:
+    some = [
+        having(LEGACY, pid=1, pinned=0, locked=MIB, limit=MIB),
+        having(VDPA, pid=2, limit=MIB),
+        having(LEGACY, VDPA, pid=3, limit=MIB),
+        having(IOMMUFD_USER, VDPA, pid=4, ipc_lock=True, limit=MIB),
+    ]
+    assert total(some) == total([])
+    # What a legacy container pins is not in VmPin.
+    assert total([having(LEGACY, pinned=MIB)]).uncertain == MIB
+
+
+def test_what_a_user_may_be_charged_for_beside_a_vdpa_device() -> None:
+    of_user = total([having(IOMMUFD_USER, VDPA, limit=64 * MIB)])
+    assert (of_user.pids, of_user.charged, of_user.uncertain, of_user.largest) == ([1], 0, 24 * MIB, 24 * MIB)
+    assert of_user.at_risk is False
+    assert total([having(IOMMUFD_USER, VDPA)]).at_risk is None
 
 
 def test_nobody_is_charged() -> None:
@@ -161,12 +229,28 @@ def test_another_one_might_not_fit(others: list[Account], others_pinned: int, un
         (account("user", "process"), "Its iommufds differ in their rlimit mode"),
         (account(None), "The rlimit mode of an iommufd of it could not be read"),
         (account(ways=None), "this caller may not look at its descriptors"),
+        (having(), "It holds a VFIO device, but neither an iommufd nor a container"),
+        (having(LEGACY, pinned=0, locked=MIB), ""),
+        (having(LEGACY), "by other means than its legacy container, such as io_uring"),
+        (having(IOMMUFD_USER, LEGACY, locked=24 * MIB), ""),
+        (having(IOMMUFD_PROCESS, LEGACY, locked=48 * MIB), "both added to VmLck, and compared with one limit"),
+        (having(IOMMUFD_PROCESS, LEGACY, locked=24 * MIB, ipc_lock=True), ""),
+        (having(VDPA), "compared with VmPin, whatever capability it has"),
+        (having(IOMMUFD_PROCESS, VDPA, locked=12 * MIB), "compared with VmPin, whatever capability it has"),
+        (having(IOMMUFD_USER, VDPA, ipc_lock=True), "compared with VmPin, whatever capability it has"),
     ],
 )
 def test_what_contradicts_the_accounting(who: Account, note: str) -> None:
     notes = account_notes(who, total([who]), largest_limit([who]))
     assert len(notes) == (1 if note else 0)
     assert note in "".join(notes)
+
+
+def test_what_is_not_known_beside_a_vdpa_device() -> None:
+    one = having(IOMMUFD_USER, VDPA, pinned=41 * MIB)
+    first, second = account_notes(one, total([one]), largest_limit([one]))
+    assert "compared with VmPin" in first
+    assert "does not tell how much of VmPin its user is charged for" in second
 
 
 def test_more_is_pinned_together_than_any_of_them_may() -> None:

@@ -14,7 +14,7 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd, _survey, _tables
-from ansible_collections.virt.iommufd.plugins.module_utils._accounting import IOMMUFD_USER
+from ansible_collections.virt.iommufd.plugins.module_utils._accounting import IOMMUFD_USER, LEGACY, VDPA
 from ansible_collections.virt.iommufd.plugins.module_utils._borrow import Swapped
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, NoAnswer
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
@@ -47,10 +47,51 @@ def test_a_process_with_an_iommufd(alone: FakeKernel, child: subprocess.Popen[by
     # 51 is the same device, opened with O_PATH.
     assert holder.iommufds == [HeldIommufd(50, "user", False, [(2, True), (3, False)])]
     assert holder.devices == {}
-    assert set(survey({os.stat(os.devnull).st_rdev}).holders[0].devices) >= {50, 51}
-    account = holder.account()
+    account = holder.account(())
     assert (account.pid, account.uid, account.ways) == (child.pid, os.getuid(), frozenset({IOMMUFD_USER}))
     assert alone.mode == 0
+
+
+ZERO = os.stat("/dev/zero").st_rdev
+
+
+def test_a_process_with_other_devices(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of the two on /dev/zero, 55 was opened with O_PATH.
+    (holder,) = survey({ZERO}).holders
+    assert holder.devices == {54: ZERO}
+    assert holder.account(()).ways == frozenset({IOMMUFD_USER})
+    assert holder.account({ZERO}).ways == frozenset({IOMMUFD_USER, VDPA})
+    assert holder.containers() == []
+    monkeypatch.setattr(_survey, "misc_rdev", lambda: None)
+    (holder,) = survey({ZERO}).holders
+    assert (holder.iommufds, holder.devices) == ([], {54: ZERO})
+    assert holder.account(()).ways == frozenset()
+    assert holder.account({ZERO}).ways == frozenset({VDPA})
+
+
+@pytest.mark.parametrize("may_open", [True, False])
+def test_a_process_with_a_legacy_container_alone(
+    alone: FakeKernel, monkeypatch: pytest.MonkeyPatch, may_open: bool
+) -> None:
+    for module in (_survey, _iommufd):
+        monkeypatch.setattr(module, "VFIO_CONTAINER_RDEV", ZERO)
+        # It answers as the legacy container does.
+        monkeypatch.setattr(module, "VFIO_CONTAINER", "/dev/zero" if may_open else "/nowhere")
+    monkeypatch.setattr(_survey, "misc_rdev", lambda: None)
+    monkeypatch.setattr(_survey, "_may_have_containers", lambda: True)
+    alone.without = errno.EINVAL
+    result = survey()
+    (holder,) = result.holders
+    assert (holder.iommufds, holder.containers()) == ([], [54])
+    assert holder.account(()).ways == frozenset({LEGACY})
+    assert list(result.refused) == ([] if may_open else [_survey._UNKNOWN_CONTAINER])
+
+
+def test_more_devices_than_are_looked_at(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_survey, "_NODES_MAX", 0)
+    result = survey({ZERO})
+    assert (result.holders[0].devices, result.holders[0].more) == ({}, True)
+    assert list(result.refused) == [_survey._TOO_MANY_IOMMUFDS]
 
 
 def test_one_without_objects_can_be_set(alone: FakeKernel) -> None:
@@ -75,20 +116,21 @@ def test_an_iommufd_that_does_not_answer(alone: FakeKernel) -> None:
     assert holder.iommufds is not None
     assert holder.iommufds[0].rlimit_mode is None
     assert "EIO" in holder.iommufds[0].msg
-    assert holder.account().ways == frozenset({None})
+    assert holder.account(()).ways == frozenset({None})
 
 
 def test_an_iommufd_with_an_ioas_decides(alone: FakeKernel) -> None:
     (holder,) = survey().holders
     empty, used = HeldIommufd(3, "process", True, []), HeldIommufd(4, "user", False, [(2, True)])
     both = holder._replace(iommufds=[empty, used])
-    assert both.account().ways == frozenset({IOMMUFD_USER})
+    assert both.account(()).ways == frozenset({IOMMUFD_USER})
     neither = holder._replace(iommufds=None)
-    assert neither.account().ways is None
+    assert neither.account(()).ways is None
 
 
 def test_no_iommufd_in_the_kernel(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_survey, "misc_rdev", lambda: None)
+    monkeypatch.setattr(_survey, "_may_have_containers", lambda: False)
     monkeypatch.setattr(_survey, "_pids", refuse(AssertionError()))
     assert survey().holders == []
 
@@ -220,7 +262,7 @@ def test_hidden(closed: None, monkeypatch: pytest.MonkeyPatch, text: Callable[..
 
 def test_what_comes_out_of_a_child_is_what_went_in(alone: FakeKernel) -> None:
     alone.ioases = {2: 1}
-    (holder,) = survey({os.stat(os.devnull).st_rdev}).holders
+    (holder,) = survey({ZERO}).holders
     assert Holder.from_json(json.loads(json.dumps(holder.to_json()))) == holder
     assert holder.devices
     assert holder.iommufds
@@ -239,7 +281,7 @@ def test_one_that_swaps_is_told_and_counts_as_unknown(alone: FakeKernel, monkeyp
     result = survey()
     assert looked == [50, 51]
     assert list(result.refused) == [_survey._SWAPS]
-    assert result.holders[0].account().ways == frozenset({IOMMUFD_USER, None})
+    assert result.holders[0].account(()).ways == frozenset({IOMMUFD_USER, None})
 
 
 def test_it_is_the_borrowing_that_tells(held: Process, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +365,7 @@ def test_too_many_of_a_user_or_of_all_are_counted(crowd: Crowd, monkeypatch: pyt
     assert result.refused == {TOO_MANY_HOLDERS: [5, 6]}
     # What they have pinned is not lost.
     assert (result.others_pinned, result.unseen) == ({7: 2 * 8192}, {7})
-    monkeypatch.setattr(_tables, "_IOMMUFDS_OF_USER", 1)
+    monkeypatch.setattr(_tables, "_HELD_OF_USER", 1)
     assert survey().refused == {TOO_MANY_HOLDERS: [2, 4, 5, 6, 7]}
     monkeypatch.setattr(_tables, "_HOLDERS", 1)
     assert survey().refused == {TOO_MANY_HOLDERS: [2, 3, 4, 5, 6, 7]}

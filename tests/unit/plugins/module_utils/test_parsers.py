@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+from functools import partial
 from typing import Any, Callable
 
 import pytest
@@ -24,6 +26,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     Limit,
     Stat,
     parse_cgroup,
+    parse_flags,
     parse_memlock,
     parse_pidfd,
     parse_stat,
@@ -41,6 +44,7 @@ PARSERS: list[Callable[[bytes], Any]] = [
     parse_status,
     parse_stat,
     parse_pidfd,
+    parse_flags,
     parse_dev,
     parse_misc,
     lambda text: parse_domain_record(text, 0),
@@ -79,6 +83,7 @@ PIECES = [
         b"-m\0",
         b"CapEff:\t0\nCapPrm:\t0\nCapBnd:\t1ff\n",
         b"VmPin:\t 8 kB\n",
+        b"flags:\t0",
         b"Max locked memory         8388608              unlimited            bytes\n",
         b"0::/a/b.service",
         b"/libvirt.so.0.12008.0",
@@ -127,6 +132,12 @@ def test_stat_of_a_real_process_and_of_a_hostile_name() -> None:
 def test_the_process_behind_a_pidfd() -> None:
     assert parse_pidfd(b"pos:\t0\nmnt_id:\t15\nPid:\t42\nNSpid:\t42\n") == 42
     assert parse_pidfd(b"Pid:\t-1\n") == -1
+
+
+def test_the_flags_of_a_descriptor() -> None:
+    assert parse_flags(b"pos:\t0\nflags:\t012100002\nmnt_id:\t15\n") == os.O_PATH | 0o2100002
+    for text in (b"pos:\t0\n", b"flags:\t9\n"):
+        assert outcome(partial(parse_flags, text)).startswith("/proc/PID/fdinfo cannot be read")
 
 
 def test_device_numbers() -> None:

@@ -14,11 +14,11 @@ from typing import Any, Callable
 import pytest
 import yaml
 from ansible.module_utils import basic
-from ansible_collections.virt.iommufd.plugins.module_utils import _host_facts
+from ansible_collections.virt.iommufd.plugins.module_utils import _host_facts, _iommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit
 from ansible_collections.virt.iommufd.plugins.module_utils._running import DomainRecord
-from ansible_collections.virt.iommufd.plugins.module_utils._survey import survey
+from ansible_collections.virt.iommufd.plugins.module_utils._survey import HeldIommufd, survey
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -220,8 +220,7 @@ def test_whose_domain(
     record: dict[str, Any] | None,
     domain: tuple[str | None, str | None],
 ) -> None:
-    null = os.stat(os.devnull).st_rdev
-    (holder,) = survey({null}).holders
+    (holder,) = survey().holders
     there = DomainRecord(holder.pid, 1, "vm1", None, holder.started + 1)._replace(**record or {})
 
     def read(asked: str) -> DomainRecord:
@@ -230,10 +229,48 @@ def test_whose_domain(
         return there
 
     monkeypatch.setattr(iommufd_info, "read_domain_record", read)
-    nodes = {null: _host_facts.VfioNode("/dev/vfio/5", ["a"], 5, True)}
-    names = iommufd_info.Names(iommufd_info.Unseen(), nodes)
+    names = iommufd_info.Names(iommufd_info.Unseen(), {}, {})
     assert names.domain(holder._replace(name=name, session=session)) == domain
-    assert {"fd": 50, "node": "/dev/vfio/5", "addresses": ["a"]} in names.vfio_devices(holder)
+
+
+CONTAINER = _iommufd.VFIO_CONTAINER_RDEV
+IOMMUFDS = [HeldIommufd(9, "user", None, [])]
+
+
+@pytest.mark.parametrize(
+    ("iommufds", "devices", "backends", "of_vfio"),
+    [
+        (IOMMUFDS, {}, ["iommufd"], []),
+        (IOMMUFDS, {4: 1}, ["iommufd"], ["iommufd"]),
+        ([], {4: 1}, ["iommufd"], ["iommufd"]),
+        # A group is had by whichever there is.
+        (IOMMUFDS, {4: 2}, ["iommufd"], ["iommufd"]),
+        ([], {3: CONTAINER, 4: 2}, ["legacy"], ["legacy"]),
+        (IOMMUFDS, {3: CONTAINER, 4: 1, 5: 2}, ["iommufd", "legacy"], ["iommufd", "legacy"]),
+        ([], {4: 2}, [], [None]),
+        ([], {4: 3}, ["vdpa"], []),
+        (IOMMUFDS, {3: CONTAINER, 4: 3}, ["iommufd", "legacy", "vdpa"], []),
+        (None, {}, None, None),
+    ],
+)
+def test_by_what_it_has_devices(
+    alone: FakeKernel,
+    iommufds: list[HeldIommufd] | None,
+    devices: dict[int, int],
+    backends: list[str] | None,
+    of_vfio: list[str | None] | None,
+) -> None:
+    holder = survey().holders[0]._replace(iommufds=iommufds, devices=devices)
+    nodes = {
+        1: _host_facts.VfioNode("/dev/vfio/devices/vfio0", ["a"], 5, False),
+        2: _host_facts.VfioNode("/dev/vfio/5", ["a", "b"], 5, True),
+    }
+    names = iommufd_info.Names(iommufd_info.Unseen(), nodes, {3: "/dev/vhost-vdpa-0"})
+    assert names.backends(holder) == backends
+    rows, of_vdpa = names.vfio_devices(holder), names.vdpa_devices(holder)
+    assert (None if rows is None else [each["backend"] for each in rows]) == of_vfio
+    expected = [{"fd": 4, "node": "/dev/vhost-vdpa-0"}] if devices.get(4) == 3 else []
+    assert of_vdpa == (None if iommufds is None else expected)
 
 
 def test_times() -> None:
