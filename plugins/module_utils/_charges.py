@@ -43,7 +43,8 @@ class Account(NamedTuple):
 
     `ways` are those in which it can pin memory, by their names in WAYS, None in it for an iommufd whose mode is not
     known; None for all of it where its descriptors could not be looked at. `initial`: whether it is in the initial user
-    namespace, None where that could not be told. `limit` is the soft RLIMIT_MEMLOCK, None for unlimited.
+    namespace, None where that could not be told. `limit` is the soft RLIMIT_MEMLOCK, None for unlimited. `holder`:
+    whether it pins nothing, but holds what another process pins by; None where that could not be told.
     """
 
     pid: int
@@ -54,6 +55,7 @@ class Account(NamedTuple):
     pinned: int
     locked: int
     limit: int | None
+    holder: bool | None = False
 
     @property
     def capable(self) -> bool | None:
@@ -132,8 +134,8 @@ def accounting(account: Account) -> str | None:
 
 def checks(account: Account, of_user: Total) -> list[Check]:
     """The counters that are known to be checked for what the process pins."""
-    found = []
-    for counter in _COUNTERS:
+    found: list[Check] = []
+    for counter in () if account.holder else _COUNTERS:
         ways = [name for name in _checked(account.ways, account.capable) or () if WAYS[name].checks == counter]
         if ways:
             held = {USER: of_user.charged, MM_LOCKED: account.locked, MM_PINNED: account.pinned}[counter]
@@ -152,7 +154,7 @@ def decisive(account: Account, found: list[Check]) -> Check | None:
 def charged(account: Account, check: Check | None) -> int | None:
     """What the process adds to the counter of its decisive check; 0 without one, None where that cannot be told."""
     if check is None:
-        return 0 if accounting(account) == NONE else None
+        return 0 if account.holder or accounting(account) == NONE else None
     if check.counter == USER and _has(account, VDPA):
         # VmPin has both what its iommufd has pinned and what its vDPA device has, which its user is not charged for.
         return None
@@ -169,12 +171,12 @@ def total(accounts: Iterable[Account], others_pinned: int = 0, unseen: bool = Fa
 
     `unseen`: the user may have others with an iommufd.
     """
-    accounts = list(accounts)
+    accounts = [each for each in accounts if not each.holder]
     mine = [each for each in accounts if accounting(each) == USER]
     unknown = [each for each in accounts if accounting(each) is None]
     sum_ = sum(each.pinned for each in mine if not _has(each, VDPA))
     uncertain = others_pinned + sum(each.pinned for each in accounts if _is_uncertain(each))
-    risk: bool | None = _lacks_room(mine, sum_)
+    risk: bool | None = _lacks_room([each for each in mine if each.holder is False], sum_)
     if not risk and (unseen or _lacks_room([*mine, *unknown], sum_ + uncertain)):
         risk = None
     return Total([each.pid for each in mine], sum_, uncertain, _largest(mine), _smallest_limit(mine), risk)
@@ -203,7 +205,7 @@ def _smallest_limit(accounts: list[Account]) -> int | None:
 
 def largest_limit(accounts: Iterable[Account]) -> int | None:
     """The largest limit of some processes; None where one is unlimited, or there are none."""
-    limits = [each.limit for each in accounts]
+    limits = [each.limit for each in accounts if not each.holder]
     finite = [each for each in limits if each is not None]
     return max(finite) if finite and len(finite) == len(limits) else None
 
@@ -214,10 +216,17 @@ def account_notes(account: Account, of_user: Total, largest_limit: int | None) -
     VmPin is what was pinned, however it was accounted; VmLck grows with it only where the process is charged. So a
     capability that came or went after the memory was mapped shows.
     """
+    if account.holder:
+        return ["Another process has all that it holds, and it has pinned nothing: it is not counted."]
     how = accounting(account)
     if how is None:
         return [_why_unknown(account)]
-    return [*_side_by_side(account), *_contradictions(account, how, of_user, largest_limit)]
+    notes = [*_side_by_side(account), *_contradictions(account, how, of_user, largest_limit)]
+    if account.holder is None:
+        notes.append(
+            "It has pinned nothing, and it cannot be told whether it will, or only holds what another process has, too."
+        )
+    return notes
 
 
 def _side_by_side(account: Account) -> list[str]:

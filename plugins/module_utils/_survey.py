@@ -36,6 +36,7 @@ from ._iommufd import (
 )
 from ._process import Descriptors, Limit, Process, Status, number_in, parse_stat, parse_status, read_file
 from ._qemu import guest_memory, guest_name, is_session_domain
+from ._sharing import Descriptor, Owner, Sharing, compare
 from ._tables import CONTAINERS, LARGE, TOO_MANY, TOO_MANY_HOLDERS, Budget, Tables, who_pays
 
 __all__ = ("HeldIommufd", "Holder", "Survey", "survey")
@@ -60,6 +61,9 @@ _SECONDS = 300
 _BATCH = 256
 _HOLDERS_AT_ONCE = 16
 _PULSE = 0.5
+
+# What iommufds are open on, in the place of a device number: they may have two.
+_IOMMUFD = -1
 
 # An index in a list of processes, which child and parent share.
 _POSITION = struct.Struct("=q")
@@ -116,6 +120,7 @@ class Holder(NamedTuple):
     comm: str
     user: str | None
     started: float
+    start_ticks: int
     status: Status
     memlock: Limit
     units: tuple[str | None, str | None]
@@ -131,8 +136,23 @@ class Holder(NamedTuple):
         """The descriptors of its legacy containers."""
         return [fd for fd, rdev in self.devices.items() if rdev == VFIO_CONTAINER_RDEV]
 
-    def account(self, vdpa: Container[int]) -> Account:
-        """What matters for what it is charged; `vdpa` are the numbers of vDPA devices.
+    def descriptors(self) -> Iterator[Descriptor]:
+        """What others may have, too."""
+        payer = who_pays(self.status.uid)
+        for each in self.iommufds or ():
+            yield Descriptor(self.pid, each.fd, _IOMMUFD, self.start_ticks, payer)
+        for fd, rdev in self.devices.items():
+            yield Descriptor(self.pid, fd, rdev, self.start_ticks, payer)
+
+    def owner(self) -> Owner:
+        """What matters for whether it is a VMM, or only has what VMMs have."""
+        fds = None if self.iommufds is None or self.more else [each.fd for each in self.descriptors()]
+        # What a legacy container pins shows in VmLck alone.
+        pins = self.status.pinned_bytes or (self.containers() and self.status.locked_bytes)
+        return Owner(self.pid, fds, bool(pins))
+
+    def account(self, vdpa: Container[int], holder: bool | None = False) -> Account:
+        """What matters for what it is charged; `vdpa` are the numbers of vDPA devices, `holder` is Account's.
 
         Memory is pinned through an IOAS, so iommufds with one decide.
         """
@@ -152,6 +172,7 @@ class Holder(NamedTuple):
             pinned=self.status.pinned_bytes,
             locked=self.status.locked_bytes,
             limit=self.memlock.soft,
+            holder=holder,
         )
 
     def to_json(self) -> list[Any]:
@@ -186,7 +207,8 @@ class Survey:
     `unseen`: the users of such processes that may hold some all the same. The rest is what was not seen, each a reason
     and the processes: `hidden` as a whole, `closed` their descriptors, or some of them, and `refused` their iommufds.
     `leaderless` are those whose first thread has ended, until it is known whether the others will too, and `large`
-    those that wait for the end, with the sizes of their tables.
+    those that wait for the end, with the sizes of their tables. `blind`: this caller is kept from some processes.
+    `sharing`: which of what they hold is the same.
     """
 
     holders: list[Holder] = field(default_factory=list)
@@ -197,17 +219,31 @@ class Survey:
     refused: Reasons = field(default_factory=dict)
     leaderless: list[int] = field(default_factory=list)
     large: list[tuple[int, int]] = field(default_factory=list)
+    blind: bool = False
+    sharing: Sharing = field(default_factory=Sharing)
+
+    def only_holders(self) -> dict[int, bool | None]:
+        """Of each process, whether it is no VMM but holds what VMMs have, such as a launcher; None if unknown.
+
+        Others may have the same who were not seen: the user's own, root's, or anybody's where this caller is `blind`.
+        """
+        lost = {each.status.uid for each in self.holders if each.pid in self.sharing.unknown}
+        unseen = self.unseen | lost
+        doubtful = {each.pid for each in self.holders if self.blind or self.hidden or unseen & {each.status.uid, 0}}
+        return self.sharing.holders([each.owner() for each in self.holders], doubtful)
 
     def to_json(self) -> list[Any]:
         """What `add` takes."""
         holders = [each.to_json() for each in self.holders]
         pinned = list(self.others_pinned.items())
         unseen = list(self.unseen)
-        return [holders, pinned, unseen, self.hidden, self.closed, self.refused, self.leaderless, self.large]
+        reasons = [self.hidden, self.closed, self.refused]
+        return [holders, pinned, unseen, *reasons, self.leaderless, self.large, self.blind]
 
     def add(self, given: list[Any]) -> None:
         """Adds what another survey came to, which a child of this caller's own has made."""
-        holders, pinned, unseen, hidden, closed, refused, leaderless, large = given
+        holders, pinned, unseen, hidden, closed, refused, leaderless, large, blind = given
+        self.blind = self.blind or blind
         self.holders += [Holder.from_json(each) for each in holders]
         for uid, size in pinned:
             self.others_pinned[uid] = self.others_pinned.get(uid, 0) + size
@@ -236,6 +272,7 @@ def survey(nodes: Collection[int] = ()) -> Survey:
         look([pid for _size, pid in sorted(result.large, key=lambda each: (_is_of_container(each[1]), each))], True)
     _add_leaderless(result)
     result.holders.sort(key=lambda holder: holder.pid)
+    result.sharing = compare(descriptor for holder in result.holders for descriptor in holder.descriptors())
     return result
 
 
@@ -523,6 +560,7 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
         comm=process.comm,
         user=process.user,
         started=process.started(),
+        start_ticks=process.start_ticks,
         status=process.status,
         memlock=process.memlock(),
         units=process.units(),
@@ -569,6 +607,7 @@ def _add_closed(result: Survey, pid: int, text: bytes, error: str) -> bool:
     if not status.has_memory:
         return False
     result.closed.setdefault(error, []).append(pid)
+    result.blind = True
     return bool(status.pinned_bytes)
 
 

@@ -520,6 +520,14 @@ processes:
       type: list
       elements: str
       sample: [iommufd]
+    holder:
+      description:
+        - Whether it is no VM, but holds copies of what VMs have, as a launcher may. Another process has each of them,
+          too, and this one has pinned nothing. It is not counted in RV(users).
+        - V(null) where that is unknown. None of those that share it has pinned anything yet, or this caller could not
+          compare all. Such a process is counted.
+      type: bool
+      sample: false
     iommufds:
       description:
         - Its iommufds, in the order of the descriptors; V(null) where this caller may not look.
@@ -531,6 +539,18 @@ processes:
           description: The number of the descriptor in the process.
           type: int
           sample: 30
+        same_as:
+          description:
+            - The lowest descriptor of the process that is the same iommufd, if that is a lower one. Else, or where
+              RV(processes[].iommufds[].shared_with) is V(null), it is V(null).
+          type: int
+          sample: null
+        shared_with:
+          description:
+            - Other processes that hold the same iommufd, at most 16 of them. V(null) where that is unknown.
+          type: list
+          elements: int
+          sample: []
         rlimit_mode:
           description: V(user) or V(process), as the kernel gives it; V(null) where it could not be read.
           type: str
@@ -567,6 +587,18 @@ processes:
           description: The number of the descriptor in the process.
           type: int
           sample: 32
+        same_as:
+          description:
+            - The lowest descriptor of the process that is the same container, if that is a lower one. Else, or where
+              RV(processes[].legacy_containers[].shared_with) is V(null), it is V(null).
+          type: int
+          sample: null
+        shared_with:
+          description:
+            - Other processes that hold the same container, at most 16 of them. V(null) where that is unknown.
+          type: list
+          elements: int
+          sample: []
     vfio_devices:
       description:
         - The VFIO devices and groups that it holds by a device node, in the order of the descriptors. V(null) where
@@ -606,6 +638,13 @@ processes:
           description: The path that the host has for it.
           type: str
           sample: /dev/vhost-vdpa-0
+    address_spaces:
+      description:
+        - In how many address spaces it can have memory pinned, once in each. These are its IOASes, its legacy
+          containers and its vDPA devices; what several descriptors share counts once.
+        - V(null) where that is unknown.
+      type: int
+      sample: 1
     accounting:
       description:
         - Who is charged for what it pins from now on, V(user), V(process) or V(none). The mode of its iommufds decides.
@@ -618,7 +657,8 @@ processes:
       description:
         - The counters that the kernel compares with the limit when it pins more. Each has to stay within the limit for
           itself.
-        - Where RV(processes[].accounting) is V(null), there may be others.
+        - Where RV(processes[].accounting) is V(null), there may be others. Where RV(processes[].holder) is true, there
+          are none.
       type: list
       elements: dict
       contains:
@@ -647,13 +687,13 @@ processes:
     counter:
       description:
         - The one of RV(processes[].counters) that has the least headroom, and so refuses first.
-        - V(null) where none is checked, or where RV(processes[].accounting) is V(null).
+        - V(null) where there are none, or where RV(processes[].accounting) is V(null).
       type: str
       sample: user
     charged_bytes:
       description:
         - What it contributes to RV(processes[].counter). Under V(user), that is what it has pinned, and else what that
-          counter holds. With V(none), it is 0.
+          counter holds. With V(none), or where RV(processes[].holder) is true, it is 0.
         - V(null) where RV(processes[].accounting) is V(null), or where the process has pinned memory by a vDPA device,
           too, which V(user) is not charged for.
       type: int
@@ -784,7 +824,8 @@ from ..module_utils._process import (
     own_status,
 )
 from ..module_utils._running import read_domain_record
-from ..module_utils._survey import HeldIommufd, Holder, Survey, survey
+from ..module_utils._sharing import Sharing
+from ..module_utils._survey import Holder, Survey, survey
 from ..module_utils._user import user_name
 
 # How long a command may take that is not systemd's.
@@ -971,7 +1012,9 @@ def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:
     return seen
 
 
-def process_row(holder: Holder, account: Account, of_user: Total, largest_limit: int | None, host_names: Names) -> Row:
+def process_row(
+    holder: Holder, account: Account, of_user: Total, largest_limit: int | None, sharing: Sharing, host_names: Names
+) -> Row:
     """A process that holds what memory is pinned by."""
     domain, uri = host_names.domain(holder)
     status = holder.status
@@ -1001,10 +1044,12 @@ def process_row(holder: Holder, account: Account, of_user: Total, largest_limit:
         },
         "no_new_privs": status.no_new_privs,
         "backends": host_names.backends(holder),
-        "iommufds": None if holder.iommufds is None else [iommufd_row(each) for each in holder.iommufds],
-        "legacy_containers": None if holder.iommufds is None else [{"fd": fd} for fd in holder.containers()],
+        "holder": account.holder,
+        "iommufds": iommufd_rows(holder, sharing),
+        "legacy_containers": container_rows(holder, sharing),
         "vfio_devices": host_names.vfio_devices(holder),
         "vdpa_devices": host_names.vdpa_devices(holder),
+        "address_spaces": host_names.address_spaces(holder, sharing),
         "accounting": accounting(account),
         "counters": [counter_row(each) for each in checked],
         "counter": check and check.counter,
@@ -1014,15 +1059,32 @@ def process_row(holder: Holder, account: Account, of_user: Total, largest_limit:
     }
 
 
-def iommufd_row(iommufd: HeldIommufd) -> Row:
-    """An iommufd of a process."""
-    return {
-        "fd": iommufd.fd,
-        "rlimit_mode": iommufd.rlimit_mode,
-        "settable": iommufd.settable,
-        "ioases": [{"ioas_id": ioas_id, "huge_pages": huge_pages} for ioas_id, huge_pages in iommufd.ioases],
-        "msg": iommufd.msg,
-    }
+def iommufd_rows(holder: Holder, sharing: Sharing) -> list[Row] | None:
+    """The iommufds of a process; None where this caller may not look."""
+    if holder.iommufds is None:
+        return None
+    return [
+        {
+            "fd": each.fd,
+            "same_as": sharing.same_as(holder.pid, each.fd),
+            "shared_with": sharing.shared_with(holder.pid, each.fd),
+            "rlimit_mode": each.rlimit_mode,
+            "settable": each.settable,
+            "ioases": [{"ioas_id": ioas_id, "huge_pages": huge_pages} for ioas_id, huge_pages in each.ioases],
+            "msg": each.msg,
+        }
+        for each in holder.iommufds
+    ]
+
+
+def container_rows(holder: Holder, sharing: Sharing) -> list[Row] | None:
+    """The legacy containers of a process; None where this caller may not look."""
+    if holder.iommufds is None:
+        return None
+    return [
+        {"fd": fd, "same_as": sharing.same_as(holder.pid, fd), "shared_with": sharing.shared_with(holder.pid, fd)}
+        for fd in holder.containers()
+    ]
 
 
 def counter_row(check: Check) -> Row:
@@ -1101,6 +1163,18 @@ class Names:
             for fd, node in held
         ]
 
+    def address_spaces(self, holder: Holder, sharing: Sharing) -> int | None:
+        """How many address spaces a process has; None where that cannot be told."""
+        files = [*(each.fd for each in holder.iommufds or ()), *holder.containers()]
+        unread = any(each.rlimit_mode is None or each.msg for each in holder.iommufds or ())
+        if holder.iommufds is None or holder.more or unread or (len(files) > 1 and holder.pid in sharing.unknown):
+            return None
+        different = {fd for fd in files if sharing.same_as(holder.pid, fd) is None}
+        of_iommufds = sum(len(each.ioases) for each in holder.iommufds if each.fd in different)
+        # A vDPA device is open once at most.
+        vdpa = {rdev for rdev in holder.devices.values() if rdev in self._vdpa}
+        return of_iommufds + len(different.intersection(holder.containers())) + len(vdpa)
+
     def vdpa_devices(self, holder: Holder) -> list[Row] | None:
         """The vDPA devices that a process has open; None where this caller may not look."""
         if holder.iommufds is None:
@@ -1130,7 +1204,8 @@ def process_and_user_rows(unseen: Unseen, pids: list[int] | None, uids: set[int]
     seen = look_at_processes(unseen, {*nodes, *vdpa})
     host_names = Names(unseen, nodes, vdpa)
     accounts: dict[int, list[Account]] = {uid: [] for uid in (*(uids or ()), *seen.others_pinned, *seen.unseen)}
-    account_of = {holder.pid: holder.account(vdpa) for holder in seen.holders}
+    only_holders = seen.only_holders()
+    account_of = {holder.pid: holder.account(vdpa, only_holders[holder.pid]) for holder in seen.holders}
     for account in account_of.values():
         accounts.setdefault(account.uid, []).append(account)
     # Whose the processes are that were not seen at all is not known.
@@ -1143,7 +1218,8 @@ def process_and_user_rows(unseen: Unseen, pids: list[int] | None, uids: set[int]
     for holder in seen.holders:
         uid = holder.status.uid
         if (pids is None or holder.pid in pids) and (uids is None or uid in uids):
-            processes.append(process_row(holder, account_of[holder.pid], totals[uid], largest[uid], host_names))
+            account = account_of[holder.pid]
+            processes.append(process_row(holder, account, totals[uid], largest[uid], seen.sharing, host_names))
     # In a user namespace, the kernel shows all users that it has no number for there as this one.
     nobody = None if in_initial_namespace("user") else _host_facts.read_overflow_uid()
     if nobody in totals:

@@ -174,6 +174,26 @@ def test_what_a_user_may_be_charged_for_beside_a_vdpa_device() -> None:
     assert total([having(IOMMUFD_USER, VDPA)]).at_risk is None
 
 
+def test_a_holder_is_not_counted() -> None:
+    one, copy = account("user"), account("user", pid=2, pinned=0, limit=MIB, holder=True)
+    of_user = total([one, copy])
+    assert of_user == total([one])
+    assert largest_limit([one, copy]) == 40 * MIB
+    assert (accounting(copy), checks(copy, of_user), charged(copy, None)) == ("user", [], 0)
+    (note,) = account_notes(copy, of_user, 40 * MIB)
+    assert "it is not counted" in note
+
+
+def test_what_may_be_a_holder_makes_nothing_certain() -> None:
+    one, idle = account("user", limit=64 * MIB), account("user", pid=2, pinned=0, limit=47 * MIB, holder=None)
+    of_user = total([one, idle])
+    assert (of_user.pids, of_user.limit, of_user.at_risk) == ([1, 2], 47 * MIB, None)
+    assert total([one, idle._replace(holder=False)]).at_risk is True
+    assert total([one, idle._replace(holder=True)]).at_risk is False
+    (note,) = account_notes(idle, of_user, 64 * MIB)
+    assert "cannot be told whether it will, or only holds" in note
+
+
 def test_nobody_is_charged() -> None:
     of_user = total([])
     assert (of_user.pids, of_user.charged, of_user.largest, of_user.limit) == ([], 0, 0, None)

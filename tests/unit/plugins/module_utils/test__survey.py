@@ -24,6 +24,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     ProcessGone,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Descriptors, Process
+from ansible_collections.virt.iommufd.plugins.module_utils._sharing import Descriptor, Owner, Sharing
 from ansible_collections.virt.iommufd.plugins.module_utils._survey import HeldIommufd, Holder, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._tables import LARGE, TOO_MANY_HOLDERS, Budget, Tables
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
@@ -85,6 +86,63 @@ def test_a_process_with_a_legacy_container_alone(
     assert (holder.iommufds, holder.containers()) == ([], [54])
     assert holder.account(()).ways == frozenset({LEGACY})
     assert list(result.refused) == ([] if may_open else [_survey._UNKNOWN_CONTAINER])
+
+
+def test_what_may_be_shared(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Descriptor] = []
+
+    def compare(descriptors: Iterator[Descriptor]) -> Sharing:
+        seen.extend(descriptors)
+        return Sharing([], [seen[0].pid])
+
+    monkeypatch.setattr(_survey, "compare", compare)
+    result = survey({ZERO})
+    (holder,) = result.holders
+    assert [(each.pid, each.fd, each.kind) for each in seen] == [(holder.pid, 50, -1), (holder.pid, 54, ZERO)]
+    assert {each.start_ticks for each in seen} == {holder.start_ticks}
+    assert result.only_holders() == {holder.pid: None}
+
+
+PINNED = {"pinned_bytes": 4096, "locked_bytes": 0}
+LOCKED = {"pinned_bytes": 0, "locked_bytes": 4096}
+CONTAINER = _iommufd.VFIO_CONTAINER_RDEV
+
+
+@pytest.mark.parametrize(
+    ("status", "fields", "fds", "pins"),
+    [
+        ({}, {}, [50], False),
+        (PINNED, {}, [50], True),
+        # It may have locked memory by other means.
+        (LOCKED, {}, [50], False),
+        (LOCKED, {"devices": {7: CONTAINER, 8: 1}}, [50, 7, 8], True),
+        ({}, {"more": True}, None, False),
+        (PINNED, {"iommufds": None}, None, True),
+    ],
+)
+def test_who_may_only_hold_what_others_have(
+    alone: FakeKernel, status: dict[str, Any], fields: dict[str, Any], fds: list[int] | None, pins: bool
+) -> None:
+    (holder,) = survey().holders
+    changed = holder._replace(status=holder.status._replace(**status), **fields)
+    assert changed.owner() == Owner(holder.pid, fds, pins)
+
+
+@pytest.mark.parametrize(
+    ("fields", "only"),
+    [
+        ({}, False),
+        ({"unseen": {os.getuid()}}, None),
+        ({"unseen": {0}}, None),
+        ({"unseen": {4711}}, False),
+        ({"hidden": {"It is hidden.": [1]}}, None),
+        ({"blind": True}, None),
+    ],
+)
+def test_who_is_doubtful(alone: FakeKernel, fields: dict[str, Any], only: bool | None) -> None:
+    result = survey()
+    vars(result).update(fields)
+    assert list(result.only_holders().values()) == [only]
 
 
 def test_more_devices_than_are_looked_at(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +297,7 @@ def test_closed(
     monkeypatch.setattr(_survey, "_status_text", lambda _pid: STATUS % pinned)
     result = survey()
     assert result.closed == {f"EACCES: Permission denied. {_survey._CURE}": [child.pid]}
+    assert result.blind
     assert [holder.iommufds for holder in result.holders] == [None] * count
 
 
@@ -355,6 +414,8 @@ def crowd(alone: FakeKernel, child: subprocess.Popen[bytes], monkeypatch: pytest
     monkeypatch.setattr(_survey, "ask_child", crowd.children)
     monkeypatch.setattr(_survey, "_BATCH", 1)
     monkeypatch.setattr(_survey, "find_owner", crowd.uid)
+    # These processes are not there.
+    monkeypatch.setattr(_survey, "compare", lambda _descriptors: Sharing())
     return crowd
 
 

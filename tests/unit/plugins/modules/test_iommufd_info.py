@@ -18,6 +18,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils import _host_facts, _
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit
 from ansible_collections.virt.iommufd.plugins.module_utils._running import DomainRecord
+from ansible_collections.virt.iommufd.plugins.module_utils._sharing import Sharing
 from ansible_collections.virt.iommufd.plugins.module_utils._survey import HeldIommufd, survey
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
@@ -271,6 +272,35 @@ def test_by_what_it_has_devices(
     assert (None if rows is None else [each["backend"] for each in rows]) == of_vfio
     expected = [{"fd": 4, "node": "/dev/vhost-vdpa-0"}] if devices.get(4) == 3 else []
     assert of_vdpa == (None if iommufds is None else expected)
+
+
+ONE = HeldIommufd(9, "user", False, [(2, True)])
+TWO = HeldIommufd(10, "user", False, [(2, True), (3, True)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "spaces"),
+    [
+        ({"iommufds": [ONE]}, 1),
+        ({"iommufds": [ONE, TWO]}, 3),
+        # 11 is the same as 10.
+        ({"iommufds": [ONE, TWO, TWO._replace(fd=11)]}, 3),
+        ({"iommufds": [HeldIommufd(9, "user", True, [])]}, 0),
+        ({"iommufds": [], "devices": {10: CONTAINER, 11: CONTAINER}}, 1),
+        ({"iommufds": [ONE], "devices": {3: CONTAINER, 4: 2, 5: 3, 6: 3, 7: 1}}, 3),
+        ({"iommufds": [ONE._replace(rlimit_mode=None)]}, None),
+        ({"iommufds": [ONE._replace(msg="This kernel does not have it.")]}, None),
+        ({"iommufds": [ONE], "more": True}, None),
+        ({"iommufds": None}, None),
+        # 1 could not be compared.
+        ({"iommufds": [ONE], "pid": 1}, 1),
+        ({"iommufds": [ONE, TWO], "pid": 1}, None),
+    ],
+)
+def test_how_many_address_spaces(alone: FakeKernel, fields: dict[str, Any], spaces: int | None) -> None:
+    holder = survey().holders[0]._replace(**{"devices": {}, **fields})
+    names = iommufd_info.Names(iommufd_info.Unseen(), {}, {3: "/dev/vhost-vdpa-0"})
+    assert names.address_spaces(holder, Sharing([[(holder.pid, 11), (holder.pid, 10)]], [1])) == spaces
 
 
 def test_times() -> None:
