@@ -44,7 +44,8 @@ class Account(NamedTuple):
     `ways` are those in which it can pin memory, by their names in WAYS, None in it for an iommufd whose mode is not
     known; None for all of it where its descriptors could not be looked at. `initial`: whether it is in the initial user
     namespace, None where that could not be told. `limit` is the soft RLIMIT_MEMLOCK, None for unlimited. `holder`:
-    whether it pins nothing, but holds what another process pins by; None where that could not be told.
+    whether it pins nothing, but holds what another process pins by; None where that could not be told. `locks`: whether
+    its command line has it lock its memory itself.
     """
 
     pid: int
@@ -56,6 +57,7 @@ class Account(NamedTuple):
     locked: int
     limit: int | None
     holder: bool | None = False
+    locks: bool | None = None
 
     @property
     def capable(self) -> bool | None:
@@ -236,6 +238,11 @@ def _side_by_side(account: Account) -> list[str]:
         notes.append(
             "It holds a legacy container, too. What it pins by that and what it pins by its iommufd are both added to"
             " VmLck, and compared with one limit."
+        )
+    if account.locks and not account.capable and (_has(account, LEGACY) or _has(account, IOMMUFD_PROCESS)):
+        notes.append(
+            "It locks its memory itself (mem-lock=on), too. That is added to VmLck beside what it pins, and compared"
+            " with one limit."
         )
     if _has(account, VDPA):
         notes.append(

@@ -55,6 +55,10 @@ _READ_AT_ONCE = 16384
 _CMDLINE_MAX = 2**18
 _ARGUMENTS_MAX = 8192
 
+# How long the path of a program is that is told. Any user may have thousands of processes with long ones.
+_PROGRAM_MAX = 1024
+_DELETED = b" (deleted)"
+
 # The largest C int: a pid or descriptor beyond it would reach the kernel cut to another one.
 _INT_MAX = 2**31 - 1
 
@@ -393,6 +397,20 @@ class Process(NamedTuple):
         It may have changed that, and have it lead to gigabytes of its memory (prctl(2), PR_SET_MM_ARG_START).
         """
         return self.read("cmdline", _CMDLINE_MAX).split(b"\0", _ARGUMENTS_MAX)[:-1]
+
+    def program(self) -> bytes | None:
+        """The path of its program, in its own mount namespace; None where this caller may not look, or it is too long.
+
+        It is the path that the program had, where another file has taken its place. It counts once `check_alive` has
+        passed after it.
+        """
+        try:
+            path = os.readlink(f"/proc/{self.pid}/exe".encode())
+        except OSError:
+            return None
+        # See d_path() in fs/d_path.c.
+        path = path[: -len(_DELETED)] if path.endswith(_DELETED) else path
+        return path if len(path) <= _PROGRAM_MAX else None
 
     def memlock(self) -> Limit:
         """Its RLIMIT_MEMLOCK. Raises ProcessGone or AccessRefused."""

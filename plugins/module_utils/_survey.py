@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import stat
 import struct
 import time
 from collections.abc import Collection, Container, Iterator
@@ -35,7 +36,7 @@ from ._iommufd import (
     misc_rdev,
 )
 from ._process import Descriptors, Limit, Process, Status, number_in, parse_stat, parse_status, read_file
-from ._qemu import guest_memory, guest_name, is_session_domain
+from ._qemu import guest_name, is_session_domain, look_at_guest
 from ._sharing import Descriptor, Owner, Sharing, compare
 from ._tables import CONTAINERS, LARGE, TOO_MANY, TOO_MANY_HOLDERS, Budget, Tables, who_pays
 
@@ -49,6 +50,9 @@ _IOAS_GAP = 32
 _IOASES_MAX = 1024
 _NODES_MAX = IOMMUFDS_MAX
 _NAME_MAX = 255
+
+# What is read of a file that a command line names, in bytes.
+_CONFIG_MAX = 2**16
 
 # In seconds: how long one process may keep us, what that counts when it does, how long all of a user's processes may,
 # and how long all together.
@@ -111,9 +115,10 @@ class HeldIommufd(NamedTuple):
 class Holder(NamedTuple):
     """A process that holds what memory is pinned by, or, with `iommufds` None, may: it does not let this caller look.
 
-    `name`, `memory_bytes` and `session` are what its command line says of its guest, the name decoded as file names
-    are. `devices` are the device nodes that it has open, by descriptor: those that were asked for, and legacy
-    containers. `more`: it has iommufds, or descriptors, that were not looked at.
+    `name`, `memory_bytes`, `locks_memory` and `session` are what its command line says of its guest, and `program` is
+    the path of its program, None where that is unknown. Paths and names are decoded as file names are. `devices` are
+    the device nodes that it has open, by descriptor: those that were asked for, and legacy containers. `more`: it has
+    iommufds, or descriptors, that were not looked at.
     """
 
     pid: int
@@ -125,8 +130,10 @@ class Holder(NamedTuple):
     memlock: Limit
     units: tuple[str | None, str | None]
     initial: bool | None
+    program: str | None
     name: str | None
     memory_bytes: int | None
+    locks_memory: bool | None
     session: bool
     devices: dict[int, int]
     iommufds: list[HeldIommufd] | None
@@ -173,6 +180,7 @@ class Holder(NamedTuple):
             locked=self.status.locked_bytes,
             limit=self.memlock.soft,
             holder=holder,
+            locks=self.locks_memory,
         )
 
     def to_json(self) -> list[Any]:
@@ -553,8 +561,10 @@ def _ask_iommufd(iommufd: IommuFd, fd: int, subject: str) -> HeldIommufd:
 
 def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommufd] | None, more: bool) -> Holder:
     # What the process may have changed at will, and to any length: it is not kept.
+    program = process.program()
     arguments = process.arguments()
-    guest = guest_name(arguments)
+    name = guest_name(arguments)
+    guest = look_at_guest(program or b"".join(arguments[:1]), arguments, partial(_read_config, process))
     return Holder(
         pid=process.pid,
         comm=process.comm,
@@ -565,13 +575,37 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
         memlock=process.memlock(),
         units=process.units(),
         initial=process.in_initial_user_namespace(),
-        name=None if guest is None else _shortened(os.fsdecode(guest)),
-        memory_bytes=guest_memory(arguments),
+        program=None if program is None else os.fsdecode(program),
+        name=None if name is None else _shortened(os.fsdecode(name)),
+        memory_bytes=guest.memory,
+        locks_memory=guest.locks,
         session=is_session_domain(arguments),
         devices=devices,
         iommufds=iommufds,
         more=more,
     )
+
+
+def _read_config(process: Process, path: bytes) -> bytes | None:
+    """A file that a process names, if the path means the same here, and nobody but root decides what is there.
+
+    Anybody may name a file that root is not to open, or that never ends.
+    """
+    # Hardly anybody names one, and a module pays for each import on each host anew.
+    from ._paths import reopen, walk
+
+    with contextlib.suppress(OSError, IommufdError):
+        there = [os.readlink(f"/proc/{process.pid}/{each}") for each in ("root", "ns/mnt")]
+        if there == ["/", os.readlink("/proc/self/ns/mnt")] and os.readlink("/proc/self/root") == "/":
+            with walk(os.fsdecode(path), follow=True, program=True) as place:
+                if place.found is not None and place.status is not None and stat.S_ISREG(place.status.st_mode):
+                    fd = reopen(place.found)
+                    try:
+                        text = os.read(fd, _CONFIG_MAX + 1)
+                    finally:
+                        os.close(fd)
+                    return text if len(text) <= _CONFIG_MAX else None
+    return None
 
 
 def _shortened(name: str) -> str:

@@ -432,6 +432,12 @@ processes:
       description: When it started, in ISO 8601 and UTC, by the clock as it is set now.
       type: str
       sample: "2026-11-22T09:41:07Z"
+    emulator:
+      description:
+        - The path of its program, as in its own mount namespace. It stays the same when another file takes that place.
+        - V(null) where this caller may not look, or where it has more than 1024 bytes.
+      type: str
+      sample: /usr/bin/qemu-system-x86_64
     name:
       description:
         - The name of its guest on its command line (C(-name)); V(null) where there is none. Nobody vouches for it.
@@ -463,9 +469,21 @@ processes:
       type: bool
       sample: true
     memory_bytes:
-      description: The guest's memory by QEMU's option C(-m); V(null) where that is missing or unreadable.
+      description:
+        - The memory of QEMU's guest by its command line, be it by C(-m), C(-machine) or a memory backend; that of
+          cloud-hypervisor's by C(--memory). What is plugged in later is not in it.
+        - A file for C(-readconfig) is read where its absolute path means the same to this module, and nobody but root
+          can write it.
+        - V(null) for other programs, and where that is missing or unreadable.
       type: int
       sample: 67108864
+    locks_memory:
+      description:
+        - Whether QEMU's command line has it lock its memory itself, by C(-overcommit mem-lock=on) or C(-realtime
+          mlock=on). Under V(process), that is charged beside what is pinned.
+        - V(null) for other programs, and where that is unreadable.
+      type: bool
+      sample: false
     pinned_bytes:
       description: The memory that it has pinned (C(VmPin) in C(/proc/PID/status)), by whatever means.
       type: int
@@ -1026,6 +1044,7 @@ def process_row(
         "uid": status.uid,
         "user": holder.user,
         "started": iso8601(holder.started),
+        "emulator": None if holder.program is None else shown_text(holder.program),
         "name": None if holder.name is None else shown_text(holder.name),
         "domain": domain,
         "domain_uri": uri,
@@ -1033,6 +1052,7 @@ def process_row(
         "user_unit": holder.units[1],
         "initial_user_namespace": holder.initial,
         "memory_bytes": holder.memory_bytes,
+        "locks_memory": holder.locks_memory,
         "pinned_bytes": status.pinned_bytes,
         "locked_bytes": status.locked_bytes,
         **memlock_row(holder.memlock.soft),

@@ -8,8 +8,10 @@ import errno
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, Callable
 
 import pytest
@@ -526,6 +528,46 @@ def test_more_than_is_told_of_one(alone: FakeKernel, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_survey, "IOMMUFDS_MAX", 1)
     alone.ioases = {}
     assert survey().holders[0].more
+
+
+def test_what_the_program_is(alone: FakeKernel) -> None:
+    (holder,) = survey().holders
+    assert holder.program == os.path.realpath(sys.executable)
+    # It is no VMM that anything is known of.
+    assert (holder.memory_bytes, holder.locks_memory) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "text", "read"),
+    [
+        ("vm.cfg", 0o644, b"[memory]", b"[memory]"),
+        ("vm.cfg", 0o644, b"", b""),
+        ("vm.cfg", 0o666, b"[memory]", None),
+        ("vm.cfg", 0o644, b"x" * (_survey._CONFIG_MAX + 1), None),
+        ("none.cfg", 0o644, b"[memory]", None),
+        (".", 0o644, b"", None),
+    ],
+)
+def test_a_file_that_it_names(
+    held: Process, tmp_path: Path, name: str, mode: int, text: bytes, read: bytes | None
+) -> None:
+    (tmp_path / "vm.cfg").write_bytes(text)
+    (tmp_path / "vm.cfg").chmod(mode)
+    assert _survey._read_config(held, os.fsencode(tmp_path / name)) == read
+    # Relative to what?
+    assert _survey._read_config(held, name.encode()) is None
+
+
+def test_a_file_that_never_ends(held: Process, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "vm.cfg")
+    assert _survey._read_config(held, os.fsencode(tmp_path / "vm.cfg")) is None
+
+
+def test_a_process_that_has_other_files(held: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vm.cfg").write_bytes(b"[memory]")
+    readlink = os.readlink
+    monkeypatch.setattr(os, "readlink", lambda path: "mnt:[1]" if str(path) == "/proc/self/ns/mnt" else readlink(path))
+    assert _survey._read_config(held, os.fsencode(tmp_path / "vm.cfg")) is None
 
 
 def test_a_status_of_nobody() -> None:

@@ -32,7 +32,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     parse_stat,
     parse_status,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_memory, guest_name
+from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_name, look_at_guest
 from ansible_collections.virt.iommufd.plugins.module_utils._running import parse_domain_record
 from ansible_collections.virt.iommufd.plugins.module_utils._systemd import parse_units
 from ansible_collections.virt.iommufd.plugins.module_utils._target import UnitTarget
@@ -57,7 +57,8 @@ PARSERS: list[Callable[[bytes], Any]] = [
     parse_file_capabilities,
     library_version,
     lambda text: guest_name(text.split(b"\0")),
-    lambda text: guest_memory(text.split(b"\0")),
+    lambda text: look_at_guest(b"qemu", text.split(b"\0"), lambda path: path),
+    lambda text: look_at_guest(b"cloud-hypervisor", text.split(b"\0"), lambda path: path),
     lambda text: [daemon_unit_of(each) for each in parse_units(text.decode("utf-8", "backslashreplace"))],
     lambda text: offers_iommufd(text.decode("utf-8", "surrogateescape")),
 ]
@@ -81,6 +82,9 @@ PIECES = [
         b",,",
         b"&lol;",
         b"-m\0",
+        b"-object\0{",
+        b'-readconfig\0[memory]\nsize="',
+        b"--memory\0size=",
         b"CapEff:\t0\nCapPrm:\t0\nCapBnd:\t1ff\n",
         b"VmPin:\t 8 kB\n",
         b"flags:\t0",
