@@ -37,6 +37,7 @@ __all__ = (
     "find_iommu_groups",
     "find_iommus",
     "find_module",
+    "find_vdpa_nodes",
     "find_vfio_nodes",
     "look_at_node",
     "read_hidepid",
@@ -184,6 +185,18 @@ def find_vfio_nodes() -> dict[int, VfioNode]:
         if rdev is not None and number:
             group = int(number.group(1))
             found[rdev] = VfioNode(f"/dev/vfio/{name}", groups.get(group, []), group, of_group=True)
+    return found
+
+
+def find_vdpa_nodes() -> dict[int, str]:
+    """The device nodes of vDPA by their device numbers, for devices that programs drive. See drivers/vhost/vdpa.c."""
+    found = {}
+    folder = f"{_SYS}/bus/vdpa/devices"
+    for device in _entries(folder):
+        for name in _entries(f"{folder}/{device}"):
+            rdev = _rdev(f"{folder}/{device}/{name}/dev") if name.startswith("vhost-vdpa-") else None
+            if rdev is not None:
+                found[rdev] = f"/dev/{name}"
     return found
 
 

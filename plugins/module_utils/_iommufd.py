@@ -43,6 +43,7 @@ __all__ = (
     "UNCHANGED",
     "UNSUPPORTED",
     "USER",
+    "VFIO_CONTAINER",
     "VFIO_CONTAINER_RDEV",
     "Answer",
     "IommuFd",
@@ -76,7 +77,7 @@ FAILED = "failed"
 # A value that no option has. See IommuFd.probe.
 _NO_VALUE = 2**64 - 1
 
-_VFIO_CONTAINER = "/dev/vfio/vfio"
+VFIO_CONTAINER = "/dev/vfio/vfio"
 _MISC_MAJOR = 10
 _MISC_DEVICES = "/sys/class/misc"
 VFIO_CONTAINER_RDEV = os.makedev(_MISC_MAJOR, 196)
@@ -360,7 +361,7 @@ def parse_misc(text: bytes) -> int | None:
 def _vfio_container_is_iommufd() -> bool:
     """Whether a VFIO container that we open ourselves answers as an iommufd does."""
     try:
-        fd = os.open(_VFIO_CONTAINER, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(VFIO_CONTAINER, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:

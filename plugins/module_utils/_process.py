@@ -55,6 +55,10 @@ _READ_AT_ONCE = 16384
 _CMDLINE_MAX = 2**18
 _ARGUMENTS_MAX = 8192
 
+# How long the path of a program is that is told. Any user may have thousands of processes with long ones.
+_PROGRAM_MAX = 1024
+_DELETED = b" (deleted)"
+
 # The largest C int: a pid or descriptor beyond it would reach the kernel cut to another one.
 _INT_MAX = 2**31 - 1
 
@@ -288,6 +292,14 @@ def parse_pidfd(text: bytes) -> int:
     return int(found.group(1))
 
 
+def parse_flags(text: bytes) -> int:
+    """The flags that a descriptor was opened with, in the text of /proc/PID/fdinfo/N. Raises IommufdError."""
+    found = re.search(rb"^flags:\s*([0-7]{1,16})$", text, re.MULTILINE)
+    if not found:
+        raise IommufdError(f"/proc/PID/fdinfo cannot be read: no flags in {printable(text[:200])!r}.")
+    return int(found.group(1), 8)
+
+
 def _yama() -> str:
     try:
         return "kernel.yama.ptrace_scope is " + read_file("/proc/sys/kernel/yama/ptrace_scope").decode("ascii").strip()
@@ -386,6 +398,20 @@ class Process(NamedTuple):
         """
         return self.read("cmdline", _CMDLINE_MAX).split(b"\0", _ARGUMENTS_MAX)[:-1]
 
+    def program(self) -> bytes | None:
+        """The path of its program, in its own mount namespace; None where this caller may not look, or it is too long.
+
+        It is the path that the program had, where another file has taken its place. It counts once `check_alive` has
+        passed after it.
+        """
+        try:
+            path = os.readlink(f"/proc/{self.pid}/exe".encode())
+        except OSError:
+            return None
+        # See d_path() in fs/d_path.c.
+        path = path[: -len(_DELETED)] if path.endswith(_DELETED) else path
+        return path if len(path) <= _PROGRAM_MAX else None
+
     def memlock(self) -> Limit:
         """Its RLIMIT_MEMLOCK. Raises ProcessGone or AccessRefused."""
         try:
@@ -457,6 +483,18 @@ class Process(NamedTuple):
             self.check_alive()
             gone, refused = DescriptorGone(self._no_descriptor(fd)), self._refused("look at its descriptors", exc)
             raise _error(exc, "statx", f"descriptor {fd} of {self}", gone, refused) from exc
+
+    def is_path_only(self, fd: int) -> bool:
+        """Whether descriptor `fd` was opened with O_PATH, as the kernel tells it without anything being shared.
+
+        Raises DescriptorGone, and what `read` does.
+        """
+        try:
+            return parse_flags(self.read(f"fdinfo/{fd}")) & os.O_PATH != 0
+        except IommufdError as exc:
+            if isinstance(exc.__cause__, FileNotFoundError):
+                raise DescriptorGone(self._no_descriptor(fd)) from exc
+            raise
 
     def link(self, fd: int) -> str:
         """What descriptor `fd` is open on, as the kernel names it, escaped to be printable."""

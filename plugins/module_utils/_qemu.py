@@ -2,54 +2,191 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Private to this collection: what QEMU's command line says of its guest. Whoever started it chose that text."""
+"""Private to this collection: what a VMM's command line says of its guest. Whoever started it chose that text.
+
+How QEMU reads it is in its system/vl.c and util/cutils.c, qemu_strtosz().
+"""
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Callable, NamedTuple, Optional
 
+from ._errors import IommufdError
+from ._foreign import parse_answer
 from ._size import SIZE_MAX
 
-__all__ = ("guest_memory", "guest_name", "is_session_domain")
+__all__ = ("Guest", "guest_name", "is_session_domain", "look_at_guest")
 
 _SESSION_FOLDER = re.compile(rb"/libvirt/qemu/lib/domain-[0-9]+-")
 
-_UNITS = {b"b": 1, b"k": 2**10, b"m": 2**20, b"g": 2**30, b"t": 2**40}
+_UNITS = {b"b": 1, b"k": 2**10, b"m": 2**20, b"g": 2**30, b"t": 2**40, b"p": 2**50, b"e": 2**60}
+_SIZE = re.compile(rb"([0-9]{1,18})(?:\.([0-9]{1,18}))?([bkmgtpe]?)")
+_BOOLEANS = {**dict.fromkeys((b"on", b"yes", b"true", b"y"), True), **dict.fromkeys((b"off", b"no", b"false"), False)}
+_BOOLEANS |= {b"n": False, b"on-fault": True}
+
+# Options that take properties, with the group that they belong to in a file for -readconfig, and their first property.
+_GROUPS = {
+    b"m": (b"memory", b"size"),
+    b"M": (b"machine", b"type"),
+    b"machine": (b"machine", b"type"),
+    b"object": (b"object", b"qom-type"),
+    b"overcommit": (b"overcommit", b""),
+    b"realtime": (b"realtime", b""),
+}
+_LOCKING = (b"overcommit", b"realtime")
+# How many files for -readconfig are looked at. One is what there is.
+_FILES_MAX = 8
+# [group] or [group "id"], and key = "value"
+_HEADER = re.compile(rb'\[([^\]" ]{1,63})(?: "([^"]{1,63})")?\]')
+_SETTING = re.compile(rb'([^ =]{1,63}) *= *"([^"]{0,1023})"')
+
+Properties = dict[bytes, bytes]
+# The text of a file that is named on a command line; None where it is not to be read.
+Read = Callable[[bytes], Optional[bytes]]
 
 
-def _properties(arguments: list[bytes], option: bytes, implied: bytes) -> dict[bytes, bytes]:
-    """The properties that were given with an option, however often: `-option implied,key=value,...`.
+class Guest(NamedTuple):
+    """What is said of a guest: its memory in bytes, and whether the VMM locks it itself; None where that is unknown."""
 
-    A comma in a value is written twice; the first property may be given without its key. Later ones win.
-    """
+    memory: int | None = None
+    locks: bool | None = None
+
+
+def _split(text: bytes, implied: bytes) -> Properties:
+    """The properties in `implied,key=value,...`. A comma in a value is written twice, and a key alone is set to on."""
     found = {}
-    spelled = (b"-" + option, b"--" + option)
-    for each, value in zip(arguments, arguments[1:]):
-        if each in spelled:
-            for position, part in enumerate(value.replace(b",,", b"\0").split(b",")):
-                key, equals, text = part.partition(b"=")
-                if not equals and position == 0:
-                    key, text = implied, part
-                found[key] = text.replace(b"\0", b",")
+    for position, part in enumerate(text.replace(b",,", b"\0").split(b",")):
+        key, equals, value = part.partition(b"=")
+        if not equals:
+            key, value = (implied, part) if implied and position == 0 else (part, b"on")
+        found[key] = value.replace(b"\0", b",")
     return found
+
+
+def _options(arguments: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """Options with what follows them. QEMU takes one dash as well as two."""
+    for option, value in zip(arguments, arguments[1:]):
+        if option[:1] == b"-":
+            yield option[2:] if option[:2] == b"--" else option[1:], value
 
 
 def guest_name(arguments: list[bytes]) -> bytes | None:
     """The guest's name in `-name guest=NAME,...`; None where there is none."""
-    return _properties(arguments, b"name", b"guest").get(b"guest")
-
-
-def guest_memory(arguments: list[bytes]) -> int | None:
-    """The guest's memory in bytes, from `-m size=SIZE,...`, which counts MiB without a suffix.
-
-    None without, and where it says more than any size has.
-    """
-    size = _properties(arguments, b"m", b"size").get(b"size", b"")
-    found = re.fullmatch(rb"([0-9]{1,18})([bkmgt]?)", size.lower())
-    memory = int(found.group(1)) * _UNITS[found.group(2) or b"m"] if found else None
-    return None if memory is None or memory > SIZE_MAX else memory
+    found: Properties = {}
+    for option, value in _options(arguments):
+        if option == b"name":
+            found.update(_split(value, b"guest"))
+    return found.get(b"guest")
 
 
 def is_session_domain(arguments: list[bytes]) -> bool:
     """Whether a user's own libvirt seems to have started it: the folder it keeps for the guest is in a home."""
     return bool(_SESSION_FOLDER.search(b"\0".join(arguments)))
+
+
+def look_at_guest(program: bytes, arguments: list[bytes], read: Read) -> Guest:
+    """What is said of the guest of a VMM, by the path of its program. Others may mean something else by an option."""
+    name = program.rpartition(b"/")[2]
+    if b"qemu" in name or name == b"kvm":
+        return _of_qemu(arguments, read) if arguments else Guest()
+    if name.startswith(b"cloud-hypervisor"):
+        return Guest(_memory_of_cloud_hypervisor(arguments))
+    return Guest()
+
+
+def _of_qemu(arguments: list[bytes], read: Read) -> Guest:
+    settings: defaultdict[bytes, list[Properties]] = defaultdict(list)
+    # Whether a file may have another memory than what came after it, and whether one may have memory locked.
+    lacks_memory = lacks_locks = False
+    files = 0
+    for option, value in _options(arguments):
+        if option in _GROUPS:
+            group, implied = _GROUPS[option]
+            found = _from_json(value) if value[:1] == b"{" else _split(value, implied)
+            settings[group].append(found)
+            lacks_memory = lacks_memory and not (group == b"memory" and b"size" in found)
+        elif option == b"readconfig":
+            files += 1
+            text = read(value) if files <= _FILES_MAX else None
+            lacks_memory = lacks_memory or text is None
+            for group, found in _sections(text or b""):
+                # It depends on the version whether such a section has any effect.
+                lacks_locks = lacks_locks or group in _LOCKING
+                settings[group if group not in _LOCKING else b""].append(found)
+            lacks_locks = lacks_locks or text is None
+    return Guest(None if lacks_memory else _memory(settings), _locks(settings, lacks_locks))
+
+
+def _from_json(text: bytes) -> Properties:
+    """The properties of an object that is given as JSON. What is no text or number is of no interest."""
+    try:
+        given = parse_answer(text)
+    except IommufdError:
+        return {}
+    found = given.items() if isinstance(given, dict) else ()
+    return {
+        key.encode("utf-8", "replace"): str(value).encode("utf-8", "replace")
+        for key, value in found
+        if isinstance(value, (int, str))
+    }
+
+
+def _sections(text: bytes) -> Iterator[tuple[bytes, Properties]]:
+    """The sections of a file for -readconfig, by their groups."""
+    found: Properties = {}
+    for line in text.split(b"\n"):
+        header, setting = _HEADER.match(line.strip()), _SETTING.match(line.strip())
+        if header:
+            found = {b"id": header.group(2)} if header.group(2) else {}
+            yield header.group(1), found
+        elif setting:
+            found[setting.group(1)] = setting.group(2)
+
+
+def _memory(settings: dict[bytes, list[Properties]]) -> int | None:
+    """The memory of QEMU's guest. -m comes before the machine's own properties."""
+    # What a generator has yielded may have grown since.
+    together = {group: {key: value for each in some for key, value in each.items()} for group, some in settings.items()}
+    given, machine = together.get(b"memory", {}), together.get(b"machine", {})
+    if b"size" in given:
+        return _size(given[b"size"], b"m")
+    if b"memory.size" in machine:
+        return _size(machine[b"memory.size"], b"b")
+    backends = [each for each in settings.get(b"object", []) if each.get(b"id") == machine.get(b"memory-backend", b"")]
+    return _size(backends[-1].get(b"size", b""), b"b") if backends else None
+
+
+def _locks(settings: dict[bytes, list[Properties]], lacks: bool) -> bool | None:
+    """Whether QEMU locks its memory; `lacks`: not all that decides is known."""
+    said = [each[b"mem-lock"] for each in settings.get(b"overcommit", []) if b"mem-lock" in each]
+    # Of this one, which older versions have, it is the default.
+    said += [each.get(b"mlock", b"on") for each in settings.get(b"realtime", [])]
+    found = {_BOOLEANS.get(each) for each in said}
+    if found - {False}:
+        # Where they differ, it depends on the version which of them counts.
+        return True if found == {True} else None
+    return None if lacks else False
+
+
+def _size(text: bytes, unit: bytes) -> int | None:
+    """A size as QEMU reads it, in this unit without a suffix. None for what is no size, or more than any has."""
+    found = _SIZE.fullmatch(text.lower())
+    if not found:
+        return None
+    whole, part, suffix = found.groups(b"")
+    digits = 10 ** len(part)
+    size = (2 * int(whole + part) * _UNITS[suffix or unit] + digits) // (2 * digits)
+    # Without any, it has what its version takes for the default.
+    return size if 0 < size <= SIZE_MAX else None
+
+
+def _memory_of_cloud_hypervisor(arguments: list[bytes]) -> int | None:
+    """The memory of a guest of cloud-hypervisor. With zones, it is theirs. See vmm/src/config.rs."""
+    words = [word for each in arguments for word in (each.split(b"=", 1) if each.startswith(b"--memory") else [each])]
+    if b"--memory-zone" in words or words.count(b"--memory") != 1 or words[-1] == b"--memory":
+        return None
+    size = _split(words[words.index(b"--memory") + 1], b"").get(b"size", b"")
+    return _size(size, b"b") if re.fullmatch(rb"[0-9]{1,18}[KMG]?", size) else None

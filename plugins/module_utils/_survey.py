@@ -2,29 +2,32 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Private to this collection: the processes of this host that hold an iommufd, and what they hold."""
+"""Private to this collection: the processes of this host that hold what memory is pinned by, and what they hold."""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
 import os
+import stat
 import struct
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+from ._accounting import LEGACY, VDPA
 from ._borrow import IOMMUFDS_MAX, Swapped, borrow_iommufd
-from ._budget import Account
 from ._capabilities import CAP_IPC_LOCK, capability_names
+from ._charges import Account, way_of
 from ._child import ask_child, in_child
 from ._errors import DescriptorGone, IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import (
     HUGE_PAGES,
     RLIMIT_MODE,
     UNSUPPORTED,
+    VFIO_CONTAINER,
     VFIO_CONTAINER_RDEV,
     IommuFd,
     can_be_set,
@@ -33,7 +36,8 @@ from ._iommufd import (
     misc_rdev,
 )
 from ._process import Descriptors, Limit, Process, Status, number_in, parse_stat, parse_status, read_file
-from ._qemu import guest_memory, guest_name, is_session_domain
+from ._qemu import guest_name, is_session_domain, look_at_guest
+from ._sharing import Descriptor, Owner, Sharing, compare
 from ._tables import CONTAINERS, LARGE, TOO_MANY, TOO_MANY_HOLDERS, Budget, Tables, who_pays
 
 __all__ = ("HeldIommufd", "Holder", "Survey", "survey")
@@ -44,8 +48,11 @@ _IOAS_GAP = 32
 
 # How many IOASes of a process are told, how many of its device nodes, and how much of a name.
 _IOASES_MAX = 1024
-_NODES_MAX = 256
+_NODES_MAX = IOMMUFDS_MAX
 _NAME_MAX = 255
+
+# What is read of a file that a command line names, in bytes.
+_CONFIG_MAX = 2**16
 
 # In seconds: how long one process may keep us, what that counts when it does, how long all of a user's processes may,
 # and how long all together.
@@ -59,6 +66,9 @@ _BATCH = 256
 _HOLDERS_AT_ONCE = 16
 _PULSE = 0.5
 
+# What iommufds are open on, in the place of a device number: they may have two.
+_IOMMUFD = -1
+
 # An index in a list of processes, which child and parent share.
 _POSITION = struct.Struct("=q")
 
@@ -67,7 +77,14 @@ _NOTHING_PINNED = b"\nVmPin:\t       0 kB\n"
 
 _CURE = "That takes root with CAP_SYS_PTRACE (become: true) on the host itself, and kernel.yama.ptrace_scope below 3."
 _LEADERLESS = "The first thread has ended while others run on, which puts the descriptors out of reach."
-_TOO_MANY_IOMMUFDS = f"It has more than {IOMMUFDS_MAX} iommufds, or IOASes, than are looked at."
+_TOO_MANY_IOMMUFDS = (
+    f"It has more iommufds, IOASes or device nodes than are looked at, which are {IOMMUFDS_MAX} iommufds and as many"
+    " nodes of a process."
+)
+_UNKNOWN_CONTAINER = (
+    f"It has {VFIO_CONTAINER} open, which is either VFIO's legacy container or an iommufd. This caller may not open it,"
+    " and so cannot tell which. It is given as a legacy container."
+)
 _SWAPS = "It puts other files in the place of its iommufds while they are looked at."
 _KEEPS_WAITING = (
     f"It, or another process of its user, keeps whoever looks at it waiting. All of a user's may do so for {_OF_USER}"
@@ -96,10 +113,11 @@ class HeldIommufd(NamedTuple):
 
 
 class Holder(NamedTuple):
-    """A process that holds an iommufd, or, with `iommufds` None, may hold one: it does not let this caller look.
+    """A process that holds what memory is pinned by, or, with `iommufds` None, may: it does not let this caller look.
 
-    `name`, `memory_bytes` and `session` are what its command line says of its guest, the name decoded as file names
-    are. `devices` are the device nodes that it has open of those that were asked for, by descriptor. `more`: it has
+    `name`, `memory_bytes`, `locks_memory` and `session` are what its command line says of its guest, and `program` is
+    the path of its program, None where that is unknown. Paths and names are decoded as file names are. `devices` are
+    the device nodes that it has open, by descriptor: those that were asked for, and legacy containers. `more`: it has
     iommufds, or descriptors, that were not looked at.
     """
 
@@ -107,33 +125,62 @@ class Holder(NamedTuple):
     comm: str
     user: str | None
     started: float
+    start_ticks: int
     status: Status
     memlock: Limit
     units: tuple[str | None, str | None]
     initial: bool | None
+    program: str | None
     name: str | None
     memory_bytes: int | None
+    locks_memory: bool | None
     session: bool
     devices: dict[int, int]
     iommufds: list[HeldIommufd] | None
     more: bool
 
-    def account(self) -> Account:
-        """What matters for what it is charged. Memory is pinned through an IOAS, so iommufds with one decide."""
-        modes = None
+    def containers(self) -> list[int]:
+        """The descriptors of its legacy containers."""
+        return [fd for fd, rdev in self.devices.items() if rdev == VFIO_CONTAINER_RDEV]
+
+    def descriptors(self) -> Iterator[Descriptor]:
+        """What others may have, too."""
+        payer = who_pays(self.status.uid)
+        for each in self.iommufds or ():
+            yield Descriptor(self.pid, each.fd, _IOMMUFD, self.start_ticks, payer)
+        for fd, rdev in self.devices.items():
+            yield Descriptor(self.pid, fd, rdev, self.start_ticks, payer)
+
+    def owner(self) -> Owner:
+        """What matters for whether it is a VMM, or only has what VMMs have."""
+        fds = None if self.iommufds is None or self.more else [each.fd for each in self.descriptors()]
+        # What a legacy container pins shows in VmLck alone.
+        pins = self.status.pinned_bytes or (self.containers() and self.status.locked_bytes)
+        return Owner(self.pid, fds, bool(pins))
+
+    def account(self, vdpa: Container[int], holder: bool | None = False) -> Account:
+        """What matters for what it is charged; `vdpa` are the numbers of vDPA devices, `holder` is Account's.
+
+        Memory is pinned through an IOAS, so iommufds with one decide.
+        """
+        ways = None
         if self.iommufds is not None:
             used = [each for each in self.iommufds if each.ioases or each.rlimit_mode is None] or self.iommufds
             # One that was not looked at may have any mode.
-            modes = frozenset([each.rlimit_mode for each in used] + [None] * self.more)
+            ways = {way_of(each.rlimit_mode) for each in used} | ({None} if self.more else set())
+            ways.update([LEGACY] if self.containers() else [])
+            ways.update(VDPA for rdev in self.devices.values() if rdev in vdpa)
         return Account(
             pid=self.pid,
             uid=self.status.uid,
-            modes=modes,
+            ways=None if ways is None else frozenset(ways),
             ipc_lock=CAP_IPC_LOCK in capability_names(self.status.effective),
             initial=self.initial,
             pinned=self.status.pinned_bytes,
             locked=self.status.locked_bytes,
             limit=self.memlock.soft,
+            holder=holder,
+            locks=self.locks_memory,
         )
 
     def to_json(self) -> list[Any]:
@@ -163,12 +210,13 @@ Reasons = dict[str, list[int]]
 
 @dataclass
 class Survey:
-    """What was seen. `others_pinned`: by user, what processes have pinned of which no iommufd was looked at.
+    """What was seen. `others_pinned`: by user, what processes have pinned of which no such thing was looked at.
 
-    `unseen`: the users of such processes that may hold one all the same. The rest is what was not seen, each a reason
+    `unseen`: the users of such processes that may hold some all the same. The rest is what was not seen, each a reason
     and the processes: `hidden` as a whole, `closed` their descriptors, or some of them, and `refused` their iommufds.
     `leaderless` are those whose first thread has ended, until it is known whether the others will too, and `large`
-    those that wait for the end, with the sizes of their tables.
+    those that wait for the end, with the sizes of their tables. `blind`: this caller is kept from some processes.
+    `sharing`: which of what they hold is the same.
     """
 
     holders: list[Holder] = field(default_factory=list)
@@ -179,17 +227,31 @@ class Survey:
     refused: Reasons = field(default_factory=dict)
     leaderless: list[int] = field(default_factory=list)
     large: list[tuple[int, int]] = field(default_factory=list)
+    blind: bool = False
+    sharing: Sharing = field(default_factory=Sharing)
+
+    def only_holders(self) -> dict[int, bool | None]:
+        """Of each process, whether it is no VMM but holds what VMMs have, such as a launcher; None if unknown.
+
+        Others may have the same who were not seen: the user's own, root's, or anybody's where this caller is `blind`.
+        """
+        lost = {each.status.uid for each in self.holders if each.pid in self.sharing.unknown}
+        unseen = self.unseen | lost
+        doubtful = {each.pid for each in self.holders if self.blind or self.hidden or unseen & {each.status.uid, 0}}
+        return self.sharing.holders([each.owner() for each in self.holders], doubtful)
 
     def to_json(self) -> list[Any]:
         """What `add` takes."""
         holders = [each.to_json() for each in self.holders]
         pinned = list(self.others_pinned.items())
         unseen = list(self.unseen)
-        return [holders, pinned, unseen, self.hidden, self.closed, self.refused, self.leaderless, self.large]
+        reasons = [self.hidden, self.closed, self.refused]
+        return [holders, pinned, unseen, *reasons, self.leaderless, self.large, self.blind]
 
     def add(self, given: list[Any]) -> None:
         """Adds what another survey came to, which a child of this caller's own has made."""
-        holders, pinned, unseen, hidden, closed, refused, leaderless, large = given
+        holders, pinned, unseen, hidden, closed, refused, leaderless, large, blind = given
+        self.blind = self.blind or blind
         self.holders += [Holder.from_json(each) for each in holders]
         for uid, size in pinned:
             self.others_pinned[uid] = self.others_pinned.get(uid, 0) + size
@@ -204,11 +266,11 @@ class Survey:
 def survey(nodes: Collection[int] = ()) -> Survey:
     """Looks at all processes in /proc. One that ends meanwhile is left out. Raises HostLacks.
 
-    `nodes` are the numbers of other devices of which it is told who has them open beside an iommufd.
+    `nodes` are the numbers of the devices of VFIO and vDPA, of which it is told who has them open.
     """
     result = Survey()
-    if misc_rdev() is None:
-        # Nobody can hold one.
+    if misc_rdev() is None and not nodes and not _may_have_containers():
+        # Nobody can hold anything.
         return result
     look = partial(_look_at_all, result, Budget(), nodes, time.monotonic() + _SECONDS)
     # What containers have comes last, and large tables of descriptors after all others: nobody is to keep others from
@@ -218,7 +280,13 @@ def survey(nodes: Collection[int] = ()) -> Survey:
         look([pid for _size, pid in sorted(result.large, key=lambda each: (_is_of_container(each[1]), each))], True)
     _add_leaderless(result)
     result.holders.sort(key=lambda holder: holder.pid)
+    result.sharing = compare(descriptor for holder in result.holders for descriptor in holder.descriptors())
     return result
+
+
+def _may_have_containers() -> bool:
+    """Whether this kernel has VFIO's containers, which takes sysfs to rule out."""
+    return os.path.exists("/sys/class/misc/vfio") or not os.path.isdir("/sys/class/misc")
 
 
 def _pids() -> Iterator[int]:
@@ -366,7 +434,7 @@ class _Look:
             return
         if found.more:
             seen.closed.setdefault(TOO_MANY, []).append(pid)
-        if self._rdevs(found.devices).isdisjoint(found.devices.values()):
+        if not found.devices:
             if found.more:
                 seen.unseen.add(number_in(text, b"Uid"))
             _add_other(seen, pid, text)
@@ -381,14 +449,17 @@ class _Look:
         _add_other(self._seen, pid, text)
 
     def _rdevs(self, devices: dict[int, int]) -> set[int]:
-        """The numbers that an iommufd has. /dev/vfio/vfio is asked what it is only where somebody has it open."""
+        """The numbers that an iommufd has. /dev/vfio/vfio is asked what it is only where somebody has it open.
+
+        Else it is the legacy container.
+        """
         if VFIO_CONTAINER_RDEV in devices.values() and not self._container_asked:
             self._container_asked = True
             self._iommufds |= iommufd_rdevs({VFIO_CONTAINER_RDEV})
         return self._iommufds
 
     def _add(self, pid: int, payer: int, found: Descriptors | None, more: bool) -> None:
-        """Adds the process if it holds an iommufd still, or does not let this caller look."""
+        """Adds the process if it holds anything still, or does not let this caller look."""
         seen = self._seen
         try:
             with Process.hold(pid) as process:
@@ -398,18 +469,21 @@ class _Look:
                 rdevs = self._rdevs(found.devices)
                 fds = [fd for fd, rdev in found.devices.items() if rdev in rdevs]
                 held, refused, self.swapped = _held_iommufds(process, fds[:IOMMUFDS_MAX], rdevs)
-                if held:
+                nodes = [fd for fd, rdev in found.devices.items() if rdev not in rdevs]
+                devices = _open_nodes(process, found.devices, nodes[:_NODES_MAX])
+                if held or devices:
                     told = _cut(held, self._budget.ioases_left(payer))
-                    many = len(fds) > IOMMUFDS_MAX or told != held
+                    many = len(fds) > IOMMUFDS_MAX or len(nodes) > _NODES_MAX or told != held
                     refused = refused or (_TOO_MANY_IOMMUFDS if many else "")
-                    devices = _still_open(process, found.devices, self._nodes)
                     seen.holders.append(_holder(process, devices, told, more or many or self.swapped))
-                    self._budget.hold(payer, len(told), sum(len(each.ioases) for each in told))
+                    self._budget.hold(payer, len(told) + len(devices), sum(len(each.ioases) for each in told))
+                if VFIO_CONTAINER_RDEV in devices.values() and not os.access(VFIO_CONTAINER, os.R_OK | os.W_OK):
+                    refused = refused or _UNKNOWN_CONTAINER
                 if refused:
                     seen.refused.setdefault(refused, []).append(pid)
-                if not held and refused:
+                if not (held or devices) and refused:
                     seen.unseen.add(process.uid)
-                if not held:
+                if not (held or devices):
                     _add_other(seen, pid)
         except ProcessGone:
             pass
@@ -428,14 +502,16 @@ def _is_leaderless(pid: int) -> bool:
     return False
 
 
-def _still_open(process: Process, devices: dict[int, int], nodes: Collection[int]) -> dict[int, int]:
-    """Those of the nodes that it has still: they were seen before it was held, and may have been another one's."""
+def _open_nodes(process: Process, devices: dict[int, int], fds: list[int]) -> dict[int, int]:
+    """Those of the descriptors that it has still: they were seen before it was held, and may have been another one's.
+
+    What was opened with O_PATH has no driver behind it, and is left out.
+    """
     found: dict[int, int] = {}
-    for fd, rdev in devices.items():
-        if rdev in nodes and len(found) < _NODES_MAX:
-            with contextlib.suppress(DescriptorGone):
-                if process.character_device(fd) == rdev:
-                    found[fd] = rdev
+    for fd in fds:
+        with contextlib.suppress(DescriptorGone):
+            if process.character_device(fd) == devices[fd] and not process.is_path_only(fd):
+                found[fd] = devices[fd]
     return found
 
 
@@ -485,24 +561,51 @@ def _ask_iommufd(iommufd: IommuFd, fd: int, subject: str) -> HeldIommufd:
 
 def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommufd] | None, more: bool) -> Holder:
     # What the process may have changed at will, and to any length: it is not kept.
+    program = process.program()
     arguments = process.arguments()
-    guest = guest_name(arguments)
+    name = guest_name(arguments)
+    guest = look_at_guest(program or b"".join(arguments[:1]), arguments, partial(_read_config, process))
     return Holder(
         pid=process.pid,
         comm=process.comm,
         user=process.user,
         started=process.started(),
+        start_ticks=process.start_ticks,
         status=process.status,
         memlock=process.memlock(),
         units=process.units(),
         initial=process.in_initial_user_namespace(),
-        name=None if guest is None else _shortened(os.fsdecode(guest)),
-        memory_bytes=guest_memory(arguments),
+        program=None if program is None else os.fsdecode(program),
+        name=None if name is None else _shortened(os.fsdecode(name)),
+        memory_bytes=guest.memory,
+        locks_memory=guest.locks,
         session=is_session_domain(arguments),
         devices=devices,
         iommufds=iommufds,
         more=more,
     )
+
+
+def _read_config(process: Process, path: bytes) -> bytes | None:
+    """A file that a process names, if the path means the same here, and nobody but root decides what is there.
+
+    Anybody may name a file that root is not to open, or that never ends.
+    """
+    # Hardly anybody names one, and a module pays for each import on each host anew.
+    from ._paths import reopen, walk
+
+    with contextlib.suppress(OSError, IommufdError):
+        there = [os.readlink(f"/proc/{process.pid}/{each}") for each in ("root", "ns/mnt")]
+        if there == ["/", os.readlink("/proc/self/ns/mnt")] and os.readlink("/proc/self/root") == "/":
+            with walk(os.fsdecode(path), follow=True, program=True) as place:
+                if place.found is not None and place.status is not None and stat.S_ISREG(place.status.st_mode):
+                    fd = reopen(place.found)
+                    try:
+                        text = os.read(fd, _CONFIG_MAX + 1)
+                    finally:
+                        os.close(fd)
+                    return text if len(text) <= _CONFIG_MAX else None
+    return None
 
 
 def _shortened(name: str) -> str:
@@ -511,7 +614,7 @@ def _shortened(name: str) -> str:
 
 
 def _add_other(result: Survey, pid: int, text: bytes | None = None) -> None:
-    """Counts what a process without an iommufd has pinned. `text` is what was said of it, if it was asked for."""
+    """Counts what a process has pinned that holds nothing of this. `text` is what was said of it, if it was asked."""
     try:
         text = text or _status_text(pid)
         # So it is with nearly all processes of a host, and to take the whole text apart costs as much as to read it.
@@ -538,6 +641,7 @@ def _add_closed(result: Survey, pid: int, text: bytes, error: str) -> bool:
     if not status.has_memory:
         return False
     result.closed.setdefault(error, []).append(pid)
+    result.blind = True
     return bool(status.pinned_bytes)
 
 

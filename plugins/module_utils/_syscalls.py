@@ -25,6 +25,7 @@ __all__ = (
     "PR_SET_NO_NEW_PRIVS",
     "PR_SET_PDEATHSIG",
     "character_device",
+    "compare_files",
     "drop_capabilities",
     "have_one_table",
     "join_new_keyring",
@@ -56,6 +57,7 @@ _KEYCTL = {"x86_64": 250, "i386": 288, "i686": 288, "armv7l": 311, "armv8l": 311
 _KEYCTL_GENERIC = 219
 
 # linux/kcmp.h, linux/keyctl.h, linux/capability.h
+_KCMP_FILE = 0
 _KCMP_FILES = 2
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -115,11 +117,24 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
     return _syscall(_PIDFD_GETFD, pidfd, fd, 0)
 
 
+# There may be thousands to compare, and to convert each argument takes as long as the call.
+_kcmp = ctypes.CFUNCTYPE(ctypes.c_long, *(ctypes.c_long,) * 6, use_errno=True)(("syscall", _libc))
+_kcmp_number = _KCMP.get(os.uname().machine, _KCMP_GENERIC)
+
+
 def have_one_table(pid: int, other: int) -> bool:
     """Whether two processes have the same table of descriptors; False where the kernel does not tell. See kcmp(2)."""
     with contextlib.suppress(OSError):
-        return not _syscall(_KCMP.get(os.uname().machine, _KCMP_GENERIC), pid, other, _KCMP_FILES, 0, 0)
+        return not _checked(_kcmp(_kcmp_number, pid, other, _KCMP_FILES, 0, 0))
     return False
+
+
+def compare_files(pid: int, fd: int, other: int, other_fd: int) -> int:
+    """0 where two descriptors, each of a process, are one open file; else 1 or 2, which put open files in an order.
+
+    1 says that the first comes before the other. The order lasts until the next boot. See kcmp(2).
+    """
+    return _checked(_kcmp(_kcmp_number, pid, other, _KCMP_FILE, fd, other_fd))
 
 
 def character_device(path: str, folder: int = _AT_FDCWD) -> int | None:

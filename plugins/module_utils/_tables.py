@@ -31,11 +31,11 @@ _TOLD_OF_PROCESS = 512
 _TOLD_OF_USER = 2**16
 _TOLD = 2**18
 
-# How many processes that hold an iommufd are looked at of one user, and of all, and how many iommufds and IOASes of one
-# user's are told. There is no host with so many VMs.
+# How many processes that hold an iommufd or another device are looked at of one user, and of all, and how many devices
+# and IOASes of one user's are told. There is no host with so many VMs.
 _HOLDERS_OF_USER = 2500
 _HOLDERS = 10000
-_IOMMUFDS_OF_USER = 4096
+_HELD_OF_USER = 4096
 _IOASES_OF_USER = 4096
 
 # Of a larger table it is asked whether it is another process's, too, and so many are kept in mind for that.
@@ -44,11 +44,11 @@ _KEPT = 64
 
 TOO_MANY = (
     f"There are too many descriptors. At most {DESCRIPTORS_MAX} are looked at of one process, {_DESCRIPTORS_OF_USER} of"
-    f" all of a user's processes, and {_DESCRIPTORS} of all on a host. An iommufd among the others is not seen."
+    f" all of a user's processes, and {_DESCRIPTORS} of all on a host. What is among the others is not seen."
 )
 TOO_MANY_HOLDERS = (
-    f"There are too many processes with an iommufd. At most {_HOLDERS_OF_USER} of a user's are looked at, with"
-    f" {_IOMMUFDS_OF_USER} iommufds, and {_HOLDERS} of all."
+    f"There are too many processes with an iommufd, or another device that memory is pinned for. At most"
+    f" {_HOLDERS_OF_USER} of a user's are looked at, with {_HELD_OF_USER} such devices, and {_HOLDERS} of all."
 )
 
 
@@ -68,7 +68,7 @@ class Budget:
         self.descriptors: Counter[int] = Counter()
         self.told: Counter[int] = Counter()
         self.holders: Counter[int] = Counter()
-        self.iommufds: Counter[int] = Counter()
+        self.held: Counter[int] = Counter()
         self.ioases: Counter[int] = Counter()
         self.seconds: defaultdict[int, float] = defaultdict(float)
 
@@ -83,10 +83,10 @@ class Budget:
             mine.update(dict(pairs))
 
     def may_hold(self, payer: int) -> bool:
-        """Whether one more process that holds an iommufd is looked at."""
+        """Whether one more process that holds an iommufd or another device is looked at."""
         return (
             self.holders[payer] < _HOLDERS_OF_USER
-            and self.iommufds[payer] < _IOMMUFDS_OF_USER
+            and self.held[payer] < _HELD_OF_USER
             and self.holders[_ALL] < _HOLDERS
         )
 
@@ -94,11 +94,11 @@ class Budget:
         """How many IOASes may be told still."""
         return max(0, _IOASES_OF_USER - self.ioases[payer])
 
-    def hold(self, payer: int, iommufds: int, ioases: int) -> None:
-        """Notes down a process that holds iommufds."""
+    def hold(self, payer: int, held: int, ioases: int) -> None:
+        """Notes down a process that holds so many iommufds and other devices."""
         for each in (payer, _ALL):
             self.holders[each] += 1
-        self.iommufds[payer] += iommufds
+        self.held[payer] += held
         self.ioases[payer] += ioases
 
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: iommufd_info
-short_description: Report who holds an iommufd, how it is accounted, and what the host supports
+short_description: Report who pins memory for devices, how it is accounted, and what the host supports
 description:
-  - Reports which processes of a host hold an iommufd, who is charged for the memory that they pin, which limit counts,
-    and how much of that limit is left.
+  - Reports which processes of a host pin memory for devices, who is charged for that memory, which limit counts, and
+    how much of that limit is left. Such a process holds an iommufd, a legacy container of VFIO (C(/dev/vfio/vfio)), a
+    device or a group of VFIO, or a vDPA device (C(/dev/vhost-vdpa-N)).
   - The kernel charges memory that devices reach through an iommufd in one of three ways, and decides when the memory is
     mapped. Under B(user) accounting, which is the kernel's default, it adds up all processes of a user, and compares
     the sum with the RLIMIT_MEMLOCK of the one process that maps. Under B(process) accounting, it charges each process
     for itself. With B(none), it charges nobody and checks nothing, because the process has CAP_IPC_LOCK in the initial
     user namespace.
+  - A legacy container always charges the process, and CAP_IPC_LOCK lifts its limit, too. A vDPA device charges the
+    process in another counter, which no capability lifts.
   - Also reports what the host supports, which VMMs it has and with which capabilities, and whether its libvirt sets
     per-process accounting by itself.
   - From this module's return value, the filter P(virt.iommufd.memlock_fit#filter) predicts whether one more VM would
@@ -28,7 +31,7 @@ options:
     description:
       - What to report.
       - V(host) is what the host supports.
-      - V(processes) are the processes that hold an iommufd.
+      - V(processes) are the processes that pin memory for devices, or could.
       - V(users) are the users that per-user accounting charges.
       - V(emulators) adds to V(host) what takes seconds or wakes a service, each at most 30 seconds long. The module
         asks every emulator for its version. It asks the system libvirt for the capabilities of a domain, which may
@@ -47,7 +50,8 @@ options:
       - users
   pids:
     description:
-      - Return only these processes in RV(processes), except those that have ended or hold no iommufd.
+      - Return only these processes in RV(processes), except those that have ended or hold nothing that memory is pinned
+        by.
       - RV(users) is not affected, since a sum over some of a user's processes would be wrong.
     type: list
     elements: int
@@ -85,10 +89,10 @@ notes:
     perf have charged to that user; no file shows that. Nor does a file show that a process was charged to its user
     before it got CAP_IPC_LOCK.
   - B(Bounds.) Any user may have descriptors and processes without end, so the module stops at a limit. It looks at
-    262144 descriptors and 256 iommufds of a process, and at 1048576 descriptors, 2500 processes that hold an iommufd,
-    and 4096 iommufds of a user. A process may delay the module for 10 seconds, and one user's processes may do so three
-    times. Names are cut at 255 characters. RV(host.limits_of_view) names what the module did not look at, and the
-    accounting of such a process is V(null).
+    262144 descriptors, 256 iommufds and 256 nodes of other devices of a process. Of a user, it looks at 1048576
+    descriptors, 2500 processes that hold such things, and 4096 of the things. A process may delay the module for 10
+    seconds, and one user's processes may do so three times. Names are cut at 255 characters. RV(host.limits_of_view)
+    names what the module did not look at, and the accounting of such a process is V(null).
   - B(Threads.) Limits, capabilities and descriptors are those of a process's first thread.
 seealso:
   - plugin: virt.iommufd.memlock_fit
@@ -146,8 +150,9 @@ host:
         what:
           description:
             - V(processes) where there may be processes that this caller does not see at all.
-            - V(descriptors) where it is unknown whether some processes hold an iommufd.
-            - V(iommufds) where an iommufd was found but could not be queried.
+            - V(descriptors) where it is unknown whether some processes hold an iommufd, or what else memory is pinned
+              by.
+            - V(iommufds) where an iommufd was found but could not be queried, or it is unknown whether it is one.
             - V(users) where the users of processes cannot be told apart.
             - V(domains) where the domains of the system libvirt are unknown.
             - V(options), V(module), V(emulators) and V(libvirt) where that part of RV(host) is incomplete.
@@ -400,8 +405,9 @@ host:
             libvirt 12.8.0 sets per-process accounting, as all since 12.1.0, and its daemon runs with CAP_SYS_RESOURCE.
 processes:
   description:
-    - The processes that hold an iommufd, in the order of their ids.
-    - Also processes with pinned memory whose descriptors this caller may not see, since they may hold an iommufd.
+    - The processes that hold an iommufd, a legacy container, a device or group of VFIO, or a vDPA device, in the order
+      of their ids.
+    - Also processes with pinned memory whose descriptors this caller may not see, since they may hold one.
   returned: when O(gather_subset) has V(processes)
   type: list
   elements: dict
@@ -426,6 +432,12 @@ processes:
       description: When it started, in ISO 8601 and UTC, by the clock as it is set now.
       type: str
       sample: "2026-11-22T09:41:07Z"
+    emulator:
+      description:
+        - The path of its program, as in its own mount namespace. It stays the same when another file takes that place.
+        - V(null) where this caller may not look, or where it has more than 1024 bytes.
+      type: str
+      sample: /usr/bin/qemu-system-x86_64
     name:
       description:
         - The name of its guest on its command line (C(-name)); V(null) where there is none. Nobody vouches for it.
@@ -457,9 +469,21 @@ processes:
       type: bool
       sample: true
     memory_bytes:
-      description: The guest's memory by QEMU's option C(-m); V(null) where that is missing or unreadable.
+      description:
+        - The memory of QEMU's guest by its command line, be it by C(-m), C(-machine) or a memory backend; that of
+          cloud-hypervisor's by C(--memory). What is plugged in later is not in it.
+        - A file for C(-readconfig) is read where its absolute path means the same to this module, and nobody but root
+          can write it.
+        - V(null) for other programs, and where that is missing or unreadable.
       type: int
       sample: 67108864
+    locks_memory:
+      description:
+        - Whether QEMU's command line has it lock its memory itself, by C(-overcommit mem-lock=on) or C(-realtime
+          mlock=on). Under V(process), that is charged beside what is pinned.
+        - V(null) for other programs, and where that is unreadable.
+      type: bool
+      sample: false
     pinned_bytes:
       description: The memory that it has pinned (C(VmPin) in C(/proc/PID/status)), by whatever means.
       type: int
@@ -507,8 +531,25 @@ processes:
       description: Whether file capabilities are ignored when it executes a program.
       type: bool
       sample: false
+    backends:
+      description:
+        - What it has devices by, V(iommufd), V(legacy) or V(vdpa), so far as it has descriptors of that.
+        - V(null) where this caller may not look.
+      type: list
+      elements: str
+      sample: [iommufd]
+    holder:
+      description:
+        - Whether it is no VM, but holds copies of what VMs have, as a launcher may. Another process has each of them,
+          too, and this one has pinned nothing. It is not counted in RV(users).
+        - V(null) where that is unknown. None of those that share it has pinned anything yet, or this caller could not
+          compare all. Such a process is counted.
+      type: bool
+      sample: false
     iommufds:
-      description: Its iommufds, in the order of the descriptors; V(null) where this caller may not look.
+      description:
+        - Its iommufds, in the order of the descriptors; V(null) where this caller may not look.
+        - Where the kernel was built so that iommufd provides C(/dev/vfio/vfio), that is an iommufd, too.
       type: list
       elements: dict
       contains:
@@ -516,6 +557,18 @@ processes:
           description: The number of the descriptor in the process.
           type: int
           sample: 30
+        same_as:
+          description:
+            - The lowest descriptor of the process that is the same iommufd, if that is a lower one. Else, or where
+              RV(processes[].iommufds[].shared_with) is V(null), it is V(null).
+          type: int
+          sample: null
+        shared_with:
+          description:
+            - Other processes that hold the same iommufd, at most 16 of them. V(null) where that is unknown.
+          type: list
+          elements: int
+          sample: []
         rlimit_mode:
           description: V(user) or V(process), as the kernel gives it; V(null) where it could not be read.
           type: str
@@ -543,8 +596,31 @@ processes:
           description: Why it could not be read; empty if it could.
           type: str
           sample: ""
+    legacy_containers:
+      description: Its legacy containers of VFIO (C(/dev/vfio/vfio)); V(null) where this caller may not look.
+      type: list
+      elements: dict
+      contains:
+        fd:
+          description: The number of the descriptor in the process.
+          type: int
+          sample: 32
+        same_as:
+          description:
+            - The lowest descriptor of the process that is the same container, if that is a lower one. Else, or where
+              RV(processes[].legacy_containers[].shared_with) is V(null), it is V(null).
+          type: int
+          sample: null
+        shared_with:
+          description:
+            - Other processes that hold the same container, at most 16 of them. V(null) where that is unknown.
+          type: list
+          elements: int
+          sample: []
     vfio_devices:
-      description: The VFIO devices and groups that it holds by a device node, in the order of the descriptors.
+      description:
+        - The VFIO devices and groups that it holds by a device node, in the order of the descriptors. V(null) where
+          this caller may not look.
       type: list
       elements: dict
       contains:
@@ -561,24 +637,88 @@ processes:
           type: list
           elements: str
           sample: ["0000:00:03.0"]
+        backend:
+          description:
+            - V(iommufd) for a device. For a group, V(legacy) where the process holds a legacy container, else
+              V(iommufd) where it holds an iommufd, and V(null) where it holds neither.
+          type: str
+          sample: iommufd
+    vdpa_devices:
+      description: The vDPA devices that it holds; V(null) where this caller may not look.
+      type: list
+      elements: dict
+      contains:
+        fd:
+          description: The number of the descriptor in the process.
+          type: int
+          sample: 33
+        node:
+          description: The path that the host has for it.
+          type: str
+          sample: /dev/vhost-vdpa-0
+    address_spaces:
+      description:
+        - In how many address spaces it can have memory pinned, once in each. These are its IOASes, its legacy
+          containers and its vDPA devices; what several descriptors share counts once.
+        - V(null) where that is unknown.
+      type: int
+      sample: 1
     accounting:
       description:
-        - Who is charged for what it pins from now on, V(user), V(process) or V(none).
+        - Who is charged for what it pins from now on, V(user), V(process) or V(none). The mode of its iommufds decides.
+          With a legacy container or a vDPA device and no iommufd, it is V(process).
+        - It is V(none) only where nothing is checked. With CAP_IPC_LOCK and a vDPA device, it is V(process).
         - V(null) where that is unknown, which RV(processes[].notes) explains.
+      type: str
+      sample: user
+    counters:
+      description:
+        - The counters that the kernel compares with the limit when it pins more. Each has to stay within the limit for
+          itself.
+        - Where RV(processes[].accounting) is V(null), there may be others. Where RV(processes[].holder) is true, there
+          are none.
+      type: list
+      elements: dict
+      contains:
+        counter:
+          description:
+            - V(user) is one for all processes of the user, which no file shows. V(mm_locked) is C(VmLck) of the
+              process, V(mm_pinned) its C(VmPin).
+          type: str
+          sample: user
+        held_bytes:
+          description: What it holds. Of V(user), that is RV(users[].charged_bytes), an estimate.
+          type: int
+          sample: 67371008
+        headroom_bytes:
+          description:
+            - What is left of the limit; less than 0 where it holds more than the limit allows. V(null) where the limit
+              is unlimited.
+            - Of V(user), it may be less by up to RV(users[].uncertain_bytes), and by what unseen processes have pinned.
+          type: int
+          sample: 37486592
+        backends:
+          description: What the process pins by and has this counter checked for.
+          type: list
+          elements: str
+          sample: [iommufd]
+    counter:
+      description:
+        - The one of RV(processes[].counters) that has the least headroom, and so refuses first.
+        - V(null) where there are none, or where RV(processes[].accounting) is V(null).
       type: str
       sample: user
     charged_bytes:
       description:
-        - What it contributes to the charge. Under V(user), that is what it has pinned. Under V(process), it is what is
-          charged to it as locked. With V(none), it is 0.
-        - V(null) where RV(processes[].accounting) is V(null).
+        - What it contributes to RV(processes[].counter). Under V(user), that is what it has pinned, and else what that
+          counter holds. With V(none), or where RV(processes[].holder) is true, it is 0.
+        - V(null) where RV(processes[].accounting) is V(null), or where the process has pinned memory by a vDPA device,
+          too, which V(user) is not charged for.
       type: int
       sample: 67371008
     headroom_bytes:
       description:
-        - How much more it could pin. Under V(user), the charge of all of the user's processes counts. This charge may
-          be more by up to RV(users[].uncertain_bytes), and by what unseen processes have pinned.
-        - Less than 0 where more is charged than the limit allows. V(null) where nothing limits it, or where
+        - How much more it could pin, by RV(processes[].counter). V(null) where nothing limits it, or where
           RV(processes[].accounting) is V(null).
       type: int
       sample: 37486592
@@ -603,7 +743,7 @@ users:
       type: str
       sample: libvirt-qemu
     pids:
-      description: The user's processes with an iommufd that is accounted per user.
+      description: The user's processes with an iommufd that is accounted per user. Others are not charged to the user.
       type: list
       elements: int
       sample: [4242]
@@ -613,8 +753,8 @@ users:
       sample: 67371008
     uncertain_bytes:
       description:
-        - What the user's other processes have pinned, if it is unknown whether the user is charged for it. The module
-          cannot see their iommufds, or the memory was pinned by other means, such as io_uring or RDMA.
+        - What the user's processes have pinned, if it is unknown whether the user is charged for it. The module cannot
+          see their iommufds, or the memory was pinned by other means, such as vDPA, io_uring or RDMA.
       type: int
       sample: 0
     largest_bytes:
@@ -672,21 +812,24 @@ from typing import NoReturn
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils import _host_facts
-from ..module_utils._budget import (
-    Account,
-    Total,
-    account_notes,
-    accounting,
-    charged,
-    headroom,
-    largest_limit,
-    total,
-)
+from ..module_utils._accounting import IOMMUFD, LEGACY, VDPA
 from ..module_utils._capabilities import (
     CAP_IPC_LOCK,
     CAP_SYS_PTRACE,
     CAP_SYS_RESOURCE,
     capability_names,
+)
+from ..module_utils._charges import (
+    Account,
+    Check,
+    Total,
+    account_notes,
+    accounting,
+    charged,
+    checks,
+    decisive,
+    largest_limit,
+    total,
 )
 from ..module_utils._child import run_command
 from ..module_utils._device import DEVICE
@@ -699,7 +842,8 @@ from ..module_utils._process import (
     own_status,
 )
 from ..module_utils._running import read_domain_record
-from ..module_utils._survey import HeldIommufd, Holder, Survey, survey
+from ..module_utils._sharing import Sharing
+from ..module_utils._survey import Holder, Survey, survey
 from ..module_utils._user import user_name
 
 # How long a command may take that is not systemd's.
@@ -867,7 +1011,7 @@ def libvirt_row(unseen: Unseen, slow: bool) -> Row:
 
 
 def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:
-    """All processes that hold an iommufd, which of the nodes they have open, and what this caller was kept from."""
+    """All processes that hold what memory is pinned by, be it one of the nodes, and what this caller was kept from."""
     if not in_initial_namespace("pid"):
         unseen.note("processes", "This is not the initial pid namespace. Run the task on the host itself.")
     hides = _host_facts.read_hidepid()
@@ -886,16 +1030,21 @@ def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:
     return seen
 
 
-def process_row(holder: Holder, account: Account, of_user: Total, largest_limit: int | None, host_names: Names) -> Row:
-    """A process that holds an iommufd."""
+def process_row(
+    holder: Holder, account: Account, of_user: Total, largest_limit: int | None, sharing: Sharing, host_names: Names
+) -> Row:
+    """A process that holds what memory is pinned by."""
     domain, uri = host_names.domain(holder)
     status = holder.status
+    checked = checks(account, of_user)
+    check = decisive(account, checked)
     return {
         "pid": holder.pid,
         "comm": holder.comm,
         "uid": status.uid,
         "user": holder.user,
         "started": iso8601(holder.started),
+        "emulator": None if holder.program is None else shown_text(holder.program),
         "name": None if holder.name is None else shown_text(holder.name),
         "domain": domain,
         "domain_uri": uri,
@@ -903,6 +1052,7 @@ def process_row(holder: Holder, account: Account, of_user: Total, largest_limit:
         "user_unit": holder.units[1],
         "initial_user_namespace": holder.initial,
         "memory_bytes": holder.memory_bytes,
+        "locks_memory": holder.locks_memory,
         "pinned_bytes": status.pinned_bytes,
         "locked_bytes": status.locked_bytes,
         **memlock_row(holder.memlock.soft),
@@ -913,23 +1063,57 @@ def process_row(holder: Holder, account: Account, of_user: Total, largest_limit:
             "bounding": those_that_matter(status.bounding),
         },
         "no_new_privs": status.no_new_privs,
-        "iommufds": None if holder.iommufds is None else [iommufd_row(each) for each in holder.iommufds],
+        "backends": host_names.backends(holder),
+        "holder": account.holder,
+        "iommufds": iommufd_rows(holder, sharing),
+        "legacy_containers": container_rows(holder, sharing),
         "vfio_devices": host_names.vfio_devices(holder),
+        "vdpa_devices": host_names.vdpa_devices(holder),
+        "address_spaces": host_names.address_spaces(holder, sharing),
         "accounting": accounting(account),
-        "charged_bytes": charged(account),
-        "headroom_bytes": headroom(account, of_user),
+        "counters": [counter_row(each) for each in checked],
+        "counter": check and check.counter,
+        "charged_bytes": charged(account, check),
+        "headroom_bytes": check and check.headroom,
         "notes": account_notes(account, of_user, largest_limit),
     }
 
 
-def iommufd_row(iommufd: HeldIommufd) -> Row:
-    """An iommufd of a process."""
+def iommufd_rows(holder: Holder, sharing: Sharing) -> list[Row] | None:
+    """The iommufds of a process; None where this caller may not look."""
+    if holder.iommufds is None:
+        return None
+    return [
+        {
+            "fd": each.fd,
+            "same_as": sharing.same_as(holder.pid, each.fd),
+            "shared_with": sharing.shared_with(holder.pid, each.fd),
+            "rlimit_mode": each.rlimit_mode,
+            "settable": each.settable,
+            "ioases": [{"ioas_id": ioas_id, "huge_pages": huge_pages} for ioas_id, huge_pages in each.ioases],
+            "msg": each.msg,
+        }
+        for each in holder.iommufds
+    ]
+
+
+def container_rows(holder: Holder, sharing: Sharing) -> list[Row] | None:
+    """The legacy containers of a process; None where this caller may not look."""
+    if holder.iommufds is None:
+        return None
+    return [
+        {"fd": fd, "same_as": sharing.same_as(holder.pid, fd), "shared_with": sharing.shared_with(holder.pid, fd)}
+        for fd in holder.containers()
+    ]
+
+
+def counter_row(check: Check) -> Row:
+    """A counter that is checked for what a process pins."""
     return {
-        "fd": iommufd.fd,
-        "rlimit_mode": iommufd.rlimit_mode,
-        "settable": iommufd.settable,
-        "ioases": [{"ioas_id": ioas_id, "huge_pages": huge_pages} for ioas_id, huge_pages in iommufd.ioases],
-        "msg": iommufd.msg,
+        "counter": check.counter,
+        "held_bytes": check.held,
+        "headroom_bytes": check.headroom,
+        "backends": check.backends,
     }
 
 
@@ -944,10 +1128,11 @@ def iso8601(seconds: float) -> str:
 
 
 class Names:
-    """What this host calls things: its system libvirt's domains, and VFIO's nodes, by device number."""
+    """What this host calls things: its system libvirt's domains, and the nodes of VFIO and vDPA, by device number."""
 
-    def __init__(self, unseen: Unseen, nodes: dict[int, _host_facts.VfioNode]) -> None:
+    def __init__(self, unseen: Unseen, nodes: dict[int, _host_facts.VfioNode], vdpa: dict[int, str]) -> None:
         self._nodes = nodes
+        self._vdpa = vdpa
         self._unseen: Unseen | None = unseen
 
     def domain(self, holder: Holder) -> tuple[str | None, str | None]:
@@ -971,10 +1156,50 @@ class Names:
             return False
         return not record.contradiction(guest, holder.pid, holder.status.uid, holder.started, holder.units[0])
 
-    def vfio_devices(self, holder: Holder) -> list[Row]:
-        """The devices of VFIO that a process has open."""
+    def backends(self, holder: Holder) -> list[str] | None:
+        """What a process has devices by; None where this caller may not look."""
+        vfio, vdpa = self.vfio_devices(holder), self.vdpa_devices(holder)
+        if holder.iommufds is None or vfio is None or vdpa is None:
+            return None
+        found = {each["backend"] for each in vfio} - {None}
+        found |= {IOMMUFD} if holder.iommufds else set()
+        found |= {LEGACY} if holder.containers() else set()
+        return sorted(found | ({VDPA} if vdpa else set()))
+
+    def vfio_devices(self, holder: Holder) -> list[Row] | None:
+        """The devices and groups of VFIO that a process has open; None where this caller may not look."""
+        if holder.iommufds is None:
+            return None
+        # A group is of no use without one of them.
+        of_group = LEGACY if holder.containers() else IOMMUFD if holder.iommufds else None
         held = ((fd, self._nodes[rdev]) for fd, rdev in holder.devices.items() if rdev in self._nodes)
-        return [{"fd": fd, "node": node.path, "addresses": node.addresses} for fd, node in held]
+        return [
+            {
+                "fd": fd,
+                "node": node.path,
+                "addresses": node.addresses,
+                "backend": of_group if node.of_group else IOMMUFD,
+            }
+            for fd, node in held
+        ]
+
+    def address_spaces(self, holder: Holder, sharing: Sharing) -> int | None:
+        """How many address spaces a process has; None where that cannot be told."""
+        files = [*(each.fd for each in holder.iommufds or ()), *holder.containers()]
+        unread = any(each.rlimit_mode is None or each.msg for each in holder.iommufds or ())
+        if holder.iommufds is None or holder.more or unread or (len(files) > 1 and holder.pid in sharing.unknown):
+            return None
+        different = {fd for fd in files if sharing.same_as(holder.pid, fd) is None}
+        of_iommufds = sum(len(each.ioases) for each in holder.iommufds if each.fd in different)
+        # A vDPA device is open once at most.
+        vdpa = {rdev for rdev in holder.devices.values() if rdev in self._vdpa}
+        return of_iommufds + len(different.intersection(holder.containers())) + len(vdpa)
+
+    def vdpa_devices(self, holder: Holder) -> list[Row] | None:
+        """The vDPA devices that a process has open; None where this caller may not look."""
+        if holder.iommufds is None:
+            return None
+        return [{"fd": fd, "node": self._vdpa[rdev]} for fd, rdev in holder.devices.items() if rdev in self._vdpa]
 
 
 def user_row(uid: int, of_user: Total) -> Row:
@@ -994,12 +1219,13 @@ def user_row(uid: int, of_user: Total) -> Row:
 
 
 def process_and_user_rows(unseen: Unseen, pids: list[int] | None, uids: set[int] | None) -> tuple[list[Row], list[Row]]:
-    """The processes that hold an iommufd, and the users that are charged."""
-    nodes = _host_facts.find_vfio_nodes()
-    seen = look_at_processes(unseen, nodes)
-    host_names = Names(unseen, nodes)
+    """The processes that hold what memory is pinned by, and the users that are charged."""
+    nodes, vdpa = _host_facts.find_vfio_nodes(), _host_facts.find_vdpa_nodes()
+    seen = look_at_processes(unseen, {*nodes, *vdpa})
+    host_names = Names(unseen, nodes, vdpa)
     accounts: dict[int, list[Account]] = {uid: [] for uid in (*(uids or ()), *seen.others_pinned, *seen.unseen)}
-    account_of = {holder.pid: holder.account() for holder in seen.holders}
+    only_holders = seen.only_holders()
+    account_of = {holder.pid: holder.account(vdpa, only_holders[holder.pid]) for holder in seen.holders}
     for account in account_of.values():
         accounts.setdefault(account.uid, []).append(account)
     # Whose the processes are that were not seen at all is not known.
@@ -1012,7 +1238,8 @@ def process_and_user_rows(unseen: Unseen, pids: list[int] | None, uids: set[int]
     for holder in seen.holders:
         uid = holder.status.uid
         if (pids is None or holder.pid in pids) and (uids is None or uid in uids):
-            processes.append(process_row(holder, account_of[holder.pid], totals[uid], largest[uid], host_names))
+            account = account_of[holder.pid]
+            processes.append(process_row(holder, account, totals[uid], largest[uid], seen.sharing, host_names))
     # In a user namespace, the kernel shows all users that it has no number for there as this one.
     nobody = None if in_initial_namespace("user") else _host_facts.read_overflow_uid()
     if nobody in totals:

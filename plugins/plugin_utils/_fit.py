@@ -247,7 +247,8 @@ def from_libvirt(libvirt: Info, user: Owner) -> tuple[list[str], str] | None:
 
 def from_processes(info: Info, user: Owner) -> tuple[list[str], str]:
     """How the user's running VMs are accounted, else what the kernel does by itself."""
-    shown = {process["accounting"] for process in info["processes"] if process["uid"] == user.uid}
+    theirs = [process for process in info["processes"] if process["uid"] == user.uid and process["iommufds"] != []]
+    shown = {process["accounting"] for process in theirs}
     partly = user.partly or None in shown
     shown.discard(None)
     if shown and partly and shown != {USER}:

@@ -47,6 +47,7 @@ _PR_SET_KEEPCAPS = 8
 # x86-64 has numbers of its own for the older calls; the others have those of asm-generic/unistd.h.
 _SYS_EXIT, _SYS_CAPSET = (60, 126) if os.uname().machine == "x86_64" else (93, 91)
 _SYS_CLONE3 = 435
+_SYS_PIDFD_GETFD = 438
 _SYS_IO_URING_SETUP = 425
 _SYS_IO_URING_REGISTER = 427
 _IORING_REGISTER_BUFFERS = 0
@@ -244,6 +245,7 @@ class Acts(Pinner):
     def vdpa(self, path: str) -> Answer:
         """Opens a vDPA device and becomes its owner."""
         self._vdpa = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._vdpa_iova = 0
         fcntl.ioctl(self._vdpa, _VHOST_SET_OWNER)
         return {}
 
@@ -253,9 +255,34 @@ class Acts(Pinner):
         self._memory.append(memory)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         for kind in (_VHOST_IOTLB_BATCH_BEGIN, _VHOST_IOTLB_UPDATE, _VHOST_IOTLB_BATCH_END):
-            update = (len(memory), address, _VHOST_ACCESS_RW) if kind == _VHOST_IOTLB_UPDATE else (0, 0, 0)
-            os.write(self._vdpa, struct.pack("=II3QBB38x", _VHOST_IOTLB_MSG_V2, 0, 0, *update, kind))
+            what = (self._vdpa_iova, len(memory), address, _VHOST_ACCESS_RW)
+            update = what if kind == _VHOST_IOTLB_UPDATE else (0, 0, 0, 0)
+            os.write(self._vdpa, struct.pack("=II3QBB38x", _VHOST_IOTLB_MSG_V2, 0, *update, kind))
+        self._vdpa_iova += len(memory)
         return {}
+
+    def attach_container(self, cdev: str) -> Answer:
+        """Opens a container and the group of a device, as only root may, and has the container ready to map memory."""
+        from ansible_collections.virt.iommufd.tests.kernel import charges
+
+        self._by_container = charges.by_container(cdev)
+        return {}
+
+    def map_in_container(self, size: str) -> Answer:
+        """Maps so many bytes in the container, which pins them."""
+        from ansible_collections.virt.iommufd.tests.kernel.charges import Memory
+
+        memory = mmap.mmap(-1, int(size))
+        self._memory.append(memory)
+        self._by_container(Memory(-1, memory))
+        return {}
+
+    def take(self, pid: str, fd: str) -> Answer:
+        """Has a copy of another process's iommufd as its own, as one that was passed to it, which takes root."""
+        pidfd = os.pidfd_open(int(pid))
+        self._iommufd = _checked(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, int(fd), 0))
+        os.close(pidfd)
+        return {"fd": self._iommufd}
 
     def fork(self) -> Answer:
         """Leaves a child that lives as long as this process, with all its descriptors, and says its id."""

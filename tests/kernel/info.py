@@ -172,10 +172,28 @@ def check_process(row: Answer, pid: int) -> None:
         assert row["capabilities"][name] == [f"cap_{each}" for each, bit in CAPABILITIES.items() if mask >> bit & 1]
 
 
+def check_counters(row: Answer) -> None:
+    """The counters are those of `/proc`, and what is said of the charge is said of the one with the least headroom."""
+    limit = row["memlock_bytes"]
+    held = {"mm_locked": row["locked_bytes"], "mm_pinned": row["pinned_bytes"]}
+    for each in row["counters"]:
+        assert each["held_bytes"] == held.get(each["counter"], each["held_bytes"])
+        assert each["headroom_bytes"] == (None if limit is None else limit - each["held_bytes"])
+        assert each["backends"]
+    if row["counter"] is None:
+        assert row["headroom_bytes"] is None
+        assert row["accounting"] in (None, "none") or not row["counters"]
+        return
+    [decisive] = [each for each in row["counters"] if each["counter"] == row["counter"]]
+    assert row["headroom_bytes"] == decisive["headroom_bytes"]
+    assert limit is None or row["headroom_bytes"] == min(each["headroom_bytes"] for each in row["counters"])
+
+
 def look_at(vmm: Vmm) -> Answer:
     """The row of a process, which agrees with what the kernel and the process itself say."""
     row = process(look(), vmm.pid)
     check_process(row, vmm.pid)
+    check_counters(row)
     itself = vmm.do("look")
     assert row["pinned_bytes"] == itself["vm_pin_kb"] * 1024
     assert row["locked_bytes"] == itself["vm_lck_kb"] * 1024

@@ -54,6 +54,7 @@ def test_user(start: Start) -> None:
     row = look_at(vmm)
     assert (row["accounting"], row["charged_bytes"], row["headroom_bytes"]) == ("user", 24 * SIZE, 16 * SIZE)
     assert (row["pinned_bytes"], row["locked_bytes"], row["notes"]) == (24 * SIZE, 0, [])
+    assert [(each["counter"], each["backends"]) for each in row["counters"]] == [("user", ["iommufd"])]
     has_headroom(vmm, 16 * SIZE)
 
 
@@ -81,6 +82,7 @@ def test_process(start: Start) -> None:
         row = look_at(each)
         assert (row["accounting"], row["charged_bytes"], row["headroom_bytes"]) == ("process", 24 * SIZE, 16 * SIZE)
         assert (row["pinned_bytes"], row["locked_bytes"], row["notes"]) == (24 * SIZE, 24 * SIZE, [])
+        assert [(each["counter"], each["backends"]) for each in row["counters"]] == [("mm_locked", ["iommufd"])]
     assert look()["users"] == []
     has_headroom(second, 16 * SIZE)
     assert look_at(first)["headroom_bytes"] == 16 * SIZE
@@ -117,6 +119,7 @@ def test_none(start: Start, mode: str, uid: int) -> None:
     assert row["initial_user_namespace"] is True
     assert (row["accounting"], row["charged_bytes"], row["headroom_bytes"]) == ("none", 0, None)
     assert (row["iommufds"][0]["rlimit_mode"], row["notes"]) == (mode, [])
+    assert (row["counters"], row["counter"]) == ([], None)
     assert look()["users"] == []
     pins(vmm, 8 * SIZE)
 
@@ -170,7 +173,9 @@ def test_the_iommufd_and_the_device_of_a_process(start: Start) -> None:
     links = vmm.do("look")["fds"]
     address = Path("/sys/class/vfio-dev/vfio1/device").resolve().name
     held = [int(number) for number, link in links.items() if link == DEVICES[1]]
-    assert row["vfio_devices"] == [{"fd": held[0], "node": DEVICES[1], "addresses": [address]}]
+    device = {"fd": held[0], "node": DEVICES[1], "addresses": [address], "backend": "iommufd"}
+    assert (row["vfio_devices"], row["backends"]) == ([device], ["iommufd"])
+    assert (row["legacy_containers"], row["vdpa_devices"]) == ([], [])
     # The mode can change again once the last object is gone, which a device that is bound is, too.
     vmm.do("destroy", str(alone))
     assert look_at(vmm)["iommufds"][0]["settable"] is False
@@ -198,6 +203,7 @@ def test_iommufds_with_different_modes(start: Start) -> None:
     assert [each["rlimit_mode"] for each in row["iommufds"]] == ["user", "process"]
     assert (row["pinned_bytes"], row["locked_bytes"]) == (12 * SIZE, 4 * SIZE)
     assert (row["accounting"], row["charged_bytes"], row["headroom_bytes"]) == (None, None, None)
+    assert ([each["counter"] for each in row["counters"]], row["counter"]) == (["user", "mm_locked"], None)
     assert ["differ in their rlimit mode" in note for note in row["notes"]] == [True]
     assert user(answered, VM)["uncertain_bytes"] == 12 * SIZE
     assert user(answered, VM)["charged_bytes"] == 0
@@ -235,34 +241,13 @@ def test_another_node(start: Start, another_node: Path) -> None:
     assert (row["fd"], row["rlimit_mode"], row["settable"]) == (fd, "user", True)
 
 
-def test_a_vfio_container(start: Start, container_is_iommufd: bool) -> None:
-    vmm = start()
-    fd = vmm.open(CONTAINER)
-    if not container_is_iommufd:
-        assert look()["processes"] == []
-        return
-    assert look_at(vmm)["iommufds"][0]["fd"] == fd
-    vmm.limit(LIMIT)
-    vmm.do("attach", DEVICES[0])
-    pins(vmm, 24 * SIZE)
-    row = look_at(vmm)
-    assert row["iommufds"][0]["rlimit_mode"] == vmm.mode == "process"
-    assert (row["accounting"], row["charged_bytes"], row["headroom_bytes"]) == ("process", 24 * SIZE, 16 * SIZE)
-    has_headroom(vmm, 16 * SIZE)
-
-
 def test_a_descriptor_that_only_names_the_node(start: Start) -> None:
     vmm = start()
-    vmm.open("/dev/iommu", "path")
+    for path in ("/dev/iommu", CONTAINER, DEVICES[0]):
+        vmm.open(path, "path")
     assert look()["processes"] == []
     fd = vmm.open()
     assert [each["fd"] for each in look_at(vmm)["iommufds"]] == [fd]
-
-
-def test_no_iommufd(start: Start) -> None:
-    vmm = start()
-    vmm.do("open", DEVICES[0], "r")
-    assert look()["processes"] == look()["users"] == []
 
 
 def test_a_capability_dropped_after_it_pinned_under_process(start: Start) -> None:

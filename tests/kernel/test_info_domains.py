@@ -109,7 +109,8 @@ def check_guest(row: Answer, device: int) -> None:
     check_process(row, row["pid"])
     assert row["memory_bytes"] == 16 * MIB < row["pinned_bytes"]
     assert [each["addresses"] for each in row["vfio_devices"]] == [[address(device)]]
-    assert row["comm"] == "qemu-system-x86"
+    assert (row["comm"], row["emulator"]) == ("qemu-system-x86", "/usr/bin/qemu-system-x86_64")
+    assert (row["locks_memory"], row["holder"], row["address_spaces"]) == (False, False, 1)
     assert row["unit"] == scope_of(row["pid"])
 
 
@@ -157,11 +158,20 @@ def test_what_an_ordinary_user_sees_of_domains(session_domain: int, system_domai
         assert "domains" in limits(answered)
 
 
+@pytest.fixture(scope="module")
+def poser() -> Iterator[str]:
+    """A Python that goes by the name of an emulator."""
+    path = Path("/opt/qemu-system-posing")
+    shutil.copy(os.path.realpath(sys.executable), path)
+    yield str(path)
+    path.unlink()
+
+
 @contextlib.contextmanager
-def posing(*arguments: bytes) -> Iterator[int]:
+def posing(*arguments: bytes, python: str = sys.executable) -> Iterator[int]:
     """A process of an ordinary user that holds an iommufd and shows a command line of its own choice."""
     program = b"import os, sys; os.open('/dev/iommu', os.O_RDWR); os.write(1, b'.'); os.read(0, 1)"
-    command = [*map(os.fsencode, as_user(VM)), os.fsencode(sys.executable), b"-I", b"-S", b"-c", program, *arguments]
+    command = [*map(os.fsencode, as_user(VM)), os.fsencode(python), b"-I", b"-S", b"-c", program, *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holding:
         assert holding.stdout
         assert holding.stdout.read(1) == b"."
@@ -215,7 +225,7 @@ def test_a_process_that_poses_as_a_domain(state: Path, owner: int, change: dict[
     [
         ([b"-name", b"guest=\x1b[31mred\r\n\xe2\x80\xae\xff", b"-m", b"size=1G"], r"\x1b[31mred\r\n\u202e\xff", 2**30),
         ([b"-name", b"vm1", b"-m", b"64"], "vm1", 64 * MIB),
-        ([b"--name", b"guest=", b"-m", b"1.5G"], "", None),
+        ([b"--name", b"guest=", b"-m", b"1.5G"], "", 1536 * MIB),
         ([b"-name"], None, None),
         ([b"-name", b"a" * 4000, b"-m", b"9" * 100], "a" * 255 + "...", None),
         ([b"-m", b"size=999999999999999999T,slots=1"], None, None),
@@ -223,8 +233,46 @@ def test_a_process_that_poses_as_a_domain(state: Path, owner: int, change: dict[
         ([b"", b"-name", b"", b"-m", b""], "", None),
     ],
 )
-def test_hostile_command_lines(arguments: list[bytes], name: str | None, memory: int | None) -> None:
+def test_hostile_command_lines(poser: str, arguments: list[bytes], name: str | None, memory: int | None) -> None:
+    with posing(*arguments, python=poser) as pid:
+        row = process(look(), pid)
+        assert (row["name"], row["memory_bytes"], row["locks_memory"]) == (name, memory, False)
+        assert (row["domain"], row["domain_uri"]) == (None, None)
+        assert row["emulator"] == poser
+
+
+def test_the_program_of_a_process(poser: str) -> None:
+    arguments = [b"-m", b"64", b"-overcommit", b"mem-lock=on"]
+    with posing(*arguments, python=poser) as pid:
+        assert process(look(), pid)["locks_memory"] is True
+        # A package's upgrade puts another file there.
+        shutil.copy(poser, f"{poser}.new")
+        os.rename(f"{poser}.new", poser)
+        assert os.readlink(f"/proc/{pid}/exe") == f"{poser} (deleted)"
+        assert process(look(), pid)["emulator"] == poser
+    # Nobody knows what another program means by that.
     with posing(*arguments) as pid:
         row = process(look(), pid)
-        assert (row["name"], row["memory_bytes"]) == (name, memory)
-        assert (row["domain"], row["domain_uri"]) == (None, None)
+        assert row["emulator"] == os.path.realpath(sys.executable)
+        assert (row["memory_bytes"], row["locks_memory"]) == (None, None)
+
+
+@pytest.mark.parametrize("path", ["/etc/kernel-test.cfg", "/tmp/kernel-test.cfg", "/run/kernel-test-fifo", "/dev/zero"])
+def test_a_file_of_settings(poser: str, path: str) -> None:
+    """It is read where root alone decides what it is. What is something else ends no look."""
+    config = Path(path)
+    made = not config.exists()
+    if "fifo" in path:
+        os.mkfifo(config)
+    elif made:
+        config.write_text('[memory]\n  size = "48"\n')
+    try:
+        if path.startswith("/tmp"):
+            os.chown(config, VM, VM)
+        with posing(b"-readconfig", os.fsencode(path), python=poser) as pid:
+            row = process(look(), pid)
+            assert row["memory_bytes"] == (48 * MIB if path.startswith("/etc") else None)
+            assert row["locks_memory"] is (False if path.startswith("/etc") else None)
+    finally:
+        if made:
+            config.unlink()

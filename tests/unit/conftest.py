@@ -31,6 +31,8 @@ os.dup2(os.open("/dev/null", os.O_RDONLY), 50)
 os.dup2(os.open("/dev/null", os.O_PATH), 51)
 os.dup2(os.pipe()[0], 52)
 os.dup2(os.open(sys.argv[1], os.O_RDONLY), 53)
+os.dup2(os.open("/dev/zero", os.O_RDONLY), 54)
+os.dup2(os.open("/dev/zero", os.O_PATH), 55)
 os.closerange(3, 50)
 os.write(1, b"ready")
 sys.stdin.read()
@@ -57,7 +59,10 @@ def no_warning_of_another_test() -> None:
 
 @pytest.fixture
 def child(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A running process. Its descriptors: 50 /dev/null, 51 the same with O_PATH, 52 a pipe, 53 a file of ten bytes."""
+    """A running process, with 50 /dev/null, 51 the same with O_PATH, 52 a pipe, 53 a file of ten bytes, 54 /dev/zero,
+
+    and 55 the same with O_PATH.
+    """
     (tmp_path / "ten").write_bytes(b"0123456789")
     command = [sys.executable, "-c", CHILD, str(tmp_path / "ten")]
     with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=STDOUT) as process:

@@ -156,6 +156,14 @@ def test_the_nodes_of_vfio(sys: Path) -> None:
     assert _host_facts.find_iommus() == []
 
 
+def test_nodes_of_vdpa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_host_facts, "_SYS", str(tmp_path))
+    assert _host_facts.find_vdpa_nodes() == {}
+    for name, text in (("vdpa0/vhost-vdpa-3/dev", "511:3\n"), ("vdpa1/virtio1/dev", "511:4\n"), ("vdpa2/x", "")):
+        write(tmp_path / "bus/vdpa/devices" / name, text)
+    assert _host_facts.find_vdpa_nodes() == {os.makedev(511, 3): "/dev/vhost-vdpa-3"}
+
+
 def test_emulators_are_named_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = tmp_path / "qemu-system-a"
     write(usual)

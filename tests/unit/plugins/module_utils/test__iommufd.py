@@ -209,7 +209,7 @@ def test_a_vfio_container_is_an_iommufd_where_it_answers_as_one(
     monkeypatch: pytest.MonkeyPatch, kernel: FakeKernel, errno_of_get: int
 ) -> None:
     # /dev/null stands in for the node: what answers the ioctl is the fake kernel.
-    monkeypatch.setattr(_iommufd, "_VFIO_CONTAINER", os.devnull)
+    monkeypatch.setattr(_iommufd, "VFIO_CONTAINER", os.devnull)
     monkeypatch.setattr(_iommufd, "VFIO_CONTAINER_RDEV", os.stat(os.devnull).st_rdev)
     kernel.without = errno_of_get
     container = os.stat(os.devnull).st_rdev
@@ -220,8 +220,8 @@ def test_what_merely_has_the_containers_name_is_sent_nothing(
     monkeypatch: pytest.MonkeyPatch, kernel: FakeKernel, tmp_path: Path
 ) -> None:
     (tmp_path / "vfio").write_bytes(b"")
-    monkeypatch.setattr(_iommufd, "_VFIO_CONTAINER", str(tmp_path / "vfio"))
+    monkeypatch.setattr(_iommufd, "VFIO_CONTAINER", str(tmp_path / "vfio"))
     assert _iommufd.iommufd_rdevs({os.makedev(10, 196)}) == set()
-    monkeypatch.setattr(_iommufd, "_VFIO_CONTAINER", str(tmp_path / "missing"))
+    monkeypatch.setattr(_iommufd, "VFIO_CONTAINER", str(tmp_path / "missing"))
     assert _iommufd.iommufd_rdevs({os.makedev(10, 196)}) == set()
     assert kernel.calls == []

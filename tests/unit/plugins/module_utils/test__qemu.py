@@ -5,7 +5,12 @@
 from __future__ import annotations
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_memory, guest_name, is_session_domain
+from ansible_collections.virt.iommufd.plugins.module_utils._qemu import (
+    Guest,
+    guest_name,
+    is_session_domain,
+    look_at_guest,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,15 +31,27 @@ def test_the_guests_name(arguments: list[bytes], name: bytes | None) -> None:
     assert guest_name(arguments) == name
 
 
+MIB, GIB = 2**20, 2**30
+QEMU = b"/usr/bin/qemu-system-x86_64"
+
+
+def nothing(_path: bytes) -> None:
+    """No file can be read."""
+
+
 @pytest.mark.parametrize(
     ("text", "memory"),
     [
-        (b"64", 64 * 2**20),
-        (b"size=65536k", 64 * 2**20),
-        (b"size=1G,slots=2,maxmem=4G", 2**30),
-        (b"maxmem=4G,size=1g", 2**30),
+        (b"64", 64 * MIB),
+        (b"size=65536k", 64 * MIB),
+        (b"size=1G,slots=2,maxmem=4G", GIB),
+        (b"maxmem=4G,size=1g", GIB),
+        (b"1.5G", 3 * GIB // 2),
+        (b"0.5", MIB // 2),
+        (b"1.0000001K", 1024),
         (b"2T", 2**41),
         (b"4096b", 4096),
+        (b"0", None),
         (b"http.server", None),
         (b"slots=2", None),
         (b"64Q", None),
@@ -43,14 +60,135 @@ def test_the_guests_name(arguments: list[bytes], name: bytes | None) -> None:
         (b"8388608T", None),
         (b"9" * 18 + b"T", None),
         (b"9" * 400, None),
+        (b"1.", None),
+        (b"size=", None),
     ],
 )
 def test_the_guests_memory(text: bytes, memory: int | None) -> None:
-    assert guest_memory([b"qemu", b"-m", text]) == memory
+    assert look_at_guest(QEMU, [b"qemu", b"-m", text], nothing).memory == memory
 
 
-def test_no_memory_is_given() -> None:
-    assert guest_memory([b"qemu", b"-m"]) is None
+JSON = b'{"qom-type":"memory-backend-memfd","id":"pc.ram","size":67108864,"x-use-canonical-path-for-ramblock-id":false}'
+
+
+@pytest.mark.parametrize(
+    ("words", "memory"),
+    [
+        ("-m 1G -m 2G", 2 * GIB),
+        ("-m 1G -m slots=2", GIB),
+        ("--m 1G", GIB),
+        ("-M q35,memory.size=2G", 2 * GIB),
+        ("-machine q35,memory.size=4194304", 4 * MIB),
+        # -m is the one that counts.
+        ("-m 1G -M memory.size=2G", GIB),
+        ("-machine memory-backend=a -object memory-backend-ram,id=a,size=3G", 3 * GIB),
+        (
+            "-object memory-backend-ram,id=b,size=1G -object memory-backend-ram,size=3G,id=a -M memory-backend=a",
+            3 * GIB,
+        ),
+        (f"-machine q35,memory-backend=pc.ram -object {JSON.decode()}", 64 * MIB),
+        ("-machine memory-backend=a -object {nonsense", None),
+        ("-machine memory-backend=a -object [1]", None),
+        ("-object memory-backend-ram,id=a,size=3G", None),
+        ("-m", None),
+        ("", None),
+    ],
+)
+def test_all_spellings_of_it(words: str, memory: int | None) -> None:
+    assert look_at_guest(QEMU, [b"qemu", *words.encode().split()], nothing).memory == memory
+
+
+CONFIG = b"""# qemu config file
+
+[memory]
+  size = "1024"
+
+[machine]
+  type = "q35"
+[object "ram"]
+  size = "1G"
+  qom-type = "memory-backend-ram"
+nonsense
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "memory", "locks"),
+    [
+        ("-readconfig /etc/vm.cfg", CONFIG, GIB, False),
+        ("-readconfig /etc/vm.cfg -m 2G", CONFIG, 2 * GIB, False),
+        ("-m 2G -readconfig /etc/vm.cfg", CONFIG, GIB, False),
+        ("-m 2G -readconfig /etc/vm.cfg", b"", 2 * GIB, False),
+        # Who knows what is in there.
+        ("-m 2G -readconfig /etc/vm.cfg", None, None, None),
+        ("-readconfig /etc/vm.cfg -m 2G", None, 2 * GIB, None),
+        ("-readconfig /etc/vm.cfg -m slots=2", None, None, None),
+        ("-readconfig /etc/vm.cfg -M memory-backend=ram", b'[object "ram"]\nsize="2G"', 2 * GIB, False),
+        ("-readconfig /etc/vm.cfg", b'[machine]\nmemory.size = "4194304"', 4 * MIB, False),
+        ("-readconfig /etc/vm.cfg", b'[overcommit]\nmem-lock = "on"', None, None),
+        ("-readconfig /etc/vm.cfg -overcommit mem-lock=on", None, None, True),
+        (" ".join(["-readconfig /etc/vm.cfg"] * 9), CONFIG, None, None),
+    ],
+)
+def test_a_file_of_settings(words: str, text: bytes | None, memory: int | None, locks: bool | None) -> None:
+    asked: list[bytes] = []
+
+    def read(path: bytes) -> bytes | None:
+        asked.append(path)
+        return text
+
+    guest = look_at_guest(QEMU, [b"qemu", *words.encode().split()], read)
+    assert guest == Guest(memory, locks)
+    assert set(asked) == {b"/etc/vm.cfg"}
+    assert len(asked) <= 8
+
+
+@pytest.mark.parametrize(
+    ("words", "locks"),
+    [
+        ("-m 1G", False),
+        ("-overcommit mem-lock=on", True),
+        ("-overcommit cpu-pm=on,mem-lock=on-fault", True),
+        ("-overcommit mem-lock", True),
+        ("-overcommit mem-lock=off", False),
+        ("-overcommit cpu-pm=on", False),
+        ("-realtime mlock=on", True),
+        ("-realtime mlock=off", False),
+        ("-realtime x=y", True),
+        ("-overcommit mem-lock=off -overcommit mem-lock=on", None),
+        ("-overcommit mem-lock=perhaps", None),
+    ],
+)
+def test_whether_it_locks_its_memory(words: str, locks: bool | None) -> None:
+    assert look_at_guest(QEMU, [b"qemu", *words.encode().split()], nothing).locks is locks
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "memory"),
+    [
+        ("/usr/libexec/qemu-kvm", "-m 64", 64 * MIB),
+        ("/nix/store/x/bin/.qemu-system-x86_64-wrapped", "-m 64", 64 * MIB),
+        ("/usr/bin/kvm", "-m 64", 64 * MIB),
+        # What it is for others: a mask of processors, for one.
+        ("/usr/bin/spdk_tgt", "-m 64", None),
+        ("/opt/qemu/bin/dpdk-testpmd", "-m 64", None),
+        ("", "-m 64", None),
+        ("/usr/bin/cloud-hypervisor", "--memory size=4G,shared=on", 4 * GIB),
+        ("/usr/bin/cloud-hypervisor-static", "--memory=size=512M", 512 * MIB),
+        ("/usr/bin/cloud-hypervisor", "--memory size=1073741824", GIB),
+        ("/usr/bin/cloud-hypervisor", "--memory size=0 --memory-zone id=a,size=4G", None),
+        ("/usr/bin/cloud-hypervisor", "--memory size=1.5G", None),
+        ("/usr/bin/cloud-hypervisor", "--cpus boot=1 --memory", None),
+        ("/usr/bin/cloud-hypervisor", "-m 64", None),
+    ],
+)
+def test_each_program_means_something_else(program: str, words: str, memory: int | None) -> None:
+    guest = look_at_guest(program.encode(), [b"qemu", *words.encode().split()], nothing)
+    assert guest == Guest(memory, False if "-m 64" in words and memory else None)
+
+
+def test_a_command_line_that_is_hidden() -> None:
+    assert look_at_guest(QEMU, [], nothing) == Guest(None, None)
 
 
 def test_a_domain_of_a_users_session_is_known_by_its_folder() -> None:

@@ -8,12 +8,15 @@ import errno
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd, _survey, _tables
+from ansible_collections.virt.iommufd.plugins.module_utils._accounting import IOMMUFD_USER, LEGACY, VDPA
 from ansible_collections.virt.iommufd.plugins.module_utils._borrow import Swapped
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, NoAnswer
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
@@ -23,6 +26,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     ProcessGone,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Descriptors, Process
+from ansible_collections.virt.iommufd.plugins.module_utils._sharing import Descriptor, Owner, Sharing
 from ansible_collections.virt.iommufd.plugins.module_utils._survey import HeldIommufd, Holder, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._tables import LARGE, TOO_MANY_HOLDERS, Budget, Tables
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
@@ -46,10 +50,108 @@ def test_a_process_with_an_iommufd(alone: FakeKernel, child: subprocess.Popen[by
     # 51 is the same device, opened with O_PATH.
     assert holder.iommufds == [HeldIommufd(50, "user", False, [(2, True), (3, False)])]
     assert holder.devices == {}
-    assert set(survey({os.stat(os.devnull).st_rdev}).holders[0].devices) >= {50, 51}
-    account = holder.account()
-    assert (account.pid, account.uid, account.modes) == (child.pid, os.getuid(), frozenset({"user"}))
+    account = holder.account(())
+    assert (account.pid, account.uid, account.ways) == (child.pid, os.getuid(), frozenset({IOMMUFD_USER}))
     assert alone.mode == 0
+
+
+ZERO = os.stat("/dev/zero").st_rdev
+
+
+def test_a_process_with_other_devices(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of the two on /dev/zero, 55 was opened with O_PATH.
+    (holder,) = survey({ZERO}).holders
+    assert holder.devices == {54: ZERO}
+    assert holder.account(()).ways == frozenset({IOMMUFD_USER})
+    assert holder.account({ZERO}).ways == frozenset({IOMMUFD_USER, VDPA})
+    assert holder.containers() == []
+    monkeypatch.setattr(_survey, "misc_rdev", lambda: None)
+    (holder,) = survey({ZERO}).holders
+    assert (holder.iommufds, holder.devices) == ([], {54: ZERO})
+    assert holder.account(()).ways == frozenset()
+    assert holder.account({ZERO}).ways == frozenset({VDPA})
+
+
+@pytest.mark.parametrize("may_open", [True, False])
+def test_a_process_with_a_legacy_container_alone(
+    alone: FakeKernel, monkeypatch: pytest.MonkeyPatch, may_open: bool
+) -> None:
+    for module in (_survey, _iommufd):
+        monkeypatch.setattr(module, "VFIO_CONTAINER_RDEV", ZERO)
+        # It answers as the legacy container does.
+        monkeypatch.setattr(module, "VFIO_CONTAINER", "/dev/zero" if may_open else "/nowhere")
+    monkeypatch.setattr(_survey, "misc_rdev", lambda: None)
+    monkeypatch.setattr(_survey, "_may_have_containers", lambda: True)
+    alone.without = errno.EINVAL
+    result = survey()
+    (holder,) = result.holders
+    assert (holder.iommufds, holder.containers()) == ([], [54])
+    assert holder.account(()).ways == frozenset({LEGACY})
+    assert list(result.refused) == ([] if may_open else [_survey._UNKNOWN_CONTAINER])
+
+
+def test_what_may_be_shared(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Descriptor] = []
+
+    def compare(descriptors: Iterator[Descriptor]) -> Sharing:
+        seen.extend(descriptors)
+        return Sharing([], [seen[0].pid])
+
+    monkeypatch.setattr(_survey, "compare", compare)
+    result = survey({ZERO})
+    (holder,) = result.holders
+    assert [(each.pid, each.fd, each.kind) for each in seen] == [(holder.pid, 50, -1), (holder.pid, 54, ZERO)]
+    assert {each.start_ticks for each in seen} == {holder.start_ticks}
+    assert result.only_holders() == {holder.pid: None}
+
+
+PINNED = {"pinned_bytes": 4096, "locked_bytes": 0}
+LOCKED = {"pinned_bytes": 0, "locked_bytes": 4096}
+CONTAINER = _iommufd.VFIO_CONTAINER_RDEV
+
+
+@pytest.mark.parametrize(
+    ("status", "fields", "fds", "pins"),
+    [
+        ({}, {}, [50], False),
+        (PINNED, {}, [50], True),
+        # It may have locked memory by other means.
+        (LOCKED, {}, [50], False),
+        (LOCKED, {"devices": {7: CONTAINER, 8: 1}}, [50, 7, 8], True),
+        ({}, {"more": True}, None, False),
+        (PINNED, {"iommufds": None}, None, True),
+    ],
+)
+def test_who_may_only_hold_what_others_have(
+    alone: FakeKernel, status: dict[str, Any], fields: dict[str, Any], fds: list[int] | None, pins: bool
+) -> None:
+    (holder,) = survey().holders
+    changed = holder._replace(status=holder.status._replace(**status), **fields)
+    assert changed.owner() == Owner(holder.pid, fds, pins)
+
+
+@pytest.mark.parametrize(
+    ("fields", "only"),
+    [
+        ({}, False),
+        ({"unseen": {os.getuid()}}, None),
+        ({"unseen": {0}}, None),
+        ({"unseen": {4711}}, False),
+        ({"hidden": {"It is hidden.": [1]}}, None),
+        ({"blind": True}, None),
+    ],
+)
+def test_who_is_doubtful(alone: FakeKernel, fields: dict[str, Any], only: bool | None) -> None:
+    result = survey()
+    vars(result).update(fields)
+    assert list(result.only_holders().values()) == [only]
+
+
+def test_more_devices_than_are_looked_at(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_survey, "_NODES_MAX", 0)
+    result = survey({ZERO})
+    assert (result.holders[0].devices, result.holders[0].more) == ({}, True)
+    assert list(result.refused) == [_survey._TOO_MANY_IOMMUFDS]
 
 
 def test_one_without_objects_can_be_set(alone: FakeKernel) -> None:
@@ -74,20 +176,21 @@ def test_an_iommufd_that_does_not_answer(alone: FakeKernel) -> None:
     assert holder.iommufds is not None
     assert holder.iommufds[0].rlimit_mode is None
     assert "EIO" in holder.iommufds[0].msg
-    assert holder.account().modes == frozenset({None})
+    assert holder.account(()).ways == frozenset({None})
 
 
 def test_an_iommufd_with_an_ioas_decides(alone: FakeKernel) -> None:
     (holder,) = survey().holders
     empty, used = HeldIommufd(3, "process", True, []), HeldIommufd(4, "user", False, [(2, True)])
     both = holder._replace(iommufds=[empty, used])
-    assert both.account().modes == frozenset({"user"})
+    assert both.account(()).ways == frozenset({IOMMUFD_USER})
     neither = holder._replace(iommufds=None)
-    assert neither.account().modes is None
+    assert neither.account(()).ways is None
 
 
 def test_no_iommufd_in_the_kernel(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_survey, "misc_rdev", lambda: None)
+    monkeypatch.setattr(_survey, "_may_have_containers", lambda: False)
     monkeypatch.setattr(_survey, "_pids", refuse(AssertionError()))
     assert survey().holders == []
 
@@ -196,6 +299,7 @@ def test_closed(
     monkeypatch.setattr(_survey, "_status_text", lambda _pid: STATUS % pinned)
     result = survey()
     assert result.closed == {f"EACCES: Permission denied. {_survey._CURE}": [child.pid]}
+    assert result.blind
     assert [holder.iommufds for holder in result.holders] == [None] * count
 
 
@@ -219,7 +323,7 @@ def test_hidden(closed: None, monkeypatch: pytest.MonkeyPatch, text: Callable[..
 
 def test_what_comes_out_of_a_child_is_what_went_in(alone: FakeKernel) -> None:
     alone.ioases = {2: 1}
-    (holder,) = survey({os.stat(os.devnull).st_rdev}).holders
+    (holder,) = survey({ZERO}).holders
     assert Holder.from_json(json.loads(json.dumps(holder.to_json()))) == holder
     assert holder.devices
     assert holder.iommufds
@@ -238,7 +342,7 @@ def test_one_that_swaps_is_told_and_counts_as_unknown(alone: FakeKernel, monkeyp
     result = survey()
     assert looked == [50, 51]
     assert list(result.refused) == [_survey._SWAPS]
-    assert result.holders[0].account().modes == frozenset({"user", None})
+    assert result.holders[0].account(()).ways == frozenset({IOMMUFD_USER, None})
 
 
 def test_it_is_the_borrowing_that_tells(held: Process, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,6 +416,8 @@ def crowd(alone: FakeKernel, child: subprocess.Popen[bytes], monkeypatch: pytest
     monkeypatch.setattr(_survey, "ask_child", crowd.children)
     monkeypatch.setattr(_survey, "_BATCH", 1)
     monkeypatch.setattr(_survey, "find_owner", crowd.uid)
+    # These processes are not there.
+    monkeypatch.setattr(_survey, "compare", lambda _descriptors: Sharing())
     return crowd
 
 
@@ -322,7 +428,7 @@ def test_too_many_of_a_user_or_of_all_are_counted(crowd: Crowd, monkeypatch: pyt
     assert result.refused == {TOO_MANY_HOLDERS: [5, 6]}
     # What they have pinned is not lost.
     assert (result.others_pinned, result.unseen) == ({7: 2 * 8192}, {7})
-    monkeypatch.setattr(_tables, "_IOMMUFDS_OF_USER", 1)
+    monkeypatch.setattr(_tables, "_HELD_OF_USER", 1)
     assert survey().refused == {TOO_MANY_HOLDERS: [2, 4, 5, 6, 7]}
     monkeypatch.setattr(_tables, "_HOLDERS", 1)
     assert survey().refused == {TOO_MANY_HOLDERS: [2, 3, 4, 5, 6, 7]}
@@ -422,6 +528,46 @@ def test_more_than_is_told_of_one(alone: FakeKernel, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_survey, "IOMMUFDS_MAX", 1)
     alone.ioases = {}
     assert survey().holders[0].more
+
+
+def test_what_the_program_is(alone: FakeKernel) -> None:
+    (holder,) = survey().holders
+    assert holder.program == os.path.realpath(sys.executable)
+    # It is no VMM that anything is known of.
+    assert (holder.memory_bytes, holder.locks_memory) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "text", "read"),
+    [
+        ("vm.cfg", 0o644, b"[memory]", b"[memory]"),
+        ("vm.cfg", 0o644, b"", b""),
+        ("vm.cfg", 0o666, b"[memory]", None),
+        ("vm.cfg", 0o644, b"x" * (_survey._CONFIG_MAX + 1), None),
+        ("none.cfg", 0o644, b"[memory]", None),
+        (".", 0o644, b"", None),
+    ],
+)
+def test_a_file_that_it_names(
+    held: Process, tmp_path: Path, name: str, mode: int, text: bytes, read: bytes | None
+) -> None:
+    (tmp_path / "vm.cfg").write_bytes(text)
+    (tmp_path / "vm.cfg").chmod(mode)
+    assert _survey._read_config(held, os.fsencode(tmp_path / name)) == read
+    # Relative to what?
+    assert _survey._read_config(held, name.encode()) is None
+
+
+def test_a_file_that_never_ends(held: Process, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "vm.cfg")
+    assert _survey._read_config(held, os.fsencode(tmp_path / "vm.cfg")) is None
+
+
+def test_a_process_that_has_other_files(held: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vm.cfg").write_bytes(b"[memory]")
+    readlink = os.readlink
+    monkeypatch.setattr(os, "readlink", lambda path: "mnt:[1]" if str(path) == "/proc/self/ns/mnt" else readlink(path))
+    assert _survey._read_config(held, os.fsencode(tmp_path / "vm.cfg")) is None
 
 
 def test_a_status_of_nobody() -> None:

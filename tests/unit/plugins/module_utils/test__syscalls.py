@@ -14,6 +14,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLa
 from ansible_collections.virt.iommufd.plugins.module_utils._process import own_status
 from ansible_collections.virt.iommufd.plugins.module_utils._syscalls import (
     character_device,
+    compare_files,
     have_one_table,
     own_capabilities,
     pidfd_getfd,
@@ -67,3 +68,20 @@ def test_a_descriptor_is_shared() -> None:
 def test_whose_descriptors_are_the_same() -> None:
     assert have_one_table(os.getpid(), os.getpid())
     assert not have_one_table(os.getpid(), os.getppid())
+
+
+def test_open_files_have_an_order() -> None:
+    fds = [os.open(os.devnull, os.O_RDONLY) for _each in range(3)]
+    copy = os.dup(fds[0])
+    pid = os.getpid()
+    try:
+        assert compare_files(pid, fds[0], pid, copy) == 0
+        compared = {(one, other): compare_files(pid, one, pid, other) for one in fds for other in fds if one != other}
+        assert all({compared[one, other], compared[other, one]} == {1, 2} for one, other in compared)
+        below = [sum(compared[one, other] == 2 for other in fds if one != other) for one in fds]
+        assert sorted(below) == [0, 1, 2]
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            compare_files(pid, fds[0], pid, 2**20)
+    finally:
+        for each in (*fds, copy):
+            os.close(each)

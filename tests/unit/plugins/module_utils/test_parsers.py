@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+from functools import partial
 from typing import Any, Callable
 
 import pytest
@@ -24,12 +26,13 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process import (
     Limit,
     Stat,
     parse_cgroup,
+    parse_flags,
     parse_memlock,
     parse_pidfd,
     parse_stat,
     parse_status,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_memory, guest_name
+from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_name, look_at_guest
 from ansible_collections.virt.iommufd.plugins.module_utils._running import parse_domain_record
 from ansible_collections.virt.iommufd.plugins.module_utils._systemd import parse_units
 from ansible_collections.virt.iommufd.plugins.module_utils._target import UnitTarget
@@ -41,6 +44,7 @@ PARSERS: list[Callable[[bytes], Any]] = [
     parse_status,
     parse_stat,
     parse_pidfd,
+    parse_flags,
     parse_dev,
     parse_misc,
     lambda text: parse_domain_record(text, 0),
@@ -53,7 +57,8 @@ PARSERS: list[Callable[[bytes], Any]] = [
     parse_file_capabilities,
     library_version,
     lambda text: guest_name(text.split(b"\0")),
-    lambda text: guest_memory(text.split(b"\0")),
+    lambda text: look_at_guest(b"qemu", text.split(b"\0"), lambda path: path),
+    lambda text: look_at_guest(b"cloud-hypervisor", text.split(b"\0"), lambda path: path),
     lambda text: [daemon_unit_of(each) for each in parse_units(text.decode("utf-8", "backslashreplace"))],
     lambda text: offers_iommufd(text.decode("utf-8", "surrogateescape")),
 ]
@@ -77,8 +82,12 @@ PIECES = [
         b",,",
         b"&lol;",
         b"-m\0",
+        b"-object\0{",
+        b'-readconfig\0[memory]\nsize="',
+        b"--memory\0size=",
         b"CapEff:\t0\nCapPrm:\t0\nCapBnd:\t1ff\n",
         b"VmPin:\t 8 kB\n",
+        b"flags:\t0",
         b"Max locked memory         8388608              unlimited            bytes\n",
         b"0::/a/b.service",
         b"/libvirt.so.0.12008.0",
@@ -127,6 +136,12 @@ def test_stat_of_a_real_process_and_of_a_hostile_name() -> None:
 def test_the_process_behind_a_pidfd() -> None:
     assert parse_pidfd(b"pos:\t0\nmnt_id:\t15\nPid:\t42\nNSpid:\t42\n") == 42
     assert parse_pidfd(b"Pid:\t-1\n") == -1
+
+
+def test_the_flags_of_a_descriptor() -> None:
+    assert parse_flags(b"pos:\t0\nflags:\t012100002\nmnt_id:\t15\n") == os.O_PATH | 0o2100002
+    for text in (b"pos:\t0\n", b"flags:\t9\n"):
+        assert outcome(partial(parse_flags, text)).startswith("/proc/PID/fdinfo cannot be read")
 
 
 def test_device_numbers() -> None:

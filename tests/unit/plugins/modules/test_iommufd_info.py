@@ -13,11 +13,12 @@ from typing import Any, Callable
 
 import pytest
 import yaml
-from ansible_collections.virt.iommufd.plugins.module_utils import _host_facts
+from ansible_collections.virt.iommufd.plugins.module_utils import _host_facts, _iommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit
 from ansible_collections.virt.iommufd.plugins.module_utils._running import DomainRecord
-from ansible_collections.virt.iommufd.plugins.module_utils._survey import survey
+from ansible_collections.virt.iommufd.plugins.module_utils._sharing import Sharing
+from ansible_collections.virt.iommufd.plugins.module_utils._survey import HeldIommufd, survey
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run as run_module
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
@@ -195,8 +196,7 @@ def test_whose_domain(
     record: dict[str, Any] | None,
     domain: tuple[str | None, str | None],
 ) -> None:
-    null = os.stat(os.devnull).st_rdev
-    (holder,) = survey({null}).holders
+    (holder,) = survey().holders
     there = DomainRecord(holder.pid, 1, "vm1", None, holder.started + 1)._replace(**record or {})
 
     def read(asked: str) -> DomainRecord:
@@ -205,10 +205,77 @@ def test_whose_domain(
         return there
 
     monkeypatch.setattr(iommufd_info, "read_domain_record", read)
-    nodes = {null: _host_facts.VfioNode("/dev/vfio/5", ["a"], 5, True)}
-    names = iommufd_info.Names(iommufd_info.Unseen(), nodes)
+    names = iommufd_info.Names(iommufd_info.Unseen(), {}, {})
     assert names.domain(holder._replace(name=name, session=session)) == domain
-    assert {"fd": 50, "node": "/dev/vfio/5", "addresses": ["a"]} in names.vfio_devices(holder)
+
+
+CONTAINER = _iommufd.VFIO_CONTAINER_RDEV
+IOMMUFDS = [HeldIommufd(9, "user", None, [])]
+
+
+@pytest.mark.parametrize(
+    ("iommufds", "devices", "backends", "of_vfio"),
+    [
+        (IOMMUFDS, {}, ["iommufd"], []),
+        (IOMMUFDS, {4: 1}, ["iommufd"], ["iommufd"]),
+        ([], {4: 1}, ["iommufd"], ["iommufd"]),
+        # A group is had by whichever there is.
+        (IOMMUFDS, {4: 2}, ["iommufd"], ["iommufd"]),
+        ([], {3: CONTAINER, 4: 2}, ["legacy"], ["legacy"]),
+        (IOMMUFDS, {3: CONTAINER, 4: 1, 5: 2}, ["iommufd", "legacy"], ["iommufd", "legacy"]),
+        ([], {4: 2}, [], [None]),
+        ([], {4: 3}, ["vdpa"], []),
+        (IOMMUFDS, {3: CONTAINER, 4: 3}, ["iommufd", "legacy", "vdpa"], []),
+        (None, {}, None, None),
+    ],
+)
+def test_by_what_it_has_devices(
+    alone: FakeKernel,
+    iommufds: list[HeldIommufd] | None,
+    devices: dict[int, int],
+    backends: list[str] | None,
+    of_vfio: list[str | None] | None,
+) -> None:
+    holder = survey().holders[0]._replace(iommufds=iommufds, devices=devices)
+    nodes = {
+        1: _host_facts.VfioNode("/dev/vfio/devices/vfio0", ["a"], 5, False),
+        2: _host_facts.VfioNode("/dev/vfio/5", ["a", "b"], 5, True),
+    }
+    names = iommufd_info.Names(iommufd_info.Unseen(), nodes, {3: "/dev/vhost-vdpa-0"})
+    assert names.backends(holder) == backends
+    rows, of_vdpa = names.vfio_devices(holder), names.vdpa_devices(holder)
+    assert (None if rows is None else [each["backend"] for each in rows]) == of_vfio
+    expected = [{"fd": 4, "node": "/dev/vhost-vdpa-0"}] if devices.get(4) == 3 else []
+    assert of_vdpa == (None if iommufds is None else expected)
+
+
+ONE = HeldIommufd(9, "user", False, [(2, True)])
+TWO = HeldIommufd(10, "user", False, [(2, True), (3, True)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "spaces"),
+    [
+        ({"iommufds": [ONE]}, 1),
+        ({"iommufds": [ONE, TWO]}, 3),
+        # 11 is the same as 10.
+        ({"iommufds": [ONE, TWO, TWO._replace(fd=11)]}, 3),
+        ({"iommufds": [HeldIommufd(9, "user", True, [])]}, 0),
+        ({"iommufds": [], "devices": {10: CONTAINER, 11: CONTAINER}}, 1),
+        ({"iommufds": [ONE], "devices": {3: CONTAINER, 4: 2, 5: 3, 6: 3, 7: 1}}, 3),
+        ({"iommufds": [ONE._replace(rlimit_mode=None)]}, None),
+        ({"iommufds": [ONE._replace(msg="This kernel does not have it.")]}, None),
+        ({"iommufds": [ONE], "more": True}, None),
+        ({"iommufds": None}, None),
+        # 1 could not be compared.
+        ({"iommufds": [ONE], "pid": 1}, 1),
+        ({"iommufds": [ONE, TWO], "pid": 1}, None),
+    ],
+)
+def test_how_many_address_spaces(alone: FakeKernel, fields: dict[str, Any], spaces: int | None) -> None:
+    holder = survey().holders[0]._replace(**{"devices": {}, **fields})
+    names = iommufd_info.Names(iommufd_info.Unseen(), {}, {3: "/dev/vhost-vdpa-0"})
+    assert names.address_spaces(holder, Sharing([[(holder.pid, 11), (holder.pid, 10)]], [1])) == spaces
 
 
 def test_times() -> None:
