@@ -34,10 +34,11 @@ from ._syscalls import (
     PR_CAPBSET_READ,
     PR_GET_NO_NEW_PRIVS,
     drop_capabilities,
+    leave_keyring,
     own_capabilities,
     prctl,
 )
-from ._user import User, become, find_user, groups_of, has_ids, leave_keyring
+from ._user import User, become, find_user, groups_of, has_ids
 
 __all__ = ("main",)
 

@@ -16,12 +16,11 @@ from functools import partial
 from typing import Callable, NamedTuple
 
 from ._capabilities import CAP_SYS_RESOURCE, capability_names
-from ._child import Run
 from ._errors import IommufdError, ProcessGone
 from ._foreign import parse_xml
 from ._process import Process
 from ._selinux import Verdict, context_of, context_of_service, lets_use
-from ._systemd import show_units
+from ._systemd import Run, show_units
 
 __all__ = (
     "DaemonUnit",

@@ -16,8 +16,8 @@ from ._errors import IommufdError, ProcessGone
 from ._process import Process
 
 if TYPE_CHECKING:
-    from ._child import Run
     from ._running import DomainRecord
+    from ._systemd import Run
 
 __all__ = (
     "DomainTarget",

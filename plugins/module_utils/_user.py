@@ -6,28 +6,24 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import pwd
 import resource
-import signal
 from functools import cache
 from typing import NamedTuple
 
 from ._errors import IommufdError, printable
-from ._syscalls import PR_SET_DUMPABLE, PR_SET_PDEATHSIG, join_new_keyring, prctl
+from ._syscalls import PR_SET_DUMPABLE, prctl
 
 __all__ = (
     "User",
     "become",
-    "end_with",
     "find_user",
     "forbid_core",
     "group_name",
     "groups_of",
     "has_ids",
     "impersonate",
-    "leave_keyring",
     "owner_name",
     "user_name",
 )
@@ -126,24 +122,6 @@ def impersonate(user: User, memory: int | None = None) -> None:
     be_private()
 
 
-def end_with(parent: int) -> None:
-    """Has the kernel kill this process when its parent ends, until it becomes another user. Raises OSError."""
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        # It has ended already.
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def forbid_core() -> None:
     """Keeps this process, and what it executes, from leaving a core dump."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def leave_keyring() -> None:
-    """Gives this process a session keyring of its own: whoever has root's can use root's keys. Raises OSError."""
-    try:
-        join_new_keyring()
-    except OSError as exc:
-        # A kernel without keys has none to give away. A filter that refuses this call refuses all others of it, too.
-        if exc.errno not in (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP):
-            raise

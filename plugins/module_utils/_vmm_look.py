@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 from . import _libvirt
 from ._capabilities import CAP_IPC_LOCK, XATTR, FileCapabilities, capability_names, parse_file_capabilities, read_xattr
-from ._child import NoAnswer, Run, in_child
+from ._child import NoAnswer, in_child
 from ._errors import IommufdError, ProcessGone, error_text, printable
 from ._paths import Untrusted, Writer, reopen, walk, writer_of
 from ._process import Limit, Process, in_initial_namespace, own_status, read_file
-from ._systemd import is_unit_name, show_units
+from ._systemd import Run, is_unit_name, show_units
 
 __all__ = (
     "REPLICA",

@@ -31,17 +31,8 @@ from functools import partial
 from typing import IO, Callable, NamedTuple, Union
 
 from ._capabilities import with_ipc_lock, write_xattr
-from ._child import (
-    COMMAND_SECONDS,
-    Interrupted,
-    NoAnswer,
-    close_all_but,
-    end,
-    in_child,
-    isolate,
-    spawn,
-    start_command,
-)
+from ._child import Interrupted, NoAnswer, close_all_but, end, in_child, isolate, spawn
+from ._command import COMMAND_SECONDS, start_command
 from ._device import new_iommufd
 from ._errors import HostLacks, IommufdError, error_text, printable
 from ._iommufd import PROCESS, RLIMIT_MODE, IommuFd

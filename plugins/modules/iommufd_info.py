@@ -688,7 +688,7 @@ from ..module_utils._capabilities import (
     CAP_SYS_RESOURCE,
     capability_names,
 )
-from ..module_utils._child import run_command
+from ..module_utils._command import run_command
 from ..module_utils._device import DEVICE
 from ..module_utils._errors import IommufdError, error_text, shown_path
 from ..module_utils._foreign import shown_text

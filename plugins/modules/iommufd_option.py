@@ -269,7 +269,8 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.parsing.convert_bool import boolean
 
 from ..module_utils._borrow import borrow_iommufd, find_iommufds
-from ..module_utils._child import NoAnswer, in_child, run_command
+from ..module_utils._child import NoAnswer, in_child
+from ..module_utils._command import run_command
 from ..module_utils._errors import (
     DescriptorGone,
     IommufdError,
