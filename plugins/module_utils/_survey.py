@@ -19,20 +19,20 @@ from typing import Any, NamedTuple
 from ._borrow import IOMMUFDS_MAX, Swapped, borrow_iommufd
 from ._budget import Account
 from ._capabilities import CAP_IPC_LOCK, capability_names
+from ._change import can_be_set, change, explain
 from ._child import ask_child, in_child
 from ._errors import DescriptorGone, IommufdError, NotAnIommufd, ProcessGone, error_text
-from ._iommufd import (
-    HUGE_PAGES,
-    RLIMIT_MODE,
-    UNSUPPORTED,
-    VFIO_CONTAINER_RDEV,
-    IommuFd,
-    can_be_set,
-    explain,
-    iommufd_rdevs,
-    misc_rdev,
+from ._iommufd import HUGE_PAGES, RLIMIT_MODE, UNSUPPORTED, VFIO_CONTAINER_RDEV, IommuFd, iommufd_rdevs, misc_rdev
+from ._process import Descriptors, Process, Status, parse_stat, parse_status, read_file
+from ._process_facts import (
+    Limit,
+    in_initial_user_namespace,
+    number_in,
+    read_arguments,
+    read_memlock,
+    read_units,
+    start_time,
 )
-from ._process import Descriptors, Limit, Process, Status, number_in, parse_stat, parse_status, read_file
 from ._qemu import guest_memory, guest_name, is_session_domain
 from ._tables import CONTAINERS, LARGE, TOO_MANY, TOO_MANY_HOLDERS, Budget, Tables, who_pays
 
@@ -471,7 +471,7 @@ def _cut(held: list[HeldIommufd], left: int) -> list[HeldIommufd]:
 
 
 def _ask_iommufd(iommufd: IommuFd, fd: int, subject: str) -> HeldIommufd:
-    result = iommufd.change(RLIMIT_MODE, None)
+    result = change(iommufd, RLIMIT_MODE, None)
     # A kernel without the option charges the user.
     number = 0 if result.outcome == UNSUPPORTED else result.before
     mode = None if number is None else str(RLIMIT_MODE.value(number))
@@ -485,17 +485,17 @@ def _ask_iommufd(iommufd: IommuFd, fd: int, subject: str) -> HeldIommufd:
 
 def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommufd] | None, more: bool) -> Holder:
     # What the process may have changed at will, and to any length: it is not kept.
-    arguments = process.arguments()
+    arguments = read_arguments(process)
     guest = guest_name(arguments)
     return Holder(
         pid=process.pid,
         comm=process.comm,
         user=process.user,
-        started=process.started(),
+        started=start_time(process),
         status=process.status,
-        memlock=process.memlock(),
-        units=process.units(),
-        initial=process.in_initial_user_namespace(),
+        memlock=read_memlock(process),
+        units=read_units(process),
+        initial=in_initial_user_namespace(process),
         name=None if guest is None else _shortened(os.fsdecode(guest)),
         memory_bytes=guest_memory(arguments),
         session=is_session_domain(arguments),

@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import pwd
 import resource
-from functools import cache
 from typing import NamedTuple
 
-from ._errors import IommufdError, printable
+from ._errors import IommufdError
 from ._syscalls import PR_SET_DUMPABLE, prctl
 
 __all__ = (
@@ -20,12 +19,9 @@ __all__ = (
     "become",
     "find_user",
     "forbid_core",
-    "group_name",
     "groups_of",
     "has_ids",
     "impersonate",
-    "owner_name",
-    "user_name",
 )
 
 
@@ -50,31 +46,6 @@ def find_user(name: str) -> User:
     except (KeyError, ValueError) as exc:
         raise IommufdError(f"This host has no user {name!r}: give the name of one that it has.") from exc
     return User(found.pw_name, found.pw_uid, found.pw_gid, found.pw_dir)
-
-
-@cache
-def user_name(uid: int) -> str | None:
-    """The name that this host has for a user; None where it has none."""
-    try:
-        return printable(os.fsencode(pwd.getpwuid(uid).pw_name))
-    except KeyError:
-        return None
-
-
-def owner_name(uid: int) -> str:
-    """The user's name, or the id where it has none."""
-    return user_name(uid) or str(uid)
-
-
-def group_name(gid: int) -> str:
-    """The group's name, or the id where it has none."""
-    # Few tasks need it, and a module pays for each import on each host anew.
-    import grp
-
-    try:
-        return printable(os.fsencode(grp.getgrgid(gid).gr_name))
-    except KeyError:
-        return str(gid)
 
 
 def groups_of(user: User) -> set[int]:

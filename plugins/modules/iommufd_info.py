@@ -694,13 +694,10 @@ from ..module_utils._errors import IommufdError, error_text, shown_path
 from ..module_utils._foreign import shown_text
 from ..module_utils._iommufd import misc_rdev
 from ..module_utils._module import Row, finish, memlock_row
-from ..module_utils._process import (
-    in_initial_namespace,
-    own_status,
-)
+from ..module_utils._names import user_name
+from ..module_utils._process_facts import in_initial_namespace, own_status
 from ..module_utils._running import read_domain_record
 from ..module_utils._survey import HeldIommufd, Holder, Survey, survey
-from ..module_utils._user import user_name
 
 # How long a command may take that is not systemd's.
 SECONDS = 30

@@ -122,7 +122,7 @@ def test_what_selinux_leaves(
     pid = {"not running": 0, "running": os.getpid(), "just ended": 2147483647}[daemon]
     monkeypatch.setattr(_libvirt, "capability_names", lambda _mask: ("cap_sys_resource",))
     monkeypatch.setattr(_libvirt, "lets_use", lambda _capability, _context: Verdict(allowed, "so it is"))
-    monkeypatch.setattr(Process, "in_initial_user_namespace", lambda _self: True)
+    monkeypatch.setattr(_libvirt, "in_initial_user_namespace", lambda _process: True)
     found = look_at_libvirt(answer(unit("virtqemud.service", MainPID=str(pid))))
     assert (found.may, found.why) == (may, "so it is")
 

@@ -16,7 +16,7 @@ import yaml
 from ansible.module_utils import basic
 from ansible_collections.virt.iommufd.plugins.module_utils import _host_facts
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit
+from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Limit
 from ansible_collections.virt.iommufd.plugins.module_utils._running import DomainRecord
 from ansible_collections.virt.iommufd.plugins.module_utils._survey import survey
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
