@@ -15,7 +15,7 @@ import shutil
 import time
 from typing import Any
 
-from ._child import run_command
+from ._command import run_command
 from ._domain_start import DAEMONS, NoDaemon, connected
 from ._errors import IommufdError
 from ._foreign import or_none, text

@@ -23,16 +23,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._borrow import borrow_iommufd, find_iommufds
 from ._capabilities import CAP_SYS_RESOURCE, capability_names
+from ._change import Result, change
 from ._child import in_child
 from ._errors import DescriptorGone, IommufdError, NotAnIommufd, error_text, printable
 from ._foreign import boolean, first_of, member, number, or_none, parse_xml, shown_text, text, texts
-from ._iommufd import RLIMIT_MODE, IommuFd, Result
-from ._pidfile import read_pidfile
-from ._process import Limit, Process
+from ._iommufd import RLIMIT_MODE, IommuFd
+from ._named_target import DomainTarget, escaped
+from ._names import user_name
+from ._pidfile import look_patiently, read_pidfile
+from ._process import Process
+from ._process_facts import Limit, read_arguments, read_memlock
 from ._qemu import guest_name
 from ._size import SIZE_MAX, human_size
-from ._target import DomainTarget, Target, escaped, hold_target, look_patiently
-from ._user import User, user_name
+from ._target import Target, hold_target
+from ._user import User
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -451,7 +455,7 @@ class SessionDomain(NamedTuple):
 
 
 def _guest_of(process: Process) -> str | None:
-    guest = guest_name(process.arguments())
+    guest = guest_name(read_arguments(process))
     return None if guest is None else os.fsdecode(guest)
 
 
@@ -542,7 +546,7 @@ def _dry_runs(target: Target, wanted: int) -> tuple[dict[str, Any], list[tuple[s
         for fd in held:
             # One that is closed meanwhile, or only names the device, charges nobody.
             with contextlib.suppress(DescriptorGone, NotAnIommufd), borrow_iommufd(process, fd, rdevs) as iommufd:
-                found.append((f"iommufd {fd} of {process}", iommufd.change(RLIMIT_MODE, wanted, dry_run=True)))
+                found.append((f"iommufd {fd} of {process}", change(iommufd, RLIMIT_MODE, wanted, dry_run=True)))
         return process.describe(), found
 
 
@@ -562,7 +566,7 @@ def look_at_daemon(target: Target, name: str, user: User, need: int | None) -> D
 
     def look() -> DaemonLimit:
         with hold_target(target) as daemon:
-            limit = daemon.memlock()
+            limit = read_memlock(daemon)
             try:
                 check_limit(name, user, daemon, limit, need)
             except IommufdError as exc:
@@ -574,4 +578,4 @@ def look_at_daemon(target: Target, name: str, user: User, need: int | None) -> D
 
 def set_mode(fd: int, wanted: int, dry_run: bool) -> Result:
     """Gives a new iommufd its rlimit mode; a dry run foretells that."""
-    return IommuFd(fd).change(RLIMIT_MODE, wanted, dry_run=dry_run)
+    return change(IommuFd(fd), RLIMIT_MODE, wanted, dry_run=dry_run)

@@ -16,12 +16,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ._capabilities import FileCapabilities, parse_file_capabilities, read_xattr
+from ._change import can_be_set
 from ._child import NoAnswer, ask_child, in_child
 from ._device import new_iommufd
 from ._errors import IommufdError, error_text, shown_path
-from ._iommufd import RLIMIT_MODE, IommuFd, can_be_set, misc_rdev
+from ._iommufd import RLIMIT_MODE, IommuFd, misc_rdev
+from ._names import group_name, owner_name
 from ._paths import Untrusted, Writer, check_writers, walk
-from ._user import group_name, owner_name
 
 __all__ = (
     "ABSENT",

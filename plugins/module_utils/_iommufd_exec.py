@@ -25,19 +25,21 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from ._capabilities import CAP_IPC_LOCK, capability_names, parse_file_capabilities, read_xattr
+from ._change import Result, change, explain
 from ._device import DEVICE, open_iommufd
 from ._errors import AccessRefused, IommufdError, error_text
-from ._iommufd import CHANGED, DENIED, PROCESS, RLIMIT_MODE, UNCHANGED, UNSUPPORTED, USER, IommuFd, Result, explain
+from ._iommufd import CHANGED, DENIED, PROCESS, RLIMIT_MODE, UNCHANGED, UNSUPPORTED, USER, IommuFd
 from ._size import human_size, parse_size
 from ._syscalls import (
     PR_CAPBSET_DROP,
     PR_CAPBSET_READ,
     PR_GET_NO_NEW_PRIVS,
     drop_capabilities,
+    leave_keyring,
     own_capabilities,
     prctl,
 )
-from ._user import User, become, find_user, groups_of, has_ids, leave_keyring
+from ._user import User, become, find_user, groups_of, has_ids
 
 __all__ = ("main",)
 
@@ -415,7 +417,7 @@ def launch(request: Request) -> NoReturn:
     """Does what is asked for and becomes the command. Raises Refusal, and then the process is of no more use."""
     user = None if request.user is None else find_unprivileged(request.user)
     fd = open_device()
-    result = IommuFd(fd).change(RLIMIT_MODE, RLIMIT_MODE.number(request.rlimit_mode))
+    result = change(IommuFd(fd), RLIMIT_MODE, RLIMIT_MODE.number(request.rlimit_mode))
     warning = obstacle(result, request)
     if request.memlock is not None:
         limit_memlock(request.memlock)

@@ -16,12 +16,12 @@ from functools import partial
 from typing import Callable, NamedTuple
 
 from ._capabilities import CAP_SYS_RESOURCE, capability_names
-from ._child import Run
 from ._errors import IommufdError, ProcessGone
 from ._foreign import parse_xml
 from ._process import Process
+from ._process_facts import in_initial_user_namespace
 from ._selinux import Verdict, context_of, context_of_service, lets_use
-from ._systemd import show_units
+from ._systemd import Run, show_units
 
 __all__ = (
     "DaemonUnit",
@@ -145,7 +145,7 @@ def look_at_libvirt(run: Run) -> Libvirt:
         return Libvirt(installed, installed, unit.name, None, may, why=why)
     try:
         with Process.hold(unit.pid) as daemon:
-            initial = daemon.in_initial_user_namespace()
+            initial = in_initial_user_namespace(daemon)
             may = CAP_SYS_RESOURCE in capability_names(daemon.status.effective)
             may = may and (unit.initial if initial is None else initial)
             may, why = _left(may, partial(context_of, unit.pid))

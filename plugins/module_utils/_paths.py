@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from ._errors import IommufdError, shown_path
-from ._user import group_name, user_name
+from ._names import group_name, user_name
 
 __all__ = (
     "Place",

@@ -10,21 +10,40 @@ import errno
 import os
 import re
 import stat
+from collections.abc import Collection
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple
 
+from ._child import NoAnswer, in_child
 from ._errors import IommufdError, ProcessGone, error_text, printable
 from ._process import Process
-from ._target import look_patiently
+from ._process_facts import start_time
 
 __all__ = (
     "Pidfile",
     "PidfileTarget",
+    "look_patiently",
     "parse_pid",
     "read_pidfile",
 )
 
 _PIDFILE_MAX = 64
+
+# A local file is there in no time, in seconds.
+_PATIENCE = 10
+
+
+def look_patiently(what: str, look: Callable[[], Any], keep: Collection[int] = ()) -> Any:
+    """What a look at something of another user's comes to, in a child, since it may last for ever. Raises IommufdError.
+
+    `what` names it; `keep` is as for in_child.
+    """
+    try:
+        return in_child(None, look, _PATIENCE, keep)
+    except NoAnswer as exc:
+        raise IommufdError(
+            f"{what} could not be looked at within {_PATIENCE} seconds. Is it on a mount whose server does not answer?"
+        ) from exc
 
 
 def parse_pid(text: bytes) -> int:
@@ -66,7 +85,7 @@ class PidfileTarget(NamedTuple):
         if read.pid != process.pid:
             raise ProcessGone(f"{self} named process {process.pid}, and a moment later {read.pid}. Run the task again.")
         # A process writes the file after it has started; the second is for the clock's slewing and a tick's length.
-        if read.written < process.started() - 1:
+        if read.written < start_time(process) - 1:
             raise IommufdError(
                 f"{self} is stale: it was written before {process} started, so it meant another process, unless the"
                 " clock was set in between. Give the process by pid or unit if it is the one you mean."

@@ -15,31 +15,25 @@ import errno
 import fcntl
 import os
 import re
-import resource
 import select
 import sys
-import time
 from collections.abc import Container, Iterator
 from itertools import islice
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 from ._errors import AccessRefused, DescriptorGone, HostLacks, IommufdError, ProcessGone, error_text, printable
+from ._names import user_name
 from ._syscalls import character_device, pidfd_getfd, pidfd_open
-from ._user import user_name
 
 __all__ = (
     "DESCRIPTORS_MAX",
     "Descriptors",
-    "Limit",
     "Process",
     "Status",
     "character_devices_in",
-    "in_initial_namespace",
     "is_path_only",
-    "number_in",
     "own_character_device",
-    "own_status",
     "parse_stat",
     "parse_status",
     "read_file",
@@ -50,14 +44,6 @@ DESCRIPTORS_MAX = 2**18
 
 # How much of a file is read at once, in bytes.
 _READ_AT_ONCE = 16384
-
-# What is read of a command line. The longest of a VMM has some kilobytes and hundreds of arguments.
-_CMDLINE_MAX = 2**18
-_ARGUMENTS_MAX = 8192
-
-# How long the path of a program is that is told. Any user may have thousands of processes with long ones.
-_PROGRAM_MAX = 1024
-_DELETED = b" (deleted)"
 
 # The largest C int: a pid or descriptor beyond it would reach the kernel cut to another one.
 _INT_MAX = 2**31 - 1
@@ -75,19 +61,11 @@ _STATUS_FIELDS = (
     b"NoNewPrivs",
 )
 
-# linux/nsfs.h, and include/linux/proc_ns.h before: the inodes of the namespaces that the system began with.
-_INITIAL = {"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}
-
 # The first Linux that has a system call.
 _SINCE = {"pidfd_open": "5.3", "pidfd_getfd": "5.6", "statx": "4.11"}
 
 # include/linux/sched.h. Kernel threads have no memory, but neither has a process that is about to end.
 _PF_KTHREAD = 0x00200000
-
-
-# systemd.unit(5). A template, which has nothing behind its @, has no processes.
-_UNIT = re.compile(rb"[A-Za-z0-9:_.\\-]+(?:@[A-Za-z0-9:_.\\@-]+)?\.(?:service|scope)")
-_UNIT_NAME_MAX = 255
 
 
 _NAME = attrgetter("name")
@@ -164,16 +142,6 @@ def read_file(path: str, most: int = sys.maxsize, in_one: bool = False) -> bytes
         os.close(fd)
 
 
-def number_in(text: bytes, name: bytes) -> int:
-    """A number in the text of /proc/PID/status, which is asked of every process of a host; -1 where there is none."""
-    found = text.find(b"\n" + name + b":")
-    if found < 0:
-        return -1
-    begins = found + len(name) + 2
-    word = text[begins : begins + 30].split(None, 1)[:1]
-    return int(word[0]) if word and word[0].isdigit() else -1
-
-
 class Status(NamedTuple):
     """What /proc/PID/status says.
 
@@ -220,42 +188,6 @@ def parse_status(text: bytes) -> Status:
         )
     except (KeyError, ValueError) as exc:
         raise IommufdError(f"/proc/PID/status cannot be read: {printable(text[:200])!r}.") from exc
-
-
-class Limit(NamedTuple):
-    """A resource limit in bytes, soft and hard; None stands for unlimited."""
-
-    soft: int | None
-    hard: int | None
-
-
-def parse_memlock(text: bytes) -> Limit:
-    """Reads RLIMIT_MEMLOCK in the text of /proc/PID/limits. Raises IommufdError where it is not there."""
-    found = re.search(rb"^Max locked memory +([0-9]{1,20}|unlimited) +([0-9]{1,20}|unlimited) ", text, re.MULTILINE)
-    if not found:
-        raise IommufdError(f"/proc/PID/limits cannot be read: {printable(text[:200])!r}.")
-    soft, hard = (None if each == b"unlimited" else int(each) for each in found.groups())
-    return Limit(soft, hard)
-
-
-def parse_cgroup(text: bytes) -> tuple[str | None, str | None]:
-    """The unit of the system's service manager, and that of a user's, in the text of /proc/PID/cgroup; None without.
-
-    systemd names a unit's control group after it, below those of its slices and of nothing else. Whoever got a group of
-    its own, such as a manager of containers, names those below as it likes, after units of the host too.
-    """
-    found = re.search(rb"^(?:0:|[0-9]+:name=systemd):(/.*)$", text, re.MULTILINE)
-    # A name that could be taken for one of the kernel's own files begins with an underscore more (systemd.io,
-    # CONTROL_GROUP_INTERFACE).
-    parts = (part[part[:1] == b"_" :] for part in found.group(1).split(b"/") if part) if found else iter(())
-    unit = _unit_among(parts)
-    return unit, _unit_among(parts) if unit and re.fullmatch(r"user@[0-9]+\.service", unit) else None
-
-
-def _unit_among(parts: Iterator[bytes]) -> str | None:
-    """The unit that has the first group in a path which is no slice; None where that is no unit's. Goes up to there."""
-    part = next((each for each in parts if not each.endswith(b".slice")), b"")
-    return part.decode("ascii") if len(part) <= _UNIT_NAME_MAX and _UNIT.fullmatch(part) else None
 
 
 class Stat(NamedTuple):
@@ -387,51 +319,6 @@ class Process(NamedTuple):
         if _has_ended(self.pidfd):
             raise ProcessGone(_gone(self.pid, self.comm))
 
-    def started(self) -> float:
-        """When the process started, in seconds since the epoch, by the clock as it is set now."""
-        return _booted() + self.start_ticks / os.sysconf("SC_CLK_TCK")
-
-    def arguments(self) -> list[bytes]:
-        """The command line that the process shows, or its beginning. Raises ProcessGone or AccessRefused.
-
-        It may have changed that, and have it lead to gigabytes of its memory (prctl(2), PR_SET_MM_ARG_START).
-        """
-        return self.read("cmdline", _CMDLINE_MAX).split(b"\0", _ARGUMENTS_MAX)[:-1]
-
-    def program(self) -> bytes | None:
-        """The path of its program, in its own mount namespace; None where this caller may not look, or it is too long.
-
-        It is the path that the program had, where another file has taken its place. It counts once `check_alive` has
-        passed after it.
-        """
-        try:
-            path = os.readlink(f"/proc/{self.pid}/exe".encode())
-        except OSError:
-            return None
-        # See d_path() in fs/d_path.c.
-        path = path[: -len(_DELETED)] if path.endswith(_DELETED) else path
-        return path if len(path) <= _PROGRAM_MAX else None
-
-    def memlock(self) -> Limit:
-        """Its RLIMIT_MEMLOCK. Raises ProcessGone or AccessRefused."""
-        try:
-            limits = resource.prlimit(self.pid, resource.RLIMIT_MEMLOCK)
-        except OSError:
-            # It takes CAP_SYS_RESOURCE for another user's process. The text is for everybody, and takes far longer.
-            return parse_memlock(self.read("limits"))
-        self.check_alive()
-        return Limit(*(None if each == resource.RLIM_INFINITY else each for each in limits))
-
-    def units(self) -> tuple[str | None, str | None]:
-        """The unit of the system's service manager that it belongs to, and that of its user's; None without."""
-        return parse_cgroup(self.read("cgroup"))
-
-    def in_initial_user_namespace(self) -> bool | None:
-        """Whether it is in the initial user namespace; None where this caller may not look. Raises ProcessGone."""
-        initial = in_initial_namespace("user", self.pid)
-        self.check_alive()
-        return initial
-
     def read(self, name: str, most: int = sys.maxsize) -> bytes:
         """A file of the process in /proc, or the beginning of it.
 
@@ -529,30 +416,6 @@ class Process(NamedTuple):
             f" what ptrace takes: root with CAP_SYS_PTRACE (become: true), Yama below 3 ({_yama()}), and neither an LSM"
             " such as AppArmor or SELinux nor a seccomp filter or container around Ansible that forbids it."
         )
-
-
-def _booted() -> float:
-    """When the system booted, in seconds since the epoch, by the clock as it is set now."""
-    # A busy machine may let this process wait between two readings, which is no difference between the clocks.
-    for _attempt in range(20):
-        before = time.clock_gettime(time.CLOCK_BOOTTIME)
-        now = time.time()
-        if time.clock_gettime(time.CLOCK_BOOTTIME) - before < 0.001:
-            break
-    return now - before
-
-
-def own_status() -> Status:
-    """What /proc says of this process."""
-    return parse_status(read_file("/proc/self/status"))
-
-
-def in_initial_namespace(kind: str, pid: int | str = "self") -> bool | None:
-    """Whether a process is in the initial namespace of a kind, `pid` or `user`; None where this caller may not look."""
-    try:
-        return os.readlink(f"/proc/{pid}/ns/{kind}") == f"{kind}:[{_INITIAL[kind]}]"
-    except OSError:
-        return None
 
 
 def own_character_device(fd: int) -> int | None:

@@ -62,15 +62,26 @@ def zipapp(name: str) -> bytes:
 
 
 def _exec_modules() -> tuple[str, tuple[ModuleType, ...]]:
-    from . import _capabilities, _device, _errors, _iommufd, _iommufd_exec, _size, _syscalls, _uapi, _user
+    from . import _capabilities, _change, _device, _errors, _iommufd, _iommufd_exec, _size, _syscalls, _uapi, _user
 
-    return "_iommufd_exec", (_capabilities, _device, _errors, _iommufd, _iommufd_exec, _size, _syscalls, _uapi, _user)
+    return "_iommufd_exec", (
+        _capabilities,
+        _change,
+        _device,
+        _errors,
+        _iommufd,
+        _iommufd_exec,
+        _size,
+        _syscalls,
+        _uapi,
+        _user,
+    )
 
 
 def _grant_modules() -> tuple[str, tuple[ModuleType, ...]]:
-    from . import _capabilities, _child, _errors, _foreign, _grant, _paths, _states, _syscalls, _user
+    from . import _capabilities, _child, _errors, _foreign, _grant, _names, _paths, _states, _syscalls, _user
 
-    return "_grant", (_capabilities, _child, _errors, _foreign, _grant, _paths, _states, _syscalls, _user)
+    return "_grant", (_capabilities, _child, _errors, _foreign, _grant, _names, _paths, _states, _syscalls, _user)
 
 
 def _file_name(module: ModuleType) -> str:

@@ -24,8 +24,8 @@ from typing import Any, Callable, NamedTuple
 
 from ._capabilities import read_xattr, write_xattr
 from ._errors import IommufdError, error_text, shown_path
+from ._names import group_name, owner_name
 from ._paths import Place, entries, reopen, sync, walk
-from ._user import group_name, owner_name
 
 __all__ = (
     "BEGIN",

@@ -14,7 +14,6 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from ._capabilities import parse_file_capabilities
-from ._child import Run
 from ._errors import IommufdError, error_text, shown_path
 from ._grant import grant_patiently
 from ._programs import INTERPRETER
@@ -29,7 +28,7 @@ from ._states import (
     set_node,
     write_file_state,
 )
-from ._systemd import UnitState, must_run, reload_units, tell_systemd
+from ._systemd import Run, UnitState, must_run, reload_units, tell_systemd
 
 __all__ = (
     "Effect",

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from ._accounting import LEGACY, VDPA
 from ._borrow import IOMMUFDS_MAX, Swapped, borrow_iommufd
 from ._capabilities import CAP_IPC_LOCK, capability_names
+from ._change import can_be_set, change, explain
 from ._charges import Account, way_of
 from ._child import ask_child, in_child
 from ._errors import DescriptorGone, IommufdError, NotAnIommufd, ProcessGone, error_text
@@ -30,12 +31,20 @@ from ._iommufd import (
     VFIO_CONTAINER,
     VFIO_CONTAINER_RDEV,
     IommuFd,
-    can_be_set,
-    explain,
     iommufd_rdevs,
     misc_rdev,
 )
-from ._process import Descriptors, Limit, Process, Status, number_in, parse_stat, parse_status, read_file
+from ._process import Descriptors, Process, Status, parse_stat, parse_status, read_file
+from ._process_facts import (
+    Limit,
+    in_initial_user_namespace,
+    number_in,
+    read_arguments,
+    read_memlock,
+    read_program,
+    read_units,
+    start_time,
+)
 from ._qemu import guest_name, is_session_domain, look_at_guest
 from ._sharing import Descriptor, Owner, Sharing, compare
 from ._tables import CONTAINERS, LARGE, TOO_MANY, TOO_MANY_HOLDERS, Budget, Tables, who_pays
@@ -547,7 +556,7 @@ def _cut(held: list[HeldIommufd], left: int) -> list[HeldIommufd]:
 
 
 def _ask_iommufd(iommufd: IommuFd, fd: int, subject: str) -> HeldIommufd:
-    result = iommufd.change(RLIMIT_MODE, None)
+    result = change(iommufd, RLIMIT_MODE, None)
     # A kernel without the option charges the user.
     number = 0 if result.outcome == UNSUPPORTED else result.before
     mode = None if number is None else str(RLIMIT_MODE.value(number))
@@ -561,20 +570,20 @@ def _ask_iommufd(iommufd: IommuFd, fd: int, subject: str) -> HeldIommufd:
 
 def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommufd] | None, more: bool) -> Holder:
     # What the process may have changed at will, and to any length: it is not kept.
-    program = process.program()
-    arguments = process.arguments()
+    program = read_program(process)
+    arguments = read_arguments(process)
     name = guest_name(arguments)
     guest = look_at_guest(program or b"".join(arguments[:1]), arguments, partial(_read_config, process))
     return Holder(
         pid=process.pid,
         comm=process.comm,
         user=process.user,
-        started=process.started(),
+        started=start_time(process),
         start_ticks=process.start_ticks,
         status=process.status,
-        memlock=process.memlock(),
-        units=process.units(),
-        initial=process.in_initial_user_namespace(),
+        memlock=read_memlock(process),
+        units=read_units(process),
+        initial=in_initial_user_namespace(process),
         program=None if program is None else os.fsdecode(program),
         name=None if name is None else _shortened(os.fsdecode(name)),
         memory_bytes=guest.memory,

@@ -4,7 +4,7 @@
 
 """Private to this collection: systemd, asked and told. No other file runs systemctl, systemd-run or journalctl.
 
-`run` is what runs a command and gives its exit code, output and errors: `_child.run_command`, with its time limit, or
+`run` is what runs a command and gives its exit code, output and errors: `_command.run_command`, with its time limit, or
 the same as another user. `user` is the service manager of whoever `run` runs it as, and not the system's.
 """
 
@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
-from ._child import Run
 from ._errors import CommandFailed, HostLacks, IommufdError, error_text, printable
 
 __all__ = (
+    "Run",
     "UnitState",
     "ask_states",
     "is_unit_name",
@@ -29,6 +29,9 @@ __all__ = (
     "show_units",
     "tell_systemd",
 )
+
+# See above.
+Run = Callable[[list[str]], "tuple[int, str, str]"]
 
 _STATE = ("LoadState", "UnitFileState", "ActiveState", "Triggers")
 _JOURNAL_LINES = 20

@@ -6,30 +6,22 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import pwd
 import resource
-import signal
-from functools import cache
 from typing import NamedTuple
 
-from ._errors import IommufdError, printable
-from ._syscalls import PR_SET_DUMPABLE, PR_SET_PDEATHSIG, join_new_keyring, prctl
+from ._errors import IommufdError
+from ._syscalls import PR_SET_DUMPABLE, prctl
 
 __all__ = (
     "User",
     "become",
-    "end_with",
     "find_user",
     "forbid_core",
-    "group_name",
     "groups_of",
     "has_ids",
     "impersonate",
-    "leave_keyring",
-    "owner_name",
-    "user_name",
 )
 
 
@@ -54,31 +46,6 @@ def find_user(name: str) -> User:
     except (KeyError, ValueError) as exc:
         raise IommufdError(f"This host has no user {name!r}: give the name of one that it has.") from exc
     return User(found.pw_name, found.pw_uid, found.pw_gid, found.pw_dir)
-
-
-@cache
-def user_name(uid: int) -> str | None:
-    """The name that this host has for a user; None where it has none."""
-    try:
-        return printable(os.fsencode(pwd.getpwuid(uid).pw_name))
-    except KeyError:
-        return None
-
-
-def owner_name(uid: int) -> str:
-    """The user's name, or the id where it has none."""
-    return user_name(uid) or str(uid)
-
-
-def group_name(gid: int) -> str:
-    """The group's name, or the id where it has none."""
-    # Few tasks need it, and a module pays for each import on each host anew.
-    import grp
-
-    try:
-        return printable(os.fsencode(grp.getgrgid(gid).gr_name))
-    except KeyError:
-        return str(gid)
 
 
 def groups_of(user: User) -> set[int]:
@@ -126,24 +93,6 @@ def impersonate(user: User, memory: int | None = None) -> None:
     be_private()
 
 
-def end_with(parent: int) -> None:
-    """Has the kernel kill this process when its parent ends, until it becomes another user. Raises OSError."""
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        # It has ended already.
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def forbid_core() -> None:
     """Keeps this process, and what it executes, from leaving a core dump."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def leave_keyring() -> None:
-    """Gives this process a session keyring of its own: whoever has root's can use root's keys. Raises OSError."""
-    try:
-        join_new_keyring()
-    except OSError as exc:
-        # A kernel without keys has none to give away. A filter that refuses this call refuses all others of it, too.
-        if exc.errno not in (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP):
-            raise

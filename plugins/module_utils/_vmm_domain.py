@@ -18,9 +18,12 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from typing import IO
 
-from ._child import Interrupted, NoAnswer, Run, end, start_command
+from ._child import Interrupted, NoAnswer, end
+from ._command import start_command
 from ._errors import IommufdError, error_text
-from ._target import DomainTarget, escaped, hold_target
+from ._named_target import DomainTarget, escaped
+from ._systemd import Run
+from ._target import hold_target
 from ._vmm_look import REPLICA, Program
 from ._vmm_trial import ProcessSeen, one_line, see_in_child
 

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 from . import _libvirt
 from ._capabilities import CAP_IPC_LOCK, XATTR, FileCapabilities, capability_names, parse_file_capabilities, read_xattr
-from ._child import NoAnswer, Run, in_child
+from ._child import NoAnswer, in_child
 from ._errors import IommufdError, ProcessGone, error_text, printable
 from ._paths import Untrusted, Writer, reopen, walk, writer_of
-from ._process import Limit, Process, in_initial_namespace, own_status, read_file
-from ._systemd import is_unit_name, show_units
+from ._process import Process, read_file
+from ._process_facts import Limit, in_initial_namespace, in_initial_user_namespace, own_status
+from ._systemd import Run, is_unit_name, show_units
 
 __all__ = (
     "REPLICA",
@@ -242,7 +243,7 @@ def look_at_conditions(run: Run) -> Conditions:
             with Process.hold(libvirt.pid) as daemon:
                 of = f"{libvirt.unit} (pid {libvirt.pid})"
                 status = daemon.status
-                return Conditions(of, status.bounding, status.no_new_privs, daemon.in_initial_user_namespace())
+                return Conditions(of, status.bounding, status.no_new_privs, in_initial_user_namespace(daemon))
         except ProcessGone:
             pass
     shown = _show(run, libvirt.unit)

@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import os
 
-from ._child import Interrupted, Run
+from ._child import Interrupted
 from ._errors import CommandFailed, IommufdError
-from ._systemd import read_journal, run_service, show_units, tell_systemd
-from ._target import UnitTarget, hold_target
+from ._named_target import UnitTarget
+from ._systemd import Run, read_journal, run_service, show_units, tell_systemd
+from ._target import hold_target
 from ._vmm_look import REPLICA, Unit, has_ipc_lock, is_qemu, unit_obstacles
 from ._vmm_trial import IDLE_QEMU, PATIENCE, ProcessSeen, ended_by_itself, one_line, see_in_child
 

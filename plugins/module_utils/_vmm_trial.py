@@ -31,21 +31,13 @@ from functools import partial
 from typing import IO, Callable, NamedTuple, Union
 
 from ._capabilities import with_ipc_lock, write_xattr
-from ._child import (
-    COMMAND_SECONDS,
-    Interrupted,
-    NoAnswer,
-    close_all_but,
-    end,
-    in_child,
-    isolate,
-    spawn,
-    start_command,
-)
+from ._child import Interrupted, NoAnswer, close_all_but, end, in_child, isolate, spawn
+from ._command import COMMAND_SECONDS, start_command
 from ._device import new_iommufd
 from ._errors import HostLacks, IommufdError, error_text, printable
 from ._iommufd import PROCESS, RLIMIT_MODE, IommuFd
-from ._process import Limit, Process, Status, own_status, parse_status
+from ._process import Process, Status, parse_status
+from ._process_facts import Limit, in_initial_user_namespace, own_status, read_memlock
 from ._syscalls import PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, prctl
 from ._user import User, forbid_core, impersonate
 from ._vmm_look import (
@@ -120,7 +112,7 @@ class ProcessSeen(NamedTuple):
 
 
 def _see(process: Process) -> ProcessSeen:
-    return ProcessSeen(process.user, process.status, process.memlock(), process.in_initial_user_namespace())
+    return ProcessSeen(process.user, process.status, read_memlock(process), in_initial_user_namespace(process))
 
 
 def see_in_child(hold: contextlib.AbstractContextManager[Process]) -> ProcessSeen:

@@ -16,7 +16,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Callable, NamedTuple
 
-from ._child import NoAnswer, Run, in_child
+from ._child import NoAnswer, in_child
 from ._errors import IommufdError, error_text, shown_path
 from ._paths import walk
 from ._record import BLOCK, CAPABILITY, FILE, KINDS, NODE, UNIT, Item
@@ -34,7 +34,7 @@ from ._states import (
     read_file_state,
     split_block,
 )
-from ._systemd import UnitState, ask_states, is_unit_name
+from ._systemd import Run, UnitState, ask_states, is_unit_name
 
 __all__ = (
     "View",

@@ -315,6 +315,7 @@ from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ..module_utils._change import Result, explain
 from ..module_utils._child import NoAnswer, in_child
 from ..module_utils._device import new_iommufd
 from ..module_utils._domain_start import (
@@ -332,14 +333,7 @@ from ..module_utils._domain_start import (
     start_domain,
 )
 from ..module_utils._errors import IommufdError
-from ..module_utils._iommufd import (
-    BUSY,
-    CHANGED,
-    RLIMIT_MODE,
-    UNCHANGED,
-    Result,
-    explain,
-)
+from ..module_utils._iommufd import BUSY, CHANGED, RLIMIT_MODE, UNCHANGED
 from ..module_utils._module import Row, finish, memlock_row
 from ..module_utils._user import find_user
 

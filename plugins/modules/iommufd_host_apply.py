@@ -191,15 +191,16 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils._apply import after, steps_on
 from ..module_utils._capabilities import parse_file_capabilities, with_ipc_lock
-from ..module_utils._child import Run, run_command
+from ..module_utils._command import run_command
 from ..module_utils._errors import IommufdError, error_text, shown_path
 from ..module_utils._module import Row, finish
+from ..module_utils._names import group_name, owner_name
 from ..module_utils._programs import PROGRAMS, zipapp
 from ..module_utils._record import CAPABILITY, FILE, NODE, Item, Record, check_caller, lock_record
 from ..module_utils._states import FileState, NodeState
 from ..module_utils._steps import Grant, RemoveFile, Step, StepFailed, WriteFile, make_steps, note_due
+from ..module_utils._systemd import Run
 from ..module_utils._undo import new_items, steps_back
-from ..module_utils._user import group_name, owner_name
 from ..module_utils._wanted import View, Wanted, WantedFile, check_path, look_at_host
 
 # What is longer is no file that a role writes, and nobody compares it.

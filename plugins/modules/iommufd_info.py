@@ -831,20 +831,17 @@ from ..module_utils._charges import (
     largest_limit,
     total,
 )
-from ..module_utils._child import run_command
+from ..module_utils._command import run_command
 from ..module_utils._device import DEVICE
 from ..module_utils._errors import IommufdError, error_text, shown_path
 from ..module_utils._foreign import shown_text
 from ..module_utils._iommufd import misc_rdev
 from ..module_utils._module import Row, finish, memlock_row
-from ..module_utils._process import (
-    in_initial_namespace,
-    own_status,
-)
+from ..module_utils._names import user_name
+from ..module_utils._process_facts import in_initial_namespace, own_status
 from ..module_utils._running import read_domain_record
 from ..module_utils._sharing import Sharing
 from ..module_utils._survey import Holder, Survey, survey
-from ..module_utils._user import user_name
 
 # How long a command may take that is not systemd's.
 SECONDS = 30

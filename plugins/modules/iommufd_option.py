@@ -263,19 +263,20 @@ iommufds:
 """
 
 from functools import partial
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.parsing.convert_bool import boolean
 
+# Ansible keeps nothing compiled, so each file that is imported costs each task on each host anew. What a query by pid
+# does not need is imported by what needs it.
 from ..module_utils._borrow import borrow_iommufd, find_iommufds
-from ..module_utils._child import NoAnswer, in_child, run_command
+from ..module_utils._child import NoAnswer, in_child
 from ..module_utils._errors import (
     DescriptorGone,
     IommufdError,
     NotAnIommufd,
 )
-from ..module_utils._foreign import first_of
 from ..module_utils._iommufd import (
     CHANGED,
     FAILED,
@@ -284,20 +285,14 @@ from ..module_utils._iommufd import (
     UNCHANGED,
     IommuFd,
     Option,
-    Result,
-    explain,
     misc_rdev,
-    unread,
 )
 from ..module_utils._module import Row, finish
 from ..module_utils._process import Process
-from ..module_utils._target import (
-    DomainTarget,
-    PidTarget,
-    Target,
-    UnitTarget,
-    hold_target,
-)
+from ..module_utils._target import PidTarget, Target, hold_target
+
+if TYPE_CHECKING:
+    from ..module_utils._change import Result
 
 UINT32_MAX = 2**32 - 1
 
@@ -318,10 +313,12 @@ def target_of(params: Row) -> Target:
     if params["pid"] is not None:
         return PidTarget(params["pid"])
     if params["pidfile"] is not None:
-        # Most tasks name no pidfile, and to import this costs each of them.
         from ..module_utils._pidfile import PidfileTarget
 
         return PidfileTarget(params["pidfile"])
+    from ..module_utils._command import run_command
+    from ..module_utils._named_target import DomainTarget, UnitTarget
+
     if params["domain"] is not None:
         return DomainTarget(params["domain"])
     return UnitTarget(params["unit"], run_command)
@@ -354,25 +351,37 @@ class Job(NamedTuple):
             return [self._change(iommufd, fd, self.ioas_id, subject)], False
         ioases = iommufd.ioases()
         if ioases.errno:
+            from ..module_utils._change import unread
+
             return [self._explained(fd, None, unread(ioases.errno), subject)], False
         return [self._change(iommufd, fd, each, subject) for each in ioases.ids], ioases.truncated
 
     def _change(self, iommufd: IommuFd, fd: int, ioas_id: int | None, subject: str) -> Row:
-        result = iommufd.change(self.option, self.wanted, ioas_id or 0, self.dry_run)
+        if self.wanted is None:
+            found = iommufd.get(self.option, ioas_id or 0)
+            if not found.errno:
+                return self.row(fd, ioas_id, found.value, found.value, UNCHANGED)
+        from ..module_utils._change import change
+
+        result = change(iommufd, self.option, self.wanted, ioas_id or 0, self.dry_run)
         return self._explained(fd, ioas_id, result, subject if ioas_id is None else f"IOAS {ioas_id} of {subject}")
 
     def _explained(self, fd: int, ioas_id: int | None, result: Result, subject: str) -> Row:
-        return self.row(fd, ioas_id, result, explain(result, subject, self.option, self.wanted))
+        from ..module_utils._change import explain
 
-    def row(self, fd: int, ioas_id: int | None, result: Result, msg: str) -> Row:
+        msg = explain(result, subject, self.option, self.wanted)
+        return self.row(fd, ioas_id, result.before, result.after, result.outcome, msg)
+
+    def row(
+        self, fd: int, ioas_id: int | None, before: int | None, after: int | None, outcome: str, msg: str = ""
+    ) -> Row:
         """One descriptor's part of the return value, or one IOAS's."""
-        before, after = (None if each is None else self.option.value(each) for each in (result.before, result.after))
         return {
             "fd": fd,
             "ioas_id": ioas_id,
-            "before": before,
-            "after": after,
-            "outcome": result.outcome,
+            "before": None if before is None else self.option.value(before),
+            "after": None if after is None else self.option.value(after),
+            "outcome": outcome,
             "msg": msg,
         }
 
@@ -411,7 +420,7 @@ def work_on(process: Process, fd: int | None, job: Job) -> tuple[list[Row], bool
         except IommufdError as exc:
             # A process may well close one of its descriptors while we look, unless it is the one that was asked for.
             if fd is not None or not isinstance(exc, (DescriptorGone, NotAnIommufd)):
-                rows.append(job.row(each, job.ioas_id, Result(FAILED, None, None), str(exc)))
+                rows.append(job.row(each, job.ioas_id, None, None, FAILED, str(exc)))
     if not rows:
         raise IommufdError(nothing_to_work_on(process, bool(without_ioas)))
     return rows, truncated
@@ -447,8 +456,14 @@ def report(rows: list[Row], tolerate: list[str]) -> Row:
         "value": values.pop() if len(values) == 1 else None,
         "iommufds": rows,
         "diff": {side: {label(each): each[side] for each in rows} for side in ("before", "after")},
-        "warnings": [first_of(tolerated)] if len(tolerated) > WARNINGS_MAX else tolerated,
+        "warnings": tolerated,
     }
+    if not troubled:
+        return result
+    from ..module_utils._foreign import first_of
+
+    if len(tolerated) > WARNINGS_MAX:
+        result["warnings"] = [first_of(tolerated)]
     if failed:
         result["msg"] = first_of([each["msg"] for each in failed]) + also(changed)
     return result
@@ -486,7 +501,7 @@ def run(params: Row, check_mode: bool, result: Row) -> None:
     # A process may keep whoever looks at it, and may put something in the place of its iommufd that takes for ever to
     # close. So all of it is done in a child.
     target = target_of(params)
-    seconds = UNIT_SECONDS if isinstance(target, UnitTarget) else SECONDS
+    seconds = SECONDS if params["unit"] is None else UNIT_SECONDS
     try:
         answer = in_child(None, partial(attempt, target, params["fd"], job), seconds)
     except NoAnswer as exc:

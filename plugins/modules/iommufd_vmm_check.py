@@ -275,7 +275,8 @@ from typing import Callable, NoReturn
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils import _vmm_look, _vmm_trial
-from ..module_utils._child import Interrupted, insist, run_command
+from ..module_utils._child import Interrupted, insist
+from ..module_utils._command import run_command
 from ..module_utils._errors import AccessRefused, IommufdError, shown_path
 from ..module_utils._iommufd import PROCESS
 from ..module_utils._module import Row, finish, memlock_row

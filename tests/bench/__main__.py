@@ -21,9 +21,11 @@ import tarfile
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,6 +47,11 @@ PACKED = (
     *((ANSIBLE, name, f"ansible/{name}") for name in ("__init__.py", "_vendor", "module_utils", "release.py")),
 )
 
+# Where Ansible itself runs in the guest, for the local connection, and what it imports. The guest has another Python
+# than this machine, so what these have in C is not used.
+CONTROLLER = "/opt/controller"
+LIBRARIES = ("ansible", "jinja2", "markupsafe", "packaging", "resolvelib", "yaml")
+
 # How many processes, and how many of them hold an iommufd: hosts that are full of VMs, and one of nothing else, which
 # does not exist and is told for what it shows.
 FEW, MANY, ALL = "200:10", "2000:100", "2000:2000"
@@ -53,6 +60,10 @@ HOSTS = 100
 VMS = 10
 MIB = 2**20
 
+# A query against ping, by the connection.
+BUDGETS = {"SSH": 1.15, "local": 1.15}
+
+Tasks = list[dict[str, Any]]
 PING: dict[str, Any] = {"ansible.builtin.ping": {}}
 
 
@@ -81,12 +92,24 @@ def guest(command: str, stdin: bytes = b"") -> str:
 
 def prepare() -> None:
     """Brings the collection and these programs into the guest, compiled, as Python would leave them there."""
+    send(TREE, PACKED)
+    guest(f"python3 -m compileall -q {TREE} && modprobe iommufd")
+
+
+def prepare_controller() -> None:
+    """Brings Ansible and the collection into the guest. The first round compiles it."""
+    found = [(Path(path), name) for name in LIBRARIES for path in import_module(name).__path__]
+    plugins = "ansible_collections/virt/iommufd/plugins"
+    send(CONTROLLER, [*((path.parent, path.name, name) for path, name in found), (ROOT, "plugins", plugins)])
+
+
+def send(target: str, what: Iterable[tuple[Path, str, str]]) -> None:
+    """Puts files and folders of this machine into a new folder of the guest: where they are, their name, and there."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        for folder, name, target in PACKED:
-            archive.add(folder / name, target, filter=lambda each: None if each.name.endswith("__pycache__") else each)
-    guest(f"rm -rf {TREE} && mkdir {TREE} && tar -xmzf - --no-same-owner -C {TREE}", packed.getvalue())
-    guest(f"python3 -m compileall -q {TREE} && modprobe iommufd")
+        for folder, name, there in what:
+            archive.add(folder / name, there, filter=lambda each: None if each.name.endswith("__pycache__") else each)
+    guest(f"rm -rf {target} && mkdir {target} && tar -xmzf - --no-same-owner -C {target}", packed.getvalue())
 
 
 @contextmanager
@@ -103,10 +126,19 @@ def vms() -> Iterator[list[int]]:
         guest("systemctl stop bench")
 
 
-def play(hosts: int, tasks: list[dict[str, Any]]) -> dict[str, float]:
+# Ansible's own callback takes the times.
+SETTINGS = {
+    "ANSIBLE_PIPELINING": "true",
+    "ANSIBLE_CALLBACKS_ENABLED": "ansible.builtin.junit",
+    "ANSIBLE_DISPLAY_OK_HOSTS": "false",
+    "JUNIT_HIDE_TASK_ARGUMENTS": "true",
+}
+
+
+def play(hosts: int, tasks: Tasks) -> dict[str, float]:
     """Runs tasks on so many hosts, all of which are the guest: the seconds from each task's start to its last result.
 
-    All share one connection, as the login is the same. Ansible's own callback takes the times.
+    All share one connection, as the login is the same.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -114,23 +146,43 @@ def play(hosts: int, tasks: list[dict[str, Any]]) -> dict[str, float]:
         # JSON is YAML.
         found = {"bench": {"hosts": dict.fromkeys(names), "vars": guest_variables()}}
         (folder / "inventory.yml").write_text(json.dumps(found), encoding="utf-8")
-        book = [{"name": "bench", "hosts": "bench", "gather_facts": False, "tasks": tasks}]
-        (folder / "play.yml").write_text(json.dumps(book), encoding="utf-8")
-        environment = {
-            **os.environ,
-            "ANSIBLE_PIPELINING": "true",
-            "ANSIBLE_CALLBACKS_ENABLED": "ansible.builtin.junit",
-            "ANSIBLE_DISPLAY_OK_HOSTS": "false",
-            "JUNIT_OUTPUT_DIR": str(folder / "times"),
-            "JUNIT_HIDE_TASK_ARGUMENTS": "true",
-        }
+        (folder / "play.yml").write_text(book("bench", tasks), encoding="utf-8")
+        environment = {**os.environ, **SETTINGS, "JUNIT_OUTPUT_DIR": str(folder / "times")}
         command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "inventory.yml", "play.yml"]
         subprocess.run(command, cwd=folder, env=environment, stdout=sys.stderr, check=True)
         (report,) = (folder / "times").glob("*.xml")
-        seconds: dict[str, float] = {}
-        for case in ET.parse(report).iter("testcase"):
-            task = case.attrib["name"].partition(" bench: ")[2]
-            seconds[task] = max(seconds.get(task, 0.0), float(case.attrib["time"]))
+        return seconds_of(report.read_text("utf-8"))
+
+
+def play_inside(tasks: Tasks) -> dict[str, float]:
+    """The same by an Ansible in the guest, with a local connection."""
+    guest(f"cat > {CONTROLLER}/play.yml", book("localhost", tasks).encode())
+    settings = {
+        **SETTINGS,
+        "ANSIBLE_COLLECTIONS_PATH": CONTROLLER,
+        "ANSIBLE_PYTHON_INTERPRETER": "/usr/bin/python3",
+        "JUNIT_OUTPUT_DIR": "times",
+        "LC_ALL": "C.UTF-8",
+        "PYTHONPATH": CONTROLLER,
+    }
+    words = " ".join(f"{name}={value}" for name, value in settings.items())
+    command = (
+        "python3 -m ansible playbook -i localhost, -c local -e ansible_python_interpreter=/usr/bin/python3 play.yml"
+    )
+    return seconds_of(guest(f"cd {CONTROLLER} && rm -rf times && {words} {command} >&2 && cat times/*.xml"))
+
+
+def book(hosts: str, tasks: Tasks) -> str:
+    """A playbook."""
+    return json.dumps([{"name": "bench", "hosts": hosts, "gather_facts": False, "tasks": tasks}])
+
+
+def seconds_of(report: str) -> dict[str, float]:
+    """How long each task has taken, by the callback's report: until the last host had its result."""
+    seconds: dict[str, float] = {}
+    for case in ET.fromstring(report).iter("testcase"):
+        task = case.attrib["name"].partition(" bench: ")[2]
+        seconds[task] = max(seconds.get(task, 0.0), float(case.attrib["time"]))
     return seconds
 
 
@@ -143,17 +195,19 @@ def guest_variables() -> dict[str, Any]:
     return {name: json.loads(value) for name, value in pairs}
 
 
-def compare(hosts: int, rounds: int, task: dict[str, Any], check: str) -> tuple[float, float]:
+def compare(
+    run: Callable[[Tasks], dict[str, float]], rounds: int, task: dict[str, Any], check: str
+) -> tuple[float, float]:
     """The median seconds of a task and of ping, which take turns. `check`: what must be true of the task's answer.
 
     The first round is left out: it packs the modules, and connects.
     """
-    tasks: list[dict[str, Any]] = []
+    tasks: Tasks = []
     for number in range(rounds + 1):
         tasks.append({"name": f"ping {number}", **PING})
         tasks.append({"name": f"task {number}", "register": "answer", **task})
         tasks.append({"name": f"check {number}", "ansible.builtin.assert": {"that": check, "quiet": True}})
-    seconds = play(hosts, tasks)
+    seconds = run(tasks)
     taken, of_ping = (
         median(seconds[f"{name} {number}"] for number in range(1, rounds + 1)) for name in ("task", "ping")
     )
@@ -162,17 +216,20 @@ def compare(hosts: int, rounds: int, task: dict[str, Any], check: str) -> tuple[
 
 def bench_task(rounds: int) -> Iterator[Finding]:
     """A query of one iommufd, as a whole task."""
+    prepare_controller()
     with vms() as pids:
         query = {"virt.iommufd.iommufd_option": {"pid": pids[0]}}
-        taken, of_ping = compare(1, 2 * rounds, query, "answer.value == 'user'")
-    yield Finding("iommufd_option, query", "ping", taken / of_ping, 1.15, detail=times(taken, of_ping))
+        for connection, run in (("SSH", partial(play, 1)), ("local", play_inside)):
+            taken, of_ping = compare(run, 2 * rounds, query, "answer.value == 'user'")
+            what = f"iommufd_option, query, {connection}"
+            yield Finding(what, "ping", taken / of_ping, BUDGETS[connection], detail=times(taken, of_ping))
 
 
 def bench_hosts(rounds: int) -> Iterator[Finding]:
     """A look at many hosts. Ansible works on five of them at a time, as it does by default."""
     with vms():
         look = {"virt.iommufd.iommufd_info": {"gather_subset": ["processes", "users"]}}
-        taken, of_ping = compare(HOSTS, rounds, look, f"answer.processes | length == {VMS}")
+        taken, of_ping = compare(partial(play, HOSTS), rounds, look, f"answer.processes | length == {VMS}")
     yield Finding(f"iommufd_info, {HOSTS} hosts", "ping", taken / of_ping, 1.3, detail=times(taken, of_ping))
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _borrow, _iommufd, _process
+from ansible_collections.virt.iommufd.plugins.module_utils import _borrow, _change, _iommufd, _process
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import IommuFd
 from ansible_collections.virt.iommufd.plugins.module_utils._pidfile import PidfileTarget
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
+from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import start_time
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
 from ansible_collections.virt.iommufd.tests.kernel.harness import CONTAINER, Answer, Vmm, reusing, start_ticks
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
@@ -38,7 +39,7 @@ STEPS: dict[str, tuple[Any, str, int]] = {
     "probe": (IommuFd, "probe", 1),
     "set": (IommuFd, "_send", 3),
     "get again": (IommuFd, "get", 2),
-    "judge": (_iommufd, "judge", 1),
+    "judge": (_change, "judge", 1),
 }
 
 Before = Callable[[str, Callable[[], object]], None]
@@ -75,7 +76,7 @@ def pidfile(vmm: Vmm, tmp_path: Path) -> Path:
     path = tmp_path / "vmm.pid"
     path.write_text(f"{vmm.pid}\n")
     with Process.hold(vmm.pid) as process:
-        written = process.started() - 0.95
+        written = start_time(process) - 0.95
     os.utime(path, (written, written))
     return path
 

@@ -21,7 +21,7 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _vmm_domain, _vmm_look, _vmm_trial
-from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
+from ansible_collections.virt.iommufd.plugins.module_utils._command import run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._user import find_user
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
 from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, Answer, as_user, run_apart

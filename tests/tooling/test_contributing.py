@@ -138,7 +138,7 @@ def test_a_wrong_floor_or_place_is_told() -> None:
     """Likewise."""
     lowest = TEXT.replace("**Floor 2**", "**Floor 1**")
     assert any(each.startswith("_iommufd (floor 1) imports _errors (floor 1)") for each in wrong_floors(lowest))
-    renamed = TEXT.replace("_iommufd.py::explain`", "_iommufd.py::explains`")
-    assert wrong_places(renamed) == ["no explains in plugins/module_utils/_iommufd.py"]
+    renamed = TEXT.replace("_change.py::explain`", "_change.py::explains`")
+    assert wrong_places(renamed) == ["no explains in plugins/module_utils/_change.py"]
     folder = [*(row for row in mapped(TEXT) if not row.startswith("plugins/modules/")), "plugins/modules/"]
     assert wrong_rows(folder, FILES) == ["a folder, not its files: plugins/modules/"]

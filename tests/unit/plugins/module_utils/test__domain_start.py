@@ -37,9 +37,11 @@ from ansible_collections.virt.iommufd.plugins.module_utils._domain_start import 
     start_domain,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._named_target import DomainTarget
 from ansible_collections.virt.iommufd.plugins.module_utils._pidfile import PidfileTarget
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status
-from ansible_collections.virt.iommufd.plugins.module_utils._target import DomainTarget, hold_target
+from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
+from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Limit, own_status
+from ansible_collections.virt.iommufd.plugins.module_utils._target import hold_target
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 from ansible_collections.virt.iommufd.tests.unit.fake_libvirt import FakeDomain, FakeLibvirt

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _device, _iommufd_exec
+from ansible_collections.virt.iommufd.plugins.module_utils._change import Result
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     BUSY,
@@ -30,7 +31,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     RACED,
     UNCHANGED,
     UNSUPPORTED,
-    Result,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd_exec import (
     NO_IOMMUFD,

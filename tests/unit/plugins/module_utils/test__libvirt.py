@@ -9,7 +9,6 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt
-from ansible_collections.virt.iommufd.plugins.module_utils._child import Run
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     Libvirt,
@@ -21,7 +20,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.plugins.module_utils._selinux import Verdict
-from ansible_collections.virt.iommufd.plugins.module_utils._systemd import parse_units
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import Run, parse_units
 
 HOSTDEV = "<devices><hostdev><enum name='iommufd'>%s</enum></hostdev></devices>"
 ALL = "cap_chown cap_sys_resource cap_ipc_lock"
@@ -123,7 +122,7 @@ def test_what_selinux_leaves(
     pid = {"not running": 0, "running": os.getpid(), "just ended": 2147483647}[daemon]
     monkeypatch.setattr(_libvirt, "capability_names", lambda _mask: ("cap_sys_resource",))
     monkeypatch.setattr(_libvirt, "lets_use", lambda _capability, _context: Verdict(allowed, "so it is"))
-    monkeypatch.setattr(Process, "in_initial_user_namespace", lambda _self: True)
+    monkeypatch.setattr(_libvirt, "in_initial_user_namespace", lambda _process: True)
     found = look_at_libvirt(answer(unit("virtqemud.service", MainPID=str(pid))))
     assert (found.may, found.why) == (may, "so it is")
 

@@ -245,29 +245,6 @@ def test_processes_that_cannot_hold_an_iommufd(
         pass
 
 
-@pytest.mark.parametrize(
-    ("there", "told"),
-    [
-        (b"/usr/bin/qemu", b"/usr/bin/qemu"),
-        (b"/usr/bin/qemu (deleted)", b"/usr/bin/qemu"),
-        (b"/" + b"x" * 1023, b"/" + b"x" * 1023),
-        (b"/" + b"x" * 1024, None),
-        (PermissionError(errno.EACCES, "no"), None),
-    ],
-)
-def test_the_path_of_its_program(
-    held: Process, monkeypatch: pytest.MonkeyPatch, there: bytes | OSError, told: bytes | None
-) -> None:
-    def readlink(path: bytes) -> bytes:
-        assert path == b"/proc/%d/exe" % held.pid
-        if isinstance(there, OSError):
-            raise there
-        return there
-
-    monkeypatch.setattr(os, "readlink", readlink)
-    assert held.program() == told
-
-
 def test_what_was_opened_with_o_path(held: Process) -> None:
     assert [held.is_path_only(fd) for fd in (50, 51)] == [False, True]
     with pytest.raises(DescriptorGone):

@@ -12,6 +12,7 @@ from typing import Any, Callable
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _capabilities, _states
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._names import owner_name
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Untrusted
 from ansible_collections.virt.iommufd.plugins.module_utils._states import (
     FileState,
@@ -31,7 +32,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._states import (
     split_block,
     write_file_state,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._user import owner_name
 
 
 def capability_of(path: str) -> bytes | None:

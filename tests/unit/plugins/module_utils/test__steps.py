@@ -15,7 +15,7 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _capabilities, _record, _steps
-from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
+from ansible_collections.virt.iommufd.plugins.module_utils._command import run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._programs import GRANT, zipapp
 from ansible_collections.virt.iommufd.plugins.module_utils._record import FILE, UNIT, Item, Record

@@ -516,7 +516,7 @@ def test_more_than_is_told_of_one(alone: FakeKernel, monkeypatch: pytest.MonkeyP
     alone.ioases = dict.fromkeys(range(1, 9), 1)
     monkeypatch.setattr(_survey, "_IOASES_MAX", 5)
     monkeypatch.setattr(_survey, "_NAME_MAX", 4)
-    monkeypatch.setattr(Process, "arguments", lambda _process: [b"qemu", b"-name", b"x" * 9])
+    monkeypatch.setattr(_survey, "read_arguments", lambda _process: [b"qemu", b"-name", b"x" * 9])
     result = survey()
     (holder,) = result.holders
     assert holder.iommufds is not None

@@ -11,7 +11,7 @@ import pty
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _syscalls
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks
-from ansible_collections.virt.iommufd.plugins.module_utils._process import own_status
+from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import own_status
 from ansible_collections.virt.iommufd.plugins.module_utils._syscalls import (
     character_device,
     compare_files,

@@ -14,21 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _paths, _running, _target
+from ansible_collections.virt.iommufd.plugins.module_utils import _named_target, _paths, _pidfile, _running
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     IommufdError,
     ProcessGone,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._named_target import DomainTarget, UnitTarget
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Place, Untrusted, Writer
 from ansible_collections.virt.iommufd.plugins.module_utils._pidfile import PidfileTarget, parse_pid
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
-from ansible_collections.virt.iommufd.plugins.module_utils._target import (
-    DomainTarget,
-    PidTarget,
-    Target,
-    UnitTarget,
-    hold_target,
-)
+from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget, Target, hold_target
 
 
 @pytest.mark.parametrize(("text", "pid"), [(b"42", 42), (b"42\n", 42), (b" 42\r\n", 42), (b"0", 0)])
@@ -164,7 +159,7 @@ def test_the_file_that_was_read_is_the_one_that_is_judged(pidfile: Path, monkeyp
 
 
 def test_a_pidfile_that_is_not_to_be_had_in_time(pidfile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_target, "_PATIENCE", 0)
+    monkeypatch.setattr(_pidfile, "_PATIENCE", 0)
     with pytest.raises(IommufdError, match=r"child\.pid could not be looked at within 0 seconds\. Is it on a mount"):
         PidfileTarget(str(pidfile)).resolve()
 
@@ -291,7 +286,7 @@ def test_the_control_group_has_to_be_the_domains(
     libvirt: Path, emulators: dict[str, int], monkeypatch: pytest.MonkeyPatch, unit: str | None, words: str
 ) -> None:
     write(libvirt, "vm1", emulators["vm1"])
-    monkeypatch.setattr(Process, "units", lambda _self: (unit, None))
+    monkeypatch.setattr(_named_target, "read_units", lambda _process: (unit, None))
     if words:
         with pytest.raises(IommufdError, match=words):
             holds(DomainTarget("vm1"))

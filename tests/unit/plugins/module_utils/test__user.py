@@ -12,16 +12,15 @@ from typing import Any
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._child import in_child
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._names import group_name, owner_name
 from ansible_collections.virt.iommufd.plugins.module_utils._syscalls import prctl
 from ansible_collections.virt.iommufd.plugins.module_utils._user import (
     User,
     be_private,
     become,
     find_user,
-    group_name,
     groups_of,
     has_ids,
-    owner_name,
 )
 
 VM = User("vm", 1001, 1002, "/home/vm")

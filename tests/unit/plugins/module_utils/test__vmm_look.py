@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt, _vmm_look
 from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import with_ipc_lock
-from ansible_collections.virt.iommufd.plugins.module_utils._child import Run
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Writer
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, own_status
+from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Limit, own_status
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import Run
 from ansible_collections.virt.iommufd.plugins.module_utils._vmm_look import (
     Conditions,
     FileSystem,

@@ -27,9 +27,11 @@ from ansible_collections.virt.iommufd.plugins.module_utils import (
     _vmm_replica,
     _vmm_trial,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, Run
+from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError, NotAnIommufd
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, Process, own_status, parse_status
+from ansible_collections.virt.iommufd.plugins.module_utils._process import Process, parse_status
+from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Limit, own_status
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import Run
 from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget, hold_target
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User
 from ansible_collections.virt.iommufd.plugins.module_utils._vmm_domain import domain_xml, start_bare_domain

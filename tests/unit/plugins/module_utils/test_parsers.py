@@ -21,21 +21,19 @@ from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     library_version,
     offers_iommufd,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._named_target import UnitTarget
 from ansible_collections.virt.iommufd.plugins.module_utils._pidfile import parse_pid
 from ansible_collections.virt.iommufd.plugins.module_utils._process import (
-    Limit,
     Stat,
-    parse_cgroup,
     parse_flags,
-    parse_memlock,
     parse_pidfd,
     parse_stat,
     parse_status,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Limit, parse_cgroup, parse_memlock
 from ansible_collections.virt.iommufd.plugins.module_utils._qemu import guest_name, look_at_guest
 from ansible_collections.virt.iommufd.plugins.module_utils._running import parse_domain_record
 from ansible_collections.virt.iommufd.plugins.module_utils._systemd import parse_units
-from ansible_collections.virt.iommufd.plugins.module_utils._target import UnitTarget
 from hypothesis import example, given
 from hypothesis import strategies as st
 

@@ -24,7 +24,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils import (
     _steps,
     _wanted,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._child import run_command
+from ansible_collections.virt.iommufd.plugins.module_utils._command import run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._programs import EXEC, GRANT, INTERPRETER, zipapp
 from ansible_collections.virt.iommufd.plugins.module_utils._states import NodeState

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from ansible_collections.virt.iommufd.plugins.module_utils import _host_facts, _iommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit
+from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Limit
 from ansible_collections.virt.iommufd.plugins.module_utils._running import DomainRecord
 from ansible_collections.virt.iommufd.plugins.module_utils._sharing import Sharing
 from ansible_collections.virt.iommufd.plugins.module_utils._survey import HeldIommufd, survey

@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import subprocess
+import sys
 from typing import Any, Callable
 
 import pytest
@@ -199,3 +201,49 @@ def test_no_more_is_told_at_once_than_can_be_read() -> None:
     assert tolerated["warnings"] == [f"{'No. ' * 10}There are 246 more like these."]
     assert "msg" not in tolerated
     assert iommufd_option.report(rows(10, "denied", "No."), ["denied"])["warnings"] == ["No."] * 10
+
+
+# A query of one iommufd by its process's id, with /dev/null for the device. What is loaded meanwhile is printed, also
+# what is in a child.
+QUERY = """
+import fcntl, json, os, subprocess, sys
+
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
+from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd
+
+def loaded():
+    return [name.rpartition(".")[2] for name in sys.modules if ".iommufd.plugins.module_utils." in name]
+
+# It answers GET with 0, by which the argument is filled already.
+fcntl.ioctl = lambda *_given: 0
+_iommufd.misc_rdev = lambda: os.makedev(1, 3)
+also = iommufd_option.in_child(None, loaded, 60)
+iommufd_option.in_child = lambda _user, work, _seconds: work()
+null = open(os.devnull)
+with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stderr=null) as process:
+    names = ("pid", "pidfile", "domain", "unit", "fd", "value", "ioas_id")
+    params = {**dict.fromkeys(names), "option": "rlimit_mode", "tolerate": [], "pid": process.pid}
+    result = {}
+    iommufd_option.run(params, False, result)
+print(json.dumps([result["value"], sorted({*loaded(), *also})]))
+"""
+
+
+def test_a_query_by_pid_loads_few_files() -> None:
+    """Ansible has each of them compiled on each host for each task, so one more is one too many."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    printed = subprocess.run([sys.executable, "-c", QUERY], env=environment, stdout=subprocess.PIPE, check=True).stdout
+    value, files = json.loads(printed)
+    assert value == "user"
+    assert files == [
+        "_borrow",
+        "_child",
+        "_errors",
+        "_iommufd",
+        "_module",
+        "_names",
+        "_process",
+        "_syscalls",
+        "_target",
+        "_uapi",
+    ]

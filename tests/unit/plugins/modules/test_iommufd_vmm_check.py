@@ -14,7 +14,7 @@ import yaml
 from ansible_collections.virt.iommufd.plugins.module_utils import _vmm_domain, _vmm_look, _vmm_replica, _vmm_trial
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit, own_status
+from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Limit, own_status
 from ansible_collections.virt.iommufd.plugins.module_utils._vmm_trial import ProcessSeen
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run as run_module
