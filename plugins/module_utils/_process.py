@@ -20,6 +20,7 @@ import select
 import sys
 import time
 from collections.abc import Container, Iterator
+from functools import cache
 from itertools import islice
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ __all__ = (
     "parse_stat",
     "parse_status",
     "read_file",
+    "started_at",
 )
 
 # How many descriptors of one process are looked at. A limit of a million is common; a VMM has some hundreds.
@@ -389,7 +391,7 @@ class Process(NamedTuple):
 
     def started(self) -> float:
         """When the process started, in seconds since the epoch, by the clock as it is set now."""
-        return _booted() + self.start_ticks / os.sysconf("SC_CLK_TCK")
+        return started_at(self.start_ticks)
 
     def arguments(self) -> list[bytes]:
         """The command line that the process shows, or its beginning. Raises ProcessGone or AccessRefused.
@@ -531,8 +533,15 @@ class Process(NamedTuple):
         )
 
 
+def started_at(start_ticks: int) -> float:
+    """When a process started, in seconds since the epoch, by the clock as it is set. Given are ticks since boot."""
+    return _booted() + start_ticks / os.sysconf("SC_CLK_TCK")
+
+
+# It is asked for each process of a host.
+@cache
 def _booted() -> float:
-    """When the system booted, in seconds since the epoch, by the clock as it is set now."""
+    """When the system booted, in seconds since the epoch, by the clock as it is set when this is called first."""
     # A busy machine may let this process wait between two readings, which is no difference between the clocks.
     for _attempt in range(20):
         before = time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -35,7 +35,17 @@ from ._iommufd import (
     iommufd_rdevs,
     misc_rdev,
 )
-from ._process import Descriptors, Limit, Process, Status, number_in, parse_stat, parse_status, read_file
+from ._process import (
+    Descriptors,
+    Limit,
+    Process,
+    Status,
+    number_in,
+    parse_stat,
+    parse_status,
+    read_file,
+    started_at,
+)
 from ._qemu import guest_name, is_session_domain, look_at_guest
 from ._sharing import Descriptor, Owner, Sharing, compare
 from ._tables import CONTAINERS, LARGE, TOO_MANY, TOO_MANY_HOLDERS, Budget, Tables, who_pays
@@ -124,7 +134,6 @@ class Holder(NamedTuple):
     pid: int
     comm: str
     user: str | None
-    started: float
     start_ticks: int
     status: Status
     memlock: Limit
@@ -138,6 +147,11 @@ class Holder(NamedTuple):
     devices: dict[int, int]
     iommufds: list[HeldIommufd] | None
     more: bool
+
+    @property
+    def started(self) -> float:
+        """When it started, in seconds since the epoch."""
+        return started_at(self.start_ticks)
 
     def containers(self) -> list[int]:
         """The descriptors of its legacy containers."""
@@ -569,7 +583,6 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
         pid=process.pid,
         comm=process.comm,
         user=process.user,
-        started=process.started(),
         start_ticks=process.start_ticks,
         status=process.status,
         memlock=process.memlock(),
