@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ._errors import IommufdError
 from ._process import Process
-from ._process_facts import read_units, start_time
+from ._process_facts import read_units, started_at
 from ._running import DomainRecord, read_domain_record
 from ._systemd import Run, is_unit_name, show_units
 
@@ -54,7 +54,7 @@ class DomainTarget(NamedTuple):
         """Raises IommufdError where the process is not the emulator that libvirt started for the domain."""
         record = self._record()
         unit = read_units(process)[0]
-        against = record.contradiction(self.name, process.pid, process.uid, start_time(process), unit)
+        against = record.contradiction(self.name, process.pid, process.uid, started_at(process.start_ticks), unit)
         if against:
             raise IommufdError(f"{process} is not the emulator of domain {self.name}: {against}")
 

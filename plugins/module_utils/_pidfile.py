@@ -17,7 +17,7 @@ from typing import Any, Callable, NamedTuple
 from ._child import NoAnswer, in_child
 from ._errors import IommufdError, ProcessGone, error_text, printable
 from ._process import Process
-from ._process_facts import start_time
+from ._process_facts import started_at
 
 __all__ = (
     "Pidfile",
@@ -85,7 +85,7 @@ class PidfileTarget(NamedTuple):
         if read.pid != process.pid:
             raise ProcessGone(f"{self} named process {process.pid}, and a moment later {read.pid}. Run the task again.")
         # A process writes the file after it has started; the second is for the clock's slewing and a tick's length.
-        if read.written < start_time(process) - 1:
+        if read.written < started_at(process.start_ticks) - 1:
             raise IommufdError(
                 f"{self} is stale: it was written before {process} started, so it meant another process, unless the"
                 " clock was set in between. Give the process by pid or unit if it is the one you mean."

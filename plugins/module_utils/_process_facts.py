@@ -11,6 +11,7 @@ import re
 import resource
 import time
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 from ._errors import IommufdError, printable
@@ -28,7 +29,7 @@ __all__ = (
     "read_memlock",
     "read_program",
     "read_units",
-    "start_time",
+    "started_at",
 )
 
 # What is read of a command line. The longest of a VMM has some kilobytes and hundreds of arguments.
@@ -83,9 +84,9 @@ def _unit_among(parts: Iterator[bytes]) -> str | None:
     return part.decode("ascii") if len(part) <= _UNIT_NAME_MAX and _UNIT.fullmatch(part) else None
 
 
-def start_time(process: Process) -> float:
-    """When a process started, in seconds since the epoch, by the clock as it is set now."""
-    return _booted() + process.start_ticks / os.sysconf("SC_CLK_TCK")
+def started_at(start_ticks: int) -> float:
+    """When a process started, in seconds since the epoch, by the clock as it is set. Given are ticks since boot."""
+    return _booted() + start_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def read_arguments(process: Process) -> list[bytes]:
@@ -134,8 +135,10 @@ def in_initial_user_namespace(process: Process) -> bool | None:
     return initial
 
 
+# It is asked for each process of a host.
+@cache
 def _booted() -> float:
-    """When the system booted, in seconds since the epoch, by the clock as it is set now."""
+    """When the system booted, in seconds since the epoch, by the clock as it is set when this is called first."""
     # A busy machine may let this process wait between two readings, which is no difference between the clocks.
     for _attempt in range(20):
         before = time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -43,7 +43,7 @@ from ._process_facts import (
     read_memlock,
     read_program,
     read_units,
-    start_time,
+    started_at,
 )
 from ._qemu import guest_name, is_session_domain, look_at_guest
 from ._sharing import Descriptor, Owner, Sharing, compare
@@ -133,7 +133,6 @@ class Holder(NamedTuple):
     pid: int
     comm: str
     user: str | None
-    started: float
     start_ticks: int
     status: Status
     memlock: Limit
@@ -147,6 +146,11 @@ class Holder(NamedTuple):
     devices: dict[int, int]
     iommufds: list[HeldIommufd] | None
     more: bool
+
+    @property
+    def started(self) -> float:
+        """When it started, in seconds since the epoch."""
+        return started_at(self.start_ticks)
 
     def containers(self) -> list[int]:
         """The descriptors of its legacy containers."""
@@ -578,7 +582,6 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
         pid=process.pid,
         comm=process.comm,
         user=process.user,
-        started=start_time(process),
         start_ticks=process.start_ticks,
         status=process.status,
         memlock=read_memlock(process),

@@ -18,7 +18,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils import _borrow, _chan
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import IommuFd
 from ansible_collections.virt.iommufd.plugins.module_utils._pidfile import PidfileTarget
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
-from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import start_time
+from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import started_at
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
 from ansible_collections.virt.iommufd.tests.kernel.harness import CONTAINER, Answer, Vmm, reusing, start_ticks
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
@@ -76,7 +76,7 @@ def pidfile(vmm: Vmm, tmp_path: Path) -> Path:
     path = tmp_path / "vmm.pid"
     path.write_text(f"{vmm.pid}\n")
     with Process.hold(vmm.pid) as process:
-        written = start_time(process) - 0.95
+        written = started_at(process.start_ticks) - 0.95
     os.utime(path, (written, written))
     return path
 

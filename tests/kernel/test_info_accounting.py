@@ -163,13 +163,15 @@ def test_the_iommufd_and_the_device_of_a_process(start: Start) -> None:
     vmm = start()
     fd = vmm.open()
     [row] = look_at(vmm)["iommufds"]
-    assert row == {"fd": fd, "rlimit_mode": "user", "settable": True, "ioases": [], "msg": ""}
+    alone = {"same_as": None, "shared_with": []}
+    assert row == {"fd": fd, **alone, "rlimit_mode": "user", "settable": True, "ioases": [], "msg": ""}
     ioas = vmm.do("attach", DEVICES[1])["ioas_id"]
-    alone = vmm.do("alloc")["ioas_id"]
-    vmm.do("set", "huge_pages", "0", str(alone))
+    other = vmm.do("alloc")["ioas_id"]
+    vmm.do("set", "huge_pages", "0", str(other))
     row = look_at(vmm)
-    ioases = [{"ioas_id": ioas, "huge_pages": True}, {"ioas_id": alone, "huge_pages": False}]
-    assert row["iommufds"] == [{"fd": fd, "rlimit_mode": "user", "settable": False, "ioases": ioases, "msg": ""}]
+    ioases = [{"ioas_id": ioas, "huge_pages": True}, {"ioas_id": other, "huge_pages": False}]
+    iommufd = {"fd": fd, **alone, "rlimit_mode": "user", "settable": False, "ioases": ioases, "msg": ""}
+    assert (row["iommufds"], row["address_spaces"]) == ([iommufd], 2)
     links = vmm.do("look")["fds"]
     address = Path("/sys/class/vfio-dev/vfio1/device").resolve().name
     held = [int(number) for number, link in links.items() if link == DEVICES[1]]
@@ -177,7 +179,7 @@ def test_the_iommufd_and_the_device_of_a_process(start: Start) -> None:
     assert (row["vfio_devices"], row["backends"]) == ([device], ["iommufd"])
     assert (row["legacy_containers"], row["vdpa_devices"]) == ([], [])
     # The mode can change again once the last object is gone, which a device that is bound is, too.
-    vmm.do("destroy", str(alone))
+    vmm.do("destroy", str(other))
     assert look_at(vmm)["iommufds"][0]["settable"] is False
 
 

@@ -58,6 +58,7 @@ def process(accounting: str | None, **fields: Any) -> Row:
         "uid": 64055,
         "user": "*",
         "started": "*",
+        "emulator": "*",
         "name": "*",
         "domain": "*",
         "domain_uri": "*",
@@ -72,7 +73,9 @@ def process(accounting: str | None, **fields: Any) -> Row:
         "charged_bytes": 67371008,
         "headroom_bytes": 37486592,
         "iommufds": [{"fd": 9, "rlimit_mode": "user", "settable": False, "ioases": [], "msg": "*"}],
-        "vfio_devices": [{"fd": 10, "node": "*", "addresses": ["*"]}],
+        "legacy_containers": [],
+        "vfio_devices": [{"fd": 10, "node": "*", "addresses": ["*"], "backend": "iommufd"}],
+        "vdpa_devices": [{"fd": 11, "node": "*"}],
         "notes": ["*", "*"],
         **fields,
     }
