@@ -380,6 +380,70 @@ host:
             - V(null) where that is unknown.
           type: bool
           sample: true
+        drop_in:
+          description:
+            - The settings that a drop-in of RV(host.libvirt.unit) has to hold in its section C([Service]) so that the
+              daemon gets CAP_SYS_RESOURCE.
+            - Empty where the unit gives it already, or there is no unit. If the daemon lacks it all the same, it was
+              started before the unit was changed, or SELinux denies its use.
+          type: list
+          elements: str
+          sample: []
+        memlock_bytes:
+          description:
+            - The soft limit RLIMIT_MEMLOCK of the daemon. If the daemon does not run, what its unit would give it. A
+              domain has this limit where libvirt does not raise it, as with C(<qemu:commandline>).
+            - V(null) where it is unlimited or unknown.
+          type: int
+          sample: 67108864
+        memlock_unlimited:
+          description: Whether that limit is unlimited; V(null) where that is unknown.
+          type: bool
+          sample: false
+        user:
+          description:
+            - The user that domains of the system libvirt run as, unless a domain's own C(<seclabel>) names another.
+              It is the user that a running daemon has taken, or else the one that C(/etc/libvirt/qemu.conf) names, or
+              else the one that the daemon took when it last ran.
+            - V(null) where it is unknown, or has no name here.
+          type: str
+          sample: libvirt-qemu
+        uid:
+          description: The id of that user; V(null) where it is unknown.
+          type: int
+          sample: 64055
+        sessions:
+          description:
+            - The users whose service managers run (C(user@UID.service)), who may have a libvirt of their own, in the
+              order of their ids.
+            - A libvirt that the service manager started cannot raise the limit of its domains above the hard limit of
+              the service manager.
+          type: list
+          elements: dict
+          contains:
+            uid:
+              description: The user's id.
+              type: int
+              sample: 1000
+            user:
+              description: The user's name; V(null) where the host knows none.
+              type: str
+              sample: alice
+            memlock_hard_bytes:
+              description: The hard limit RLIMIT_MEMLOCK of the service manager; V(null) where unlimited or unknown.
+              type: int
+              sample: 8388608
+            memlock_hard_unlimited:
+              description: Whether that limit is unlimited; V(null) where that is unknown.
+              type: bool
+              sample: false
+        supports_iommufd:
+          description:
+            - Whether it knows C(<driver name='vfio' iommufd='yes'/>) of a domain's devices. The content of its library
+              tells, since a distribution may have added it to an older version, or left it out of a newer one.
+            - V(null) where the library was not read.
+          type: bool
+          sample: true
         domain_capabilities_iommufd:
           description:
             - Whether libvirt offers iommufd for a domain's devices, with its default emulator.
@@ -389,7 +453,15 @@ host:
         sets_rlimit_mode:
           description:
             - Whether it sets per-process accounting for domains whose devices have C(<driver name='vfio'
-              iommufd='yes'/>). libvirt does since 12.1 (C(viriommufd.c) in its source).
+              iommufd='yes'/>). libvirt does since 12.1 (C(viriommufd.c) in its source). The content of its library
+              tells, and whether its daemon may.
+            - V(null) where that is unknown.
+          type: bool
+          sample: true
+        starts_iommufd_domains:
+          description:
+            - Whether it can start domains whose devices have C(<driver name='vfio' iommufd='yes'/>). A libvirt that
+              sets per-process accounting, and may not, starts none.
             - V(null) where that is unknown.
           type: bool
           sample: true
@@ -695,6 +767,7 @@ from ..module_utils._foreign import shown_text
 from ..module_utils._iommufd import misc_rdev
 from ..module_utils._module import Row, finish, memlock_row
 from ..module_utils._process import (
+    Limit,
     in_initial_namespace,
     own_status,
 )
@@ -846,8 +919,8 @@ def libvirt_row(unseen: Unseen, slow: bool) -> Row:
     from ..module_utils import _libvirt
 
     libvirt = _libvirt.look_at_libvirt(run_command)
-    if libvirt.msg:
-        unseen.note("libvirt", libvirt.msg)
+    for msg in libvirt.msgs:
+        unseen.note("libvirt", msg)
     offers = None
     if slow and libvirt.unit is not None:
         code, output, errors = run_patiently(["virsh", "--connect=qemu:///system", "domcapabilities"])
@@ -855,15 +928,30 @@ def libvirt_row(unseen: Unseen, slow: bool) -> Row:
         if offers is None:
             unseen.note("libvirt", f"virsh domcapabilities gives none: {said(code, output, errors)}")
     sets, reason = _libvirt.sets_rlimit_mode(libvirt, offers)
+    memlock = libvirt.memlock
     return {
         "version": _libvirt.version_text(libvirt.version),
         "unit": libvirt.unit,
         "pid": libvirt.pid,
         "cap_sys_resource": libvirt.may,
+        "drop_in": list(libvirt.drop_in),
+        **(memlock_row(memlock.soft) if memlock else dict.fromkeys(("memlock_bytes", "memlock_unlimited"))),
+        "user": libvirt.files.user.name,
+        "uid": libvirt.files.user.uid,
+        "sessions": [session_row(each.uid, each.user, each.memlock) for each in libvirt.sessions],
+        "supports_iommufd": libvirt.files.abilities.offers,
         "domain_capabilities_iommufd": offers,
         "sets_rlimit_mode": sets,
+        "starts_iommufd_domains": _libvirt.starts_domains(libvirt, offers),
         "reason": reason,
     }
+
+
+def session_row(uid: int, user: str | None, memlock: Limit | None) -> Row:
+    """A user who may have a libvirt of his own."""
+    name = "memlock_hard"
+    limit = memlock_row(memlock.hard, name) if memlock else dict.fromkeys((f"{name}_bytes", f"{name}_unlimited"))
+    return {"uid": uid, "user": user, **limit}
 
 
 def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:

@@ -14,7 +14,7 @@ from typing import Any, Callable
 import pytest
 import yaml
 from ansible.module_utils import basic
-from ansible_collections.virt.iommufd.plugins.module_utils import _host_facts
+from ansible_collections.virt.iommufd.plugins.module_utils import _host_facts, _libvirt
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Limit
 from ansible_collections.virt.iommufd.plugins.module_utils._running import DomainRecord
@@ -137,6 +137,7 @@ def test_how_long_a_command_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("code", "offers"), [(0, False), (1, None)])
 def test_the_domain_capabilities(monkeypatch: pytest.MonkeyPatch, code: int, offers: bool | None) -> None:
     unit = "Id=virtqemud.service\nLoadState=loaded\nCapabilityBoundingSet=cap_sys_resource\n"
+    unit += "ExecStart={ path=/nowhere/sbin/virtqemud ; }\n"
 
     def answer(command: list[str], _seconds: float = 90) -> tuple[int, str, str]:
         return (code, "<domainCapabilities/>", "no") if "virsh" in command else (0, unit, "")
@@ -147,6 +148,18 @@ def test_the_domain_capabilities(monkeypatch: pytest.MonkeyPatch, code: int, off
     assert row["domain_capabilities_iommufd"] is offers
     assert bool(view.limits) is (offers is None)
     assert row["cap_sys_resource"] is True
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_limits_that_libvirt_may_raise_to(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    memlock = Limit(8388608, None) if known else None
+    found = _libvirt.Libvirt(None, None, "virtqemud.service", None, True, memlock=memlock)
+    sessions = (_libvirt.Session(7, "vm", memlock),)
+    monkeypatch.setattr(_libvirt, "look_at_libvirt", lambda _run: found._replace(sessions=sessions))
+    row = iommufd_info.libvirt_row(iommufd_info.Unseen(), False)
+    assert (row["memlock_bytes"], row["memlock_unlimited"]) == ((8388608, False) if known else (None, None))
+    hard = {"memlock_hard_bytes": None, "memlock_hard_unlimited": True if known else None}
+    assert row["sessions"] == [{"uid": 7, "user": "vm", **hard}]
 
 
 def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
