@@ -73,6 +73,9 @@ _LIBRARIES = ("lib/*/libvirt.so.0", "lib64/libvirt.so.0", "lib/libvirt.so.0")
 _PREFIXES = ("/usr", "/usr/local")
 
 
+_GIVEN = " Its unit would give it the capability: restart the daemon, or run it outside of any container."
+
+
 def version_text(version: Version | None) -> str | None:
     """A version as libvirt writes it."""
     return None if version is None else ".".join(map(str, version))
@@ -372,7 +375,7 @@ def _does(libvirt: Libvirt, offers: bool | None) -> tuple[bool | None, str]:
         return (
             False,
             f"cannot set per-process accounting: {who} without CAP_SYS_RESOURCE in the initial user namespace. So it"
-            " starts no domain whose devices have iommufd='yes'.",
+            f" starts no domain whose devices have iommufd='yes'.{'' if libvirt.drop_in else _GIVEN}",
         )
     older = libvirt.version and libvirt.version < _SETS_SINCE
     as_all = f"though {since} was the first release that did" if older else f"as all since {since}"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
 from ._host_files import apparmor_file, drop_in, grant_files, launcher, limits_file, modules_file, udev_rules
-from ._host_info import has_iommufd, has_libvirt, own_emulators
+from ._host_info import daemon_is_barred, has_iommufd, has_libvirt, own_emulators
 from ._plan_errors import (
     check_errors,
     input_errors,
@@ -174,6 +174,9 @@ def _choose_by_host(config: Row, libvirt: Row) -> Choice:
         )
     if config["fallback"] == "observe":
         return Choice("observe", sets is not None, f"{reason} And iommufd_host_fallback is observe.")
+    if daemon_is_barred(libvirt) and not named:
+        # No capability of the emulator's would help. What would is said as an error.
+        return Choice("native", True, reason)
     if sets:
         why = "But that is of no use to the units and emulators that were named."
     elif sets is None:
@@ -185,7 +188,7 @@ def _choose_by_host(config: Row, libvirt: Row) -> Choice:
 
 def _are_granted(config: Row, libvirt: Row) -> bool:
     """Whether emulators get CAP_IPC_LOCK: those that were named; or where libvirt may start VMs without the mode."""
-    libvirts = has_libvirt(libvirt) and not libvirt["sets_rlimit_mode"]
+    libvirts = has_libvirt(libvirt) and not libvirt["sets_rlimit_mode"] and not daemon_is_barred(libvirt)
     return bool(config["emulators"]) or not config["units"] or libvirts
 
 

@@ -20,10 +20,28 @@ APPLY = Path(__file__).resolve().parents[4] / "roles" / "iommufd_host" / "tasks"
 Row = dict[str, Any]
 
 QEMU = "/usr/bin/qemu-system-x86_64"
-OLD = {"unit": "libvirtd.service", "version": "11.3.0", "sets_rlimit_mode": False, "reason": "libvirt 11.3.0 does not."}
-NEW = {"unit": "virtqemud.service", "version": "12.8.0", "sets_rlimit_mode": True, "reason": "libvirt 12.8.0 does."}
-UNSURE = {"unit": "virtqemud.service", "version": None, "sets_rlimit_mode": None, "reason": "It cannot be told."}
-NO_LIBVIRT = {"unit": None, "version": None, "sets_rlimit_mode": False, "reason": "There is no system libvirt."}
+
+
+def libvirt(unit: str | None, version: str | None, sets: bool | None, reason: str, **fields: Any) -> Row:
+    found = {"unit": unit, "version": version, "sets_rlimit_mode": sets, "reason": reason}
+    abilities: Row = {"supports_iommufd": sets, "starts_iommufd_domains": sets, "cap_sys_resource": True, "drop_in": []}
+    return {**found, **abilities, **fields}
+
+
+OLD = libvirt("libvirtd.service", "11.3.0", False, "libvirt 11.3.0 does not.")
+NEW = libvirt("virtqemud.service", "12.8.0", True, "libvirt 12.8.0 does.")
+UNSURE = libvirt("virtqemud.service", None, None, "It cannot be told.")
+NO_LIBVIRT = libvirt(None, None, False, "There is no system libvirt.", cap_sys_resource=None)
+# It sets the mode and may not.
+BARRED = libvirt(
+    "virtqemud.service",
+    "12.8.0",
+    False,
+    "libvirt 12.8.0 may not.",
+    supports_iommufd=True,
+    cap_sys_resource=False,
+    drop_in=["CapabilityBoundingSet=CAP_SYS_RESOURCE"],
+)
 ROOT = {
     "uid": 0,
     "initial_user_namespace": True,
@@ -146,6 +164,14 @@ NOTHING: Row = {
         (NO_LIBVIRT, {"emulators": [QEMU]}, "cap_ipc_lock", True, [FILE]),
         (NO_LIBVIRT, {}, "observe", False, []),
         (NO_LIBVIRT, {"strategy": "cap_ipc_lock"}, "cap_ipc_lock", True, [FILE]),
+        # libvirt's emulator gets nothing by itself, since that would not help.
+        (BARRED, {"fallback": "observe"}, "observe", True, []),
+        (BARRED, {"strategy": "observe"}, "observe", True, []),
+        (BARRED, {"units": ["vm1"]}, "cap_ipc_lock", True, [DROP_IN]),
+        (BARRED, {"emulators": [QEMU]}, "cap_ipc_lock", True, [FILE]),
+        (BARRED, {"strategy": "cap_ipc_lock"}, "cap_ipc_lock", True, [FILE]),
+        # One that lacks the capability and does not set the mode is as any other that does not.
+        ({**OLD, "cap_sys_resource": False}, {}, "cap_ipc_lock", True, [FILE]),
     ],
 )
 def test_strategies(libvirt: Row, config: Row, strategy: str, certain: bool, grants: list[Row]) -> None:
@@ -175,6 +201,24 @@ def test_what_is_wanted_are_the_options_of_the_module() -> None:
     (task,) = yaml.safe_load(APPLY.read_text("utf-8"))
     passed = {name: f"{{{{ __iommufd_host_wanted.{name} }}}}" for name in options}
     assert task["virt.iommufd.iommufd_host_apply"] == passed
+
+
+@pytest.mark.parametrize("config", [{}, {"strategy": "native"}, {"launcher": True}])
+def test_a_daemon_that_sets_the_mode_and_may_not(config: Row) -> None:
+    """It starts no domain with iommufd, whatever the emulator has, so the capability is no way out."""
+    made = plan(BARRED, **config)
+    (error,) = made["errors"]
+    assert error.startswith(
+        "libvirt 12.8.0 may not. Give virtqemud.service the capability: put the lines '[Service]',"
+        " 'CapabilityBoundingSet=CAP_SYS_RESOURCE' into /etc/systemd/system/virtqemud.service.d/zz-sys-resource.conf"
+    )
+    for word in ("daemon-reload", "restart virtqemud.service", "CAP_IPC_LOCK", "iommufd_host_strategy to observe"):
+        assert word in error
+    assert (made["chosen"], made["grants"], made["wanted"]) == ("native", [], NOTHING)
+    # Where the unit lacks nothing, the reason says what does.
+    (error,) = plan({**BARRED, "drop_in": [], "reason": "SELinux denies it. Allow it."}, **config)["errors"]
+    assert error.startswith("SELinux denies it. Allow it. CAP_IPC_LOCK of the emulator would be of no use")
+    assert plan(BARRED, state="absent", **config)["errors"] == []
 
 
 def test_a_limit_for_units_and_users() -> None:
