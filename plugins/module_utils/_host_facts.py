@@ -19,7 +19,7 @@ from ._capabilities import FileCapabilities, parse_file_capabilities, read_xattr
 from ._child import NoAnswer, ask_child, in_child
 from ._device import new_iommufd
 from ._errors import IommufdError, error_text, shown_path
-from ._iommufd import RLIMIT_MODE, IommuFd, can_be_set, misc_rdev
+from ._iommufd import RLIMIT_MODE, IommuFd, can_be_set, misc_rdev, vfio_container_is_iommufd
 from ._paths import Untrusted, Writer, check_writers, walk
 from ._user import group_name, owner_name
 
@@ -31,14 +31,19 @@ __all__ = (
     "Emulator",
     "Node",
     "OwnIommufd",
+    "Vfio",
     "VfioNode",
+    "ask_vfio_container",
     "check_may_be_run",
     "find_emulators",
     "find_iommu_groups",
     "find_iommus",
     "find_module",
     "find_vfio_nodes",
+    "has_iommu",
+    "is_kubernetes_node",
     "look_at_node",
+    "look_at_vfio",
     "read_hidepid",
     "read_overflow_uid",
     "read_yama_scope",
@@ -52,11 +57,19 @@ ABSENT = "absent"
 
 _SYS = "/sys"
 _MODULES = "/lib/modules"
+_NODES = "/dev/vfio/devices"
 _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 _MOUNTINFO = "/proc/self/mountinfo"
 # A local file is there in no time.
 _PATIENCE = 10
 _EMULATORS = ("/usr/bin/qemu-system-*", "/usr/libexec/qemu-kvm")
+_KUBELET = "/var/lib/kubelet"
+
+# How an emulator is known: at a usual place, by an option of the task, from a process, from a domain's definition.
+PLACE = "place"
+OPTION = "option"
+PROCESS = "process"
+DEFINITION = "definition"
 
 
 class Node(NamedTuple):
@@ -159,6 +172,62 @@ def _entries(folder: str) -> list[str]:
     return []
 
 
+def has_iommu() -> bool | None:
+    """Whether the kernel drives an IOMMU: some device is in a group of one. None where sysfs is hidden."""
+    if not os.path.isdir(f"{_SYS}/kernel"):
+        return None
+    # vfio_noiommu_group_alloc() in drivers/vfio/group.c makes groups without an IOMMU, and names them so.
+    names = (_text(f"{_SYS}/kernel/iommu_groups/{number}/name") for number in find_iommu_groups())
+    return any(name != b"vfio-noiommu\n" for name in names)
+
+
+def ask_vfio_container() -> bool | None:
+    """Whether iommufd provides /dev/vfio/vfio; None where the kernel has none, or this caller cannot open it."""
+    # To open the node of a device that the kernel does not have would have it load a module.
+    return vfio_container_is_iommufd() if os.path.exists(f"{_SYS}/class/misc/vfio/dev") else None
+
+
+class Vfio(NamedTuple):
+    """VFIO on this host. `driver`: vfio-pci is there; `bound` are the devices that a driver of VFIO's has.
+
+    `without_node` are those of them that have no node of their own, which iommufd takes. `offers_nodes`: whether the
+    kernel was built to make such nodes, None where that is not known.
+    """
+
+    driver: bool
+    bound: list[str]
+    without_node: list[str]
+    offers_nodes: bool | None
+
+
+def look_at_vfio(release: str) -> Vfio:
+    """What VFIO has. `release` is the running kernel's."""
+    folder = f"{_SYS}/bus/pci/drivers/vfio-pci"
+    bound = [each for each in _entries(folder) if os.path.exists(f"{folder}/{each}/vendor")]
+    having = []
+    for name in _entries(f"{_SYS}/class/vfio-dev"):
+        address = os.path.basename(os.path.realpath(f"{_SYS}/class/vfio-dev/{name}/device"))
+        # A driver of a device's own, such as nvgrace-gpu-vfio-pci, binds it, too.
+        bound.append(address)
+        if os.path.exists(f"{_NODES}/{name}"):
+            having.append(address)
+    bound = sorted(set(bound))
+    config = _text(f"{_MODULES}/{release}/config")
+    offers = None if config is None else b"\nCONFIG_VFIO_DEVICE_CDEV=y\n" in config
+    return Vfio(os.path.isdir(folder), bound, [each for each in bound if each not in having], offers)
+
+
+def is_kubernetes_node() -> bool:
+    """Whether a kubelet has been at work here."""
+    return os.path.isdir(_KUBELET)
+
+
+def _text(path: str) -> bytes | None:
+    with contextlib.suppress(OSError), open(path, "rb") as stream:
+        return stream.read()
+    return None
+
+
 class VfioNode(NamedTuple):
     """A device node of VFIO: of one device, or of a group under the older interface. `iommu_group` None: has none."""
 
@@ -177,7 +246,7 @@ def find_vfio_nodes() -> dict[int, VfioNode]:
         address = os.path.basename(os.path.realpath(f"{_SYS}/class/vfio-dev/{name}/device"))
         rdev = _rdev(f"{_SYS}/class/vfio-dev/{name}/dev")
         if rdev is not None:
-            found[rdev] = VfioNode(f"/dev/vfio/devices/{name}", [address], group_of.get(address), of_group=False)
+            found[rdev] = VfioNode(f"{_NODES}/{name}", [address], group_of.get(address), of_group=False)
     for name in _entries(f"{_SYS}/class/vfio"):
         rdev = _rdev(f"{_SYS}/class/vfio/{name}/dev")
         number = re.fullmatch(r"(?:noiommu-)?([0-9]+)", name)

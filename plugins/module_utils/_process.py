@@ -35,6 +35,7 @@ __all__ = (
     "Process",
     "Status",
     "character_devices_in",
+    "exe_path",
     "in_initial_namespace",
     "is_path_only",
     "number_in",
@@ -502,6 +503,18 @@ def _booted() -> float:
         if time.clock_gettime(time.CLOCK_BOOTTIME) - before < 0.001:
             break
     return now - before
+
+
+def exe_path(pid: int) -> str | None:
+    """The path of the program that a process executes, by /proc/PID/exe, as its own mount namespace has it.
+
+    It may lead to another file here, or, where that was replaced since, to a newer one. None where this caller may not
+    look, or the process has ended.
+    """
+    with contextlib.suppress(OSError):
+        # d_path() in fs/d_path.c appends that.
+        return os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")
+    return None
 
 
 def own_status() -> Status:

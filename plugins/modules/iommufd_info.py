@@ -78,8 +78,8 @@ notes:
     rest, with the reason. To see every process, the module needs root with CAP_SYS_PTRACE in the initial user and pid
     namespaces, that is, on the host itself, and C(kernel.yama.ptrace_scope) below 3.
   - B(Nothing is woken.) The module starts no service, asks none but systemd's manager, loads no kernel module and runs
-    no emulator. It opens no device but C(/dev/iommu) and, where a process has it open, C(/dev/vfio/vfio). The subset
-    V(emulators) of O(gather_subset) is the exception.
+    no emulator. It opens no device but C(/dev/iommu) and C(/dev/vfio/vfio), and these only if the kernel has them
+    already. The subset V(emulators) of O(gather_subset) is the exception.
   - B(Estimate.) The kernel does not publish what it has charged to a user. RV(users[].charged_bytes) is the pinned
     memory of the user's processes under per-user accounting. The kernel's counter also holds what io_uring, AF_XDP and
     perf have charged to that user; no file shows that. Nor does a file show that a process was charged to its user
@@ -239,6 +239,36 @@ host:
           type: list
           elements: str
           sample: [cap_ipc_lock, cap_sys_ptrace, cap_sys_resource]
+    legacy_by_iommufd:
+      description:
+        - Whether the kernel's iommufd provides C(/dev/vfio/vfio) (CONFIG_IOMMUFD_VFIO_CONTAINER). Then a VM that uses
+          VFIO's legacy interface has an iommufd, too, and is charged per process.
+        - V(null) where the kernel has no such device yet, or this caller cannot open it.
+      type: bool
+      sample: false
+    readiness:
+      description:
+        - What has to be there before a VM with iommufd could start, in the order to see to it.
+        - It tells nothing of limits and accounting.
+      type: list
+      elements: dict
+      contains:
+        what:
+          description:
+            - V(module) is the kernel's iommufd, V(device) the node C(/dev/iommu), V(iommu) an IOMMU that the kernel
+              drives, V(vfio) a driver of VFIO's, V(bound) devices that this driver has, and V(cdev) a node below
+              C(/dev/vfio/devices) for each of these.
+            - V(kubevirt) is what KubeVirt 1.9 needs on a node. It is there only on a node of Kubernetes.
+          type: str
+          sample: cdev
+        ready:
+          description: Whether it is there; V(null) where that is unknown.
+          type: bool
+          sample: true
+        msg:
+          description: What is missing, and what to do; empty where it is there.
+          type: str
+          sample: ""
     yama_ptrace_scope:
       description: The setting C(kernel.yama.ptrace_scope); V(null) where the kernel has no Yama.
       type: int
@@ -808,20 +838,33 @@ def uids_of(users: list[str] | None) -> set[int] | None:
 
 def host_row(unseen: Unseen, paths: list[str], slow: bool) -> Row:
     """What the host supports; `slow` with what takes seconds or wakes a service."""
+    # A look at processes alone needs it not, and a module pays for each import on each host anew.
+    from ..module_utils._readiness import readiness
+
     system = os.uname()
     release = system.release
     module = _host_facts.find_module(release)
     if module is None:
         unseen.note("module", f"/lib/modules/{release} is not here: whether a module could be loaded cannot be told.")
     groups = _host_facts.find_iommu_groups()
+    device = device_row()
+    checks = readiness(
+        module,
+        device["present"],
+        _host_facts.has_iommu(),
+        _host_facts.look_at_vfio(release),
+        _host_facts.is_kubernetes_node(),
+    )
     return {
         "kernel": shown_text(release),
         "machine": system.machine,
         "page_bytes": os.sysconf("SC_PAGE_SIZE"),
         "module": module,
-        "device": device_row(),
+        "device": device,
         "options": {"rlimit_mode": option_row(unseen, module)},
         "caller": caller_row(),
+        "legacy_by_iommufd": _host_facts.ask_vfio_container(),
+        "readiness": [each._asdict() for each in checks],
         "yama_ptrace_scope": _host_facts.read_yama_scope(),
         "iommus": _host_facts.find_iommus(),
         "iommu_groups": [{"id": number, "devices": devices} for number, devices in groups.items()],
@@ -915,7 +958,7 @@ def said(code: int, output: str, errors: str) -> str:
 
 def libvirt_row(unseen: Unseen, slow: bool) -> Row:
     """The system libvirt, asked for a domain's capabilities where that is wanted."""
-    # A look at processes alone needs it not, and a module pays for each import on each host anew.
+    # As above.
     from ..module_utils import _libvirt
 
     libvirt = _libvirt.look_at_libvirt(run_command)

@@ -136,8 +136,8 @@ def strategy_errors(
     if strategy == "native" and daemon_is_barred(libvirt):
         return [
             f"{daemon_cure(libvirt)} CAP_IPC_LOCK of the emulator would be of no use, since libvirt itself fails. Then"
-            " run the role again. If libvirt is not to start such domains, set iommufd_host_strategy to observe, or name"
-            " in iommufd_host_units what starts the VMs of this host."
+            " run the role again. If libvirt is to start no such domain, set iommufd_host_strategy to observe, or"
+            " name in iommufd_host_units what starts the VMs of this host."
         ]
     if strategy == "native" and libvirt["sets_rlimit_mode"] is False:
         return [f"The strategy native is not to be had: {libvirt['reason']} Set iommufd_host_strategy to auto."]

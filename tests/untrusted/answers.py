@@ -97,6 +97,8 @@ def info(module: str = "loaded") -> Row:
             "initial_user_namespace": True,
             "capabilities": ["cap_ipc_lock", "cap_sys_ptrace", "cap_sys_resource"],
         },
+        "legacy_by_iommufd": False,
+        "readiness": [{"what": "cdev", "ready": False, "msg": "*"}],
         "yama_ptrace_scope": 1,
         "iommus": ["*"],
         "iommu_groups": [{"id": 1, "devices": ["*"]}],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _device, _host_facts
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._host_facts import Emulator, Node, VfioNode
+from ansible_collections.virt.iommufd.plugins.module_utils._host_facts import Emulator, Node, Vfio, VfioNode
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Writer
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -154,6 +154,61 @@ def test_the_nodes_of_vfio(sys: Path) -> None:
         os.makedev(242, 1): VfioNode("/dev/vfio/noiommu-0", [], 0, of_group=True),
     }
     assert _host_facts.find_iommus() == []
+
+
+@pytest.mark.parametrize(
+    ("names", "iommu"), [([], False), (["vfio-noiommu"], False), (["vfio-noiommu", None], True), (["dmar"], True)]
+)
+def test_an_iommu_that_the_kernel_drives(sys: Path, names: list[str | None], iommu: bool) -> None:
+    assert _host_facts.has_iommu() is None
+    (sys / "kernel").mkdir(parents=True)
+    for number, name in enumerate(names):
+        (sys / f"kernel/iommu_groups/{number}/devices").mkdir(parents=True)
+        if name is not None:
+            write(sys / f"kernel/iommu_groups/{number}/name", f"{name}\n")
+    assert _host_facts.has_iommu() is iommu
+
+
+def test_what_vfio_has(sys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_host_facts, "_NODES", str(sys.parent / "nodes"))
+    assert _host_facts.look_at_vfio("6") == Vfio(False, [], [], None)
+    for name, config in (("6", "CONFIG_VFIO_DEVICE_CDEV=y"), ("7", "# CONFIG_VFIO_DEVICE_CDEV is not set")):
+        write(sys.parent / f"modules/{name}/config", f"CONFIG_A=y\n{config}\n")
+    driver = sys / "bus/pci/drivers/vfio-pci"
+    write(driver / "bind")
+    assert _host_facts.look_at_vfio("6") == Vfio(True, [], [], True)
+    assert _host_facts.look_at_vfio("7").offers_nodes is False
+    # One that another driver has, one without a node, and one of a kernel that makes none.
+    for name, address, node in (("vfio0", "0000:00:05.0", True), ("vfio1", "0000:00:04.0", False)):
+        (sys / "devices" / address).mkdir(parents=True)
+        (sys / "class/vfio-dev" / name).mkdir(parents=True)
+        (sys / "class/vfio-dev" / name / "device").symlink_to(sys / "devices" / address)
+        if node:
+            write(sys.parent / "nodes" / name)
+    for address in ("0000:00:04.0", "0000:00:06.0"):
+        write(sys / "devices" / address / "vendor")
+        (driver / address).symlink_to(sys / "devices" / address)
+    bound = ["0000:00:04.0", "0000:00:05.0", "0000:00:06.0"]
+    assert _host_facts.look_at_vfio("6") == Vfio(True, bound, ["0000:00:04.0", "0000:00:06.0"], True)
+
+
+@pytest.mark.parametrize("answer", [True, False, None])
+def test_the_container_is_opened_where_the_kernel_has_it(
+    sys: Path, monkeypatch: pytest.MonkeyPatch, answer: bool | None
+) -> None:
+    """Elsewhere, to open the node would have it load a module."""
+    monkeypatch.setattr(_host_facts, "vfio_container_is_iommufd", pytest.fail)
+    assert _host_facts.ask_vfio_container() is None
+    write(sys / "class/misc/vfio/dev", "10:196\n")
+    monkeypatch.setattr(_host_facts, "vfio_container_is_iommufd", lambda: answer)
+    assert _host_facts.ask_vfio_container() is answer
+
+
+def test_a_node_of_kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_host_facts, "_KUBELET", str(tmp_path / "kubelet"))
+    assert not _host_facts.is_kubernetes_node()
+    (tmp_path / "kubelet").mkdir()
+    assert _host_facts.is_kubernetes_node()
 
 
 def test_emulators_are_named_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,8 +83,13 @@ def info(*processes: Row, capable: bool = False, libvirt: int | None = 812) -> R
     host = {
         "qemu": [{"path": QEMU, "cap_ipc_lock": capable}],
         "libvirt": {
-            **{"unit": "libvirtd.service", "pid": libvirt, "reason": "It may not.", "drop_in": ["A=b"]},
-            **{"supports_iommufd": True, "starts_iommufd_domains": True, "cap_sys_resource": True},
+            "unit": "libvirtd.service",
+            "pid": libvirt,
+            "reason": "It may not.",
+            "drop_in": ["A=b"],
+            "supports_iommufd": True,
+            "starts_iommufd_domains": True,
+            "cap_sys_resource": True,
         },
     }
     return {"host": host, "processes": list(processes)}
