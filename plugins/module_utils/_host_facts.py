@@ -11,8 +11,9 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ._capabilities import FileCapabilities, parse_file_capabilities, read_xattr
@@ -268,7 +269,7 @@ class Emulator(NamedTuple):
     """An emulator. `capabilities` are those that its file gives; None where it gives none, or `msg` tells why not.
 
     `writer`: who can write it, or a place on the way to it, beside root. Nothing behind that place is looked at, and
-    `path` is the one that was given.
+    `path` is the one that was given. `known_by` are the ways in which it was found.
     """
 
     path: str
@@ -276,36 +277,60 @@ class Emulator(NamedTuple):
     capabilities: FileCapabilities | None = None
     msg: str = ""
     writer: Writer | None = None
+    known_by: tuple[str, ...] = ()
 
 
-def find_emulators(given: list[str]) -> list[Emulator]:
-    """The emulators at the usual places and those given, each file once. Nothing is executed.
+class _Hint(NamedTuple):
+    """A path that may be an emulator's, and how it is known. `pid`: the process that executes what is there."""
 
-    It is done in a child, since a path may lead to a mount whose server does not answer for ever.
+    path: str
+    known_by: str
+    pid: int | None = None
+
+
+def find_emulators(
+    given: Sequence[str], defined: Sequence[str] = (), running: Mapping[int, str] = MappingProxyType({})
+) -> list[Emulator]:
+    """The emulators at the usual places, those given, defined for domains, and running, each file once.
+
+    `running` are the paths of what processes execute, by the processes' ids. Nothing is executed. It is done in a
+    child, since a path may lead to a mount whose server does not answer for ever.
     """
-    left = [*sorted(path for pattern in _EMULATORS for path in glob.glob(pattern)), *given]
+    usual = sorted(path for pattern in _EMULATORS for path in glob.glob(pattern))
+    left = [_Hint(path, PLACE) for path in usual] + [_Hint(path, OPTION) for path in given]
+    left += [_Hint(path, DEFINITION) for path in defined]
+    # A VMM that is not QEMU, or a launcher, holds an iommufd, too.
+    left += [_Hint(path, PROCESS, pid) for pid, path in running.items() if "qemu" in os.path.basename(path)]
     found: dict[str, Emulator] = {}
     while left:
         try:
             for each in ask_child(None, partial(_look_at_emulators, left), _PATIENCE):
-                emulator = _from_json(each)
-                found.setdefault(emulator.path, emulator)
+                if each is not None:
+                    _add(found, _from_json(each), left[0])
                 left = left[1:]
             break
         except NoAnswer:
-            path, *left = left
+            hint, *left = left
+            path = hint.path
             msg = f"{shown_path(path)} was not found within {_PATIENCE} seconds. Is it on a mount whose server is gone?"
-            found.setdefault(path, Emulator(path, False, None, msg))
+            _add(found, Emulator(path, False, None, msg), hint)
     return list(found.values())
 
 
-def _look_at_emulators(paths: list[str]) -> Iterator[Any]:
-    """The emulators at these paths, in the form that they come from a child in."""
-    return map(_look_at_emulator, paths)
+def _add(found: dict[str, Emulator], emulator: Emulator, hint: _Hint) -> None:
+    """Adds an emulator, or that it is known in one more way."""
+    known = found.setdefault(emulator.path, emulator)
+    found[emulator.path] = known._replace(known_by=tuple(dict.fromkeys((*known.known_by, hint.known_by))))
+
+
+def _look_at_emulators(hints: list[_Hint]) -> Iterator[Any]:
+    """What is at these paths, in the form that it comes from a child in; None for what is not meant."""
+    for path, _known_by, pid in hints:
+        yield _look_at_emulator(path) if pid is None else _look_at_running(path, pid)
 
 
 def _from_json(given: Any) -> Emulator:
-    path, present, capabilities, msg, writer = given
+    path, present, capabilities, msg, writer, _known_by = given
     return Emulator(
         path,
         present,
@@ -313,6 +338,17 @@ def _from_json(given: Any) -> Emulator:
         msg,
         None if writer is None else Writer(*writer),
     )
+
+
+def _look_at_running(path: str, pid: int) -> Emulator | None:
+    """What a process executes; None where that is another file than the one here, as in a container."""
+    emulator = _look_at_emulator(path)
+    try:
+        if emulator.writer is None and not os.path.samefile(f"/proc/{pid}/exe", path):
+            return None
+    except OSError:
+        return None
+    return emulator
 
 
 def _look_at_emulator(path: str) -> Emulator:

@@ -222,7 +222,7 @@ def _by_unit(run: Run, unit: DaemonUnit, libraries: list[str]) -> Libvirt:
                 # It runs all the same.
                 msgs = (f"The version that the running daemon has mapped: {exc}",)
             found = Libvirt(running, installed, unit.name, unit.pid, may, msgs, why, memlock=daemon.memlock())
-            return _by_files(found, libraries)
+            return _by_files(found, libraries, daemon.started())
     except IommufdError as exc:
         found = _by_rest(run, unit, libraries)
         return found._replace(msgs=(str(exc), *found.msgs))
@@ -242,11 +242,11 @@ def _by_rest(run: Run, unit: DaemonUnit, libraries: list[str]) -> Libvirt:
     return _by_files(Libvirt(version, version, unit.name, None, may, msgs, why, memlock=unit.memlock), libraries)
 
 
-def _by_files(libvirt: Libvirt, libraries: list[str]) -> Libvirt:
+def _by_files(libvirt: Libvirt, libraries: list[str], started: float | None = None) -> Libvirt:
     """The same, with what libvirt's files tell. Where there is no libvirt, there are none."""
     if not libraries and libvirt.unit is None:
         return libvirt
-    files = read_libvirt_files(libraries, libvirt.pid is not None)
+    files = read_libvirt_files(libraries, started)
     return libvirt._replace(files=files, msgs=(*libvirt.msgs, *files.msgs))
 
 

@@ -41,6 +41,8 @@ _CONF_MAX = 2**20
 _DEFINITION_MAX = 2**18
 _DEFINITIONS_MAX = 4096
 _PATIENCE = 10
+# Seconds: for the clock's slewing, and a tick's length.
+_SLACK = 1
 
 _CONF = "/etc/libvirt/qemu.conf"
 # qemuStateInitialize() in src/qemu/qemu_driver.c gives it to the user that its VMs run as, each time the daemon starts.
@@ -84,10 +86,13 @@ class LibvirtFiles(NamedTuple):
 NOTHING_READ = LibvirtFiles()
 
 
-def read_libvirt_files(libraries: Sequence[str], runs: bool) -> LibvirtFiles:
-    """Reads libvirt's files. `libraries` are those that its daemon may use; `runs` tells whether the daemon does."""
+def read_libvirt_files(libraries: Sequence[str], started: float | None) -> LibvirtFiles:
+    """Reads libvirt's files. `libraries` are those that its daemon may use.
+
+    `started`: when the daemon that runs was started, in seconds since the epoch; None where none runs.
+    """
     try:
-        given = in_child(None, partial(_read, libraries, runs), _PATIENCE)
+        given = in_child(None, partial(_read, libraries, started), _PATIENCE)
     except NoAnswer:
         msg = f"libvirt's files were not read within {_PATIENCE} seconds. Are they on a mount whose server is gone?"
         return NOTHING_READ._replace(msgs=(msg,))
@@ -97,10 +102,10 @@ def read_libvirt_files(libraries: Sequence[str], runs: bool) -> LibvirtFiles:
     return LibvirtFiles(Abilities(*abilities), VmUser(*user), tuple(emulators), tuple(msgs))
 
 
-def _read(libraries: Sequence[str], runs: bool) -> list[Any]:
+def _read(libraries: Sequence[str], started: float | None) -> list[Any]:
     msgs: list[str] = []
     abilities = _abilities_of(libraries, msgs)
-    user = _find_user(runs, msgs)
+    user = _find_user(started, msgs)
     return [abilities, user, _defined_emulators(os.uname().machine, msgs), msgs]
 
 
@@ -145,8 +150,9 @@ def _holds(path: str, texts: Sequence[bytes]) -> list[bool]:
     return [any(text in each for each in around) for text in texts]
 
 
-def _find_user(runs: bool, msgs: list[str]) -> VmUser:
+def _find_user(started: float | None, msgs: list[str]) -> VmUser:
     """Who VMs run as that are started now. What a daemon that runs has read is seen in what it has made its user's."""
+    runs = started is not None
     setting = None
     changed = 0.0
     known = True
@@ -156,10 +162,11 @@ def _find_user(runs: bool, msgs: list[str]) -> VmUser:
         known = False
         why = error_text(exc.errno) if isinstance(exc, OSError) else str(exc).rstrip(".")
         said = f"The user of libvirt's VMs may stand in {_CONF}, which cannot be read ({why})."
-    owner = _owner(runs)
-    if owner is not None and (runs or (known and setting is None and changed <= owner[1])):
-        user = VmUser(user_name(owner[0]), owner[0])
-        if setting is not None and parse_user(setting).uid != owner[0]:
+    owner = _owner(changed if started is None else started - _SLACK)
+    # As root's, the folder may just have been made by a package.
+    if owner is not None and (runs or (owner and known and setting is None)):
+        user = VmUser(user_name(owner), owner)
+        if setting is not None and parse_user(setting).uid != owner:
             msgs.append(
                 f"{_CONF} has user {printable(os.fsencode(setting))}, and the daemon took {user.name or user.uid}"
                 " when it started: it has to be restarted to read that file again."
@@ -176,13 +183,13 @@ def _find_user(runs: bool, msgs: list[str]) -> VmUser:
     return user
 
 
-def _owner(runs: bool) -> tuple[int, float] | None:
-    """Whom libvirt's daemon has given its folder, and when it was last touched; None where that shows nothing."""
+def _owner(since: float) -> int | None:
+    """Whom libvirt's folder belongs to; None where the daemon cannot have given it to anybody since that time."""
     with contextlib.suppress(OSError):
         status = os.stat(_FOLDER)
-        # As root's it may just have been made by a package.
-        if status.st_uid or runs:
-            return status.st_uid, status.st_ctime
+        # To give it to whom it belongs already changes that time, too.
+        if status.st_ctime >= since:
+            return status.st_uid
     return None
 
 

@@ -59,8 +59,7 @@ options:
     elements: str
   emulators:
     description:
-      - Emulators to report in RV(host.qemu), as absolute paths, beside C(/usr/bin/qemu-system-*) and
-        C(/usr/libexec/qemu-kvm).
+      - Emulators to report in RV(host.qemu), as absolute paths, beside those that the module finds by itself.
       - RV(host.limits_of_view) names an emulator that is not found within 10 seconds, as on a mount whose server is
         gone.
       - With V(emulators) in O(gather_subset), the module B(executes) them with C(--version), as the user that the task
@@ -322,7 +321,11 @@ host:
           type: str
           sample: root
     qemu:
-      description: The emulators C(/usr/bin/qemu-system-*) and C(/usr/libexec/qemu-kvm), and those of O(emulators).
+      description:
+        - The emulators C(/usr/bin/qemu-system-*) and C(/usr/libexec/qemu-kvm), and those of O(emulators).
+        - Also those of the system libvirt's defined domains for the host's architecture, which takes root to read.
+        - Also those that RV(processes) execute, by C(/proc/PID/exe), where the host has the same file at that path, and
+          its name has C(qemu) in it.
       type: list
       elements: dict
       contains:
@@ -331,9 +334,20 @@ host:
           type: str
           sample: /usr/bin/qemu-system-x86_64
         present:
-          description: Whether the path is an executable file. Only a path from O(emulators) can be missing.
+          description:
+            - Whether the path is an executable file. Only a path from O(emulators) or from a domain's definition can be
+              missing.
           type: bool
           sample: true
+        known_by:
+          description:
+            - How it was found, one or more of V(place), which is a usual place, V(option), which is O(emulators),
+              V(definition), which is that of a domain, and V(process), which executes it.
+            - Whoever may hold an iommufd decides which emulator a process executes. So V(process) alone is no reason
+              to trust it.
+          type: list
+          elements: str
+          sample: [place, process]
         writer:
           description:
             - The first place on the way to the file that anybody but root can write, be it a folder, a symbolic link or
@@ -769,7 +783,7 @@ import os
 import pwd
 import re
 from collections.abc import Collection
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -798,12 +812,16 @@ from ..module_utils._iommufd import misc_rdev
 from ..module_utils._module import Row, finish, memlock_row
 from ..module_utils._process import (
     Limit,
+    exe_path,
     in_initial_namespace,
     own_status,
 )
 from ..module_utils._running import read_domain_record
 from ..module_utils._survey import HeldIommufd, Holder, Survey, survey
 from ..module_utils._user import user_name
+
+if TYPE_CHECKING:
+    from ..module_utils._libvirt import Libvirt
 
 # How long a command may take that is not systemd's.
 SECONDS = 30
@@ -836,9 +854,10 @@ def uids_of(users: list[str] | None) -> set[int] | None:
     return found
 
 
-def host_row(unseen: Unseen, paths: list[str], slow: bool) -> Row:
-    """What the host supports; `slow` with what takes seconds or wakes a service."""
+def host_row(unseen: Unseen, paths: list[str], slow: bool, pids: list[int]) -> Row:
+    """What the host supports; `slow` with what takes seconds or wakes a service. `pids` are those of VMMs that run."""
     # A look at processes alone needs it not, and a module pays for each import on each host anew.
+    from ..module_utils import _libvirt
     from ..module_utils._readiness import readiness
 
     system = os.uname()
@@ -848,6 +867,9 @@ def host_row(unseen: Unseen, paths: list[str], slow: bool) -> Row:
         unseen.note("module", f"/lib/modules/{release} is not here: whether a module could be loaded cannot be told.")
     groups = _host_facts.find_iommu_groups()
     device = device_row()
+    libvirt = _libvirt.look_at_libvirt(run_command)
+    running = {pid: path for pid, path in zip(pids, map(exe_path, pids)) if path is not None}
+    emulators = _host_facts.find_emulators(paths, libvirt.files.emulators, running)
     checks = readiness(
         module,
         device["present"],
@@ -869,8 +891,8 @@ def host_row(unseen: Unseen, paths: list[str], slow: bool) -> Row:
         "iommus": _host_facts.find_iommus(),
         "iommu_groups": [{"id": number, "devices": devices} for number, devices in groups.items()],
         "vfio_devices": [vfio_row(each) for each in _host_facts.find_vfio_nodes().values() if not each.of_group],
-        "qemu": [emulator_row(unseen, each, slow) for each in _host_facts.find_emulators(paths)],
-        "libvirt": libvirt_row(unseen, slow),
+        "qemu": [emulator_row(unseen, each, slow) for each in emulators],
+        "libvirt": libvirt_row(unseen, libvirt, slow),
     }
 
 
@@ -927,6 +949,7 @@ def emulator_row(unseen: Unseen, emulator: _host_facts.Emulator, slow: bool) -> 
     return {
         "path": shown_path(emulator.path),
         "present": emulator.present,
+        "known_by": list(emulator.known_by),
         "writer": emulator.writer and emulator.writer._asdict(),
         "file_capabilities": given and given._asdict(),
         "cap_ipc_lock": None if emulator.msg or not emulator.present else given is not None and given.lifts_memlock,
@@ -956,12 +979,11 @@ def said(code: int, output: str, errors: str) -> str:
     return f"exit code {code}" + (f", {shown_text(text[:400])}" if text else "")
 
 
-def libvirt_row(unseen: Unseen, slow: bool) -> Row:
+def libvirt_row(unseen: Unseen, libvirt: Libvirt, slow: bool) -> Row:
     """The system libvirt, asked for a domain's capabilities where that is wanted."""
     # As above.
     from ..module_utils import _libvirt
 
-    libvirt = _libvirt.look_at_libvirt(run_command)
     for msg in libvirt.msgs:
         unseen.note("libvirt", msg)
     offers = None
@@ -1168,12 +1190,14 @@ def run(params: Row, _check_mode: bool, result: Row) -> None:
     host: Row = {"limits_of_view": unseen.limits}
     result["host"] = host
     result["narrowed"] = {"pids": params["pids"], "uids": None if uids is None else sorted(uids)}
-    if subsets & {"host", "emulators"}:
-        host.update(host_row(unseen, params["emulators"], "emulators" in subsets))
+    processes: list[Row] = []
     if subsets & {"processes", "users"}:
         processes, users = process_and_user_rows(unseen, params["pids"], uids)
         found = {"processes": processes, "users": users}
         result.update({name: found[name] for name in found if name in subsets})
+    if subsets & {"host", "emulators"}:
+        pids = [each["pid"] for each in processes]
+        host.update(host_row(unseen, params["emulators"], "emulators" in subsets, pids))
 
 
 def run_patiently(words: list[str]) -> tuple[int, str, str]:

@@ -21,9 +21,16 @@ _EMULATOR_OF = {"ppc64le": "ppc64", "i686": "i386", "armv7l": "arm"}
 
 
 def own_emulators(qemu: Sequence[Mapping[str, Any]], architecture: str) -> list[str]:
-    """Those of a host's emulators that run guests of its own architecture."""
+    """Those of a host's emulators that run guests of its own architecture.
+
+    They are those of the usual names at the usual places, and among those that were named; else those that libvirt's
+    domains are defined with. What is merely executed does not count: whoever executes it has chosen it.
+    """
     own = {"qemu-kvm", qemu_for(architecture)}
-    return [each["path"] for each in qemu if each["present"] and basename(each["path"]) in own]
+    present = [each for each in qemu if each["present"]]
+    named = [each["path"] for each in present if {"place", "option"} & set(each["known_by"])]
+    usual = [path for path in named if basename(path) in own]
+    return usual or [each["path"] for each in present if "definition" in each["known_by"]]
 
 
 def has_iommufd(host: Mapping[str, Any]) -> bool:

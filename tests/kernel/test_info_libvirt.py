@@ -23,20 +23,17 @@ from ansible_collections.virt.iommufd.tests.kernel.test_info_host import libvirt
 __all__ = ("knows_iommufd",)
 
 CONF = Path("/etc/libvirt/qemu.conf")
-NAME = "kernel-test-user"
-# Without a device, so that any libvirt starts it.
+NAME = "kernel-test-defined"
+QEMU = "/usr/bin/qemu-system-x86_64"
 DOMAIN = f"""
 <domain type='qemu'>
   <name>{NAME}</name>
   <memory unit='MiB'>16</memory>
   <os><type arch='x86_64' machine='q35'>hvm</type></os>
-  <devices>
-    <emulator>/usr/bin/qemu-system-x86_64</emulator>
-    <controller type='usb' model='none'/>
-    <memballoon model='none'/>
-  </devices>
+  <devices><emulator>{QEMU}</emulator></devices>
 </domain>
 """
+SAVED = Path("/var/lib/libvirt/qemu/save")
 ABILITIES = (b" iommufd='", b"failed to set memory accounting for iommufd", b"Set iommufd rlimit mode to ")
 
 
@@ -87,34 +84,30 @@ def test_libvirt_by_what_its_library_holds(unit: str, knows_iommufd: bool, tmp_p
         systemctl("stop", unit)
 
 
-def user_of_a_domain(path: Path) -> int:
-    """Whom libvirt starts a domain as."""
-    path.write_text(DOMAIN)
-    virsh("create", "--paused", str(path))
-    try:
-        pid = int(Path(f"/run/libvirt/qemu/{NAME}.pid").read_text())
-        return os.stat(f"/proc/{pid}").st_uid
-    finally:
-        virsh("destroy", NAME)
+def user_of_the_daemon(unit: str) -> int:
+    """Whom libvirt has taken for its domains: one of the folders that it gives to that user when it starts."""
+    systemctl("start", unit)
+    # It answers once it has.
+    virsh("list")
+    return SAVED.stat().st_uid
 
 
-def test_the_user_of_libvirts_domains(unit: str, tmp_path: Path) -> None:
+def test_the_user_of_libvirts_domains(unit: str) -> None:
     before = CONF.read_bytes()
     try:
-        systemctl("start", unit)
-        usual = user_of_a_domain(tmp_path / "domain.xml")
+        usual = user_of_the_daemon(unit)
         assert (libvirt()["uid"], libvirt()["user"]) == (usual, "libvirt-qemu")
         systemctl("stop", unit)
         assert libvirt()["uid"] == usual
         # The first one counts, and neither a comment nor a list.
-        CONF.write_text(f"#user = 'root'\nnamespaces = [\n'user']\nuser = '+{VM}' # vm\nuser = 'alice'\n")
+        acl = "cgroup_device_acl = ['/dev/null', '/dev/zero', '/dev/urandom', '/dev/ptmx',\n'user']"
+        CONF.write_text(f"#user = 'root'\n{acl}\nuser = '+{VM}' # vm\nuser = 'alice'\n")
         assert (libvirt()["uid"], libvirt()["user"]) == (VM, "vm")
-        systemctl("start", unit)
-        assert libvirt()["uid"] == VM == user_of_a_domain(tmp_path / "domain.xml")
+        assert user_of_the_daemon(unit) == VM == libvirt()["uid"]
         # The daemon has not read that yet.
         CONF.write_text("user = 'alice'\n")
         answered = look("host")
-        assert answered["host"]["libvirt"]["uid"] == VM == user_of_a_domain(tmp_path / "domain.xml")
+        assert answered["host"]["libvirt"]["uid"] == VM
         assert "qemu.conf has user alice, and the daemon took vm when it started" in limits(answered)["libvirt"]
         systemctl("stop", unit)
         assert libvirt()["uid"] == ALICE
@@ -125,8 +118,27 @@ def test_the_user_of_libvirts_domains(unit: str, tmp_path: Path) -> None:
         CONF.write_bytes(before)
         # It gives its folders back.
         systemctl("stop", unit)
-        systemctl("start", unit)
+        user_of_the_daemon(unit)
     assert libvirt()["uid"] == usual
+
+
+def known_by(answered: Answer) -> list[str]:
+    """How the usual emulator is known."""
+    [row] = [each for each in answered["host"]["qemu"] if each["path"] == QEMU]
+    ways: list[str] = row["known_by"]
+    return ways
+
+
+def test_the_emulators_of_defined_domains(tmp_path: Path) -> None:
+    """As libvirt itself writes a definition."""
+    assert known_by(look("host")) == ["place"]
+    path = tmp_path / "domain.xml"
+    path.write_text(DOMAIN)
+    virsh("define", str(path))
+    try:
+        assert known_by(look("host")) == ["place", "definition"]
+    finally:
+        virsh("undefine", NAME)
 
 
 def test_the_limit_of_libvirts_daemon(unit: str) -> None:

@@ -84,7 +84,7 @@ COMM = "qemu-system-x86"
 
 def info(module: str = "loaded") -> Row:
     """What iommufd_info returns."""
-    emulator = {"present": True, "file_capabilities": None, "version": "*"}
+    emulator = {"present": True, "known_by": ["place"], "file_capabilities": None, "version": "*"}
     host = {
         "limits_of_view": [{"what": "*", "why": "*"}],
         "kernel": "*",

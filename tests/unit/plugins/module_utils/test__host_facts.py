@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils import _device, _host
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._host_facts import Emulator, Node, Vfio, VfioNode
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Writer
+from ansible_collections.virt.iommufd.plugins.module_utils._process import exe_path
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
 NULL = os.stat(os.devnull).st_rdev
@@ -217,10 +220,37 @@ def test_emulators_are_named_once_each(tmp_path: Path, monkeypatch: pytest.Monke
     usual.chmod(0o755)
     (tmp_path / "qemu-system-b").symlink_to(usual)
     monkeypatch.setattr(_host_facts, "_EMULATORS", (f"{tmp_path}/qemu-system-*",))
-    assert _host_facts.find_emulators([f"{tmp_path}/mine", str(usual)]) == [
-        Emulator(str(usual), present=True),
-        Emulator(f"{tmp_path}/mine", present=False),
+    assert _host_facts.find_emulators([f"{tmp_path}/mine", str(usual)], [f"{tmp_path}/mine", f"{tmp_path}/other"]) == [
+        Emulator(str(usual), present=True, known_by=("place", "option")),
+        Emulator(f"{tmp_path}/mine", present=False, known_by=("option", "definition")),
+        Emulator(f"{tmp_path}/other", present=False, known_by=("definition",)),
     ]
+
+
+def test_emulators_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a container has another file at that path, or a launcher runs, it is left out."""
+    monkeypatch.setattr(_host_facts, "_EMULATORS", ())
+    python = os.path.realpath(f"/proc/{os.getpid()}/exe")
+    shutil.copy("/bin/sleep", tmp_path / "qemu")
+    write(tmp_path / "my-qemu")
+    (tmp_path / "my-qemu").chmod(0o755)
+    with subprocess.Popen([str(tmp_path / "qemu"), "60"]) as runs:
+        try:
+            running = {runs.pid: f"{tmp_path}/qemu", os.getpid(): python}
+            assert [exe_path(pid) for pid in running] == list(running.values())
+            found = _host_facts.find_emulators([], [f"{tmp_path}/qemu"], running)
+            assert found == [Emulator(f"{tmp_path}/qemu", True, known_by=("definition", "process"))]
+            assert _host_facts.find_emulators([], [], {runs.pid: f"{tmp_path}/my-qemu"}) == []
+            assert _host_facts.find_emulators([], [], {runs.pid: f"{tmp_path}/no-qemu"}) == []
+            assert _host_facts.find_emulators([], [], {2147483647: f"{tmp_path}/qemu"}) == []
+            # It was replaced since.
+            (tmp_path / "qemu").unlink()
+            write(tmp_path / "qemu")
+            assert exe_path(runs.pid) == f"{tmp_path}/qemu"
+            assert _host_facts.find_emulators([], [], {runs.pid: f"{tmp_path}/qemu"}) == []
+        finally:
+            runs.kill()
+    assert exe_path(2147483647) is None
 
 
 def test_an_emulator_that_nobody_answers_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +270,7 @@ def test_an_emulator_that_nobody_answers_for(tmp_path: Path, monkeypatch: pytest
     first, found, last = _host_facts.find_emulators([f"{tmp_path}/{name}" for name in ("a", "fifo", "b")])
     assert (found.path, found.present, found.capabilities) == (f"{tmp_path}/fifo", False, None)
     assert found.msg.startswith(f"{tmp_path}/fifo was not found within 0.3 seconds.")
-    assert [first, last] == [Emulator(f"{tmp_path}/{name}", present=False) for name in ("a", "b")]
+    assert [first, last] == [Emulator(f"{tmp_path}/{name}", False, known_by=("option",)) for name in ("a", "b")]
 
 
 def test_what_is_no_emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +280,7 @@ def test_what_is_no_emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "loop").symlink_to("loop")
     paths = [f"{tmp_path}/{name}" for name in ("fifo", "text", "folder", "loop", "text/below")]
     monkeypatch.setattr(_host_facts, "_EMULATORS", ())
-    assert _host_facts.find_emulators(paths) == [Emulator(path, present=False) for path in paths]
+    assert _host_facts.find_emulators(paths) == [Emulator(path, present=False, known_by=("option",)) for path in paths]
 
 
 def test_an_emulator_that_others_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

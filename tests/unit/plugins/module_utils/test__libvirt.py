@@ -129,6 +129,10 @@ def test_a_running_daemon_is_looked_at_itself(monkeypatch: pytest.MonkeyPatch) -
     # Its own limit, and not that of its unit.
     with Process.hold(os.getpid()) as process:
         assert found.memlock == process.memlock()
+        monkeypatch.setattr(Process, "started", lambda _self: 7.5)
+        asked = read_by(monkeypatch)
+        look_at_libvirt(answer(running))
+        assert [started for _libraries, started in asked] == [7.5]
 
 
 MAPS = b"""\
@@ -145,12 +149,12 @@ def test_the_library_that_a_daemon_has_mapped(gone: bytes) -> None:
     assert mapped_libraries(7, b"") == []
 
 
-def read_by(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], bool]]:
-    """What libvirt's files are read by: the libraries, and whether the daemon runs."""
-    asked: list[tuple[list[str], bool]] = []
+def read_by(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], float | None]]:
+    """What libvirt's files are read by: the libraries, and when the daemon that runs was started."""
+    asked: list[tuple[list[str], float | None]] = []
 
-    def read(libraries: Sequence[str], runs: bool) -> LibvirtFiles:
-        asked.append((list(libraries), runs))
+    def read(libraries: Sequence[str], started: float | None) -> LibvirtFiles:
+        asked.append((list(libraries), started))
         return LibvirtFiles(Abilities(True, True), msgs=("Something.",))
 
     monkeypatch.setattr(_libvirt, "read_libvirt_files", read)
@@ -174,7 +178,7 @@ def test_the_library_on_disk(prefixes: Path, monkeypatch: pytest.MonkeyPatch) ->
     asked = read_by(monkeypatch)
     found = look_at_libvirt(answer(unit("virtqemud.service")))
     assert (found.version, found.installed, found.msgs) == ((12, 8, 0), (12, 8, 0), ("Something.",))
-    assert asked == [([f"{prefixes}/usr/lib/x86/libvirt.so.0.12008.0"], False)]
+    assert asked == [([f"{prefixes}/usr/lib/x86/libvirt.so.0.12008.0"], None)]
 
 
 def test_one_library_of_several(prefixes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +191,7 @@ def test_one_library_of_several(prefixes: Path, monkeypatch: pytest.MonkeyPatch)
         return 0, started if "--property=ExecStart" in words else unit("virtqemud.service"), ""
 
     assert look_at_libvirt(run).version == (11, 3, 0)
-    assert asked == [([f"{prefixes}/local/lib64/libvirt.so.0.11003.0"], False)]
+    assert asked == [([f"{prefixes}/local/lib64/libvirt.so.0.11003.0"], None)]
     # Somewhere else altogether.
     monkeypatch.setattr(_libvirt, "_PREFIXES", ())
     assert look_at_libvirt(run).version == (11, 3, 0)

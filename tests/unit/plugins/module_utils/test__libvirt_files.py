@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import time
 from pathlib import Path
 
 import pytest
@@ -143,7 +142,7 @@ NOBODY = VmUser()
     [
         ("", 64055, True, VmUser(None, 64055), ""),
         ("", 64055, False, VmUser(None, 64055), ""),
-        # It was made so by a package, or by a daemon; whoever runs is root itself then.
+        # It may have been made by a package; a daemon that runs has given it to root, though.
         ("", 0, False, NOBODY, ""),
         ("", 0, True, VmUser("root", 0), ""),
         ("", None, True, NOBODY, ""),
@@ -160,37 +159,32 @@ def test_who_vms_run_as(
     host: Path, monkeypatch: pytest.MonkeyPatch, conf: str, owner: int | None, runs: bool, user: VmUser, words: str
 ) -> None:
     (host / "etc/libvirt/qemu.conf").write_text(conf)
-    seen = None if owner is None or not (owner or runs) else (owner, time.time() + 1)
-    monkeypatch.setattr(_libvirt_files, "_owner", lambda _runs: seen)
+    monkeypatch.setattr(_libvirt_files, "_owner", lambda _since: owner)
     msgs: list[str] = []
-    assert _libvirt_files._find_user(runs, msgs) == user
+    assert _libvirt_files._find_user(7.5 if runs else None, msgs) == user
     assert words in "".join(msgs)
     assert bool(msgs) == bool(words)
 
 
-def test_what_the_daemon_has_not_seen_since(host: Path) -> None:
+def test_what_the_daemon_has_not_seen_since(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a user in qemu.conf, it is the one of the last run, unless qemu.conf had another one then."""
     msgs: list[str] = []
     conf = host / "etc/libvirt/qemu.conf"
     conf.write_text("")
     os.utime(conf, (0, 0))
     status = (host / "var/lib/libvirt/qemu").stat()
-    last = VmUser(ME.name, status.st_uid) if status.st_uid else NOBODY
-    assert _libvirt_files._find_user(False, msgs) == last
+    last = ME if ME.uid else NOBODY
+    assert _libvirt_files._find_user(None, msgs) == last
     os.utime(conf, (0, status.st_ctime + 1))
-    assert _libvirt_files._find_user(False, msgs) == NOBODY
-    assert _libvirt_files._find_user(True, msgs) == ME
+    assert _libvirt_files._find_user(None, msgs) == NOBODY
+    # One that runs gives it to its user as soon as it has started.
+    assert _libvirt_files._find_user(status.st_ctime - 60, msgs) == ME
+    assert _libvirt_files._find_user(status.st_ctime + 60, msgs) == NOBODY
     conf.unlink()
-    assert _libvirt_files._find_user(False, msgs) == last
-    assert msgs == []
-
-
-def test_a_folder_that_is_roots_shows_something_while_the_daemon_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_libvirt_files, "_FOLDER", "/")
-    assert _libvirt_files._owner(False) is None
-    assert _libvirt_files._owner(True) == (0, os.stat("/").st_ctime)
+    assert _libvirt_files._find_user(None, msgs) == last
     monkeypatch.setattr(_libvirt_files, "_FOLDER", "/nowhere")
-    assert _libvirt_files._owner(True) is None
+    assert _libvirt_files._find_user(status.st_ctime, msgs) == NOBODY
+    assert msgs == []
 
 
 def test_a_qemu_conf_of_somebody_else_is_not_believed(host: Path) -> None:
@@ -198,7 +192,7 @@ def test_a_qemu_conf_of_somebody_else_is_not_believed(host: Path) -> None:
     conf.write_text('user = "root"')
     conf.chmod(0o666)
     msgs: list[str] = []
-    assert _libvirt_files._find_user(False, msgs) == NOBODY
+    assert _libvirt_files._find_user(None, msgs) == NOBODY
     assert f"{conf} can be written by everybody" in msgs[0]
 
 
@@ -232,17 +226,17 @@ def test_all_that_is_read(host: Path) -> None:
     for name, path in (("a", "/opt/q"), ("b", "/usr/local/sbin/qemu"), ("c", "/opt/q")):
         (host / f"etc/libvirt/qemu/{name}.xml").write_text(DOMAIN.format(MACHINE, path))
     (host / "etc/libvirt/qemu.conf").write_text('user = "+4000000001"')
-    found = read_libvirt_files([library(host / "l", OFFERS, SETS)], False)
+    found = read_libvirt_files([library(host / "l", OFFERS, SETS)], None)
     emulators = ("/opt/q", "/usr/local/sbin/qemu")
     assert found == LibvirtFiles(Abilities(True, True), VmUser(None, 4000000001), emulators, ())
     (host / "etc/libvirt/qemu/d.xml").symlink_to("nowhere")
-    assert "definitions of libvirt's domains cannot be read (ENOENT" in read_libvirt_files([], False).msgs[0]
+    assert "definitions of libvirt's domains cannot be read (ENOENT" in read_libvirt_files([], None).msgs[0]
 
 
 def test_files_that_nobody_answers_for(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # It waits for somebody who writes.
     os.mkfifo(host / "fifo")
     monkeypatch.setattr(_libvirt_files, "_PATIENCE", 0.3)
-    found = read_libvirt_files([f"{host}/fifo"], False)
+    found = read_libvirt_files([f"{host}/fifo"], None)
     assert found._replace(msgs=()) == NOTHING_READ
     assert found.msgs[0].startswith("libvirt's files were not read within 0.3 seconds.")

@@ -63,7 +63,9 @@ def info(libvirt: Row, **host: Any) -> Row:
         ],
         "libvirt": libvirt,
     }
-    return {"host": {**fields, **host}}
+    found = {**fields, **host}
+    found["qemu"] = [{"known_by": ["place"], **row} for row in found["qemu"]]
+    return {"host": found}
 
 
 def emulator(path: str = QEMU, **fields: Any) -> Row:
@@ -379,6 +381,22 @@ def test_systemd_reads_again_what_it_has_not_read() -> None:
     assert plan(OLD, *rows, units=["vm1", "vm2"])["wanted"]["reload"] is True
     # By what iommufd_info tells alone, that is not known yet.
     assert host_plan(info(OLD), {"architecture": "x86_64"})["wanted"]["reload"] is False
+
+
+def test_emulators_that_libvirt_knows_of() -> None:
+    """Those of defined domains, where none is at a usual place. What somebody merely executes does not count."""
+    rows: list[Row] = [
+        {"path": "/usr/local/sbin/qemu", "present": True, "known_by": ["definition", "process"]},
+        {"path": "/home/vm/qemu-system-x86_64", "present": True, "known_by": ["process"]},
+        {"path": "/opt/gone", "present": False, "known_by": ["definition"]},
+    ]
+    rows = [{**row, "writer": None, "cap_ipc_lock": False} for row in rows]
+    assert host_plan(info(OLD, qemu=rows), {"architecture": "x86_64"})["emulators"] == ["/usr/local/sbin/qemu"]
+    rows.append({"path": QEMU, "present": True, "writer": None, "cap_ipc_lock": False})
+    assert host_plan(info(OLD, qemu=rows), {"architecture": "x86_64"})["emulators"] == [QEMU]
+    # The one that is to be trusted was named to the module as well.
+    rows[-1]["known_by"] = ["option"]
+    assert host_plan(info(OLD, qemu=rows), {"architecture": "x86_64"})["emulators"] == [QEMU]
 
 
 def test_an_emulator_of_another_name() -> None:
