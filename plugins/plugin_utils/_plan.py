@@ -32,8 +32,6 @@ _QEMU_CONF = "/etc/libvirt/qemu.conf"
 _GRANT_UNITS = ("iommufd-host-grant.path", "iommufd-host-grant.timer")
 # As shell patterns.
 _NODES = ["/dev/iommu", "/dev/vfio/devices/*"]
-# The first libvirt that passes descriptors to QEMU, which then opens no node by itself: its NEWS.
-_PASSES_DESCRIPTORS = (12, 1)
 # Devices come and go, and qemu.conf takes no patterns; libvirt leaves out of cgroup_device_acl what is not there.
 _VFIO_NODES = [f"/dev/vfio/devices/vfio{number}" for number in range(16)]
 
@@ -141,9 +139,12 @@ def unit_name(name: str) -> str:
 
 
 def _user(config: Row, libvirt: Row, check: Row | None) -> str:
-    """The user that VMs run as: the one that is given, else libvirt's, else that of the first unit that has one."""
+    """The user that VMs run as: the one that is given, else libvirt's, else that of the first unit that has one.
+
+    libvirt's is the one that it shows to have, else the one that it has on hosts of this distribution.
+    """
     if config["user"] or has_libvirt(libvirt):
-        return str(config["user"] or config["libvirt_user"])
+        return str(config["user"] or libvirt["user"] or config["libvirt_user"])
     users = [each["user"] for each in check["units"] if each["user"]] if check else []
     return users[0] if users else "root"
 
@@ -199,8 +200,8 @@ def _access(config: Row, libvirt: Row) -> Access:
     if libvirt["unit"] is None:
         error = "iommufd_host_qemu_access is for the system libvirt, and there is none here: leave it out."
         return Access(False, [], [error])
-    version = tuple(int(part) for part in (libvirt["version"] or "0").split(".")[:2])
-    if version >= _PASSES_DESCRIPTORS:
+    if libvirt["supports_iommufd"]:
+        # For such devices, QEMU opens no node by itself.
         said = f"Nothing: libvirt {libvirt['version']} opens the device nodes itself and passes them to QEMU."
         return Access(False, [said], [])
     steps = [

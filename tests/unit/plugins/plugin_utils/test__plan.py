@@ -24,6 +24,7 @@ QEMU = "/usr/bin/qemu-system-x86_64"
 
 def libvirt(unit: str | None, version: str | None, sets: bool | None, reason: str, **fields: Any) -> Row:
     found = {"unit": unit, "version": version, "sets_rlimit_mode": sets, "reason": reason}
+    found |= {"user": None}
     abilities: Row = {"supports_iommufd": sets, "starts_iommufd_domains": sets, "cap_sys_resource": True, "drop_in": []}
     return {**found, **abilities, **fields}
 
@@ -112,6 +113,9 @@ def content(made: Row, path: str) -> list[str]:
         (OLD, [], {}, "libvirt-qemu"),
         (UNSURE, [unit("vm1.service")], {"units": ["vm1"]}, "libvirt-qemu"),
         (OLD, [], {"user": "alice"}, "alice"),
+        # What libvirt shows goes before what it has on hosts of this distribution.
+        ({**OLD, "user": "vm"}, [], {}, "vm"),
+        ({**OLD, "user": "vm"}, [], {"user": "alice"}, "alice"),
         # Without libvirt there is no user of that name.
         (NO_LIBVIRT, [], {}, "root"),
         (NO_LIBVIRT, [unit("vm1.service")], {"units": ["vm1"]}, "vm"),
@@ -352,6 +356,9 @@ def test_access_that_is_not_needed_or_not_possible() -> None:
     assert (wanted["blocks"], wanted["nodes"], wanted["group"], wanted["mode"]) == ([], [], "", "")
     assert paths(made) == [MODULES_FILE]
     assert made["access"] == ["Nothing: libvirt 12.8.0 opens the device nodes itself and passes them to QEMU."]
+    # What it can do decides, and not its version.
+    assert plan({**NEW, "supports_iommufd": False}, qemu_access=True)["wanted"]["blocks"] != []
+    assert plan({**OLD, "supports_iommufd": True}, qemu_access=True)["wanted"]["blocks"] == []
     assert "there is none here" in plan(NO_LIBVIRT, qemu_access=True, units=["a"])["errors"][0]
 
 
