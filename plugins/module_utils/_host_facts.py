@@ -11,8 +11,9 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ._capabilities import FileCapabilities, parse_file_capabilities, read_xattr
@@ -20,7 +21,7 @@ from ._change import can_be_set
 from ._child import NoAnswer, ask_child, in_child
 from ._device import new_iommufd
 from ._errors import IommufdError, error_text, shown_path
-from ._iommufd import RLIMIT_MODE, IommuFd, misc_rdev
+from ._iommufd import RLIMIT_MODE, IommuFd, misc_rdev, vfio_container_is_iommufd
 from ._names import group_name, owner_name
 from ._paths import Untrusted, Writer, check_writers, walk
 
@@ -32,7 +33,9 @@ __all__ = (
     "Emulator",
     "Node",
     "OwnIommufd",
+    "Vfio",
     "VfioNode",
+    "ask_vfio_container",
     "check_may_be_run",
     "find_emulators",
     "find_iommu_groups",
@@ -40,7 +43,10 @@ __all__ = (
     "find_module",
     "find_vdpa_nodes",
     "find_vfio_nodes",
+    "has_iommu",
+    "is_kubernetes_node",
     "look_at_node",
+    "look_at_vfio",
     "read_hidepid",
     "read_overflow_uid",
     "read_yama_scope",
@@ -54,11 +60,19 @@ ABSENT = "absent"
 
 _SYS = "/sys"
 _MODULES = "/lib/modules"
+_NODES = "/dev/vfio/devices"
 _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 _MOUNTINFO = "/proc/self/mountinfo"
 # A local file is there in no time.
 _PATIENCE = 10
 _EMULATORS = ("/usr/bin/qemu-system-*", "/usr/libexec/qemu-kvm")
+_KUBELET = "/var/lib/kubelet"
+
+# How an emulator is known: at a usual place, by an option of the task, from a process, from a domain's definition.
+PLACE = "place"
+OPTION = "option"
+PROCESS = "process"
+DEFINITION = "definition"
 
 
 class Node(NamedTuple):
@@ -161,6 +175,62 @@ def _entries(folder: str) -> list[str]:
     return []
 
 
+def has_iommu() -> bool | None:
+    """Whether the kernel drives an IOMMU: some device is in a group of one. None where sysfs is hidden."""
+    if not os.path.isdir(f"{_SYS}/kernel"):
+        return None
+    # vfio_noiommu_group_alloc() in drivers/vfio/group.c makes groups without an IOMMU, and names them so.
+    names = (_text(f"{_SYS}/kernel/iommu_groups/{number}/name") for number in find_iommu_groups())
+    return any(name != b"vfio-noiommu\n" for name in names)
+
+
+def ask_vfio_container() -> bool | None:
+    """Whether iommufd provides /dev/vfio/vfio; None where the kernel has none, or this caller cannot open it."""
+    # To open the node of a device that the kernel does not have would have it load a module.
+    return vfio_container_is_iommufd() if os.path.exists(f"{_SYS}/class/misc/vfio/dev") else None
+
+
+class Vfio(NamedTuple):
+    """VFIO on this host. `driver`: vfio-pci is there; `bound` are the devices that a driver of VFIO's has.
+
+    `without_node` are those of them that have no node of their own, which iommufd takes. `offers_nodes`: whether the
+    kernel was built to make such nodes, None where that is not known.
+    """
+
+    driver: bool
+    bound: list[str]
+    without_node: list[str]
+    offers_nodes: bool | None
+
+
+def look_at_vfio(release: str) -> Vfio:
+    """What VFIO has. `release` is the running kernel's."""
+    folder = f"{_SYS}/bus/pci/drivers/vfio-pci"
+    bound = [each for each in _entries(folder) if os.path.exists(f"{folder}/{each}/vendor")]
+    having = []
+    for name in _entries(f"{_SYS}/class/vfio-dev"):
+        address = os.path.basename(os.path.realpath(f"{_SYS}/class/vfio-dev/{name}/device"))
+        # A driver of a device's own, such as nvgrace-gpu-vfio-pci, binds it, too.
+        bound.append(address)
+        if os.path.exists(f"{_NODES}/{name}"):
+            having.append(address)
+    bound = sorted(set(bound))
+    config = _text(f"{_MODULES}/{release}/config")
+    offers = None if config is None else b"\nCONFIG_VFIO_DEVICE_CDEV=y\n" in config
+    return Vfio(os.path.isdir(folder), bound, [each for each in bound if each not in having], offers)
+
+
+def is_kubernetes_node() -> bool:
+    """Whether a kubelet has been at work here."""
+    return os.path.isdir(_KUBELET)
+
+
+def _text(path: str) -> bytes | None:
+    with contextlib.suppress(OSError), open(path, "rb") as stream:
+        return stream.read()
+    return None
+
+
 class VfioNode(NamedTuple):
     """A device node of VFIO: of one device, or of a group under the older interface. `iommu_group` None: has none."""
 
@@ -179,7 +249,7 @@ def find_vfio_nodes() -> dict[int, VfioNode]:
         address = os.path.basename(os.path.realpath(f"{_SYS}/class/vfio-dev/{name}/device"))
         rdev = _rdev(f"{_SYS}/class/vfio-dev/{name}/dev")
         if rdev is not None:
-            found[rdev] = VfioNode(f"/dev/vfio/devices/{name}", [address], group_of.get(address), of_group=False)
+            found[rdev] = VfioNode(f"{_NODES}/{name}", [address], group_of.get(address), of_group=False)
     for name in _entries(f"{_SYS}/class/vfio"):
         rdev = _rdev(f"{_SYS}/class/vfio/{name}/dev")
         number = re.fullmatch(r"(?:noiommu-)?([0-9]+)", name)
@@ -213,7 +283,7 @@ class Emulator(NamedTuple):
     """An emulator. `capabilities` are those that its file gives; None where it gives none, or `msg` tells why not.
 
     `writer`: who can write it, or a place on the way to it, beside root. Nothing behind that place is looked at, and
-    `path` is the one that was given.
+    `path` is the one that was given. `known_by` are the ways in which it was found.
     """
 
     path: str
@@ -221,36 +291,60 @@ class Emulator(NamedTuple):
     capabilities: FileCapabilities | None = None
     msg: str = ""
     writer: Writer | None = None
+    known_by: tuple[str, ...] = ()
 
 
-def find_emulators(given: list[str]) -> list[Emulator]:
-    """The emulators at the usual places and those given, each file once. Nothing is executed.
+class _Hint(NamedTuple):
+    """A path that may be an emulator's, and how it is known. `pid`: the process that executes what is there."""
 
-    It is done in a child, since a path may lead to a mount whose server does not answer for ever.
+    path: str
+    known_by: str
+    pid: int | None = None
+
+
+def find_emulators(
+    given: Sequence[str], defined: Sequence[str] = (), running: Mapping[int, str] = MappingProxyType({})
+) -> list[Emulator]:
+    """The emulators at the usual places, those given, defined for domains, and running, each file once.
+
+    `running` are the paths of what processes execute, by the processes' ids. Nothing is executed. It is done in a
+    child, since a path may lead to a mount whose server does not answer for ever.
     """
-    left = [*sorted(path for pattern in _EMULATORS for path in glob.glob(pattern)), *given]
+    usual = sorted(path for pattern in _EMULATORS for path in glob.glob(pattern))
+    left = [_Hint(path, PLACE) for path in usual] + [_Hint(path, OPTION) for path in given]
+    left += [_Hint(path, DEFINITION) for path in defined]
+    # A VMM that is not QEMU, or a launcher, holds an iommufd, too.
+    left += [_Hint(path, PROCESS, pid) for pid, path in running.items() if "qemu" in os.path.basename(path)]
     found: dict[str, Emulator] = {}
     while left:
         try:
             for each in ask_child(None, partial(_look_at_emulators, left), _PATIENCE):
-                emulator = _from_json(each)
-                found.setdefault(emulator.path, emulator)
+                if each is not None:
+                    _add(found, _from_json(each), left[0])
                 left = left[1:]
             break
         except NoAnswer:
-            path, *left = left
+            hint, *left = left
+            path = hint.path
             msg = f"{shown_path(path)} was not found within {_PATIENCE} seconds. Is it on a mount whose server is gone?"
-            found.setdefault(path, Emulator(path, False, None, msg))
+            _add(found, Emulator(path, False, None, msg), hint)
     return list(found.values())
 
 
-def _look_at_emulators(paths: list[str]) -> Iterator[Any]:
-    """The emulators at these paths, in the form that they come from a child in."""
-    return map(_look_at_emulator, paths)
+def _add(found: dict[str, Emulator], emulator: Emulator, hint: _Hint) -> None:
+    """Adds an emulator, or that it is known in one more way."""
+    known = found.setdefault(emulator.path, emulator)
+    found[emulator.path] = known._replace(known_by=tuple(dict.fromkeys((*known.known_by, hint.known_by))))
+
+
+def _look_at_emulators(hints: list[_Hint]) -> Iterator[Any]:
+    """What is at these paths, in the form that it comes from a child in; None for what is not meant."""
+    for path, _known_by, pid in hints:
+        yield _look_at_emulator(path) if pid is None else _look_at_running(path, pid)
 
 
 def _from_json(given: Any) -> Emulator:
-    path, present, capabilities, msg, writer = given
+    path, present, capabilities, msg, writer, _known_by = given
     return Emulator(
         path,
         present,
@@ -258,6 +352,17 @@ def _from_json(given: Any) -> Emulator:
         msg,
         None if writer is None else Writer(*writer),
     )
+
+
+def _look_at_running(path: str, pid: int) -> Emulator | None:
+    """What a process executes; None where that is another file than the one here, as in a container."""
+    emulator = _look_at_emulator(path)
+    try:
+        if emulator.writer is None and not os.path.samefile(f"/proc/{pid}/exe", path):
+            return None
+    except OSError:
+        return None
+    return emulator
 
 
 def _look_at_emulator(path: str) -> Emulator:

@@ -44,6 +44,7 @@ __all__ = (
     "Option",
     "iommufd_rdevs",
     "misc_rdev",
+    "vfio_container_is_iommufd",
 )
 
 # How what a process pins is accounted: by the rlimit mode of its iommufd, or not at all, as with CAP_IPC_LOCK.
@@ -189,7 +190,7 @@ def iommufd_rdevs(seen: Iterable[int]) -> set[int]:
     is made only when that number was seen.
     """
     numbers = {rdev for rdev in (misc_rdev(),) if rdev is not None}
-    if VFIO_CONTAINER_RDEV in seen and _vfio_container_is_iommufd():
+    if VFIO_CONTAINER_RDEV in seen and vfio_container_is_iommufd():
         numbers.add(VFIO_CONTAINER_RDEV)
     return numbers.intersection(seen)
 
@@ -226,16 +227,16 @@ def parse_misc(text: bytes) -> int | None:
     return os.makedev(_MISC_MAJOR, int(found.group(1))) if found else None
 
 
-def _vfio_container_is_iommufd() -> bool:
-    """Whether a VFIO container that we open ourselves answers as an iommufd does."""
+def vfio_container_is_iommufd() -> bool | None:
+    """Whether a VFIO container that we open ourselves answers as an iommufd does; None where there is none to open."""
     try:
         fd = os.open(VFIO_CONTAINER, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        return False
+        return None
     try:
         status = os.fstat(fd)
         if not stat.S_ISCHR(status.st_mode) or status.st_rdev != VFIO_CONTAINER_RDEV:
-            return False
+            return None
         return not IommuFd(fd).get(RLIMIT_MODE).errno
     finally:
         os.close(fd)

@@ -4,7 +4,8 @@
 
 """Private to this collection: the system libvirt, and whether it sets the rlimit mode of its domains.
 
-Nothing here connects to libvirt, whose daemon that would start.
+Beside it, what libvirt's daemons of users may raise a limit to. Nothing here connects to libvirt, whose daemon that
+would start.
 """
 
 from __future__ import annotations
@@ -12,31 +13,37 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Iterator
 from functools import partial
 from typing import Callable, NamedTuple
 
 from ._capabilities import CAP_SYS_RESOURCE, capability_names
 from ._errors import IommufdError, ProcessGone
 from ._foreign import parse_xml
+from ._libvirt_files import NOTHING_READ, LibvirtFiles, read_libvirt_files
+from ._names import user_name
 from ._process import Process
-from ._process_facts import in_initial_user_namespace
+from ._process_facts import Limit, in_initial_user_namespace, read_memlock, started_at
 from ._selinux import Verdict, context_of, context_of_service, lets_use
 from ._systemd import Run, show_units
 
 __all__ = (
     "DaemonUnit",
     "Libvirt",
+    "Session",
     "daemon_unit_of",
     "library_version",
     "look_at_libvirt",
     "offers_iommufd",
     "sets_rlimit_mode",
+    "starts_domains",
     "version_text",
 )
 
 Version = tuple[int, int, int]
 
-# libvirt's NEWS, and src/util/viriommufd.c.
+# The first release that sets the mode: libvirt's NEWS, and src/util/viriommufd.c. What a distribution has is another
+# question, which the library itself answers.
 _SETS_SINCE = (12, 1, 0)
 
 # The daemon that drives QEMU, in the new arrangement and in the old one. Each is started by its socket.
@@ -51,12 +58,22 @@ _PROPERTIES = (
     "AmbientCapabilities",
     "PrivateUsers",
     "SELinuxContext",
+    "LimitMEMLOCK",
+    "LimitMEMLOCKSoft",
 )
+# The service managers of users, which start libvirt's daemons of users.
+_MANAGERS = "user@*.service"
+_MANAGER = re.compile(r"user@([0-9]{1,10})\.service")
 
 # libvirt's QEMU driver keeps it while it runs, wherever that is.
 _DRIVER_PID = "/run/libvirt/qemu/driver.pid"
 
-_LIBRARIES = ("/usr/lib/*/libvirt.so.0.*", "/usr/lib64/libvirt.so.0.*", "/usr/lib/libvirt.so.0.*")
+# Below where libvirt was installed to.
+_LIBRARIES = ("lib/*/libvirt.so.0", "lib64/libvirt.so.0", "lib/libvirt.so.0")
+_PREFIXES = ("/usr", "/usr/local")
+
+
+_GIVEN = " Its unit would give it the capability: restart the daemon, or run it outside of any container."
 
 
 def version_text(version: Version | None) -> str | None:
@@ -76,7 +93,9 @@ def library_version(text: bytes) -> Version | None:
 class DaemonUnit(NamedTuple):
     """What systemd says of a unit: `may` is whether it would run with CAP_SYS_RESOURCE, None where that is not said.
 
-    `context` is the SELinux context that it sets for what it starts; it may be empty.
+    `drop_in` has the settings that would give it that; none where it would have it already. `memlock` is its limit on
+    locked memory, None where that is not said. `context` is the SELinux context that it sets for what it starts; it may
+    be empty.
     """
 
     name: str
@@ -85,16 +104,25 @@ class DaemonUnit(NamedTuple):
     pid: int
     initial: bool
     may: bool | None
+    drop_in: tuple[str, ...] = ()
+    memlock: Limit | None = None
     context: str = ""
 
 
 def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
     """A unit by what systemd shows of it."""
     pid = shown.get("MainPID", "0")
-    bounding = shown.get("CapabilityBoundingSet")
+    bounding, ambient = shown.get("CapabilityBoundingSet"), shown.get("AmbientCapabilities")
     # Root gets all of the bounding set; anybody else what is ambient.
-    given = bounding if shown.get("User", "") in ("", "root", "0") else shown.get("AmbientCapabilities")
+    is_root = shown.get("User", "") in ("", "root", "0")
+    given = bounding if is_root else ambient
     initial = shown.get("PrivateUsers", "no") == "no"
+    lacks = {
+        # systemd joins it with what is there; where nothing is, there is nothing that is lacking.
+        "CapabilityBoundingSet=CAP_SYS_RESOURCE": bounding is not None and CAP_SYS_RESOURCE not in bounding.split(),
+        "AmbientCapabilities=CAP_SYS_RESOURCE": not is_root and CAP_SYS_RESOURCE not in (ambient or "").split(),
+        "PrivateUsers=no": not initial,
+    }
     return DaemonUnit(
         name=shown.get("Id", ""),
         there=shown.get("LoadState") == "loaded",
@@ -102,17 +130,38 @@ def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
         pid=int(pid) if re.fullmatch(r"[0-9]{1,10}", pid) else 0,
         initial=initial,
         may=None if given is None else initial and CAP_SYS_RESOURCE in given.split(),
+        drop_in=tuple(setting for setting, lacking in lacks.items() if lacking),
+        memlock=_limit_of(shown),
         # With a minus, a context that cannot be had is no failure.
         context=shown.get("SELinuxContext", "").lstrip("-"),
     )
+
+
+def _limit_of(shown: dict[str, str]) -> Limit | None:
+    values = [shown.get(name, "") for name in ("LimitMEMLOCKSoft", "LimitMEMLOCK")]
+    if not all(re.fullmatch("[0-9]{1,20}|infinity", each) for each in values):
+        return None
+    return Limit(*(None if each == "infinity" else int(each) for each in values))
+
+
+class Session(NamedTuple):
+    """A user whose service manager runs, and the limit on locked memory above which none of its processes gets.
+
+    None is a user without a name, and a limit that cannot be read.
+    """
+
+    uid: int
+    user: str | None
+    memlock: Limit | None
 
 
 class Libvirt(NamedTuple):
     """The system libvirt. `installed` is the version of the library on disk, `version` that of the running daemon.
 
     Where the daemon does not run, or its memory map cannot be read, they are the same. None is what cannot be told,
-    and `msg` tells why; `pid` is None where it does not run, and `unit` where there is none. `may` is whether the
-    daemon has CAP_SYS_RESOURCE and may use it, and `why` what SELinux has to do with that.
+    and `msgs` tell why; `pid` is None where it does not run, and `unit` where there is none. `may` is whether the
+    daemon has CAP_SYS_RESOURCE and may use it, `why` what SELinux has to do with that, and `drop_in` the settings that
+    would have its unit give it. `memlock` is the daemon's limit on locked memory, or what its unit would give it.
     """
 
     version: Version | None
@@ -120,47 +169,125 @@ class Libvirt(NamedTuple):
     unit: str | None
     pid: int | None
     may: bool | None
-    msg: str = ""
+    msgs: tuple[str, ...] = ()
     why: str = ""
+    drop_in: tuple[str, ...] = ()
+    memlock: Limit | None = None
+    files: LibvirtFiles = NOTHING_READ
+    sessions: tuple[Session, ...] = ()
 
 
 def look_at_libvirt(run: Run) -> Libvirt:
-    """Looks at the library, and asks systemd for the daemon. `run` is as _systemd has it."""
-    files = (path.encode("utf-8", "surrogateescape") for pattern in _LIBRARIES for path in glob.glob(pattern))
-    installed = library_version(b"\n".join(files))
+    """Looks at libvirt's files, and asks systemd for the daemon. `run` is as _systemd has it."""
+    libraries = [path for prefix in _PREFIXES for path in _libraries_below(prefix)]
+    installed = _version_of(libraries)
     services = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("service", "socket")]
     try:
-        units = [daemon_unit_of(shown) for shown in show_units(run, services, _PROPERTIES)]
+        shown = show_units(run, [*services, _MANAGERS], _PROPERTIES)
     except IommufdError as exc:
-        return Libvirt(installed, installed, None, None, None, str(exc))
+        return _by_files(Libvirt(installed, installed, None, None, None, (str(exc),)), libraries)
+    managers = [each for each in shown if _MANAGER.fullmatch(each.get("Id", ""))]
+    units = [daemon_unit_of(each) for each in shown if each not in managers]
     unit = _choose(units)
     if unit is None:
         # In a chroot it says nothing and succeeds.
-        msg = "" if all(each.name for each in units) else "systemd tells nothing of libvirt's daemon."
+        msg = "" if units and all(each.name for each in units) else "systemd tells nothing of libvirt's daemon."
         if os.path.exists(_DRIVER_PID):
             msg = f"libvirt runs in no unit of this host, perhaps in a container: there is {_DRIVER_PID}."
-        return Libvirt(installed, installed, None, None, None, msg)
+        found = _by_files(Libvirt(installed, installed, None, None, None, (msg,) if msg else ()), libraries)
+    else:
+        found = _by_unit(run, unit, libraries)._replace(drop_in=unit.drop_in)
+    return found._replace(sessions=tuple(sorted(_sessions(managers))))
+
+
+def _by_unit(run: Run, unit: DaemonUnit, libraries: list[str]) -> Libvirt:
+    """What can be told of a libvirt whose daemon is in a unit."""
     if not unit.pid:
-        may, why = _would_be_left(run, unit)
-        return Libvirt(installed, installed, unit.name, None, may, why=why)
+        return _by_rest(run, unit, libraries)
     try:
         with Process.hold(unit.pid) as daemon:
             initial = in_initial_user_namespace(daemon)
-            may = CAP_SYS_RESOURCE in capability_names(daemon.status.effective)
-            may = may and (unit.initial if initial is None else initial)
-            may, why = _left(may, partial(context_of, unit.pid))
-            running, msg = installed, ""
+            has = CAP_SYS_RESOURCE in capability_names(daemon.status.effective)
+            has = has and (unit.initial if initial is None else initial)
+            may, why = _left(has, partial(context_of, unit.pid))
+            installed = running = _version_of(libraries)
+            msgs: tuple[str, ...] = ()
             try:
-                running = library_version(daemon.read("maps")) or installed
+                maps = daemon.read("maps")
+                running = library_version(maps) or installed
+                libraries = mapped_libraries(unit.pid, maps) or libraries
             except ProcessGone:
                 raise
             except IommufdError as exc:
                 # It runs all the same.
-                msg = f"The version that the running daemon has mapped: {exc}"
-            return Libvirt(running, installed, unit.name, unit.pid, may, msg, why)
+                msgs = (f"The version that the running daemon has mapped: {exc}",)
+            found = Libvirt(running, installed, unit.name, unit.pid, may, msgs, why, memlock=read_memlock(daemon))
+            return _by_files(found, libraries, started_at(daemon.start_ticks))
     except IommufdError as exc:
-        may, why = _would_be_left(run, unit)
-        return Libvirt(installed, installed, unit.name, None, may, str(exc), why)
+        found = _by_rest(run, unit, libraries)
+        return found._replace(msgs=(str(exc), *found.msgs))
+
+
+def _by_rest(run: Run, unit: DaemonUnit, libraries: list[str]) -> Libvirt:
+    """What can be told of a libvirt whose daemon does not run."""
+    may, why = _would_be_left(run, unit)
+    msgs: tuple[str, ...] = ()
+    if len(libraries) != 1:
+        try:
+            program = os.path.realpath(_program_of(run, unit))
+            libraries = _libraries_below(os.path.dirname(os.path.dirname(program))) or libraries
+        except IommufdError as exc:
+            msgs = (f"Which library libvirt's daemon would use: {exc}",)
+    version = _version_of(libraries)
+    return _by_files(Libvirt(version, version, unit.name, None, may, msgs, why, memlock=unit.memlock), libraries)
+
+
+def _by_files(libvirt: Libvirt, libraries: list[str], started: float | None = None) -> Libvirt:
+    """The same, with what libvirt's files tell. Where there is no libvirt, there are none."""
+    if not libraries and libvirt.unit is None:
+        return libvirt
+    files = read_libvirt_files(libraries, started)
+    return libvirt._replace(files=files, msgs=(*libvirt.msgs, *files.msgs))
+
+
+def _libraries_below(prefix: str) -> list[str]:
+    """The files of libvirt's library that a program below there may use, without links."""
+    paths = (path for pattern in _LIBRARIES for path in glob.glob(f"{glob.escape(prefix)}/{pattern}"))
+    return list(dict.fromkeys(map(os.path.realpath, paths)))
+
+
+def _version_of(libraries: list[str]) -> Version | None:
+    return library_version("\n".join(libraries).encode("utf-8", "surrogateescape"))
+
+
+def mapped_libraries(pid: int, maps: bytes) -> list[str]:
+    """Paths by which the very library can be read that a process has mapped, as its /proc/PID/maps shows it.
+
+    It is another one than the file at its path where that was replaced meanwhile, or in another mount namespace.
+    """
+    found = re.search(rb"^([0-9a-f]+)-([0-9a-f]+) .*/libvirt\.so\.0\.[0-9.]+(?: \(deleted\))?$", maps, re.MULTILINE)
+    return [f"/proc/{pid}/map_files/{int(found[1], 16):x}-{int(found[2], 16):x}"] if found else []
+
+
+def _sessions(managers: list[dict[str, str]]) -> Iterator[Session]:
+    """The users whose service managers run, by what systemd shows of these.
+
+    What a service manager has started has its hard limit, or a lower one, and may raise its soft one up to that.
+    """
+    for shown in managers:
+        unit, name = daemon_unit_of(shown), _MANAGER.fullmatch(shown["Id"])
+        if name is None or not unit.pid:
+            continue
+        memlock = None
+        try:
+            with Process.hold(unit.pid) as manager:
+                memlock = read_memlock(manager)
+        except ProcessGone:
+            continue
+        except IommufdError:
+            # It is not shown to this caller.
+            pass
+        yield Session(int(name[1]), user_name(int(name[1])), memlock)
 
 
 def _left(may: bool | None, context: Callable[[], str]) -> Verdict:
@@ -200,25 +327,35 @@ def sets_rlimit_mode(libvirt: Libvirt, offers: bool | None) -> tuple[bool | None
     `offers` is whether it offers iommufd for a domain's devices, None where it was not asked.
     """
     if libvirt.unit is None:
-        if libvirt.msg:
-            return None, libvirt.msg
+        if libvirt.msgs:
+            return None, libvirt.msgs[0]
         return False, "There is no system libvirt that drives QEMU here."
-    if libvirt.version is None:
+    if libvirt.version is None and libvirt.files.abilities.sets is None:
         return None, "The version of libvirt cannot be told: its library, libvirt.so.0, is not at a usual place."
-    sets, what = _does(libvirt, libvirt.version, offers)
+    sets, what = _does(libvirt, offers)
     behind = ""
-    if libvirt.installed and libvirt.installed != libvirt.version:
+    if libvirt.version and libvirt.installed and libvirt.installed != libvirt.version:
         behind = f" {version_text(libvirt.installed)} is installed, but its daemon was not restarted since."
-    return sets, f"libvirt {version_text(libvirt.version)} {what}{behind}"
+    return sets, f"{_called(libvirt)} {what}{behind}"
 
 
-def _does(libvirt: Libvirt, version: Version, offers: bool | None) -> tuple[bool | None, str]:
-    """Whether a libvirt of that version sets it, and what it does, as the rest of a sentence."""
+def _called(libvirt: Libvirt) -> str:
+    return f"libvirt {version_text(libvirt.version)}" if libvirt.version else "libvirt"
+
+
+def _does(libvirt: Libvirt, offers: bool | None) -> tuple[bool | None, str]:
+    """Whether a libvirt sets it, and what it does, as the rest of a sentence."""
     since = version_text(_SETS_SINCE)
-    if version < _SETS_SINCE and offers:
-        return None, f"offers iommufd for a device, though {since} is the first that sets per-process accounting."
-    if version < _SETS_SINCE:
-        return False, f"does not set per-process accounting: {since} is the first that does."
+    can = libvirt.files.abilities.sets
+    if can is None:
+        return None, "may set per-process accounting: its library, which would tell, was not read."
+    if not can and offers:
+        return None, "offers iommufd for a device, but its library has nothing that sets per-process accounting."
+    if not can:
+        first = f"{since} is the first that does"
+        if libvirt.version and libvirt.version >= _SETS_SINCE:
+            first = f"its library has nothing that does, though {since} was the first that had"
+        return False, f"does not set per-process accounting: {first}."
     if offers is False:
         return False, "could set per-process accounting, but does not offer iommufd for the devices of a domain here."
     if libvirt.may is None:
@@ -237,9 +374,27 @@ def _does(libvirt: Libvirt, version: Version, offers: bool | None) -> tuple[bool
     if not libvirt.may:
         return (
             False,
-            f"cannot set per-process accounting: {who} without CAP_SYS_RESOURCE in the initial user namespace.",
+            f"cannot set per-process accounting: {who} without CAP_SYS_RESOURCE in the initial user namespace. So it"
+            f" starts no domain whose devices have iommufd='yes'.{'' if libvirt.drop_in else _GIVEN}",
         )
-    return True, f"sets per-process accounting, as all since {since}, and {who} with CAP_SYS_RESOURCE."
+    older = libvirt.version and libvirt.version < _SETS_SINCE
+    as_all = f"though {since} was the first release that did" if older else f"as all since {since}"
+    return True, f"sets per-process accounting, {as_all}, and {who} with CAP_SYS_RESOURCE."
+
+
+def starts_domains(libvirt: Libvirt, offers: bool | None) -> bool | None:
+    """Whether libvirt starts a domain whose devices have iommufd='yes', None where that cannot be told.
+
+    One that sets the mode fails where it may not: see virIOMMUFDOpenDevice() in src/util/viriommufd.c.
+    """
+    knows, sets = libvirt.files.abilities
+    if libvirt.unit is None:
+        return None if libvirt.msgs else False
+    if knows is False or offers is False:
+        return False
+    if knows is None or sets is None:
+        return None
+    return libvirt.may if sets else True
 
 
 def offers_iommufd(domain_capabilities: str) -> bool | None:

@@ -63,8 +63,7 @@ options:
     elements: str
   emulators:
     description:
-      - Emulators to report in RV(host.qemu), as absolute paths, beside C(/usr/bin/qemu-system-*) and
-        C(/usr/libexec/qemu-kvm).
+      - Emulators to report in RV(host.qemu), as absolute paths, beside those that the module finds by itself.
       - RV(host.limits_of_view) names an emulator that is not found within 10 seconds, as on a mount whose server is
         gone.
       - With V(emulators) in O(gather_subset), the module B(executes) them with C(--version), as the user that the task
@@ -82,8 +81,8 @@ notes:
     rest, with the reason. To see every process, the module needs root with CAP_SYS_PTRACE in the initial user and pid
     namespaces, that is, on the host itself, and C(kernel.yama.ptrace_scope) below 3.
   - B(Nothing is woken.) The module starts no service, asks none but systemd's manager, loads no kernel module and runs
-    no emulator. It opens no device but C(/dev/iommu) and, where a process has it open, C(/dev/vfio/vfio). The subset
-    V(emulators) of O(gather_subset) is the exception.
+    no emulator. It opens no device but C(/dev/iommu) and C(/dev/vfio/vfio), and these only if the kernel has them
+    already. The subset V(emulators) of O(gather_subset) is the exception.
   - B(Estimate.) The kernel does not publish what it has charged to a user. RV(users[].charged_bytes) is the pinned
     memory of the user's processes under per-user accounting. The kernel's counter also holds what io_uring, AF_XDP and
     perf have charged to that user; no file shows that. Nor does a file show that a process was charged to its user
@@ -244,6 +243,36 @@ host:
           type: list
           elements: str
           sample: [cap_ipc_lock, cap_sys_ptrace, cap_sys_resource]
+    legacy_by_iommufd:
+      description:
+        - Whether the kernel's iommufd provides C(/dev/vfio/vfio) (CONFIG_IOMMUFD_VFIO_CONTAINER). Then a VM that uses
+          VFIO's legacy interface has an iommufd, too, and is charged per process.
+        - V(null) where the kernel has no such device yet, or this caller cannot open it.
+      type: bool
+      sample: false
+    readiness:
+      description:
+        - What has to be there before a VM with iommufd could start, in the order to see to it.
+        - It tells nothing of limits and accounting.
+      type: list
+      elements: dict
+      contains:
+        what:
+          description:
+            - V(module) is the kernel's iommufd, V(device) the node C(/dev/iommu), V(iommu) an IOMMU that the kernel
+              drives, V(vfio) a driver of VFIO's, V(bound) devices that this driver has, and V(cdev) a node below
+              C(/dev/vfio/devices) for each of these.
+            - V(kubevirt) is what KubeVirt 1.9 needs on a node. It is there only on a node of Kubernetes.
+          type: str
+          sample: cdev
+        ready:
+          description: Whether it is there; V(null) where that is unknown.
+          type: bool
+          sample: true
+        msg:
+          description: What is missing, and what to do; empty where it is there.
+          type: str
+          sample: ""
     yama_ptrace_scope:
       description: The setting C(kernel.yama.ptrace_scope); V(null) where the kernel has no Yama.
       type: int
@@ -297,7 +326,11 @@ host:
           type: str
           sample: root
     qemu:
-      description: The emulators C(/usr/bin/qemu-system-*) and C(/usr/libexec/qemu-kvm), and those of O(emulators).
+      description:
+        - The emulators C(/usr/bin/qemu-system-*) and C(/usr/libexec/qemu-kvm), and those of O(emulators).
+        - Also those of the system libvirt's defined domains for the host's architecture, which takes root to read.
+        - Also those that RV(processes) execute, by C(/proc/PID/exe), where the host has the same file at that path, and
+          its name has C(qemu) in it.
       type: list
       elements: dict
       contains:
@@ -306,9 +339,20 @@ host:
           type: str
           sample: /usr/bin/qemu-system-x86_64
         present:
-          description: Whether the path is an executable file. Only a path from O(emulators) can be missing.
+          description:
+            - Whether the path is an executable file. Only a path from O(emulators) or from a domain's definition can be
+              missing.
           type: bool
           sample: true
+        known_by:
+          description:
+            - How it was found, one or more of V(place), which is a usual place, V(option), which is O(emulators),
+              V(definition), which is that of a domain, and V(process), which executes it.
+            - Whoever may hold an iommufd decides which emulator a process executes. So V(process) alone is no reason
+              to trust it.
+          type: list
+          elements: str
+          sample: [place, process]
         writer:
           description:
             - The first place on the way to the file that anybody but root can write, be it a folder, a symbolic link or
@@ -385,6 +429,70 @@ host:
             - V(null) where that is unknown.
           type: bool
           sample: true
+        drop_in:
+          description:
+            - The settings that a drop-in of RV(host.libvirt.unit) has to hold in its section C([Service]) so that the
+              daemon gets CAP_SYS_RESOURCE.
+            - Empty where the unit gives it already, or there is no unit. If the daemon lacks it all the same, it was
+              started before the unit was changed, or SELinux denies its use.
+          type: list
+          elements: str
+          sample: []
+        memlock_bytes:
+          description:
+            - The soft limit RLIMIT_MEMLOCK of the daemon. If the daemon does not run, what its unit would give it. A
+              domain has this limit where libvirt does not raise it, as with C(<qemu:commandline>).
+            - V(null) where it is unlimited or unknown.
+          type: int
+          sample: 67108864
+        memlock_unlimited:
+          description: Whether that limit is unlimited; V(null) where that is unknown.
+          type: bool
+          sample: false
+        user:
+          description:
+            - The user that domains of the system libvirt run as, unless a domain's own C(<seclabel>) names another.
+              It is the user that a running daemon has taken, or else the one that C(/etc/libvirt/qemu.conf) names, or
+              else the one that the daemon took when it last ran.
+            - V(null) where it is unknown, or has no name here.
+          type: str
+          sample: libvirt-qemu
+        uid:
+          description: The id of that user; V(null) where it is unknown.
+          type: int
+          sample: 64055
+        sessions:
+          description:
+            - The users whose service managers run (C(user@UID.service)), who may have a libvirt of their own, in the
+              order of their ids.
+            - A libvirt that the service manager started cannot raise the limit of its domains above the hard limit of
+              the service manager.
+          type: list
+          elements: dict
+          contains:
+            uid:
+              description: The user's id.
+              type: int
+              sample: 1000
+            user:
+              description: The user's name; V(null) where the host knows none.
+              type: str
+              sample: alice
+            memlock_hard_bytes:
+              description: The hard limit RLIMIT_MEMLOCK of the service manager; V(null) where unlimited or unknown.
+              type: int
+              sample: 8388608
+            memlock_hard_unlimited:
+              description: Whether that limit is unlimited; V(null) where that is unknown.
+              type: bool
+              sample: false
+        supports_iommufd:
+          description:
+            - Whether it knows C(<driver name='vfio' iommufd='yes'/>) of a domain's devices. The content of its library
+              tells, since a distribution may have added it to an older version, or left it out of a newer one.
+            - V(null) where the library was not read.
+          type: bool
+          sample: true
         domain_capabilities_iommufd:
           description:
             - Whether libvirt offers iommufd for a domain's devices, with its default emulator.
@@ -394,7 +502,15 @@ host:
         sets_rlimit_mode:
           description:
             - Whether it sets per-process accounting for domains whose devices have C(<driver name='vfio'
-              iommufd='yes'/>). libvirt does since 12.1 (C(viriommufd.c) in its source).
+              iommufd='yes'/>). libvirt does since 12.1 (C(viriommufd.c) in its source). The content of its library
+              tells, and whether its daemon may.
+            - V(null) where that is unknown.
+          type: bool
+          sample: true
+        starts_iommufd_domains:
+          description:
+            - Whether it can start domains whose devices have C(<driver name='vfio' iommufd='yes'/>). A libvirt that
+              sets per-process accounting, and may not, starts none.
             - V(null) where that is unknown.
           type: bool
           sample: true
@@ -807,7 +923,7 @@ import os
 import pwd
 import re
 from collections.abc import Collection
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -838,10 +954,13 @@ from ..module_utils._foreign import shown_text
 from ..module_utils._iommufd import misc_rdev
 from ..module_utils._module import Row, finish, memlock_row
 from ..module_utils._names import user_name
-from ..module_utils._process_facts import in_initial_namespace, own_status
+from ..module_utils._process_facts import Limit, in_initial_namespace, own_status
 from ..module_utils._running import read_domain_record
 from ..module_utils._sharing import Sharing
 from ..module_utils._survey import Holder, Survey, survey
+
+if TYPE_CHECKING:
+    from ..module_utils._libvirt import Libvirt
 
 # How long a command may take that is not systemd's.
 SECONDS = 30
@@ -874,28 +993,44 @@ def uids_of(users: list[str] | None) -> set[int] | None:
     return found
 
 
-def host_row(unseen: Unseen, paths: list[str], slow: bool) -> Row:
-    """What the host supports; `slow` with what takes seconds or wakes a service."""
+def host_row(unseen: Unseen, paths: list[str], slow: bool, running: dict[int, str]) -> Row:
+    """What the host supports; `slow` with what takes seconds or wakes a service. `running`: programs by pid."""
+    # A look at processes alone needs it not, and a module pays for each import on each host anew.
+    from ..module_utils import _libvirt
+    from ..module_utils._readiness import readiness
+
     system = os.uname()
     release = system.release
     module = _host_facts.find_module(release)
     if module is None:
         unseen.note("module", f"/lib/modules/{release} is not here: whether a module could be loaded cannot be told.")
     groups = _host_facts.find_iommu_groups()
+    device = device_row()
+    libvirt = _libvirt.look_at_libvirt(run_command)
+    emulators = _host_facts.find_emulators(paths, libvirt.files.emulators, running)
+    checks = readiness(
+        module,
+        device["present"],
+        _host_facts.has_iommu(),
+        _host_facts.look_at_vfio(release),
+        _host_facts.is_kubernetes_node(),
+    )
     return {
         "kernel": shown_text(release),
         "machine": system.machine,
         "page_bytes": os.sysconf("SC_PAGE_SIZE"),
         "module": module,
-        "device": device_row(),
+        "device": device,
         "options": {"rlimit_mode": option_row(unseen, module)},
         "caller": caller_row(),
+        "legacy_by_iommufd": _host_facts.ask_vfio_container(),
+        "readiness": [each._asdict() for each in checks],
         "yama_ptrace_scope": _host_facts.read_yama_scope(),
         "iommus": _host_facts.find_iommus(),
         "iommu_groups": [{"id": number, "devices": devices} for number, devices in groups.items()],
         "vfio_devices": [vfio_row(each) for each in _host_facts.find_vfio_nodes().values() if not each.of_group],
-        "qemu": [emulator_row(unseen, each, slow) for each in _host_facts.find_emulators(paths)],
-        "libvirt": libvirt_row(unseen, slow),
+        "qemu": [emulator_row(unseen, each, slow) for each in emulators],
+        "libvirt": libvirt_row(unseen, libvirt, slow),
     }
 
 
@@ -952,6 +1087,7 @@ def emulator_row(unseen: Unseen, emulator: _host_facts.Emulator, slow: bool) -> 
     return {
         "path": shown_path(emulator.path),
         "present": emulator.present,
+        "known_by": list(emulator.known_by),
         "writer": emulator.writer and emulator.writer._asdict(),
         "file_capabilities": given and given._asdict(),
         "cap_ipc_lock": None if emulator.msg or not emulator.present else given is not None and given.lifts_memlock,
@@ -981,14 +1117,13 @@ def said(code: int, output: str, errors: str) -> str:
     return f"exit code {code}" + (f", {shown_text(text[:400])}" if text else "")
 
 
-def libvirt_row(unseen: Unseen, slow: bool) -> Row:
+def libvirt_row(unseen: Unseen, libvirt: Libvirt, slow: bool) -> Row:
     """The system libvirt, asked for a domain's capabilities where that is wanted."""
-    # A look at processes alone needs it not, and a module pays for each import on each host anew.
+    # As above.
     from ..module_utils import _libvirt
 
-    libvirt = _libvirt.look_at_libvirt(run_command)
-    if libvirt.msg:
-        unseen.note("libvirt", libvirt.msg)
+    for msg in libvirt.msgs:
+        unseen.note("libvirt", msg)
     offers = None
     if slow and libvirt.unit is not None:
         code, output, errors = run_patiently(["virsh", "--connect=qemu:///system", "domcapabilities"])
@@ -996,15 +1131,30 @@ def libvirt_row(unseen: Unseen, slow: bool) -> Row:
         if offers is None:
             unseen.note("libvirt", f"virsh domcapabilities gives none: {said(code, output, errors)}")
     sets, reason = _libvirt.sets_rlimit_mode(libvirt, offers)
+    memlock = libvirt.memlock
     return {
         "version": _libvirt.version_text(libvirt.version),
         "unit": libvirt.unit,
         "pid": libvirt.pid,
         "cap_sys_resource": libvirt.may,
+        "drop_in": list(libvirt.drop_in),
+        **(memlock_row(memlock.soft) if memlock else dict.fromkeys(("memlock_bytes", "memlock_unlimited"))),
+        "user": libvirt.files.user.name,
+        "uid": libvirt.files.user.uid,
+        "sessions": [session_row(each.uid, each.user, each.memlock) for each in libvirt.sessions],
+        "supports_iommufd": libvirt.files.abilities.offers,
         "domain_capabilities_iommufd": offers,
         "sets_rlimit_mode": sets,
+        "starts_iommufd_domains": _libvirt.starts_domains(libvirt, offers),
         "reason": reason,
     }
+
+
+def session_row(uid: int, user: str | None, memlock: Limit | None) -> Row:
+    """A user who may have a libvirt of his own."""
+    name = "memlock_hard"
+    limit = memlock_row(memlock.hard, name) if memlock else dict.fromkeys((f"{name}_bytes", f"{name}_unlimited"))
+    return {"uid": uid, "user": user, **limit}
 
 
 def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:
@@ -1261,12 +1411,14 @@ def run(params: Row, _check_mode: bool, result: Row) -> None:
     host: Row = {"limits_of_view": unseen.limits}
     result["host"] = host
     result["narrowed"] = {"pids": params["pids"], "uids": None if uids is None else sorted(uids)}
-    if subsets & {"host", "emulators"}:
-        host.update(host_row(unseen, params["emulators"], "emulators" in subsets))
+    processes: list[Row] = []
     if subsets & {"processes", "users"}:
         processes, users = process_and_user_rows(unseen, params["pids"], uids)
         found = {"processes": processes, "users": users}
         result.update({name: found[name] for name in found if name in subsets})
+    if subsets & {"host", "emulators"}:
+        running = {each["pid"]: each["emulator"] for each in processes if each["emulator"] is not None}
+        host.update(host_row(unseen, params["emulators"], "emulators" in subsets, running))
 
 
 def run_patiently(words: list[str]) -> tuple[int, str, str]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
 from ._host_files import apparmor_file, drop_in, grant_files, launcher, limits_file, modules_file, udev_rules
-from ._host_info import has_iommufd, has_libvirt, own_emulators
+from ._host_info import daemon_is_barred, has_iommufd, has_libvirt, own_emulators
 from ._plan_errors import (
     check_errors,
     input_errors,
@@ -32,8 +32,6 @@ _QEMU_CONF = "/etc/libvirt/qemu.conf"
 _GRANT_UNITS = ("iommufd-host-grant.path", "iommufd-host-grant.timer")
 # As shell patterns.
 _NODES = ["/dev/iommu", "/dev/vfio/devices/*"]
-# The first libvirt that passes descriptors to QEMU, which then opens no node by itself: its NEWS.
-_PASSES_DESCRIPTORS = (12, 1)
 # Devices come and go, and qemu.conf takes no patterns; libvirt leaves out of cgroup_device_acl what is not there.
 _VFIO_NODES = [f"/dev/vfio/devices/vfio{number}" for number in range(16)]
 
@@ -141,9 +139,12 @@ def unit_name(name: str) -> str:
 
 
 def _user(config: Row, libvirt: Row, check: Row | None) -> str:
-    """The user that VMs run as: the one that is given, else libvirt's, else that of the first unit that has one."""
+    """The user that VMs run as: the one that is given, else libvirt's, else that of the first unit that has one.
+
+    libvirt's is the one that it shows to have, else the one that it has on hosts of this distribution.
+    """
     if config["user"] or has_libvirt(libvirt):
-        return str(config["user"] or config["libvirt_user"])
+        return str(config["user"] or libvirt["user"] or config["libvirt_user"])
     users = [each["user"] for each in check["units"] if each["user"]] if check else []
     return users[0] if users else "root"
 
@@ -174,6 +175,9 @@ def _choose_by_host(config: Row, libvirt: Row) -> Choice:
         )
     if config["fallback"] == "observe":
         return Choice("observe", sets is not None, f"{reason} And iommufd_host_fallback is observe.")
+    if daemon_is_barred(libvirt) and not named:
+        # No capability of the emulator's would help. What would is said as an error.
+        return Choice("native", True, reason)
     if sets:
         why = "But that is of no use to the units and emulators that were named."
     elif sets is None:
@@ -185,7 +189,7 @@ def _choose_by_host(config: Row, libvirt: Row) -> Choice:
 
 def _are_granted(config: Row, libvirt: Row) -> bool:
     """Whether emulators get CAP_IPC_LOCK: those that were named; or where libvirt may start VMs without the mode."""
-    libvirts = has_libvirt(libvirt) and not libvirt["sets_rlimit_mode"]
+    libvirts = has_libvirt(libvirt) and not libvirt["sets_rlimit_mode"] and not daemon_is_barred(libvirt)
     return bool(config["emulators"]) or not config["units"] or libvirts
 
 
@@ -196,8 +200,8 @@ def _access(config: Row, libvirt: Row) -> Access:
     if libvirt["unit"] is None:
         error = "iommufd_host_qemu_access is for the system libvirt, and there is none here: leave it out."
         return Access(False, [], [error])
-    version = tuple(int(part) for part in (libvirt["version"] or "0").split(".")[:2])
-    if version >= _PASSES_DESCRIPTORS:
+    if libvirt["supports_iommufd"]:
+        # For such devices, QEMU opens no node by itself.
         said = f"Nothing: libvirt {libvirt['version']} opens the device nodes itself and passes them to QEMU."
         return Access(False, [said], [])
     steps = [

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..module_utils._errors import IommufdError
 from ..module_utils._size import parse_size
-from ._host_info import has_iommufd
+from ._host_info import daemon_cure, daemon_is_barred, has_iommufd
 
 __all__ = (
     "check_errors",
@@ -133,6 +133,12 @@ def strategy_errors(
     strategy: str, config: Mapping[str, Any], libvirt: Mapping[str, Any], emulators: list[str]
 ) -> list[str]:
     """What keeps the strategy from being carried out."""
+    if strategy == "native" and daemon_is_barred(libvirt):
+        return [
+            f"{daemon_cure(libvirt)} CAP_IPC_LOCK of the emulator would be of no use, since libvirt itself fails. Then"
+            " run the role again. If libvirt is to start no such domain, set iommufd_host_strategy to observe, or"
+            " name in iommufd_host_units what starts the VMs of this host."
+        ]
     if strategy == "native" and libvirt["sets_rlimit_mode"] is False:
         return [f"The strategy native is not to be had: {libvirt['reason']} Set iommufd_host_strategy to auto."]
     if strategy == "cap_ipc_lock" and not config["units"] and not emulators:

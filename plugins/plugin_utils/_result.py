@@ -15,6 +15,7 @@ from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
 from ..module_utils._iommufd import NONE, USER
 from ._host_files import LAUNCHER, unit_with_drop_in
+from ._host_info import daemon_cure, daemon_is_barred
 
 __all__ = ("host_result",)
 
@@ -72,6 +73,7 @@ def _result(plan: Any, info: Any, applied: Any, check: Any, restarts: bool) -> R
         "pending": pending,
         "todo": [
             *todo,
+            *_todo_for_barred(plan, info["host"]["libvirt"]),
             *([] if restarts else _todo_for_daemons(restart["daemons"])),
             *_todo_for_launcher(applied["put_back"]),
             *(_todo_for_found(found) if plan["chosen"] == "native" else []),
@@ -79,6 +81,10 @@ def _result(plan: Any, info: Any, applied: Any, check: Any, restarts: bool) -> R
         "put_back": [each["text"] for each in applied["put_back"]],
         "restart": restart,
     }
+
+
+def _todo_for_barred(plan: Row, libvirt: Row) -> list[str]:
+    return [daemon_cure(libvirt)] if plan["state"] == "present" and daemon_is_barred(libvirt) else []
 
 
 def _todo_for_daemons(daemons: list[str]) -> list[str]:

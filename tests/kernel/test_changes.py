@@ -158,10 +158,10 @@ def test_the_target_swaps_the_descriptor(vmm: Vmm, before: Before, told: Told, s
 def strict_ioctl(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Fails the test when an ioctl is sent to anything but an iommufd; has the number of those sent."""
     rdevs = {os.stat("/dev/iommu").st_rdev}
-    if _iommufd._vfio_container_is_iommufd():
+    if _iommufd.vfio_container_is_iommufd():
         rdevs.add(os.stat(CONTAINER).st_rdev)
     # The one question that goes to another file goes to one that the module has opened itself.
-    monkeypatch.setattr(_iommufd, "_vfio_container_is_iommufd", lambda: os.stat(CONTAINER).st_rdev in rdevs)
+    monkeypatch.setattr(_iommufd, "vfio_container_is_iommufd", lambda: os.stat(CONTAINER).st_rdev in rdevs)
     sent = [0]
     original = fcntl.ioctl
 

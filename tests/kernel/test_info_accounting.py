@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start
@@ -163,7 +164,7 @@ def test_the_iommufd_and_the_device_of_a_process(start: Start) -> None:
     vmm = start()
     fd = vmm.open()
     [row] = look_at(vmm)["iommufds"]
-    alone = {"same_as": None, "shared_with": []}
+    alone: dict[str, Any] = {"same_as": None, "shared_with": []}
     assert row == {"fd": fd, **alone, "rlimit_mode": "user", "settable": True, "ioases": [], "msg": ""}
     ioas = vmm.do("attach", DEVICES[1])["ioas_id"]
     other = vmm.do("alloc")["ioas_id"]

@@ -36,6 +36,7 @@ from ansible_collections.virt.iommufd.tests.kernel.test_host import NODE, no_iom
 __all__ = ("no_iommufd", "node", "yama")
 
 RELEASE = os.uname().release
+NEEDED = ["module", "device", "iommu", "vfio", "bound", "cdev"]
 AS_VM = partial(change_user, VM)
 
 
@@ -53,9 +54,13 @@ def permissions(path: Path) -> dict[str, str]:
     return {"mode": oct(stat.S_IMODE(status.st_mode))[2:].zfill(4), "owner": owner, "group": group}
 
 
-def test_a_host_with_everything() -> None:
+def test_a_host_with_everything(container_is_iommufd: bool) -> None:
     answered = look("host")
     host = answered["host"]
+    assert host["legacy_by_iommufd"] is container_is_iommufd
+    assert [(each["what"], each["msg"]) for each in host["readiness"] if each["ready"]] == [
+        (each, "") for each in NEEDED
+    ]
     assert host["limits_of_view"] == []
     assert host["kernel"] == RELEASE
     assert (host["module"], "iommufd" in modules()) == ("loaded", True)
@@ -156,6 +161,42 @@ def test_a_kernel_without_iommufd(no_iommufd: None, tmp_path: Path) -> None:
     finally:
         NODE.unlink()
         subprocess.run(["modprobe", "--remove", "tun"], check=True)
+
+
+def lacking(host: Answer) -> dict[str, str]:
+    """What the host is said to lack, and the words."""
+    return {each["what"]: each["msg"] for each in host["readiness"] if each["ready"] is not True}
+
+
+def test_a_host_that_lacks_something(no_iommufd: None, container_is_iommufd: bool) -> None:
+    """Thing after thing is done as the module says, until nothing is left."""
+    drivers = Path("/sys/bus/pci/drivers/vfio-pci")
+    host = look("host")["host"]
+    assert list(lacking(host)) == ["module", "device", "vfio", "bound"]
+    assert host["legacy_by_iommufd"] is None
+    assert "modprobe iommufd" in lacking(host)["module"]
+    subprocess.run(["modprobe", "iommufd"], check=True)
+    assert list(lacking(look("host")["host"])) == ["vfio", "bound"]
+    assert "modprobe vfio-pci" in lacking(host)["vfio"]
+    subprocess.run(["modprobe", "vfio-pci"], check=True)
+    host = look("host")["host"]
+    assert list(lacking(host)) == ["bound"]
+    assert host["legacy_by_iommufd"] is container_is_iommufd
+    (drivers / "new_id").write_text("1234 11e8")
+    subprocess.run(["udevadm", "settle"], check=True)
+    assert lacking(look("host")["host"]) == {}
+    # A node that is not there.
+    [path, *_others] = sorted(Path("/dev/vfio/devices").iterdir())
+    device = path.stat().st_rdev
+    path.unlink()
+    try:
+        address = Path(f"/sys/class/vfio-dev/{path.name}/device").resolve().name
+        assert f"no node below /dev/vfio/devices for {address}:" in lacking(look("host")["host"])["cdev"]
+    finally:
+        os.mknod(path, stat.S_IFCHR | 0o600, device)
+    for each in drivers.glob("0000:*"):
+        (drivers / "unbind").write_text(each.name)
+    (drivers / "remove_id").write_text("1234 11e8")
 
 
 @pytest.mark.parametrize("kind", ["removed", "a regular file", "another device", "a FIFO", "a link to it"])

@@ -87,7 +87,7 @@ COMM = "qemu-system-x86"
 
 def info(module: str = "loaded") -> Row:
     """What iommufd_info returns."""
-    emulator = {"present": True, "file_capabilities": None, "version": "*"}
+    emulator = {"present": True, "known_by": ["place"], "file_capabilities": None, "version": "*"}
     host = {
         "limits_of_view": [{"what": "*", "why": "*"}],
         "kernel": "*",
@@ -100,6 +100,8 @@ def info(module: str = "loaded") -> Row:
             "initial_user_namespace": True,
             "capabilities": ["cap_ipc_lock", "cap_sys_ptrace", "cap_sys_resource"],
         },
+        "legacy_by_iommufd": False,
+        "readiness": [{"what": "cdev", "ready": False, "msg": "*"}],
         "yama_ptrace_scope": 1,
         "iommus": ["*"],
         "iommu_groups": [{"id": 1, "devices": ["*"]}],
@@ -114,8 +116,16 @@ def info(module: str = "loaded") -> Row:
             "unit": "libvirtd.service",
             "pid": 812,
             "cap_sys_resource": True,
+            "drop_in": ["*"],
+            "memlock_bytes": 67108864,
+            "memlock_unlimited": False,
+            "user": "*",
+            "uid": 64055,
+            "sessions": [{"uid": 1000, "user": "*", "memlock_hard_bytes": 8388608, "memlock_hard_unlimited": False}],
+            "supports_iommufd": False,
             "domain_capabilities_iommufd": None,
             "sets_rlimit_mode": False,
+            "starts_iommufd_domains": False,
             "reason": "*",
         },
     }

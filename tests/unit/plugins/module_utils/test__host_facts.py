@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _device, _host_facts
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._host_facts import Emulator, Node, VfioNode
+from ansible_collections.virt.iommufd.plugins.module_utils._host_facts import Emulator, Node, Vfio, VfioNode
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Writer
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -164,16 +166,95 @@ def test_nodes_of_vdpa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _host_facts.find_vdpa_nodes() == {os.makedev(511, 3): "/dev/vhost-vdpa-3"}
 
 
+@pytest.mark.parametrize(
+    ("names", "iommu"), [([], False), (["vfio-noiommu"], False), (["vfio-noiommu", None], True), (["dmar"], True)]
+)
+def test_an_iommu_that_the_kernel_drives(sys: Path, names: list[str | None], iommu: bool) -> None:
+    assert _host_facts.has_iommu() is None
+    (sys / "kernel").mkdir(parents=True)
+    for number, name in enumerate(names):
+        (sys / f"kernel/iommu_groups/{number}/devices").mkdir(parents=True)
+        if name is not None:
+            write(sys / f"kernel/iommu_groups/{number}/name", f"{name}\n")
+    assert _host_facts.has_iommu() is iommu
+
+
+def test_what_vfio_has(sys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_host_facts, "_NODES", str(sys.parent / "nodes"))
+    assert _host_facts.look_at_vfio("6") == Vfio(False, [], [], None)
+    for name, config in (("6", "CONFIG_VFIO_DEVICE_CDEV=y"), ("7", "# CONFIG_VFIO_DEVICE_CDEV is not set")):
+        write(sys.parent / f"modules/{name}/config", f"CONFIG_A=y\n{config}\n")
+    driver = sys / "bus/pci/drivers/vfio-pci"
+    write(driver / "bind")
+    assert _host_facts.look_at_vfio("6") == Vfio(True, [], [], True)
+    assert _host_facts.look_at_vfio("7").offers_nodes is False
+    # One that another driver has, one without a node, and one of a kernel that makes none.
+    for name, address, node in (("vfio0", "0000:00:05.0", True), ("vfio1", "0000:00:04.0", False)):
+        (sys / "devices" / address).mkdir(parents=True)
+        (sys / "class/vfio-dev" / name).mkdir(parents=True)
+        (sys / "class/vfio-dev" / name / "device").symlink_to(sys / "devices" / address)
+        if node:
+            write(sys.parent / "nodes" / name)
+    for address in ("0000:00:04.0", "0000:00:06.0"):
+        write(sys / "devices" / address / "vendor")
+        (driver / address).symlink_to(sys / "devices" / address)
+    bound = ["0000:00:04.0", "0000:00:05.0", "0000:00:06.0"]
+    assert _host_facts.look_at_vfio("6") == Vfio(True, bound, ["0000:00:04.0", "0000:00:06.0"], True)
+
+
+@pytest.mark.parametrize("answer", [True, False, None])
+def test_the_container_is_opened_where_the_kernel_has_it(
+    sys: Path, monkeypatch: pytest.MonkeyPatch, answer: bool | None
+) -> None:
+    """Elsewhere, to open the node would have it load a module."""
+    monkeypatch.setattr(_host_facts, "vfio_container_is_iommufd", pytest.fail)
+    assert _host_facts.ask_vfio_container() is None
+    write(sys / "class/misc/vfio/dev", "10:196\n")
+    monkeypatch.setattr(_host_facts, "vfio_container_is_iommufd", lambda: answer)
+    assert _host_facts.ask_vfio_container() is answer
+
+
+def test_a_node_of_kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_host_facts, "_KUBELET", str(tmp_path / "kubelet"))
+    assert not _host_facts.is_kubernetes_node()
+    (tmp_path / "kubelet").mkdir()
+    assert _host_facts.is_kubernetes_node()
+
+
 def test_emulators_are_named_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = tmp_path / "qemu-system-a"
     write(usual)
     usual.chmod(0o755)
     (tmp_path / "qemu-system-b").symlink_to(usual)
     monkeypatch.setattr(_host_facts, "_EMULATORS", (f"{tmp_path}/qemu-system-*",))
-    assert _host_facts.find_emulators([f"{tmp_path}/mine", str(usual)]) == [
-        Emulator(str(usual), present=True),
-        Emulator(f"{tmp_path}/mine", present=False),
+    assert _host_facts.find_emulators([f"{tmp_path}/mine", str(usual)], [f"{tmp_path}/mine", f"{tmp_path}/other"]) == [
+        Emulator(str(usual), present=True, known_by=("place", "option")),
+        Emulator(f"{tmp_path}/mine", present=False, known_by=("option", "definition")),
+        Emulator(f"{tmp_path}/other", present=False, known_by=("definition",)),
     ]
+
+
+def test_emulators_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a container has another file at that path, or a launcher runs, it is left out."""
+    monkeypatch.setattr(_host_facts, "_EMULATORS", ())
+    python = os.path.realpath(f"/proc/{os.getpid()}/exe")
+    shutil.copy("/bin/sleep", tmp_path / "qemu")
+    write(tmp_path / "my-qemu")
+    (tmp_path / "my-qemu").chmod(0o755)
+    with subprocess.Popen([str(tmp_path / "qemu"), "60"]) as runs:
+        try:
+            running = {runs.pid: f"{tmp_path}/qemu", os.getpid(): python}
+            found = _host_facts.find_emulators([], [f"{tmp_path}/qemu"], running)
+            assert found == [Emulator(f"{tmp_path}/qemu", True, known_by=("definition", "process"))]
+            assert _host_facts.find_emulators([], [], {runs.pid: f"{tmp_path}/my-qemu"}) == []
+            assert _host_facts.find_emulators([], [], {runs.pid: f"{tmp_path}/no-qemu"}) == []
+            assert _host_facts.find_emulators([], [], {2147483647: f"{tmp_path}/qemu"}) == []
+            # It was replaced since.
+            (tmp_path / "qemu").unlink()
+            write(tmp_path / "qemu")
+            assert _host_facts.find_emulators([], [], {runs.pid: f"{tmp_path}/qemu"}) == []
+        finally:
+            runs.kill()
 
 
 def test_an_emulator_that_nobody_answers_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +274,7 @@ def test_an_emulator_that_nobody_answers_for(tmp_path: Path, monkeypatch: pytest
     first, found, last = _host_facts.find_emulators([f"{tmp_path}/{name}" for name in ("a", "fifo", "b")])
     assert (found.path, found.present, found.capabilities) == (f"{tmp_path}/fifo", False, None)
     assert found.msg.startswith(f"{tmp_path}/fifo was not found within 0.3 seconds.")
-    assert [first, last] == [Emulator(f"{tmp_path}/{name}", present=False) for name in ("a", "b")]
+    assert [first, last] == [Emulator(f"{tmp_path}/{name}", False, known_by=("option",)) for name in ("a", "b")]
 
 
 def test_what_is_no_emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +284,7 @@ def test_what_is_no_emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "loop").symlink_to("loop")
     paths = [f"{tmp_path}/{name}" for name in ("fifo", "text", "folder", "loop", "text/below")]
     monkeypatch.setattr(_host_facts, "_EMULATORS", ())
-    assert _host_facts.find_emulators(paths) == [Emulator(path, present=False) for path in paths]
+    assert _host_facts.find_emulators(paths) == [Emulator(path, present=False, known_by=("option",)) for path in paths]
 
 
 def test_an_emulator_that_others_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Callable
 
 import pytest
@@ -12,13 +14,18 @@ from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     Libvirt,
+    Session,
     daemon_unit_of,
     library_version,
     look_at_libvirt,
+    mapped_libraries,
     offers_iommufd,
     sets_rlimit_mode,
+    starts_domains,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._libvirt_files import Abilities, LibvirtFiles
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
+from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Limit, read_memlock
 from ansible_collections.virt.iommufd.plugins.module_utils._selinux import Verdict
 from ansible_collections.virt.iommufd.plugins.module_utils._systemd import Run, parse_units
 
@@ -28,6 +35,7 @@ ALL = "cap_chown cap_sys_resource cap_ipc_lock"
 
 def unit(name: str, **properties: str) -> str:
     shown = {"LoadState": "loaded", "ActiveState": "inactive", "MainPID": "0", "User": "", "PrivateUsers": "no"}
+    shown |= {"LimitMEMLOCK": "67108864", "LimitMEMLOCKSoft": "8388608"}
     shown |= {"CapabilityBoundingSet": ALL, "AmbientCapabilities": "", **properties}
     return "".join(f"{key}={value}\n" for key, value in {"Id": name, **shown}.items())
 
@@ -46,20 +54,44 @@ def test_the_version_is_in_the_librarys_name(text: bytes, version: tuple[int, in
     assert library_version(text) == version
 
 
+BOUNDING, AMBIENT = "CapabilityBoundingSet=CAP_SYS_RESOURCE", "AmbientCapabilities=CAP_SYS_RESOURCE"
+
+
 @pytest.mark.parametrize(
-    ("properties", "may"),
+    ("properties", "may", "cure"),
     [
-        ({}, True),
-        ({"User": "root"}, True),
-        ({"CapabilityBoundingSet": "cap_chown"}, False),
-        ({"User": "libvirt"}, False),
-        ({"User": "libvirt", "AmbientCapabilities": "cap_sys_resource"}, True),
-        ({"PrivateUsers": "yes"}, False),
+        ({}, True, ()),
+        ({"User": "root"}, True, ()),
+        ({"CapabilityBoundingSet": "cap_chown"}, False, (BOUNDING,)),
+        ({"User": "libvirt"}, False, (AMBIENT,)),
+        ({"User": "libvirt", "CapabilityBoundingSet": ""}, False, (BOUNDING, AMBIENT)),
+        ({"User": "libvirt", "AmbientCapabilities": "cap_sys_resource"}, True, ()),
+        ({"PrivateUsers": "yes"}, False, ("PrivateUsers=no",)),
+        ({"PrivateUsers": "yes", "CapabilityBoundingSet": ""}, False, (BOUNDING, "PrivateUsers=no")),
     ],
 )
-def test_what_a_unit_would_run_with(properties: dict[str, str], may: bool) -> None:
+def test_what_a_unit_would_run_with(properties: dict[str, str], may: bool, cure: tuple[str, ...]) -> None:
     (shown,) = parse_units(unit("virtqemud.service", **properties))
-    assert daemon_unit_of(shown).may is may
+    assert (daemon_unit_of(shown).may, daemon_unit_of(shown).drop_in) == (may, cure)
+
+
+@pytest.mark.parametrize(
+    ("properties", "memlock"),
+    [
+        ({}, Limit(8388608, 67108864)),
+        ({"LimitMEMLOCK": "infinity"}, Limit(8388608, None)),
+        ({"LimitMEMLOCK": "[not set]"}, None),
+    ],
+)
+def test_the_limit_that_a_unit_would_give(properties: dict[str, str], memlock: Limit | None) -> None:
+    (shown,) = parse_units(unit("virtqemud.service", **properties))
+    assert daemon_unit_of(shown).memlock == memlock
+    assert look_at_libvirt(answer(unit("virtqemud.service", **properties))).memlock == memlock
+
+
+def test_what_systemd_does_not_say_of_a_unit() -> None:
+    found = daemon_unit_of({})
+    assert (found.may, found.drop_in, found.memlock) == (None, (), None)
 
 
 def test_the_context_that_a_unit_sets() -> None:
@@ -94,6 +126,109 @@ def test_a_running_daemon_is_looked_at_itself(monkeypatch: pytest.MonkeyPatch) -
     found = look_at_libvirt(answer(unit("libvirtd.service"), running))
     assert (found.unit, found.pid, found.version) == ("virtqemud.service", os.getpid(), (12, 8, 0))
     assert found.may is not None
+    # Its own limit, and not that of its unit.
+    with Process.hold(os.getpid()) as process:
+        assert found.memlock == read_memlock(process)
+        monkeypatch.setattr(_libvirt, "started_at", lambda _ticks: 7.5)
+        asked = read_by(monkeypatch)
+        look_at_libvirt(answer(running))
+        assert [started for _libraries, started in asked] == [7.5]
+
+
+MAPS = b"""\
+7f0000000000-7f0000001000 r--p 00000000 fe:00 1    /usr/lib/libc.so.6
+00400000-7f0000003000 r-xp 00000000 fe:00 2    /usr/lib/x86_64-linux-gnu/libvirt.so.0.12008.0%s
+7f0000004000-7f0000005000 r-xp 00000000 fe:00 3    /usr/lib/x86_64-linux-gnu/libvirt-qemu.so.0.12008.0
+"""
+
+
+@pytest.mark.parametrize("gone", [b"", b" (deleted)"])
+def test_the_library_that_a_daemon_has_mapped(gone: bytes) -> None:
+    """Also where a package has replaced the file since."""
+    assert mapped_libraries(7, MAPS % gone) == ["/proc/7/map_files/400000-7f0000003000"]
+    assert mapped_libraries(7, b"") == []
+
+
+def read_by(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], float | None]]:
+    """What libvirt's files are read by: the libraries, and when the daemon that runs was started."""
+    asked: list[tuple[list[str], float | None]] = []
+
+    def read(libraries: Sequence[str], started: float | None) -> LibvirtFiles:
+        asked.append((list(libraries), started))
+        return LibvirtFiles(Abilities(True, True), msgs=("Something.",))
+
+    monkeypatch.setattr(_libvirt, "read_libvirt_files", read)
+    return asked
+
+
+@pytest.fixture
+def prefixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with libvirt in `usr` and in `local`."""
+    for name, version in (("usr/lib/x86", "12008.0"), ("local/lib64", "11003.0")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / f"libvirt.so.0.{version}").touch()
+        # What is left of an older version is not what is used.
+        (tmp_path / name / "libvirt.so.0.13000.0").touch()
+        (tmp_path / name / "libvirt.so.0").symlink_to(f"libvirt.so.0.{version}")
+    monkeypatch.setattr(_libvirt, "_PREFIXES", (str(tmp_path / "usr"),))
+    return tmp_path
+
+
+def test_the_library_on_disk(prefixes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = read_by(monkeypatch)
+    found = look_at_libvirt(answer(unit("virtqemud.service")))
+    assert (found.version, found.installed, found.msgs) == ((12, 8, 0), (12, 8, 0), ("Something.",))
+    assert asked == [([f"{prefixes}/usr/lib/x86/libvirt.so.0.12008.0"], None)]
+
+
+def test_one_library_of_several(prefixes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the one beside the program that the unit starts."""
+    asked = read_by(monkeypatch)
+    monkeypatch.setattr(_libvirt, "_PREFIXES", (f"{prefixes}/usr", f"{prefixes}/local"))
+    started = f"ExecStart={{ path={prefixes}/local/sbin/virtqemud ; argv[]=virtqemud ; }}\n"
+
+    def run(words: list[str]) -> tuple[int, str, str]:
+        return 0, started if "--property=ExecStart" in words else unit("virtqemud.service"), ""
+
+    assert look_at_libvirt(run).version == (11, 3, 0)
+    assert asked == [([f"{prefixes}/local/lib64/libvirt.so.0.11003.0"], None)]
+    # Somewhere else altogether.
+    monkeypatch.setattr(_libvirt, "_PREFIXES", ())
+    assert look_at_libvirt(run).version == (11, 3, 0)
+    # Where that is not told, all of them are read, and what they differ in is not known.
+    monkeypatch.setattr(_libvirt, "_PREFIXES", (f"{prefixes}/usr", f"{prefixes}/local"))
+    assert look_at_libvirt(answer(unit("virtqemud.service"))).msgs[0].startswith("Which library libvirt's daemon would")
+    assert len(asked[-1][0]) == 2
+
+
+def test_a_host_without_libvirt_has_none_of_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_libvirt, "_PREFIXES", ())
+    monkeypatch.setattr(_libvirt, "read_libvirt_files", pytest.fail)
+    assert look_at_libvirt(answer(unit("virtqemud.service", LoadState="not-found"))).msgs == ()
+
+
+def test_what_users_may_raise_a_limit_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is that of the service manager which runs, whatever its unit says."""
+    read_by(monkeypatch)
+    none = unit("virtqemud.service", LoadState="not-found")
+    managers = [
+        unit("user@4294967294.service", MainPID=str(os.getpid()), ActiveState="active", LimitMEMLOCK="1"),
+        unit("user@0.service", MainPID=str(os.getpid()), ActiveState="active"),
+        unit("user@7.service", MainPID="2147483647"),
+        unit("user@8.service", MainPID="0"),
+    ]
+    with Process.hold(os.getpid()) as process:
+        memlock = read_memlock(process)
+    found = look_at_libvirt(answer(none, *managers))
+    assert found.sessions == (Session(0, "root", memlock), Session(4294967294, None, memlock))
+    # None of them is libvirt's daemon.
+    assert (found.unit, found.msgs) == (None, ())
+
+    def refuse(_process: Process) -> Limit:
+        raise AccessRefused("It is hidden.")
+
+    monkeypatch.setattr(_libvirt, "read_memlock", refuse)
+    assert look_at_libvirt(answer(none, *managers)).sessions[0] == Session(0, "root", None)
 
 
 @pytest.mark.parametrize("error", [AccessRefused, IommufdError])
@@ -105,7 +240,7 @@ def test_its_memory_map_cannot_be_read(monkeypatch: pytest.MonkeyPatch, error: t
     found = look_at_libvirt(answer(unit("virtqemud.service", MainPID=str(os.getpid()))))
     assert found.version == found.installed
     assert found.pid == os.getpid()
-    assert found.msg == "The version that the running daemon has mapped: It is hidden."
+    assert found.msgs[0] == "The version that the running daemon has mapped: It is hidden."
 
 
 def test_it_has_just_ended() -> None:
@@ -162,54 +297,92 @@ def test_systemd_may_not_answer(fails: bool) -> None:
             raise FileNotFoundError(2, "no")
         return 1, "", "Failed to connect\n"
 
-    assert "systemd cannot be asked" in look_at_libvirt(run).msg
+    assert "systemd cannot be asked" in look_at_libvirt(run).msgs[0]
 
 
-def libvirt(version: Any = (12, 8, 0), **other: Any) -> Libvirt:
-    return Libvirt(
-        **{"installed": version, "unit": "virtqemud.service", "pid": 7, "may": True, **other, "version": version}
-    )
+def libvirt(version: Any = (12, 8, 0), can: bool | None = True, **other: Any) -> Libvirt:
+    """A libvirt of that version. `can`: what its library has."""
+    files = LibvirtFiles(Abilities(can, can))
+    fields = {"installed": version, "unit": "virtqemud.service", "pid": 7, "may": True, "files": files}
+    return Libvirt(**{**fields, **other, "version": version})
 
 
 @pytest.mark.parametrize(
-    ("found", "offers", "sets", "reason"),
+    ("found", "offers", "sets", "starts", "reason"),
     [
         (
             libvirt(),
             None,
             True,
+            True,
             "libvirt 12.8.0 sets per-process accounting, as all since 12.1.0, and its daemon runs with"
             " CAP_SYS_RESOURCE.",
         ),
-        (libvirt((12, 1, 0)), True, True, "12.1.0 sets per-process accounting"),
+        (libvirt((12, 1, 0)), True, True, True, "12.1.0 sets per-process accounting"),
         (
-            libvirt((12, 0, 9)),
+            libvirt((12, 0, 9), can=False),
             None,
+            False,
             False,
             "libvirt 12.0.9 does not set per-process accounting: 12.1.0 is the first that does.",
         ),
+        # A distribution has taken the feature into an older version, or left it out of a newer one.
         (
-            libvirt((12, 0, 9)),
-            True,
+            libvirt((11, 10, 0)),
             None,
-            "libvirt 12.0.9 offers iommufd for a device, though 12.1.0 is the first that sets per-process accounting.",
+            True,
+            True,
+            "libvirt 11.10.0 sets per-process accounting, though 12.1.0 was the first release that did, and its daemon",
         ),
         (
-            libvirt((11, 3, 0), installed=(12, 8, 0)),
+            libvirt((12, 8, 0), can=False),
             None,
+            False,
+            False,
+            "libvirt 12.8.0 does not set per-process accounting: its library has nothing that does, though 12.1.0 was",
+        ),
+        (
+            libvirt((12, 0, 9), files=LibvirtFiles(Abilities(True, False))),
+            None,
+            False,
+            True,
+            "libvirt 12.0.9 does not set per-process accounting",
+        ),
+        (
+            libvirt((12, 0, 9), can=False),
+            True,
+            None,
+            False,
+            "libvirt 12.0.9 offers iommufd for a device, but its library has nothing that sets per-process accounting.",
+        ),
+        (
+            libvirt((11, 3, 0), can=False, installed=(12, 8, 0)),
+            None,
+            False,
             False,
             "12.8.0 is installed, but its daemon was not",
         ),
-        (libvirt(pid=None), None, True, "virtqemud.service, which does not run now, would run with CAP_SYS_RESOURCE"),
         (
-            libvirt(may=False),
+            libvirt(pid=None),
+            None,
+            True,
+            True,
+            "virtqemud.service, which does not run now, would run with CAP_SYS_RESOURCE",
+        ),
+        (
+            libvirt(may=False, drop_in=(BOUNDING,)),
             None,
             False,
-            "libvirt 12.8.0 cannot set per-process accounting: its daemon runs without CAP_SYS_RESOURCE",
+            False,
+            "libvirt 12.8.0 cannot set per-process accounting: its daemon runs without CAP_SYS_RESOURCE in the initial"
+            " user namespace. So it starts no domain whose devices have iommufd='yes'.",
         ),
-        (libvirt(may=False, pid=None), None, False, "would run without CAP_SYS_RESOURCE"),
+        # It was started before its unit was changed.
+        (libvirt(may=False), None, False, False, "Its unit would give it the capability: restart the daemon, or run"),
+        (libvirt(may=False, pid=None), None, False, False, "would run without CAP_SYS_RESOURCE"),
         (
             libvirt(may=None),
+            None,
             None,
             None,
             "libvirt 12.8.0 sets per-process accounting if its daemon has CAP_SYS_RESOURCE",
@@ -218,19 +391,26 @@ def libvirt(version: Any = (12, 8, 0), **other: Any) -> Libvirt:
             libvirt(may=False, why="SELinux's policy denies sys_resource to a:b:c"),
             None,
             False,
+            False,
             "its daemon runs with CAP_SYS_RESOURCE, but SELinux's policy denies sys_resource to a:b:c. Allow it",
         ),
-        (libvirt(may=None, why="SELinux is silent"), None, None, "which cannot be told. SELinux is silent."),
-        (libvirt(), False, False, "libvirt 12.8.0 could set per-process accounting, but does not offer iommufd"),
-        (libvirt(None), None, None, "The version of libvirt cannot be told"),
-        (libvirt(unit=None), None, False, "There is no system libvirt"),
-        (libvirt(unit=None, msg="systemd is not here."), None, None, "systemd is not here."),
+        (libvirt(may=None, why="SELinux is silent"), None, None, None, "which cannot be told. SELinux is silent."),
+        (libvirt(), False, False, False, "libvirt 12.8.0 could set per-process accounting, but does not offer iommufd"),
+        (libvirt(None, can=None), None, None, None, "The version of libvirt cannot be told"),
+        (libvirt(None), None, True, True, "libvirt sets per-process accounting, as all since 12.1.0"),
+        # The version alone proves nothing.
+        (libvirt(can=None), None, None, None, "libvirt 12.8.0 may set per-process accounting: its library, which"),
+        (libvirt(unit=None), None, False, False, "There is no system libvirt"),
+        (libvirt(unit=None, msgs=("systemd is not here.",)), None, None, None, "systemd is not here."),
     ],
 )
-def test_whether_it_sets_the_mode(found: Libvirt, offers: bool | None, sets: bool | None, reason: str) -> None:
+def test_whether_it_sets_the_mode(
+    found: Libvirt, offers: bool | None, sets: bool | None, starts: bool | None, reason: str
+) -> None:
     said, why = sets_rlimit_mode(found, offers)
     assert said is sets
     assert reason in why
+    assert starts_domains(found, offers) is starts
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any, Callable
 
 import pytest
 import yaml
-from ansible_collections.virt.iommufd.plugins.module_utils import _host_facts, _iommufd
+from ansible_collections.virt.iommufd.plugins.module_utils import _host_facts, _iommufd, _libvirt
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Limit
 from ansible_collections.virt.iommufd.plugins.module_utils._running import DomainRecord
@@ -46,6 +46,23 @@ def test_every_field_is_documented_and_there(
     assert not answer["changed"]
     assert answer["host"]["machine"] == os.uname().machine
     assert answer["host"]["page_bytes"] == mmap.PAGESIZE
+
+
+def test_emulators_that_run(
+    run: Run, alone: FakeKernel, child: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are those of the processes that are reported."""
+    asked: list[dict[int, str]] = []
+
+    def find(_given: list[str], _defined: list[str], running: dict[int, str]) -> list[_host_facts.Emulator]:
+        asked.append(running)
+        return [_host_facts.Emulator("/opt/qemu", True, known_by=("process",))]
+
+    monkeypatch.setattr(_host_facts, "find_emulators", find)
+    (row,) = run()["host"]["qemu"]
+    assert (row["path"], row["known_by"]) == ("/opt/qemu", ["process"])
+    run(gather_subset=["host"])
+    assert asked == [{child.pid: os.path.realpath(f"/proc/{child.pid}/exe")}, {}]
 
 
 def test_narrowed_to_users(run: Run, alone: FakeKernel, child: subprocess.Popen[bytes]) -> None:
@@ -113,16 +130,28 @@ def test_how_long_a_command_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("code", "offers"), [(0, False), (1, None)])
 def test_the_domain_capabilities(monkeypatch: pytest.MonkeyPatch, code: int, offers: bool | None) -> None:
     unit = "Id=virtqemud.service\nLoadState=loaded\nCapabilityBoundingSet=cap_sys_resource\n"
+    unit += "ExecStart={ path=/nowhere/sbin/virtqemud ; }\n"
 
     def answer(command: list[str], _seconds: float = 90) -> tuple[int, str, str]:
         return (code, "<domainCapabilities/>", "no") if "virsh" in command else (0, unit, "")
 
     view = iommufd_info.Unseen()
     monkeypatch.setattr(iommufd_info, "run_command", answer)
-    row = iommufd_info.libvirt_row(view, True)
+    row = iommufd_info.libvirt_row(view, _libvirt.look_at_libvirt(answer), True)
     assert row["domain_capabilities_iommufd"] is offers
     assert bool(view.limits) is (offers is None)
     assert row["cap_sys_resource"] is True
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_limits_that_libvirt_may_raise_to(known: bool) -> None:
+    memlock = Limit(8388608, None) if known else None
+    found = _libvirt.Libvirt(None, None, "virtqemud.service", None, True, memlock=memlock)
+    sessions = (_libvirt.Session(7, "vm", memlock),)
+    row = iommufd_info.libvirt_row(iommufd_info.Unseen(), found._replace(sessions=sessions), False)
+    assert (row["memlock_bytes"], row["memlock_unlimited"]) == ((8388608, False) if known else (None, None))
+    hard = {"memlock_hard_bytes": None, "memlock_hard_unlimited": True if known else None}
+    assert row["sessions"] == [{"uid": 7, "user": "vm", **hard}]
 
 
 def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:

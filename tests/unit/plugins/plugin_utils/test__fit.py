@@ -46,7 +46,7 @@ def user(**fields: Any) -> Row:
 
 
 def emulator(cap_ipc_lock: bool | None, path: str = QEMU, present: bool = True) -> Row:
-    return {"path": path, "present": present, "cap_ipc_lock": cap_ipc_lock}
+    return {"path": path, "present": present, "known_by": ["place"], "cap_ipc_lock": cap_ipc_lock}
 
 
 def libvirt(sets_rlimit_mode: bool | None) -> Row:

@@ -20,10 +20,29 @@ APPLY = Path(__file__).resolve().parents[4] / "roles" / "iommufd_host" / "tasks"
 Row = dict[str, Any]
 
 QEMU = "/usr/bin/qemu-system-x86_64"
-OLD = {"unit": "libvirtd.service", "version": "11.3.0", "sets_rlimit_mode": False, "reason": "libvirt 11.3.0 does not."}
-NEW = {"unit": "virtqemud.service", "version": "12.8.0", "sets_rlimit_mode": True, "reason": "libvirt 12.8.0 does."}
-UNSURE = {"unit": "virtqemud.service", "version": None, "sets_rlimit_mode": None, "reason": "It cannot be told."}
-NO_LIBVIRT = {"unit": None, "version": None, "sets_rlimit_mode": False, "reason": "There is no system libvirt."}
+
+
+def libvirt(unit: str | None, version: str | None, sets: bool | None, reason: str, **fields: Any) -> Row:
+    found = {"unit": unit, "version": version, "sets_rlimit_mode": sets, "reason": reason}
+    found |= {"user": None}
+    abilities: Row = {"supports_iommufd": sets, "starts_iommufd_domains": sets, "cap_sys_resource": True, "drop_in": []}
+    return {**found, **abilities, **fields}
+
+
+OLD = libvirt("libvirtd.service", "11.3.0", False, "libvirt 11.3.0 does not.")
+NEW = libvirt("virtqemud.service", "12.8.0", True, "libvirt 12.8.0 does.")
+UNSURE = libvirt("virtqemud.service", None, None, "It cannot be told.")
+NO_LIBVIRT = libvirt(None, None, False, "There is no system libvirt.", cap_sys_resource=None)
+# It sets the mode and may not.
+BARRED = libvirt(
+    "virtqemud.service",
+    "12.8.0",
+    False,
+    "libvirt 12.8.0 may not.",
+    supports_iommufd=True,
+    cap_sys_resource=False,
+    drop_in=["CapabilityBoundingSet=CAP_SYS_RESOURCE"],
+)
 ROOT = {
     "uid": 0,
     "initial_user_namespace": True,
@@ -45,7 +64,9 @@ def info(libvirt: Row, **host: Any) -> Row:
         ],
         "libvirt": libvirt,
     }
-    return {"host": {**fields, **host}}
+    found = {**fields, **host}
+    found["qemu"] = [{"known_by": ["place"], **row} for row in found["qemu"]]
+    return {"host": found}
 
 
 def emulator(path: str = QEMU, **fields: Any) -> Row:
@@ -92,6 +113,9 @@ def content(made: Row, path: str) -> list[str]:
         (OLD, [], {}, "libvirt-qemu"),
         (UNSURE, [unit("vm1.service")], {"units": ["vm1"]}, "libvirt-qemu"),
         (OLD, [], {"user": "alice"}, "alice"),
+        # What libvirt shows goes before what it has on hosts of this distribution.
+        ({**OLD, "user": "vm"}, [], {}, "vm"),
+        ({**OLD, "user": "vm"}, [], {"user": "alice"}, "alice"),
         # Without libvirt there is no user of that name.
         (NO_LIBVIRT, [], {}, "root"),
         (NO_LIBVIRT, [unit("vm1.service")], {"units": ["vm1"]}, "vm"),
@@ -146,6 +170,14 @@ NOTHING: Row = {
         (NO_LIBVIRT, {"emulators": [QEMU]}, "cap_ipc_lock", True, [FILE]),
         (NO_LIBVIRT, {}, "observe", False, []),
         (NO_LIBVIRT, {"strategy": "cap_ipc_lock"}, "cap_ipc_lock", True, [FILE]),
+        # libvirt's emulator gets nothing by itself, since that would not help.
+        (BARRED, {"fallback": "observe"}, "observe", True, []),
+        (BARRED, {"strategy": "observe"}, "observe", True, []),
+        (BARRED, {"units": ["vm1"]}, "cap_ipc_lock", True, [DROP_IN]),
+        (BARRED, {"emulators": [QEMU]}, "cap_ipc_lock", True, [FILE]),
+        (BARRED, {"strategy": "cap_ipc_lock"}, "cap_ipc_lock", True, [FILE]),
+        # One that lacks the capability and does not set the mode is as any other that does not.
+        ({**OLD, "cap_sys_resource": False}, {}, "cap_ipc_lock", True, [FILE]),
     ],
 )
 def test_strategies(libvirt: Row, config: Row, strategy: str, certain: bool, grants: list[Row]) -> None:
@@ -175,6 +207,24 @@ def test_what_is_wanted_are_the_options_of_the_module() -> None:
     (task,) = yaml.safe_load(APPLY.read_text("utf-8"))
     passed = {name: f"{{{{ __iommufd_host_wanted.{name} }}}}" for name in options}
     assert task["virt.iommufd.iommufd_host_apply"] == passed
+
+
+@pytest.mark.parametrize("config", [{}, {"strategy": "native"}, {"launcher": True}])
+def test_a_daemon_that_sets_the_mode_and_may_not(config: Row) -> None:
+    """It starts no domain with iommufd, whatever the emulator has, so the capability is no way out."""
+    made = plan(BARRED, **config)
+    (error,) = made["errors"]
+    assert error.startswith(
+        "libvirt 12.8.0 may not. Give virtqemud.service the capability: put the lines '[Service]',"
+        " 'CapabilityBoundingSet=CAP_SYS_RESOURCE' into /etc/systemd/system/virtqemud.service.d/zz-sys-resource.conf"
+    )
+    for word in ("daemon-reload", "restart virtqemud.service", "CAP_IPC_LOCK", "iommufd_host_strategy to observe"):
+        assert word in error
+    assert (made["chosen"], made["grants"], made["wanted"]) == ("native", [], NOTHING)
+    # Where the unit lacks nothing, the reason says what does.
+    (error,) = plan({**BARRED, "drop_in": [], "reason": "SELinux denies it. Allow it."}, **config)["errors"]
+    assert error.startswith("SELinux denies it. Allow it. CAP_IPC_LOCK of the emulator would be of no use")
+    assert plan(BARRED, state="absent", **config)["errors"] == []
 
 
 def test_a_limit_for_units_and_users() -> None:
@@ -306,6 +356,9 @@ def test_access_that_is_not_needed_or_not_possible() -> None:
     assert (wanted["blocks"], wanted["nodes"], wanted["group"], wanted["mode"]) == ([], [], "", "")
     assert paths(made) == [MODULES_FILE]
     assert made["access"] == ["Nothing: libvirt 12.8.0 opens the device nodes itself and passes them to QEMU."]
+    # What it can do decides, and not its version.
+    assert plan({**NEW, "supports_iommufd": False}, qemu_access=True)["wanted"]["blocks"] != []
+    assert plan({**OLD, "supports_iommufd": True}, qemu_access=True)["wanted"]["blocks"] == []
     assert "there is none here" in plan(NO_LIBVIRT, qemu_access=True, units=["a"])["errors"][0]
 
 
@@ -335,6 +388,22 @@ def test_systemd_reads_again_what_it_has_not_read() -> None:
     assert plan(OLD, *rows, units=["vm1", "vm2"])["wanted"]["reload"] is True
     # By what iommufd_info tells alone, that is not known yet.
     assert host_plan(info(OLD), {"architecture": "x86_64"})["wanted"]["reload"] is False
+
+
+def test_emulators_that_libvirt_knows_of() -> None:
+    """Those of defined domains, where none is at a usual place. What somebody merely executes does not count."""
+    rows: list[Row] = [
+        {"path": "/usr/local/sbin/qemu", "present": True, "known_by": ["definition", "process"]},
+        {"path": "/home/vm/qemu-system-x86_64", "present": True, "known_by": ["process"]},
+        {"path": "/opt/gone", "present": False, "known_by": ["definition"]},
+    ]
+    rows = [{**row, "writer": None, "cap_ipc_lock": False} for row in rows]
+    assert host_plan(info(OLD, qemu=rows), {"architecture": "x86_64"})["emulators"] == ["/usr/local/sbin/qemu"]
+    rows.append({"path": QEMU, "present": True, "writer": None, "cap_ipc_lock": False})
+    assert host_plan(info(OLD, qemu=rows), {"architecture": "x86_64"})["emulators"] == [QEMU]
+    # The one that is to be trusted was named to the module as well.
+    rows[-1]["known_by"] = ["option"]
+    assert host_plan(info(OLD, qemu=rows), {"architecture": "x86_64"})["emulators"] == [QEMU]
 
 
 def test_an_emulator_of_another_name() -> None:

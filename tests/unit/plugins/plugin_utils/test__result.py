@@ -82,7 +82,15 @@ def info(*processes: Row, capable: bool = False, libvirt: int | None = 812) -> R
     """What iommufd_info returned; `libvirt`: the process id of the system libvirt's daemon, None where none runs."""
     host = {
         "qemu": [{"path": QEMU, "cap_ipc_lock": capable}],
-        "libvirt": {"unit": "libvirtd.service", "pid": libvirt},
+        "libvirt": {
+            "unit": "libvirtd.service",
+            "pid": libvirt,
+            "reason": "It may not.",
+            "drop_in": ["A=b"],
+            "supports_iommufd": True,
+            "starts_iommufd_domains": True,
+            "cap_sys_resource": True,
+        },
     }
     return {"host": host, "processes": list(processes)}
 
@@ -379,6 +387,15 @@ def test_daemons_to_restart() -> None:
         found = host_result(plan("observe"), info(libvirt=None), known, check())
         assert (found["restart"]["daemons"], found["todo"]) == ([], [])
     assert host_result(plan("observe"), info(), applied(DROPPED, TAKEN), check())["restart"]["daemons"] == []
+
+
+def test_a_daemon_that_sets_the_mode_and_may_not() -> None:
+    """Where that is no failure, it is left to do."""
+    looked = info()
+    looked["host"]["libvirt"] |= {"starts_iommufd_domains": False, "cap_sys_resource": False}
+    (todo,) = host_result(plan("observe"), looked, applied(), check())["todo"]
+    assert todo.startswith("It may not. Give libvirtd.service the capability: put the lines '[Service]', 'A=b' into")
+    assert host_result({**plan("observe"), "state": "absent"}, looked, applied(), check())["todo"] == []
 
 
 def test_the_documented_fields() -> None:

@@ -1,0 +1,256 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: what the files of the system libvirt tell of it: library, qemu.conf, definitions.
+
+They are root's. All are read in one child, since a path may lead to a mount whose server does not answer for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import pwd
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from ._child import NoAnswer, in_child
+from ._errors import IommufdError, error_text, printable
+from ._names import user_name
+from ._paths import reopen, walk
+
+__all__ = ("NOTHING_READ", "Abilities", "LibvirtFiles", "VmUser", "read_libvirt_files")
+
+# Texts in libvirt.so.0, whatever its version says: a distribution may have taken the feature into an older one, or left
+# it out of a newer. virDomainHostdevDefFormat() in src/conf/domain_conf.c:
+_OFFERS = b" iommufd='"
+# What src/util/viriommufd.c logs, and how it fails; the one or the other may be worded differently.
+_SETS = (b"Set iommufd rlimit mode to ", b"failed to set memory accounting for iommufd")
+# What all of them have in them.
+_COMMON = b"iommufd"
+
+# The library has 5 MB, a mistaken file may have any size.
+_LIBRARY_MAX = 2**26
+_AT_ONCE = 2**20
+# MAX_CONFIG_FILE_SIZE in libvirt's src/util/virconf.c is ten times as much.
+_CONF_MAX = 2**20
+_DEFINITION_MAX = 2**18
+_DEFINITIONS_MAX = 4096
+_PATIENCE = 10
+# Seconds: for the clock's slewing, and a tick's length.
+_SLACK = 1
+
+_CONF = "/etc/libvirt/qemu.conf"
+# qemuStateInitialize() in src/qemu/qemu_driver.c gives it to the user that its VMs run as, each time the daemon starts.
+_FOLDER = "/var/lib/libvirt/qemu"
+# What is in /var/cache/libvirt names emulators, too, but the emulators' user can put anything there.
+_DEFINITIONS = "/etc/libvirt/qemu/*.xml"
+
+_TOKEN = re.compile(
+    rb"#[^\r\n]*"
+    rb'|"""(?P<long>.*?)"""'
+    rb'|"(?P<double>[^"\r\n]*)"'
+    rb"|'(?P<single>[^'\r\n]*)'"
+    rb"|(?P<word>[^\s#\"'=\[\],;]+|[=\[\],;\"'])",
+    re.DOTALL,
+)
+
+
+class Abilities(NamedTuple):
+    """Whether a libvirt offers iommufd for a domain's devices, and sets the rlimit mode then; None is not known."""
+
+    offers: bool | None = None
+    sets: bool | None = None
+
+
+class VmUser(NamedTuple):
+    """The user that VMs of the system libvirt run as. None is what is not known, or a user without a name here."""
+
+    name: str | None = None
+    uid: int | None = None
+
+
+class LibvirtFiles(NamedTuple):
+    """What was read. `emulators` are those of the defined domains for this host's architecture; `msgs` tell why not."""
+
+    abilities: Abilities = Abilities()
+    user: VmUser = VmUser()
+    emulators: tuple[str, ...] = ()
+    msgs: tuple[str, ...] = ()
+
+
+NOTHING_READ = LibvirtFiles()
+
+
+def read_libvirt_files(libraries: Sequence[str], started: float | None) -> LibvirtFiles:
+    """Reads libvirt's files. `libraries` are those that its daemon may use.
+
+    `started`: when the daemon that runs was started, in seconds since the epoch; None where none runs.
+    """
+    try:
+        given = in_child(None, partial(_read, libraries, started), _PATIENCE)
+    except NoAnswer:
+        msg = f"libvirt's files were not read within {_PATIENCE} seconds. Are they on a mount whose server is gone?"
+        return NOTHING_READ._replace(msgs=(msg,))
+    except IommufdError as exc:
+        return NOTHING_READ._replace(msgs=(f"libvirt's files could not be read: {exc}",))
+    abilities, user, emulators, msgs = given
+    return LibvirtFiles(Abilities(*abilities), VmUser(*user), tuple(emulators), tuple(msgs))
+
+
+def _read(libraries: Sequence[str], started: float | None) -> list[Any]:
+    msgs: list[str] = []
+    abilities = _abilities_of(libraries, msgs)
+    user = _find_user(started, msgs)
+    return [abilities, user, _defined_emulators(os.uname().machine, msgs), msgs]
+
+
+def _abilities_of(libraries: Sequence[str], msgs: list[str]) -> Abilities:
+    """What the libraries can do, where all can do the same."""
+    found = set()
+    for path in libraries:
+        try:
+            offers, *sets = _holds(path, (_OFFERS, *_SETS))
+        except OSError as exc:
+            msgs.append(
+                f"What libvirt can do stands in {printable(os.fsencode(path))}, and cannot be read"
+                f" ({error_text(exc.errno)})."
+            )
+            return Abilities()
+        found.add(Abilities(offers, any(sets)))
+    if len(found) > 1:
+        msgs.append(f"Which of these libvirt's daemon uses is not known, and they differ: {', '.join(libraries)}.")
+    return found.pop() if len(found) == 1 else Abilities()
+
+
+def _holds(path: str, texts: Sequence[bytes]) -> list[bool]:
+    """Which of the texts a file holds, each of which has _COMMON in it. Raises OSError.
+
+    It is not mapped into memory: whoever has mapped a file that is cut meanwhile is ended.
+    """
+    reach = max(map(len, texts))
+    around: set[bytes] = set()
+    before = b""
+    with open(path, "rb", buffering=0) as stream:
+        for _number in range(_LIBRARY_MAX // _AT_ONCE):
+            more = stream.read(_AT_ONCE)
+            if not more:
+                break
+            text = before + more
+            # To look for each text takes several times as long as all the rest.
+            at = text.find(_COMMON)
+            while at >= 0:
+                around.add(text[max(0, at - reach) : at + reach])
+                at = text.find(_COMMON, at + 1)
+            before = text[-2 * reach :]
+    return [any(text in each for each in around) for text in texts]
+
+
+def _find_user(started: float | None, msgs: list[str]) -> VmUser:
+    """Who VMs run as that are started now. What a daemon that runs has read is seen in what it has made its user's."""
+    runs = started is not None
+    setting = None
+    changed = 0.0
+    known = True
+    try:
+        setting, changed = _read_setting()
+    except (IommufdError, OSError) as exc:
+        known = False
+        why = error_text(exc.errno) if isinstance(exc, OSError) else str(exc).rstrip(".")
+        said = f"The user of libvirt's VMs may stand in {_CONF}, which cannot be read ({why})."
+    owner = _owner(changed if started is None else started - _SLACK)
+    # As root's, the folder may just have been made by a package.
+    if owner is not None and (runs or (owner and known and setting is None)):
+        user = VmUser(user_name(owner), owner)
+        if setting is not None and parse_user(setting).uid != owner:
+            msgs.append(
+                f"{_CONF} has user {printable(os.fsencode(setting))}, and the daemon took {user.name or user.uid}"
+                " when it started: it has to be restarted to read that file again."
+            )
+        return user
+    if not known:
+        msgs.append(said)
+        return VmUser()
+    if setting is None:
+        return VmUser()
+    user = parse_user(setting)
+    if user.uid is None:
+        msgs.append(f"{_CONF} has user {user.name}, whom this host does not know.")
+    return user
+
+
+def _owner(since: float) -> int | None:
+    """Whom libvirt's folder belongs to; None where the daemon cannot have given it to anybody since that time."""
+    with contextlib.suppress(OSError):
+        status = os.stat(_FOLDER)
+        # To give it to whom it belongs already changes that time, too.
+        if status.st_ctime >= since:
+            return status.st_uid
+    return None
+
+
+def _read_setting() -> tuple[str | None, float]:
+    """The user that qemu.conf names, None without, and when it was changed. Raises OSError and IommufdError."""
+    with walk(_CONF, follow=True) as place:
+        if place.found is None:
+            return None, 0.0
+        with open(reopen(place.found), "rb") as stream:
+            return parse_setting(stream.read(_CONF_MAX), b"user"), os.fstat(stream.fileno()).st_mtime
+
+
+def parse_setting(text: bytes, name: bytes) -> str | None:
+    """The text that a setting of qemu.conf has, None without it. Of several, libvirt takes the first.
+
+    See virConfParse() and virConfGetValue() in src/util/virconf.c. Raises IommufdError where the value is no text.
+    """
+    # What tells a setting from an element of a list is that it begins a statement.
+    tokens = [found for found in _TOKEN.finditer(text) if found.lastgroup]
+    depth = 0
+    for position, token in enumerate(tokens):
+        word = token["word"]
+        depth += (word == b"[") - (word == b"]")
+        following = [each["word"] for each in tokens[position + 1 : position + 2]]
+        if word == name and not depth and following == [b"="]:
+            values = [each for each in tokens[position + 2 : position + 3] if each.lastgroup != "word"]
+            if not values:
+                raise IommufdError(f"{name.decode()} is not followed by a text in quotes")
+            return os.fsdecode(values[0][values[0].lastgroup or 0])
+    return None
+
+
+def parse_user(setting: str) -> VmUser:
+    """The user that is meant: a name, else a number, which may have a plus sign. See virGetUserID() in virutil.c."""
+    with contextlib.suppress(KeyError, ValueError):
+        found = pwd.getpwnam(setting)
+        return VmUser(printable(os.fsencode(found.pw_name)), found.pw_uid)
+    if re.fullmatch(r"\+?[0-9]{1,10}", setting) and int(setting) < 2**32 - 1:
+        return VmUser(user_name(int(setting)), int(setting))
+    return VmUser(printable(os.fsencode(setting)), None)
+
+
+def _defined_emulators(machine: str, msgs: list[str]) -> list[str]:
+    """The emulators of the domains that are defined, for guests of this architecture."""
+    found: dict[str, None] = {}
+    try:
+        # Where the folder may not be read, there seem to be no files.
+        if os.path.isdir(os.path.dirname(_DEFINITIONS)):
+            os.scandir(os.path.dirname(_DEFINITIONS)).close()
+        for path in sorted(glob.glob(_DEFINITIONS))[:_DEFINITIONS_MAX]:
+            with open(path, "rb") as stream:
+                emulator = parse_emulator(stream.read(_DEFINITION_MAX), machine)
+            if emulator is not None:
+                found[emulator] = None
+    except OSError as exc:
+        msgs.append(f"The definitions of libvirt's domains cannot be read ({error_text(exc.errno)}).")
+    return list(found)
+
+
+def parse_emulator(definition: bytes, machine: str) -> str | None:
+    """The emulator of a domain, None where it is not for that architecture, or is not named as a plain path."""
+    arch = re.search(rb"<type arch=['\"]([\w]+)['\"]", definition)
+    emulator = re.search(rb"^ *<emulator>(/[^<&]+)</emulator>", definition, re.MULTILINE)
+    return os.fsdecode(emulator[1]) if arch and emulator and arch[1] == machine.encode() else None

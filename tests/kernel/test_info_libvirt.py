@@ -1,0 +1,182 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What is told of libvirt by its files and its limits, as its daemon and its domains themselves show it."""
+
+from __future__ import annotations
+
+import glob
+import os
+import resource
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, MIB, VM, Answer, mount_privately
+from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, look_within
+from ansible_collections.virt.iommufd.tests.kernel.test_domains import knows_iommufd, virsh
+from ansible_collections.virt.iommufd.tests.kernel.test_info_host import libvirt, systemctl
+
+__all__ = ("knows_iommufd",)
+
+CONF = Path("/etc/libvirt/qemu.conf")
+NAME = "kernel-test-defined"
+QEMU = "/usr/bin/qemu-system-x86_64"
+DOMAIN = f"""
+<domain type='qemu'>
+  <name>{NAME}</name>
+  <memory unit='MiB'>16</memory>
+  <os><type arch='x86_64' machine='q35'>hvm</type></os>
+  <devices><emulator>{QEMU}</emulator></devices>
+</domain>
+"""
+SAVED = Path("/var/lib/libvirt/qemu/save")
+ABILITIES = (b" iommufd='", b"failed to set memory accounting for iommufd", b"Set iommufd rlimit mode to ")
+
+
+@pytest.fixture
+def unit() -> Iterator[str]:
+    """The unit of libvirt's daemon, whose settings the test may change; it does not run."""
+    name: str = libvirt()["unit"]
+    folders = [Path(f"/run/systemd/system/{each}.d") for each in (name, "user@.service")]
+    systemctl("stop", name)
+    try:
+        yield name
+    finally:
+        for folder in folders:
+            (folder / "kernel-test.conf").unlink(missing_ok=True)
+        systemctl("daemon-reload")
+        systemctl("stop", name)
+
+
+def drop_in(name: str, setting: str) -> None:
+    path = Path(f"/run/systemd/system/{name}.d/kernel-test.conf")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"[Service]\n{setting}\n")
+    systemctl("daemon-reload")
+
+
+def abilities(found: Answer) -> tuple[object, ...]:
+    return tuple(found[name] for name in ("supports_iommufd", "sets_rlimit_mode", "starts_iommufd_domains"))
+
+
+def test_libvirt_by_what_its_library_holds(unit: str, knows_iommufd: bool, tmp_path: Path) -> None:
+    """A copy without the feature, or with it, in the place of the library, with the same name and so version."""
+    [path] = {os.path.realpath(each) for each in glob.glob("/usr/lib/*/libvirt.so.0")}
+    text = Path(path).read_bytes()
+    for each in ABILITIES:
+        assert (each in text) == knows_iommufd
+        text = text.replace(each, b"x" * len(each))
+    (tmp_path / "without").write_bytes(text)
+    (tmp_path / "with").write_bytes(text + b"\0".join(ABILITIES))
+    assert abilities(libvirt()) == (knows_iommufd,) * 3
+    for name, has in (("without", False), ("with", True)):
+        replace = partial(mount_privately, str(tmp_path / name), path)
+        answered = look_within(replace, "host")
+        assert limits(answered) == {}
+        assert abilities(answered["host"]["libvirt"]) == (has,) * 3
+        # A daemon that runs goes on with the one that it has mapped.
+        systemctl("start", unit)
+        assert abilities(look_within(replace, "host")["host"]["libvirt"]) == (knows_iommufd,) * 3
+        systemctl("stop", unit)
+
+
+def user_of_the_daemon(unit: str) -> int:
+    """Whom libvirt has taken for its domains: one of the folders that it gives to that user when it starts."""
+    systemctl("start", unit)
+    # It answers once it has.
+    virsh("list")
+    return SAVED.stat().st_uid
+
+
+def test_the_user_of_libvirts_domains(unit: str) -> None:
+    before = CONF.read_bytes()
+    try:
+        usual = user_of_the_daemon(unit)
+        assert (libvirt()["uid"], libvirt()["user"]) == (usual, "libvirt-qemu")
+        systemctl("stop", unit)
+        assert libvirt()["uid"] == usual
+        # The first one counts, and neither a comment nor a list.
+        acl = "cgroup_device_acl = ['/dev/null', '/dev/zero', '/dev/urandom', '/dev/ptmx',\n'user']"
+        CONF.write_text(f"#user = 'root'\n{acl}\nuser = '+{VM}' # vm\nuser = 'alice'\n")
+        assert (libvirt()["uid"], libvirt()["user"]) == (VM, "vm")
+        assert user_of_the_daemon(unit) == VM == libvirt()["uid"]
+        # The daemon has not read that yet.
+        CONF.write_text("user = 'alice'\n")
+        answered = look("host")
+        assert answered["host"]["libvirt"]["uid"] == VM
+        assert "qemu.conf has user alice, and the daemon took vm when it started" in limits(answered)["libvirt"]
+        systemctl("stop", unit)
+        assert libvirt()["uid"] == ALICE
+        # Whose they would be without a user in there cannot be told: libvirt's folder is still vm's.
+        CONF.write_text("")
+        assert (libvirt()["uid"], libvirt()["user"]) == (None, None)
+    finally:
+        CONF.write_bytes(before)
+        # It gives its folders back.
+        systemctl("stop", unit)
+        user_of_the_daemon(unit)
+    assert libvirt()["uid"] == usual
+
+
+def known_by(answered: Answer) -> list[str]:
+    """How the usual emulator is known."""
+    [row] = [each for each in answered["host"]["qemu"] if each["path"] == QEMU]
+    ways: list[str] = row["known_by"]
+    return ways
+
+
+def test_the_emulators_of_defined_domains(tmp_path: Path) -> None:
+    """As libvirt itself writes a definition."""
+    assert known_by(look("host")) == ["place"]
+    path = tmp_path / "domain.xml"
+    path.write_text(DOMAIN)
+    virsh("define", str(path))
+    try:
+        assert known_by(look("host")) == ["place", "definition"]
+    finally:
+        virsh("undefine", NAME)
+
+
+def test_the_limit_of_libvirts_daemon(unit: str) -> None:
+    drop_in(unit, f"LimitMEMLOCK={32 * MIB}:{48 * MIB}")
+    found = libvirt()
+    assert (found["pid"], found["memlock_bytes"], found["memlock_unlimited"]) == (None, 32 * MIB, False)
+    systemctl("start", unit)
+    found = libvirt()
+    assert resource.prlimit(found["pid"], resource.RLIMIT_MEMLOCK) == (32 * MIB, 48 * MIB)
+    assert (found["memlock_bytes"], found["memlock_unlimited"]) == (32 * MIB, False)
+    # Its own, whatever its unit says.
+    resource.prlimit(found["pid"], resource.RLIMIT_MEMLOCK, (24 * MIB, 48 * MIB))
+    assert libvirt()["memlock_bytes"] == 24 * MIB
+    systemctl("stop", unit)
+    drop_in(unit, "LimitMEMLOCK=infinity")
+    found = libvirt()
+    assert (found["memlock_bytes"], found["memlock_unlimited"]) == (None, True)
+
+
+def test_the_limits_of_sessions(unit: str) -> None:
+    assert ALICE not in [each["uid"] for each in libvirt()["sessions"]]
+    drop_in("user@.service", f"LimitMEMLOCK={24 * MIB}")
+    manager = f"user@{ALICE}.service"
+    try:
+        systemctl("start", manager)
+        [row] = [each for each in libvirt()["sessions"] if each["uid"] == ALICE]
+        hard = {"memlock_hard_bytes": 24 * MIB, "memlock_hard_unlimited": False}
+        assert row == {"uid": ALICE, "user": "alice", **hard}
+        # Its own, whatever its unit says. What it starts may raise a soft limit to that, and not above.
+        pid = int(systemctl("show", "-P", "MainPID", manager))
+        resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (MIB, 16 * MIB))
+        [row] = [each for each in libvirt()["sessions"] if each["uid"] == ALICE]
+        assert row["memlock_hard_bytes"] == 16 * MIB
+        run = ["systemd-run", "--user", "--quiet", "--wait", "--collect"]
+        for size, works in ((16 * MIB, True), (17 * MIB, False)):
+            raised = ["prlimit", f"--memlock={size}:{size}", "true"]
+            user = ["setpriv", f"--reuid={ALICE}", f"--regid={ALICE}", "--clear-groups"]
+            bus = ["env", f"XDG_RUNTIME_DIR=/run/user/{ALICE}"]
+            assert (subprocess.run([*user, *bus, *run, "--", *raised], check=False).returncode == 0) is works
+    finally:
+        systemctl("stop", manager)

@@ -1,0 +1,242 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import os
+import pwd
+from pathlib import Path
+
+import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt_files, _paths
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._libvirt_files import (
+    NOTHING_READ,
+    Abilities,
+    LibvirtFiles,
+    VmUser,
+    parse_emulator,
+    parse_setting,
+    parse_user,
+    read_libvirt_files,
+)
+
+OFFERS = b"\0 iommufd='yes'\0"
+SETS = b"\0failed to set memory accounting for iommufd\0"
+MACHINE = os.uname().machine
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands in for the root of a file system that has a libvirt."""
+    # The folder of the test belongs to whoever runs it.
+    monkeypatch.setattr(_paths, "_TRUSTED", (0, os.getuid()))
+    for name in ("_CONF", "_FOLDER", "_DEFINITIONS"):
+        monkeypatch.setattr(_libvirt_files, name, f"{tmp_path}{getattr(_libvirt_files, name)}")
+    (tmp_path / "etc/libvirt/qemu").mkdir(parents=True)
+    (tmp_path / "var/lib/libvirt/qemu").mkdir(parents=True)
+    return tmp_path
+
+
+def library(path: Path, *texts: bytes, before: int = 0) -> str:
+    path.write_bytes(b"\x7fELF" + b"x" * before + b"".join(texts) + b"x" * 100)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("texts", "abilities"),
+    [
+        ((), Abilities(False, False)),
+        ((OFFERS,), Abilities(True, False)),
+        ((b" iommufd='no'\0", b"Set iommufd rlimit mode to %s-based accounting"), Abilities(True, True)),
+        ((OFFERS, SETS), Abilities(True, True)),
+        # What names it and does nothing with it.
+        ((b"\0iommufd\0/dev/iommufd\0",), Abilities(False, False)),
+    ],
+)
+@pytest.mark.parametrize("before", [0, *range(2**20 - 60, 2**20 + 10, 7), 2**21])
+def test_what_a_library_can_do(host: Path, texts: tuple[bytes, ...], abilities: Abilities, before: int) -> None:
+    """Wherever in the file it says so."""
+    msgs: list[str] = []
+    assert _libvirt_files._abilities_of([library(host / "libvirt.so", *texts, before=before)], msgs) == abilities
+    assert msgs == []
+
+
+def test_libraries_that_differ_or_cannot_be_read(host: Path) -> None:
+    new, old = library(host / "a", OFFERS, SETS), library(host / "b")
+    for libraries, abilities, words in (
+        ([new, new], Abilities(True, True), ""),
+        ([new, old], Abilities(), f"is not known, and they differ: {host}/a, {host}/b."),
+        ([f"{host}/c"], Abilities(), f"What libvirt can do stands in {host}/c, and cannot be read (ENOENT"),
+        ([], Abilities(), ""),
+    ):
+        msgs: list[str] = []
+        assert _libvirt_files._abilities_of(libraries, msgs) == abilities
+        assert words in "".join(msgs)
+        assert bool(msgs) == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('user = "vm"', "vm"),
+        ("user='vm' # not \"root\"\n", "vm"),
+        ('\tuser\t=\t"+64055"\n', "+64055"),
+        ('user="""vm"""', "vm"),
+        ('user = ""', ""),
+        # The first one counts, as it does to libvirt.
+        ('user = "first"\nuser = "second"\n', "first"),
+        ('#user = "vm"\n   # user = "vm"\ngroup = "kvm"\n', None),
+        ('swtpm_user = "tss"\nuser_x = "a"\n', None),
+        ('cgroup_device_acl = [\n  "/dev/null",\n  "user", # user = "x"\n]\nuser = "vm"\n', "vm"),
+        ('a = "user = \'x\'"\nuser = "vm"', "vm"),
+        ("a = 1\nuser = 'vm'\nb = [ 'x' ]", "vm"),
+        ('a = """\nuser = "x"\n"""\nuser = "vm"', "vm"),
+        ('a = "#"\nuser = "vm"', "vm"),
+        ('a = \'it"s\'\nuser = "vm"', "vm"),
+        ("", None),
+    ],
+)
+def test_a_setting_of_qemu_conf(text: str, value: str | None) -> None:
+    assert parse_setting(text.encode(), b"user") == value
+
+
+@pytest.mark.parametrize("text", ["user = 64055", "user = vm", "user =", "user = [ 'vm' ]"])
+def test_a_setting_that_libvirt_refuses(text: str) -> None:
+    with pytest.raises(IommufdError, match="user is not followed by a text in quotes"):
+        parse_setting(text.encode(), b"user")
+
+
+@pytest.mark.parametrize(
+    ("setting", "user"),
+    [
+        ("root", VmUser("root", 0)),
+        ("+0", VmUser("root", 0)),
+        ("0", VmUser("root", 0)),
+        ("+4000000001", VmUser(None, 4000000001)),
+        ("4294967295", VmUser("4294967295", None)),
+        ("no-such\x1b", VmUser("no-such\\x1b", None)),
+        ("+root", VmUser("+root", None)),
+        ("a\0b", VmUser("a\\x00b", None)),
+        ("", VmUser("", None)),
+    ],
+)
+def test_a_user_by_name_or_number(setting: str, user: VmUser) -> None:
+    assert parse_user(setting) == user
+
+
+def test_a_name_goes_before_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = pwd.getpwnam("root")
+    monkeypatch.setattr(pwd, "getpwnam", {"100": root}.__getitem__)
+    assert parse_user("100") == VmUser("root", 0)
+    assert parse_user("101").uid == 101
+
+
+ME = VmUser(pwd.getpwuid(os.getuid()).pw_name, os.getuid())
+NOBODY = VmUser()
+
+
+@pytest.mark.parametrize(
+    ("conf", "owner", "runs", "user", "words"),
+    [
+        ("", 64055, True, VmUser(None, 64055), ""),
+        ("", 64055, False, VmUser(None, 64055), ""),
+        # It may have been made by a package; a daemon that runs has given it to root, though.
+        ("", 0, False, NOBODY, ""),
+        ("", 0, True, VmUser("root", 0), ""),
+        ("", None, True, NOBODY, ""),
+        ("user = '+7'", 64055, False, VmUser(pwd.getpwuid(7).pw_name, 7), ""),
+        ("user = '+64055'", 64055, True, VmUser(None, 64055), ""),
+        # The daemon that runs has not read that.
+        ("user = '+7'", 64055, True, VmUser(None, 64055), "has user +7, and the daemon took 64055 when it started"),
+        ("user = 'no-such'", None, False, VmUser("no-such", None), "has user no-such, whom this host does not know."),
+        ("user = 7", None, False, NOBODY, "cannot be read (user is not followed by a text in quotes)"),
+        ("user = 7", 64055, True, VmUser(None, 64055), ""),
+    ],
+)
+def test_who_vms_run_as(
+    host: Path, monkeypatch: pytest.MonkeyPatch, conf: str, owner: int | None, runs: bool, user: VmUser, words: str
+) -> None:
+    (host / "etc/libvirt/qemu.conf").write_text(conf)
+    monkeypatch.setattr(_libvirt_files, "_owner", lambda _since: owner)
+    msgs: list[str] = []
+    assert _libvirt_files._find_user(7.5 if runs else None, msgs) == user
+    assert words in "".join(msgs)
+    assert bool(msgs) == bool(words)
+
+
+def test_what_the_daemon_has_not_seen_since(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a user in qemu.conf, it is the one of the last run, unless qemu.conf had another one then."""
+    msgs: list[str] = []
+    conf = host / "etc/libvirt/qemu.conf"
+    conf.write_text("")
+    os.utime(conf, (0, 0))
+    status = (host / "var/lib/libvirt/qemu").stat()
+    last = ME if ME.uid else NOBODY
+    assert _libvirt_files._find_user(None, msgs) == last
+    os.utime(conf, (0, status.st_ctime + 1))
+    assert _libvirt_files._find_user(None, msgs) == NOBODY
+    # One that runs gives it to its user as soon as it has started.
+    assert _libvirt_files._find_user(status.st_ctime - 60, msgs) == ME
+    assert _libvirt_files._find_user(status.st_ctime + 60, msgs) == NOBODY
+    conf.unlink()
+    assert _libvirt_files._find_user(None, msgs) == last
+    monkeypatch.setattr(_libvirt_files, "_FOLDER", "/nowhere")
+    assert _libvirt_files._find_user(status.st_ctime, msgs) == NOBODY
+    assert msgs == []
+
+
+def test_a_qemu_conf_of_somebody_else_is_not_believed(host: Path) -> None:
+    conf = host / "etc/libvirt/qemu.conf"
+    conf.write_text('user = "root"')
+    conf.chmod(0o666)
+    msgs: list[str] = []
+    assert _libvirt_files._find_user(None, msgs) == NOBODY
+    assert f"{conf} can be written by everybody" in msgs[0]
+
+
+DOMAIN = """\
+<domain type='kvm'>
+  <os><type arch='{}' machine='q35'>hvm</type></os>
+  <devices>
+    <emulator>{}</emulator>
+  </devices>
+</domain>
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "emulator"),
+    [
+        (DOMAIN.format("x86_64", "/opt/qemu/bin/qemu"), "/opt/qemu/bin/qemu"),
+        (DOMAIN.format("s390x", "/opt/qemu/bin/qemu"), None),
+        (DOMAIN.format("x86_64", "relative"), None),
+        (DOMAIN.format("x86_64", "/a&amp;b"), None),
+        ("<domain/>", None),
+        ("", None),
+    ],
+)
+def test_the_emulator_of_a_definition(text: str, emulator: str | None) -> None:
+    assert parse_emulator(text.encode(), "x86_64") == emulator
+
+
+def test_all_that_is_read(host: Path) -> None:
+    """In a child, as the module has it."""
+    for name, path in (("a", "/opt/q"), ("b", "/usr/local/sbin/qemu"), ("c", "/opt/q")):
+        (host / f"etc/libvirt/qemu/{name}.xml").write_text(DOMAIN.format(MACHINE, path))
+    (host / "etc/libvirt/qemu.conf").write_text('user = "+4000000001"')
+    found = read_libvirt_files([library(host / "l", OFFERS, SETS)], None)
+    emulators = ("/opt/q", "/usr/local/sbin/qemu")
+    assert found == LibvirtFiles(Abilities(True, True), VmUser(None, 4000000001), emulators, ())
+    (host / "etc/libvirt/qemu/d.xml").symlink_to("nowhere")
+    assert "definitions of libvirt's domains cannot be read (ENOENT" in read_libvirt_files([], None).msgs[0]
+
+
+def test_files_that_nobody_answers_for(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It waits for somebody who writes.
+    os.mkfifo(host / "fifo")
+    monkeypatch.setattr(_libvirt_files, "_PATIENCE", 0.3)
+    found = read_libvirt_files([f"{host}/fifo"], None)
+    assert found._replace(msgs=()) == NOTHING_READ
+    assert found.msgs[0].startswith("libvirt's files were not read within 0.3 seconds.")
