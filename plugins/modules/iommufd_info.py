@@ -90,8 +90,9 @@ notes:
   - B(Bounds.) Any user may have descriptors and processes without end, so the module stops at a limit. It looks at
     262144 descriptors, 256 iommufds and 256 nodes of other devices of a process. Of a user, it looks at 1048576
     descriptors, 2500 processes that hold such things, and 4096 of the things. A process may delay the module for 10
-    seconds, and one user's processes may do so three times. Names are cut at 255 characters. RV(host.limits_of_view)
-    names what the module did not look at, and the accounting of such a process is V(null).
+    seconds, and one user's processes may do so three times, and again while the module compares what they hold. Names
+    are cut at 255 characters. RV(host.limits_of_view) names what the module did not look at, and the accounting of such
+    a process is V(null).
   - B(Threads.) Limits, capabilities and descriptors are those of a process's first thread.
 seealso:
   - plugin: virt.iommufd.memlock_fit
