@@ -812,7 +812,6 @@ from ..module_utils._iommufd import misc_rdev
 from ..module_utils._module import Row, finish, memlock_row
 from ..module_utils._process import (
     Limit,
-    exe_path,
     in_initial_namespace,
     own_status,
 )
@@ -868,8 +867,10 @@ def host_row(unseen: Unseen, paths: list[str], slow: bool, pids: list[int]) -> R
     groups = _host_facts.find_iommu_groups()
     device = device_row()
     libvirt = _libvirt.look_at_libvirt(run_command)
-    running = {pid: path for pid, path in zip(pids, map(exe_path, pids)) if path is not None}
-    emulators = _host_facts.find_emulators(paths, libvirt.files.emulators, running)
+    running = _host_facts.find_running(pids)
+    if running.more:
+        unseen.note("emulators", f"Of what processes execute, only {len(running.programs)} programs were looked at.")
+    emulators = _host_facts.find_emulators(paths, libvirt.files.emulators, running.programs)
     checks = readiness(
         module,
         device["present"],
