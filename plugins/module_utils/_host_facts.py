@@ -20,10 +20,11 @@ from ._capabilities import FileCapabilities, parse_file_capabilities, read_xattr
 from ._change import can_be_set
 from ._child import NoAnswer, ask_child, in_child
 from ._device import new_iommufd
-from ._errors import IommufdError, error_text, shown_path
+from ._errors import HostLacks, IommufdError, error_text, shown_path
 from ._iommufd import RLIMIT_MODE, IommuFd, misc_rdev, vfio_container_is_iommufd
 from ._names import group_name, owner_name
 from ._paths import Untrusted, Writer, check_writers, walk
+from ._syscalls import file_id
 
 __all__ = (
     "ABSENT",
@@ -33,6 +34,7 @@ __all__ = (
     "Emulator",
     "Node",
     "OwnIommufd",
+    "Running",
     "Vfio",
     "VfioNode",
     "ask_vfio_container",
@@ -41,6 +43,7 @@ __all__ = (
     "find_iommu_groups",
     "find_iommus",
     "find_module",
+    "find_running",
     "find_vdpa_nodes",
     "find_vfio_nodes",
     "has_iommu",
@@ -67,6 +70,9 @@ _MOUNTINFO = "/proc/self/mountinfo"
 _PATIENCE = 10
 _EMULATORS = ("/usr/bin/qemu-system-*", "/usr/libexec/qemu-kvm")
 _KUBELET = "/var/lib/kubelet"
+# How many programs of processes are looked at, and of how many processes each.
+_RUNNING_MAX = 32
+_PIDS_MAX = 3
 
 # How an emulator is known: at a usual place, by an option of the task, from a process, from a domain's definition.
 PLACE = "place"
@@ -295,26 +301,53 @@ class Emulator(NamedTuple):
 
 
 class _Hint(NamedTuple):
-    """A path that may be an emulator's, and how it is known. `pid`: the process that executes what is there."""
+    """A path that may be an emulator's, and how it is known. `pids`: processes that execute what they have there."""
 
     path: str
     known_by: str
-    pid: int | None = None
+    pids: tuple[int, ...] = ()
+
+
+class Running(NamedTuple):
+    """The programs that look like emulators, by their paths as the processes have them, and some that execute each.
+
+    `more`: there are others.
+    """
+
+    programs: dict[str, tuple[int, ...]]
+    more: bool = False
+
+
+def find_running(executed: Mapping[int, str]) -> Running:
+    """What processes execute, each path once. Users choose what they execute, and how many, so it has bounds.
+
+    `executed`: the path of the program of each process, by its id.
+    """
+    programs: dict[str, tuple[int, ...]] = {}
+    more = False
+    for pid, path in executed.items():
+        # A VMM that is not QEMU, or a launcher, holds an iommufd, too.
+        if "qemu" not in os.path.basename(path):
+            continue
+        if path in programs or len(programs) < _RUNNING_MAX:
+            programs[path] = (*programs.get(path, ()), pid)[:_PIDS_MAX]
+        else:
+            more = True
+    return Running(programs, more)
 
 
 def find_emulators(
-    given: Sequence[str], defined: Sequence[str] = (), running: Mapping[int, str] = MappingProxyType({})
+    given: Sequence[str], defined: Sequence[str] = (), running: Mapping[str, Sequence[int]] = MappingProxyType({})
 ) -> list[Emulator]:
     """The emulators at the usual places, those given, defined for domains, and running, each file once.
 
-    `running` are the paths of what processes execute, by the processes' ids. Nothing is executed. It is done in a
-    child, since a path may lead to a mount whose server does not answer for ever.
+    `running` is as `find_running` gives it. Nothing is executed. It is done in a child, since a path may lead to a
+    mount whose server does not answer for ever.
     """
     usual = sorted(path for pattern in _EMULATORS for path in glob.glob(pattern))
     left = [_Hint(path, PLACE) for path in usual] + [_Hint(path, OPTION) for path in given]
     left += [_Hint(path, DEFINITION) for path in defined]
-    # A VMM that is not QEMU, or a launcher, holds an iommufd, too.
-    left += [_Hint(path, PROCESS, pid) for pid, path in running.items() if "qemu" in os.path.basename(path)]
+    left += [_Hint(path, PROCESS, tuple(pids)) for path, pids in running.items()]
     found: dict[str, Emulator] = {}
     while left:
         try:
@@ -327,6 +360,10 @@ def find_emulators(
             hint, *left = left
             path = hint.path
             msg = f"{shown_path(path)} was not found within {_PATIENCE} seconds. Is it on a mount whose server is gone?"
+            if hint.pids:
+                # Whoever has a process execute that may have others keep us waiting, too.
+                left = []
+                msg += " Nothing else that runs was looked at after that."
             _add(found, Emulator(path, False, None, msg), hint)
     return list(found.values())
 
@@ -339,8 +376,8 @@ def _add(found: dict[str, Emulator], emulator: Emulator, hint: _Hint) -> None:
 
 def _look_at_emulators(hints: list[_Hint]) -> Iterator[Any]:
     """What is at these paths, in the form that it comes from a child in; None for what is not meant."""
-    for path, _known_by, pid in hints:
-        yield _look_at_emulator(path) if pid is None else _look_at_running(path, pid)
+    for path, _known_by, pids in hints:
+        yield _look_at_running(path, pids) if pids else _look_at_emulator(path)
 
 
 def _from_json(given: Any) -> Emulator:
@@ -354,15 +391,19 @@ def _from_json(given: Any) -> Emulator:
     )
 
 
-def _look_at_running(path: str, pid: int) -> Emulator | None:
-    """What a process executes; None where that is another file than the one here, as in a container."""
+def _look_at_running(path: str, pids: Sequence[int]) -> Emulator | None:
+    """What processes execute; None where that is another file than the one here, as in a container."""
     emulator = _look_at_emulator(path)
-    try:
-        if emulator.writer is None and not os.path.samefile(f"/proc/{pid}/exe", path):
-            return None
-    except OSError:
-        return None
-    return emulator
+    # What it is is not looked at where somebody else decides that.
+    if emulator.writer is not None or any(_executes(pid, emulator.path) for pid in pids):
+        return emulator
+    return None
+
+
+def _executes(pid: int, path: str) -> bool:
+    with contextlib.suppress(OSError, HostLacks):
+        return file_id(f"/proc/{pid}/exe") == file_id(path)
+    return False
 
 
 def _look_at_emulator(path: str) -> Emulator:

@@ -994,8 +994,8 @@ def uids_of(users: list[str] | None) -> set[int] | None:
     return found
 
 
-def host_row(unseen: Unseen, paths: list[str], slow: bool, running: dict[int, str]) -> Row:
-    """What the host supports; `slow` with what takes seconds or wakes a service. `running`: programs by pid."""
+def host_row(unseen: Unseen, paths: list[str], slow: bool, executed: dict[int, str]) -> Row:
+    """What the host supports; `slow` with what takes seconds or wakes a service. `executed`: programs by pid."""
     # A look at processes alone needs it not, and a module pays for each import on each host anew.
     from ..module_utils import _libvirt
     from ..module_utils._readiness import readiness
@@ -1008,7 +1008,10 @@ def host_row(unseen: Unseen, paths: list[str], slow: bool, running: dict[int, st
     groups = _host_facts.find_iommu_groups()
     device = device_row()
     libvirt = _libvirt.look_at_libvirt(run_command)
-    emulators = _host_facts.find_emulators(paths, libvirt.files.emulators, running)
+    running = _host_facts.find_running(executed)
+    if running.more:
+        unseen.note("emulators", f"Of what processes execute, only {len(running.programs)} programs were looked at.")
+    emulators = _host_facts.find_emulators(paths, libvirt.files.emulators, running.programs)
     checks = readiness(
         module,
         device["present"],
@@ -1418,8 +1421,8 @@ def run(params: Row, _check_mode: bool, result: Row) -> None:
         found = {"processes": processes, "users": users}
         result.update({name: found[name] for name in found if name in subsets})
     if subsets & {"host", "emulators"}:
-        running = {each["pid"]: each["emulator"] for each in processes if each["emulator"] is not None}
-        host.update(host_row(unseen, params["emulators"], "emulators" in subsets, running))
+        executed = {each["pid"]: each["emulator"] for each in processes if each["emulator"] is not None}
+        host.update(host_row(unseen, params["emulators"], "emulators" in subsets, executed))
 
 
 def run_patiently(words: list[str]) -> tuple[int, str, str]:

@@ -16,6 +16,7 @@ from ._host_info import daemon_is_barred, has_iommufd, has_libvirt, own_emulator
 from ._plan_errors import (
     check_errors,
     input_errors,
+    is_name,
     memlock_bytes,
     privilege_errors,
     strategy_errors,
@@ -144,7 +145,8 @@ def _user(config: Row, libvirt: Row, check: Row | None) -> str:
     libvirt's is the one that it shows to have, else the one that it has on hosts of this distribution.
     """
     if config["user"] or has_libvirt(libvirt):
-        return str(config["user"] or libvirt["user"] or config["libvirt_user"])
+        shown = libvirt["user"] if libvirt["uid"] is not None and is_name(libvirt["user"] or "") else ""
+        return str(config["user"] or shown or config["libvirt_user"])
     users = [each["user"] for each in check["units"] if each["user"]] if check else []
     return users[0] if users else "root"
 

@@ -17,6 +17,7 @@ from ._host_info import daemon_cure, daemon_is_barred, has_iommufd
 __all__ = (
     "check_errors",
     "input_errors",
+    "is_name",
     "memlock_bytes",
     "privilege_errors",
     "strategy_errors",
@@ -52,9 +53,14 @@ def input_errors(config: Mapping[str, Any]) -> list[str]:
     if config["device_mode"] and not re.fullmatch("0?[0-7]{3}", config["device_mode"]):
         errors.append(f"iommufd_host_device_mode, {config['device_mode']!r}, is not an octal mode such as 0660.")
     for name in ("device_group", "user"):
-        if config[name] and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?", config[name]):
+        if config[name] and not is_name(config[name]):
             errors.append(f"iommufd_host_{name}, {config[name]!r}, is not a name.")
     return errors
+
+
+def is_name(text: str) -> bool:
+    """Whether that can be the name of a user or a group. It goes into files of udev's, among others."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?", text) is not None
 
 
 def privilege_errors(caller: Mapping[str, Any]) -> list[str]:

@@ -8,12 +8,13 @@ import errno
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _device, _host_facts
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._host_facts import Emulator, Node, Vfio, VfioNode
+from ansible_collections.virt.iommufd.plugins.module_utils._host_facts import Emulator, Node, Running, Vfio, VfioNode
 from ansible_collections.virt.iommufd.plugins.module_utils._paths import Writer
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -235,26 +236,49 @@ def test_emulators_are_named_once_each(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_emulators_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a container has another file at that path, or a launcher runs, it is left out."""
+    """Where a container has another file at that path, or it was replaced since, it is left out."""
     monkeypatch.setattr(_host_facts, "_EMULATORS", ())
-    python = os.path.realpath(f"/proc/{os.getpid()}/exe")
-    shutil.copy("/bin/sleep", tmp_path / "qemu")
+    path = f"{tmp_path}/qemu"
+    shutil.copy("/bin/sleep", path)
     write(tmp_path / "my-qemu")
     (tmp_path / "my-qemu").chmod(0o755)
-    with subprocess.Popen([str(tmp_path / "qemu"), "60"]) as runs:
+    with subprocess.Popen([path, "60"]) as runs:
         try:
-            running = {runs.pid: f"{tmp_path}/qemu", os.getpid(): python}
-            found = _host_facts.find_emulators([], [f"{tmp_path}/qemu"], running)
-            assert found == [Emulator(f"{tmp_path}/qemu", True, known_by=("definition", "process"))]
-            assert _host_facts.find_emulators([], [], {runs.pid: f"{tmp_path}/my-qemu"}) == []
-            assert _host_facts.find_emulators([], [], {runs.pid: f"{tmp_path}/no-qemu"}) == []
-            assert _host_facts.find_emulators([], [], {2147483647: f"{tmp_path}/qemu"}) == []
-            # It was replaced since.
-            (tmp_path / "qemu").unlink()
+            executed = {runs.pid: path, os.getpid(): "/usr/bin/python3"}
+            assert _host_facts.find_running(executed) == Running({path: (runs.pid,)})
+            found = _host_facts.find_emulators([], [path], {path: [1, runs.pid]})
+            assert found == [Emulator(path, True, known_by=("definition", "process"))]
+            for name, pid in (("my-qemu", runs.pid), ("no-qemu", runs.pid), ("qemu", os.getpid()), ("qemu", 2**31 - 1)):
+                assert _host_facts.find_emulators([], [], {f"{tmp_path}/{name}": [pid]}) == []
+            os.unlink(path)
             write(tmp_path / "qemu")
-            assert _host_facts.find_emulators([], [], {runs.pid: f"{tmp_path}/qemu"}) == []
+            assert _host_facts.find_emulators([], [], {path: [runs.pid]}) == []
         finally:
             runs.kill()
+
+
+def test_what_runs_is_looked_at_within_bounds() -> None:
+    """A user may execute any number of programs, under any names."""
+
+    def executed(*pids: int) -> dict[int, str]:
+        return {pid: f"/home/vm/qemu{pid % 1000}" for pid in pids}
+
+    assert len(_host_facts.find_running(executed(*range(32))).programs) == 32
+    found = _host_facts.find_running(executed(*range(2000), 3000, 4000))
+    assert (len(found.programs), found.programs["/home/vm/qemu0"], found.more) == (32, (0, 1000, 3000), True)
+    assert not _host_facts.find_running(executed(1, 1001)).more
+
+
+def test_what_runs_and_keeps_us_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(path: str) -> Emulator:
+        time.sleep(60)
+        return Emulator(path, True)
+
+    monkeypatch.setattr(_host_facts, "_look_at_emulator", wait)
+    monkeypatch.setattr(_host_facts, "_PATIENCE", 0.3)
+    monkeypatch.setattr(_host_facts, "_EMULATORS", ())
+    (found,) = _host_facts.find_emulators([], [], {f"{tmp_path}/qemu{number}": [1] for number in range(5)})
+    assert found.msg.endswith("Nothing else that runs was looked at after that.")
 
 
 def test_an_emulator_that_nobody_answers_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,20 +49,20 @@ def test_every_field_is_documented_and_there(
 
 
 def test_emulators_that_run(
-    run: Run, alone: FakeKernel, child: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, alone: FakeKernel, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are those of the processes that are reported."""
-    asked: list[dict[int, str]] = []
+    asked: list[list[int]] = []
 
-    def find(_given: list[str], _defined: list[str], running: dict[int, str]) -> list[_host_facts.Emulator]:
-        asked.append(running)
-        return [_host_facts.Emulator("/opt/qemu", True, known_by=("process",))]
+    def find(pids: list[int]) -> _host_facts.Running:
+        asked.append(pids)
+        return _host_facts.Running({"/opt/vm/qemu": (1,)}, bool(pids))
 
-    monkeypatch.setattr(_host_facts, "find_emulators", find)
-    (row,) = run()["host"]["qemu"]
-    assert (row["path"], row["known_by"]) == ("/opt/qemu", ["process"])
+    monkeypatch.setattr(_host_facts, "find_running", find)
+    limits = run()["host"]["limits_of_view"]
     run(gather_subset=["host"])
-    assert asked == [{child.pid: os.path.realpath(f"/proc/{child.pid}/exe")}, {}]
+    assert asked == [[child.pid], []]
+    assert "Of what processes execute, only 1 programs were looked at." in [each["why"] for each in limits]
 
 
 def test_narrowed_to_users(run: Run, alone: FakeKernel, child: subprocess.Popen[bytes]) -> None:

@@ -24,7 +24,7 @@ QEMU = "/usr/bin/qemu-system-x86_64"
 
 def libvirt(unit: str | None, version: str | None, sets: bool | None, reason: str, **fields: Any) -> Row:
     found = {"unit": unit, "version": version, "sets_rlimit_mode": sets, "reason": reason}
-    found |= {"user": None}
+    found |= {"user": None, "uid": None}
     abilities: Row = {"supports_iommufd": sets, "starts_iommufd_domains": sets, "cap_sys_resource": True, "drop_in": []}
     return {**found, **abilities, **fields}
 
@@ -114,8 +114,12 @@ def content(made: Row, path: str) -> list[str]:
         (UNSURE, [unit("vm1.service")], {"units": ["vm1"]}, "libvirt-qemu"),
         (OLD, [], {"user": "alice"}, "alice"),
         # What libvirt shows goes before what it has on hosts of this distribution.
-        ({**OLD, "user": "vm"}, [], {}, "vm"),
-        ({**OLD, "user": "vm"}, [], {"user": "alice"}, "alice"),
+        ({**OLD, "user": "vm", "uid": 7}, [], {}, "vm"),
+        ({**OLD, "user": "vm", "uid": 7}, [], {"user": "alice"}, "alice"),
+        # A user that the host does not have, one without a name, and what is no name.
+        ({**OLD, "user": "vm"}, [], {}, "libvirt-qemu"),
+        ({**OLD, "uid": 7}, [], {}, "libvirt-qemu"),
+        ({**OLD, "user": 'x", RUN+="rm', "uid": 7}, [], {}, "libvirt-qemu"),
         # Without libvirt there is no user of that name.
         (NO_LIBVIRT, [], {}, "root"),
         (NO_LIBVIRT, [unit("vm1.service")], {"units": ["vm1"]}, "vm"),
