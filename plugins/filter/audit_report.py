@@ -86,7 +86,7 @@ _value:
         not_ready:
           description:
             - What must be there before a VM with iommufd can start, and is not, or may not be, as in
-              C(host.readiness) of M(virt.iommufd.iommufd_info). What KubeVirt alone needs is left out.
+              C(host.readiness) of M(virt.iommufd.iommufd_info).
           type: list
           elements: dict
         vms:

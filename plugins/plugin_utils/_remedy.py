@@ -49,8 +49,10 @@ def verdict_of(process: Row, user: Row | None) -> str:
         return OVER_LIMIT
     if process["accounting"] is None:
         return UNKNOWN
-    risk = user["at_risk"] if user and charges_user(process) else False
-    return UNKNOWN if risk is None else AT_RISK if risk else OK
+    risk = user["at_risk"] if user else False
+    if risk is False or not charges_user(process):
+        return OK
+    return UNKNOWN if risk is None else AT_RISK
 
 
 def remedy_of(verdict: str, process: Row, user: Row | None, libvirt: Row) -> str:

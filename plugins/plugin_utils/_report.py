@@ -31,9 +31,6 @@ from ._report_text import show_end, show_host
 
 __all__ = ("audit_report",)
 
-# What begins so in host.readiness matters to the nodes of KubeVirt alone.
-KUBEVIRT = "kubevirt"
-
 Row = dict[str, Any]
 
 
@@ -58,8 +55,7 @@ def describe_host(result: Any) -> Row:
         else:
             vms.append(describe_vm(process, users, libvirt))
     limits = list(host["limits_of_view"])
-    readiness = [each for each in host.get("readiness") or () if not each["what"].startswith(KUBEVIRT)]
-    not_ready = [each for each in readiness if each["ready"] is not True]
+    not_ready = [each for each in host.get("readiness") or () if each["ready"] is not True]
     hidden = any(limit["what"] in UNSEEN for limit in limits)
     status, (verdict, summary) = OK, sum_up(vms, hidden)
     module = host.get("module", "")

@@ -62,6 +62,10 @@ def host(recorded: Row, number: int, vms: int) -> Row:
 def vm(model: Row, what: str, host_number: int, number: int) -> Row:
     """One of its VMs, the first of which has what is the matter with the host."""
     made = {**copy.deepcopy(model), "name": f"vm{host_number}-{number}", "pid": 4242 + number}
+    # What was not told yet when that was recorded.
+    counter = {"user": "user", "process": "mm_locked"}[model["accounting"]]
+    counted = {"counter": counter, "held_bytes": model["charged_bytes"], "headroom_bytes": model["headroom_bytes"]}
+    made.update(holder=False, backends=["iommufd"], counter=counter, counters=[{**counted, "backends": ["iommufd"]}])
     if number == 0 and what == "over limit":
         made["headroom_bytes"] = -4096
     if number == 0 and what == "unknown":
