@@ -23,6 +23,8 @@ SCREEN = 21
 # So many of these tell what to do, and so many of those for one sentence.
 REMEDIES = 8
 REMEDY = 5
+# And so many count the hosts that are not named.
+REST = 2
 
 Row = dict[str, Any]
 
@@ -117,28 +119,27 @@ def show_end(hosts: Mapping[str, Row]) -> list[str]:
     """The end of the report, which fits a screen: the verdicts counted, the worst hosts named, and what to do."""
     if not hosts:
         return []
-    counts = wrap(count_hosts(hosts.values()), WIDTH)
+    vms = words.counted(sum(len(host["vms"]) for host in hosts.values()), "VM")
+    counts = wrap(f"{words.counted(len(hosts), 'host')} with {vms}: {count_verdicts(hosts.values())}", WIDTH)
     remedies = show_remedies(hosts.values())
     room = SCREEN - len(counts) - len(remedies)
     # sorted() leaves those that are alike in the order of the inventory.
     worst_first = sorted(hosts, key=lambda name: words.HOST_VERDICTS.index(hosts[name]["verdict"]))
-    named = worst_first if len(hosts) <= room else worst_first[: room - 1]
+    named = worst_first if len(hosts) <= room else worst_first[: room - REST]
     rest = [hosts[name] for name in worst_first[len(named) :]]
+    more = f"... and {words.counted(len(rest), 'host')} more: {count_verdicts(rest)}" if rest else ""
     return [
         *counts,
         *(sum_up_host(name, hosts[name]) for name in named),
-        *([cut(f"... and {count_hosts(rest)}", WIDTH)] if rest else []),
+        *wrap(more, WIDTH, max_lines=REST, placeholder="..."),
         *remedies,
     ]
 
 
-def count_hosts(hosts: Iterable[Row]) -> str:
-    """How many hosts there are with how many VMs, and how many have which verdict, the worst first."""
-    hosts = list(hosts)
+def count_verdicts(hosts: Iterable[Row]) -> str:
+    """How many of the hosts have which verdict, the worst first."""
     count = Counter(host["verdict"] for host in hosts)
-    vms = sum(len(host["vms"]) for host in hosts)
-    verdicts = ", ".join(f"{count[verdict]} {verdict}" for verdict in words.HOST_VERDICTS if count[verdict])
-    return f"{words.counted(len(hosts), 'host')} with {words.counted(vms, 'VM')}: {verdicts}"
+    return ", ".join(f"{count[verdict]} {verdict}" for verdict in words.HOST_VERDICTS if count[verdict])
 
 
 def show_remedies(hosts: Iterable[Row]) -> list[str]:

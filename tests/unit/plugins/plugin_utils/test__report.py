@@ -577,8 +577,11 @@ def test_the_end_of_a_thousand_hosts_fits_a_screen() -> None:
         "kvm0002: 8 VMs, 1 over limit: vm2-0; 7 ok",
     ]
     (rest,) = [number for number, line in enumerate(end) if line.startswith("... and ")]
-    assert end[rest].startswith(f"... and {1000 - (rest - 2)} hosts with ")
-    assert end[rest + 1].startswith("160 VMs: At its next start put iommufd-exec in front of its VMM")
+    assert end[rest : rest + 2] == [
+        f"... and {1000 - (rest - 2)} hosts more: 20 at risk, 10 unknown, 10 failed, 10",
+        "unreachable, 10 not ready, 10 no iommufd, 910 ok, 10 no VMs",
+    ]
+    assert end[rest + 2].startswith("160 VMs: At its next start put iommufd-exec in front of its VMM")
 
 
 @pytest.mark.parametrize("results", [None, "text", [], [info()]])
