@@ -14,7 +14,7 @@ from ..plugin_utils._report import audit_report
 
 DOCUMENTATION = r"""
 name: audit_report
-short_description: Report how the running VMs of many hosts are accounted
+short_description: Report how the running VMs of many hosts are accounted, and what to do where they are at risk
 version_added: 0.1.0
 author:
   - The virt.iommufd contributors (@virt-iommufd)
@@ -26,7 +26,7 @@ options:
     description:
       - The names of hosts, and for each what a task with M(virt.iommufd.iommufd_info) registered, also a failure.
       - Its O(virt.iommufd.iommufd_info#module:gather_subset) must have V(processes), and should have V(host) and
-        V(users), as by default.
+        V(users), as by default. What a result lacks is unknown.
     type: dict
     required: true
 notes:
@@ -83,8 +83,14 @@ _value:
           description: What was not seen there, as in RV(virt.iommufd.iommufd_info#module:host.limits_of_view).
           type: list
           elements: dict
+        not_ready:
+          description:
+            - What must be there before a VM with iommufd can start, and is not, or may not be, as in
+              C(host.readiness) of M(virt.iommufd.iommufd_info).
+          type: list
+          elements: dict
         vms:
-          description: The processes that hold an iommufd, or may hold one.
+          description: The processes that hold an iommufd, a legacy container or a vDPA device, or may hold one.
           type: list
           elements: dict
           contains:
@@ -100,12 +106,24 @@ _value:
               description: The name of its user, or the id where that has none.
               type: str
               sample: libvirt-qemu
+            backends:
+              description: What it has its devices by, V(iommufd), V(legacy) or V(vdpa); V(null) if unknown.
+              type: list
+              elements: str
+              sample: [iommufd]
             accounting:
               description: Who is charged for what it pins, V(user), V(process) or V(none); V(null) if unknown.
               type: str
               sample: user
+            counter:
+              description:
+                - The counter that is full next. V(user) is that of its user. V(mm_locked) and V(mm_pinned) are its own,
+                  which C(/proc/PID/status) has as C(VmLck) and C(VmPin).
+                - V(null) where none is checked, or where that is unknown.
+              type: str
+              sample: user
             pinned_bytes:
-              description: The memory that it has pinned.
+              description: The memory that it has pinned, also by the legacy container.
               type: int
               sample: 67371008
             limit_bytes:
@@ -122,7 +140,7 @@ _value:
               sample: 37486592
             verdict:
               description:
-                - V(over limit) where more is charged than its limit allows, so that it cannot pin anything more.
+                - V(over limit) where a counter holds more than its limit allows, so that it cannot pin anything more.
                 - V(at risk) where it is charged to its user, and another VM as large as the user's largest would not
                   fit.
                 - V(unknown) where its accounting is unknown, or whether another VM would fit.
@@ -130,15 +148,48 @@ _value:
                 - V(ok) otherwise. What is charged is within its limit.
               type: str
               sample: at risk
+            remedy:
+              description:
+                - What to do where it is V(over limit) or V(at risk), in one sentence.
+                - For V(unknown), what would tell. Empty otherwise.
+              type: str
+              sample: >-
+                At its next start have libvirt set the rlimit mode: name iommufd by <driver name='vfio' iommufd='yes'/>
+                in its <hostdev>, and not in <qemu:commandline>.
             notes:
               description: What makes these values uncertain, in sentences.
               type: list
               elements: str
               sample: []
+        holders:
+          description:
+            - Processes that are no VMs. Another process has all that they hold, and they have pinned nothing, as a
+              launcher that keeps its copy of a VM's iommufd.
+          type: list
+          elements: dict
+          contains:
+            name:
+              description: What it is called, as a VM is.
+              type: str
+              sample: launcher (812)
+            pid:
+              description: Its process id.
+              type: int
+              sample: 812
+            user:
+              description: The name of its user, or the id where that has none.
+              type: str
+              sample: root
+            backends:
+              description: What it holds, as that of a VM.
+              type: list
+              elements: str
+              sample: [iommufd]
         verdict:
           description:
             - The first of V(over limit), V(at risk), V(unknown), V(ok) and V(not limited) that one of its VMs has.
-            - V(no VMs) where it has none, or V(unknown) where it may have some that were not seen.
+            - V(no VMs) where it has none, V(unknown) where it may have some that were not seen, or V(not ready) where
+              it has none and one with iommufd could not start.
             - V(no iommufd), V(failed) or V(unreachable) as in RV(_value.hosts.status).
           type: str
           sample: at risk
@@ -147,15 +198,37 @@ _value:
           type: str
           sample: "3 VMs, 2 at risk: vm1, vm2; 1 not limited"
     lines:
-      description: The report as text, a table for each host and then a line for each, none longer than 72 characters.
+      description:
+        - The report as text, no line longer than 72 characters. First it has a table for each host, and below that what
+          to do, what is uncertain, and what the host lacks. RV(_value.end) follows.
       type: list
       elements: str
       sample:
         - kvm1
-        - VM   user          accounting  pinned  limit  headroom  verdict
-        - vm1  libvirt-qemu  user         64.2M   100M     35.8M  at risk
+        - VM   backend  counter  pinned  limit  headroom  verdict
+        - vm1  iommufd  user      64.2M   100M     35.8M  at risk
+        - All of user libvirt-qemu.
+        - "vm1: At its next start have libvirt set the rlimit mode: name iommufd by"
+        - <driver name='vfio' iommufd='yes'/> in its <hostdev>, and not in
+        - <qemu:commandline>.
         - ""
+        - "1 host with 1 VM: 1 at risk"
         - "kvm1: 1 VM, 1 at risk: vm1"
+        - "1 VM: At its next start have libvirt set the rlimit mode: name iommufd"
+        - by <driver name='vfio' iommufd='yes'/> in its <hostdev>, and not in
+        - <qemu:commandline>.
+    end:
+      description:
+        - The end of it, which fits a screen of 24 lines for any number of hosts. It counts the hosts by their verdicts,
+          has a line for each of the worst, and counts the rest. Then it tells what to do for most VMs.
+      type: list
+      elements: str
+      sample:
+        - "1 host with 1 VM: 1 at risk"
+        - "kvm1: 1 VM, 1 at risk: vm1"
+        - "1 VM: At its next start have libvirt set the rlimit mode: name iommufd"
+        - by <driver name='vfio' iommufd='yes'/> in its <hostdev>, and not in
+        - <qemu:commandline>.
 """
 
 

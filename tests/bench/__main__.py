@@ -5,8 +5,9 @@
 """Measures the modules against their budgets, in the lab's guest `fallback`, which must be up: `make bench`.
 
 Emulation makes every absolute time meaningless, and so does whatever else the machine does. So a budget is a ratio of
-two medians, and what is compared takes turns. The launcher alone has a budget in milliseconds, of processor time, and
-is measured on this machine itself. Exits with 1 if a budget is missed.
+two medians, and what is compared takes turns. Two have a budget of processor time, and are measured on this machine
+itself: the launcher, and the audit's report of many hosts, which has one of memory, too. Exits with 1 if a budget is
+missed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -58,6 +60,8 @@ FEW, MANY, ALL = "200:10", "2000:100", "2000:2000"
 HOSTS = 100
 # A host on which nothing is to be seen would be no measure; this many VMs it has.
 VMS = 10
+# A fleet, and the VMs of each of its hosts.
+FLEET, ITS_VMS = 1000, 8
 MIB = 2**20
 
 # A query against ping, by the connection.
@@ -300,12 +304,88 @@ def bench_launcher(rounds: int) -> Iterator[Finding]:
     yield Finding("iommufd-exec, start-up", "processor time", median(spent[1:]), 150, "ms", detail=detail)
 
 
+def bench_audit(rounds: int) -> Iterator[Finding]:
+    """What it costs the controller to make the audit's report of a fleet, twice: to print it, and to write it.
+
+    Only the module is a stand-in, so that the results come in the way that they always do.
+    """
+    measured = [audit_fleet(name) for _each in range(max(1, rounds // 4)) for name in ("audit.json", "audit.txt")]
+    spent, passed, memory = (max(row[column] for row in measured) for column in range(3))
+    what = f"the audit's report of {FLEET:,} hosts with {ITS_VMS} VMs each"
+    yield Finding(what, "processor time", spent, 10, "s", detail=f"{passed:.1f} s passed meanwhile")
+    yield Finding(what, "peak memory", memory / MIB, 500, "MiB")
+
+
+def audit_fleet(name: str) -> tuple[float, float, float]:
+    """Runs the audit of a fleet with a file of that name.
+
+    Returns the processor time and the time that passed from the last answer on, in seconds, and the most memory that
+    one of its processes had, in bytes.
+    """
+    sys.path.insert(0, str(Path(sys.prefix) / "tree"))
+    from ansible_collections.virt.iommufd.tests.bench.fleet import fleet
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        collection = folder / "ansible_collections" / "virt" / "iommufd"
+        for part in ("meta", "playbooks", "plugins"):
+            shutil.copytree(ROOT / part, collection / part, ignore=shutil.ignore_patterns("__pycache__"))
+        (collection / "plugins" / "action").mkdir()
+        shutil.copy(ROOT / "tests" / "bench" / "answer.py", collection / "plugins" / "action" / "iommufd_info.py")
+        results, log, report = folder / "results", folder / "log", folder / name
+        results.mkdir()
+        log.touch()
+        hosts = fleet(FLEET, ITS_VMS)
+        for host, result in hosts.items():
+            (results / host).write_text(json.dumps(result), encoding="utf-8")
+        variables = {"results": str(results), "ansible_connection": "local"}
+        inventory = {"all": {"hosts": dict.fromkeys(hosts), "vars": variables}}
+        (folder / "inventory.yml").write_text(json.dumps(inventory), encoding="utf-8")
+        environment = {
+            **os.environ,
+            "ANSIBLE_COLLECTIONS_PATH": str(folder),
+            "ANSIBLE_CALLBACK_RESULT_FORMAT": "yaml",
+            "ANSIBLE_LOCALHOST_WARNING": "false",
+            "ANSIBLE_LOG_PATH": str(log),
+        }
+        ansible = str(Path(sys.executable).with_name("ansible-playbook"))
+        options = ["-e", f"audit_dest={report}", "-e", "audit_become=false"]
+        words = [ansible, "-i", "inventory.yml", "virt.iommufd.audit", *options]
+        with subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.DEVNULL) as process:
+            until_logged(log, "TASK [Report how the VMs are accounted]", process.pid)
+            began, before = time.monotonic(), spent_by(process.pid)
+            _pid, status, usage = os.wait4(process.pid, 0)
+            passed, spent = time.monotonic() - began, usage.ru_utime + usage.ru_stime - before
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode or not report.stat().st_size:
+            raise RuntimeError(f"the audit failed: {log.read_text('utf-8')[-2000:]}")
+    return spent, passed, usage.ru_maxrss * 1024
+
+
+def until_logged(log: Path, words: str, pid: int) -> None:
+    """Waits until Ansible logs these words, or ends."""
+    seen = ""
+    with log.open(encoding="utf-8") as stream:
+        while words not in seen and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            time.sleep(0.02)
+            seen = seen[-len(words) :] + stream.read()
+
+
+def spent_by(pid: int) -> float:
+    """The processor time of a process and of those of its children that have ended, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
 BENCHES: dict[str, Callable[[int], Iterator[Finding]]] = {
     "task": bench_task,
     "processes": bench_processes,
     "hosts": bench_hosts,
     "launcher": bench_launcher,
+    "audit": bench_audit,
 }
+# What needs no guest.
+HERE = {"launcher", "audit"}
 
 
 def table(findings: list[Finding]) -> str:
@@ -333,7 +413,7 @@ def main() -> int:
     options = parser.parse_args()
     findings: list[Finding] = []
     chosen = options.only or list(BENCHES)
-    if chosen != ["launcher"]:
+    if not HERE.issuperset(chosen):
         prepare()
     for name in chosen:
         print(f"bench: {name}", file=sys.stderr)

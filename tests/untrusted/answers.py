@@ -70,6 +70,11 @@ def process(accounting: str | None, **fields: Any) -> Row:
         "memlock_bytes": 104857600,
         "memlock_unlimited": False,
         "accounting": accounting,
+        "emulator": "*",
+        "backends": ["iommufd", "*"],
+        "holder": False,
+        "counter": accounting,
+        "counters": [{"counter": "*", "held_bytes": 67371008, "headroom_bytes": 37486592, "backends": ["*"]}],
         "charged_bytes": 67371008,
         "headroom_bytes": 37486592,
         "iommufds": [{"fd": 9, "rlimit_mode": "user", "settable": False, "ioases": [], "msg": "*"}],
@@ -90,6 +95,7 @@ def info(module: str = "loaded") -> Row:
     emulator = {"present": True, "known_by": ["place"], "file_capabilities": None, "version": "*"}
     host = {
         "limits_of_view": [{"what": "*", "why": "*"}],
+        "readiness": [{"what": "*", "ready": ready, "msg": "*"} for ready in (False, None) for _number in range(5)],
         "kernel": "*",
         "machine": "*",
         "module": module,
@@ -139,6 +145,10 @@ def info(module: str = "loaded") -> Row:
         *(process("user", comm=COMM, domain=None, name=None) for _number in range(5)),
         # What is taken back leaves the VMs that have it as they are.
         *(process("none", comm=COMM) for _number in range(5)),
+        *(process("none", domain=None, holder=True) for _number in range(5)),
+        # Of what is said of where a limit is raised, too.
+        *(process("process", headroom_bytes=-1, domain_uri=None, unit="*.service") for _number in range(5)),
+        *(process("process", headroom_bytes=-1, domain_uri=None, user_unit="*.service") for _number in range(5)),
     ]
     charge = {"charged_bytes": 67371008, "uncertain_bytes": 0, "memlock_bytes": 104857600, "memlock_unlimited": False}
     users = [{"uid": 64055, "user": "*", "pids": [4242], "at_risk": True, **charge}]

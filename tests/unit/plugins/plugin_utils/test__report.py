@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.plugin_utils import _report
+from ansible_collections.virt.iommufd.plugins.plugin_utils import _report_text
 from ansible_collections.virt.iommufd.plugins.plugin_utils._report import audit_report
+from ansible_collections.virt.iommufd.tests.bench import fleet
 from ansible_collections.virt.iommufd.tests.unit.filter_docs import documented_fields
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,8 @@ MIB = 1024**2
 PINNED = 65792 * 1024
 
 Row = dict[str, Any]
+
+NATIVE = {"sets_rlimit_mode": True, "cap_sys_resource": True}
 
 
 def process(**fields: Any) -> Row:
@@ -30,8 +33,12 @@ def process(**fields: Any) -> Row:
         "user": "libvirt-qemu",
         "name": "guest1",
         "domain": "vm1",
+        "domain_uri": "qemu:///system",
         "unit": "machine-qemu\\x2d1\\x2dvm1.scope",
+        "backends": ["iommufd"],
+        "holder": False,
         "pinned_bytes": PINNED,
+        "locked_bytes": 0,
         "memlock_bytes": 100 * MIB,
         "memlock_unlimited": False,
         "accounting": "user",
@@ -49,7 +56,7 @@ def unlimited(**fields: Any) -> Row:
 def info(*processes: Row, at_risk: bool | None = False, **host: Any) -> Row:
     """What the module returned on a host."""
     return {
-        "host": {"limits_of_view": [], "module": "loaded", **host},
+        "host": {"limits_of_view": [], "module": "loaded", "libvirt": NATIVE, **host},
         "processes": list(processes),
         "users": [{"uid": 64055, "at_risk": at_risk}, {"uid": 1000, "at_risk": False}],
     }
@@ -69,9 +76,20 @@ def test_the_documented_fields() -> None:
     fields = documented_fields("audit_report")
     row = told(info(process(), at_risk=True))
     assert row.keys() == fields["hosts"]["contains"].keys()
-    vm = {name: field["sample"] for name, field in fields["hosts"]["contains"]["vms"]["contains"].items()}
-    assert row["vms"] == [vm]
-    assert audit_report({"kvm1": info(process(), at_risk=True)})["lines"] == fields["lines"]["sample"]
+    contents = fields["hosts"]["contains"]
+    assert row["vms"] == [{name: field["sample"] for name, field in contents["vms"]["contains"].items()}]
+    (holder,) = told(info(process(), process(holder=True, **launcher())))["holders"]
+    assert holder == {name: field["sample"] for name, field in contents["holders"]["contains"].items()}
+    report = audit_report({"kvm1": info(process(), at_risk=True)})
+    assert report.keys() == fields.keys()
+    assert report["lines"] == fields["lines"]["sample"]
+    assert report["end"] == fields["end"]["sample"]
+    assert report["lines"][-len(report["end"]) :] == report["end"]
+
+
+def launcher() -> Row:
+    """What tells a launcher from a VM."""
+    return {"pid": 812, "comm": "launcher", "uid": 0, "user": "root", "domain": None, "name": None, "unit": None}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +229,9 @@ def test_a_host_that_could_not_be_looked_at(result: Any, status: str, msg: str) 
         "status": status,
         "msg": msg,
         "limits_of_view": [],
+        "not_ready": [],
         "vms": [],
+        "holders": [],
         "verdict": status,
         "summary": f"{status}: {msg}" if msg else status,
     }
@@ -242,15 +262,24 @@ def test_the_text() -> None:
         "\n".join(audit_report(results)["lines"])
         == """\
 kvm1
-VM    user          accounting  pinned  limit  headroom  verdict
-vm1   libvirt-qemu  user         64.2M   100M     35.8M  at risk
-vm2   libvirt-qemu  user         64.2M   100M    -28.5M  over limit
-free  root          none         64.2M   100M         -  not limited
+VM    user        backend  counter  pinned  limit  headroom  verdict
+vm1   libvirt...  iommufd  user      64.2M   100M     35.8M  at risk
+vm2   libvirt...  iommufd  user      64.2M   100M    -28.5M  over limit
+free  root        iommufd  none      64.2M   100M         -  not limited
+vm1: At its next start have libvirt set the rlimit mode: name iommufd by
+<driver name='vfio' iommufd='yes'/> in its <hostdev>, and not in
+<qemu:commandline>.
+vm2: At its next start have libvirt set the rlimit mode: name iommufd by
+<driver name='vfio' iommufd='yes'/> in its <hostdev>, and not in
+<qemu:commandline>; until then, prlimit raises its limit at once.
 
 kvm2
-VM     user          accounting  pinned  limit  headroom  verdict
-large  libvirt-qemu  process        66G   none         -  not limited
-vm1    libvirt-qemu  ?            64.2M   100M         -  unknown
+VM     backend  counter  pinned  limit  headroom  verdict
+large  iommufd  VmLck       66G   none         -  not limited
+vm1    iommufd  ?         64.2M   100M         -  unknown
+All of user libvirt-qemu.
+vm1: To know, audit as root on the host itself, with
+kernel.yama.ptrace_scope below 3: limits_of_view has what was not seen.
 vm1: Its iommufds cannot be looked at.
 Not all seen (descriptors): Run the task as root.
 
@@ -267,12 +296,22 @@ kvm6
 unreachable: Failed to connect to the host via ssh: ssh: connect to host
 kvm6 port 22:
 
+6 hosts with 5 VMs: 1 over limit, 1 unknown, 1 failed, 1 unreachable, 1
+no iommufd, 1 no VMs
 kvm1: 3 VMs, 1 over limit: vm2; 1 at risk: vm1; 1 not limited
 kvm2: 2 VMs, 1 unknown: vm1; 1 not limited; there may be more
-kvm3: no VMs
-kvm4: no iommufd in this kernel
 kvm5: failed: The first line
-kvm6: unreachable: Failed to connect to the host via ssh: ssh: connec..."""
+kvm6: unreachable: Failed to connect to the host via ssh: ssh: connec...
+kvm4: no iommufd in this kernel
+kvm3: no VMs
+1 VM: At its next start have libvirt set the rlimit mode: name iommufd
+by <driver name='vfio' iommufd='yes'/> in its <hostdev>, and not in
+<qemu:commandline>.
+1 VM: At its next start have libvirt set the rlimit mode: name iommufd
+by <driver name='vfio' iommufd='yes'/> in its <hostdev>, and not in
+<qemu:commandline>; until then, prlimit raises its limit at once.
+1 VM: To know, audit as root on the host itself, with
+kernel.yama.ptrace_scope below 3: limits_of_view has what was not seen."""
     )
 
 
@@ -282,24 +321,36 @@ LONG = "a-name-that-is-far-too-long-for-any-column-of-a-table-and-for-a-line-of-
 @pytest.mark.parametrize(
     ("vm", "user", "expected"),
     [
-        pytest.param("vm1", LONG, "vm1  a-name-that-is-far...  user         64.2M   100M     35.8M  ok", id="user"),
-        pytest.param(LONG, "root", "a-name-that-is-fa...  root  user         64.2M   100M     35.8M  ok", id="VM"),
-        pytest.param(LONG, LONG, "a-name-th...  a-name-th...  user         64.2M   100M     35.8M  ok", id="both"),
+        pytest.param("vm1", LONG, "vm1  a-name-that-...  iommufd  user      64.2M   100M     35.8M  ok", id="user"),
+        pytest.param(LONG, "vm", "a-name-that...  vm    iommufd  user      64.2M   100M     35.8M  ok", id="VM"),
+        pytest.param(LONG, LONG, "a-name...  a-name...  iommufd  user      64.2M   100M     35.8M  ok", id="both"),
     ],
 )
 def test_names_make_room(vm: str, user: str, expected: str) -> None:
-    lines = audit_report({"kvm1": info(process(domain=vm, user=user))})["lines"]
+    lines = audit_report({"kvm1": info(process(domain=vm, user=user), process(user="root"))})["lines"]
     assert lines[2] == expected
 
 
+def test_one_user_of_all_makes_room() -> None:
+    lines = audit_report({"kvm1": info(process(domain=LONG, user=LONG))})["lines"]
+    assert lines[1:4] == [
+        "VM                    backend  counter  pinned  limit  headroom  verdict",
+        f"{LONG[:17]}...  iommufd  user      64.2M   100M     35.8M  ok",
+        f"All of user {LONG[:57]}...",
+    ]
+
+
 def test_a_host_has_one_line_at_the_end() -> None:
-    lines = audit_report({LONG: info(OVER, process())})["lines"]
-    assert lines[-2:] == ["", "a-name-that-is-far-too-long-for-any-c...: 2 VMs, 1 over limit: vm3; 1 ok"]
+    end = audit_report({LONG: info(OVER, process())})["end"]
+    assert end[:2] == [
+        "1 host with 2 VMs: 1 over limit",
+        "a-name-that-is-far-too-long-for-any-c...: 2 VMs, 1 over limit: vm3; 1 ok",
+    ]
 
 
 def test_a_long_name_and_a_long_summary() -> None:
-    lines = audit_report({LONG: {"failed": True, "msg": "b" * 99}})["lines"]
-    assert lines[-1] == f"{LONG[:33]}...: failed: {'b' * 23}..."
+    end = audit_report({LONG: {"failed": True, "msg": "b" * 99}})["end"]
+    assert end == ["1 host with 0 VMs: 1 failed", f"{LONG[:33]}...: failed: {'b' * 23}..."]
 
 
 @pytest.mark.parametrize(
@@ -317,18 +368,32 @@ def test_text_moves_no_cursor(name: str, shown: str) -> None:
     report = audit_report({name: info(OVER, process(domain=name, headroom_bytes=-1, notes=[name]))})
     lines = report["lines"]
     assert lines[0] == shown
-    assert lines[3].startswith(shown[:8])
-    assert lines[4] == f"{shown}: {shown}"
-    assert lines[-1] == f"{shown}: 2 VMs, 2 over limit: vm3, {shown}"
+    assert lines[3].startswith(shown)
+    assert f"{shown}: {shown}" in lines
+    assert report["end"][1] == f"{shown}: 2 VMs, 2 over limit: vm3, {shown}"
     assert list(report["hosts"]) == [name]
     assert report["hosts"][name]["vms"][1]["vm"] == name
 
 
+# Of what a process has, and of what is within that.
+NAMES = [
+    *process(),
+    "counters",
+    "counter",
+    "iommufds",
+    "user_unit",
+    "initial_user_namespace",
+    "rlimit_mode",
+    "settable",
+]
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(list(process())), inner),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(NAMES), inner),
     max_leaves=8,
 )
+
+
+HOST = st.dictionaries(st.sampled_from(["readiness", "libvirt", "module", "limits_of_view"]), JUNK, max_size=2)
 
 
 # A busy machine is no reason to fail.
@@ -338,8 +403,10 @@ JUNK = st.recursive(
         st.text(),
         st.builds(
             lambda fields, host, users: {**info(process(), process(**fields)), **host, **users},
-            st.dictionaries(st.sampled_from(list(process())), JUNK, max_size=3),
-            st.dictionaries(st.just("host"), JUNK, max_size=1),
+            st.dictionaries(st.sampled_from(NAMES), JUNK, max_size=3),
+            st.dictionaries(
+                st.just("host"), JUNK | st.builds(lambda given: {**info()["host"], **given}, HOST), max_size=1
+            ),
             st.dictionaries(st.just("users"), JUNK, max_size=1),
         )
         | JUNK,
@@ -349,8 +416,9 @@ JUNK = st.recursive(
 def test_whatever_a_host_returns(results: Row) -> None:
     report = audit_report(results)
     assert report["hosts"].keys() == results.keys()
+    assert len(report["end"]) <= _report_text.SCREEN
     for line in report["lines"]:
-        assert len(line) <= _report.WIDTH
+        assert len(line) <= _report_text.WIDTH
         assert line.isascii()
         assert line == "" or line.isprintable()
 
@@ -361,7 +429,159 @@ def test_the_data_can_be_written_as_json() -> None:
 
 
 def test_no_hosts() -> None:
-    assert audit_report({}) == {"hosts": {}, "lines": []}
+    assert audit_report({}) == {"hosts": {}, "lines": [], "end": []}
+
+
+def test_an_answer_that_knows_of_iommufd_alone() -> None:
+    """What is not told is unknown, and the accounting tells the counter."""
+    new = ("backends", "holder", "domain_uri", "counter", "counters")
+    old = [
+        {name: value for name, value in process(accounting=accounting).items() if name not in new}
+        for accounting in ("user", "process", "none", None)
+    ]
+    vms = told(info(*old))["vms"]
+    assert [vm["counter"] for vm in vms] == ["user", "mm_locked", None, None]
+    assert [vm["backends"] for vm in vms] == [None] * 4
+    assert told(info(*old, libvirt={}))["verdict"] == "unknown"
+
+
+def test_other_backends() -> None:
+    """The memory of one with the legacy container stands in VmLck, which VmPin knows nothing of."""
+    lines = audit_report(
+        {
+            "kvm1": info(
+                process(domain="legacy", **legacy()),
+                process(domain="both", **legacy(backends=["iommufd", "legacy"])),
+                process(domain="vdpa", accounting="process", counter="mm_pinned", backends=["vdpa"]),
+                process(domain="unseen", accounting=None, backends=None, headroom_bytes=None),
+            )
+        }
+    )["lines"]
+    assert lines[2:6] == [
+        "legacy  legacy     VmLck     64.2M   100M     35.8M  ok",
+        "both    iomm+lega  VmLck     64.2M   100M     35.8M  ok",
+        "vdpa    vdpa       VmPin     64.2M   100M     35.8M  ok",
+        "unseen  ?          ?         64.2M   100M         -  unknown",
+    ]
+
+
+def legacy(**fields: Any) -> Row:
+    """What a VM has that uses VFIO's legacy container alone."""
+    given = {"accounting": "process", "counter": "mm_locked", "pinned_bytes": 0, "locked_bytes": PINNED}
+    return {**given, "backends": ["legacy"], **fields}
+
+
+def test_a_holder_is_no_vm() -> None:
+    row = told(info(process(), process(holder=True, headroom_bytes=-1, **launcher())))
+    assert [vm["vm"] for vm in row["vms"]] == ["vm1"]
+    assert [holder["name"] for holder in row["holders"]] == ["launcher (812)"]
+    assert row["summary"] == "1 VM, 1 ok"
+    lines = audit_report({"kvm1": info(process(holder=True, **launcher()))})["lines"]
+    assert lines[:4] == [
+        "kvm1",
+        "no VMs",
+        "No VM, but a holder: launcher (812) of user root has copies of what",
+        "another process uses, and has pinned nothing.",
+    ]
+
+
+LACKS = [
+    {"what": "module", "ready": True, "msg": ""},
+    {"what": "iommu", "ready": False, "msg": "The IOMMU is off: boot with intel_iommu=on."},
+    {"what": "bound", "ready": None, "msg": "/sys cannot be read."},
+]
+
+
+@pytest.mark.parametrize(
+    ("result", "verdict", "summary"),
+    [
+        pytest.param(info(readiness=LACKS), "not ready", "no VMs; not ready: iommu", id="no VMs"),
+        pytest.param(info(FINE, readiness=LACKS), "ok", "1 VM, 1 ok; not ready: iommu", id="a VM"),
+        pytest.param(info(readiness=LACKS[2:]), "no VMs", "no VMs", id="unknown"),
+        pytest.param(
+            info(readiness=LACKS, module="absent"), "no iommufd", "no iommufd in this kernel", id="no iommufd"
+        ),
+        pytest.param(
+            info(readiness=LACKS, limits_of_view=unseen("processes")),
+            "unknown",
+            "no VMs seen, but not all processes could be looked at; not ready: iommu",
+            id="VMs that may be there",
+        ),
+    ],
+)
+def test_a_host_that_is_not_ready(result: Row, verdict: str, summary: str) -> None:
+    report = audit_report({"kvm1": result})
+    row = report["hosts"]["kvm1"]
+    assert (row["verdict"], row["summary"], row["status"]) == (
+        verdict,
+        summary,
+        "no_iommufd" if verdict == "no iommufd" else "ok",
+    )
+    assert [each["what"] for each in row["not_ready"]] == [
+        each["what"] for each in result["host"]["readiness"] if each["what"] in ("iommu", "bound")
+    ]
+    text = "\n".join(report["lines"])
+    assert "Unknown whether ready (bound): /sys cannot be read.\n" in text
+    assert ("Not ready (iommu): The IOMMU is off: boot with intel_iommu=on.\n" in text) == (verdict != "no VMs")
+
+
+def test_sentences_are_told_once() -> None:
+    """Below the table with the VMs that each is true of, and at the end with how many these are."""
+    vms = [process(domain=f"vm{number}", notes=["It is so."]) for number in range(3)]
+    report = audit_report({"kvm1": info(*vms, at_risk=True)})
+    text = " ".join(report["lines"])
+    assert text.count("vm0, vm1, vm2: At its next start have libvirt set the rlimit mode: ") == 1
+    assert text.count("vm0, vm1, vm2: It is so.") == 1
+    assert text.count("3 VMs: At its next start have libvirt set the rlimit mode: ") == 1
+
+
+def test_the_worst_hosts_come_first() -> None:
+    """Those that are alike stay in the order of the inventory."""
+    results = {
+        "fine": info(FINE),
+        "risk1": info(process(), at_risk=True),
+        "none": info(module="absent"),
+        "over": info(OVER),
+        "gone": {"unreachable": True},
+        "risk2": info(process(), at_risk=True),
+        "free": info(FREE),
+        "empty": info(),
+        "broken": {"failed": True},
+        "bare": info(readiness=LACKS),
+        "what": info(UNKNOWN),
+    }
+    end = audit_report(results)["end"]
+    named = [line.partition(":")[0] for line in end if line.partition(":")[0] in results]
+    assert named == ["over", "risk1", "risk2", "what", "broken", "gone", "bare", "none", "fine", "free", "empty"]
+    assert end[:2] == [
+        "11 hosts with 6 VMs: 1 over limit, 2 at risk, 1 unknown, 1 failed, 1",
+        "unreachable, 1 not ready, 1 no iommufd, 1 ok, 1 not limited, 1 no VMs",
+    ]
+
+
+def test_the_end_of_a_thousand_hosts_fits_a_screen() -> None:
+    results = fleet.fleet(1000, 8)
+    report = audit_report(results)
+    assert report["hosts"].keys() == results.keys()
+    # Every one has what it was made with, and is told of in full.
+    assert {name: host["verdict"] for name, host in report["hosts"].items()} == {
+        name: fleet.ailment(number) for number, name in enumerate(results)
+    }
+    assert set(results) <= set(report["lines"])
+    assert sum(len(host["vms"]) for host in report["hosts"].values()) == 8 * 950
+    end = report["end"]
+    assert len(end) == _report_text.SCREEN
+    assert end[:3] == [
+        "1000 hosts with 7600 VMs: 10 over limit, 20 at risk, 10 unknown, 10",
+        "failed, 10 unreachable, 10 not ready, 10 no iommufd, 910 ok, 10 no VMs",
+        "kvm0002: 8 VMs, 1 over limit: vm2-0; 7 ok",
+    ]
+    (rest,) = [number for number, line in enumerate(end) if line.startswith("... and ")]
+    assert end[rest : rest + 2] == [
+        f"... and {1000 - (rest - 2)} hosts more: 20 at risk, 10 unknown, 10 failed, 10",
+        "unreachable, 10 not ready, 10 no iommufd, 910 ok, 10 no VMs",
+    ]
+    assert end[rest + 2].startswith("160 VMs: At its next start put iommufd-exec in front of its VMM")
 
 
 @pytest.mark.parametrize("results", [None, "text", [], [info()]])

@@ -1,0 +1,233 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ansible_collections.virt.iommufd.plugins.plugin_utils._remedy import remedy_of, verdict_of
+
+MIB = 2**20
+SYSTEM, SESSION = "qemu:///system", "qemu:///session"
+
+Row = dict[str, Any]
+
+
+def vm(*modes: str | None, settable: bool = False, **fields: Any) -> Row:
+    """A VM of 64 MiB within 100 MiB, whose iommufds have these modes."""
+    return {
+        "uid": 1001,
+        "user": "vm",
+        "domain_uri": None,
+        "unit": "vm1.service",
+        "user_unit": None,
+        "initial_user_namespace": True,
+        "backends": ["iommufd"],
+        "iommufds": [{"rlimit_mode": mode, "settable": settable} for mode in modes or ("user",)],
+        "pinned_bytes": 64 * MIB,
+        "locked_bytes": 0,
+        "memlock_bytes": 100 * MIB,
+        "memlock_unlimited": False,
+        "accounting": "user",
+        "counter": "user",
+        "counters": [{"counter": "user"}],
+        "headroom_bytes": 36 * MIB,
+        **fields,
+    }
+
+
+def locked(**fields: Any) -> Row:
+    """One whose own counter VmLck holds more than its limit."""
+    given = {"accounting": "process", "counter": "mm_locked", "counters": [{"counter": "mm_locked"}]}
+    return vm("process", **{**given, "headroom_bytes": -MIB, **fields})
+
+
+def user(at_risk: bool | None = True, uncertain: int = 0) -> Row:
+    return {"uid": 1001, "at_risk": at_risk, "uncertain_bytes": uncertain}
+
+
+def remedy(process: Row, of_user: Row | None = None, **libvirt: Any) -> str:
+    return remedy_of(verdict_of(process, of_user), process, of_user, libvirt)
+
+
+@pytest.mark.parametrize(
+    ("process", "of_user", "verdict"),
+    [
+        pytest.param(vm(), user(), "at risk", id="the user"),
+        pytest.param(
+            vm(counter="mm_pinned", counters=[{"counter": "user"}, {"counter": "mm_pinned"}], accounting="process"),
+            user(),
+            "at risk",
+            id="the user, though another counter is full first",
+        ),
+        pytest.param(vm(), None, "ok", id="without users"),
+        pytest.param(locked(headroom_bytes=MIB), user(), "ok", id="another user's"),
+        pytest.param(vm(accounting=None, counter=None, counters=[], headroom_bytes=-1), None, "over limit", id="over"),
+        pytest.param(locked(counter=None, headroom_bytes=None), None, "unknown", id="a counter that is not known"),
+        pytest.param(locked(headroom_bytes=None, memlock_unlimited=True), None, "not limited", id="unlimited"),
+        pytest.param(locked(headroom_bytes=None, accounting="none"), None, "not limited", id="the capability"),
+    ],
+)
+def test_the_verdict(process: Row, of_user: Row | None, verdict: str) -> None:
+    assert verdict_of(process, of_user) == verdict
+
+
+@pytest.mark.parametrize(
+    ("process", "libvirt", "expected"),
+    [
+        pytest.param(vm(), {}, "At its next start put iommufd-exec in front of its VMM, which must", id="unit"),
+        pytest.param(vm(settable=True), {}, "Set the rlimit mode process by the module iommufd_option", id="now"),
+        pytest.param(vm("user", "process", settable=True), {}, "Set the rlimit mode process by the", id="one of two"),
+        pytest.param(vm(iommufds=None), {}, "At its next start put iommufd-exec in", id="iommufds not seen"),
+        pytest.param(
+            vm(initial_user_namespace=False),
+            {},
+            "At its next start give it an iommufd on which a process of the host with CAP_SYS_RESOURCE",
+            id="container",
+        ),
+        pytest.param(
+            vm(domain_uri=SYSTEM),
+            {"sets_rlimit_mode": True, "cap_sys_resource": True},
+            "At its next start have libvirt set the rlimit mode: name iommufd by <driver name='vfio' iommufd='yes'/>",
+            id="libvirt",
+        ),
+        *(
+            pytest.param(
+                vm(domain_uri=SYSTEM),
+                {"sets_rlimit_mode": sets, "cap_sys_resource": may},
+                "Have a libvirt of 12.1 or later whose daemon has CAP_SYS_RESOURCE set the rlimit mode, or the role",
+                id=f"libvirt, {sets}, {may}",
+            )
+            for sets, may in ((False, True), (False, None), (True, False), (None, False))
+        ),
+        *(
+            pytest.param(
+                vm(domain_uri=SYSTEM),
+                libvirt,
+                "Have libvirt set the rlimit mode; whether it can here is unknown, and host.libvirt.reason of",
+                id=f"libvirt, {libvirt}",
+            )
+            for libvirt in ({}, {"sets_rlimit_mode": True}, {"sets_rlimit_mode": None, "cap_sys_resource": True})
+        ),
+        pytest.param(
+            vm(domain_uri=SESSION), {}, "At its next start use the module iommufd_domain, which", id="session"
+        ),
+    ],
+)
+def test_how_a_vm_is_charged_for_itself(process: Row, libvirt: Row, expected: str) -> None:
+    told = remedy(process, user(), **libvirt)
+    assert told.startswith(expected)
+    assert told.endswith(".")
+    assert "prlimit" not in told
+    over = remedy({**process, "headroom_bytes": -1}, user(), **libvirt)
+    assert over == f"{told[:-1]}; until then, prlimit raises its limit at once."
+
+
+@pytest.mark.parametrize(
+    ("amount", "expected"),
+    [
+        pytest.param(36 * MIB, "At its next start put iommufd-exec", id="just enough"),
+        pytest.param(
+            36 * MIB + 4096,
+            "Raise its RLIMIT_MEMLOCK to 104861696 bytes or more, by LimitMEMLOCK= of vm1.service, unless what runs"
+            " there sets it, as iommufd-exec --memlock does; then at its next start put iommufd-exec",
+            id="a page more",
+        ),
+    ],
+)
+def test_its_limit_must_hold_what_it_locks_too(amount: int, expected: str) -> None:
+    """Charged for itself, it has all of that in VmLck: what it locks by mlock, or has in the legacy container."""
+    assert remedy(vm(locked_bytes=amount), user()).startswith(expected)
+    unlimited = vm(locked_bytes=amount, memlock_bytes=None, memlock_unlimited=True)
+    assert remedy(unlimited, user()).startswith("At its next start put iommufd-exec")
+
+
+RAISE = "Raise its RLIMIT_MEMLOCK to 105906176 bytes or more, "
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        pytest.param(
+            {"domain_uri": SYSTEM}, "by the domain's <hard_limit>, which limits its control group too", id="system"
+        ),
+        pytest.param({"domain_uri": SESSION}, "by LimitMEMLOCK= of user@1001.service", id="session"),
+        pytest.param(
+            {"user_unit": "vm.service", "unit": "user@1001.service"},
+            "by LimitMEMLOCK= of vm.service and, where that has less, of user@1001.service",
+            id="unit of a user",
+        ),
+        pytest.param(
+            {},
+            "by LimitMEMLOCK= of vm1.service, unless what runs there sets it, as iommufd-exec --memlock does",
+            id="unit",
+        ),
+        pytest.param({"unit": "100.scope"}, "where it is started", id="scope, which has no limits"),
+        pytest.param(
+            {"user_unit": "a.scope", "unit": "user@1001.service"}, "where it is started", id="scope of a user"
+        ),
+        pytest.param({"unit": None}, "where it is started", id="nothing"),
+    ],
+)
+def test_where_the_limit_is_raised(fields: Row, where: str) -> None:
+    assert remedy(locked(**fields)) == f"{RAISE}{where}; prlimit does that at once."
+
+
+@pytest.mark.parametrize(
+    ("fields", "more"),
+    [
+        pytest.param({"backends": ["legacy"]}, ".", id="legacy"),
+        pytest.param({"backends": None}, ".", id="not seen"),
+        pytest.param(
+            {"backends": ["iommufd", "legacy"]},
+            ", or give all its devices one iommufd, which pins the memory once unless the VM has an IOMMU of its own.",
+            id="both",
+        ),
+        pytest.param({"backends": ["legacy", "vdpa"]}, ".", id="vDPA, which no iommufd has"),
+        pytest.param(
+            {"backends": ["iommufd", "legacy", "vdpa"], "counter": "mm_pinned"},
+            ": for vDPA, neither the rlimit mode nor CAP_IPC_LOCK helps.",
+            id="vDPA",
+        ),
+    ],
+)
+def test_what_helps_beside_the_limit(fields: Row, more: str) -> None:
+    assert remedy(locked(unit=None, **fields)) == f"{RAISE}where it is started; prlimit does that at once{more}"
+
+
+ROOT = "To know, audit as root on the host itself, "
+
+
+@pytest.mark.parametrize(
+    ("process", "of_user", "expected"),
+    [
+        pytest.param(
+            vm(),
+            user(None, uncertain=24 * MIB),
+            "To know, find out whether user vm is charged for 24 MiB that its other processes have pinned.",
+            id="pinned by others",
+        ),
+        pytest.param(vm(user=None), user(None, uncertain=1), "To know, find out whether user 1001 is", id="no name"),
+        pytest.param(vm(), user(None), ROOT, id="others not seen"),
+        pytest.param(vm(accounting=None, headroom_bytes=None, iommufds=None), None, ROOT, id="descriptors"),
+        pytest.param(vm(accounting=None, headroom_bytes=None, initial_user_namespace=None), None, ROOT, id="namespace"),
+        pytest.param(
+            vm("user", "process", accounting=None, headroom_bytes=None),
+            None,
+            "To know, give all its devices one iommufd: ",
+            id="two modes",
+        ),
+        pytest.param(vm(None, accounting=None, headroom_bytes=None), None, "To know, see the notes on it", id="a mode"),
+    ],
+)
+def test_what_settles_the_unknown(process: Row, of_user: Row | None, expected: str) -> None:
+    told = remedy(process, of_user)
+    assert told.startswith(expected)
+    assert told.endswith(".")
+
+
+@pytest.mark.parametrize("process", [vm(), locked(headroom_bytes=0), vm(accounting="none", headroom_bytes=None)])
+def test_nothing_to_do(process: Row) -> None:
+    assert remedy(process, user(False)) == ""
