@@ -54,9 +54,9 @@ def test_emulators_that_run(
     """They are those of the processes that are reported."""
     asked: list[list[int]] = []
 
-    def find(pids: list[int]) -> _host_facts.Running:
-        asked.append(pids)
-        return _host_facts.Running({"/opt/vm/qemu": (1,)}, bool(pids))
+    def find(executed: dict[int, str]) -> _host_facts.Running:
+        asked.append(list(executed))
+        return _host_facts.Running({"/opt/vm/qemu": (1,)}, bool(executed))
 
     monkeypatch.setattr(_host_facts, "find_running", find)
     limits = run()["host"]["limits_of_view"]
