@@ -30,8 +30,9 @@ NOX := CI=true PATH="$(BIN):$$PATH" $(BIN)/nox
 help:  ## show this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(VENV)/ansible lab-tools  ## show the failure and the cure on a real kernel, in a disposable VM
-	$(LAB) up fallback
+demo: lab-tools  ## show the failure and the cure on a real kernel, in a disposable VM
+	@# The guest comes up while Ansible is installed.
+	$(LAB) up fallback & $(MAKE) --silent $(VENV)/ansible && wait $$! || { wait; exit 1; }
 	$(LAB) inventory fallback > $(VENV)/inventory
 	ANSIBLE_PIPELINING=true ANSIBLE_CALLBACK_RESULT_FORMAT=yaml \
 	    $(BIN)/ansible-playbook -i $(VENV)/inventory tests/demo/demo.yml
@@ -63,7 +64,7 @@ clean:  ## remove everything that was made here (not the lab's cache: 'python3 t
 	rm -rf $(VENV) .nox .ansible .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache tests/output
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-lab-tools: $(VENV)/ansible
+lab-tools: $(VENV)/made
 	@$(LAB) tools --install
 
 $(VENV)/stamp: $(VENV)/ansible
@@ -71,7 +72,11 @@ $(VENV)/stamp: $(VENV)/ansible
 	@touch $@
 
 # All that the demo needs: it does not wait for the tools that run the tests.
-$(VENV)/ansible: $(wildcard tests/requirements/*.txt) Makefile
+$(VENV)/ansible: $(VENV)/made
+	@$(INSTALL) -c tests/requirements/constraints.txt -r tests/requirements/ansible-core.txt
+	@touch $@
+
+$(VENV)/made: $(wildcard tests/requirements/*.txt) Makefile
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed: apt-get install python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	    package="python$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"; \
@@ -81,7 +86,6 @@ $(VENV)/ansible: $(wildcard tests/requirements/*.txt) Makefile
 	@echo "Making $(VENV) with $$($(PYTHON) --version)"
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
-	@$(INSTALL) -c tests/requirements/constraints.txt -r tests/requirements/ansible-core.txt
 	@mkdir -p $(TREE)/ansible_collections/virt
 	@ln -s $(CURDIR) $(TREE)/ansible_collections/virt/iommufd
 	@touch $@

@@ -22,9 +22,10 @@ import nox
 import yaml
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "tests" / "tooling"))
+sys.path[:0] = [str(ROOT / "tests" / "tooling"), str(ROOT / "tests" / "lab")]
 
 import sandbox
+from guests import GUESTS
 from pythons import CONTROLLER_CORES, NEWEST_CORE, OLDEST_CORE, UNIT_CORES, find_pythons, first
 
 REQUIREMENTS = "tests/requirements"
@@ -56,13 +57,15 @@ def note(session: nox.Session, core: str) -> None:
     (RESULTS / f"{session.name}.note").write_text(text, encoding="utf-8")
 
 
-def lab(guest: str) -> None:
+def lab(guest: str, others: list[str]) -> None:
     """Make a session that makes what a guest of the lab is booted from, for the scenarios that need the guest.
 
     What the guest needs of this machine is installed. Where that cannot be, the report says so, and they do not run.
+    One of the others that has the same root file system goes first: side by side, one session would wait for the other.
     """
+    before = [f"lab-{other}" for other in others if GUESTS[other].root is GUESTS[guest].root][:1]
 
-    @nox.session(name=f"lab-{guest}", python=False)
+    @nox.session(name=f"lab-{guest}", python=False, requires=before)
     def run(session: nox.Session) -> None:
         command = [sys.executable, "tests/lab", "tools", "--install", guest]
         told = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
@@ -101,8 +104,9 @@ SCENARIOS = {
     path.parent.name: yaml.safe_load(path.read_text(encoding="utf-8"))["ansible"]["env"]["LAB_GUESTS"].split()
     for path in sorted(ROOT.glob("extensions/molecule/*/molecule.yml"))
 }
-for guest in sorted({guest for guests in SCENARIOS.values() for guest in guests}):
-    lab(guest)
+LAB_GUESTS = sorted({guest for guests in SCENARIOS.values() for guest in guests})
+for number, guest in enumerate(LAB_GUESTS):
+    lab(guest, LAB_GUESTS[:number])
 for scenario, guests in sorted(SCENARIOS.items(), key=lambda each: -len(each[1])):
     molecule(scenario, guests)
 
@@ -225,7 +229,7 @@ def types(session: nox.Session) -> None:
     session.run("mypy", *(str(sandbox.in_tree(tree) / path) for path in plugins), env={"MYPYPATH": str(tree)})
     # These are programs, whose modules import one another by their bare names.
     for folder, *files in (("tests/lab",), ("tests/tooling", "noxfile.py"), ("tests/untrusted",)):
-        session.run("mypy", folder, *files, env={"MYPYPATH": folder})
+        session.run("mypy", folder, *files, env={"MYPYPATH": f"{folder}:tests/lab" if files else folder})
 
 
 @nox.session
