@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
+from importlib.metadata import distribution
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -52,7 +52,7 @@ PACKED = (
 # Where Ansible itself runs in the guest, for the local connection, and what it imports. The guest has another Python
 # than this machine, so what these have in C is not used.
 CONTROLLER = "/opt/controller"
-LIBRARIES = ("ansible", "jinja2", "markupsafe", "packaging", "resolvelib", "yaml")
+LIBRARIES = ("ansible-core", "jinja2", "markupsafe", "packaging", "pyyaml", "resolvelib")
 
 # How many processes, and how many of them hold an iommufd: hosts that are full of VMs, and one of nothing else, which
 # does not exist and is told for what it shows.
@@ -102,9 +102,15 @@ def prepare() -> None:
 
 def prepare_controller() -> None:
     """Brings Ansible and the collection into the guest. The first round compiles it."""
-    found = [(Path(path), name) for name in LIBRARIES for path in import_module(name).__path__]
     plugins = "ansible_collections/virt/iommufd/plugins"
-    send(CONTROLLER, [*((path.parent, path.name, name) for path, name in found), (ROOT, "plugins", plugins)])
+    send(CONTROLLER, [(ROOT, "plugins", plugins), *(row for name in LIBRARIES for row in installed(name))])
+
+
+def installed(name: str) -> Iterator[tuple[Path, str, str]]:
+    """What a library consists of, its metadata too, which Ansible asks for; without its commands."""
+    library = distribution(name)
+    for top in sorted({each.parts[0] for each in library.files or ()} - {".."}):
+        yield Path(str(library.locate_file(""))), top, top
 
 
 def send(target: str, what: Iterable[tuple[Path, str, str]]) -> None:
@@ -171,7 +177,7 @@ def play_inside(tasks: Tasks) -> dict[str, float]:
     }
     words = " ".join(f"{name}={value}" for name, value in settings.items())
     command = (
-        "python3 -m ansible playbook -i localhost, -c local -e ansible_python_interpreter=/usr/bin/python3 play.yml"
+        "python3 -m ansible.cli.playbook -i localhost, -c local -e ansible_python_interpreter=/usr/bin/python3 play.yml"
     )
     return seconds_of(guest(f"cd {CONTROLLER} && rm -rf times && {words} {command} >&2 && cat times/*.xml"))
 
