@@ -38,7 +38,7 @@ demo: lab-tools  ## show the failure and the cure on a real kernel, in a disposa
 	    $(BIN)/ansible-playbook -i $(VENV)/inventory tests/demo/demo.yml
 	@echo "The VM is still up. To stop it: $(STOP)"
 
-check: $(VENV)/stamp  ## check quickly: lint, and the unit tests on one Python (two minutes)
+check: $(VENV)/stamp  ## check quickly: lint, and the unit tests on one Python (a minute)
 	@rm -rf $(RESULTS)
 	QUICK=1 $(NOX) --parallel $(PARALLEL) --stop-on-first-error -s \
 	    "units-$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')" ansible-lint types lint license-check
