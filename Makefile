@@ -48,7 +48,7 @@ test: $(VENV)/stamp lab-tools  ## run all tests, as CI does, and report what ran
 	@rm -rf $(RESULTS)
 	@mkdir -p $(RESULTS)
 	@$(NOX) --list --json > $(RESULTS)/planned.json
-	@export LAB_INSTANCE="$${LAB_INSTANCE:-}-test"; trap 'exit 130' INT; trap '$(LAB) down --all' EXIT; status=0; \
+	@export QUICK= LAB_INSTANCE="$${LAB_INSTANCE:-}-test"; trap 'exit 130' INT; trap '$(LAB) down --all' EXIT; status=0; \
 	    $(NOX) --parallel $(PARALLEL) --report $(RESULTS)/ran.json || status=$$?; \
 	    $(BIN)/python tests/tooling/report.py $(RESULTS) $$status
 
