@@ -25,7 +25,7 @@ from ._fit_words import question_of, reason_of
 __all__ = ("memlock_fit",)
 
 
-def accounting_of(case: Case) -> str | None:
+def charged_to(case: Case) -> str | None:
     """Who is charged: the user, the process, or nobody, where no check is left; None where several are possible."""
     vm = case.steps[0]
     devices = [each for step in case.steps for each in step.devices]
@@ -70,7 +70,7 @@ def answer(info: Any, **parameters: Any) -> dict[str, Any]:
     return {
         "fits": False if case.refused else case.told.fits,
         "counter": None if case.refused else case.told.counter,
-        "accounting": accounting_of(case),
+        "accounting": charged_to(case),
         **numbers(case),
         "reason": reason_of(case),
         "remedy": remedy_of(case),

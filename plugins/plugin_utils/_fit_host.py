@@ -158,7 +158,9 @@ def limit_of(info: Info, asked: Asked, owner: Owner, starter: str | None, memory
         words = "no limit" if asked.limit == UNLIMITED else f"its limit of {human_size(asked.limit)}"
         return Limit(exactly(asked.limit), words)
     reckoned = reckoning(asked, memory, by_hostdev(info, asked) if starter == SYSTEM else True)
-    if asked.libvirt_locks:
+    if asked.domain is not None and asked.domain.hard_limit is not None:
+        reckoned = exactly(asked.domain.hard_limit)
+    elif asked.libvirt_locks:
         reckoned = exactly(UNLIMITED)
     if starter == SYSTEM:
         return _system_limit(_libvirt(info), reckoned)

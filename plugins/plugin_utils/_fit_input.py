@@ -191,13 +191,12 @@ def asked_of(
         has = _so_many(vfio_devices) if devices is None else _devices("devices", devices)
         viommu_ = own_viommu or (None if growth else NO_VIOMMU)
     locks, amount = _locked(locked, domain, memlock)
-    given = None if memlock == "libvirt" else _limit(memlock)
     return Asked(
         memory=_size("memory", memory, 1) if memory is not None else domain and domain.memory,
         user=user if user is not None or domain is None else domain.user,
         devices=_bounded(has),
         viommu=viommu_,
-        limit=given if given is not None else domain and domain.hard_limit,
+        limit=None if memlock == "libvirt" else _limit(memlock),
         libvirt_locks=locks,
         locked=amount,
         overhead=None if overhead is None else _size("overhead", overhead),

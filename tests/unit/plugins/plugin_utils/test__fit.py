@@ -704,8 +704,8 @@ DOMAINS = [
     (host(), "", {"arguments": COMMANDLINE}, False, "user", 64 * MIB),
     (host(), "", {"arguments": COMMANDLINE, "top": HARD_LIMIT}, True, "user", 3 * GIB),
     (native(), "", {"arguments": COMMANDLINE}, False, "user", 64 * MIB),
-    (host(libvirt=HARDENED), "", {"arguments": COMMANDLINE, "top": HARD_LIMIT}, True, "user", 3 * GIB),
-    (host(libvirt=HARDENED), HOSTDEV, {"top": HARD_LIMIT}, False, "process", 3 * GIB),
+    (host(libvirt=HARDENED), "", {"arguments": COMMANDLINE, "top": HARD_LIMIT}, None, "user", None),
+    (host(libvirt=HARDENED), HOSTDEV, {"top": HARD_LIMIT}, False, "process", None),
     # Another user's than the others'
     (native(), HOSTDEV, {"top": "<seclabel model='dac'><label>vm:vm</label></seclabel>"}, True, "process", 2 * GIB),
     # A session sets no mode, refuses <memtune>, and cannot go beyond its own limit.
@@ -1112,6 +1112,48 @@ def test_what_other_versions_do_not_tell_is_not_known() -> None:
     assert (answer["fits"], answer["needed"]) == (None, 64 * MIB + GIB)
     assert fit(data, memlock="2G", locked=0)["fits"] is True
     assert fit(data)["fits"] is None
+
+
+def without(data: Row, *path: str) -> Row:
+    """The same input, in which one thing is not known."""
+    first, *rest = path
+    return {**data, first: without(data[first], *rest) if rest else None}
+
+
+# What iommufd_info may not know
+UNTOLD = [
+    *(("host", name) for name in ("page_bytes", "legacy_by_iommufd", "readiness", "options", "qemu", "libvirt")),
+    *(("host", "libvirt", name) for name in libvirt()),
+]
+ASKED: list[Row] = [
+    *({"memory": "64M", "user": "vm", "memlock": "100M", **EXACT, **given} for given, *_rest in SPACES),
+    *({"memory": "64M", **given} for given in ({}, {"user": "vm"}, {"memlock": "1G"}, {"memlock": "100M"})),
+    *(
+        {"domain_xml": domain(devices, given.get("top", ""), given.get("arguments", ""))}
+        for _on, devices, given, *_rest in DOMAINS
+    ),
+    *({"grow": {"vm": "vm1", "memory": size}} for size in ("1M", "64M", "1T")),
+]
+
+
+@pytest.mark.parametrize("path", UNTOLD, ids=".".join)
+@pytest.mark.parametrize("on", [host(), native(), host(libvirt=HARDENED), native(sessions=[session(2 * GIB)])])
+def test_what_is_not_known_never_makes_it_sure_of_something_else(on: Row, path: tuple[str, ...]) -> None:
+    data = info(host=on)
+    for asked in ASKED:
+        sure = memlock_fit(data, **asked)["fits"]
+        unsure = memlock_fit(without(data, *path), **asked)["fits"]
+        # What is sure may become unsure. Who libvirt's VMs run as decides what is asked about.
+        assert unsure in (sure, None) or sure is None, asked
+
+
+@pytest.mark.parametrize("field", ["accounting", "backends", "address_spaces", "locks_memory", "memory_bytes"])
+def test_nor_does_what_is_not_known_of_a_vm(field: str) -> None:
+    data = info(processes=[process(), unit()], users=[user(), of_vm()])
+    unknown = info(processes=[process(**{field: None}), unit(**{field: None})], users=[user(), of_vm()])
+    for asked in [*ASKED[:-3], {"grow": {"vm": "vm1.service", "memory": "1M"}}]:
+        sure, unsure = (memlock_fit(each, **asked)["fits"] for each in (data, unknown))
+        assert unsure in (sure, None) or sure is None, asked
 
 
 def test_each_question_has_words() -> None:
