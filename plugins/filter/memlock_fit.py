@@ -14,69 +14,110 @@ from ..plugin_utils._fit import memlock_fit
 
 DOCUMENTATION = r"""
 name: memlock_fit
-short_description: Predict whether one more VM would fit into its limit on pinned memory
+short_description: Predict whether a VM would fit into its limit on pinned memory
 version_added: 0.1.0
 author:
   - The virt.iommufd contributors (@virt-iommufd)
 description:
   - Predicts, from the return value of M(virt.iommufd.iommufd_info) alone, whether the limit on pinned memory would let
-    one more VM with a passed-through device start on that host, and why. If not, it says what to change.
+    a VM with passed-through devices start on that host, and why. If not, it says what to change. It does the same for a
+    VM that runs and is to grow, or is to be live-updated.
+  - The kernel has three counters for pinned memory, the user's sum, C(VmLck) and C(VmPin), and compares each with the
+    limit of the process that pins more. The filter counts iommufd, VFIO's legacy container, vDPA and memory that the
+    VMM locks itself, as R(Sizing the limit,ansible_collections.virt.iommufd.docsite.sizing) tells.
+  - The answer is V(true) or V(false) only where everything that decides was seen or given. Otherwise it is V(null), and
+    RV(_value.question) is the one question that would settle it.
   - Sizes are numbers of bytes, or texts such as V(64G), V(64GiB), V(65536M) and V(1.5G). K, M, G, T, P and E count in
     1024s, as do KiB, MiB and so on; kB, MB and so on count in 1000s, as in libvirt. Case does not matter.
 options:
   _input:
     description:
       - What M(virt.iommufd.iommufd_info) returned, with at least V(processes) and V(users) in its
-        O(virt.iommufd.iommufd_info#module:gather_subset). With V(host), as by default, O(accounting=auto) knows more.
+        O(virt.iommufd.iommufd_info#module:gather_subset). With V(host), as by default, much more is known.
       - If you gave O(virt.iommufd.iommufd_info#module:users), O(user) must be among them.
       - Run the module as root. What it could not see makes the answer uncertain.
     type: dict
     required: true
   memory:
-    description: The memory of the VM, as a size.
+    description: The memory of the VM, as a size. Needed unless O(domain_xml) or O(grow) tells it.
     type: raw
-    required: true
   user:
     description:
       - The user that the VMM will run as, by name or by id.
-      - If the input does not know the user, the filter assumes that nothing is charged to that user.
+      - Without it, it is a domain of the system libvirt, and runs as that runs its VMs, or as O(domain_xml) says.
+      - If it is the one that the system libvirt runs its VMs as, the VM is taken for a domain of the system libvirt.
+        For any other one, with O(domain_xml) or with V(libvirt) as O(memlock), it is taken for a domain of that user's
+        own libvirt (C(qemu:///session)).
+      - If the input does not know the user, nothing is charged to that user.
     type: raw
-    required: true
   memlock:
     description:
-      - The soft limit RLIMIT_MEMLOCK that the VMM will have, as a size.
+      - The soft limit RLIMIT_MEMLOCK that the VMM will have, as a size. It counts more than what O(domain_xml) says.
       - V(unlimited) or V(infinity) means no limit.
-      - V(libvirt) means the limit that libvirt gives to a domain without C(<hard_limit>). That is O(memory), with
-        O(viommu) times O(vfio_devices), and 1 GiB.
-      - If O(user) is libvirt's, C(libvirt-qemu) or C(qemu), and libvirt is known not to set per-process accounting, the
-        limit V(libvirt) is unknown. libvirt raises the limit only for a C(<hostdev>). A domain that names iommufd in
-        C(<qemu:commandline>) has the limit of libvirt's daemon. So give the C(<hard_limit>) of the domain, or
-        C(LimitMEMLOCK) of the daemon. Only a VM with CAP_IPC_LOCK needs neither.
+      - V(libvirt) means the limit that libvirt gives to the domain. That is C(<hard_limit>) of O(domain_xml). Without
+        O(domain_xml), the domain has neither C(<hard_limit>) nor C(<locked/>), and nothing that locks memory.
+      - Where libvirt does not see the devices, since it knows no iommufd or they are in C(<qemu:commandline>), that is
+        the limit of its daemon. A user's own libvirt cannot raise the limit above its own hard limit.
     type: raw
     default: libvirt
   vfio_devices:
-    description: How many devices are passed through to the VM. The number matters only with O(viommu).
+    description:
+      - How many devices are passed through to the VM, all by one iommufd. The number matters only with O(viommu).
+      - O(devices) and O(domain_xml) count more.
     type: int
     default: 1
+  devices:
+    description:
+      - The devices that are passed through to the VM, where they are not all had by one iommufd.
+      - Their order matters only for vDPA. A vDPA device is refused if the others pin before it. Where all vDPA devices
+        come last, they are taken to pin last; otherwise the order is not known.
+    type: list
+    elements: dict
+    suboptions:
+      backend:
+        description:
+          - V(iommufd), V(legacy) for VFIO's legacy container, V(vdpa), V(nvme) for a disk by C(nvme://), or V(mdev)
+            for a mediated device. That pins nothing at first, and up to all memory as it runs.
+          - A vDPA device is taken for one that pins. One that works with virtual addresses, as those of VDUSE do, does
+            not; leave it out.
+        type: str
+        required: true
+        choices:
+          - iommufd
+          - legacy
+          - vdpa
+          - nvme
+          - mdev
+      iommufd:
+        description: A name for its iommufd, if the VM has several. A V(mdev) with one is had by iommufd.
+        type: str
+      mode:
+        description: The mode of its iommufd, where it differs from O(accounting).
+        type: str
+        choices:
+          - user
+          - process
   viommu:
     description:
-      - Whether the VM has an IOMMU of its own. Each device then has an address space of its own, and the VM pins its
-        memory once for each device.
-    type: bool
-    default: false
+      - Whether the VM has an IOMMU of its own. With V(each), each device has an address space of its own, and the VM
+        pins its memory once for each device. With V(nested), the host's IOMMU walks the tables of the VM's, and the
+        memory is pinned once. Booleans stand for V(each) and V(none).
+      - Without it, it is what O(domain_xml) or the running VM shows, and otherwise V(none).
+      - Only O(domain_xml) tells whether libvirt knows of it. Without that, libvirt's limit is uncertain with several
+        devices.
+    type: raw
   accounting:
     description:
-      - Who will be charged for what the VM pins.
+      - Who will be charged for what the VM pins by iommufd.
       - V(user) is what the kernel does if nobody sets anything.
       - V(process) is a VM whose iommufd is set so before its first device, as libvirt does since 12.1.
-      - V(none) is a VMM that has CAP_IPC_LOCK, so that nothing is charged and no limit is checked.
-      - V(auto) finds out. If all emulators for the host's own architecture have CAP_IPC_LOCK, so has the VM. If O(user)
-        is libvirt's, C(libvirt-qemu) or C(qemu), and libvirt sets per-process accounting, the VM gets that. Otherwise
-        it will be as all running VMs of O(user) are, or per user if there are none. If they differ, or not all of them
-        were seen, it may be as any of them is, or per user.
+      - V(none) is a VMM that has CAP_IPC_LOCK. For such a VM, only vDPA is held against the limit.
+      - V(auto) finds out. If all emulators for the host's own architecture have CAP_IPC_LOCK, so has the VM. For a
+        domain of the system libvirt, it is what that libvirt does. Otherwise it will be as all running VMs of O(user)
+        are, and is unknown if there are none. An ambient capability that a unit gives to its VMM is not seen, unless
+        such a VM runs.
       - Where the host has no emulator for its own architecture, or the input does not tell that, all of its emulators
         count.
-      - Where that leaves several possibilities open, all are looked at, and the answer is definite if they agree.
     type: str
     choices:
       - auto
@@ -89,16 +130,56 @@ options:
       - What the VM pins beyond its memory, such as firmware and video memory, in all of its address spaces, as a size.
       - If given, the filter takes it as exact, and rounds the sum with O(memory) up to whole pages. How large they
         are is in the input if V(host) was gathered. Without that, pages may have 4 to 64 KiB.
-      - If not given, it may be anything up to the most that a running VM of the input pins beyond its memory, with
-        O(viommu) times O(vfio_devices). The filter ignores VMs with more than one IOAS, since they may have pinned
-        their memory more than once. It also ignores VMs that pin over 1 GiB beyond their memory, since these probably
-        got more memory after their start.
+      - If not given, it may be anything up to the most that a running VM of the input pins beyond its memory, for each
+        address space, however much that is. VMs with several address spaces are ignored, since they pin their memory
+        more than once.
       - If no VM remains, it may be anything up to 1 GiB, which is what libvirt adds to a domain's memory.
     type: raw
+  locked:
+    description:
+      - What the VMM locks itself (C(-overcommit mem-lock=on) of QEMU), as a size. It is in C(VmLck), with what the
+        legacy container and an iommufd in the mode V(process) pin, so the same memory may count twice.
+      - V(true) means C(<locked/>) of libvirt, for which that gives no limit at all.
+      - If not given, O(domain_xml) tells. Without that, and with a limit of another one than libvirt, it may be
+        anything up to what the VM pins.
+    type: raw
+  domain_xml:
+    description:
+      - The XML of a libvirt domain, as C(virsh dumpxml) prints it. Memory, devices, virtual IOMMU, C(<hard_limit>),
+        C(<locked/>), the user in C(<seclabel>) and the arguments in C(<qemu:commandline>) are read.
+      - What C(<interface type='network'>) comes to is not known before the start. It counts as no device.
+    type: str
+  grow:
+    description:
+      - A VM that runs, and what it is to get. O(viommu), O(overhead) and O(memlock) hold for it, too; what they do not
+        say is read from the running VM.
+      - libvirt raises the limit of its domains when they get memory or a device, unless they have C(<hard_limit>). So
+        give O(memlock), where the present limit does not suffice.
+    type: dict
+    suboptions:
+      vm:
+        description: Its domain, its unit, its name, or its process id.
+        type: str
+        required: true
+      memory:
+        description: The memory that is plugged, as a size.
+        type: raw
+      devices:
+        description: The devices that are plugged, as in O(devices). Without a name, they join the iommufd that it has.
+        type: list
+        elements: dict
+  live_update:
+    description:
+      - Whether the VM of O(grow) is to be taken over by a new process with the same limit (C(cpr-transfer) of QEMU), or
+        whether a new VM must be able to, later. The kernel charges the new process before it relieves the old one.
+    type: bool
+    default: false
 notes:
   - The kernel does not publish what it has charged to a user. For per-user accounting, the filter relies on the
-    estimate RV(virt.iommufd.iommufd_info#module:users[].charged_bytes).
-  - The filter considers the limit alone, and not whether the host has the memory and the devices.
+    estimate RV(virt.iommufd.iommufd_info#module:users[].charged_bytes), and RV(_value.reason) says how much would be
+    left for what no file shows.
+  - The filter considers the limits and RV(_value.prerequisites), and not whether the host has the memory and the
+    devices.
 seealso:
   - module: virt.iommufd.iommufd_info
     description: Returns what this filter takes.
@@ -117,11 +198,11 @@ EXAMPLES = r"""
     that: fit.fits is true
     fail_msg: "{{ fit.reason }} {{ fit.remedy }}"
   vars:
-    fit: "{{ info | virt.iommufd.memlock_fit(memory='64G', user='libvirt-qemu') }}"
+    fit: "{{ info | virt.iommufd.memlock_fit(memory='64G') }}"
 
 - name: Report whether a VM in a unit with User=vmm and LimitMEMLOCK=66G would start
   ansible.builtin.debug:
-    msg: "{{ info | virt.iommufd.memlock_fit(memory='64G', user='vmm', memlock='66G') }}"
+    msg: "{{ info | virt.iommufd.memlock_fit(memory='64G', user='vmm', memlock='66G', locked=0) }}"
 
 - name: Report whether two devices and an IOMMU of its own would be too much for a VM that is charged for itself
   ansible.builtin.debug:
@@ -129,8 +210,32 @@ EXAMPLES = r"""
   vars:
     devices:
       vfio_devices: 2
-      viommu: true
+      viommu: each
       accounting: process
+
+- name: Report whether one device by iommufd and one by the legacy container go together
+  ansible.builtin.debug:
+    msg: "{{ info | virt.iommufd.memlock_fit(memory='64G', user='vmm', memlock='66G', locked=0, devices=devices) }}"
+  vars:
+    devices:
+      - {backend: iommufd, mode: process}
+      - {backend: legacy}
+
+- name: Read the definition of a domain
+  ansible.builtin.command: virsh --readonly dumpxml --inactive vm1
+  register: definition
+  changed_when: false
+
+- name: Report whether it would start
+  ansible.builtin.debug:
+    msg: "{{ info | virt.iommufd.memlock_fit(domain_xml=definition.stdout) }}"
+
+- name: Report whether each VM that runs could get 8 GiB more
+  ansible.builtin.debug:
+    msg: "{{ info | virt.iommufd.memlock_fit(grow={'vm': item.pid, 'memory': '8G'}) }}"
+  loop: "{{ info.processes | rejectattr('holder') }}"
+  loop_control:
+    label: "{{ item.name }}"
 """
 
 RETURN = r"""
@@ -139,23 +244,36 @@ _value:
   type: dict
   contains:
     fits:
-      description: Whether the VM would start. V(null) where that is unknown.
+      description:
+        - Whether the VM would start, or could grow, as far as its limit decides. V(null) where that is unknown.
+        - Also V(false) where libvirt or the kernel is known not to start it, for another reason.
+        - A VM with a mediated device that fits at its start, and may not as it runs, is unknown.
       type: bool
       sample: false
-    accounting:
+    counter:
       description:
-        - How the VM would be accounted, V(user), V(process) or V(none), which is what CAP_IPC_LOCK leads to.
-        - V(null) where several of them are possible. The numbers below are then those of the first that is.
+        - Which counter refuses the VM, or comes closest to it. V(user) is the sum of the user, V(mm_locked) is
+          C(VmLck) and V(mm_pinned) is C(VmPin) of the VM's process.
+        - V(null) where none is checked, or it may be several.
       type: str
       sample: user
-    needed:
-      description: What the VM pins at most, in bytes.
-      type: int
-      sample: 69793218560
+    accounting:
+      description:
+        - How the VM would be accounted, V(user), V(process) or V(none), where no check is left. Without an iommufd, it
+          is V(process).
+        - V(null) where several of them are possible.
+      type: str
+      sample: user
     charged:
-      description: What is charged against the limit already, in bytes. For V(process) and V(none) that is 0.
+      description: What that counter holds already, in bytes. For a VM that starts, a counter of its process holds 0.
       type: int
       sample: 67371008
+    needed:
+      description:
+        - What the VM adds to that counter at most, in bytes. Where it is not one counter, the most that it adds to any.
+        - V(null) where that is not known.
+      type: int
+      sample: 69793218560
     limit:
       description: The limit in bytes. V(null) where it is unlimited or not known.
       type: int
@@ -168,18 +286,29 @@ _value:
       description: Why, in sentences.
       type: str
       sample: >-
-        The running VMs of libvirt-qemu are accounted per user. The VM pins 64 GiB and 1 GiB beyond that. Charged to
-        libvirt-qemu on top of 64.2 MiB, it is 64.2 MiB over its limit of 65 GiB and ends with -12 (Cannot allocate
-        memory).
+        The running VMs of vm are accounted per user. The VM pins 64 GiB and 1 GiB beyond that. Charged to vm on top of
+        64.2 MiB, it is 64.2 MiB over its limit of 65 GiB and ends with -12 (Cannot allocate memory).
     remedy:
-      description: What would make the answer certain, and what to change so that the VM fits. V(null) where it fits.
+      description:
+        - What to change so that the VM fits, the least harmful first. With each of them alone, it would.
+        - V(null) where it fits, and where nothing is known that would help.
       type: str
       sample: >-
-        To make it fit: have it charged for itself alone, which libvirt 12.1 or later does for devices with <driver
-        name='vfio' iommufd='yes'/> if its daemon has CAP_SYS_RESOURCE; or give the VMM CAP_IPC_LOCK (setcap
-        cap_ipc_lock+ep /usr/bin/qemu-system-x86_64), and with it the right to pin all memory to whoever may execute
-        that; or raise its limit (<memtune><hard_limit unit='KiB'>69271808</hard_limit></memtune> in the domain, 1 GiB
-        of it for the emulator's own memory), for this VM only, since the next one takes still more.
+        To make it fit: raise its limit (LimitMEMLOCK=69860589568 in its unit), for this VM only, since the next one
+        takes still more; or have it charged for itself alone, by setting rlimit_mode=process on its iommufd before its
+        first device (iommufd-exec, or virt.iommufd.iommufd_option); or give the VMM CAP_IPC_LOCK
+        (AmbientCapabilities=CAP_IPC_LOCK in its unit), and with it the right to pin all memory.
+    prerequisites:
+      description:
+        - What is missing on the host, of what such a VM must have before it can start at all, in sentences. Except for
+          what makes RV(_value.fits) false, that somebody may still see to.
+      type: list
+      elements: str
+      sample: []
+    question:
+      description: The one question that would settle it, and what answers it. V(null) where nothing is to be asked.
+      type: str
+      sample: null
 """
 
 

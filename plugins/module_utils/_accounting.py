@@ -51,6 +51,7 @@ __all__ = (
     "Vm",
     "Way",
     "added",
+    "address_spaces",
     "demand",
     "exactly",
     "least_limit",
@@ -300,7 +301,7 @@ class _Outcome(NamedTuple):
     enough: int
 
 
-def _address_spaces(vm: Vm) -> list[list[Device]]:
+def address_spaces(vm: Vm) -> list[list[Device]]:
     """The devices of each address space, in the order in which they pin. The memory is pinned once for each.
 
     Without an IOMMU of its own, or with a nested one, a VM has one for each iommufd and each container. With another
@@ -325,7 +326,7 @@ def _pins(vm: Vm, kernel: Kernel, later: bool) -> Iterator[tuple[str, int]]:
     if vm.locked.most:
         yield MLOCK, _whole_pages(vm.locked.most, kernel)
     size = _whole_pages(vm.memory.most + vm.beyond.most, kernel)
-    spaces = _address_spaces(vm)
+    spaces = address_spaces(vm)
     runs = [all(device.as_it_runs for device in devices) for devices in spaces]
     for wanted in (False, True) if later else (False,):
         for (device, *_others), as_it_runs in zip(spaces, runs):

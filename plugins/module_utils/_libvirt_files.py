@@ -155,16 +155,15 @@ def _find_user(started: float | None, msgs: list[str]) -> VmUser:
     runs = started is not None
     setting = None
     changed = 0.0
-    known = True
+    unread = ""
     try:
         setting, changed = _read_setting()
     except (IommufdError, OSError) as exc:
-        known = False
         why = error_text(exc.errno) if isinstance(exc, OSError) else str(exc).rstrip(".")
-        said = f"The user of libvirt's VMs may stand in {_CONF}, which cannot be read ({why})."
+        unread = f"The user of libvirt's VMs may stand in {_CONF}, which cannot be read ({why})."
     owner = _owner(changed if started is None else started - _SLACK)
     # As root's, the folder may just have been made by a package.
-    if owner is not None and (runs or (owner and known and setting is None)):
+    if owner is not None and (runs or (owner and not unread and setting is None)):
         user = VmUser(user_name(owner), owner)
         if setting is not None and parse_user(setting).uid != owner:
             msgs.append(
@@ -172,8 +171,8 @@ def _find_user(started: float | None, msgs: list[str]) -> VmUser:
                 " when it started: it has to be restarted to read that file again."
             )
         return user
-    if not known:
-        msgs.append(said)
+    if unread:
+        msgs.append(unread)
         return VmUser()
     if setting is None:
         return VmUser()

@@ -192,7 +192,7 @@ def check(ok: bool | None, obstacles: bool = False) -> Row:
         "emulators": [emulator],
         "units": [unit],
         "users": [],
-        "scratch": {"attempted": True, "inconclusive": False, "ok": True, "mode": "process", "msg": "*"},
+        "try_iommufd": {"attempted": True, "inconclusive": False, "ok": True, "mode": "process", "msg": "*"},
     }
 
 

@@ -6,6 +6,7 @@
 
     vmm only < VMS    ends every VM, then starts these and leaves them running
     vmm try < VMS     starts and ends one after the other, beside those that run
+    vmm plug NAME MIB [LIMIT]    gives one that runs memory by its monitor, and before that a limit in bytes
     vmm units VERB UNIT...    has systemctl start, restart or show what the host's own units run, one after the other
 
 VMS is a JSON list of objects with the fields of the class Vm. Printed is a JSON list of what became of each, in the
@@ -17,9 +18,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
+import signal
 import struct
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +38,13 @@ UNIT = "vmm-{}.service"
 
 @dataclass(frozen=True)
 class Vm:
-    """A VM. `limit` is its RLIMIT_MEMLOCK in bytes, `accounting` as the collection calls it, `devices` of VFIO."""
+    """A VM. `limit` is its RLIMIT_MEMLOCK in bytes, `accounting` as the collection calls it, `devices` of VFIO.
+
+    `accounting` may be `mixed`: the first iommufd per user, and the second per process. `apart`: whether each of
+    `devices` is in an iommufd of its own. `legacy`: devices that it has by the legacy container. `mlock`: whether QEMU
+    locks its memory. `grows`: whether `vmm plug` may give it memory. `kept`: whether what starts it keeps a copy of its
+    iommufd, with a limit of 8 MiB.
+    """
 
     name: str
     limit: int
@@ -45,6 +55,11 @@ class Vm:
     viommu: bool = False
     # Without it, CAP_IPC_LOCK has to come from the emulator's file.
     ambient: bool = True
+    apart: bool = False
+    legacy: tuple[str, ...] = ()
+    mlock: bool = False
+    grows: bool = False
+    kept: bool = False
 
     @property
     def pidfile(self) -> Path:
@@ -54,31 +69,54 @@ class Vm:
     def log(self) -> Path:
         return FOLDER / f"{self.name}.log"
 
+    @property
+    def monitor(self) -> Path:
+        return FOLDER / f"{self.name}.qmp"
+
+    def iommufds(self) -> list[tuple[str, list[str]]]:
+        """The properties of each iommufd, and its devices. Who sets the mode has opened it; otherwise QEMU does."""
+        groups = [[each] for each in self.devices] if self.apart else [list(self.devices)] if self.devices else []
+        given = {"process": len(groups), "mixed": 1}.get(self.accounting, 1 if self.kept else 0)
+        # The last ones are given.
+        first = len(groups) - given
+        fds = ["" if index < first else f",fd={3 + index - first}" for index in range(len(groups))]
+        return [(f"iommufd,id=iommufd{index}{fds[index]}", devices) for index, devices in enumerate(groups)]
+
     def emulator(self) -> list[str]:
         """QEMU's command line. Its parent ends once all devices are there, or with the reason why they are not."""
         # The host's own emulated IOMMU has 39 bits, and the VM's may have no more.
         iommu = ["-device", "intel-iommu,caching-mode=on,aw-bits=39"] if self.viommu else []
-        vfio = [
-            word for each in self.devices for word in ("-device", f"vfio-pci,host={address(each)},iommufd=iommufd0")
-        ]
+        more: list[str] = []
+        for index, (iommufd, devices) in enumerate(self.iommufds()):
+            more += ["-object", iommufd]
+            for each in devices:
+                more += ["-device", f"vfio-pci,host={address(each)},iommufd=iommufd{index}"]
+        for each in self.legacy:
+            more += ["-device", f"vfio-pci,host={address(each)}"]
+        if self.grows:
+            more += ["-qmp", f"unix:{self.monitor},server=on,wait=off"]
+        if self.mlock:
+            more += ["-overcommit", "mem-lock=on"]
         return [
-            *("qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-m", str(self.memory_mib)),
+            # What it keeps translated code in is locked, too.
+            *("qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,tb-size=16" if self.mlock else "tcg"),
+            *("-m", f"{self.memory_mib},slots=1,maxmem=1G" if self.grows else str(self.memory_mib)),
             *("-name", f"guest={self.name}", "-display", "none", "-nodefaults", "-S"),
             *("-daemonize", "-pidfile", str(self.pidfile)),
             *iommu,
-            # Who sets the mode has opened the iommufd, too; otherwise QEMU does.
-            *("-object", "iommufd,id=iommufd0" + (",fd=3" if self.accounting == "process" else "")),
-            *vfio,
+            *more,
         ]
 
     def unit(self) -> list[str]:
         """The command that starts it, and ends once that has worked or failed."""
         settings = {"PIDFile": self.pidfile, "StandardError": f"truncate:{self.log}", "LimitMEMLOCK": self.limit}
         words = self.emulator()
-        if self.accounting == "process":
+        given = sum(",fd=" in iommufd for iommufd, _devices in self.iommufds())
+        if self.accounting in ("process", "mixed"):
             # Only root may set the mode.
-            words = [sys.argv[0], "become", self.user, *words]
+            words = [sys.argv[0], "become", self.user, str(given), *words]
         else:
+            words = [sys.argv[0], "keep", *words] if self.kept else words
             settings["User"] = self.user
         if self.accounting == "none" and self.ambient:
             settings["AmbientCapabilities"] = "CAP_IPC_LOCK"
@@ -95,12 +133,47 @@ def address(device: str) -> str:
     return Path(f"/sys/class/vfio-dev/{device}/device").resolve().name
 
 
-def become(user: str, words: list[str]) -> NoReturn:
-    """Opens an iommufd as descriptor 3, has the kernel charge the process, gives up root and turns into the VMM."""
+def become(user: str, count: int, words: list[str]) -> NoReturn:
+    """Opens iommufds as descriptors from 3 on, sets their mode, gives up root and turns into the VMM."""
+    opened = [os.open("/dev/iommu", os.O_RDWR) for _each in range(count)]
+    for fd, each in enumerate(opened, 3):
+        os.dup2(each, fd)
+        os.set_inheritable(fd, True)
+        fcntl.ioctl(fd, IOMMU_OPTION, bytearray(struct.pack("=IIHHIQ", 24, RLIMIT_MODE, SET, 0, 0, PER_PROCESS)))
+    os.execvp("setpriv", ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", *words])
+
+
+def keep(words: list[str]) -> NoReturn:
+    """Opens an iommufd as descriptor 3 and turns into the VMM, while a child keeps the descriptor and does nothing."""
     os.dup2(os.open("/dev/iommu", os.O_RDWR), 3)
     os.set_inheritable(3, True)
-    fcntl.ioctl(3, IOMMU_OPTION, bytearray(struct.pack("=IIHHIQ", 24, RLIMIT_MODE, SET, 0, 0, PER_PROCESS)))
-    os.execvp("setpriv", ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", *words])
+    if os.fork() == 0:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 * 2**20, 8 * 2**20))
+        while True:
+            signal.pause()
+    os.execvp(words[0], words)
+
+
+def plug(name: str, mib: int, limit: int | None) -> dict[str, Any]:
+    """Gives a VM memory; what became of it."""
+    pid = int((FOLDER / f"{name}.pid").read_text())
+    if limit is not None:
+        resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (limit, limit))
+    backend = {"qom-type": "memory-backend-ram", "id": "more", "size": mib * 2**20}
+    dimm = {"driver": "pc-dimm", "id": "dimm", "memdev": "more"}
+    commands = [{"execute": "object-add", "arguments": backend}, {"execute": "device_add", "arguments": dimm}]
+    # One that ends meanwhile breaks the connection.
+    subprocess.run(
+        ["qmp", str(FOLDER / f"{name}.qmp")], input=json.dumps(commands), capture_output=True, text=True, check=False
+    )
+    process = Path(f"/proc/{pid}")
+    deadline = time.monotonic() + 10
+    while process.exists() and look(pid)["pinned"] < mib * 2**20 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    # An end takes a moment.
+    time.sleep(1)
+    found = {"name": name, "output": (FOLDER / f"{name}.log").read_text(), "started": process.exists()}
+    return {**found, **(look(pid) if found["started"] else {})}
 
 
 def start(vm: Vm) -> dict[str, Any]:
@@ -150,12 +223,18 @@ def end(pattern: str) -> None:
 def main() -> None:
     command = sys.argv[1]
     if command == "become":
-        become(sys.argv[2], sys.argv[3:])
+        become(sys.argv[2], int(sys.argv[3]), sys.argv[4:])
+    if command == "keep":
+        keep(sys.argv[2:])
     FOLDER.mkdir(exist_ok=True)
     FOLDER.chmod(0o1777)
     answers = []
     if command == "units":
         print(json.dumps([ask(sys.argv[2], unit) for unit in sys.argv[3:]]))
+        return
+    if command == "plug":
+        name, mib, *limit = sys.argv[2:]
+        print(json.dumps(plug(name, int(mib), int(limit[0]) if limit else None)))
         return
     if command == "only":
         end("*")

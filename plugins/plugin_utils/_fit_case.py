@@ -1,0 +1,284 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: the VM that memlock_fit is asked about, as the model has it, and what becomes of it.
+
+The functions are pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..module_utils._accounting import (
+    EACH,
+    IOMMUFD,
+    LEGACY,
+    NOTHING,
+    UNLIMITED,
+    USER,
+    VDPA,
+    Device,
+    Kernel,
+    Span,
+    Verdict,
+    Vm,
+    address_spaces,
+    demand,
+    exactly,
+    verdict,
+)
+from ..module_utils._errors import IommufdError
+from ..module_utils._size import human_size
+from ._fit_host import (
+    GIB,
+    Accounting,
+    Limit,
+    accounting_of,
+    knows_iommufd,
+    limit_of,
+    prerequisites,
+    refusal,
+    starter_of,
+    system_user,
+)
+from ._fit_input import Asked, Info, Owner, owner_of
+from ._fit_xml import CONTAINER, LIBVIRTS
+
+__all__ = (
+    "FILE_BACKED",
+    "PAGE",
+    "SIGHT",
+    "STARTS",
+    "Case",
+    "at_best",
+    "judge",
+    "kernels",
+    "may_charge_user",
+    "new_vm",
+    "ordered",
+    "plus",
+    "settled",
+    "spaces",
+)
+
+# The smallest and the largest page that a Linux host with iommufd has.
+PAGES = (2**12, 2**16)
+
+# How many pins may be counted out for one answer, some dozen times: some seconds.
+COUNTED_MAX = 2**14
+
+FILE_BACKED = (
+    "For a live update, the VM's memory must be that of a file (memory-backend-memfd or memory-backend-file, with"
+    " share=on): the kernel moves no other to another process."
+)
+
+# Beside those of the model, what may have to be asked: the size of a page, whether libvirt would start the domain, and
+# what a VM that runs holds.
+PAGE = "page"
+STARTS = "starts"
+SIGHT = "sight"
+
+
+class Case(NamedTuple):
+    """All that an answer is made of.
+
+    `steps`: what becomes of the VM, one after the other, each as the model has it. `pins`: what it pins, in words.
+    `told`: the outcome. `refused`: why it would not be started at all, else "". `needs`: what is not there that it must
+    have. `running`: the row of a VM that runs already.
+    """
+
+    info: Info
+    asked: Asked
+    owner: Owner
+    starter: str | None
+    limit: Limit
+    accounting: Accounting
+    steps: tuple[Vm, ...]
+    pins: str
+    told: Verdict
+    refused: str
+    needs: list[str]
+    running: Mapping[str, Any] | None = None
+
+
+def kernels(info: Info) -> tuple[Kernel, ...]:
+    """The host's kernel, once for each size that its pages may have."""
+    page, legacy = info["host"].get("page_bytes"), info["host"].get("legacy_by_iommufd")
+    # Nothing that is asked here depends on the release.
+    return tuple(Kernel(each, (0, 0), legacy) for each in ((page,) if page else PAGES))
+
+
+def spaces(vm: Vm) -> int:
+    """How many times it pins its memory, at most."""
+    return len(address_spaces(vm._replace(viommu=vm.viommu or EACH)))
+
+
+def _countable(vm: Vm, kernel: Kernel) -> bool:
+    """Whether all that may be can be counted out in a moment."""
+    iommufds = {each.holder for each in vm.devices if each.backend == IOMMUFD and each.mode is None}
+    unknown = [vm.capable is None, vm.viommu is None, kernel.legacy_by_iommufd is None]
+    unknown += [any(each.as_it_runs for each in vm.devices)]
+    worlds: int = 2 ** (len(iommufds) + sum(unknown)) * (1 if vm.ordered else 6)
+    return worlds * max(spaces(vm), 1) <= COUNTED_MAX
+
+
+def judge(info: Info, steps: tuple[Vm, ...]) -> Verdict:
+    """What becomes of a VM in these steps: the first that is refused, or may be, else the one that comes closest.
+
+    Raises IommufdError where too little is known of too much.
+    """
+    if not all(_countable(vm, kernel) for vm in steps for kernel in kernels(info)):
+        raise IommufdError("Too little is known of so many devices: give accounting, or devices with the mode of each.")
+    each_kernel = [_in_order([verdict(vm, kernel) for vm in steps]) for kernel in kernels(info)]
+    if len({told.fits for told in each_kernel}) == 1:
+        return max(each_kernel, key=lambda told: told.enough)
+    return max(each_kernel, key=lambda told: told.enough)._replace(fits=None, question=PAGE)
+
+
+def _in_order(verdicts: list[Verdict]) -> Verdict:
+    fits = [each.fits for each in verdicts]
+    outcome = False if False in fits else None if None in fits else True
+    likely = [each for each in verdicts if each.fits is outcome]
+    chosen = likely[0] if outcome is not True else max(likely, key=lambda each: each.enough)
+    return chosen._replace(enough=max(each.enough for each in verdicts))
+
+
+def at_best(case: Case) -> Verdict:
+    """What becomes of the VM if all amounts that are not known are as good as they may be."""
+    names = ("memory", "beyond", "locked", "held_user", "held_mm_locked", "held_mm_pinned")
+    best = []
+    for vm in case.steps:
+        least: dict[str, Any] = {name: exactly(getattr(vm, name).least) for name in names}
+        best.append(vm._replace(**least, limit=exactly(vm.limit.most)))
+    return judge(case.info, tuple(best))
+
+
+def may_charge_user(case: Case) -> bool:
+    """Whether what it pins may be charged to its user."""
+    return any(
+        each.backend == IOMMUFD and each.mode in (USER, None) and not vm.capable
+        for vm in case.steps
+        for each in vm.devices
+    )
+
+
+def settled(case: Case, **changes: Any) -> Case:
+    """The same VM with another limit, other devices or another capability."""
+    steps = tuple(vm._replace(**changes) for vm in case.steps)
+    if "devices" in changes:
+        steps = _steps(case.asked, steps[0], case.info)
+    return case._replace(steps=steps, told=judge(case.info, steps))
+
+
+def _as_libvirt_has_it(info: Info, asked: Asked) -> Asked:
+    """The VM, whose devices an older libvirt has by the legacy container: it ignores an iommufd='yes'."""
+    if asked.domain is None or knows_iommufd(info) is not False:
+        return asked
+    legacy = (each._replace(backend=LEGACY, holder=CONTAINER) for each in asked.devices)
+    had = zip(asked.devices, legacy)
+    return asked._replace(devices=tuple(other if each.holder == LIBVIRTS else each for each, other in had))
+
+
+def new_vm(info: Info, asked: Asked) -> Case:
+    """A VM that is to start."""
+    asked = _as_libvirt_has_it(info, asked)
+    owner = owner_of(info, asked.user if asked.user is not None else system_user(info))
+    starter = starter_of(info, asked, owner)
+    memory = asked.memory or 0
+    limit = limit_of(info, asked, owner, starter, memory)
+    accounting = accounting_of(info, asked, owner, starter)
+    vm = Vm(
+        memory=exactly(memory),
+        devices=_with_mode(asked.devices, accounting.mode),
+        user=owner.name or "",
+        limit=limit.span,
+        limit_by=limit.words,
+        capable=accounting.capable,
+        viommu=asked.viommu,
+        ordered=ordered(asked, asked.devices),
+        held_user=owner.held(),
+        held_mm_locked=NOTHING,
+        held_mm_pinned=NOTHING,
+    )
+    vm, pins = _beyond(info, asked, vm)
+    steps = _steps(asked, vm._replace(locked=_locked(asked, vm)), info)
+    refused, needs = refusal(info, asked, starter), prerequisites(info, asked.devices)
+    told = judge(info, steps)
+    if refused is None and told.fits is not False:
+        told = told._replace(fits=None, question=STARTS)
+    no_iommufd = any(each.backend == IOMMUFD for each in asked.devices) and info["host"].get("module") == "absent"
+    refused = refused or limit.refused or ("This host's kernel has no iommufd." if no_iommufd else "")
+    needs = [*needs, *([refused] if refused and refused not in needs else [])]
+    needs += [FILE_BACKED] if asked.live_update else []
+    return Case(info, asked, owner, starter, limit, accounting, steps, pins, told, refused, needs)
+
+
+def _with_mode(devices: tuple[Device, ...], mode: str | None) -> tuple[Device, ...]:
+    return tuple(each._replace(mode=each.mode or mode) if each.backend == IOMMUFD else each for each in devices)
+
+
+def ordered(asked: Asked, devices: tuple[Device, ...]) -> bool:
+    """Whether the order in which devices pin is known, or the same. It is not for vDPA, unless that is named last."""
+    backends = [each.backend for each in devices]
+    if VDPA not in backends or set(backends) == {VDPA}:
+        return True
+    return asked.domain is None and VDPA not in backends[: -backends.count(VDPA)]
+
+
+def _beyond(info: Info, asked: Asked, vm: Vm) -> tuple[Vm, str]:
+    """The VM with what it pins beyond its memory, each time that it pins that; and all of it in words."""
+    times = max(spaces(vm), 1)
+    size = human_size(vm.memory.most * times)
+    pins = size + (f" ({human_size(vm.memory.most)} in each of {times} address spaces)" if times > 1 else "")
+    shown = _measured(info)
+    if asked.overhead is not None:
+        beyond = exactly(-(-asked.overhead // times))
+        pins += f" and {human_size(asked.overhead)} beyond that" if asked.overhead else ""
+    elif shown is not None:
+        beyond = Span(0, shown)
+        pins += f" and up to {human_size(shown * times)} beyond that, as running VMs do" if shown else ""
+    else:
+        beyond = Span(0, GIB // times)
+        pins += f" and up to {human_size(GIB)} beyond that, which is what libvirt allows for"
+    return vm._replace(
+        beyond=beyond
+    ), f"The VM pins {pins}." if vm.devices else "The VM has no device that pins memory."
+
+
+def _measured(info: Info) -> int | None:
+    """The most that a running VM pins beyond its memory, however much that is; None where no VM shows it."""
+    found = []
+    for row in info["processes"]:
+        pinned = None
+        if row.get("backends") == ["iommufd"]:
+            pinned = row["pinned_bytes"]
+        elif row.get("backends") == ["legacy"] and row.get("locks_memory") is False:
+            pinned = row["locked_bytes"]
+        # With a second address space, it may have pinned its memory a second time.
+        if pinned and row.get("address_spaces") == 1 and row.get("holder") is not True and row["memory_bytes"]:
+            found.append(pinned - row["memory_bytes"])
+    return max((each for each in found if each >= 0), default=None)
+
+
+def _locked(asked: Asked, vm: Vm) -> Span:
+    """What the VMM locks itself: all that it has is no less than its memory."""
+    if asked.locked.least >= UNLIMITED:
+        return Span(vm.memory.least, UNLIMITED)
+    if asked.locked.most >= UNLIMITED:
+        return Span(0, vm.memory.most + vm.beyond.most)
+    return asked.locked
+
+
+def _steps(asked: Asked, vm: Vm, info: Info) -> tuple[Vm, ...]:
+    """The start; then the live update, in which the new process is charged before the old one is not any more."""
+    if not asked.live_update or asked.grow is not None:
+        return (vm,)
+    adds = demand(vm, kernels(info)[0])[USER]
+    return (vm, vm._replace(held_user=plus(vm.held_user, adds)))
+
+
+def plus(one: Span, other: Span) -> Span:
+    return Span(min(one.least + other.least, UNLIMITED), min(one.most + other.most, UNLIMITED))

@@ -1,0 +1,351 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: what a host makes of a VM that is asked about. Pure functions.
+
+That is who would start it, with which limit, how it would be accounted, and what keeps it from being started at all.
+None is what iommufd_info did not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..module_utils._accounting import IOMMUFD, LEGACY, PROCESS, UNKNOWN, UNLIMITED, USER, Device, Span, exactly
+from ..module_utils._size import human_size
+from ._fit_input import AUTO, NONE, Asked, Owner
+from ._fit_xml import LIBVIRTS
+from ._host_info import own_emulators, qemu_for
+
+__all__ = (
+    "GIB",
+    "OTHER",
+    "SESSION",
+    "SYSTEM",
+    "Accounting",
+    "Limit",
+    "accounting_of",
+    "by_hostdev",
+    "candidates",
+    "emulator",
+    "knows_iommufd",
+    "limit_of",
+    "prerequisites",
+    "reckoning",
+    "refusal",
+    "session_of",
+    "starter_of",
+    "system_user",
+)
+
+Info = Mapping[str, Any]
+
+# What libvirt adds to a domain's memory.
+GIB = 2**30
+
+# Who starts a VM: the system libvirt, a user's own, or something else, which libvirt has nothing to do with.
+SYSTEM = "system"
+SESSION = "session"
+OTHER = "other"
+
+UNSEEN_DEVICES = "that libvirt gives it, or has itself: it is not known whether it sees the VM's devices"
+
+# What readiness tells of, by the backends that need it.
+_FOR_IOMMUFD = ("module", "device", "cdev")
+_FOR_VFIO = ("iommu", "vfio", "bound")
+
+
+class Limit(NamedTuple):
+    """The RLIMIT_MEMLOCK that the VM would have, and the same in words. `refused`: why libvirt would not give it."""
+
+    span: Span
+    words: str
+    refused: str = ""
+
+
+class Accounting(NamedTuple):
+    """How the VM would be accounted: the mode of its iommufd and whether it has CAP_IPC_LOCK; and why."""
+
+    mode: str | None
+    capable: bool | None
+    why: str
+
+
+def _libvirt(info: Info) -> Mapping[str, Any]:
+    return info["host"].get("libvirt") or {}
+
+
+def system_user(info: Info) -> Any:
+    """Who the system libvirt runs its VMs as, None where that is not known."""
+    libvirt = _libvirt(info)
+    return libvirt.get("user") if libvirt.get("user") is not None else libvirt.get("uid")
+
+
+def starter_of(info: Info, asked: Asked, owner: Owner) -> str | None:
+    """Who would start it: SYSTEM, SESSION or OTHER; None where that is not known."""
+    libvirt = _libvirt(info)
+    if asked.user is None:
+        return SYSTEM
+    if asked.domain is not None and asked.domain.user is not None and asked.user == asked.domain.user:
+        return SYSTEM
+    if owner.name == libvirt.get("user") or owner.uid == libvirt.get("uid") is not None:
+        return SYSTEM
+    if asked.limit is not None and asked.domain is None:
+        return OTHER
+    return None if system_user(info) is None and _may_be_there(libvirt) else SESSION
+
+
+def _may_be_there(libvirt: Mapping[str, Any]) -> bool:
+    """Whether there is, or may be, a system libvirt."""
+    return libvirt.get("unit") is not None or libvirt.get("sets_rlimit_mode") is not False
+
+
+def _may(libvirt: Mapping[str, Any]) -> bool:
+    """Whether libvirt's daemon may use CAP_SYS_RESOURCE, as far as that is known."""
+    may = libvirt.get("cap_sys_resource")
+    return may is True or (may is None and libvirt.get("sets_rlimit_mode") is True)
+
+
+def knows_iommufd(info: Info) -> bool | None:
+    """Whether the system libvirt knows iommufd for a <hostdev>."""
+    libvirt = _libvirt(info)
+    supports: bool | None = libvirt.get("supports_iommufd")
+    return True if supports is None and libvirt.get("sets_rlimit_mode") is True else supports
+
+
+def by_hostdev(info: Info, asked: Asked) -> bool | None:
+    """Whether it is libvirt that gives the VM an iommufd, and not QEMU, by <qemu:commandline>."""
+    if asked.domain is not None:
+        return any(each.holder == LIBVIRTS for each in asked.devices)
+    if all(each.backend != IOMMUFD for each in asked.devices):
+        return False
+    return knows_iommufd(info)
+
+
+def session_of(info: Info, owner: Owner) -> Mapping[str, Any] | None:
+    """What is known of the user's own service manager."""
+    rows = _libvirt(info).get("sessions") or ()
+    return next((row for row in rows if row["uid"] == owner.uid or row["user"] == owner.name), None)
+
+
+def reckoning(asked: Asked, memory: int, seen: bool | None) -> Span | None:
+    """The limit that libvirt reckons for that memory; None where it sets none, since it sees no device.
+
+    `seen`: whether it sees those that have an iommufd.
+    """
+    if asked.counted is None:
+        return UNKNOWN
+    counted = asked.counted
+    if asked.domain is None and seen is not True:
+        others = [each for each in asked.devices if each.backend != IOMMUFD]
+        passed = any(each.backend == LEGACY and not each.holder.startswith("nvme ") for each in others)
+        alone = sum(each.backend != LEGACY or each.holder.startswith("nvme ") for each in others) + passed
+        counted = Span(alone, alone if seen is False else counted.most)
+    if not counted.most:
+        return None
+    least = memory * counted.least + GIB if counted.least else 0
+    return Span(least, memory * counted.most + GIB)
+
+
+def limit_of(info: Info, asked: Asked, owner: Owner, starter: str | None, memory: int) -> Limit:
+    """The limit that the VM would have."""
+    if starter == SESSION and asked.domain is not None and asked.domain.hard_limit is not None:
+        why = "A session libvirt refuses <memtune>, so it would not start this domain: leave out its <hard_limit>."
+        return Limit(UNKNOWN, "a limit that is not known", why)
+    if asked.limit is not None:
+        words = "no limit" if asked.limit == UNLIMITED else f"its limit of {human_size(asked.limit)}"
+        return Limit(exactly(asked.limit), words)
+    reckoned = reckoning(asked, memory, by_hostdev(info, asked) if starter == SYSTEM else True)
+    if asked.domain is not None and asked.domain.hard_limit is not None:
+        reckoned = exactly(asked.domain.hard_limit)
+    elif asked.libvirt_locks:
+        reckoned = exactly(UNLIMITED)
+    if starter == SYSTEM:
+        return _system_limit(_libvirt(info), reckoned)
+    if starter == SESSION:
+        return _session_limit(session_of(info, owner), owner, reckoned)
+    most = UNLIMITED if reckoned is None else reckoned.most
+    return Limit(Span(0, most), "a limit that is not known, since it is not known who libvirt's VMs run as")
+
+
+def _known(limits: Mapping[str, Any], name: str) -> int | None:
+    """A limit of a row, None where that does not tell it."""
+    return UNLIMITED if limits.get(f"{name}_unlimited") is True else limits.get(f"{name}_bytes")
+
+
+def _words(span: Span) -> str:
+    if span.least >= UNLIMITED:
+        return "no limit"
+    if span.most >= UNLIMITED:
+        return f"a limit of {human_size(span.least)} or more" if span.least else "a limit that is not known"
+    if span.least == span.most:
+        return f"the limit of {human_size(span.least)}"
+    return f"a limit of {human_size(span.least)} to {human_size(span.most)}"
+
+
+def _system_limit(libvirt: Mapping[str, Any], reckoned: Span | None) -> Limit:
+    """The limit of a domain of the system libvirt, which leaves it alone where the daemon's own is enough."""
+    daemons = _known(libvirt, "memlock")
+    if reckoned is None or not reckoned.least:
+        most = max(daemons or 0, reckoned.most if reckoned else 0) if daemons is not None else UNLIMITED
+        span = Span(daemons or 0, most)
+        daemon = "of libvirt's daemon, which a VM has whose devices libvirt does not see"
+        return Limit(span, f"{_words(span)} {daemon if reckoned is None else UNSEEN_DEVICES}")
+    span = Span(max(reckoned.least, daemons or 0), max(reckoned.most, UNLIMITED if daemons is None else daemons))
+    if _may(libvirt):
+        return Limit(span, f"{_words(span)} that libvirt gives it")
+    # Beyond the daemon's own it takes the capability to give more.
+    span = Span(min(span.least, daemons or 0), span.most)
+    return Limit(span, f"{_words(span)} that libvirt gives it, if its daemon may, which takes CAP_SYS_RESOURCE")
+
+
+def _session_limit(session: Mapping[str, Any] | None, owner: Owner, reckoned: Span | None) -> Limit:
+    """The limit of a domain of a user's own libvirt, which cannot go beyond its own hard limit."""
+    who = f"the libvirt of user {owner.name}"
+    hard = None if session is None else _known(session, "memlock_hard")
+    if hard is None:
+        most = UNLIMITED if reckoned is None else reckoned.most
+        return Limit(Span(0, most), f"a limit that {who} cannot raise beyond its own, which is not known")
+    if reckoned is None:
+        return Limit(Span(0, hard), f"a limit of up to {human_size(hard)}, the hard limit of {who}")
+    if reckoned.least > hard:
+        wants = "no limit at all" if reckoned.least >= UNLIMITED else human_size(reckoned.least)
+        why = (
+            f"{who} would not start it: it reckons with {wants} for the VM, and cannot raise it beyond its own hard"
+            f" limit of {human_size(hard)}."
+        )
+        return Limit(exactly(hard), f"the hard limit of {human_size(hard)} of {who}", why[0].upper() + why[1:])
+    span = Span(reckoned.least if reckoned.most <= hard else 0, hard)
+    return Limit(span, f"{_words(span)} that {who} gives it")
+
+
+def refusal(info: Info, asked: Asked, starter: str | None) -> str | None:
+    """Why libvirt starts no such domain: "" where nothing is known against it, None where that cannot be told."""
+    if starter != SYSTEM:
+        return ""
+    libvirt = _libvirt(info)
+    hostdev = by_hostdev(info, asked)
+    if hostdev is False or (asked.domain is not None and asked.domain.fdgroup):
+        return ""
+    if hostdev is None or knows_iommufd(info) is None:
+        # It may have nothing to do with iommufd.
+        return None if libvirt.get("cap_sys_resource") is False else ""
+    if libvirt.get("cap_sys_resource") is False:
+        reason = f" {libvirt['reason']}" if libvirt.get("reason") else ""
+        return (
+            "libvirt's daemon may not use CAP_SYS_RESOURCE, without which it can set no accounting, and starts no"
+            f" domain with iommufd at all, whatever the emulator has.{reason}"
+        )
+    return "" if _may(libvirt) else None
+
+
+def prerequisites(info: Info, devices: tuple[Device, ...]) -> list[str]:
+    """What is not there on the host, of what VMs with such devices need."""
+    host = info["host"]
+    backends = {each.backend for each in devices}
+    wanted = [*(_FOR_IOMMUFD if IOMMUFD in backends else ()), *(_FOR_VFIO if {IOMMUFD, LEGACY} & backends else ())]
+    found = [str(row["msg"]) for row in host.get("readiness") or () if row["what"] in wanted and row["ready"] is False]
+    if "module" in wanted and host.get("module") == "absent" and not found:
+        found = ["This host's kernel has no iommufd."]
+    return found
+
+
+def candidates(info: Info, asked: Asked) -> list[Mapping[str, Any]]:
+    """The host's emulators that the VM would run in: its own, or those for the host's architecture, or all."""
+    host = info["host"]
+    present = [each for each in host.get("qemu") or () if each["present"]]
+    named = [each for each in present if asked.domain is not None and each["path"] == asked.domain.emulator]
+    own = own_emulators(present, host["machine"]) if "machine" in host else []
+    return named or [each for each in present if each["path"] in own] or present
+
+
+def emulator(info: Info, asked: Asked, owner: Owner) -> str | None:
+    """The path of the emulator that the VM is most likely to run in. One that has CAP_IPC_LOCK already comes last.
+
+    None where the host's architecture is not known.
+    """
+    running = {row.get("emulator") for row in info["processes"] if row["uid"] == owner.uid}
+
+    def rank(row: Mapping[str, Any]) -> tuple[bool, bool, str]:
+        return bool(row["cap_ipc_lock"]), row["path"] not in running, row["path"]
+
+    likely = min(candidates(info, asked), key=rank, default=None)
+    if likely is not None:
+        return str(likely["path"])
+    machine = info["host"].get("machine")
+    return None if machine is None else f"/usr/bin/{qemu_for(machine)}"
+
+
+def accounting_of(info: Info, asked: Asked, owner: Owner, starter: str | None) -> Accounting:
+    """How the VM would be accounted, as the task says or as the host shows."""
+    if asked.accounting == NONE:
+        return Accounting(USER, True, "")
+    if asked.accounting != AUTO:
+        return Accounting(asked.accounting, False, "")
+    by_file = {each["cap_ipc_lock"] for each in candidates(info, asked)}
+    if by_file == {True}:
+        return Accounting(USER, True, "The host's emulators have CAP_IPC_LOCK.")
+    found = _by_libvirt(info, asked, starter) if starter == SYSTEM else None
+    found = found or _by_running(info, asked, owner, starter)
+    if by_file != {False} and found.capable is False:
+        some = "Some of the host's emulators have CAP_IPC_LOCK, or may have it, so the VM may too."
+        none = "It is not known whether the VM's emulator has CAP_IPC_LOCK."
+        found = found._replace(capable=None, why=f"{some if by_file else none} {found.why}".strip())
+    return found
+
+
+def _by_libvirt(info: Info, asked: Asked, starter: str | None) -> Accounting | None:
+    """How the system libvirt has its VMs accounted; None where nothing is known of it."""
+    libvirt = _libvirt(info)
+    if not any(each.backend == IOMMUFD for each in asked.devices):
+        return Accounting(None, False, "")
+    if not libvirt:
+        return None
+    hostdev, sets = by_hostdev(info, asked), libvirt.get("sets_rlimit_mode")
+    if hostdev is False:
+        why = "QEMU opens the iommufd itself (<qemu:commandline>), and the kernel's default is per user."
+        return Accounting(USER, False, f"{libvirt.get('reason') or ''} {why}".strip())
+    if asked.domain is not None and asked.domain.fdgroup:
+        return Accounting(None, False, "Who gives libvirt the iommufd decides about its mode.")
+    if hostdev and knows_iommufd(info) and (sets is True or libvirt.get("cap_sys_resource") is not True):
+        # It sets the mode, or starts no such domain.
+        return Accounting(PROCESS, False, str(libvirt.get("reason") or "libvirt sets per-process accounting."))
+    if sets is False and knows_iommufd(info) and libvirt.get("cap_sys_resource") is not False:
+        return Accounting(USER, False, str(libvirt.get("reason") or "libvirt does not set the accounting."))
+    return Accounting(
+        None,
+        False,
+        f"It is not known whether libvirt sets per-process accounting. {libvirt.get('reason') or ''}".strip(),
+    )
+
+
+def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> Accounting:
+    """How the user's running VMs are accounted."""
+    name = owner.name or "libvirt's user"
+    if not any(each.backend == IOMMUFD for each in asked.devices):
+        return Accounting(None, None if owner.uid == 0 else False, "")
+    if starter == SESSION and asked.domain is not None and not asked.domain.fdgroup and by_hostdev(info, asked):
+        return Accounting(USER, False, "A user's own libvirt does not set the accounting, which then is per user.")
+    rows = [row for row in info["processes"] if row["uid"] == owner.uid and row.get("holder") is not True]
+    rows = [row for row in rows if "iommufd" in (row.get("backends") or ("iommufd",))]
+    if starter == SESSION:
+        rows = [row for row in rows if row.get("domain_uri") == "qemu:///session"]
+    shown = {row["accounting"] for row in rows}
+    partly = (owner.partly or None in shown) and shown != {None}
+    shown.discard(None)
+    if len(shown) == 1 and (not partly or shown == {USER}):
+        (accounting,) = shown
+        how = {USER: "are accounted per user", PROCESS: "are accounted per process", NONE: "have CAP_IPC_LOCK"}
+        mode = USER if accounting == NONE else accounting
+        return Accounting(mode, accounting == NONE, f"The running VMs of {name} {how[accounting]}.")
+    capable = None if NONE in shown else False
+    if shown:
+        differ = "may have other VMs than were seen whole" if partly else "has VMs that differ in accounting"
+        return Accounting(None, capable, f"{name} {differ}.")
+    if owner.uid == 0 or owner.name == "root":
+        return Accounting(None, None, "What root starts has CAP_IPC_LOCK, unless it is taken away, which libvirt does.")
+    return Accounting(
+        None, False, f"No running VM of {name} shows its accounting, which is per user unless somebody sets it."
+    )

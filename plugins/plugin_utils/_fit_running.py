@@ -1,0 +1,229 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: a VM that runs and is to grow, or to be taken over by another process. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..module_utils._accounting import (
+    EACH,
+    IOMMUFD,
+    LEGACY,
+    NO_VIOMMU,
+    NOTHING,
+    UNKNOWN,
+    UNLIMITED,
+    VDPA,
+    Device,
+    Span,
+    Vm,
+    demand,
+    exactly,
+)
+from ..module_utils._errors import IommufdError
+from ..module_utils._size import human_size
+from ._fit_case import FILE_BACKED, SIGHT, Case, judge, kernels, ordered, plus, spaces
+from ._fit_host import GIB, OTHER, SYSTEM, Accounting, Limit, prerequisites
+from ._fit_input import THE_IOMMUFD, Asked, Growth, Info, owner_of
+from ._fit_xml import CONTAINER
+
+__all__ = ("running_vm",)
+
+
+def _find(info: Info, name: str) -> Mapping[str, Any]:
+    """The VM that runs, by its domain, its name, its unit or its process id."""
+    rows = [row for row in info["processes"] if row.get("holder") is not True]
+    for known in ("domain", "unit", "name", "pid"):
+        found = [row for row in rows if row.get(known) is not None and str(row[known]) == name]
+        if len(found) == 1:
+            return dict(found[0])
+        if found:
+            pids = ", ".join(str(row["pid"]) for row in found[:5])
+            raise IommufdError(f"grow: {len(found)} VMs are called {name!r:.60} (pids {pids}): give the pid of one.")
+    raise IommufdError(f"grow: no VM that runs is called {name!r:.60}: give its domain, its unit, its name or its pid.")
+
+
+def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
+    """What becomes of a VM that runs."""
+    row = _find(info, grow.vm)
+    owner = owner_of(info, row["uid"])
+    starter = SYSTEM if row.get("domain_uri") == "qemu:///system" else OTHER
+    memory = asked.memory if asked.memory is not None else row["memory_bytes"]
+    limit = _its_limit(asked, row, starter)
+    held = _held(row)
+    vm = Vm(
+        memory=NOTHING,
+        devices=held or (),
+        user=owner.name or "",
+        limit=limit.span,
+        limit_by=limit.words,
+        capable=_capability(row),
+        beyond=NOTHING,
+        locked=NOTHING,
+        viommu=NO_VIOMMU,
+        ordered=ordered(asked, held or ()),
+        held_user=owner.held(),
+        held_mm_locked=exactly(row["locked_bytes"]),
+        held_mm_pinned=exactly(row["pinned_bytes"]),
+    )
+    steps: list[Vm] = []
+    pins: list[str] = []
+    unsure = False
+    if asked.live_update:
+        steps.append(_taken_over(row, vm, memory))
+        pins.append(f"The process that takes {_name(row)} over pins what it has anew, once for each address space.")
+    if grow.memory:
+        steps.append(_with_memory(row, vm, grow.memory))
+        pins.append(f"{_name(row)} gets {human_size(grow.memory)}, {_where(len(vm.devices))}.")
+        vm = _after(vm, steps[-1], info)
+    if grow.devices:
+        gets, unsure = _with_devices(asked, grow, row, vm, memory)
+        steps.append(gets)
+        what = f"{len(grow.devices)} devices" if len(grow.devices) > 1 else "a device"
+        pins.append(f"{_name(row)} gets {what}, for which it pins its memory {_times(spaces(gets))}.")
+    if not steps:
+        raise IommufdError("grow: what is it to get? Give memory or devices, or live_update.")
+    told = judge(info, tuple(steps))
+    if held is None:
+        told = told._replace(fits=None, question=SIGHT, counter=None, way=None)
+    elif unsure and told.fits is not True:
+        told = told._replace(fits=None, question="viommu")
+    accounting = Accounting(None, vm.capable, f"{_name(row)} runs as {owner.name}, as process {row['pid']}.")
+    needs = [*prerequisites(info, grow.devices), *([FILE_BACKED] if asked.live_update else [])]
+    return Case(info, asked, owner, starter, limit, accounting, tuple(steps), " ".join(pins), told, "", needs, row)
+
+
+def _taken_over(row: Mapping[str, Any], vm: Vm, memory: int | None) -> Vm:
+    """The new process of a live update, which is charged before the old one is not any more."""
+    size = _one_space(row, vm.devices, memory)
+    return vm._replace(memory=size, locked=_locks(row, size), held_mm_locked=NOTHING, held_mm_pinned=NOTHING)
+
+
+def _with_memory(row: Mapping[str, Any], vm: Vm, memory: int) -> Vm:
+    more = exactly(memory)
+    return vm._replace(memory=more, locked=_locks(row, more))
+
+
+def _with_devices(asked: Asked, grow: Growth, row: Mapping[str, Any], vm: Vm, memory: int | None) -> tuple[Vm, bool]:
+    """The VM that gets devices, and whether what it pins for them is a guess."""
+    total = UNKNOWN if memory is None else exactly(memory + grow.memory)
+    new, viommu, unsure = _new_spaces(asked, grow, row, vm.devices)
+    beyond = _own_beyond(asked, row, memory)
+    gets = vm._replace(devices=new, memory=total, beyond=beyond, viommu=viommu, ordered=ordered(asked, new))
+    return gets, unsure
+
+
+def _where(times: int) -> str:
+    if times > 1:
+        return f"in each of {times} address spaces"
+    return "in its address space" if times else "which nothing pins"
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return str(row.get("domain") or row.get("name") or row.get("unit") or row["comm"])
+
+
+def _locks(row: Mapping[str, Any], size: Span) -> Span:
+    """What a VM that runs locks itself of such an amount of memory."""
+    locks = row.get("locks_memory")
+    return Span(0, size.most) if locks is None else size if locks else NOTHING
+
+
+def _its_limit(asked: Asked, row: Mapping[str, Any], starter: str) -> Limit:
+    """The limit of a VM that runs. libvirt raises that of its domains when they get memory or a device."""
+    if asked.limit is not None:
+        words = "no limit" if asked.limit == UNLIMITED else f"a limit of {human_size(asked.limit)}"
+        return Limit(exactly(asked.limit), words)
+    if row["memlock_unlimited"]:
+        return Limit(exactly(UNLIMITED), "no limit")
+    now = row["memlock_bytes"]
+    if starter == SYSTEM and not asked.live_update:
+        # It has either a <hard_limit>, which stays, or what libvirt reckons anew for the devices that it sees.
+        return Limit(Span(now, UNLIMITED), f"its limit of {human_size(now)}, which libvirt may raise")
+    return Limit(exactly(now), f"its limit of {human_size(now)}")
+
+
+def _capability(row: Mapping[str, Any]) -> bool | None:
+    """Whether a process has CAP_IPC_LOCK where it counts."""
+    if "cap_ipc_lock" not in row["capabilities"]["effective"]:
+        return False
+    initial: bool | None = row["initial_user_namespace"]
+    return initial
+
+
+def _held(row: Mapping[str, Any]) -> tuple[Device, ...] | None:
+    """A device for each address space of a process, None where they were not seen."""
+    iommufds, legacy, vdpa = (row.get(name) for name in ("iommufds", "legacy_containers", "vdpa_devices"))
+    if iommufds is None or legacy is None or vdpa is None:
+        return None
+    found = [
+        Device(IOMMUFD, f"{each['fd']} {ioas['ioas_id']}", each["rlimit_mode"])
+        for each in iommufds
+        if each.get("same_as") is None
+        for ioas in each["ioases"]
+    ]
+    found += [Device(LEGACY, f"container {each['fd']}") for each in legacy if each.get("same_as") is None]
+    return (*found, *(Device(VDPA) for _each in vdpa))
+
+
+def _one_space(row: Mapping[str, Any], held: tuple[Device, ...], memory: int | None) -> Span:
+    """What a process has pinned in one address space."""
+    if held and all(each.backend == IOMMUFD for each in held):
+        return exactly(row["pinned_bytes"] // len(held))
+    return UNKNOWN if memory is None else Span(memory, memory + GIB)
+
+
+def _own_beyond(asked: Asked, row: Mapping[str, Any], memory: int | None) -> Span:
+    """What a VM that runs pins beyond its memory in one address space."""
+    if asked.overhead is not None:
+        return exactly(asked.overhead)
+    times = row.get("address_spaces")
+    if row.get("backends") == ["iommufd"] and times and memory is not None and row["pinned_bytes"] >= memory * times:
+        return exactly(row["pinned_bytes"] // times - memory)
+    return Span(0, GIB)
+
+
+def _after(vm: Vm, gets: Vm, info: Info) -> Vm:
+    """The VM with what its counters hold once it has got memory."""
+    adds = demand(gets, kernels(info)[0])
+    names = ("user", "mm_locked", "mm_pinned")
+    held: dict[str, Any] = {f"held_{name}": plus(getattr(vm, f"held_{name}"), adds[name]) for name in names}
+    return vm._replace(**held)
+
+
+def _times(number: int) -> str:
+    return "no further time" if not number else "once more" if number == 1 else f"{number} times more"
+
+
+def _new_spaces(
+    asked: Asked, grow: Growth, row: Mapping[str, Any], held: tuple[Device, ...]
+) -> tuple[tuple[Device, ...], str | None, bool]:
+    """The new devices that make an address space, the vIOMMU that they are behind, and whether that is a guess."""
+    iommufds = [each for each in row["iommufds"] or () if each.get("same_as") is None]
+    modes = {each["rlimit_mode"] for each in iommufds}
+    there = {each.backend for each in held}
+    viommu = asked.viommu or _seen_viommu(row, held, len(iommufds))
+    new: list[Device] = []
+    unsure = False
+    for device in grow.devices:
+        joins = (device.holder == THE_IOMMUFD and IOMMUFD in there) or (device.holder == CONTAINER and LEGACY in there)
+        if joins and viommu not in (EACH, None):
+            continue
+        unsure |= joins and viommu is None
+        mode = next(iter(modes)) if device.holder == THE_IOMMUFD and len(modes) == 1 else None
+        new.append(device._replace(mode=device.mode or mode))
+    # At worst, each has an address space of its own.
+    return tuple(new), viommu or EACH, unsure or (viommu is None and len(new) > 1)
+
+
+def _seen_viommu(row: Mapping[str, Any], held: tuple[Device, ...], iommufds: int) -> str | None:
+    """What the address spaces of a VM that runs tell of an IOMMU of its own; None where they tell nothing."""
+    shared = sum(each.backend == IOMMUFD for each in held)
+    if shared > iommufds:
+        return EACH
+    devices = sum(each.get("backend") == IOMMUFD for each in row["vfio_devices"])
+    return NO_VIOMMU if devices > shared >= 1 else None

@@ -1,0 +1,146 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: why memlock_fit answers what it answers, and what to ask, for people. Pure functions."""
+
+from __future__ import annotations
+
+from ..module_utils._accounting import MM_LOCKED, MM_PINNED, UNLIMITED, USER, demand
+from ..module_utils._size import human_size
+from ._fit_case import PAGE, SIGHT, STARTS, Case, at_best, kernels, may_charge_user
+
+__all__ = ("question_of", "reason_of")
+
+_AS_ROOT = "Run virt.iommufd.iommufd_info as root (become: true) on the host itself, with host in gather_subset."
+
+# What settles an answer, by the model's name for it, or by that of _fit_case.
+_QUESTIONS = {
+    "capable": "Has the VMM CAP_IPC_LOCK? Give accounting: none if it has, and user or process if not.",
+    "mode": "Which mode has its iommufd? Give accounting: user or process, or the mode of each in devices.",
+    "legacy_by_iommufd": f"Does iommufd provide /dev/vfio/vfio on this host? {_AS_ROOT}",
+    "viommu": "Has the VM an IOMMU of its own, and is that a nested one? Give viommu: none, each or nested.",
+    "limit": "Which RLIMIT_MEMLOCK will the VMM have? Give memlock.",
+    "held_mm_locked": f"How much has the process locked already? {_AS_ROOT}",
+    "held_mm_pinned": f"How much has the process pinned already? {_AS_ROOT}",
+    "locked": (
+        "How much memory does the VMM lock itself (QEMU's mem-lock=on)? Give locked: 0 if none, or VmLck of such a VM"
+        " without a device."
+    ),
+    "memory": "How much memory has the VM? Give memory.",
+    "beyond": "How much does the VM pin beyond its memory? Give overhead.",
+    PAGE: f"How large are the host's pages? {_AS_ROOT}",
+    STARTS: f"May libvirt's daemon use CAP_SYS_RESOURCE, without which it starts no domain with iommufd? {_AS_ROOT}",
+    SIGHT: f"Which iommufds, containers and vDPA devices has the process? {_AS_ROOT}",
+}
+
+
+def question_of(case: Case) -> str | None:
+    """The one question that would settle it; None where the answer is certain."""
+    told = case.told
+    if case.refused or told.fits is not None or told.question is None:
+        return None
+    enough = f" A limit of {told.enough} bytes suffices whatever it is." if told.enough < UNLIMITED else ""
+    if told.question == "held_user":
+        if case.owner.name is None:
+            return "Which user does libvirt run its VMs as? Give user."
+        if case.owner.hidden:
+            return f"How much do processes that were not seen have charged to {case.owner.name}? {_AS_ROOT}"
+        return (
+            f"Are the {human_size(case.owner.unsure)} charged to {case.owner.name} that other processes of it have"
+            f" pinned? {_AS_ROOT}{enough}"
+        )
+    if told.question == "later":
+        return f"How much will its mdev pin as it runs? Nothing tells that beforehand.{enough}"
+    if told.question == "order":
+        return f"Does its vDPA device pin after the others? If so, give devices, with that as the last.{enough}"
+    if told.question == "limit" and case.running is None and case.asked.domain is None:
+        return "Which RLIMIT_MEMLOCK will the VMM have? Give memlock, or domain_xml for a domain of libvirt's."
+    return _QUESTIONS[told.question]
+
+
+def reason_of(case: Case) -> str:
+    """Why, in sentences."""
+    words = [case.refused, case.accounting.why, case.pins, *([] if case.refused else _outcome(case))]
+    runs = any(each.as_it_runs for vm in case.steps for each in vm.devices)
+    if runs and case.told.fits is None and case.told.question != "later":
+        words.append("Its mdev pins as it runs, so what fits now may fail later.")
+    if case.asked.libvirt_locks:
+        words.append("It has <locked/>, for which libvirt gives no limit at all.")
+    if case.asked.live_update:
+        words.append("In a live update the new process is charged before the old one is not any more.")
+    words += [each for each in case.needs if each != case.refused]
+    return " ".join(filter(None, words))
+
+
+def _outcome(case: Case) -> list[str]:
+    """What the kernel does, by the counter that decides."""
+    told = case.told
+    if told.held is None and told.fits is not None:
+        vm = case.steps[0]
+        why = "With CAP_IPC_LOCK nothing is charged and no limit is checked." if vm.capable else "Nothing is checked."
+        return [why] if vm.devices else []
+    if told.fits is None:
+        return _unsure(case)
+    limit = case.limit.words
+    if told.fits is False:
+        best = at_best(case)
+        least = "" if best.enough == told.enough and best.limit == told.limit else "at least "
+        ends = "-14 (Bad address)" if told.error == "EFAULT" else "-12 (Cannot allocate memory)"
+        over = human_size(best.enough - (best.limit or 0))
+        return [f"{_charged(case)}, it is {least}{over} over {limit} and ends with {ends}."]
+    if told.limit is None or told.limit >= UNLIMITED:
+        return [f"{_charged(case)}, it has no limit to reach."]
+    words = [f"{_charged(case)}, it is within {limit}."]
+    return [*words, _margin(case, told.limit)] if may_charge_user(case) else words
+
+
+def _margin(case: Case, limit: int) -> str:
+    """What is left of the user's, which may be less than what no file shows."""
+    most = max(vm.held_user.most + demand(vm, kernel)[USER].most for vm in case.steps for kernel in kernels(case.info))
+    left = limit - most
+    return (
+        f"{human_size(left)} are left then. What other programs of {case.owner.name} register by io_uring or AF_XDP"
+        " counts, too, and no file shows all of it: with more than that, the VM fails."
+    )
+
+
+def _unsure(case: Case) -> list[str]:
+    told = case.told
+    if told.question == "later":
+        return [
+            f"It fits now, and may fail later: its mdev pins as it runs, up to all memory, for which {case.limit.words}"
+            " is too small."
+        ]
+    if told.question in (STARTS, SIGHT):
+        return []
+    best = at_best(case)
+    below, over = (best.limit or 0) - best.enough, told.enough - (told.limit or 0)
+    if told.enough >= UNLIMITED or case.limit.span.least != case.limit.span.most or best.fits is not True:
+        worst = f": at worst it needs {human_size(told.enough)}" if told.enough < UNLIMITED else ""
+        return [f"{_charged(case)}, it may be within {case.limit.words} or not{worst}."]
+    return [
+        f"{_charged(case)}, it may be anything from {human_size(below)} below to {human_size(over)} over"
+        f" {case.limit.words}."
+    ]
+
+
+def _charged(case: Case) -> str:
+    """To whom it is charged, beside what."""
+    counter = case.told.counter
+    own = "this VM's process" if case.running else "itself"
+    if counter == USER:
+        owner = case.owner
+        already = human_size(owner.charged) if owner.charged or owner.unsure else "nothing"
+        already += f" to {human_size(owner.charged + owner.unsure)}" if owner.unsure else ""
+        return f"Charged to {owner.name or 'a user that is not known'} on top of {already}"
+    if counter == MM_LOCKED:
+        # Where that is not the iommufd alone, it is told what is in there, too.
+        backends = {each.backend for vm in case.steps for each in vm.devices}
+        locks = any(vm.locked.most for vm in case.steps)
+        several = len(backends) > 1 or locks
+        both = " (VmLck, in which an iommufd per process, the legacy container and locked memory all count)"
+        return f"Charged for {own} alone{both if several else ''}"
+    if counter == MM_PINNED:
+        return f"Charged for {own} alone (VmPin, which vDPA checks whatever the capabilities, and each iommufd fills)"
+    return "However it is charged"
