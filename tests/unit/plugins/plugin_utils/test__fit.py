@@ -289,7 +289,7 @@ def test_without_a_limit(memlock: str) -> None:
 
 # Devices and a vIOMMU, with 64 MiB and a limit of 100 MiB: who is charged, whether it fits, by which counter, and what
 # it needs, in MiB
-SPACES: list[tuple[Row, str, bool, str, int]] = [
+SPACES: list[tuple[Row, str, bool | None, str | None, int]] = [
     ({}, "user", True, "user", 64),
     ({"vfio_devices": 2}, "user", True, "user", 64),
     ({"vfio_devices": "2", "viommu": "no"}, "user", True, "user", 64),
