@@ -32,10 +32,11 @@ def _for_the_daemon(case: Case) -> str | None:
     """What lets libvirt start such a domain."""
     libvirt = case.info["host"].get("libvirt") or {}
     if case.refused in case.needs and libvirt.get("cap_sys_resource") is False and by_hostdev(case.info, case.asked):
+        lines = " and ".join(libvirt.get("drop_in") or ["CapabilityBoundingSet=CAP_SYS_RESOURCE"])
         return (
-            "To make it fit: let libvirt's daemon use CAP_SYS_RESOURCE, and restart it: by a line"
-            f" CapabilityBoundingSet=CAP_SYS_RESOURCE in a drop-in of {libvirt.get('unit') or 'its unit'} where that"
-            " takes it away, or by a policy module of your own where SELinux denies it."
+            f"To make it fit: let libvirt's daemon use CAP_SYS_RESOURCE, and restart it: by {lines} in a drop-in of"
+            f" {libvirt.get('unit') or 'its unit'} where that takes it away, or by a policy module of your own where"
+            " SELinux denies it."
         )
     return None
 

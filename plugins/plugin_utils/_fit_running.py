@@ -160,6 +160,9 @@ def _held(row: Mapping[str, Any]) -> tuple[Device, ...] | None:
     iommufds, legacy, vdpa = (row.get(name) for name in ("iommufds", "legacy_containers", "vdpa_devices"))
     if iommufds is None or legacy is None or vdpa is None:
         return None
+    # Whether two are the same is not always known.
+    if any(len(rows) > 1 and any(each.get("shared_with") is None for each in rows) for rows in (iommufds, legacy)):
+        return None
     found = [
         Device(IOMMUFD, f"{each['fd']} {ioas['ioas_id']}", each["rlimit_mode"])
         for each in iommufds

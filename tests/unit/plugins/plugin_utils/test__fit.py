@@ -788,6 +788,7 @@ GROWTH = [
     ({"iommufds": iommufds(2)}, {"memory": "20M"}, False),
     ({"iommufds": iommufds(1, 1)}, {"memory": "20M"}, False),
     ({"iommufds": [*iommufds(1), {**iommufds(1, 1)[1], "same_as": 30}]}, {"memory": "20M"}, True),
+    ({"iommufds": [*iommufds(1), {**iommufds(1, 1)[1], "shared_with": None}]}, {"memory": "1M"}, None),
     ({"iommufds": iommufds(0)}, {"memory": "64M"}, True),
     ({"iommufds": None}, {"memory": "1M"}, None),
     ({"legacy_containers": None}, {"memory": "1M"}, None),
