@@ -377,10 +377,15 @@ def dead() -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(mount_point)], check=True)
 
 
+def wait(monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
+    """Has the modules wait so long for a file."""
+    for module, name in (("_host_facts", "_PATIENCE"), ("_vmm_look", "_LOOK_PATIENCE"), ("_wanted", "_PATIENCE")):
+        monkeypatch.setattr(f"ansible_collections.virt.iommufd.plugins.module_utils.{module}.{name}", seconds)
+
+
 @pytest.mark.parametrize("link", [False, True])
 def test_a_mount_whose_server_does_not_answer(dead: Path, link: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (("_host_facts", "_PATIENCE"), ("_vmm_look", "_LOOK_PATIENCE"), ("_wanted", "_PATIENCE")):
-        monkeypatch.setattr(f"ansible_collections.virt.iommufd.plugins.module_utils.{module}.{name}", 1)
+    wait(monkeypatch, 1)
     path = dead
     if link:
         path = PLACE / "link"
@@ -399,7 +404,11 @@ def test_a_mount_whose_server_does_not_answer(dead: Path, link: bool, monkeypatc
     assert time.monotonic() - began < 30
 
 
-def test_a_mount_of_an_ordinary_user_is_not_even_asked(start_fuse: Callable[[Path], None]) -> None:
+def test_a_mount_of_an_ordinary_user_is_not_even_asked(
+    start_fuse: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A wait takes longer than all of this does on a busy machine.
+    wait(monkeypatch, PATIENCE)
     mount_point = HERS / "mnt"
     alice('mkdir "$1"', mount_point)
     start_fuse(mount_point)
@@ -408,7 +417,7 @@ def test_a_mount_of_an_ordinary_user_is_not_even_asked(start_fuse: Callable[[Pat
     assert info(path)[0]["writer"]["place"] == str(HERS)
     assert check(path)["writer"]["place"] == str(HERS)
     assert run(iommufd_host_apply, capabilities=[str(path)])["failed"]
-    assert time.monotonic() - began < 9
+    assert time.monotonic() - began < PATIENCE
 
 
 @pytest.fixture
@@ -502,15 +511,18 @@ WHOSE = f"user alice (uid {ALICE}), whose FUSE mount it is"
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-def test_a_users_mount_that_claims_to_be_roots(her_mount: Callable[..., Callable[[], set[int]]], deaf: bool) -> None:
+def test_a_users_mount_that_claims_to_be_roots(
+    her_mount: Callable[..., Callable[[], set[int]]], deaf: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its server says what owner and mode a file has, and root would execute what it likes."""
+    # Whoever waits for her runs into the alarm.
+    wait(monkeypatch, 2 * PATIENCE)
     marker = PLACE / "executed"
     asked = her_mount(f"#!/bin/sh\ntouch {marker}\necho version 1.0\n", deaf)
     path = HERS / "emulator"
     (PLACE / "link").symlink_to(path)
     signal.alarm(PATIENCE)
     try:
-        began = time.monotonic()
         for each in (path, PLACE / "link"):
             row, limits = info(each, "emulators")
             assert row["writer"] == {"place": str(HERS), "who": WHOSE}
@@ -520,10 +532,9 @@ def test_a_users_mount_that_claims_to_be_roots(her_mount: Callable[..., Callable
             answered = run(iommufd_host_apply, capabilities=[str(each)])
             assert answered["failed"]
             assert f"{HERS} can be written by {WHOSE}" in answered["msg"]
-            assert grant(each).returncode == 1
+            granted = grant(each)
+            assert (granted.returncode, "within" in granted.stderr) == (1, False)
         assert run(iommufd_host_apply, files=of_role(f"{HERS}/conf"))["failed"]
-        # Nobody has waited for her.
-        assert time.monotonic() - began < 60
     finally:
         signal.alarm(0)
     assert not marker.exists()
