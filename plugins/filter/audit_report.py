@@ -37,7 +37,7 @@ seealso:
     description: Returns what this filter takes, and explains the numbers.
   - plugin: virt.iommufd.memlock_fit
     plugin_type: filter
-    description: Predicts whether one more VM would fit on one host.
+    description: Predicts whether a VM would start or could grow on one host.
 """
 
 EXAMPLES = r"""
