@@ -72,7 +72,8 @@ _value:
         status:
           description:
             - V(ok) for a host that the module could look at, V(failed) or V(unreachable) for another.
-            - V(no_iommufd) for one whose kernel has no iommufd, or has not loaded its module.
+            - V(no_iommufd) for one without VMs whose kernel has no iommufd, or has not loaded its module. With VMs of
+              other backends, it is V(ok).
           type: str
           sample: ok
         msg:
