@@ -37,7 +37,7 @@ seealso:
     description: Returns what this filter takes, and explains the numbers.
   - plugin: virt.iommufd.memlock_fit
     plugin_type: filter
-    description: Predicts whether one more VM would fit on one host.
+    description: Predicts whether a VM would start or could grow on one host.
 """
 
 EXAMPLES = r"""
@@ -72,7 +72,8 @@ _value:
         status:
           description:
             - V(ok) for a host that the module could look at, V(failed) or V(unreachable) for another.
-            - V(no_iommufd) for one whose kernel has no iommufd, or has not loaded its module.
+            - V(no_iommufd) for one without VMs whose kernel has no iommufd, or has not loaded its module. With VMs of
+              other backends, it is V(ok).
           type: str
           sample: ok
         msg:

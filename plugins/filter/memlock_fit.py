@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The filter memlock_fit, which predicts whether one more VM would start."""
+"""The filter memlock_fit, which predicts whether a VM would start or could grow."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ EXAMPLES = r"""
 - name: Fail unless another libvirt domain of 64 GiB is sure to start
   ansible.builtin.assert:
     that: fit.fits is true
-    fail_msg: "{{ fit.reason }} {{ fit.remedy }}"
+    fail_msg: "{{ fit.reason }} {{ fit.question or fit.remedy }}"
   vars:
     fit: "{{ info | virt.iommufd.memlock_fit(memory='64G') }}"
 

@@ -21,8 +21,8 @@ description:
     process in another counter, which no capability lifts.
   - Also reports what the host supports, which VMMs it has and with which capabilities, and whether its libvirt sets
     per-process accounting by itself.
-  - From this module's return value, the filter P(virt.iommufd.memlock_fit#filter) predicts whether one more VM would
-    start.
+  - From this module's return value, the filter P(virt.iommufd.memlock_fit#filter) predicts whether a VM would start
+    or could grow.
 version_added: 0.1.0
 author:
   - The virt.iommufd contributors (@virt-iommufd)
@@ -97,7 +97,7 @@ notes:
 seealso:
   - plugin: virt.iommufd.memlock_fit
     plugin_type: filter
-    description: Predicts from this module's return value whether one more VM would start.
+    description: Predicts from this module's return value whether a VM would start or could grow.
   - module: virt.iommufd.iommufd_option
     description: Sets or queries the accounting of one process.
   - name: IOMMUFD in the kernel's documentation

@@ -81,8 +81,8 @@ options:
     type: int
   tolerate:
     description:
-      - Outcomes that give a warning instead of a failure. The iommufd then stays as it is, so RV(value) can differ from
-        O(value). With an empty list, each of them is a failure.
+      - Outcomes that give a warning instead of a failure. The iommufd then stays as it is, so the value that is
+        returned can differ from O(value). With an empty list, each of them is a failure.
       - V(unsupported) is a kernel without the ioctl (ENOTTY) or without the option (EOPNOTSUPP).
       - V(denied) is a caller without CAP_SYS_RESOURCE in the initial user namespace (EPERM).
       - V(busy) is an iommufd that holds objects already (EBUSY).

@@ -191,7 +191,7 @@ def _system_limit(libvirt: Mapping[str, Any], reckoned: Span | None) -> Limit:
     if reckoned is None or not reckoned.least:
         most = max(daemons or 0, reckoned.most if reckoned else 0) if daemons is not None else UNLIMITED
         span = Span(daemons or 0, most)
-        daemon = "of libvirt's daemon, which a VM has whose devices libvirt does not see"
+        daemon = "of libvirt's daemon (a VM whose devices libvirt does not see has that one)"
         return Limit(span, f"{_words(span)} {daemon if reckoned is None else UNSEEN_DEVICES}")
     span = Span(max(reckoned.least, daemons or 0), max(reckoned.most, UNLIMITED if daemons is None else daemons))
     if _may(libvirt):
