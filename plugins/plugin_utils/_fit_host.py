@@ -29,6 +29,7 @@ __all__ = (
     "accounting_of",
     "by_hostdev",
     "candidates",
+    "capability_of",
     "emulator",
     "knows_iommufd",
     "limit_of",
@@ -49,6 +50,8 @@ GIB = 2**30
 SYSTEM = "system"
 SESSION = "session"
 OTHER = "other"
+
+BY_ROOT = "What root starts has CAP_IPC_LOCK, unless it is taken away, which libvirt does."
 
 UNSEEN_DEVICES = "that libvirt gives it, or has itself: it is not known whether it sees the VM's devices"
 
@@ -293,6 +296,9 @@ def accounting_of(info: Info, asked: Asked, owner: Owner, starter: str | None) -
         some = "Some of the host's emulators have CAP_IPC_LOCK, or may have it, so the VM may too."
         none = "It is not known whether the VM's emulator has CAP_IPC_LOCK."
         found = found._replace(capable=None, why=f"{some if by_file else none} {found.why}".strip())
+    if by_file == {False} and found.capable and starter == SESSION:
+        # Only its file gives it to a domain. An upgrade may have taken it from the file since.
+        found = found._replace(capable=None, why=f"{found.why} The host's emulators do not have it any more.")
     return found
 
 
@@ -321,18 +327,28 @@ def _by_libvirt(info: Info, asked: Asked, starter: str | None) -> Accounting | N
     )
 
 
+def capability_of(row: Mapping[str, Any]) -> bool | None:
+    """Whether a process has CAP_IPC_LOCK where it counts."""
+    effective = (row.get("capabilities") or {}).get("effective")
+    if effective is not None and "cap_ipc_lock" not in effective:
+        return False
+    initial: bool | None = None if effective is None else row["initial_user_namespace"]
+    return initial
+
+
 def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> Accounting:
     """How the user's running VMs are accounted."""
     name = owner.name or "libvirt's user"
-    if not any(each.backend == IOMMUFD for each in asked.devices):
-        return Accounting(None, None if owner.uid == 0 else False, "")
-    if starter == SESSION and asked.domain is not None and not asked.domain.fdgroup and by_hostdev(info, asked):
-        return Accounting(USER, False, "A user's own libvirt does not set the accounting, which then is per user.")
     rows = [row for row in info["processes"] if row["uid"] == owner.uid and row.get("holder") is not True]
-    rows = [row for row in rows if "iommufd" in (row.get("backends") or ("iommufd",))]
     if starter == SESSION:
         rows = [row for row in rows if row.get("domain_uri") == "qemu:///session"]
-    shown = {row["accounting"] for row in rows}
+    if not any(each.backend == IOMMUFD for each in asked.devices):
+        return _capability_by_running(rows, owner, name)
+    if starter == SESSION and asked.domain is not None and not asked.domain.fdgroup and by_hostdev(info, asked):
+        return Accounting(USER, False, "A user's own libvirt does not set the accounting, which then is per user.")
+    rows = [row for row in rows if "iommufd" in (row.get("backends") or ("iommufd",))]
+    # With a vDPA device, one that has CAP_IPC_LOCK is accounted per process all the same.
+    shown = {NONE if capability_of(row) else row["accounting"] for row in rows}
     partly = (owner.partly or None in shown) and shown != {None}
     shown.discard(None)
     if len(shown) == 1 and (not partly or shown == {USER}):
@@ -345,7 +361,20 @@ def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> 
         differ = "may have other VMs than were seen whole" if partly else "has VMs that differ in accounting"
         return Accounting(None, capable, f"{name} {differ}.")
     if owner.uid == 0 or owner.name == "root":
-        return Accounting(None, None, "What root starts has CAP_IPC_LOCK, unless it is taken away, which libvirt does.")
+        return Accounting(None, None, BY_ROOT)
     return Accounting(
         None, False, f"No running VM of {name} shows its accounting, which is per user unless somebody sets it."
     )
+
+
+def _capability_by_running(rows: list[Mapping[str, Any]], owner: Owner, name: str) -> Accounting:
+    """Whether a VM without an iommufd has CAP_IPC_LOCK, as the user's running VMs have it or not."""
+    shown = {capability_of(row) for row in rows}
+    root = owner.uid == 0 or owner.name == "root"
+    if not shown:
+        return Accounting(None, None, BY_ROOT) if root else Accounting(None, False, "")
+    if shown == {False}:
+        return Accounting(None, None if root and owner.partly else False, "")
+    if shown == {True} and not owner.partly:
+        return Accounting(None, True, f"The running VMs of {name} have CAP_IPC_LOCK.")
+    return Accounting(None, None, f"Some running VMs of {name} have CAP_IPC_LOCK, or may have it, and not all.")

@@ -27,7 +27,7 @@ from ..module_utils._accounting import (
 from ..module_utils._errors import IommufdError
 from ..module_utils._size import human_size
 from ._fit_case import FILE_BACKED, SIGHT, Case, judge, kernels, ordered, plus, spaces
-from ._fit_host import GIB, OTHER, SYSTEM, Accounting, Limit, prerequisites
+from ._fit_host import GIB, OTHER, SYSTEM, Accounting, Limit, capability_of, prerequisites
 from ._fit_input import THE_IOMMUFD, Asked, Growth, Info, owner_of
 from ._fit_xml import CONTAINER
 
@@ -61,7 +61,7 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
         user=owner.name or "",
         limit=limit.span,
         limit_by=limit.words,
-        capable=_capability(row),
+        capable=capability_of(row),
         beyond=NOTHING,
         locked=NOTHING,
         viommu=NO_VIOMMU,
@@ -145,14 +145,6 @@ def _its_limit(asked: Asked, row: Mapping[str, Any], starter: str) -> Limit:
         # It has either a <hard_limit>, which stays, or what libvirt reckons anew for the devices that it sees.
         return Limit(Span(now, UNLIMITED), f"its limit of {human_size(now)}, which libvirt may raise")
     return Limit(exactly(now), f"its limit of {human_size(now)}")
-
-
-def _capability(row: Mapping[str, Any]) -> bool | None:
-    """Whether a process has CAP_IPC_LOCK where it counts."""
-    if "cap_ipc_lock" not in row["capabilities"]["effective"]:
-        return False
-    initial: bool | None = row["initial_user_namespace"]
-    return initial
 
 
 def _held(row: Mapping[str, Any]) -> tuple[Device, ...] | None:

@@ -544,6 +544,70 @@ def test_auto_is_not_sure_of_root(who: Any) -> None:
     assert answer["question"].startswith("Has the VMM CAP_IPC_LOCK? Give accounting")
 
 
+CAPABLE: Row = {"capabilities": {"effective": ["cap_ipc_lock"]}}
+OF_LEGACY: Row = {"iommufds": [], "backends": ["legacy"], "vfio_devices": [{"fd": 40, "backend": "legacy"}]}
+
+
+@pytest.mark.parametrize(
+    ("running", "who", "devices", "fits", "accounting"),
+    [
+        pytest.param([unit(**OF_LEGACY, **CAPABLE)], "vm", [LEGACY], True, "none", id="it has the capability"),
+        pytest.param([unit(**CAPABLE, accounting="none")], "vm", [LEGACY], True, "none", id="of another backend"),
+        pytest.param([unit(**OF_LEGACY)], "vm", [LEGACY], False, "process", id="it has not"),
+        pytest.param([unit(**OF_LEGACY), unit(**CAPABLE)], "vm", [LEGACY], None, None, id="one of two has"),
+        pytest.param(
+            [unit(**OF_LEGACY, **CAPABLE, initial_user_namespace=None)],
+            "vm",
+            [LEGACY],
+            None,
+            None,
+            id="it may not count",
+        ),
+        pytest.param(
+            [unit(**OF_LEGACY, **CAPABLE, initial_user_namespace=False)],
+            "vm",
+            [LEGACY],
+            False,
+            "process",
+            id="it does not count",
+        ),
+        pytest.param([], "vm", [LEGACY], False, "process", id="nobody runs"),
+        pytest.param([], "root", [LEGACY], None, None, id="root runs nothing"),
+        pytest.param(
+            [unit(uid=0, user="root", **OF_LEGACY, **CAPABLE)], "root", [LEGACY], True, "none", id="root has it"
+        ),
+        pytest.param([unit(uid=0, user="root", **OF_LEGACY)], "root", [LEGACY], False, "process", id="root has not"),
+        # With a vDPA device, one that has the capability is accounted per process.
+        pytest.param(
+            [unit(**CAPABLE, vdpa_devices=[{"fd": 50}], backends=["iommufd", "vdpa"], accounting="process")],
+            "vm",
+            [BY_IOMMUFD],
+            True,
+            "none",
+            id="it has a vDPA device, too",
+        ),
+    ],
+)
+def test_auto_sees_the_capability_of_running_vms(
+    running: list[Row], who: str, devices: list[Row], fits: bool | None, accounting: str | None
+) -> None:
+    answer = fit(info(processes=running, users=[]), who=who, memlock="8M", devices=devices, **EXACT)
+    assert (answer["fits"], answer["accounting"]) == (fits, accounting)
+    assert (answer["question"] or "").startswith("Has the VMM CAP_IPC_LOCK?" if fits is None else "")
+
+
+@pytest.mark.parametrize("devices", [[LEGACY], [BY_IOMMUFD]])
+def test_a_running_domain_may_have_a_capability_that_its_file_has_lost(devices: list[Row]) -> None:
+    runs = unit(**CAPABLE, accounting="none", domain_uri="qemu:///session")
+    data = info(processes=[runs], users=[], host=native(sessions=[session(80 * MIB)]))
+    answer = fit(data, who="vm", memory="128M", memlock="libvirt", devices=devices)
+    assert answer["fits"] is False
+    roomy = info(processes=[runs], users=[of_vm()], host=native(sessions=[session(2 * GIB)]))
+    answer = fit(roomy, who="vm", memory="1G", devices=devices, **EXACT)
+    assert answer["accounting"] is None
+    assert "The host's emulators do not have it any more." in answer["reason"]
+
+
 UNSET = libvirt(sets_rlimit_mode=None, cap_sys_resource=True, reason="It cannot be told.")
 
 
