@@ -143,6 +143,10 @@ def _capability(case: Case) -> str | None:
         return None
     if settled(case, capable=True).told.fits is not True:
         return None
+    # Where a VM of the user is in a container, the next one may be, too, and there it does not count.
+    of_user = (row for row in case.info["processes"] if row["uid"] == case.owner.uid)
+    if any(row.get("initial_user_namespace") is False for row in of_user):
+        return None
     if case.starter not in (SYSTEM, SESSION):
         how = "AmbientCapabilities=CAP_IPC_LOCK in its unit"
         return f"give the VMM CAP_IPC_LOCK ({how}), and with it the right to pin all memory"

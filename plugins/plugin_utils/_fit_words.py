@@ -16,7 +16,10 @@ _AS_ROOT = "Run virt.iommufd.iommufd_info as root (become: true) on the host its
 
 # What settles an answer, by the model's name for it, or by that of _fit_case.
 _QUESTIONS = {
-    "capable": "Has the VMM CAP_IPC_LOCK? Give accounting: none if it has, and user or process if not.",
+    "capable": (
+        "Has the VMM CAP_IPC_LOCK? Give accounting: none if it has, in the initial user namespace, and user or process"
+        " if not."
+    ),
     "mode": "Which mode has its iommufd? Give accounting: user or process, or the mode of each in devices.",
     "legacy_by_iommufd": f"Does iommufd provide /dev/vfio/vfio on this host? {_AS_ROOT}",
     "viommu": "Has the VM an IOMMU of its own, and is that a nested one? Give viommu: none, each or nested.",

@@ -1353,3 +1353,11 @@ def test_the_input_must_not_be_narrowed_to_others(who: Any) -> None:
         f"user: the input tells of other users than {who}: run virt.iommufd.iommufd_info without users, or"
         " with this one among them."
     )
+
+
+@pytest.mark.parametrize(("initial", "helps"), [(True, True), (None, True), (False, False)])
+def test_the_capability_is_no_remedy_in_another_user_namespace(initial: bool | None, helps: bool) -> None:
+    data = info(processes=[unit(initial_user_namespace=initial)], users=[of_vm()])
+    answer = fit(data, memlock="100M", **OF_VM)
+    assert answer["fits"] is False
+    assert ("CAP_IPC_LOCK" in answer["remedy"]) is helps
