@@ -152,8 +152,8 @@ options:
     type: str
   grow:
     description:
-      - A VM that runs, and what it is to get. O(viommu), O(overhead) and O(memlock) hold for it, too; what they do not
-        say is read from the running VM.
+      - A VM that runs, and what it is to get. O(viommu), O(overhead), O(locked) and O(memlock) hold for it, too; what
+        they do not say is read from the running VM. Of O(locked), it matters only whether there is any.
       - libvirt raises the limit of its domains when they get memory or a device, unless they have C(<hard_limit>). So
         give O(memlock), where the present limit does not suffice.
     type: dict

@@ -14,6 +14,17 @@ __all__ = ("question_of", "reason_of")
 
 _AS_ROOT = "Run virt.iommufd.iommufd_info as root (become: true) on the host itself, with host in gather_subset."
 
+# The same of a VM that runs, whose capability and iommufds are read, and not given.
+_QUESTIONS_OF_RUNNING = {
+    "capable": f"Is the process in the initial user namespace, where its CAP_IPC_LOCK counts? {_AS_ROOT}",
+    "mode": f"Which mode has its iommufd? {_AS_ROOT}",
+    "new mode": "Which mode has its iommufd? Give the mode of each in devices.",
+    "limit": (
+        "Which RLIMIT_MEMLOCK will the VMM have? Give memlock: its limit of now if the domain has <hard_limit>, else"
+        " what libvirt reckons with what it gets."
+    ),
+}
+
 # What settles an answer, by the model's name for it, or by that of _fit_case.
 _QUESTIONS = {
     "capable": (
@@ -57,7 +68,11 @@ def question_of(case: Case) -> str | None:
         return f"How much will its mdev pin as it runs? Nothing tells that beforehand.{enough}"
     if told.question == "order":
         return f"Does its vDPA device pin after the others? If so, give devices, with that as the last.{enough}"
-    if told.question == "limit" and case.running is None and case.asked.domain is None:
+    if case.running is not None:
+        seen = all(each["rlimit_mode"] for each in case.running["iommufds"] or ())
+        name = "new mode" if told.question == "mode" and seen else told.question
+        return _QUESTIONS_OF_RUNNING.get(name) or _QUESTIONS[name]
+    if told.question == "limit" and case.asked.domain is None:
         return "Which RLIMIT_MEMLOCK will the VMM have? Give memlock, or domain_xml for a domain of libvirt's."
     return _QUESTIONS[told.question]
 

@@ -894,7 +894,7 @@ def test_a_vm_that_runs(fields: Row, given: Row, fits: bool | None) -> None:
 def test_libvirt_raises_the_limit_of_a_domain_that_grows() -> None:
     answer = grown(info(), memory="64M")
     assert (answer["fits"], answer["limit"]) == (None, None)
-    assert answer["question"] == "Which RLIMIT_MEMLOCK will the VMM have? Give memlock."
+    assert answer["question"].startswith("Which RLIMIT_MEMLOCK will the VMM have? Give memlock: its limit of now")
     assert "its limit of 100 MiB, which libvirt may raise" in answer["reason"]
     assert grown(info(), memory="64M", memlock="100M")["fits"] is False
 
@@ -1361,3 +1361,56 @@ def test_the_capability_is_no_remedy_in_another_user_namespace(initial: bool | N
     answer = fit(data, memlock="100M", **OF_VM)
     assert answer["fits"] is False
     assert ("CAP_IPC_LOCK" in answer["remedy"]) is helps
+
+
+RUNS_PER_PROCESS: Row = {"accounting": "process", "locked_bytes": PINNED, "iommufds": iommufds(1, mode="process")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "grows", "question"),
+    [
+        pytest.param(
+            {**CAPABLE, "initial_user_namespace": None, "accounting": None},
+            {"memory": "64M"},
+            "Is the process in the initial user namespace, where its CAP_IPC_LOCK counts? Run virt.iommufd.",
+            id="capability",
+        ),
+        pytest.param(
+            {"iommufds": iommufds(1, mode=None), "accounting": None},
+            {"memory": "70M"},
+            "Which mode has its iommufd? Run virt.iommufd.",
+            id="mode of its own",
+        ),
+        pytest.param(
+            {"iommufds": [], "backends": ["legacy"], "legacy_containers": [{"fd": 31, "same_as": None}]},
+            {"devices": [{**BY_IOMMUFD}]},
+            "Which mode has its iommufd? Give the mode of each in devices.",
+            id="mode of a new one",
+        ),
+        pytest.param(
+            {**RUNS_PER_PROCESS, "locks_memory": None},
+            {"memory": "30M"},
+            "How much memory does the VMM lock itself (QEMU's mem-lock=on)? Give locked: ",
+            id="locked",
+        ),
+    ],
+)
+def test_the_question_about_a_vm_that_runs_is_one_that_can_be_answered(fields: Row, grows: Row, question: str) -> None:
+    data = info(processes=[unit(**fields)], users=[of_vm(charged=40 * MIB)])
+    answer = grown(data, **grows, overhead=0)
+    assert answer["fits"] is None
+    assert answer["question"].startswith(question)
+
+
+@pytest.mark.parametrize(("locked", "fits"), [(None, None), (0, True), ("64M", False), (True, False)])
+def test_what_a_vm_that_runs_locks_itself_may_be_given(locked: Any, fits: bool | None) -> None:
+    data = info(processes=[unit(**RUNS_PER_PROCESS, locks_memory=None)], users=[])
+    assert grown(data, memory="30M", locked=locked)["fits"] is fits
+
+
+def test_the_limit_of_a_domain_that_grows_is_asked_for_by_what_decides() -> None:
+    answer = grown(info(processes=[process(**RUNS_PER_PROCESS)], host=native()), memory="64M")
+    assert answer["question"] == (
+        "Which RLIMIT_MEMLOCK will the VMM have? Give memlock: its limit of now if the domain has <hard_limit>, else"
+        " what libvirt reckons with what it gets."
+    )
