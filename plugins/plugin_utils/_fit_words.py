@@ -14,6 +14,9 @@ __all__ = ("question_of", "reason_of")
 
 _AS_ROOT = "Run virt.iommufd.iommufd_info as root (become: true) on the host itself, with host in gather_subset."
 
+# Where all was seen, and no file tells.
+_BY_WHAT = "By io_uring they are, by vDPA or RDMA they are not."
+
 # The same of a VM that runs, whose capability and iommufds are read, and not given.
 _QUESTIONS_OF_RUNNING = {
     "capable": f"Is the process in the initial user namespace, where its CAP_IPC_LOCK counts? {_AS_ROOT}",
@@ -62,7 +65,7 @@ def question_of(case: Case) -> str | None:
             return f"How much do processes that were not seen have charged to {case.owner.name}? {_AS_ROOT}"
         return (
             f"Are the {human_size(case.owner.unsure)} charged to {case.owner.name} that other processes of it have"
-            f" pinned? {_AS_ROOT}{enough}"
+            f" pinned? {_AS_ROOT if case.owner.partly else _BY_WHAT}{enough}"
         )
     if told.question == "later":
         return f"How much will its mdev pin as it runs? Nothing tells that beforehand.{enough}"

@@ -1414,3 +1414,13 @@ def test_the_limit_of_a_domain_that_grows_is_asked_for_by_what_decides() -> None
         "Which RLIMIT_MEMLOCK will the VMM have? Give memlock: its limit of now if the domain has <hard_limit>, else"
         " what libvirt reckons with what it gets."
     )
+
+
+@pytest.mark.parametrize(("view", "by_root"), [([], False), (unseen("descriptors"), True), (unseen("options"), False)])
+def test_root_is_sent_to_look_only_where_something_was_not_seen(view: list[Row], by_root: bool) -> None:
+    data = idle(users=[of_vm(0, 48 * MIB)], host=host(limits_of_view=view))
+    question = fit(data, who="vm", memlock="100M", accounting="user", **EXACT)["question"]
+    assert question.startswith("Are the 48 MiB charged to vm that other processes of it have pinned? ")
+    assert ("Run virt.iommufd.iommufd_info as root" in question) is by_root
+    assert ("By io_uring they are, by vDPA or RDMA they are not." in question) is not by_root
+    assert question.endswith(" A limit of 117440512 bytes suffices whatever it is.")
