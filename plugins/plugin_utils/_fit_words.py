@@ -14,6 +14,8 @@ __all__ = ("question_of", "reason_of")
 
 _AS_ROOT = "Run virt.iommufd.iommufd_info as root (become: true) on the host itself, with host in gather_subset."
 
+_ERRORS = {"ENOMEM": "-12 (Cannot allocate memory)", "EFAULT": "-14 (Bad address)"}
+
 # Where all was seen, and no file tells.
 _BY_WHAT = "By io_uring they are, by vDPA or RDMA they are not."
 
@@ -107,7 +109,7 @@ def _outcome(case: Case) -> list[str]:
     if told.fits is False:
         best = at_best(case)
         least = "" if best.enough == told.enough and best.limit == told.limit else "at least "
-        ends = "-14 (Bad address)" if told.error == "EFAULT" else "-12 (Cannot allocate memory)"
+        ends = _ERRORS.get(told.error or "", "-12 or -14")
         over = human_size(best.enough - (best.limit or 0))
         return [f"{_charged(case)}, it is {least}{over} over {limit} and ends with {ends}."]
     if told.limit is None or told.limit >= UNLIMITED:

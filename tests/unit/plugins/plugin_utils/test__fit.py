@@ -1424,3 +1424,15 @@ def test_root_is_sent_to_look_only_where_something_was_not_seen(view: list[Row],
     assert ("Run virt.iommufd.iommufd_info as root" in question) is by_root
     assert ("By io_uring they are, by vDPA or RDMA they are not." in question) is not by_root
     assert question.endswith(" A limit of 117440512 bytes suffices whatever it is.")
+
+
+MEM_LOCK = "-overcommit mem-lock=on"
+
+
+def test_two_ways_that_fill_one_counter_are_that_counter() -> None:
+    """Locked memory alone may be too much, or what is pinned beside it. Both are VmLck."""
+    xml = domain(HOSTDEV, arguments=MEM_LOCK).replace("<memory unit='GiB'>1<", "<memory unit='GiB'>4<")
+    answer = memlock_fit(idle(host=native()), domain_xml=xml)
+    assert (answer["fits"], answer["counter"]) == (False, "mm_locked")
+    assert "Charged for itself alone (VmLck, " in answer["reason"]
+    assert "-12 (Cannot allocate memory)" in answer["reason"]
