@@ -9,7 +9,7 @@ Each remedy was tried on the model: with it alone, the VM fits. The least harmfu
 
 from __future__ import annotations
 
-from ..module_utils._accounting import IOMMUFD, LEGACY, PROCESS, UNLIMITED, USER
+from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER
 from ._fit_case import Case, may_charge_user, settled
 from ._fit_host import GIB, SESSION, SYSTEM, by_hostdev, emulator, knows_iommufd, reckoning, session_of
 from ._fit_input import NONE, THE_IOMMUFD
@@ -24,7 +24,9 @@ def remedy_of(case: Case) -> str | None:
         return None
     if case.refused and case.starter == SYSTEM:
         return _for_the_daemon(case)
-    cures = [cure for cure in (_limit(case), _one_iommufd(case), _mode(case), _capability(case)) if cure]
+    cures = [
+        cure for cure in (_limit(case), _one_iommufd(case), _no_lock(case), _mode(case), _capability(case)) if cure
+    ]
     return f"To make it fit: {'; or '.join(cures)}." if cures else None
 
 
@@ -97,6 +99,15 @@ def _one_iommufd(case: Case) -> str | None:
         return None
     how = " (iommufd='yes' in each <hostdev>)" if first.holder == LIBVIRTS else " (one -object iommufd)"
     return f"pass all devices through by one iommufd{how if first.holder != THE_IOMMUFD else ''}"
+
+
+def _no_lock(case: Case) -> str | None:
+    """No memory that the VMM locks itself, where it is sure to lock some."""
+    if case.running is not None or case.refused or not case.steps[0].locked.least:
+        return None
+    if settled(case, locked=NOTHING).told.fits is not True:
+        return None
+    return "have it lock no memory itself (no mem-lock=on, no <locked/>), as what a device has pinned stays anyway"
 
 
 def _mode(case: Case) -> str | None:

@@ -1436,3 +1436,22 @@ def test_two_ways_that_fill_one_counter_are_that_counter() -> None:
     assert (answer["fits"], answer["counter"]) == (False, "mm_locked")
     assert "Charged for itself alone (VmLck, " in answer["reason"]
     assert "-12 (Cannot allocate memory)" in answer["reason"]
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ({"domain_xml": domain(HOSTDEV, arguments=MEM_LOCK)}, True),
+        # Without it, it would fail all the same.
+        ({"domain_xml": domain(HOSTDEV, HARD_LIMIT.replace("3", "1").replace("GiB", "MiB"), MEM_LOCK)}, False),
+        ({"memory": "64M", "user": "vm", "memlock": "100M", "locked": "64M", "accounting": "process"}, True),
+        ({"memory": "64M", "user": "vm", "memlock": "80M", "locked": True, "accounting": "process"}, True),
+        # It may lock none.
+        ({"memory": "64M", "user": "vm", "memlock": "100M", "accounting": "process"}, False),
+        ({"memory": "64M", "user": "vm", "memlock": "60M", "locked": "64M", "accounting": "process"}, False),
+    ],
+)
+def test_not_to_lock_memory_is_a_remedy(given: Row, remedy: bool) -> None:
+    answer = memlock_fit(idle(host=native()), **{"overhead": 0, **given})
+    assert answer["fits"] is not True
+    assert ("have it lock no memory itself (no mem-lock=on, no <locked/>)" in answer["remedy"]) is remedy
