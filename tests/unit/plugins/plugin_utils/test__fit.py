@@ -1455,3 +1455,21 @@ def test_not_to_lock_memory_is_a_remedy(given: Row, remedy: bool) -> None:
     answer = memlock_fit(idle(host=native()), **{"overhead": 0, **given})
     assert answer["fits"] is not True
     assert ("have it lock no memory itself (no mem-lock=on, no <locked/>)" in answer["remedy"]) is remedy
+
+
+SMMU = "<iommu model='smmuv3'><driver accel='{}'/></iommu>"
+
+
+@pytest.mark.parametrize(("accel", "fits"), [("on", None), ("off", False)])
+def test_a_viommu_that_says_that_it_is_not_nested_is_none_that_may_be(accel: str, fits: bool | None) -> None:
+    answer = memlock_fit(idle(host=native()), domain_xml=domain(HOSTDEV * 4 + SMMU.format(accel), HARD_LIMIT))
+    assert answer["fits"] is fits
+    # What is not known is not told as if it were.
+    assert f"The VM pins {'up to ' if fits is None else ''}4 GiB (1 GiB in each of " in answer["reason"]
+
+
+@pytest.mark.parametrize("device", [MDEV, {**MDEV, "iommufd": "i"}])
+def test_an_mdev_pins_up_to_all_memory(device: Row) -> None:
+    reason = fit(idle(), who="vm", memlock="100M", devices=[device], **EXACT)["reason"]
+    assert "The VM pins up to 64 MiB." in reason
+    assert "The VM pins 64 MiB." in fit(idle(), who="vm", memlock="100M", devices=[LEGACY], **EXACT)["reason"]
