@@ -101,7 +101,7 @@ def _outcome(case: Case) -> list[str]:
     told = case.told
     if told.held is None and told.fits is not None:
         vm = case.steps[0]
-        why = "With CAP_IPC_LOCK nothing is charged and no limit is checked." if vm.capable else "Nothing is checked."
+        why = "With CAP_IPC_LOCK no limit is checked." if vm.capable else "Nothing is checked."
         return [why] if vm.devices else []
     if told.fits is None:
         return _unsure(case)
@@ -111,7 +111,8 @@ def _outcome(case: Case) -> list[str]:
         least = "" if best.enough == told.enough and best.limit == told.limit else "at least "
         ends = _ERRORS.get(told.error or "", "-12 or -14")
         over = human_size(best.enough - (best.limit or 0))
-        return [f"{_charged(case)}, it is {least}{over} over {limit} and ends with {ends}."]
+        comma = "," if "," in limit else ""
+        return [f"{_charged(case)}, it is {least}{over} over {limit}{comma} and ends with {ends}."]
     if told.limit is None or told.limit >= UNLIMITED:
         return [f"{_charged(case)}, it has no limit to reach."]
     words = [f"{_charged(case)}, it is within {limit}."]
@@ -123,8 +124,8 @@ def _margin(case: Case, limit: int) -> str:
     most = max(vm.held_user.most + demand(vm, kernel)[USER].most for vm in case.steps for kernel in kernels(case.info))
     left = limit - most
     return (
-        f"{human_size(left)} are left then. What other programs of {case.owner.name} register by io_uring or AF_XDP"
-        " counts, too, and no file shows all of it: with more than that, the VM fails."
+        f"{human_size(left)} are then left to user {case.owner.name}. What its other programs register by io_uring or"
+        " AF_XDP counts, too, and no file shows all of it: with more than that, the VM fails."
     )
 
 
@@ -166,4 +167,4 @@ def _charged(case: Case) -> str:
         return f"Charged for {own} alone{both if several else ''}"
     if counter == MM_PINNED:
         return f"Charged for {own} alone (VmPin, which vDPA checks whatever the capabilities, and each iommufd fills)"
-    return "However it is charged"
+    return "Whichever counter decides"

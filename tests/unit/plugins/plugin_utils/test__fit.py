@@ -153,8 +153,8 @@ ENDS = "and ends with -12 (Cannot allocate memory)."
 
 def left(size: str, who: str = "libvirt-qemu") -> str:
     return (
-        f" {size} are left then. What other programs of {who} register by io_uring or AF_XDP counts, too, and no file"
-        " shows all of it: with more than that, the VM fails."
+        f" {size} are then left to user {who}. What its other programs register by io_uring or AF_XDP counts, too, and"
+        " no file shows all of it: with more than that, the VM fails."
     )
 
 
@@ -274,7 +274,7 @@ def test_with_cap_ipc_lock() -> None:
         "needed": 64 * GIB,
         "limit": 64 * KIB,
         "headroom": None,
-        "reason": "The VM pins 64 GiB. With CAP_IPC_LOCK nothing is charged and no limit is checked.",
+        "reason": "The VM pins 64 GiB. With CAP_IPC_LOCK no limit is checked.",
         "remedy": None,
         "prerequisites": [],
         "question": None,
@@ -1473,3 +1473,17 @@ def test_an_mdev_pins_up_to_all_memory(device: Row) -> None:
     reason = fit(idle(), who="vm", memlock="100M", devices=[device], **EXACT)["reason"]
     assert "The VM pins up to 64 MiB." in reason
     assert "The VM pins 64 MiB." in fit(idle(), who="vm", memlock="100M", devices=[LEGACY], **EXACT)["reason"]
+
+
+def test_what_is_left_is_left_for_the_user_whatever_counter_decides() -> None:
+    given = {"who": "vm", "memlock": "130M", "accounting": "user", "devices": [BY_IOMMUFD, VDPA]}
+    answer = fit(idle(), **given, **EXACT)
+    assert (answer["fits"], answer["counter"]) == (True, "mm_pinned")
+    assert answer["reason"].endswith(left("66 MiB", "vm"))
+
+
+@pytest.mark.parametrize("device", [BY_IOMMUFD, LEGACY])
+def test_with_the_capability_no_limit_is_checked(device: Row) -> None:
+    """A legacy container adds to VmLck all the same."""
+    answer = fit(idle(), who="vm", memlock="1M", accounting="none", devices=[device], **EXACT)
+    assert answer["reason"] == "The VM pins 64 MiB. With CAP_IPC_LOCK no limit is checked."
