@@ -142,7 +142,7 @@ def _unsure(case: Case) -> list[str]:
     below, over = (best.limit or 0) - best.enough, told.enough - (told.limit or 0)
     if told.enough >= UNLIMITED or case.limit.span.least != case.limit.span.most or best.fits is not True:
         worst = f": at worst it needs {human_size(told.enough)}" if told.enough < UNLIMITED else ""
-        return [f"{_charged(case)}, it may be within {case.limit.words} or not{worst}."]
+        return [f"{_charged(case)}, it may or may not be within {case.limit.words}{worst}."]
     return [
         f"{_charged(case)}, it may be anything from {human_size(below)} below to {human_size(over)} over"
         f" {case.limit.words}."

@@ -215,7 +215,7 @@ def left(size: str, who: str = "libvirt-qemu") -> str:
             info(host=host(limits_of_view=unseen("processes"))),
             "200M",
             None,
-            f"{ON_TOP_OF} 64.2 MiB, it may be within its limit of 200 MiB or not.",
+            f"{ON_TOP_OF} 64.2 MiB, it may or may not be within its limit of 200 MiB.",
             id="hidden processes",
         ),
         pytest.param(
