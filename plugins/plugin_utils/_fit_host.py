@@ -31,6 +31,7 @@ __all__ = (
     "candidates",
     "capability_of",
     "emulator",
+    "has_contained",
     "knows_iommufd",
     "limit_of",
     "prerequisites",
@@ -287,7 +288,8 @@ def accounting_of(info: Info, asked: Asked, owner: Owner, starter: str | None) -
         return Accounting(USER, True, "")
     if asked.accounting != AUTO:
         return Accounting(asked.accounting, False, "")
-    by_file = {each["cap_ipc_lock"] for each in candidates(info, asked)}
+    # What a file gives in another user namespace does not count.
+    by_file = {False} if has_contained(info, owner) else {each["cap_ipc_lock"] for each in candidates(info, asked)}
     if by_file == {True}:
         return Accounting(USER, True, "The host's emulators have CAP_IPC_LOCK.")
     found = _by_libvirt(info, asked, starter) if starter == SYSTEM else None
@@ -334,6 +336,12 @@ def capability_of(row: Mapping[str, Any]) -> bool | None:
         return False
     initial: bool | None = None if effective is None else row["initial_user_namespace"]
     return initial
+
+
+def has_contained(info: Info, owner: Owner) -> bool:
+    """Whether a VM of the user is in another user namespace, as in a container. Then the next one may be, too."""
+    rows = (row for row in info["processes"] if row.get("initial_user_namespace") is False)
+    return any(row["uid"] == owner.uid for row in rows)
 
 
 def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> Accounting:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER
 from ._fit_case import Case, may_charge_user, settled
-from ._fit_host import GIB, SESSION, SYSTEM, by_hostdev, emulator, knows_iommufd, reckoning, session_of
+from ._fit_host import GIB, SESSION, SYSTEM, by_hostdev, emulator, has_contained, knows_iommufd, reckoning, session_of
 from ._fit_input import NONE, THE_IOMMUFD
 from ._fit_xml import CONTAINER, LIBVIRTS
 
@@ -152,11 +152,8 @@ def _capability(case: Case) -> str | None:
     """CAP_IPC_LOCK, which lifts all limits but vDPA's."""
     if case.running is not None or case.refused or case.asked.accounting == NONE:
         return None
-    if settled(case, capable=True).told.fits is not True:
-        return None
-    # Where a VM of the user is in a container, the next one may be, too, and there it does not count.
-    of_user = (row for row in case.info["processes"] if row["uid"] == case.owner.uid)
-    if any(row.get("initial_user_namespace") is False for row in of_user):
+    # In another user namespace it does not count.
+    if settled(case, capable=True).told.fits is not True or has_contained(case.info, case.owner):
         return None
     if case.starter not in (SYSTEM, SESSION):
         how = "AmbientCapabilities=CAP_IPC_LOCK in its unit"

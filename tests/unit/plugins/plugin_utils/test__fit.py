@@ -1487,3 +1487,14 @@ def test_with_the_capability_no_limit_is_checked(device: Row) -> None:
     """A legacy container adds to VmLck all the same."""
     answer = fit(idle(), who="vm", memlock="1M", accounting="none", devices=[device], **EXACT)
     assert answer["reason"] == "The VM pins 64 MiB. With CAP_IPC_LOCK no limit is checked."
+
+
+@pytest.mark.parametrize("devices", [[LEGACY], [BY_IOMMUFD]])
+@pytest.mark.parametrize(("initial", "fits"), [(True, True), (False, False)])
+def test_the_file_of_the_hosts_emulator_gives_nothing_in_another_user_namespace(
+    devices: list[Row], initial: bool, fits: bool
+) -> None:
+    runs = unit(**CAPABLE, initial_user_namespace=initial)
+    data = info(host=host(qemu=[emulator(True)]), processes=[runs], users=[of_vm()])
+    answer = fit(data, who="vm", memlock="32M", devices=devices, **EXACT)
+    assert answer["fits"] is fits
