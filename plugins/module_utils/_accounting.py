@@ -230,7 +230,8 @@ class Verdict(NamedTuple):
     """Whether a VM fits, None where that cannot be told, and then the one question of QUESTIONS that would settle it.
 
     Of all that may be, the rest tells the worst. `way`, `counter`, `held`, `size`, `limit`, `error`: the first pin that
-    the kernel refuses, or the one that comes closest; None where nothing is checked. `enough`: the limit that suffices.
+    the kernel refuses, or the one that comes closest; None where nothing is checked, and of the first two and `error`
+    where it may be several. `enough`: the limit that suffices.
     """
 
     fits: bool | None
