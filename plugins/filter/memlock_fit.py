@@ -111,11 +111,12 @@ options:
       - Who will be charged for what the VM pins by iommufd.
       - V(user) is what the kernel does if nobody sets anything.
       - V(process) is a VM whose iommufd is set so before its first device, as libvirt does since 12.1.
-      - V(none) is a VMM that has CAP_IPC_LOCK. For such a VM, only vDPA is held against the limit.
+      - V(none) is a VMM that has CAP_IPC_LOCK in the initial user namespace. In another one, as containers may have, it
+        does not count. For a VM with V(none), only vDPA is held against the limit.
       - V(auto) finds out. If all emulators for the host's own architecture have CAP_IPC_LOCK, so has the VM. For a
         domain of the system libvirt, it is what that libvirt does. Otherwise it will be as all running VMs of O(user)
-        are, and is unknown if there are none. An ambient capability that a unit gives to its VMM is not seen, unless
-        such a VM runs.
+        are, and is unknown if there are none. A VM without an iommufd has CAP_IPC_LOCK if all these have it. An ambient
+        capability that a unit gives to its VMM is not seen, unless such a VM runs.
       - Where the host has no emulator for its own architecture, or the input does not tell that, all of its emulators
         count.
     type: str
@@ -151,8 +152,8 @@ options:
     type: str
   grow:
     description:
-      - A VM that runs, and what it is to get. O(viommu), O(overhead) and O(memlock) hold for it, too; what they do not
-        say is read from the running VM.
+      - A VM that runs, and what it is to get. O(viommu), O(overhead), O(locked) and O(memlock) hold for it, too; what
+        they do not say is read from the running VM. Of O(locked), it matters only whether there is any.
       - libvirt raises the limit of its domains when they get memory or a device, unless they have C(<hard_limit>). So
         give O(memlock), where the present limit does not suffice.
     type: dict

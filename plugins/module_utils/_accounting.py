@@ -230,7 +230,8 @@ class Verdict(NamedTuple):
     """Whether a VM fits, None where that cannot be told, and then the one question of QUESTIONS that would settle it.
 
     Of all that may be, the rest tells the worst. `way`, `counter`, `held`, `size`, `limit`, `error`: the first pin that
-    the kernel refuses, or the one that comes closest; None where nothing is checked. `enough`: the limit that suffices.
+    the kernel refuses, or the one that comes closest; None where nothing is checked, and of the first two and `error`
+    where it may be several. `enough`: the limit that suffices.
     """
 
     fits: bool | None
@@ -429,8 +430,10 @@ def verdict(vm: Vm, kernel: Kernel) -> Verdict:
     certain = len({outcome.fits for outcome in outcomes}) == 1
     worst = max(outcomes, key=lambda outcome: (not outcome.fits, outcome.held + outcome.size))
     # What is not the same in all of those that end like the worst is not told.
-    alike = {(each.way, each.counter) for each in outcomes if each.fits is worst.fits and each.way}
-    name, counter = (worst.way, worst.counter) if len(alike) == 1 else (None, None)
+    alike = [each for each in outcomes if each.fits is worst.fits and each.way]
+    name = worst.way if len({each.way for each in alike}) == 1 else None
+    counter = worst.counter if len({each.counter for each in alike}) == 1 else None
+    errors = {way(each.way, kernel).error for each in alike if each.way and not worst.fits}
     checked = worst.way is not None
     return Verdict(
         fits=worst.fits if certain else None,
@@ -440,7 +443,7 @@ def verdict(vm: Vm, kernel: Kernel) -> Verdict:
         held=worst.held if checked else None,
         size=worst.size if checked else None,
         limit=worst.limit if checked else None,
-        error=None if worst.fits or name is None else way(name, kernel).error,
+        error=errors.pop() if len(errors) == 1 else None,
         enough=max(outcome.enough for outcome in outcomes),
     )
 

@@ -232,7 +232,10 @@ def _beyond(info: Info, asked: Asked, vm: Vm) -> tuple[Vm, str]:
     """The VM with what it pins beyond its memory, each time that it pins that; and all of it in words."""
     times = max(spaces(vm), 1)
     size = human_size(vm.memory.most * times)
-    pins = size + (f" ({human_size(vm.memory.most)} in each of {times} address spaces)" if times > 1 else "")
+    most = (vm.viommu is None and times > 1) or any(each.as_it_runs for each in vm.devices)
+    pins = f"{'up to ' if most else ''}{size}" + (
+        f" ({human_size(vm.memory.most)} in each of {times} address spaces)" if times > 1 else ""
+    )
     shown = _measured(info)
     if asked.overhead is not None:
         beyond = exactly(-(-asked.overhead // times))

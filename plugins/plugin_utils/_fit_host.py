@@ -29,7 +29,9 @@ __all__ = (
     "accounting_of",
     "by_hostdev",
     "candidates",
+    "capability_of",
     "emulator",
+    "has_contained",
     "knows_iommufd",
     "limit_of",
     "prerequisites",
@@ -49,6 +51,8 @@ GIB = 2**30
 SYSTEM = "system"
 SESSION = "session"
 OTHER = "other"
+
+BY_ROOT = "What root starts has CAP_IPC_LOCK, unless it is taken away, which libvirt does."
 
 UNSEEN_DEVICES = "that libvirt gives it, or has itself: it is not known whether it sees the VM's devices"
 
@@ -284,7 +288,8 @@ def accounting_of(info: Info, asked: Asked, owner: Owner, starter: str | None) -
         return Accounting(USER, True, "")
     if asked.accounting != AUTO:
         return Accounting(asked.accounting, False, "")
-    by_file = {each["cap_ipc_lock"] for each in candidates(info, asked)}
+    # What a file gives in another user namespace does not count.
+    by_file = {False} if has_contained(info, owner) else {each["cap_ipc_lock"] for each in candidates(info, asked)}
     if by_file == {True}:
         return Accounting(USER, True, "The host's emulators have CAP_IPC_LOCK.")
     found = _by_libvirt(info, asked, starter) if starter == SYSTEM else None
@@ -293,6 +298,9 @@ def accounting_of(info: Info, asked: Asked, owner: Owner, starter: str | None) -
         some = "Some of the host's emulators have CAP_IPC_LOCK, or may have it, so the VM may too."
         none = "It is not known whether the VM's emulator has CAP_IPC_LOCK."
         found = found._replace(capable=None, why=f"{some if by_file else none} {found.why}".strip())
+    if by_file == {False} and found.capable and starter == SESSION:
+        # Only its file gives it to a domain. An upgrade may have taken it from the file since.
+        found = found._replace(capable=None, why=f"{found.why} The host's emulators do not have it any more.")
     return found
 
 
@@ -321,18 +329,34 @@ def _by_libvirt(info: Info, asked: Asked, starter: str | None) -> Accounting | N
     )
 
 
+def capability_of(row: Mapping[str, Any]) -> bool | None:
+    """Whether a process has CAP_IPC_LOCK where it counts."""
+    effective = (row.get("capabilities") or {}).get("effective")
+    if effective is not None and "cap_ipc_lock" not in effective:
+        return False
+    initial: bool | None = None if effective is None else row["initial_user_namespace"]
+    return initial
+
+
+def has_contained(info: Info, owner: Owner) -> bool:
+    """Whether a VM of the user is in another user namespace, as in a container. Then the next one may be, too."""
+    rows = (row for row in info["processes"] if row.get("initial_user_namespace") is False)
+    return any(row["uid"] == owner.uid for row in rows)
+
+
 def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> Accounting:
     """How the user's running VMs are accounted."""
     name = owner.name or "libvirt's user"
-    if not any(each.backend == IOMMUFD for each in asked.devices):
-        return Accounting(None, None if owner.uid == 0 else False, "")
-    if starter == SESSION and asked.domain is not None and not asked.domain.fdgroup and by_hostdev(info, asked):
-        return Accounting(USER, False, "A user's own libvirt does not set the accounting, which then is per user.")
     rows = [row for row in info["processes"] if row["uid"] == owner.uid and row.get("holder") is not True]
-    rows = [row for row in rows if "iommufd" in (row.get("backends") or ("iommufd",))]
     if starter == SESSION:
         rows = [row for row in rows if row.get("domain_uri") == "qemu:///session"]
-    shown = {row["accounting"] for row in rows}
+    if not any(each.backend == IOMMUFD for each in asked.devices):
+        return _capability_by_running(rows, owner, name)
+    if starter == SESSION and asked.domain is not None and not asked.domain.fdgroup and by_hostdev(info, asked):
+        return Accounting(USER, False, "A user's own libvirt does not set the accounting, which then is per user.")
+    rows = [row for row in rows if "iommufd" in (row.get("backends") or ("iommufd",))]
+    # With a vDPA device, one that has CAP_IPC_LOCK is accounted per process all the same.
+    shown = {NONE if capability_of(row) else row["accounting"] for row in rows}
     partly = (owner.partly or None in shown) and shown != {None}
     shown.discard(None)
     if len(shown) == 1 and (not partly or shown == {USER}):
@@ -345,7 +369,20 @@ def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> 
         differ = "may have other VMs than were seen whole" if partly else "has VMs that differ in accounting"
         return Accounting(None, capable, f"{name} {differ}.")
     if owner.uid == 0 or owner.name == "root":
-        return Accounting(None, None, "What root starts has CAP_IPC_LOCK, unless it is taken away, which libvirt does.")
+        return Accounting(None, None, BY_ROOT)
     return Accounting(
         None, False, f"No running VM of {name} shows its accounting, which is per user unless somebody sets it."
     )
+
+
+def _capability_by_running(rows: list[Mapping[str, Any]], owner: Owner, name: str) -> Accounting:
+    """Whether a VM without an iommufd has CAP_IPC_LOCK, as the user's running VMs have it or not."""
+    shown = {capability_of(row) for row in rows}
+    root = owner.uid == 0 or owner.name == "root"
+    if not shown:
+        return Accounting(None, None, BY_ROOT) if root else Accounting(None, False, "")
+    if shown == {False}:
+        return Accounting(None, None if root and owner.partly else False, "")
+    if shown == {True} and not owner.partly:
+        return Accounting(None, True, f"The running VMs of {name} have CAP_IPC_LOCK.")
+    return Accounting(None, None, f"Some running VMs of {name} have CAP_IPC_LOCK, or may have it, and not all.")

@@ -190,7 +190,7 @@ def asked_of(
     else:
         has = _so_many(vfio_devices) if devices is None else _devices("devices", devices)
         viommu_ = own_viommu or (None if growth else NO_VIOMMU)
-    locks, amount = _locked(locked, domain, memlock)
+    locks, amount = _locked(locked, domain, memlock if growth is None else None)
     return Asked(
         memory=_size("memory", memory, 1) if memory is not None else domain and domain.memory,
         user=user if user is not None or domain is None else domain.user,

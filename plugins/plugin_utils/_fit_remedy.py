@@ -9,9 +9,9 @@ Each remedy was tried on the model: with it alone, the VM fits. The least harmfu
 
 from __future__ import annotations
 
-from ..module_utils._accounting import IOMMUFD, LEGACY, PROCESS, UNLIMITED, USER
+from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER
 from ._fit_case import Case, may_charge_user, settled
-from ._fit_host import GIB, SESSION, SYSTEM, by_hostdev, emulator, knows_iommufd, reckoning, session_of
+from ._fit_host import GIB, SESSION, SYSTEM, by_hostdev, emulator, has_contained, knows_iommufd, reckoning, session_of
 from ._fit_input import NONE, THE_IOMMUFD
 from ._fit_xml import CONTAINER, LIBVIRTS
 
@@ -24,7 +24,9 @@ def remedy_of(case: Case) -> str | None:
         return None
     if case.refused and case.starter == SYSTEM:
         return _for_the_daemon(case)
-    cures = [cure for cure in (_limit(case), _one_iommufd(case), _mode(case), _capability(case)) if cure]
+    cures = [
+        cure for cure in (_limit(case), _one_iommufd(case), _no_lock(case), _mode(case), _capability(case)) if cure
+    ]
     return f"To make it fit: {'; or '.join(cures)}." if cures else None
 
 
@@ -99,6 +101,15 @@ def _one_iommufd(case: Case) -> str | None:
     return f"pass all devices through by one iommufd{how if first.holder != THE_IOMMUFD else ''}"
 
 
+def _no_lock(case: Case) -> str | None:
+    """No memory that the VMM locks itself, where it is sure to lock some."""
+    if case.running is not None or case.refused or not case.steps[0].locked.least:
+        return None
+    if settled(case, locked=NOTHING).told.fits is not True:
+        return None
+    return "have it lock no memory itself (no mem-lock=on, no <locked/>), as what a device has pinned stays anyway"
+
+
 def _mode(case: Case) -> str | None:
     """Another mode of its iommufds, where somebody can set it."""
     if case.running is not None or case.refused:
@@ -141,7 +152,8 @@ def _capability(case: Case) -> str | None:
     """CAP_IPC_LOCK, which lifts all limits but vDPA's."""
     if case.running is not None or case.refused or case.asked.accounting == NONE:
         return None
-    if settled(case, capable=True).told.fits is not True:
+    # In another user namespace it does not count.
+    if settled(case, capable=True).told.fits is not True or has_contained(case.info, case.owner):
         return None
     if case.starter not in (SYSTEM, SESSION):
         how = "AmbientCapabilities=CAP_IPC_LOCK in its unit"

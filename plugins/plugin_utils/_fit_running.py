@@ -27,7 +27,7 @@ from ..module_utils._accounting import (
 from ..module_utils._errors import IommufdError
 from ..module_utils._size import human_size
 from ._fit_case import FILE_BACKED, SIGHT, Case, judge, kernels, ordered, plus, spaces
-from ._fit_host import GIB, OTHER, SYSTEM, Accounting, Limit, prerequisites
+from ._fit_host import GIB, OTHER, SYSTEM, Accounting, Limit, capability_of, prerequisites
 from ._fit_input import THE_IOMMUFD, Asked, Growth, Info, owner_of
 from ._fit_xml import CONTAINER
 
@@ -61,7 +61,7 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
         user=owner.name or "",
         limit=limit.span,
         limit_by=limit.words,
-        capable=_capability(row),
+        capable=capability_of(row),
         beyond=NOTHING,
         locked=NOTHING,
         viommu=NO_VIOMMU,
@@ -74,10 +74,10 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
     pins: list[str] = []
     unsure = False
     if asked.live_update:
-        steps.append(_taken_over(row, vm, memory))
+        steps.append(_taken_over(asked, row, vm, memory))
         pins.append(f"The process that takes {_name(row)} over pins what it has anew, once for each address space.")
     if grow.memory:
-        steps.append(_with_memory(row, vm, grow.memory))
+        steps.append(_with_memory(asked, row, vm, grow.memory))
         pins.append(f"{_name(row)} gets {human_size(grow.memory)}, {_where(len(vm.devices))}.")
         vm = _after(vm, steps[-1], info)
     if grow.devices:
@@ -97,15 +97,15 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
     return Case(info, asked, owner, starter, limit, accounting, tuple(steps), " ".join(pins), told, "", needs, row)
 
 
-def _taken_over(row: Mapping[str, Any], vm: Vm, memory: int | None) -> Vm:
+def _taken_over(asked: Asked, row: Mapping[str, Any], vm: Vm, memory: int | None) -> Vm:
     """The new process of a live update, which is charged before the old one is not any more."""
     size = _one_space(row, vm.devices, memory)
-    return vm._replace(memory=size, locked=_locks(row, size), held_mm_locked=NOTHING, held_mm_pinned=NOTHING)
+    return vm._replace(memory=size, locked=_locks(asked, row, size), held_mm_locked=NOTHING, held_mm_pinned=NOTHING)
 
 
-def _with_memory(row: Mapping[str, Any], vm: Vm, memory: int) -> Vm:
+def _with_memory(asked: Asked, row: Mapping[str, Any], vm: Vm, memory: int) -> Vm:
     more = exactly(memory)
-    return vm._replace(memory=more, locked=_locks(row, more))
+    return vm._replace(memory=more, locked=_locks(asked, row, more))
 
 
 def _with_devices(asked: Asked, grow: Growth, row: Mapping[str, Any], vm: Vm, memory: int | None) -> tuple[Vm, bool]:
@@ -127,9 +127,11 @@ def _name(row: Mapping[str, Any]) -> str:
     return str(row.get("domain") or row.get("name") or row.get("unit") or row["comm"])
 
 
-def _locks(row: Mapping[str, Any], size: Span) -> Span:
-    """What a VM that runs locks itself of such an amount of memory."""
+def _locks(asked: Asked, row: Mapping[str, Any], size: Span) -> Span:
+    """What a VM that runs locks itself of such an amount of memory: all or nothing."""
     locks = row.get("locks_memory")
+    if asked.locked.least or not asked.locked.most:
+        locks = asked.locked.least > 0
     return Span(0, size.most) if locks is None else size if locks else NOTHING
 
 
@@ -145,14 +147,6 @@ def _its_limit(asked: Asked, row: Mapping[str, Any], starter: str) -> Limit:
         # It has either a <hard_limit>, which stays, or what libvirt reckons anew for the devices that it sees.
         return Limit(Span(now, UNLIMITED), f"its limit of {human_size(now)}, which libvirt may raise")
     return Limit(exactly(now), f"its limit of {human_size(now)}")
-
-
-def _capability(row: Mapping[str, Any]) -> bool | None:
-    """Whether a process has CAP_IPC_LOCK where it counts."""
-    if "cap_ipc_lock" not in row["capabilities"]["effective"]:
-        return False
-    initial: bool | None = row["initial_user_namespace"]
-    return initial
 
 
 def _held(row: Mapping[str, Any]) -> tuple[Device, ...] | None:

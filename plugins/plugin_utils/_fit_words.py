@@ -14,9 +14,28 @@ __all__ = ("question_of", "reason_of")
 
 _AS_ROOT = "Run virt.iommufd.iommufd_info as root (become: true) on the host itself, with host in gather_subset."
 
+_ERRORS = {"ENOMEM": "-12 (Cannot allocate memory)", "EFAULT": "-14 (Bad address)"}
+
+# Where all was seen, and no file tells.
+_BY_WHAT = "By io_uring they are, by vDPA or RDMA they are not."
+
+# The same of a VM that runs, whose capability and iommufds are read, and not given.
+_QUESTIONS_OF_RUNNING = {
+    "capable": f"Is the process in the initial user namespace, where its CAP_IPC_LOCK counts? {_AS_ROOT}",
+    "mode": f"Which mode has its iommufd? {_AS_ROOT}",
+    "new mode": "Which mode has its iommufd? Give the mode of each in devices.",
+    "limit": (
+        "Which RLIMIT_MEMLOCK will the VMM have? Give memlock: its limit of now if the domain has <hard_limit>, else"
+        " what libvirt reckons with what it gets."
+    ),
+}
+
 # What settles an answer, by the model's name for it, or by that of _fit_case.
 _QUESTIONS = {
-    "capable": "Has the VMM CAP_IPC_LOCK? Give accounting: none if it has, and user or process if not.",
+    "capable": (
+        "Has the VMM CAP_IPC_LOCK? Give accounting: none if it has, in the initial user namespace, and user or process"
+        " if not."
+    ),
     "mode": "Which mode has its iommufd? Give accounting: user or process, or the mode of each in devices.",
     "legacy_by_iommufd": f"Does iommufd provide /dev/vfio/vfio on this host? {_AS_ROOT}",
     "viommu": "Has the VM an IOMMU of its own, and is that a nested one? Give viommu: none, each or nested.",
@@ -48,13 +67,17 @@ def question_of(case: Case) -> str | None:
             return f"How much do processes that were not seen have charged to {case.owner.name}? {_AS_ROOT}"
         return (
             f"Are the {human_size(case.owner.unsure)} charged to {case.owner.name} that other processes of it have"
-            f" pinned? {_AS_ROOT}{enough}"
+            f" pinned? {_AS_ROOT if case.owner.partly else _BY_WHAT}{enough}"
         )
     if told.question == "later":
         return f"How much will its mdev pin as it runs? Nothing tells that beforehand.{enough}"
     if told.question == "order":
         return f"Does its vDPA device pin after the others? If so, give devices, with that as the last.{enough}"
-    if told.question == "limit" and case.running is None and case.asked.domain is None:
+    if case.running is not None:
+        seen = all(each["rlimit_mode"] for each in case.running["iommufds"] or ())
+        name = "new mode" if told.question == "mode" and seen else told.question
+        return _QUESTIONS_OF_RUNNING.get(name) or _QUESTIONS[name]
+    if told.question == "limit" and case.asked.domain is None:
         return "Which RLIMIT_MEMLOCK will the VMM have? Give memlock, or domain_xml for a domain of libvirt's."
     return _QUESTIONS[told.question]
 
@@ -78,7 +101,7 @@ def _outcome(case: Case) -> list[str]:
     told = case.told
     if told.held is None and told.fits is not None:
         vm = case.steps[0]
-        why = "With CAP_IPC_LOCK nothing is charged and no limit is checked." if vm.capable else "Nothing is checked."
+        why = "With CAP_IPC_LOCK no limit is checked." if vm.capable else "Nothing is checked."
         return [why] if vm.devices else []
     if told.fits is None:
         return _unsure(case)
@@ -86,9 +109,10 @@ def _outcome(case: Case) -> list[str]:
     if told.fits is False:
         best = at_best(case)
         least = "" if best.enough == told.enough and best.limit == told.limit else "at least "
-        ends = "-14 (Bad address)" if told.error == "EFAULT" else "-12 (Cannot allocate memory)"
+        ends = _ERRORS.get(told.error or "", "-12 or -14")
         over = human_size(best.enough - (best.limit or 0))
-        return [f"{_charged(case)}, it is {least}{over} over {limit} and ends with {ends}."]
+        comma = "," if "," in limit else ""
+        return [f"{_charged(case)}, it is {least}{over} over {limit}{comma} and ends with {ends}."]
     if told.limit is None or told.limit >= UNLIMITED:
         return [f"{_charged(case)}, it has no limit to reach."]
     words = [f"{_charged(case)}, it is within {limit}."]
@@ -100,8 +124,8 @@ def _margin(case: Case, limit: int) -> str:
     most = max(vm.held_user.most + demand(vm, kernel)[USER].most for vm in case.steps for kernel in kernels(case.info))
     left = limit - most
     return (
-        f"{human_size(left)} are left then. What other programs of {case.owner.name} register by io_uring or AF_XDP"
-        " counts, too, and no file shows all of it: with more than that, the VM fails."
+        f"{human_size(left)} are then left to user {case.owner.name}. What its other programs register by io_uring or"
+        " AF_XDP counts, too, and no file shows all of it: with more than that, the VM fails."
     )
 
 
@@ -118,7 +142,7 @@ def _unsure(case: Case) -> list[str]:
     below, over = (best.limit or 0) - best.enough, told.enough - (told.limit or 0)
     if told.enough >= UNLIMITED or case.limit.span.least != case.limit.span.most or best.fits is not True:
         worst = f": at worst it needs {human_size(told.enough)}" if told.enough < UNLIMITED else ""
-        return [f"{_charged(case)}, it may be within {case.limit.words} or not{worst}."]
+        return [f"{_charged(case)}, it may or may not be within {case.limit.words}{worst}."]
     return [
         f"{_charged(case)}, it may be anything from {human_size(below)} below to {human_size(over)} over"
         f" {case.limit.words}."
@@ -143,4 +167,4 @@ def _charged(case: Case) -> str:
         return f"Charged for {own} alone{both if several else ''}"
     if counter == MM_PINNED:
         return f"Charged for {own} alone (VmPin, which vDPA checks whatever the capabilities, and each iommufd fills)"
-    return "However it is charged"
+    return "Whichever counter decides"

@@ -10,7 +10,7 @@ The XML is somebody else's. What it says of memory, of devices and of the limit 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +36,7 @@ CONTAINER = "the legacy container"
 _QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
 # A vIOMMU that the IOMMU of the host may walk itself, which depends on more than these.
 _MAY_NEST = frozenset({"accel", "x-flts", "x-scalable-mode"})
+_OFF = frozenset({"off", "no", "false"})
 _ON = frozenset({"on", "yes", "true", True})
 
 
@@ -156,9 +157,14 @@ def _viommu(root: Element, commandline: _Commandline) -> str | None:
     if commandline.unread or (kind is not None and kind.get("arch", "").startswith("ppc64")):
         return None
     found = root.findall("devices/iommu")
-    if commandline.may_nest or any(_MAY_NEST.intersection(part.keys()) for each in found for part in each.iter()):
+    if commandline.may_nest or any(_may_nest(part.attrib) for each in found for part in each.iter()):
         return None
     return EACH if found or commandline.viommu else NO_VIOMMU
+
+
+def _may_nest(properties_: Mapping[str, Any]) -> bool:
+    """Whether a vIOMMU with these may be a nested one."""
+    return any(str(properties_.get(name, "off")).lower() not in _OFF for name in _MAY_NEST)
 
 
 def _user(root: Element) -> str | None:
@@ -248,4 +254,4 @@ class _Commandline:
 
     def _add_viommu(self, there: bool, found: dict[str, Any]) -> None:
         self.viommu |= there
-        self.may_nest |= there and bool(_MAY_NEST.intersection(found))
+        self.may_nest |= there and _may_nest(found)

@@ -153,8 +153,8 @@ ENDS = "and ends with -12 (Cannot allocate memory)."
 
 def left(size: str, who: str = "libvirt-qemu") -> str:
     return (
-        f" {size} are left then. What other programs of {who} register by io_uring or AF_XDP counts, too, and no file"
-        " shows all of it: with more than that, the VM fails."
+        f" {size} are then left to user {who}. What its other programs register by io_uring or AF_XDP counts, too, and"
+        " no file shows all of it: with more than that, the VM fails."
     )
 
 
@@ -215,7 +215,7 @@ def left(size: str, who: str = "libvirt-qemu") -> str:
             info(host=host(limits_of_view=unseen("processes"))),
             "200M",
             None,
-            f"{ON_TOP_OF} 64.2 MiB, it may be within its limit of 200 MiB or not.",
+            f"{ON_TOP_OF} 64.2 MiB, it may or may not be within its limit of 200 MiB.",
             id="hidden processes",
         ),
         pytest.param(
@@ -274,7 +274,7 @@ def test_with_cap_ipc_lock() -> None:
         "needed": 64 * GIB,
         "limit": 64 * KIB,
         "headroom": None,
-        "reason": "The VM pins 64 GiB. With CAP_IPC_LOCK nothing is charged and no limit is checked.",
+        "reason": "The VM pins 64 GiB. With CAP_IPC_LOCK no limit is checked.",
         "remedy": None,
         "prerequisites": [],
         "question": None,
@@ -542,6 +542,70 @@ def test_auto_is_not_sure_of_root(who: Any) -> None:
         "What root starts has CAP_IPC_LOCK, unless it is taken away, which libvirt does."
     )
     assert answer["question"].startswith("Has the VMM CAP_IPC_LOCK? Give accounting")
+
+
+CAPABLE: Row = {"capabilities": {"effective": ["cap_ipc_lock"]}}
+OF_LEGACY: Row = {"iommufds": [], "backends": ["legacy"], "vfio_devices": [{"fd": 40, "backend": "legacy"}]}
+
+
+@pytest.mark.parametrize(
+    ("running", "who", "devices", "fits", "accounting"),
+    [
+        pytest.param([unit(**OF_LEGACY, **CAPABLE)], "vm", [LEGACY], True, "none", id="it has the capability"),
+        pytest.param([unit(**CAPABLE, accounting="none")], "vm", [LEGACY], True, "none", id="of another backend"),
+        pytest.param([unit(**OF_LEGACY)], "vm", [LEGACY], False, "process", id="it has not"),
+        pytest.param([unit(**OF_LEGACY), unit(**CAPABLE)], "vm", [LEGACY], None, None, id="one of two has"),
+        pytest.param(
+            [unit(**OF_LEGACY, **CAPABLE, initial_user_namespace=None)],
+            "vm",
+            [LEGACY],
+            None,
+            None,
+            id="it may not count",
+        ),
+        pytest.param(
+            [unit(**OF_LEGACY, **CAPABLE, initial_user_namespace=False)],
+            "vm",
+            [LEGACY],
+            False,
+            "process",
+            id="it does not count",
+        ),
+        pytest.param([], "vm", [LEGACY], False, "process", id="nobody runs"),
+        pytest.param([], "root", [LEGACY], None, None, id="root runs nothing"),
+        pytest.param(
+            [unit(uid=0, user="root", **OF_LEGACY, **CAPABLE)], "root", [LEGACY], True, "none", id="root has it"
+        ),
+        pytest.param([unit(uid=0, user="root", **OF_LEGACY)], "root", [LEGACY], False, "process", id="root has not"),
+        # With a vDPA device, one that has the capability is accounted per process.
+        pytest.param(
+            [unit(**CAPABLE, vdpa_devices=[{"fd": 50}], backends=["iommufd", "vdpa"], accounting="process")],
+            "vm",
+            [BY_IOMMUFD],
+            True,
+            "none",
+            id="it has a vDPA device, too",
+        ),
+    ],
+)
+def test_auto_sees_the_capability_of_running_vms(
+    running: list[Row], who: str, devices: list[Row], fits: bool | None, accounting: str | None
+) -> None:
+    answer = fit(info(processes=running, users=[]), who=who, memlock="8M", devices=devices, **EXACT)
+    assert (answer["fits"], answer["accounting"]) == (fits, accounting)
+    assert (answer["question"] or "").startswith("Has the VMM CAP_IPC_LOCK?" if fits is None else "")
+
+
+@pytest.mark.parametrize("devices", [[LEGACY], [BY_IOMMUFD]])
+def test_a_running_domain_may_have_a_capability_that_its_file_has_lost(devices: list[Row]) -> None:
+    runs = unit(**CAPABLE, accounting="none", domain_uri="qemu:///session")
+    data = info(processes=[runs], users=[], host=native(sessions=[session(80 * MIB)]))
+    answer = fit(data, who="vm", memory="128M", memlock="libvirt", devices=devices)
+    assert answer["fits"] is False
+    roomy = info(processes=[runs], users=[of_vm()], host=native(sessions=[session(2 * GIB)]))
+    answer = fit(roomy, who="vm", memory="1G", devices=devices, **EXACT)
+    assert answer["accounting"] is None
+    assert "The host's emulators do not have it any more." in answer["reason"]
 
 
 UNSET = libvirt(sets_rlimit_mode=None, cap_sys_resource=True, reason="It cannot be told.")
@@ -830,7 +894,7 @@ def test_a_vm_that_runs(fields: Row, given: Row, fits: bool | None) -> None:
 def test_libvirt_raises_the_limit_of_a_domain_that_grows() -> None:
     answer = grown(info(), memory="64M")
     assert (answer["fits"], answer["limit"]) == (None, None)
-    assert answer["question"] == "Which RLIMIT_MEMLOCK will the VMM have? Give memlock."
+    assert answer["question"].startswith("Which RLIMIT_MEMLOCK will the VMM have? Give memlock: its limit of now")
     assert "its limit of 100 MiB, which libvirt may raise" in answer["reason"]
     assert grown(info(), memory="64M", memlock="100M")["fits"] is False
 
@@ -1289,3 +1353,148 @@ def test_the_input_must_not_be_narrowed_to_others(who: Any) -> None:
         f"user: the input tells of other users than {who}: run virt.iommufd.iommufd_info without users, or"
         " with this one among them."
     )
+
+
+@pytest.mark.parametrize(("initial", "helps"), [(True, True), (None, True), (False, False)])
+def test_the_capability_is_no_remedy_in_another_user_namespace(initial: bool | None, helps: bool) -> None:
+    data = info(processes=[unit(initial_user_namespace=initial)], users=[of_vm()])
+    answer = fit(data, memlock="100M", **OF_VM)
+    assert answer["fits"] is False
+    assert ("CAP_IPC_LOCK" in answer["remedy"]) is helps
+
+
+RUNS_PER_PROCESS: Row = {"accounting": "process", "locked_bytes": PINNED, "iommufds": iommufds(1, mode="process")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "grows", "question"),
+    [
+        pytest.param(
+            {**CAPABLE, "initial_user_namespace": None, "accounting": None},
+            {"memory": "64M"},
+            "Is the process in the initial user namespace, where its CAP_IPC_LOCK counts? Run virt.iommufd.",
+            id="capability",
+        ),
+        pytest.param(
+            {"iommufds": iommufds(1, mode=None), "accounting": None},
+            {"memory": "70M"},
+            "Which mode has its iommufd? Run virt.iommufd.",
+            id="mode of its own",
+        ),
+        pytest.param(
+            {"iommufds": [], "backends": ["legacy"], "legacy_containers": [{"fd": 31, "same_as": None}]},
+            {"devices": [{**BY_IOMMUFD}]},
+            "Which mode has its iommufd? Give the mode of each in devices.",
+            id="mode of a new one",
+        ),
+        pytest.param(
+            {**RUNS_PER_PROCESS, "locks_memory": None},
+            {"memory": "30M"},
+            "How much memory does the VMM lock itself (QEMU's mem-lock=on)? Give locked: ",
+            id="locked",
+        ),
+    ],
+)
+def test_the_question_about_a_vm_that_runs_is_one_that_can_be_answered(fields: Row, grows: Row, question: str) -> None:
+    data = info(processes=[unit(**fields)], users=[of_vm(charged=40 * MIB)])
+    answer = grown(data, **grows, overhead=0)
+    assert answer["fits"] is None
+    assert answer["question"].startswith(question)
+
+
+@pytest.mark.parametrize(("locked", "fits"), [(None, None), (0, True), ("64M", False), (True, False)])
+def test_what_a_vm_that_runs_locks_itself_may_be_given(locked: Any, fits: bool | None) -> None:
+    data = info(processes=[unit(**RUNS_PER_PROCESS, locks_memory=None)], users=[])
+    assert grown(data, memory="30M", locked=locked)["fits"] is fits
+
+
+def test_the_limit_of_a_domain_that_grows_is_asked_for_by_what_decides() -> None:
+    answer = grown(info(processes=[process(**RUNS_PER_PROCESS)], host=native()), memory="64M")
+    assert answer["question"] == (
+        "Which RLIMIT_MEMLOCK will the VMM have? Give memlock: its limit of now if the domain has <hard_limit>, else"
+        " what libvirt reckons with what it gets."
+    )
+
+
+@pytest.mark.parametrize(("view", "by_root"), [([], False), (unseen("descriptors"), True), (unseen("options"), False)])
+def test_root_is_sent_to_look_only_where_something_was_not_seen(view: list[Row], by_root: bool) -> None:
+    data = idle(users=[of_vm(0, 48 * MIB)], host=host(limits_of_view=view))
+    question = fit(data, who="vm", memlock="100M", accounting="user", **EXACT)["question"]
+    assert question.startswith("Are the 48 MiB charged to vm that other processes of it have pinned? ")
+    assert ("Run virt.iommufd.iommufd_info as root" in question) is by_root
+    assert ("By io_uring they are, by vDPA or RDMA they are not." in question) is not by_root
+    assert question.endswith(" A limit of 117440512 bytes suffices whatever it is.")
+
+
+MEM_LOCK = "-overcommit mem-lock=on"
+
+
+def test_two_ways_that_fill_one_counter_are_that_counter() -> None:
+    """Locked memory alone may be too much, or what is pinned beside it. Both are VmLck."""
+    xml = domain(HOSTDEV, arguments=MEM_LOCK).replace("<memory unit='GiB'>1<", "<memory unit='GiB'>4<")
+    answer = memlock_fit(idle(host=native()), domain_xml=xml)
+    assert (answer["fits"], answer["counter"]) == (False, "mm_locked")
+    assert "Charged for itself alone (VmLck, " in answer["reason"]
+    assert "-12 (Cannot allocate memory)" in answer["reason"]
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ({"domain_xml": domain(HOSTDEV, arguments=MEM_LOCK)}, True),
+        # Without it, it would fail all the same.
+        ({"domain_xml": domain(HOSTDEV, HARD_LIMIT.replace("3", "1").replace("GiB", "MiB"), MEM_LOCK)}, False),
+        ({"memory": "64M", "user": "vm", "memlock": "100M", "locked": "64M", "accounting": "process"}, True),
+        ({"memory": "64M", "user": "vm", "memlock": "80M", "locked": True, "accounting": "process"}, True),
+        # It may lock none.
+        ({"memory": "64M", "user": "vm", "memlock": "100M", "accounting": "process"}, False),
+        ({"memory": "64M", "user": "vm", "memlock": "60M", "locked": "64M", "accounting": "process"}, False),
+    ],
+)
+def test_not_to_lock_memory_is_a_remedy(given: Row, remedy: bool) -> None:
+    answer = memlock_fit(idle(host=native()), **{"overhead": 0, **given})
+    assert answer["fits"] is not True
+    assert ("have it lock no memory itself (no mem-lock=on, no <locked/>)" in answer["remedy"]) is remedy
+
+
+SMMU = "<iommu model='smmuv3'><driver accel='{}'/></iommu>"
+
+
+@pytest.mark.parametrize(("accel", "fits"), [("on", None), ("off", False)])
+def test_a_viommu_that_says_that_it_is_not_nested_is_none_that_may_be(accel: str, fits: bool | None) -> None:
+    answer = memlock_fit(idle(host=native()), domain_xml=domain(HOSTDEV * 4 + SMMU.format(accel), HARD_LIMIT))
+    assert answer["fits"] is fits
+    # What is not known is not told as if it were.
+    assert f"The VM pins {'up to ' if fits is None else ''}4 GiB (1 GiB in each of " in answer["reason"]
+
+
+@pytest.mark.parametrize("device", [MDEV, {**MDEV, "iommufd": "i"}])
+def test_an_mdev_pins_up_to_all_memory(device: Row) -> None:
+    reason = fit(idle(), who="vm", memlock="100M", devices=[device], **EXACT)["reason"]
+    assert "The VM pins up to 64 MiB." in reason
+    assert "The VM pins 64 MiB." in fit(idle(), who="vm", memlock="100M", devices=[LEGACY], **EXACT)["reason"]
+
+
+def test_what_is_left_is_left_for_the_user_whatever_counter_decides() -> None:
+    given = {"who": "vm", "memlock": "130M", "accounting": "user", "devices": [BY_IOMMUFD, VDPA]}
+    answer = fit(idle(), **given, **EXACT)
+    assert (answer["fits"], answer["counter"]) == (True, "mm_pinned")
+    assert answer["reason"].endswith(left("66 MiB", "vm"))
+
+
+@pytest.mark.parametrize("device", [BY_IOMMUFD, LEGACY])
+def test_with_the_capability_no_limit_is_checked(device: Row) -> None:
+    """A legacy container adds to VmLck all the same."""
+    answer = fit(idle(), who="vm", memlock="1M", accounting="none", devices=[device], **EXACT)
+    assert answer["reason"] == "The VM pins 64 MiB. With CAP_IPC_LOCK no limit is checked."
+
+
+@pytest.mark.parametrize("devices", [[LEGACY], [BY_IOMMUFD]])
+@pytest.mark.parametrize(("initial", "fits"), [(True, True), (False, False)])
+def test_the_file_of_the_hosts_emulator_gives_nothing_in_another_user_namespace(
+    devices: list[Row], initial: bool, fits: bool
+) -> None:
+    runs = unit(**CAPABLE, initial_user_namespace=initial)
+    data = info(host=host(qemu=[emulator(True)]), processes=[runs], users=[of_vm()])
+    answer = fit(data, who="vm", memlock="32M", devices=devices, **EXACT)
+    assert answer["fits"] is fits
