@@ -601,16 +601,18 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
 def _read_config(process: Process, path: bytes) -> bytes | None:
     """A file that a process names, if the path means the same here, and nobody but root decides what is there.
 
-    Anybody may name a file that root is not to open, or that never ends.
+    Anybody may name a file that root is not to open, or that never ends, or that others miss once it was read.
     """
     # Hardly anybody names one, and a module pays for each import on each host anew.
-    from ._paths import reopen, walk
+    from ._paths import is_made_up, reopen, walk
 
     with contextlib.suppress(OSError, IommufdError):
         there = [os.readlink(f"/proc/{process.pid}/{each}") for each in ("root", "ns/mnt")]
         if there == ["/", os.readlink("/proc/self/ns/mnt")] and os.readlink("/proc/self/root") == "/":
             with walk(os.fsdecode(path), follow=True, program=True) as place:
-                if place.found is not None and place.status is not None and stat.S_ISREG(place.status.st_mode):
+                if place.found is None or place.status is None or not stat.S_ISREG(place.status.st_mode):
+                    return None
+                if not is_made_up(place.found):
                     fd = reopen(place.found)
                     try:
                         text = os.read(fd, _CONFIG_MAX + 1)

@@ -590,7 +590,7 @@ processes:
         - The memory of QEMU's guest by its command line, be it by C(-m), C(-machine) or a memory backend; that of
           cloud-hypervisor's by C(--memory). What is plugged in later is not in it.
         - A file for C(-readconfig) is read where its absolute path means the same to this module, and nobody but root
-          can write it.
+          can write it. What the kernel makes up, as below C(/proc) and C(/sys), is no file.
         - V(null) for other programs, and where that is missing or unreadable.
       type: int
       sample: 67108864

@@ -563,6 +563,13 @@ def test_a_file_that_never_ends(held: Process, tmp_path: Path) -> None:
     assert _survey._read_config(held, os.fsencode(tmp_path / "vm.cfg")) is None
 
 
+@pytest.mark.parametrize("path", ["/proc/version", "/proc/sys/kernel/ostype", "/sys/kernel/uevent_seqnum"])
+def test_what_the_kernel_makes_up_is_no_file(held: Process, path: str) -> None:
+    """To read /proc/kmsg, which is root's as these are, takes its messages away from whoever logs them."""
+    assert os.path.isfile(path)
+    assert _survey._read_config(held, path.encode()) is None
+
+
 def test_a_process_that_has_other_files(held: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "vm.cfg").write_bytes(b"[memory]")
     readlink = os.readlink
