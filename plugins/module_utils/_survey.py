@@ -411,8 +411,10 @@ class _Look:
         return seen.to_json()
 
     def is_full(self) -> bool:
-        """Whether that is as much as should be told at once."""
-        return len(self._seen.holders) >= _HOLDERS_AT_ONCE
+        """Whether that is as much as should be told at once: an answer has an end, and each iommufd may have a text."""
+        holders = self._seen.holders
+        iommufds = sum(len(each.iommufds or ()) for each in holders)
+        return len(holders) >= _HOLDERS_AT_ONCE or iommufds >= IOMMUFDS_MAX
 
     def at(self, pid: int) -> None:
         """Looks at a process."""

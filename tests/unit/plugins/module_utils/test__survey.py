@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd, _survey, _tables
+from ansible_collections.virt.iommufd.plugins.module_utils import _child, _iommufd, _survey, _tables
 from ansible_collections.virt.iommufd.plugins.module_utils._accounting import IOMMUFD_USER, LEGACY, VDPA
-from ansible_collections.virt.iommufd.plugins.module_utils._borrow import Swapped
+from ansible_collections.virt.iommufd.plugins.module_utils._borrow import IOMMUFDS_MAX, Swapped
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, NoAnswer
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     AccessRefused,
@@ -528,6 +528,25 @@ def test_more_than_is_told_of_one(alone: FakeKernel, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_survey, "IOMMUFDS_MAX", 1)
     alone.ioases = {}
     assert survey().holders[0].more
+
+
+@pytest.mark.parametrize("counts", [[IOMMUFDS_MAX] * 16, [17] * 15 + [IOMMUFDS_MAX] * 16])
+def test_all_that_is_told_at_once_is_an_answer(alone: FakeKernel, held: Process, counts: list[int]) -> None:
+    """Else whoever was looked at last, be it a victim, would be left out in the place of who says too much."""
+    (holder,) = survey().holders
+    # As with kernel.yama.ptrace_scope=3, which lets root look at descriptors, and share none.
+    msg = held._replace(comm="\\x01" * 15)._refused("share its descriptor 1000000", OSError(errno.EPERM, ""))
+    large = holder._replace(
+        program="\udcff" * 1024, name="\udcff" * 255, devices=dict.fromkeys(range(10**6, 10**6 + IOMMUFDS_MAX), 2**20)
+    )
+    look = _survey._Look(Budget(), (), is_last=False)
+    for count in counts:
+        iommufds = [HeldIommufd(10**6, None, None, [(1000, False)] * 4, msg)] * count
+        look._seen.holders.append(large._replace(iommufds=iommufds))
+        if look.is_full():
+            break
+    assert look.is_full()
+    assert len(json.dumps(look.taken())) < _child._ANSWER_MAX * 3 // 4
 
 
 def test_what_the_program_is(alone: FakeKernel) -> None:
