@@ -53,10 +53,12 @@ _MOUNTINFO = "/proc/self/mountinfo"
 _BEGIN_EMPTY = ("devtmpfs", "proc", "ramfs", "sysfs", "tmpfs")
 
 # What is on these is nobody's file: the kernel makes it up whenever it is read.
-_MADE_UP = frozenset(
-    ("binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "efivarfs", "fusectl", "nfsd", "proc", "pstore")
-    + ("resctrl", "rpc_pipefs", "securityfs", "selinuxfs", "smackfs", "sysfs", "tracefs")
+# fmt: off
+_MADE_UP = (
+    "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "efivarfs", "fusectl", "nfsd", "proc", "pstore",
+    "resctrl", "rpc_pipefs", "securityfs", "selinuxfs", "smackfs", "sysfs", "tracefs",
 )
+# fmt: on
 
 
 class Writer(NamedTuple):
