@@ -370,7 +370,7 @@ def _leave_out(result: Survey, pid: int) -> None:
 def _batches(
     pids: list[int], budget: Budget, nodes: Collection[int], position: mmap.mmap, is_last: bool
 ) -> Iterator[list[Any]]:
-    """The life of a child: how many of the processes it has looked at, what was seen since, and what was spent so far.
+    """The life of a child: how many of the processes it has looked at, what was seen since, and who has spent what.
 
     It ends where something else than an iommufd was shared with it, which may take for ever to close.
     """
@@ -380,12 +380,12 @@ def _batches(
         _POSITION.pack_into(position, 0, index)
         look.at(pid)
         if look.swapped:
-            yield [index + 1, look.taken(), budget.to_json()]
+            yield [index + 1, look.taken(), look.spent()]
             return
         if look.is_full() or index % _BATCH == _BATCH - 1 or time.monotonic() > pulse:
-            yield [index + 1, look.taken(), budget.to_json()]
+            yield [index + 1, look.taken(), look.spent()]
             pulse = time.monotonic() + _PULSE
-    yield [len(pids), look.taken(), budget.to_json()]
+    yield [len(pids), look.taken(), look.spent()]
 
 
 class _Look:
@@ -403,7 +403,14 @@ class _Look:
         self._tables = Tables({*self._iommufds, VFIO_CONTAINER_RDEV, *nodes}, budget)
         self._container_asked = False
         self._seen = Survey()
+        # Who has paid since the last time. Root in a container may be 65536 users, and an answer has an end.
+        self._payers: set[int] = set()
         self.swapped = False
+
+    def spent(self) -> list[Any]:
+        """What those have spent so far who have paid since the last time, good for JSON."""
+        payers, self._payers = self._payers, set()
+        return self._budget.to_json(payers)
 
     def taken(self) -> list[Any]:
         """What was seen since the last time, good for JSON."""
@@ -427,6 +434,7 @@ class _Look:
         if text is None:
             return
         payer = who_pays(number_in(text, b"Uid"))
+        self._payers.add(payer)
         size = number_in(text, b"FDSize")
         if size > LARGE and not self._is_last:
             self._seen.large.append((size, pid))

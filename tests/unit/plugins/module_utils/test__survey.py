@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -382,7 +383,7 @@ class Crowd:
         self.started.append(list(work.args[0]))
         # Each child has a copy of what was spent.
         spent = Budget()
-        spent.load(work.args[1].to_json())
+        spent.load(work.args[1].to_json(range(_tables._ALL)))
         yield from json.loads(
             json.dumps(list(self.until_it_ends(partial(work.func, work.args[0], spent, *work.args[2:]))))
         )
@@ -492,6 +493,20 @@ def test_an_end_to_all_looks(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> N
     assert [holder.pid for holder in result.holders] == [1]
     assert result.closed == {_survey._KEEPS_WAITING: [2, 3, 4, 5, 6, 7]}
     assert result.unseen == {7, 8}
+
+
+def test_an_answer_tells_of_those_alone_who_have_paid_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root in a container is any user that it likes. An answer with all of them has no end."""
+    users = range(1000, 1010)
+    monkeypatch.setattr(_survey, "_BATCH", 2)
+    monkeypatch.setattr(_survey, "_status_text", lambda pid: STATUS.replace(b"\t7\t", b"\t%d\t" % pid, 1) % 0)
+    monkeypatch.setattr(Tables, "look", lambda *_given: Descriptors({}, 3, False))
+    budget = Budget()
+    position = mmap.mmap(-1, _survey._POSITION.size)
+    answers = [spent for _done, _seen, spent in _survey._batches(list(users), budget, (), position, False)]
+    told = [[payer for payer, _seconds in spent[-1]] for spent in answers]
+    assert [sorted(each) for each in told if each] == [[pid, pid + 1] for pid in users[::2]]
+    assert sorted(budget.seconds) == list(users)
 
 
 def test_containers_and_large_tables_come_last(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
