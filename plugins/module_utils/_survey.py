@@ -45,7 +45,7 @@ from ._process_facts import (
     read_units,
     started_at,
 )
-from ._qemu import guest_name, is_session_domain, look_at_guest
+from ._qemu import Guest, guest_name, is_session_domain, look_at_guest
 from ._sharing import Descriptor, Owner, Sharing, compare
 from ._tables import CONTAINERS, LARGE, TOO_MANY, TOO_MANY_HOLDERS, Budget, Tables, who_pays
 
@@ -585,9 +585,12 @@ def _ask_iommufd(iommufd: IommuFd, fd: int, subject: str) -> HeldIommufd:
 def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommufd] | None, more: bool) -> Holder:
     # What the process may have changed at will, and to any length: it is not kept.
     program = read_program(process)
-    arguments = read_arguments(process)
+    arguments, whole = read_arguments(process)
     name = guest_name(arguments)
-    guest = look_at_guest(program or b"".join(arguments[:1]), arguments, partial(_read_config, process))
+    guest = Guest()
+    # What comes last may decide.
+    if whole:
+        guest = look_at_guest(program or b"".join(arguments[:1]), arguments, partial(_read_config, process))
     return Holder(
         pid=process.pid,
         comm=process.comm,

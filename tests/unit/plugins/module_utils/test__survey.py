@@ -27,6 +27,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     ProcessGone,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Descriptors, Process
+from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Arguments
 from ansible_collections.virt.iommufd.plugins.module_utils._sharing import Descriptor, Owner, Sharing
 from ansible_collections.virt.iommufd.plugins.module_utils._survey import HeldIommufd, Holder, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._tables import LARGE, TOO_MANY_HOLDERS, Budget, Tables
@@ -531,7 +532,7 @@ def test_more_than_is_told_of_one(alone: FakeKernel, monkeypatch: pytest.MonkeyP
     alone.ioases = dict.fromkeys(range(1, 9), 1)
     monkeypatch.setattr(_survey, "_IOASES_MAX", 5)
     monkeypatch.setattr(_survey, "_NAME_MAX", 4)
-    monkeypatch.setattr(_survey, "read_arguments", lambda _process: [b"qemu", b"-name", b"x" * 9])
+    monkeypatch.setattr(_survey, "read_arguments", lambda _process: Arguments([b"qemu", b"-name", b"x" * 9], True))
     result = survey()
     (holder,) = result.holders
     assert holder.iommufds is not None
@@ -562,6 +563,17 @@ def test_all_that_is_told_at_once_is_an_answer(alone: FakeKernel, held: Process,
             break
     assert look.is_full()
     assert len(json.dumps(look.taken())) < _child._ANSWER_MAX * 3 // 4
+
+
+@pytest.mark.parametrize(("whole", "locks"), [(True, False), (False, None)])
+def test_the_end_of_a_command_line_may_decide(
+    alone: FakeKernel, monkeypatch: pytest.MonkeyPatch, whole: bool, locks: bool | None
+) -> None:
+    monkeypatch.setattr(_survey, "read_program", lambda _process: b"/usr/bin/qemu-kvm")
+    words = [b"qemu-kvm", b"-name", b"vm", b"-m", b"1G"]
+    monkeypatch.setattr(_survey, "read_arguments", lambda _process: Arguments(words, whole))
+    (holder,) = survey().holders
+    assert (holder.name, holder.memory_bytes, holder.locks_memory) == ("vm", 2**30 if whole else None, locks)
 
 
 def test_what_the_program_is(alone: FakeKernel) -> None:
