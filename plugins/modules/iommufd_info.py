@@ -591,14 +591,15 @@ processes:
           cloud-hypervisor's by C(--memory). What is plugged in later is not in it.
         - A file for C(-readconfig) is read where its absolute path means the same to this module, and nobody but root
           can write it. What the kernel makes up, as below C(/proc) and C(/sys), is no file.
-        - V(null) for other programs, and where that is missing, unreadable, or behind 256 KiB or 8192 words of it.
+        - V(null) for other programs, where that is missing or unreadable, and where the command line is longer than
+          256 KiB or 8192 words.
       type: int
       sample: 67108864
     locks_memory:
       description:
         - Whether QEMU's command line has it lock its memory itself, by C(-overcommit mem-lock=on) or C(-realtime
           mlock=on). Under V(process), that is charged beside what is pinned.
-        - V(null) for other programs, and where that is unreadable or so long.
+        - V(null) for other programs, where that is unreadable, and where the command line is as long.
       type: bool
       sample: false
     pinned_bytes:
