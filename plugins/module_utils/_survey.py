@@ -311,11 +311,21 @@ def _is_of_container(pid: int) -> bool:
 
 
 def find_owner(pid: int) -> int:
-    """The user that a process seems to be of, root where it has ended: what is in its folder may keep us waiting."""
+    """The user that a process seems to be of, root where it has ended. It is soon told, for all processes of a host."""
     try:
         return os.stat(f"/proc/{pid}").st_uid
     except OSError:
         return 0
+
+
+def find_charged(pid: int) -> int:
+    """The user whom a process is charged to, root where it has ended. The status alone keeps nobody waiting.
+
+    Its folder is the effective user's: a process that executes a set-user-id program would have root pay for it.
+    """
+    with contextlib.suppress(OSError):
+        return max(0, number_in(_status_text(pid) or b"", b"Uid"))
+    return 0
 
 
 def _look_at_all(
@@ -359,12 +369,12 @@ def _look_at_all(
 def _skip(result: Survey, pid: int, budget: Budget) -> None:
     """Leaves a process out that has kept a child waiting, and has its user pay for it."""
     _leave_out(result, pid)
-    budget.seconds[who_pays(find_owner(pid))] += _PENALTY
+    budget.seconds[who_pays(find_charged(pid))] += _PENALTY
 
 
 def _leave_out(result: Survey, pid: int) -> None:
     result.closed.setdefault(_KEEPS_WAITING, []).append(pid)
-    result.unseen.add(find_owner(pid))
+    result.unseen.add(find_charged(pid))
 
 
 def _batches(

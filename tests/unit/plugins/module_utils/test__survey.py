@@ -417,7 +417,6 @@ def crowd(alone: FakeKernel, child: subprocess.Popen[bytes], monkeypatch: pytest
     monkeypatch.setattr(_survey._Look, "_add", add)
     monkeypatch.setattr(_survey, "ask_child", crowd.children)
     monkeypatch.setattr(_survey, "_BATCH", 1)
-    monkeypatch.setattr(_survey, "find_owner", crowd.uid)
     # These processes are not there.
     monkeypatch.setattr(_survey, "compare", lambda _descriptors: Sharing())
     return crowd
@@ -519,6 +518,17 @@ def test_containers_and_large_tables_come_last(crowd: Crowd, monkeypatch: pytest
     survey()
     assert crowd.looked == [3, 4, 5, 6, 7, 1, 2]
     assert len(crowd.started) == 3
+
+
+def test_who_pays_for_a_set_user_id_program(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder in /proc is root's. Root's own processes are looked at all the same."""
+    monkeypatch.setattr(_survey, "find_owner", lambda _pid: 0)
+    crowd.trouble = {1: refuse(NoAnswer("It hangs."))}
+    assert survey().unseen == {7}
+    monkeypatch.setattr(_survey, "_status_text", refuse(PermissionError()))
+    assert _survey.find_charged(1) == 0
+    monkeypatch.setattr(_survey, "_status_text", lambda _pid: None)
+    assert _survey.find_charged(1) == 0
 
 
 def test_whose_process_is_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
