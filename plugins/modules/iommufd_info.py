@@ -275,7 +275,7 @@ host:
           type: str
           sample: ""
     yama_ptrace_scope:
-      description: The setting C(kernel.yama.ptrace_scope); V(null) where the kernel has no Yama.
+      description: The setting C(kernel.yama.ptrace_scope); V(null) where the kernel has no Yama, or it cannot be read.
       type: int
       sample: 1
     iommus:
@@ -1169,6 +1169,8 @@ def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:
     hides = _host_facts.read_hidepid()
     if hides and CAP_SYS_PTRACE not in capability_names(own_status().effective):
         unseen.note("processes", f"/proc is mounted with {hides}. Run the task as root (become: true).")
+    if not _host_facts.has_sysfs():
+        unseen.note("descriptors", "sysfs is not here, so devices of VFIO and vDPA are not known as such.")
     seen = survey(nodes)
     for what, thing, reasons in (
         ("processes", "", seen.hidden),
