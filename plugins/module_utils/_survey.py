@@ -23,7 +23,7 @@ from ._capabilities import CAP_IPC_LOCK, capability_names
 from ._change import can_be_set, change, explain
 from ._charges import Account, way_of
 from ._child import ask_child, in_child
-from ._errors import DescriptorGone, IommufdError, NotAnIommufd, ProcessGone, error_text
+from ._errors import DescriptorGone, HostLacks, IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import (
     HUGE_PAGES,
     RLIMIT_MODE,
@@ -351,6 +351,9 @@ def _look_at_all(
                     budget.load(spent)
                     if time.monotonic() > deadline:
                         break
+        except HostLacks:
+            # It is nobody's fault who is looked at.
+            raise
         except IommufdError:
             hangs = True
         if time.monotonic() > deadline:

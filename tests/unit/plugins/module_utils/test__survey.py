@@ -23,6 +23,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._child import Interru
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     AccessRefused,
     DescriptorGone,
+    HostLacks,
     IommufdError,
     ProcessGone,
 )
@@ -518,6 +519,12 @@ def test_containers_and_large_tables_come_last(crowd: Crowd, monkeypatch: pytest
     survey()
     assert crowd.looked == [3, 4, 5, 6, 7, 1, 2]
     assert len(crowd.started) == 3
+
+
+def test_what_the_host_lacks_is_nobodys_fault(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_survey, "ask_child", refuse(HostLacks("No process can be started here.")))
+    with pytest.raises(HostLacks):
+        survey()
 
 
 def test_who_pays_for_a_set_user_id_program(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
