@@ -24,7 +24,7 @@ from collections.abc import Collection, Generator, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable
 
-from ._errors import IommufdError, error_text
+from ._errors import HostLacks, IommufdError, error_text
 from ._syscalls import PR_SET_PDEATHSIG, leave_keyring, prctl
 
 if TYPE_CHECKING:
@@ -165,8 +165,9 @@ def in_child(user: User | None, work: Callable[[], Any], seconds: float, keep: C
 
     `keep` are descriptors of ours that it may use; it has no other. What it returns must be good for JSON. An
     IommufdError that it raises is raised here; so is one where the child fails otherwise or ends without an answer,
-    Interrupted where a signal ended it or it was not root's, and NoAnswer where it takes longer than `seconds`. Nothing
-    that it has started in its session goes on; the child itself only if nothing can end it.
+    Interrupted where a signal ended it or it was not root's, NoAnswer where it takes longer than `seconds`, and
+    HostLacks where there can be no more processes. Nothing that it has started in its session goes on; the child itself
+    only if nothing can end it.
     """
 
     def once() -> Iterator[Any]:
@@ -186,8 +187,16 @@ def ask_child(
     # This is the process that looks at what is another user's, or speaks for that user. It is root's as we are, or has
     # become that user, so that what it meets can do to it what the user can do anyway, and nothing to us. It lives
     # until it has answered, or until we have waited long enough.
-    pid = spawn(partial(_serve, os.getpid(), user, work, writer, keep))
-    os.close(writer)
+    try:
+        pid = spawn(partial(_serve, os.getpid(), user, work, writer, keep))
+    except OSError as exc:
+        os.close(reader)
+        raise HostLacks(
+            f"No process can be started here ({error_text(exc.errno)}): see who has so many (ps -eo user= | sort | uniq"
+            " -c), and what the limits are."
+        ) from exc
+    finally:
+        os.close(writer)
     status: int | None = None
     try:
         for text in _lines(user, reader, seconds):

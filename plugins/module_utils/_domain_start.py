@@ -455,7 +455,7 @@ class SessionDomain(NamedTuple):
 
 
 def _guest_of(process: Process) -> str | None:
-    guest = guest_name(read_arguments(process))
+    guest = guest_name(read_arguments(process).words)
     return None if guest is None else os.fsdecode(guest)
 
 

@@ -47,6 +47,7 @@ __all__ = (
     "find_vdpa_nodes",
     "find_vfio_nodes",
     "has_iommu",
+    "has_sysfs",
     "is_kubernetes_node",
     "look_at_node",
     "look_at_vfio",
@@ -181,9 +182,14 @@ def _entries(folder: str) -> list[str]:
     return []
 
 
+def has_sysfs() -> bool:
+    """Whether sysfs is here, without which no device is found."""
+    return os.path.isdir(f"{_SYS}/kernel")
+
+
 def has_iommu() -> bool | None:
     """Whether the kernel drives an IOMMU: some device is in a group of one. None where sysfs is hidden."""
-    if not os.path.isdir(f"{_SYS}/kernel"):
+    if not has_sysfs():
         return None
     # vfio_noiommu_group_alloc() in drivers/vfio/group.c makes groups without an IOMMU, and names them so.
     names = (_text(f"{_SYS}/kernel/iommu_groups/{number}/name") for number in find_iommu_groups())

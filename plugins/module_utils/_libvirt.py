@@ -211,18 +211,22 @@ def _by_unit(run: Run, unit: DaemonUnit, libraries: list[str]) -> Libvirt:
             has = has and (unit.initial if initial is None else initial)
             may, why = _left(has, partial(context_of, unit.pid))
             installed = running = _version_of(libraries)
+            used = libraries
             msgs: tuple[str, ...] = ()
             try:
                 maps = daemon.read("maps")
                 running = library_version(maps) or installed
-                libraries = mapped_libraries(unit.pid, maps) or libraries
+                used = mapped_libraries(unit.pid, maps) or libraries
             except ProcessGone:
                 raise
             except IommufdError as exc:
                 # It runs all the same.
                 msgs = (f"The version that the running daemon has mapped: {exc}",)
             found = Libvirt(running, installed, unit.name, unit.pid, may, msgs, why, memlock=read_memlock(daemon))
-            return _by_files(found, libraries, started_at(daemon.start_ticks))
+            found = _by_files(found, used, started_at(daemon.start_ticks))
+            # It ends by itself where it has nothing to do. What was found by its id since may be another one's.
+            daemon.check_alive()
+            return found
     except IommufdError as exc:
         found = _by_rest(run, unit, libraries)
         return found._replace(msgs=(str(exc), *found.msgs))

@@ -251,5 +251,5 @@ def _defined_emulators(machine: str, msgs: list[str]) -> list[str]:
 def parse_emulator(definition: bytes, machine: str) -> str | None:
     """The emulator of a domain, None where it is not for that architecture, or is not named as a plain path."""
     arch = re.search(rb"<type arch=['\"]([\w]+)['\"]", definition)
-    emulator = re.search(rb"^ *<emulator>(/[^<&]+)</emulator>", definition, re.MULTILINE)
+    emulator = re.search(rb"^ *<emulator>(/[^<&\0]+)</emulator>", definition, re.MULTILINE)
     return os.fsdecode(emulator[1]) if arch and emulator and arch[1] == machine.encode() else None

@@ -30,6 +30,7 @@ __all__ = (
     "Writer",
     "check_writers",
     "entries",
+    "is_made_up",
     "mount_id",
     "reopen",
     "sync",
@@ -50,6 +51,14 @@ _MOUNTINFO = "/proc/self/mountinfo"
 
 # What is on these was written here, under the kernel's eyes. On any other, somebody may have brought it along.
 _BEGIN_EMPTY = ("devtmpfs", "proc", "ramfs", "sysfs", "tmpfs")
+
+# What is on these is nobody's file: the kernel makes it up whenever it is read.
+# fmt: off
+_MADE_UP = (
+    "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "efivarfs", "fusectl", "nfsd", "proc", "pstore",
+    "resctrl", "rpc_pipefs", "securityfs", "selinuxfs", "smackfs", "sysfs", "tracefs",
+)
+# fmt: on
 
 
 class Writer(NamedTuple):
@@ -133,6 +142,15 @@ def writer_of(path: str, trusted: Collection[int] | None = None) -> Writer | Non
 def reopen(found: int, flags: int = os.O_RDONLY) -> int:
     """Opens the very file that was found, whatever lies at its path by now, without waiting for anybody."""
     return os.open(f"/proc/self/fd/{found}", flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def is_made_up(found: int) -> bool:
+    """Whether the kernel makes up what was found as it is read, or does not tell. Raises OSError and IommufdError.
+
+    To read that is to do something: it takes messages away from others (/proc/kmsg), or has a device answer (sysfs).
+    """
+    mount = parse_mount(_read(_MOUNTINFO), mount_id(found))
+    return mount is None or mount.kind in _MADE_UP
 
 
 def entries(folder: int) -> list[str]:

@@ -45,6 +45,10 @@ DESCRIPTORS_MAX = 2**18
 # How much of a file is read at once, in bytes.
 _READ_AT_ONCE = 16384
 
+# What is read of /proc/PID/fdinfo/N, in bytes: the flags are on its second line. Of an epoll or inotify descriptor,
+# hundreds of megabytes may follow.
+_FDINFO_MAX = 256
+
 # The largest C int: a pid or descriptor beyond it would reach the kernel cut to another one.
 _INT_MAX = 2**31 - 1
 
@@ -377,7 +381,7 @@ class Process(NamedTuple):
         Raises DescriptorGone, and what `read` does.
         """
         try:
-            return parse_flags(self.read(f"fdinfo/{fd}")) & os.O_PATH != 0
+            return parse_flags(self.read(f"fdinfo/{fd}", _FDINFO_MAX)) & os.O_PATH != 0
         except IommufdError as exc:
             if isinstance(exc.__cause__, FileNotFoundError):
                 raise DescriptorGone(self._no_descriptor(fd)) from exc

@@ -18,6 +18,7 @@ from ._errors import IommufdError, printable
 from ._process import Process, Status, parse_status, read_file
 
 __all__ = (
+    "Arguments",
     "Limit",
     "in_initial_namespace",
     "in_initial_user_namespace",
@@ -89,12 +90,21 @@ def started_at(start_ticks: int) -> float:
     return _booted() + start_ticks / os.sysconf("SC_CLK_TCK")
 
 
-def read_arguments(process: Process) -> list[bytes]:
-    """The command line that a process shows, or its beginning. Raises ProcessGone or AccessRefused.
+class Arguments(NamedTuple):
+    """A command line; with `whole` False, the beginning of one."""
+
+    words: list[bytes]
+    whole: bool
+
+
+def read_arguments(process: Process) -> Arguments:
+    """The command line that a process shows. Raises ProcessGone or AccessRefused.
 
     It may have changed that, and have it lead to gigabytes of its memory (prctl(2), PR_SET_MM_ARG_START).
     """
-    return process.read("cmdline", _CMDLINE_MAX).split(b"\0", _ARGUMENTS_MAX)[:-1]
+    text = process.read("cmdline", _CMDLINE_MAX)
+    *words, rest = text.split(b"\0", _ARGUMENTS_MAX)
+    return Arguments(words, len(text) < _CMDLINE_MAX and b"\0" not in rest)
 
 
 def read_program(process: Process) -> bytes | None:

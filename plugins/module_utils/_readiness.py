@@ -24,14 +24,15 @@ class Readiness(NamedTuple):
 def readiness(module: str | None, present: bool, iommu: bool | None, vfio: Vfio, kubernetes: bool) -> list[Readiness]:
     """What has to be there, in the order in which it is seen to.
 
-    `module` is where iommufd is, `present` whether /dev/iommu is there, and `iommu` whether the kernel drives an IOMMU.
+    `module` is where iommufd is, `present` whether /dev/iommu is there, and `iommu` whether the kernel drives an IOMMU,
+    None where sysfs is hidden. That hides drivers and devices, too.
     """
     found = [
         _module(module),
         _device(module, present),
         _iommu(iommu),
-        _vfio(vfio),
-        _bound(vfio),
+        _vfio(vfio, iommu is not None),
+        _bound(vfio, iommu is not None),
         _cdev(vfio),
     ]
     return [*found, _kubevirt(present, found[-1].ready)] if kubernetes else found
@@ -71,16 +72,20 @@ def _iommu(iommu: bool | None) -> Readiness:
     )
 
 
-def _vfio(vfio: Vfio) -> Readiness:
+def _vfio(vfio: Vfio, seen: bool) -> Readiness:
     if vfio.driver or vfio.bound:
         return Readiness("vfio", True, "")
+    if not seen:
+        return Readiness("vfio", None, "Whether a driver of VFIO's is there cannot be told, since sysfs is not here.")
     msg = "No driver of VFIO's is there: run modprobe vfio-pci, and name it in /etc/modules-load.d for each boot."
     return Readiness("vfio", False, msg)
 
 
-def _bound(vfio: Vfio) -> Readiness:
+def _bound(vfio: Vfio, seen: bool) -> Readiness:
     if vfio.bound:
         return Readiness("bound", True, "")
+    if not seen:
+        return Readiness("bound", None, "Which devices are bound to VFIO cannot be told, since sysfs is not here.")
     return Readiness(
         "bound",
         False,

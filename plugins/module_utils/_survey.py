@@ -23,7 +23,7 @@ from ._capabilities import CAP_IPC_LOCK, capability_names
 from ._change import can_be_set, change, explain
 from ._charges import Account, way_of
 from ._child import ask_child, in_child
-from ._errors import DescriptorGone, IommufdError, NotAnIommufd, ProcessGone, error_text
+from ._errors import DescriptorGone, HostLacks, IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import (
     HUGE_PAGES,
     RLIMIT_MODE,
@@ -45,7 +45,7 @@ from ._process_facts import (
     read_units,
     started_at,
 )
-from ._qemu import guest_name, is_session_domain, look_at_guest
+from ._qemu import Guest, guest_name, is_session_domain, look_at_guest
 from ._sharing import Descriptor, Owner, Sharing, compare
 from ._tables import CONTAINERS, LARGE, TOO_MANY, TOO_MANY_HOLDERS, Budget, Tables, who_pays
 
@@ -311,11 +311,21 @@ def _is_of_container(pid: int) -> bool:
 
 
 def find_owner(pid: int) -> int:
-    """The user that a process seems to be of, root where it has ended: what is in its folder may keep us waiting."""
+    """The user that a process seems to be of, root where it has ended. It is soon told, for all processes of a host."""
     try:
         return os.stat(f"/proc/{pid}").st_uid
     except OSError:
         return 0
+
+
+def find_charged(pid: int) -> int:
+    """The user whom a process is charged to, root where it has ended. The status alone keeps nobody waiting.
+
+    Its folder is the effective user's: a process that executes a set-user-id program would have root pay for it.
+    """
+    with contextlib.suppress(OSError):
+        return max(0, number_in(_status_text(pid) or b"", b"Uid"))
+    return 0
 
 
 def _look_at_all(
@@ -341,6 +351,9 @@ def _look_at_all(
                     budget.load(spent)
                     if time.monotonic() > deadline:
                         break
+        except HostLacks:
+            # It is nobody's fault who is looked at.
+            raise
         except IommufdError:
             hangs = True
         if time.monotonic() > deadline:
@@ -359,18 +372,18 @@ def _look_at_all(
 def _skip(result: Survey, pid: int, budget: Budget) -> None:
     """Leaves a process out that has kept a child waiting, and has its user pay for it."""
     _leave_out(result, pid)
-    budget.seconds[who_pays(find_owner(pid))] += _PENALTY
+    budget.seconds[who_pays(find_charged(pid))] += _PENALTY
 
 
 def _leave_out(result: Survey, pid: int) -> None:
     result.closed.setdefault(_KEEPS_WAITING, []).append(pid)
-    result.unseen.add(find_owner(pid))
+    result.unseen.add(find_charged(pid))
 
 
 def _batches(
     pids: list[int], budget: Budget, nodes: Collection[int], position: mmap.mmap, is_last: bool
 ) -> Iterator[list[Any]]:
-    """The life of a child: how many of the processes it has looked at, what was seen since, and what was spent so far.
+    """The life of a child: how many of the processes it has looked at, what was seen since, and who has spent what.
 
     It ends where something else than an iommufd was shared with it, which may take for ever to close.
     """
@@ -380,12 +393,12 @@ def _batches(
         _POSITION.pack_into(position, 0, index)
         look.at(pid)
         if look.swapped:
-            yield [index + 1, look.taken(), budget.to_json()]
+            yield [index + 1, look.taken(), look.spent()]
             return
         if look.is_full() or index % _BATCH == _BATCH - 1 or time.monotonic() > pulse:
-            yield [index + 1, look.taken(), budget.to_json()]
+            yield [index + 1, look.taken(), look.spent()]
             pulse = time.monotonic() + _PULSE
-    yield [len(pids), look.taken(), budget.to_json()]
+    yield [len(pids), look.taken(), look.spent()]
 
 
 class _Look:
@@ -403,7 +416,14 @@ class _Look:
         self._tables = Tables({*self._iommufds, VFIO_CONTAINER_RDEV, *nodes}, budget)
         self._container_asked = False
         self._seen = Survey()
+        # Who has paid since the last time. Root in a container may be 65536 users, and an answer has an end.
+        self._payers: set[int] = set()
         self.swapped = False
+
+    def spent(self) -> list[Any]:
+        """What those have spent so far who have paid since the last time, good for JSON."""
+        payers, self._payers = self._payers, set()
+        return self._budget.to_json(payers)
 
     def taken(self) -> list[Any]:
         """What was seen since the last time, good for JSON."""
@@ -411,8 +431,10 @@ class _Look:
         return seen.to_json()
 
     def is_full(self) -> bool:
-        """Whether that is as much as should be told at once."""
-        return len(self._seen.holders) >= _HOLDERS_AT_ONCE
+        """Whether that is as much as should be told at once: an answer has an end, and each iommufd may have a text."""
+        holders = self._seen.holders
+        iommufds = sum(len(each.iommufds or ()) for each in holders)
+        return len(holders) >= _HOLDERS_AT_ONCE or iommufds >= IOMMUFDS_MAX
 
     def at(self, pid: int) -> None:
         """Looks at a process."""
@@ -425,6 +447,7 @@ class _Look:
         if text is None:
             return
         payer = who_pays(number_in(text, b"Uid"))
+        self._payers.add(payer)
         size = number_in(text, b"FDSize")
         if size > LARGE and not self._is_last:
             self._seen.large.append((size, pid))
@@ -575,9 +598,12 @@ def _ask_iommufd(iommufd: IommuFd, fd: int, subject: str) -> HeldIommufd:
 def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommufd] | None, more: bool) -> Holder:
     # What the process may have changed at will, and to any length: it is not kept.
     program = read_program(process)
-    arguments = read_arguments(process)
+    arguments, whole = read_arguments(process)
     name = guest_name(arguments)
-    guest = look_at_guest(program or b"".join(arguments[:1]), arguments, partial(_read_config, process))
+    guest = Guest()
+    # What comes last may decide.
+    if whole:
+        guest = look_at_guest(program or b"".join(arguments[:1]), arguments, partial(_read_config, process))
     return Holder(
         pid=process.pid,
         comm=process.comm,
@@ -601,16 +627,18 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
 def _read_config(process: Process, path: bytes) -> bytes | None:
     """A file that a process names, if the path means the same here, and nobody but root decides what is there.
 
-    Anybody may name a file that root is not to open, or that never ends.
+    Anybody may name a file that root is not to open, or that never ends, or that others miss once it was read.
     """
     # Hardly anybody names one, and a module pays for each import on each host anew.
-    from ._paths import reopen, walk
+    from ._paths import is_made_up, reopen, walk
 
     with contextlib.suppress(OSError, IommufdError):
         there = [os.readlink(f"/proc/{process.pid}/{each}") for each in ("root", "ns/mnt")]
         if there == ["/", os.readlink("/proc/self/ns/mnt")] and os.readlink("/proc/self/root") == "/":
             with walk(os.fsdecode(path), follow=True, program=True) as place:
-                if place.found is not None and place.status is not None and stat.S_ISREG(place.status.st_mode):
+                if place.found is None or place.status is None or not stat.S_ISREG(place.status.st_mode):
+                    return None
+                if not is_made_up(place.found):
                     fd = reopen(place.found)
                     try:
                         text = os.read(fd, _CONFIG_MAX + 1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 from ._process import DESCRIPTORS_MAX, Descriptors, character_devices_in
 from ._syscalls import have_one_table
@@ -72,15 +72,17 @@ class Budget:
         self.ioases: Counter[int] = Counter()
         self.seconds: defaultdict[int, float] = defaultdict(float)
 
-    def to_json(self) -> list[list[tuple[int, float]]]:
-        """What `load` takes."""
-        return [list(each.items()) for each in vars(self).values()]
+    def to_json(self, payers: Iterable[int]) -> list[list[tuple[int, float]]]:
+        """What `load` takes of these, and of all together."""
+        some = {*payers, _ALL}
+        return [[(payer, each[payer]) for payer in some if payer in each] for each in vars(self).values()]
 
     def load(self, given: list[list[tuple[int, float]]]) -> None:
-        """Takes over what a child has spent."""
+        """Takes over what a child has spent, be it on a part of those who pay."""
         for mine, pairs in zip(vars(self).values(), given):
-            mine.clear()
-            mine.update(dict(pairs))
+            # A counter's own `update` adds.
+            for payer, spent in pairs:
+                mine[payer] = spent
 
     def may_hold(self, payer: int) -> bool:
         """Whether one more process that holds an iommufd or another device is looked at."""

@@ -275,7 +275,7 @@ host:
           type: str
           sample: ""
     yama_ptrace_scope:
-      description: The setting C(kernel.yama.ptrace_scope); V(null) where the kernel has no Yama.
+      description: The setting C(kernel.yama.ptrace_scope); V(null) where the kernel has no Yama, or it cannot be read.
       type: int
       sample: 1
     iommus:
@@ -590,15 +590,16 @@ processes:
         - The memory of QEMU's guest by its command line, be it by C(-m), C(-machine) or a memory backend; that of
           cloud-hypervisor's by C(--memory). What is plugged in later is not in it.
         - A file for C(-readconfig) is read where its absolute path means the same to this module, and nobody but root
-          can write it.
-        - V(null) for other programs, and where that is missing or unreadable.
+          can write it. What the kernel makes up, as below C(/proc) and C(/sys), is no file.
+        - V(null) for other programs, where that is missing or unreadable, and where the command line is longer than
+          256 KiB or 8192 words.
       type: int
       sample: 67108864
     locks_memory:
       description:
         - Whether QEMU's command line has it lock its memory itself, by C(-overcommit mem-lock=on) or C(-realtime
           mlock=on). Under V(process), that is charged beside what is pinned.
-        - V(null) for other programs, and where that is unreadable.
+        - V(null) for other programs, where that is unreadable, and where the command line is as long.
       type: bool
       sample: false
     pinned_bytes:
@@ -1168,6 +1169,8 @@ def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:
     hides = _host_facts.read_hidepid()
     if hides and CAP_SYS_PTRACE not in capability_names(own_status().effective):
         unseen.note("processes", f"/proc is mounted with {hides}. Run the task as root (become: true).")
+    if not _host_facts.has_sysfs():
+        unseen.note("descriptors", "sysfs is not here, so devices of VFIO and vDPA are not known as such.")
     seen = survey(nodes)
     for what, thing, reasons in (
         ("processes", "", seen.hidden),

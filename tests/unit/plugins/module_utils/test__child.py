@@ -176,6 +176,19 @@ def test_each_answer_has_a_time_of_its_own() -> None:
         next(said)
 
 
+def test_no_more_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One user may have taken all ids that there are."""
+    before = os.listdir("/proc/self/fd")
+
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, "no more")
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(HostLacks, match=r"No process can be started here \(EAGAIN"):
+        in_child(None, list, 10)
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_a_child_that_is_stopped_is_ended() -> None:
     began = time.monotonic()
     with pytest.raises(NoAnswer):

@@ -11,7 +11,7 @@ from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _libvirt
-from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._errors import AccessRefused, IommufdError, ProcessGone
 from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     Libvirt,
     Session,
@@ -247,6 +247,31 @@ def test_it_has_just_ended() -> None:
     found = look_at_libvirt(answer(unit("virtqemud.service", MainPID="2147483647")))
     assert found.pid is None
     assert found.may is True
+
+
+def test_it_ends_while_its_files_are_read(monkeypatch: pytest.MonkeyPatch, prefixes: Path) -> None:
+    """Its library was to be read by its id, which means nothing then, or another process."""
+    library = prefixes / "usr/lib/x86/libvirt.so.0.12008.0"
+    asked: list[list[str]] = []
+    ended: list[bool] = []
+
+    def read(libraries: Sequence[str], _started: float | None) -> LibvirtFiles:
+        asked.append(list(libraries))
+        ended.append(True)
+        return LibvirtFiles(Abilities(True, len(asked) > 1))
+
+    def check(process: Process) -> None:
+        if ended:
+            raise ProcessGone(f"{process} has ended.")
+
+    pid = os.getpid()
+    monkeypatch.setattr(_libvirt, "read_libvirt_files", read)
+    monkeypatch.setattr(_libvirt, "mapped_libraries", lambda pid, _maps: [f"/proc/{pid}/map_files/1-2"])
+    monkeypatch.setattr(Process, "check_alive", check)
+    found = look_at_libvirt(answer(unit("virtqemud.service", MainPID=str(pid))))
+    assert asked == [[f"/proc/{pid}/map_files/1-2"], [str(library)]]
+    assert (found.pid, found.files.abilities.sets) == (None, True)
+    assert found.msgs[0].endswith("has ended.")
 
 
 @pytest.mark.parametrize("daemon", ["not running", "running", "just ended"])

@@ -213,6 +213,8 @@ DOMAIN = """\
         (DOMAIN.format("s390x", "/opt/qemu/bin/qemu"), None),
         (DOMAIN.format("x86_64", "relative"), None),
         (DOMAIN.format("x86_64", "/a&amp;b"), None),
+        # What a power failure has left of a file.
+        (DOMAIN.format("x86_64", "/a\0"), None),
         ("<domain/>", None),
         ("", None),
     ],

@@ -249,3 +249,16 @@ def test_what_was_opened_with_o_path(held: Process) -> None:
     assert [held.is_path_only(fd) for fd in (50, 51)] == [False, True]
     with pytest.raises(DescriptorGone):
         held.is_path_only(4711)
+
+
+def test_what_is_said_of_a_descriptor_has_no_end(held: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may put an epoll descriptor in the place of a device, with a line for each of millions of others."""
+    read: list[int] = []
+
+    def read_file(path: str, most: int = 2**30) -> bytes:
+        read.append(most)
+        return (b"pos:\t0\nflags:\t010000002\n" + b"tfd:        4 events:       19\n" * 1000)[:most]
+
+    monkeypatch.setattr(_process, "read_file", read_file)
+    assert held.is_path_only(50)
+    assert max(read) <= 4096

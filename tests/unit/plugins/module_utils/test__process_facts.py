@@ -11,7 +11,7 @@ import os
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
-from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import read_program
+from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import read_arguments, read_program
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,21 @@ def test_the_path_of_its_program(
 
     monkeypatch.setattr(os, "readlink", readlink)
     assert read_program(held) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "whole"),
+    [
+        (b"", 0, True),
+        (b"qemu\0-m\x001G\0", 3, True),
+        (b"x\0" * 8192, 8192, True),
+        (b"x\0" * 8193, 8192, False),
+        (b"qemu\0" + b"x" * 2**18, 1, False),
+    ],
+)
+def test_a_command_line_or_its_beginning(
+    held: Process, monkeypatch: pytest.MonkeyPatch, text: bytes, count: int, whole: bool
+) -> None:
+    monkeypatch.setattr(Process, "read", lambda _self, _name, most: text[:most])
+    found = read_arguments(held)
+    assert (len(found.words), found.whole) == (count, whole)

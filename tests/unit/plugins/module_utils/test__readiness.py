@@ -41,6 +41,10 @@ def test_all_that_has_to_be_there() -> None:
         ({"iommu": False}, {"iommu": False}),
         ({"iommu": None}, {"iommu": None}),
         (vfio(driver=False, bound=[]), {"vfio": False, "bound": False, "cdev": None, "kubevirt": None}),
+        (
+            {**vfio(driver=False, bound=[]), "iommu": None},
+            {"iommu": None, "vfio": None, "bound": None, "cdev": None, "kubevirt": None},
+        ),
         # A driver of the device's own.
         (vfio(driver=False), {}),
         (vfio(bound=[]), {"bound": False, "cdev": None, "kubevirt": None}),

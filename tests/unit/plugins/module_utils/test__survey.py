@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -15,17 +16,19 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd, _survey, _tables
+from ansible_collections.virt.iommufd.plugins.module_utils import _child, _iommufd, _survey, _tables
 from ansible_collections.virt.iommufd.plugins.module_utils._accounting import IOMMUFD_USER, LEGACY, VDPA
-from ansible_collections.virt.iommufd.plugins.module_utils._borrow import Swapped
+from ansible_collections.virt.iommufd.plugins.module_utils._borrow import IOMMUFDS_MAX, Swapped
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, NoAnswer
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     AccessRefused,
     DescriptorGone,
+    HostLacks,
     IommufdError,
     ProcessGone,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Descriptors, Process
+from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Arguments
 from ansible_collections.virt.iommufd.plugins.module_utils._sharing import Descriptor, Owner, Sharing
 from ansible_collections.virt.iommufd.plugins.module_utils._survey import HeldIommufd, Holder, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._tables import LARGE, TOO_MANY_HOLDERS, Budget, Tables
@@ -382,7 +385,7 @@ class Crowd:
         self.started.append(list(work.args[0]))
         # Each child has a copy of what was spent.
         spent = Budget()
-        spent.load(work.args[1].to_json())
+        spent.load(work.args[1].to_json(range(_tables._ALL)))
         yield from json.loads(
             json.dumps(list(self.until_it_ends(partial(work.func, work.args[0], spent, *work.args[2:]))))
         )
@@ -415,7 +418,6 @@ def crowd(alone: FakeKernel, child: subprocess.Popen[bytes], monkeypatch: pytest
     monkeypatch.setattr(_survey._Look, "_add", add)
     monkeypatch.setattr(_survey, "ask_child", crowd.children)
     monkeypatch.setattr(_survey, "_BATCH", 1)
-    monkeypatch.setattr(_survey, "find_owner", crowd.uid)
     # These processes are not there.
     monkeypatch.setattr(_survey, "compare", lambda _descriptors: Sharing())
     return crowd
@@ -494,6 +496,20 @@ def test_an_end_to_all_looks(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> N
     assert result.unseen == {7, 8}
 
 
+def test_an_answer_tells_of_those_alone_who_have_paid_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root in a container is any user that it likes. An answer with all of them has no end."""
+    users = range(1000, 1010)
+    monkeypatch.setattr(_survey, "_BATCH", 2)
+    monkeypatch.setattr(_survey, "_status_text", lambda pid: STATUS.replace(b"\t7\t", b"\t%d\t" % pid, 1) % 0)
+    monkeypatch.setattr(Tables, "look", lambda *_given: Descriptors({}, 3, False))
+    budget = Budget()
+    position = mmap.mmap(-1, _survey._POSITION.size)
+    answers = [spent for _done, _seen, spent in _survey._batches(list(users), budget, (), position, False)]
+    told = [[payer for payer, _seconds in spent[-1]] for spent in answers]
+    assert [sorted(each) for each in told if each] == [[pid, pid + 1] for pid in users[::2]]
+    assert sorted(budget.seconds) == list(users)
+
+
 def test_containers_and_large_tables_come_last(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_survey, "_is_of_container", lambda pid: pid in (1, 2))
     survey()
@@ -503,6 +519,23 @@ def test_containers_and_large_tables_come_last(crowd: Crowd, monkeypatch: pytest
     survey()
     assert crowd.looked == [3, 4, 5, 6, 7, 1, 2]
     assert len(crowd.started) == 3
+
+
+def test_what_the_host_lacks_is_nobodys_fault(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_survey, "ask_child", refuse(HostLacks("No process can be started here.")))
+    with pytest.raises(HostLacks):
+        survey()
+
+
+def test_who_pays_for_a_set_user_id_program(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder in /proc is root's. Root's own processes are looked at all the same."""
+    monkeypatch.setattr(_survey, "find_owner", lambda _pid: 0)
+    crowd.trouble = {1: refuse(NoAnswer("It hangs."))}
+    assert survey().unseen == {7}
+    monkeypatch.setattr(_survey, "_status_text", refuse(PermissionError()))
+    assert _survey.find_charged(1) == 0
+    monkeypatch.setattr(_survey, "_status_text", lambda _pid: None)
+    assert _survey.find_charged(1) == 0
 
 
 def test_whose_process_is_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,7 +549,7 @@ def test_more_than_is_told_of_one(alone: FakeKernel, monkeypatch: pytest.MonkeyP
     alone.ioases = dict.fromkeys(range(1, 9), 1)
     monkeypatch.setattr(_survey, "_IOASES_MAX", 5)
     monkeypatch.setattr(_survey, "_NAME_MAX", 4)
-    monkeypatch.setattr(_survey, "read_arguments", lambda _process: [b"qemu", b"-name", b"x" * 9])
+    monkeypatch.setattr(_survey, "read_arguments", lambda _process: Arguments([b"qemu", b"-name", b"x" * 9], True))
     result = survey()
     (holder,) = result.holders
     assert holder.iommufds is not None
@@ -528,6 +561,36 @@ def test_more_than_is_told_of_one(alone: FakeKernel, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_survey, "IOMMUFDS_MAX", 1)
     alone.ioases = {}
     assert survey().holders[0].more
+
+
+@pytest.mark.parametrize("counts", [[IOMMUFDS_MAX] * 16, [17] * 15 + [IOMMUFDS_MAX] * 16])
+def test_all_that_is_told_at_once_is_an_answer(alone: FakeKernel, held: Process, counts: list[int]) -> None:
+    """Else whoever was looked at last, be it a victim, would be left out in the place of who says too much."""
+    (holder,) = survey().holders
+    # As with kernel.yama.ptrace_scope=3, which lets root look at descriptors, and share none.
+    msg = held._replace(comm="\\x01" * 15)._refused("share its descriptor 1000000", OSError(errno.EPERM, ""))
+    large = holder._replace(
+        program="\udcff" * 1024, name="\udcff" * 255, devices=dict.fromkeys(range(10**6, 10**6 + IOMMUFDS_MAX), 2**20)
+    )
+    look = _survey._Look(Budget(), (), is_last=False)
+    for count in counts:
+        iommufds = [HeldIommufd(10**6, None, None, [(1000, False)] * 4, msg)] * count
+        look._seen.holders.append(large._replace(iommufds=iommufds))
+        if look.is_full():
+            break
+    assert look.is_full()
+    assert len(json.dumps(look.taken())) < _child._ANSWER_MAX * 3 // 4
+
+
+@pytest.mark.parametrize(("whole", "locks"), [(True, False), (False, None)])
+def test_the_end_of_a_command_line_may_decide(
+    alone: FakeKernel, monkeypatch: pytest.MonkeyPatch, whole: bool, locks: bool | None
+) -> None:
+    monkeypatch.setattr(_survey, "read_program", lambda _process: b"/usr/bin/qemu-kvm")
+    words = [b"qemu-kvm", b"-name", b"vm", b"-m", b"1G"]
+    monkeypatch.setattr(_survey, "read_arguments", lambda _process: Arguments(words, whole))
+    (holder,) = survey().holders
+    assert (holder.name, holder.memory_bytes, holder.locks_memory) == ("vm", 2**30 if whole else None, locks)
 
 
 def test_what_the_program_is(alone: FakeKernel) -> None:
@@ -561,6 +624,13 @@ def test_a_file_that_it_names(
 def test_a_file_that_never_ends(held: Process, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "vm.cfg")
     assert _survey._read_config(held, os.fsencode(tmp_path / "vm.cfg")) is None
+
+
+@pytest.mark.parametrize("path", ["/proc/version", "/proc/sys/kernel/ostype", "/sys/kernel/uevent_seqnum"])
+def test_what_the_kernel_makes_up_is_no_file(held: Process, path: str) -> None:
+    """To read /proc/kmsg, which is root's as these are, takes its messages away from whoever logs them."""
+    assert os.path.isfile(path)
+    assert _survey._read_config(held, path.encode()) is None
 
 
 def test_a_process_that_has_other_files(held: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

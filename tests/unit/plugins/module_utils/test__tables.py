@@ -93,7 +93,12 @@ def test_a_budget_goes_to_a_child_and_back() -> None:
     spent.descriptors[8] = 5
     spent.seconds[9] = 0.5
     other = Budget()
-    other.hold(1, 1, 1)
-    other.load(json.loads(json.dumps(spent.to_json())))
+    other.hold(7, 1, 1)
+    other.load(json.loads(json.dumps(spent.to_json({7, 8, 9, 10}))))
     assert vars(other) == vars(spent)
+    # Of those alone that are asked for. What others have spent is known.
+    spent.seconds.update({8: 0.25, 9: 0.75})
+    other.load(json.loads(json.dumps(spent.to_json({9}))))
+    assert other.seconds == {9: 0.75}
+    assert other.descriptors == spent.descriptors
     assert (other.ioases_left(7), other.ioases_left(8)) == (4093, 4096)

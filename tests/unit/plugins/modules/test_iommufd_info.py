@@ -171,6 +171,15 @@ def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.Monke
     assert "the descriptors of 6 processes (1, 2, 3, 4, 5, ...): EACCES: Permission denied." in limits[2]["why"]
 
 
+def test_devices_are_not_seen_without_sysfs(run: Run, alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: True)
+    monkeypatch.setattr(_host_facts, "read_hidepid", lambda: "")
+    before = run(gather_subset=["processes"])["host"]["limits_of_view"]
+    monkeypatch.setattr(_host_facts, "_SYS", "/nowhere")
+    after = run(gather_subset=["processes"])["host"]["limits_of_view"]
+    assert [each["what"] for each in after if each not in before] == ["descriptors"]
+
+
 @pytest.mark.parametrize(
     ("unseen", "hidden", "at_risk"),
     [
