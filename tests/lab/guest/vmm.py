@@ -70,6 +70,11 @@ class Vm:
         return FOLDER / f"{self.name}.log"
 
     @property
+    def said(self) -> Path:
+        """What it says once it is in the background, where its errors go nowhere otherwise."""
+        return FOLDER / f"{self.name}.said"
+
+    @property
     def monitor(self) -> Path:
         return FOLDER / f"{self.name}.qmp"
 
@@ -94,7 +99,7 @@ class Vm:
         for each in self.legacy:
             more += ["-device", f"vfio-pci,host={address(each)}"]
         if self.grows:
-            more += ["-qmp", f"unix:{self.monitor},server=on,wait=off"]
+            more += ["-qmp", f"unix:{self.monitor},server=on,wait=off", "-d", "unimp", "-D", str(self.said)]
         if self.mlock:
             more += ["-overcommit", "mem-lock=on"]
         return [
@@ -172,7 +177,7 @@ def plug(name: str, mib: int, limit: int | None) -> dict[str, Any]:
         time.sleep(0.1)
     # An end takes a moment.
     time.sleep(1)
-    found = {"name": name, "output": (FOLDER / f"{name}.log").read_text(), "started": process.exists()}
+    found = {"name": name, "output": (FOLDER / f"{name}.said").read_text(), "started": process.exists()}
     return {**found, **(look(pid) if found["started"] else {})}
 
 
