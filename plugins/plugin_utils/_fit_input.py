@@ -138,7 +138,9 @@ def owner_of(info: Info, user: Any) -> Owner:
     rows = (*info["users"], *info["processes"], *(libvirt.get("sessions") or ()))
     rows = (*rows, {"uid": libvirt.get("uid"), "user": libvirt.get("user")})
     uid = int(text) if text.isdecimal() else next((row["uid"] for row in rows if row["user"] == text), None)
-    name = next((row["user"] for row in rows if row["uid"] == uid is not None and row["user"] is not None), text)
+    name = next(
+        (row["user"] for row in rows if uid is not None and row["uid"] == uid and row["user"] is not None), text
+    )
     narrowed = info["narrowed"]["uids"]
     if narrowed is not None and uid not in narrowed:
         raise IommufdError(

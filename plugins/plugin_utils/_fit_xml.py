@@ -240,7 +240,9 @@ class _Commandline:
         driver = str(found.get("driver", ""))
         if driver.startswith("vfio-"):
             named = found.get("iommufd")
-            mdev = "/mdev" in str(found.get("sysfsdev", "")) or "sysfsdev" in found
+            mdev = "sysfsdev" in found and not str(found["sysfsdev"]).startswith(
+                ("/sys/bus/pci/", "/sys/class/vfio-dev/")
+            )
             if named is None:
                 self._add(Device(LEGACY, CONTAINER, None, mdev))
             else:
