@@ -94,7 +94,7 @@ def starter_of(info: Info, asked: Asked, owner: Owner) -> str | None:
         return SYSTEM
     if asked.domain is not None and asked.domain.user is not None and asked.user == asked.domain.user:
         return SYSTEM
-    if owner.name == libvirt.get("user") or owner.uid == libvirt.get("uid") is not None:
+    if owner.name == libvirt.get("user") or (owner.uid is not None and owner.uid == libvirt.get("uid")):
         return SYSTEM
     if asked.limit is not None and asked.domain is None:
         return OTHER
