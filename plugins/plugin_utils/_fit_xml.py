@@ -240,9 +240,8 @@ class _Commandline:
         driver = str(found.get("driver", ""))
         if driver.startswith("vfio-"):
             named = found.get("iommufd")
-            mdev = "sysfsdev" in found and not str(found["sysfsdev"]).startswith(
-                ("/sys/bus/pci/", "/sys/class/vfio-dev/")
-            )
+            # An mdev has no other name, and its path may lead through any folder of sysfs that a PCI device's does.
+            mdev = "sysfsdev" in found
             if named is None:
                 self._add(Device(LEGACY, CONTAINER, None, mdev))
             else:

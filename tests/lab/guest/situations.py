@@ -9,7 +9,7 @@
 SITUATIONS is a JSON list of objects. `do` are commands for the shell, and `running` are VMs as vmm has them, which run
 then, and no other. `tries` is what is started beside them, one after the other: a `vm` of vmm's, a `plug`, which are
 the arguments of `vmm plug`, or a `domain` of libvirt's, its XML, with `user` for that user's own libvirt. In the XML,
-<address vfio='vfio0'/> stands for the address of that device. `undo` are commands again.
+<address vfio='vfio0'/> stands for the address of that device, and so does host=vfio0. `undo` are commands again.
 
 Printed is a JSON list with `info`, `running` and `tried` of each, or `error`, where one could not be brought about. The
 module is read from /opt/tree. It is all in one program since each task of Ansible's takes seconds here.
@@ -63,15 +63,21 @@ def look(pid: int) -> dict[str, Any]:
     }
 
 
-def address(match: re.Match[str]) -> str:
+def address(device: str) -> str:
+    """Where a device of VFIO, such as vfio0, is on its bus."""
+    return Path(f"/sys/class/vfio-dev/{device}/device").resolve().name
+
+
+def attributes(match: re.Match[str]) -> str:
     """The attributes of a device's address in libvirt's XML."""
-    words = re.split("[:.]", Path(f"/sys/class/vfio-dev/{match[1]}/device").resolve().name)
+    words = re.split("[:.]", address(match[1]))
     return " ".join(f"{name}='0x{word}'" for name, word in zip(("domain", "bus", "slot", "function"), words))
 
 
 def try_domain(xml: str, user: str | None) -> dict[str, Any]:
     """Starts a domain and ends it: what became of it, and, if it failed, what libvirt and QEMU say about that."""
-    xml = re.sub("vfio='(vfio[0-9]+)'", address, xml)
+    xml = re.sub("vfio='(vfio[0-9]+)'", attributes, xml)
+    xml = re.sub("(?<=host=)vfio[0-9]+", lambda match: address(match[0]), xml)
     (name,) = re.findall("<name>(.*?)</name>", xml)
     virsh, options = ["virsh", "--quiet", "--connect=qemu:///system"], dict[str, Any]()
     folders = [LOGS["system"], PIDS["system"]]
