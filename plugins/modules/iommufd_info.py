@@ -1312,27 +1312,33 @@ class Names:
 
     def backends(self, holder: Holder) -> list[str] | None:
         """What a process has devices by; None where this caller may not look."""
-        vfio, vdpa = self.vfio_devices(holder), self.vdpa_devices(holder)
-        if holder.iommufds is None or vfio is None or vdpa is None:
+        if holder.iommufds is None:
             return None
-        found = {each["backend"] for each in vfio} - {None}
-        found |= {IOMMUFD} if holder.iommufds else set()
+        rdevs = set(holder.devices.values())
+        found = {IOMMUFD} if holder.iommufds else set()
         found |= {LEGACY} if holder.containers() else set()
-        return sorted(found | ({VDPA} if vdpa else set()))
+        found |= {VDPA} if rdevs & self._vdpa.keys() else set()
+        by_node = {self._backend(holder, self._nodes[rdev]) for rdev in rdevs & self._nodes.keys()}
+        return sorted(found.union(filter(None, by_node)))
+
+    @staticmethod
+    def _backend(holder: Holder, node: _host_facts.VfioNode) -> str | None:
+        """What a process has a node of VFIO by. A group is of no use without a container or an iommufd."""
+        if not node.of_group:
+            return IOMMUFD
+        return LEGACY if holder.containers() else IOMMUFD if holder.iommufds else None
 
     def vfio_devices(self, holder: Holder) -> list[Row] | None:
         """The devices and groups of VFIO that a process has open; None where this caller may not look."""
         if holder.iommufds is None:
             return None
-        # A group is of no use without one of them.
-        of_group = LEGACY if holder.containers() else IOMMUFD if holder.iommufds else None
         held = ((fd, self._nodes[rdev]) for fd, rdev in holder.devices.items() if rdev in self._nodes)
         return [
             {
                 "fd": fd,
                 "node": node.path,
                 "addresses": node.addresses,
-                "backend": of_group if node.of_group else IOMMUFD,
+                "backend": self._backend(holder, node),
             }
             for fd, node in held
         ]
