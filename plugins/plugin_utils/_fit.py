@@ -34,9 +34,8 @@ def charged_to(case: Case) -> str | None:
     if vm.capable and not any(each.backend == VDPA for each in devices):
         return NONE
     # A legacy container and vDPA charge the process.
-    modes = {each.mode if each.backend == IOMMUFD and not vm.capable else PROCESS for each in devices}
-    iommufds = {each.mode for each in devices if each.backend == IOMMUFD}
-    modes = iommufds if iommufds and not vm.capable else modes
+    iommufds = set() if vm.capable else {each.mode for each in devices if each.backend == IOMMUFD}
+    modes = iommufds or {PROCESS for _each in devices}
     return next(iter(modes)) if len(modes) == 1 else None
 
 
