@@ -464,10 +464,9 @@ host:
           sample: 64055
         sessions:
           description:
-            - The users whose service managers run (C(user@UID.service)), who may have a libvirt of their own, in the
-              order of their ids.
-            - A libvirt that the service manager started cannot raise the limit of its domains above the hard limit of
-              the service manager.
+            - The users who may have a libvirt of their own, in the order of their ids. Their service managers run
+              (C(user@UID.service)), or libvirt's daemon does.
+            - Such a libvirt cannot raise the limit of its domains above its own hard limit.
           type: list
           elements: dict
           contains:
@@ -479,8 +478,18 @@ host:
               description: The user's name; V(null) where the host knows none.
               type: str
               sample: alice
+            pid:
+              description:
+                - The daemon of the user's own libvirt, by its name and user; V(null) where none runs outside of
+                  containers. Root's daemon is the system's.
+                - Of several daemons, it is the one with the lowest id.
+              type: int
+              sample: null
             memlock_hard_bytes:
-              description: The hard limit RLIMIT_MEMLOCK of the service manager; V(null) where unlimited or unknown.
+              description:
+                - The hard limit RLIMIT_MEMLOCK of that daemon. If none runs, that of the service manager, which starts
+                  one. A daemon that was started from a login may have another.
+                - V(null) where it is unlimited or unknown. Where several daemons differ in it, it is unknown.
               type: int
               sample: 8388608
             memlock_hard_unlimited:
@@ -1146,7 +1155,7 @@ def libvirt_row(unseen: Unseen, libvirt: Libvirt, slow: bool) -> Row:
         **(memlock_row(memlock.soft) if memlock else dict.fromkeys(("memlock_bytes", "memlock_unlimited"))),
         "user": libvirt.files.user.name,
         "uid": libvirt.files.user.uid,
-        "sessions": [session_row(each.uid, each.user, each.memlock) for each in libvirt.sessions],
+        "sessions": [session_row(*each) for each in libvirt.sessions],
         "supports_iommufd": libvirt.files.abilities.offers,
         "domain_capabilities_iommufd": offers,
         "sets_rlimit_mode": sets,
@@ -1155,11 +1164,11 @@ def libvirt_row(unseen: Unseen, libvirt: Libvirt, slow: bool) -> Row:
     }
 
 
-def session_row(uid: int, user: str | None, memlock: Limit | None) -> Row:
+def session_row(uid: int, user: str | None, memlock: Limit | None, pid: int | None) -> Row:
     """A user who may have a libvirt of his own."""
     name = "memlock_hard"
     limit = memlock_row(memlock.hard, name) if memlock else dict.fromkeys((f"{name}_bytes", f"{name}_unlimited"))
-    return {"uid": uid, "user": user, **limit}
+    return {"uid": uid, "user": user, "pid": pid, **limit}
 
 
 def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:

@@ -125,7 +125,9 @@ def info(module: str = "loaded") -> Row:
             "memlock_unlimited": False,
             "user": "*",
             "uid": 64055,
-            "sessions": [{"uid": 1000, "user": "*", "memlock_hard_bytes": 8388608, "memlock_hard_unlimited": False}],
+            "sessions": [
+                {"uid": 1000, "user": "*", "pid": 813, "memlock_hard_bytes": 8388608, "memlock_hard_unlimited": False}
+            ],
             "supports_iommufd": False,
             "domain_capabilities_iommufd": None,
             "sets_rlimit_mode": False,

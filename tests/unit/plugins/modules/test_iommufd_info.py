@@ -147,11 +147,12 @@ def test_the_domain_capabilities(monkeypatch: pytest.MonkeyPatch, code: int, off
 def test_limits_that_libvirt_may_raise_to(known: bool) -> None:
     memlock = Limit(8388608, None) if known else None
     found = _libvirt.Libvirt(None, None, "virtqemud.service", None, True, memlock=memlock)
-    sessions = (_libvirt.Session(7, "vm", memlock),)
+    sessions = (_libvirt.Session(7, "vm", memlock), _libvirt.Session(8, None, memlock, 9))
     row = iommufd_info.libvirt_row(iommufd_info.Unseen(), found._replace(sessions=sessions), False)
     assert (row["memlock_bytes"], row["memlock_unlimited"]) == ((8388608, False) if known else (None, None))
     hard = {"memlock_hard_bytes": None, "memlock_hard_unlimited": True if known else None}
-    assert row["sessions"] == [{"uid": 7, "user": "vm", **hard}]
+    alone, beside = ({"uid": 7, "user": "vm", "pid": None, **hard}, {"uid": 8, "user": None, "pid": 9, **hard})
+    assert row["sessions"] == [alone, beside]
 
 
 def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
