@@ -707,7 +707,10 @@ processes:
           type: bool
           sample: false
         ioases:
-          description: Its IOASes, the address spaces that its devices share.
+          description:
+            - Its IOASes, the address spaces that its devices share, in the order of their ids.
+            - The module finds them by their ids, up to 1024. Once it has found one, 256 ids in a row that are no IOAS
+              end the search. The kernel gives the lowest free ids to objects of all kinds.
           type: list
           elements: dict
           contains:
@@ -719,6 +722,12 @@ processes:
               description: Whether it may map memory in pages larger than the smallest.
               type: bool
               sample: true
+        truncated:
+          description:
+            - Whether there may be IOASes that were not found, because there are some with high ids, or more than the
+              module tells.
+          type: bool
+          sample: false
         msg:
           description: Why it could not be read; empty if it could.
           type: str
@@ -787,7 +796,9 @@ processes:
       description:
         - In how many address spaces it can have memory pinned, once in each. These are its IOASes, its legacy
           containers and its vDPA devices; what several descriptors share counts once.
-        - V(null) where that is unknown.
+        - V(null) where that is unknown, as with RV(processes[].iommufds[].truncated). So it is where so much is pinned
+          that RV(processes[].memory_bytes) could be in one more. Either memory was plugged in then, or there is an IOAS
+          that was not found.
       type: int
       sample: 1
     accounting:
@@ -1254,6 +1265,7 @@ def iommufd_rows(holder: Holder, sharing: Sharing) -> list[Row] | None:
             "rlimit_mode": each.rlimit_mode,
             "settable": each.settable,
             "ioases": [{"ioas_id": ioas_id, "huge_pages": huge_pages} for ioas_id, huge_pages in each.ioases],
+            "truncated": each.truncated,
             "msg": each.msg,
         }
         for each in holder.iommufds
@@ -1355,13 +1367,17 @@ class Names:
     def address_spaces(self, holder: Holder, sharing: Sharing) -> int | None:
         """How many address spaces a process has; None where that cannot be told."""
         files = [*(each.fd for each in holder.iommufds or ()), *holder.containers()]
-        unread = any(each.rlimit_mode is None or each.msg for each in holder.iommufds or ())
+        unread = any(each.rlimit_mode is None or each.msg or each.truncated for each in holder.iommufds or ())
         if holder.iommufds is None or holder.more or unread or (len(files) > 1 and holder.pid in sharing.unknown):
             return None
         different = {fd for fd in files if sharing.same_as(holder.pid, fd) is None}
         of_iommufds = sum(len(each.ioases) for each in holder.iommufds if each.fd in different)
         # A vDPA device is open once at most.
         vdpa = {rdev for rdev in holder.devices.values() if rdev in self._vdpa}
+        once_more = (of_iommufds + len(vdpa) + 1) * (holder.memory_bytes or 0)
+        if of_iommufds and 0 < once_more <= holder.status.pinned_bytes:
+            # Memory was plugged in, or there is an IOAS beyond the end of the search.
+            return None
         return of_iommufds + len(different.intersection(holder.containers())) + len(vdpa)
 
     def vdpa_devices(self, holder: Holder) -> list[Row] | None:

@@ -165,7 +165,8 @@ def test_the_iommufd_and_the_device_of_a_process(start: Start) -> None:
     fd = vmm.open()
     [row] = look_at(vmm)["iommufds"]
     alone: dict[str, Any] = {"same_as": None, "shared_with": []}
-    assert row == {"fd": fd, **alone, "rlimit_mode": "user", "settable": True, "ioases": [], "msg": ""}
+    whole: dict[str, Any] = {"truncated": False, "msg": ""}
+    assert row == {"fd": fd, **alone, "rlimit_mode": "user", "settable": True, "ioases": [], **whole}
     ioas = vmm.do("attach", DEVICES[1])["ioas_id"]
     other = vmm.do("alloc")["ioas_id"]
     vmm.do("set", "huge_pages", "0", str(other))
@@ -187,12 +188,14 @@ def test_the_iommufd_and_the_device_of_a_process(start: Start) -> None:
 def test_objects_with_ids_far_apart(start: Start) -> None:
     vmm = start()
     fd = vmm.open()
-    ids = [vmm.do("alloc")["ioas_id"] for _each in range(30)]
-    for each in ids[3:-2]:
+    ids = [vmm.do("alloc")["ioas_id"] for _each in range(50)]
+    for each in ids[1:-1]:
         vmm.do("destroy", str(each))
-    [row] = look_at(vmm)["iommufds"]
-    assert row["fd"] == fd
-    assert [each["ioas_id"] for each in row["ioases"]] == [*ids[:3], *ids[-2:]]
+    row = look_at(vmm)
+    [iommufd] = row["iommufds"]
+    assert (iommufd["fd"], iommufd["truncated"], row["address_spaces"]) == (fd, False, 2)
+    assert [each["ioas_id"] for each in iommufd["ioases"]] == [ids[0], ids[-1]]
+    assert ids[-1] - ids[0] == 49
 
 
 def test_iommufds_with_different_modes(start: Start) -> None:

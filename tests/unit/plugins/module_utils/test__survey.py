@@ -165,6 +165,38 @@ def test_one_without_objects_can_be_set(alone: FakeKernel) -> None:
     assert holder.iommufds == [HeldIommufd(50, "user", None, [])]
 
 
+@pytest.mark.parametrize(
+    ("ids", "found", "truncated"),
+    [
+        # Of 50, all but the first and the last were destroyed.
+        ([1, 50], 2, False),
+        ([1, 257], 2, False),
+        # More than 255 objects, all at the same time, that are gone.
+        ([1, 258], 1, False),
+        ([300], 1, False),
+        ([*range(100, 600, 100)], 5, False),
+        ([*range(100, 601, 100)], 6, True),
+        ([1, 200, 400, 513], 4, True),
+    ],
+)
+def test_ioases_with_ids_far_apart(alone: FakeKernel, ids: list[int], found: int, truncated: bool) -> None:
+    alone.ioases = dict.fromkeys(ids, 1)
+    (holder,) = survey().holders
+    assert holder.iommufds == [HeldIommufd(50, "user", False, [(each, True) for each in ids[:found]], "", truncated)]
+
+
+def test_how_many_ids_are_tried(alone: FakeKernel) -> None:
+    """Each is a system call, for each VMM of a host."""
+    alone.ioases = {2: 1}
+    survey()
+    assert len(alone.calls) < 256 + 10
+    alone.calls.clear()
+    alone.ioases = {}
+    survey()
+    # It could be set, so it holds no object.
+    assert len(alone.calls) < 10
+
+
 def test_a_kernel_without_the_option_charges_the_user(alone: FakeKernel) -> None:
     alone.without = errno.EOPNOTSUPP
     (holder,) = survey().holders
@@ -554,7 +586,7 @@ def test_more_than_is_told_of_one(alone: FakeKernel, monkeypatch: pytest.MonkeyP
     (holder,) = result.holders
     assert holder.iommufds is not None
     assert [ioas for ioas, _pages in holder.iommufds[0].ioases] == [1, 2, 3, 4, 5]
-    assert (holder.name, holder.more) == ("xxxx...", True)
+    assert (holder.name, holder.more, holder.iommufds[0].truncated) == ("xxxx...", True, True)
     assert list(result.refused) == [_survey._TOO_MANY_IOMMUFDS]
     monkeypatch.setattr(_tables, "_IOASES_OF_USER", 2)
     assert survey().holders[0].iommufds == [holder.iommufds[0]._replace(ioases=[(1, True), (2, True)])]

@@ -305,6 +305,7 @@ TWO = HeldIommufd(10, "user", False, [(2, True), (3, True)])
         ({"iommufds": [ONE._replace(rlimit_mode=None)]}, None),
         ({"iommufds": [ONE._replace(msg="This kernel does not have it.")]}, None),
         ({"iommufds": [ONE], "more": True}, None),
+        ({"iommufds": [ONE._replace(truncated=True)]}, None),
         ({"iommufds": None}, None),
         # 1 could not be compared.
         ({"iommufds": [ONE], "pid": 1}, 1),
@@ -315,6 +316,30 @@ def test_how_many_address_spaces(alone: FakeKernel, fields: dict[str, Any], spac
     holder = survey().holders[0]._replace(**{"devices": {}, **fields})
     names = iommufd_info.Names(iommufd_info.Unseen(), {}, {3: "/dev/vhost-vdpa-0"})
     assert names.address_spaces(holder, Sharing([[(holder.pid, 11), (holder.pid, 10)]], [1])) == spaces
+
+
+@pytest.mark.parametrize(
+    ("memory", "pinned", "fields", "spaces"),
+    [
+        (2**30, 2**31 - 1, {}, 1),
+        # Either memory was plugged in, or there is an IOAS that was not found.
+        (2**30, 2**31, {}, None),
+        (None, 2**31, {}, 1),
+        (2**30, 2**31, {"iommufds": [TWO]}, 2),
+        (2**30, 3 * 2**30, {"iommufds": [TWO]}, None),
+        (2**30, 2**31, {"devices": {5: 3}}, 2),
+        # All of these are seen by their descriptors.
+        (2**30, 2**31, {"iommufds": [], "devices": {5: CONTAINER}}, 1),
+    ],
+)
+def test_more_is_pinned_than_they_hold(
+    alone: FakeKernel, memory: int | None, pinned: int, fields: dict[str, Any], spaces: int | None
+) -> None:
+    (holder,) = survey().holders
+    status = holder.status._replace(pinned_bytes=pinned)
+    holder = holder._replace(**{"status": status, "memory_bytes": memory, "devices": {}, "iommufds": [ONE], **fields})
+    names = iommufd_info.Names(iommufd_info.Unseen(), {}, {3: "/dev/vhost-vdpa-0"})
+    assert names.address_spaces(holder, Sharing()) == spaces
 
 
 def test_times() -> None:
