@@ -175,10 +175,11 @@ class Holder(NamedTuple):
         pins = self.status.pinned_bytes or (self.containers() and self.status.locked_bytes)
         return Owner(self.pid, fds, bool(pins))
 
-    def account(self, vdpa: Container[int], holder: bool | None = False) -> Account:
-        """What matters for what it is charged; `vdpa` are the numbers of vDPA devices, `holder` is Account's.
+    def account(self, vdpa: Container[int], as_it_runs: Container[int] = (), holder: bool | None = False) -> Account:
+        """What matters for what it is charged; `holder` is Account's.
 
-        Memory is pinned through an IOAS, so iommufds with one decide.
+        `vdpa` are the numbers of vDPA devices, and `as_it_runs` those of VFIO's nodes of devices that pin as they run,
+        or may. Memory is pinned through an IOAS, so iommufds with one decide.
         """
         ways = None
         if self.iommufds is not None:
@@ -198,7 +199,15 @@ class Holder(NamedTuple):
             limit=self.memlock.soft,
             holder=holder,
             locks=self.locks_memory,
+            as_it_runs=self._pins_as_it_runs(vdpa, as_it_runs),
         )
+
+    def _pins_as_it_runs(self, vdpa: Container[int], as_it_runs: Container[int]) -> bool:
+        """Whether it may pin more as it runs. Where a device has all memory pinned, no other one pins more of it."""
+        nodes = [rdev for rdev in self.devices.values() if rdev != VFIO_CONTAINER_RDEV and rdev not in vdpa]
+        runs = [rdev in as_it_runs for rdev in nodes]
+        spaces = len(self.containers()) + sum(len(each.ioases) for each in self.iommufds or ())
+        return any(runs) and (all(runs) or self.more or spaces != 1)
 
     def to_json(self) -> list[Any]:
         """What `from_json` takes. JSON has neither named tuples nor numbers as keys."""

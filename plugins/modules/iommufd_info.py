@@ -779,6 +779,14 @@ processes:
               V(iommufd) where it holds an iommufd, and V(null) where it holds neither.
           type: str
           sample: iommufd
+        as_it_runs:
+          description:
+            - Whether a device behind it pins memory as the VM runs, as an mdev does. Such a device pins nothing at
+              first, and may pin all of the guest's memory later. So RV(processes[].headroom_bytes) is what is left now.
+            - If it shares the VM's only address space with a device that is no mdev, it pins nothing more.
+            - V(null) where sysfs does not tell.
+          type: bool
+          sample: false
     vdpa_devices:
       description: The vDPA devices that it holds; V(null) where this caller may not look.
       type: list
@@ -856,12 +864,14 @@ processes:
       sample: 67371008
     headroom_bytes:
       description:
-        - How much more it could pin, by RV(processes[].counter). V(null) where nothing limits it, or where
-          RV(processes[].accounting) is V(null).
+        - How much more it could pin now, by RV(processes[].counter). With a device that has
+          RV(processes[].vfio_devices[].as_it_runs), it shrinks as the VM runs.
+        - V(null) where nothing limits it, or where RV(processes[].accounting) is V(null).
       type: int
       sample: 37486592
     notes:
-      description: What contradicts these values or makes them uncertain, in sentences.
+      description:
+        - What contradicts these values or makes them uncertain, and what process accounting would break, in sentences.
       type: list
       elements: str
       sample: []
@@ -921,6 +931,8 @@ users:
         - Whether another VM as large as the largest, with the smallest limit, would not fit.
         - V(null) where it would fit by what the module saw, but might not because of RV(users[].uncertain_bytes), or
           because there are, or may be, processes of the user that the module did not see.
+        - It is V(null), too, where it would fit now, but one of the VMs may pin more as it runs
+          (RV(processes[].vfio_devices[].as_it_runs)).
       type: bool
       sample: true
 narrowed:
@@ -1360,6 +1372,7 @@ class Names:
                 "node": node.path,
                 "addresses": node.addresses,
                 "backend": self._backend(holder, node),
+                "as_it_runs": node.as_it_runs,
             }
             for fd, node in held
         ]
@@ -1410,7 +1423,8 @@ def process_and_user_rows(unseen: Unseen, pids: list[int] | None, uids: set[int]
     host_names = Names(unseen, nodes, vdpa)
     accounts: dict[int, list[Account]] = {uid: [] for uid in (*(uids or ()), *seen.others_pinned, *seen.unseen)}
     only_holders = seen.only_holders()
-    account_of = {holder.pid: holder.account(vdpa, only_holders[holder.pid]) for holder in seen.holders}
+    as_it_runs = {rdev for rdev, node in nodes.items() if node.as_it_runs is not False}
+    account_of = {holder.pid: holder.account(vdpa, as_it_runs, only_holders[holder.pid]) for holder in seen.holders}
     for account in account_of.values():
         accounts.setdefault(account.uid, []).append(account)
     # Whose the processes are that were not seen at all is not known.

@@ -172,12 +172,12 @@ def test_the_iommufd_and_the_device_of_a_process(start: Start) -> None:
     vmm.do("set", "huge_pages", "0", str(other))
     row = look_at(vmm)
     ioases = [{"ioas_id": ioas, "huge_pages": True}, {"ioas_id": other, "huge_pages": False}]
-    iommufd = {"fd": fd, **alone, "rlimit_mode": "user", "settable": False, "ioases": ioases, "msg": ""}
+    iommufd = {"fd": fd, **alone, "rlimit_mode": "user", "settable": False, "ioases": ioases, **whole}
     assert (row["iommufds"], row["address_spaces"]) == ([iommufd], 2)
     links = vmm.do("look")["fds"]
     address = Path("/sys/class/vfio-dev/vfio1/device").resolve().name
     held = [int(number) for number, link in links.items() if link == DEVICES[1]]
-    device = {"fd": held[0], "node": DEVICES[1], "addresses": [address], "backend": "iommufd"}
+    device = {"fd": held[0], "node": DEVICES[1], "addresses": [address], "backend": "iommufd", "as_it_runs": False}
     assert (row["vfio_devices"], row["backends"]) == ([device], ["iommufd"])
     assert (row["legacy_containers"], row["vdpa_devices"]) == ([], [])
     # The mode can change again once the last object is gone, which a device that is bound is, too.

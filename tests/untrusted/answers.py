@@ -78,7 +78,7 @@ def process(accounting: str | None, **fields: Any) -> Row:
         "headroom_bytes": 37486592,
         "iommufds": [{"fd": 9, "rlimit_mode": "user", "settable": False, "ioases": [], "msg": "*"}],
         "legacy_containers": [],
-        "vfio_devices": [{"fd": 10, "node": "*", "addresses": ["*"], "backend": "iommufd"}],
+        "vfio_devices": [{"fd": 10, "node": "*", "addresses": ["*"], "backend": "iommufd", "as_it_runs": True}],
         "vdpa_devices": [{"fd": 11, "node": "*"}],
         "notes": ["*", "*"],
         **fields,

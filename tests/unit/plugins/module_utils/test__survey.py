@@ -223,6 +223,35 @@ def test_an_iommufd_with_an_ioas_decides(alone: FakeKernel) -> None:
     assert neither.account(()).ways is None
 
 
+MDEV, PCI, OF_VDPA = 4711, 4712, 4713
+USED, UNUSED = HeldIommufd(4, "user", False, [(2, True)]), HeldIommufd(5, "user", True, [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "as_it_runs"),
+    [
+        ({}, False),
+        ({"devices": {7: PCI}}, False),
+        ({"devices": {7: MDEV}}, True),
+        ({"devices": {7: MDEV, 8: OF_VDPA}}, True),
+        # Both are in the one address space, all of which is pinned.
+        ({"devices": {7: MDEV, 8: PCI}}, False),
+        ({"devices": {7: MDEV, 8: PCI}, "iommufds": [USED, UNUSED]}, False),
+        ({"devices": {7: MDEV, 8: PCI, 9: CONTAINER}, "iommufds": []}, False),
+        # Each may be in one of its own.
+        ({"devices": {7: MDEV, 8: PCI, 9: CONTAINER}}, True),
+        ({"devices": {7: MDEV, 8: PCI}, "iommufds": [USED, USED]}, True),
+        ({"devices": {7: MDEV, 8: PCI}, "iommufds": [UNUSED]}, True),
+        ({"devices": {7: MDEV, 8: PCI}, "more": True}, True),
+        ({"iommufds": None}, False),
+    ],
+)
+def test_who_pins_as_it_runs(alone: FakeKernel, fields: dict[str, Any], as_it_runs: bool) -> None:
+    (holder,) = survey().holders
+    changed = holder._replace(**{"iommufds": [USED], "devices": {}, **fields})
+    assert changed.account({OF_VDPA}, {MDEV}).as_it_runs is as_it_runs
+
+
 def test_no_iommufd_in_the_kernel(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_survey, "misc_rdev", lambda: None)
     monkeypatch.setattr(_survey, "_may_have_containers", lambda: False)

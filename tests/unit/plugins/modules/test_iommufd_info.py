@@ -277,13 +277,15 @@ def test_by_what_it_has_devices(
 ) -> None:
     holder = survey().holders[0]._replace(iommufds=iommufds, devices=devices)
     nodes = {
-        1: _host_facts.VfioNode("/dev/vfio/devices/vfio0", ["a"], 5, False),
-        2: _host_facts.VfioNode("/dev/vfio/5", ["a", "b"], 5, True),
+        1: _host_facts.VfioNode("/dev/vfio/devices/vfio0", ["a"], 5, False, False),
+        2: _host_facts.VfioNode("/dev/vfio/5", ["a", "b"], 5, True, None),
     }
     names = iommufd_info.Names(iommufd_info.Unseen(), nodes, {3: "/dev/vhost-vdpa-0"})
     assert names.backends(holder) == backends
     rows, of_vdpa = names.vfio_devices(holder), names.vdpa_devices(holder)
     assert (None if rows is None else [each["backend"] for each in rows]) == of_vfio
+    runs = [{1: False, 2: None}[rdev] for rdev in devices.values() if rdev in nodes]
+    assert [each["as_it_runs"] for each in rows or ()] == runs
     expected = [{"fd": 4, "node": "/dev/vhost-vdpa-0"}] if devices.get(4) == 3 else []
     assert of_vdpa == (None if iommufds is None else expected)
 
@@ -316,6 +318,37 @@ def test_how_many_address_spaces(alone: FakeKernel, fields: dict[str, Any], spac
     holder = survey().holders[0]._replace(**{"devices": {}, **fields})
     names = iommufd_info.Names(iommufd_info.Unseen(), {}, {3: "/dev/vhost-vdpa-0"})
     assert names.address_spaces(holder, Sharing([[(holder.pid, 11), (holder.pid, 10)]], [1])) == spaces
+
+
+@pytest.mark.parametrize(
+    ("as_it_runs", "limit", "at_risk", "notes"),
+    [(False, 2**40, False, 0), (True, 2**40, None, 1), (None, 2**40, None, 1), (True, None, False, 0)],
+)
+def test_a_device_that_pins_as_it_runs(
+    run: Run,
+    alone: FakeKernel,
+    monkeypatch: pytest.MonkeyPatch,
+    as_it_runs: bool | None,
+    limit: int | None,
+    at_risk: bool | None,
+    notes: int,
+) -> None:
+    """Whether it fits now says nothing of later."""
+    zero = os.stat("/dev/zero").st_rdev
+    node = _host_facts.VfioNode("/dev/vfio/devices/vfio0", ["a"], None, False, as_it_runs)
+    monkeypatch.setattr(_host_facts, "find_vfio_nodes", lambda: {zero: node})
+    monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: True)
+    monkeypatch.setattr(_host_facts, "read_hidepid", lambda: "")
+    seen = survey({zero})
+    (holder,) = seen.holders
+    seen.holders = [holder._replace(memlock=Limit(limit, limit), status=holder.status._replace(effective=0))]
+    monkeypatch.setattr(iommufd_info, "survey", lambda _nodes: seen)
+    answer = run(gather_subset=["processes", "users"])
+    (row,) = answer["processes"]
+    assert [each["as_it_runs"] for each in row["vfio_devices"]] == [as_it_runs]
+    assert (row["accounting"], row["headroom_bytes"]) == ("user", limit)
+    assert ["pins memory as it runs" in note for note in row["notes"]] == [True] * notes
+    assert [each["at_risk"] for each in answer["users"]] == [at_risk]
 
 
 @pytest.mark.parametrize(
