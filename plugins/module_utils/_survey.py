@@ -53,9 +53,9 @@ from ._tables import CONTAINERS, LARGE, TOO_MANY, TOO_MANY_HOLDERS, Budget, Tabl
 __all__ = ("HeldIommufd", "Holder", "Survey", "survey")
 
 # A VMM has an IOAS among its first objects, and the ids of all objects are the lowest free ones. An IOAS beyond such a
-# hole takes that so many objects, of some 80 devices, were there at a time and are gone. Each id that is tried is a
-# system call, a microsecond with all that Python does: for a VMM, half as long as all else that is looked at.
-_IOAS_GAP = 256
+# hole takes that so many objects, of some 40 devices, were there at a time and are gone. Each id that is tried is a
+# system call, a microsecond with all that Python does: for a VMM, a fifth of all else that is looked at.
+_IOAS_GAP = 128
 
 # How many IOASes of a process are told, how many of its device nodes, and how much of a name.
 _IOASES_MAX = 1024

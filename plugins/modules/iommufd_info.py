@@ -709,7 +709,7 @@ processes:
         ioases:
           description:
             - Its IOASes, the address spaces that its devices share, in the order of their ids.
-            - The module finds them by their ids, up to 1024. Once it has found one, 256 ids in a row that are no IOAS
+            - The module finds them by their ids, up to 1024. Once it has found one, 128 ids in a row that are no IOAS
               end the search. The kernel gives the lowest free ids to objects of all kinds.
           type: list
           elements: dict
