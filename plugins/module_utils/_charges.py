@@ -45,7 +45,8 @@ class Account(NamedTuple):
     known; None for all of it where its descriptors could not be looked at. `initial`: whether it is in the initial user
     namespace, None where that could not be told. `limit` is the soft RLIMIT_MEMLOCK, None for unlimited. `holder`:
     whether it pins nothing, but holds what another process pins by; None where that could not be told. `locks`: whether
-    its command line has it lock its memory itself.
+    its command line has it lock its memory itself. `as_it_runs`: whether it may pin more as it runs, without getting
+    more memory or devices, since a device of it does so.
     """
 
     pid: int
@@ -58,6 +59,7 @@ class Account(NamedTuple):
     limit: int | None
     holder: bool | None = False
     locks: bool | None = None
+    as_it_runs: bool = False
 
     @property
     def capable(self) -> bool | None:
@@ -179,7 +181,9 @@ def total(accounts: Iterable[Account], others_pinned: int = 0, unseen: bool = Fa
     sum_ = sum(each.pinned for each in mine if not _has(each, VDPA))
     uncertain = others_pinned + sum(each.pinned for each in accounts if _is_uncertain(each))
     risk: bool | None = _lacks_room([each for each in mine if each.holder is False], sum_)
-    if not risk and (unseen or _lacks_room([*mine, *unknown], sum_ + uncertain)):
+    # What will be pinned is not known, so any limit may be too small.
+    grows = any(each.as_it_runs for each in (*mine, *unknown)) and _smallest_limit([*mine, *unknown]) is not None
+    if not risk and (unseen or grows or _lacks_room([*mine, *unknown], sum_ + uncertain)):
         risk = None
     return Total([each.pid for each in mine], sum_, uncertain, _largest(mine), _smallest_limit(mine), risk)
 
@@ -222,8 +226,8 @@ def account_notes(account: Account, of_user: Total, largest_limit: int | None) -
         return ["Another process has all that it holds, and it has pinned nothing: it is not counted."]
     how = accounting(account)
     if how is None:
-        return [_why_unknown(account)]
-    notes = [*_side_by_side(account), *_contradictions(account, how, of_user, largest_limit)]
+        return [_why_unknown(account), *_later(account)]
+    notes = [*_side_by_side(account), *_later(account), *_contradictions(account, how, of_user, largest_limit)]
     if account.holder is None:
         notes.append(
             "It has pinned nothing, and it cannot be told whether it will, or only holds what another process has, too."
@@ -232,7 +236,7 @@ def account_notes(account: Account, of_user: Total, largest_limit: int | None) -
 
 
 def _side_by_side(account: Account) -> list[str]:
-    """What comes of several ways in one process."""
+    """What comes of several ways in one process, or would come of them with another mode of its iommufd."""
     notes = []
     if _has(account, LEGACY, IOMMUFD_PROCESS) and not account.capable:
         notes.append(
@@ -244,6 +248,7 @@ def _side_by_side(account: Account) -> list[str]:
             "It locks its memory itself (mem-lock=on), too. That is added to VmLck beside what it pins, and compared"
             " with one limit."
         )
+    notes += _under_process(account)
     if _has(account, VDPA):
         notes.append(
             "What its vDPA device pins is compared with VmPin, whatever capability it has, and with all that it has"
@@ -252,6 +257,28 @@ def _side_by_side(account: Account) -> list[str]:
     if _has(account, VDPA, IOMMUFD_USER) and accounting(account) == USER:
         notes.append("The kernel does not tell how much of VmPin its user is charged for.")
     return notes
+
+
+def _under_process(account: Account) -> list[str]:
+    """What process accounting would break of a process that it is to cure."""
+    beside = ["holds a legacy container"] if _has(account, LEGACY) else []
+    beside += ["locks its memory itself (mem-lock=on)"] if account.locks else []
+    if not beside or account.capable or account.limit is None or not _has(account, IOMMUFD_USER):
+        return []
+    return [
+        f"It {' and '.join(beside)}, too. That counts in VmLck, where what it pins by its iommufd would count as well"
+        f" under process: its limit would have to hold its memory {'three times' if len(beside) > 1 else 'twice'}."
+    ]
+
+
+def _later(account: Account) -> list[str]:
+    """What may become of the limit that something is compared with."""
+    if not account.as_it_runs or account.limit is None or _checked(account.ways, account.capable) == frozenset():
+        return []
+    return [
+        "It has a device that pins memory as it runs, up to all that its guest has: an mdev, or one of which sysfs does"
+        " not tell what it is. What is left of the limit now may not be enough later."
+    ]
 
 
 def _contradictions(account: Account, how: str, of_user: Total, largest_limit: int | None) -> list[str]:

@@ -244,12 +244,16 @@ def _text(path: str) -> bytes | None:
 
 
 class VfioNode(NamedTuple):
-    """A device node of VFIO: of one device, or of a group under the older interface. `iommu_group` None: has none."""
+    """A device node of VFIO: of one device, or of a group under the older interface. `iommu_group` None: has none.
+
+    `as_it_runs`: whether a device behind it pins memory as it runs, as an mdev does; None where sysfs does not tell.
+    """
 
     path: str
     addresses: list[str]
     iommu_group: int | None
     of_group: bool
+    as_it_runs: bool | None
 
 
 def find_vfio_nodes() -> dict[int, VfioNode]:
@@ -258,17 +262,33 @@ def find_vfio_nodes() -> dict[int, VfioNode]:
     groups = find_iommu_groups()
     group_of = {address: number for number, devices in groups.items() for address in devices}
     for name in _entries(f"{_SYS}/class/vfio-dev"):
-        address = os.path.basename(os.path.realpath(f"{_SYS}/class/vfio-dev/{name}/device"))
+        device = f"{_SYS}/class/vfio-dev/{name}/device"
+        address = os.path.basename(os.path.realpath(device))
         rdev = _rdev(f"{_SYS}/class/vfio-dev/{name}/dev")
         if rdev is not None:
-            found[rdev] = VfioNode(f"{_NODES}/{name}", [address], group_of.get(address), of_group=False)
+            runs = _pin_as_they_run([device])
+            found[rdev] = VfioNode(f"{_NODES}/{name}", [address], group_of.get(address), False, runs)
     for name in _entries(f"{_SYS}/class/vfio"):
         rdev = _rdev(f"{_SYS}/class/vfio/{name}/dev")
         number = re.fullmatch(r"(?:noiommu-)?([0-9]+)", name)
         if rdev is not None and number:
             group = int(number.group(1))
-            found[rdev] = VfioNode(f"/dev/vfio/{name}", groups.get(group, []), group, of_group=True)
+            devices = groups.get(group, [])
+            runs = _pin_as_they_run([f"{_SYS}/kernel/iommu_groups/{group}/devices/{each}" for each in devices])
+            found[rdev] = VfioNode(f"/dev/vfio/{name}", devices, group, True, runs)
     return found
+
+
+def _pin_as_they_run(devices: list[str]) -> bool | None:
+    """Whether one of some devices, by their folders, is an mdev. None where that cannot be told, or there is none."""
+    found = set()
+    for folder in devices:
+        bus = None
+        with contextlib.suppress(OSError):
+            # vfio_register_emulated_iommu_dev(), whose devices pin page by page, is called for those on this bus alone.
+            bus = os.path.basename(os.readlink(f"{folder}/subsystem"))
+        found.add(None if bus is None else bus == "mdev")
+    return True if True in found else None if None in found or not found else False
 
 
 def find_vdpa_nodes() -> dict[int, str]:

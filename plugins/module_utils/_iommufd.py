@@ -40,6 +40,7 @@ __all__ = (
     "VFIO_CONTAINER",
     "VFIO_CONTAINER_RDEV",
     "Answer",
+    "Ioases",
     "IommuFd",
     "Option",
     "iommufd_rdevs",
@@ -160,7 +161,8 @@ class IommuFd:
     def ioases(self, gap: int = _IOAS_ID_MAX) -> Ioases:
         """The IOASes, found by asking for an option that each has, from the id 1 up. It takes a millisecond or two.
 
-        `gap`: so many ids in a row that are none end the search.
+        `gap`: so many ids in a row that are none, after one that is, end the search. Whoever has one beyond that once
+        had more objects than that, all at the same time.
         """
         ids: list[int] = []
         last = 0
@@ -173,7 +175,7 @@ class IommuFd:
             except OSError as exc:
                 if exc.errno != errno.ENOENT:
                     return Ioases([], False, exc.errno or errno.EIO)
-                if object_id - last >= gap:
+                if ids and object_id - last >= gap:
                     break
             else:
                 ids.append(object_id)

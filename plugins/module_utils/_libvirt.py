@@ -10,10 +10,10 @@ would start.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
-from collections.abc import Iterator
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -22,8 +22,8 @@ from ._errors import IommufdError, ProcessGone
 from ._foreign import parse_xml
 from ._libvirt_files import NOTHING_READ, LibvirtFiles, read_libvirt_files
 from ._names import user_name
-from ._process import Process
-from ._process_facts import Limit, in_initial_user_namespace, read_memlock, started_at
+from ._process import Process, parse_status, read_file
+from ._process_facts import Limit, in_initial_namespace, in_initial_user_namespace, read_memlock, started_at
 from ._selinux import Verdict, context_of, context_of_service, lets_use
 from ._systemd import Run, show_units
 
@@ -32,6 +32,7 @@ __all__ = (
     "Libvirt",
     "Session",
     "daemon_unit_of",
+    "find_session_daemons",
     "library_version",
     "look_at_libvirt",
     "offers_iommufd",
@@ -48,6 +49,8 @@ _SETS_SINCE = (12, 1, 0)
 
 # The daemon that drives QEMU, in the new arrangement and in the old one. Each is started by its socket.
 _DAEMONS = ("virtqemud", "libvirtd")
+# How many daemons of a user are looked at. There may be one for each runtime folder.
+_DAEMONS_OF_USER = 8
 _PROPERTIES = (
     "Id",
     "LoadState",
@@ -145,14 +148,16 @@ def _limit_of(shown: dict[str, str]) -> Limit | None:
 
 
 class Session(NamedTuple):
-    """A user whose service manager runs, and the limit on locked memory above which none of its processes gets.
+    """A user who may have a libvirt of his own, and the limit on locked memory that it cannot go beyond.
 
-    None is a user without a name, and a limit that cannot be read.
+    That is the limit of its daemon `pid`, or, where none runs, of the service manager that would start one. None is a
+    user without a name, no daemon, and a limit that cannot be told: it is hidden, or several daemons differ in it.
     """
 
     uid: int
     user: str | None
     memlock: Limit | None
+    pid: int | None = None
 
 
 class Libvirt(NamedTuple):
@@ -197,7 +202,9 @@ def look_at_libvirt(run: Run) -> Libvirt:
         found = _by_files(Libvirt(installed, installed, None, None, None, (msg,) if msg else ()), libraries)
     else:
         found = _by_unit(run, unit, libraries)._replace(drop_in=unit.drop_in)
-    return found._replace(sessions=tuple(sorted(_sessions(managers))))
+    # Where there is no libvirt, whatever is called so is something else.
+    daemons = find_session_daemons() if libraries or unit is not None else {}
+    return found._replace(sessions=tuple(_sessions(managers, daemons)))
 
 
 def _by_unit(run: Run, unit: DaemonUnit, libraries: list[str]) -> Libvirt:
@@ -273,25 +280,65 @@ def mapped_libraries(pid: int, maps: bytes) -> list[str]:
     return [f"/proc/{pid}/map_files/{int(found[1], 16):x}-{int(found[2], 16):x}"] if found else []
 
 
-def _sessions(managers: list[dict[str, str]]) -> Iterator[Session]:
-    """The users whose service managers run, by what systemd shows of these.
+def _sessions(managers: list[dict[str, str]], daemons: dict[int, list[int]]) -> list[Session]:
+    """The users whose service managers run, or a libvirt of their own: see daemon_unit_of and find_session_daemons.
 
-    What a service manager has started has its hard limit, or a lower one, and may raise its soft one up to that.
+    What a service manager has started has its hard limit, or a lower one, and may raise its soft one up to that. What
+    was started from a login, and not by the service manager, has that of the login.
     """
+    found: dict[int, Session] = {}
     for shown in managers:
         unit, name = daemon_unit_of(shown), _MANAGER.fullmatch(shown["Id"])
-        if name is None or not unit.pid:
-            continue
-        memlock = None
-        try:
-            with Process.hold(unit.pid) as manager:
-                memlock = read_memlock(manager)
-        except ProcessGone:
-            continue
-        except IommufdError:
-            # It is not shown to this caller.
-            pass
-        yield Session(int(name[1]), user_name(int(name[1])), memlock)
+        if name is not None and unit.pid:
+            with contextlib.suppress(ProcessGone):
+                uid = int(name[1])
+                found[uid] = Session(uid, user_name(uid), _memlock_of(unit.pid))
+    for uid, pids in daemons.items():
+        limits: dict[int, Limit | None] = {}
+        for pid in pids:
+            with contextlib.suppress(ProcessGone):
+                limits[pid] = _memlock_of(pid, uid)
+        if limits:
+            pid = min(limits)
+            several = len(set(limits.values())) > 1 or len(pids) > _DAEMONS_OF_USER
+            found[uid] = Session(uid, user_name(uid), None if several else limits[pid], pid)
+    return sorted(found.values(), key=lambda each: each.uid)
+
+
+def _memlock_of(pid: int, uid: int | None = None) -> Limit | None:
+    """The limit of a process, None where it is not shown to this caller. `uid`: it is to be that user's daemon.
+
+    Raises ProcessGone where there is none.
+    """
+    try:
+        with Process.hold(pid) as process:
+            if uid is not None and (process.uid != uid or process.comm not in _DAEMONS):
+                raise ProcessGone(f"{process} is not libvirt's daemon of uid {uid}, which has ended.")
+            return read_memlock(process)
+    except ProcessGone:
+        raise
+    except IommufdError:
+        return None
+
+
+def find_session_daemons() -> dict[int, list[int]]:
+    """What seem to be the daemons of users' own libvirts, by user: what is called so, on the host itself.
+
+    Anybody may call a process so, to the harm of what is told of himself alone: of each user, only some are told.
+    """
+    names = {f"{each}\n".encode() for each in _DAEMONS}
+    found: dict[int, list[int]] = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError, IommufdError):
+            if read_file(f"/proc/{name}/comm", in_one=True) not in names:
+                continue
+            uid = parse_status(read_file(f"/proc/{name}/status", in_one=True)).uid
+            # A container has a libvirt of its own, and may have any number of users.
+            contained = any(in_initial_namespace(kind, name) is False for kind in ("pid", "user"))
+            # Root's is the system's.
+            if uid and not contained and len(found.get(uid, ())) <= _DAEMONS_OF_USER:
+                found.setdefault(uid, []).append(int(name))
+    return found
 
 
 def _left(may: bool | None, context: Callable[[], str]) -> Verdict:

@@ -30,6 +30,7 @@ from ._iommufd import (
     UNSUPPORTED,
     VFIO_CONTAINER,
     VFIO_CONTAINER_RDEV,
+    Ioases,
     IommuFd,
     iommufd_rdevs,
     misc_rdev,
@@ -51,9 +52,10 @@ from ._tables import CONTAINERS, LARGE, TOO_MANY, TOO_MANY_HOLDERS, Budget, Tabl
 
 __all__ = ("HeldIommufd", "Holder", "Survey", "survey")
 
-# A VMM has an IOAS among its first objects, and the ids of all objects are the lowest free ones. Each id that is tried
-# is a system call, for each VMM of the host.
-_IOAS_GAP = 32
+# A VMM has an IOAS among its first objects, and the ids of all objects are the lowest free ones. An IOAS beyond such a
+# hole takes that so many objects, of some 40 devices, were there at a time and are gone. Each id that is tried is a
+# system call, a microsecond with all that Python does: for a VMM, a fifth of all else that is looked at.
+_IOAS_GAP = 128
 
 # How many IOASes of a process are told, how many of its device nodes, and how much of a name.
 _IOASES_MAX = 1024
@@ -112,6 +114,7 @@ class HeldIommufd(NamedTuple):
     """An iommufd of a process. `ioases` are pairs of an id and whether that uses huge pages, None if unknown.
 
     `rlimit_mode` is None where it could not be read, which `msg` explains; `settable` where the caller may not know.
+    `truncated`: there may well be more IOASes.
     """
 
     fd: int
@@ -119,6 +122,7 @@ class HeldIommufd(NamedTuple):
     settable: bool | None
     ioases: list[tuple[int, bool | None]]
     msg: str = ""
+    truncated: bool = False
 
 
 class Holder(NamedTuple):
@@ -171,10 +175,11 @@ class Holder(NamedTuple):
         pins = self.status.pinned_bytes or (self.containers() and self.status.locked_bytes)
         return Owner(self.pid, fds, bool(pins))
 
-    def account(self, vdpa: Container[int], holder: bool | None = False) -> Account:
-        """What matters for what it is charged; `vdpa` are the numbers of vDPA devices, `holder` is Account's.
+    def account(self, vdpa: Container[int], as_it_runs: Container[int] = (), holder: bool | None = False) -> Account:
+        """What matters for what it is charged; `holder` is Account's.
 
-        Memory is pinned through an IOAS, so iommufds with one decide.
+        `vdpa` are the numbers of vDPA devices, and `as_it_runs` those of VFIO's nodes of devices that pin as they run,
+        or may. Memory is pinned through an IOAS, so iommufds with one decide.
         """
         ways = None
         if self.iommufds is not None:
@@ -194,7 +199,15 @@ class Holder(NamedTuple):
             limit=self.memlock.soft,
             holder=holder,
             locks=self.locks_memory,
+            as_it_runs=self._pins_as_it_runs(vdpa, as_it_runs),
         )
+
+    def _pins_as_it_runs(self, vdpa: Container[int], as_it_runs: Container[int]) -> bool:
+        """Whether it may pin more as it runs. Where a device has all memory pinned, no other one pins more of it."""
+        nodes = [rdev for rdev in self.devices.values() if rdev != VFIO_CONTAINER_RDEV and rdev not in vdpa]
+        runs = [rdev in as_it_runs for rdev in nodes]
+        spaces = len(self.containers()) + sum(len(each.ioases) for each in self.iommufds or ())
+        return any(runs) and (all(runs) or self.more or spaces != 1)
 
     def to_json(self) -> list[Any]:
         """What `from_json` takes. JSON has neither named tuples nor numbers as keys."""
@@ -577,7 +590,7 @@ def _cut(held: list[HeldIommufd], left: int) -> list[HeldIommufd]:
     left = min(left, _IOASES_MAX)
     found = []
     for each in held:
-        found.append(each._replace(ioases=each.ioases[:left]))
+        found.append(each._replace(ioases=each.ioases[:left], truncated=each.truncated or len(each.ioases) > left))
         left -= len(found[-1].ioases)
     return found
 
@@ -589,10 +602,10 @@ def _ask_iommufd(iommufd: IommuFd, fd: int, subject: str) -> HeldIommufd:
     mode = None if number is None else str(RLIMIT_MODE.value(number))
     settable = can_be_set(iommufd.probe(RLIMIT_MODE))
     # What can be set holds no object, and so no IOAS.
-    ids = [] if settable else iommufd.ioases(_IOAS_GAP).ids or iommufd.ioases().ids
+    ids, truncated, _errno = Ioases([], False) if settable else iommufd.ioases(_IOAS_GAP)
     pages = [iommufd.get(HUGE_PAGES, each) for each in ids]
     ioases = [(ioas_id, None if each.errno else bool(each.value)) for ioas_id, each in zip(ids, pages)]
-    return HeldIommufd(fd, mode, settable, ioases, explain(result, subject, RLIMIT_MODE, None))
+    return HeldIommufd(fd, mode, settable, ioases, explain(result, subject, RLIMIT_MODE, None), truncated)
 
 
 def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommufd] | None, more: bool) -> Holder:

@@ -464,10 +464,9 @@ host:
           sample: 64055
         sessions:
           description:
-            - The users whose service managers run (C(user@UID.service)), who may have a libvirt of their own, in the
-              order of their ids.
-            - A libvirt that the service manager started cannot raise the limit of its domains above the hard limit of
-              the service manager.
+            - The users who may have a libvirt of their own, in the order of their ids. Their service managers run
+              (C(user@UID.service)), or libvirt's daemon does.
+            - Such a libvirt cannot raise the limit of its domains above its own hard limit.
           type: list
           elements: dict
           contains:
@@ -479,8 +478,18 @@ host:
               description: The user's name; V(null) where the host knows none.
               type: str
               sample: alice
+            pid:
+              description:
+                - The daemon of the user's own libvirt, by its name and user; V(null) where none runs outside of
+                  containers. Root's daemon is the system's.
+                - Of several daemons, it is the one with the lowest id.
+              type: int
+              sample: null
             memlock_hard_bytes:
-              description: The hard limit RLIMIT_MEMLOCK of the service manager; V(null) where unlimited or unknown.
+              description:
+                - The hard limit RLIMIT_MEMLOCK of that daemon. If none runs, that of the service manager, which starts
+                  one. A daemon that was started from a login may have another.
+                - V(null) where it is unlimited or unknown. Where several daemons differ in it, it is unknown.
               type: int
               sample: 8388608
             memlock_hard_unlimited:
@@ -698,7 +707,10 @@ processes:
           type: bool
           sample: false
         ioases:
-          description: Its IOASes, the address spaces that its devices share.
+          description:
+            - Its IOASes, the address spaces that its devices share, in the order of their ids.
+            - The module finds them by their ids, up to 1024. Once it has found one, 128 ids in a row that are no IOAS
+              end the search. The kernel gives the lowest free ids to objects of all kinds.
           type: list
           elements: dict
           contains:
@@ -710,6 +722,12 @@ processes:
               description: Whether it may map memory in pages larger than the smallest.
               type: bool
               sample: true
+        truncated:
+          description:
+            - Whether there may be IOASes that were not found, because there are some with high ids, or more than the
+              module tells.
+          type: bool
+          sample: false
         msg:
           description: Why it could not be read; empty if it could.
           type: str
@@ -761,6 +779,14 @@ processes:
               V(iommufd) where it holds an iommufd, and V(null) where it holds neither.
           type: str
           sample: iommufd
+        as_it_runs:
+          description:
+            - Whether a device behind it pins memory as the VM runs, as an mdev does. Such a device pins nothing at
+              first, and may pin all of the guest's memory later. So RV(processes[].headroom_bytes) is what is left now.
+            - If it shares the VM's only address space with a device that is no mdev, it pins nothing more.
+            - V(null) where sysfs does not tell.
+          type: bool
+          sample: false
     vdpa_devices:
       description: The vDPA devices that it holds; V(null) where this caller may not look.
       type: list
@@ -778,7 +804,9 @@ processes:
       description:
         - In how many address spaces it can have memory pinned, once in each. These are its IOASes, its legacy
           containers and its vDPA devices; what several descriptors share counts once.
-        - V(null) where that is unknown.
+        - V(null) where that is unknown, as with RV(processes[].iommufds[].truncated). So it is where so much is pinned
+          that RV(processes[].memory_bytes) could be in one more. Either memory was plugged in then, or there is an IOAS
+          that was not found.
       type: int
       sample: 1
     accounting:
@@ -836,12 +864,14 @@ processes:
       sample: 67371008
     headroom_bytes:
       description:
-        - How much more it could pin, by RV(processes[].counter). V(null) where nothing limits it, or where
-          RV(processes[].accounting) is V(null).
+        - How much more it could pin now, by RV(processes[].counter). With a device that has
+          RV(processes[].vfio_devices[].as_it_runs), it shrinks as the VM runs.
+        - V(null) where nothing limits it, or where RV(processes[].accounting) is V(null).
       type: int
       sample: 37486592
     notes:
-      description: What contradicts these values or makes them uncertain, in sentences.
+      description:
+        - What contradicts these values or makes them uncertain, and what process accounting would break, in sentences.
       type: list
       elements: str
       sample: []
@@ -901,6 +931,8 @@ users:
         - Whether another VM as large as the largest, with the smallest limit, would not fit.
         - V(null) where it would fit by what the module saw, but might not because of RV(users[].uncertain_bytes), or
           because there are, or may be, processes of the user that the module did not see.
+        - It is V(null), too, where it would fit now, but one of the VMs may pin more as it runs
+          (RV(processes[].vfio_devices[].as_it_runs)).
       type: bool
       sample: true
 narrowed:
@@ -1146,7 +1178,7 @@ def libvirt_row(unseen: Unseen, libvirt: Libvirt, slow: bool) -> Row:
         **(memlock_row(memlock.soft) if memlock else dict.fromkeys(("memlock_bytes", "memlock_unlimited"))),
         "user": libvirt.files.user.name,
         "uid": libvirt.files.user.uid,
-        "sessions": [session_row(each.uid, each.user, each.memlock) for each in libvirt.sessions],
+        "sessions": [session_row(*each) for each in libvirt.sessions],
         "supports_iommufd": libvirt.files.abilities.offers,
         "domain_capabilities_iommufd": offers,
         "sets_rlimit_mode": sets,
@@ -1155,11 +1187,11 @@ def libvirt_row(unseen: Unseen, libvirt: Libvirt, slow: bool) -> Row:
     }
 
 
-def session_row(uid: int, user: str | None, memlock: Limit | None) -> Row:
+def session_row(uid: int, user: str | None, memlock: Limit | None, pid: int | None) -> Row:
     """A user who may have a libvirt of his own."""
     name = "memlock_hard"
     limit = memlock_row(memlock.hard, name) if memlock else dict.fromkeys((f"{name}_bytes", f"{name}_unlimited"))
-    return {"uid": uid, "user": user, **limit}
+    return {"uid": uid, "user": user, "pid": pid, **limit}
 
 
 def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:
@@ -1245,6 +1277,7 @@ def iommufd_rows(holder: Holder, sharing: Sharing) -> list[Row] | None:
             "rlimit_mode": each.rlimit_mode,
             "settable": each.settable,
             "ioases": [{"ioas_id": ioas_id, "huge_pages": huge_pages} for ioas_id, huge_pages in each.ioases],
+            "truncated": each.truncated,
             "msg": each.msg,
         }
         for each in holder.iommufds
@@ -1339,6 +1372,7 @@ class Names:
                 "node": node.path,
                 "addresses": node.addresses,
                 "backend": self._backend(holder, node),
+                "as_it_runs": node.as_it_runs,
             }
             for fd, node in held
         ]
@@ -1346,13 +1380,17 @@ class Names:
     def address_spaces(self, holder: Holder, sharing: Sharing) -> int | None:
         """How many address spaces a process has; None where that cannot be told."""
         files = [*(each.fd for each in holder.iommufds or ()), *holder.containers()]
-        unread = any(each.rlimit_mode is None or each.msg for each in holder.iommufds or ())
+        unread = any(each.rlimit_mode is None or each.msg or each.truncated for each in holder.iommufds or ())
         if holder.iommufds is None or holder.more or unread or (len(files) > 1 and holder.pid in sharing.unknown):
             return None
         different = {fd for fd in files if sharing.same_as(holder.pid, fd) is None}
         of_iommufds = sum(len(each.ioases) for each in holder.iommufds if each.fd in different)
         # A vDPA device is open once at most.
         vdpa = {rdev for rdev in holder.devices.values() if rdev in self._vdpa}
+        once_more = (of_iommufds + len(vdpa) + 1) * (holder.memory_bytes or 0)
+        if of_iommufds and 0 < once_more <= holder.status.pinned_bytes:
+            # Memory was plugged in, or there is an IOAS beyond the end of the search.
+            return None
         return of_iommufds + len(different.intersection(holder.containers())) + len(vdpa)
 
     def vdpa_devices(self, holder: Holder) -> list[Row] | None:
@@ -1385,7 +1423,8 @@ def process_and_user_rows(unseen: Unseen, pids: list[int] | None, uids: set[int]
     host_names = Names(unseen, nodes, vdpa)
     accounts: dict[int, list[Account]] = {uid: [] for uid in (*(uids or ()), *seen.others_pinned, *seen.unseen)}
     only_holders = seen.only_holders()
-    account_of = {holder.pid: holder.account(vdpa, only_holders[holder.pid]) for holder in seen.holders}
+    as_it_runs = {rdev for rdev, node in nodes.items() if node.as_it_runs is not False}
+    account_of = {holder.pid: holder.account(vdpa, as_it_runs, only_holders[holder.pid]) for holder in seen.holders}
     for account in account_of.values():
         accounts.setdefault(account.uid, []).append(account)
     # Whose the processes are that were not seen at all is not known.

@@ -129,7 +129,7 @@ def by_hostdev(info: Info, asked: Asked) -> bool | None:
 
 
 def session_of(info: Info, owner: Owner) -> Mapping[str, Any] | None:
-    """What is known of the user's own service manager."""
+    """What is known of the user's own libvirt, by its daemon if that runs, else by the user's service manager."""
     rows = _libvirt(info).get("sessions") or ()
     return next((row for row in rows if row["uid"] == owner.uid or row["user"] == owner.name), None)
 
@@ -220,6 +220,10 @@ def _session_limit(session: Mapping[str, Any] | None, owner: Owner, reckoned: Sp
             f"{who} would not start it: it reckons with {wants} for the VM, and cannot raise it beyond its own hard"
             f" limit of {human_size(hard)}."
         )
+        pid = None if session is None else session.get("pid")
+        if pid is not None:
+            # What the service manager has now, it has not.
+            why += f" Its daemon, process {pid}, keeps that limit until it ends."
         return Limit(exactly(hard), f"the hard limit of {human_size(hard)} of {who}", why[0].upper() + why[1:])
     span = Span(reckoned.least if reckoned.most <= hard else 0, hard)
     return Limit(span, f"{_words(span)} that {who} gives it")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -150,6 +151,34 @@ def test_a_domain_of_a_users_session(session_domain: int) -> None:
     assert (row["user"], row["unit"], row["memlock_bytes"]) == ("alice", SCOPE, 100 * MIB)
     assert (row["accounting"], row["locked_bytes"]) == ("user", 0)
     assert row["headroom_bytes"] == user(answered, ALICE)["headroom_bytes"] == 100 * MIB - row["pinned_bytes"]
+
+
+def own_libvirt(answered: Answer) -> Answer:
+    """What is told of the user's own libvirt."""
+    [row] = [each for each in answered["host"]["libvirt"]["sessions"] if each["uid"] == ALICE]
+    assert isinstance(row, dict)
+    return row
+
+
+def test_the_limit_of_a_users_own_libvirt(session_domain: int) -> None:
+    """Its daemon was not started by the user's service manager, and has another limit than that."""
+    row = own_libvirt(look("host"))
+    daemon = row["pid"]
+    hard = {"memlock_hard_bytes": 100 * MIB, "memlock_hard_unlimited": False}
+    assert row == {"uid": ALICE, "user": "alice", "pid": daemon, **hard}
+    assert Path(f"/proc/{daemon}/comm").read_text().strip() in ("virtqemud", "libvirtd")
+    assert (scope_of(daemon), daemon != session_domain) == (SCOPE, True)
+    manager = f"user@{ALICE}.service"
+    subprocess.run(["systemctl", "start", manager], check=True)
+    try:
+        assert own_libvirt(look("host")) == row
+        # Its own, whatever its emulators have.
+        resource.prlimit(daemon, resource.RLIMIT_MEMLOCK, (MIB, 50 * MIB))
+        for answered in (look("host"), look_apart(as_user(ALICE), "host")):
+            assert own_libvirt(answered) == {**row, "memlock_hard_bytes": 50 * MIB}
+    finally:
+        resource.prlimit(daemon, resource.RLIMIT_MEMLOCK, (100 * MIB, 100 * MIB))
+        subprocess.run(["systemctl", "stop", manager], check=True)
 
 
 def test_what_an_ordinary_user_sees_of_domains(session_domain: int, system_domain: int | None) -> None:

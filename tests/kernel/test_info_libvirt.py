@@ -167,7 +167,7 @@ def test_the_limits_of_sessions(unit: str) -> None:
         systemctl("start", manager)
         [row] = [each for each in libvirt()["sessions"] if each["uid"] == ALICE]
         hard = {"memlock_hard_bytes": 24 * MIB, "memlock_hard_unlimited": False}
-        assert row == {"uid": ALICE, "user": "alice", **hard}
+        assert row == {"uid": ALICE, "user": "alice", "pid": None, **hard}
         # Its own, whatever its unit says. What it starts gets no more, whatever that asks for.
         pid = int(systemctl("show", "-P", "MainPID", manager))
         resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (MIB, 16 * MIB))

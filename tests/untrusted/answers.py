@@ -78,7 +78,7 @@ def process(accounting: str | None, **fields: Any) -> Row:
         "headroom_bytes": 37486592,
         "iommufds": [{"fd": 9, "rlimit_mode": "user", "settable": False, "ioases": [], "msg": "*"}],
         "legacy_containers": [],
-        "vfio_devices": [{"fd": 10, "node": "*", "addresses": ["*"], "backend": "iommufd"}],
+        "vfio_devices": [{"fd": 10, "node": "*", "addresses": ["*"], "backend": "iommufd", "as_it_runs": True}],
         "vdpa_devices": [{"fd": 11, "node": "*"}],
         "notes": ["*", "*"],
         **fields,
@@ -125,7 +125,9 @@ def info(module: str = "loaded") -> Row:
             "memlock_unlimited": False,
             "user": "*",
             "uid": 64055,
-            "sessions": [{"uid": 1000, "user": "*", "memlock_hard_bytes": 8388608, "memlock_hard_unlimited": False}],
+            "sessions": [
+                {"uid": 1000, "user": "*", "pid": 813, "memlock_hard_bytes": 8388608, "memlock_hard_unlimited": False}
+            ],
             "supports_iommufd": False,
             "domain_capabilities_iommufd": None,
             "sets_rlimit_mode": False,

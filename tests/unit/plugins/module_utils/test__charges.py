@@ -252,12 +252,16 @@ def test_another_one_might_not_fit(others: list[Account], others_pinned: int, un
         (having(), "It holds a VFIO device, but neither an iommufd nor a container"),
         (having(LEGACY, pinned=0, locked=MIB), ""),
         (having(LEGACY), "by other means than its legacy container, such as io_uring"),
-        (having(IOMMUFD_USER, LEGACY, locked=24 * MIB), ""),
+        # What process accounting would break.
+        (having(IOMMUFD_USER, LEGACY, locked=24 * MIB), "under process: its limit would have to hold its memory twice"),
+        (having(IOMMUFD_USER, LEGACY, locked=24 * MIB, limit=None), ""),
+        (having(IOMMUFD_USER, LEGACY, locked=24 * MIB, ipc_lock=True), ""),
         (having(IOMMUFD_PROCESS, LEGACY, locked=48 * MIB), "both added to VmLck, and compared with one limit"),
         (having(IOMMUFD_PROCESS, LEGACY, locked=24 * MIB, ipc_lock=True), ""),
         (account("process", locked=48 * MIB, locks=True), "It locks its memory itself (mem-lock=on), too"),
         (having(LEGACY, pinned=0, locks=True), "It locks its memory itself (mem-lock=on), too"),
-        (account("user", locks=True), ""),
+        (account("user", locks=True), "It locks its memory itself (mem-lock=on), too. That counts in VmLck"),
+        (account("user", locks=True, ipc_lock=True), ""),
         (account("process", locked=24 * MIB, locks=True, ipc_lock=True, pinned=0), ""),
         (having(VDPA), "compared with VmPin, whatever capability it has"),
         (having(IOMMUFD_PROCESS, VDPA, locked=12 * MIB), "compared with VmPin, whatever capability it has"),
@@ -268,6 +272,54 @@ def test_what_contradicts_the_accounting(who: Account, note: str) -> None:
     notes = account_notes(who, total([who]), largest_limit([who]))
     assert len(notes) == (1 if note else 0)
     assert note in "".join(notes)
+
+
+def test_all_three_that_count_in_one_counter_under_process() -> None:
+    one = having(IOMMUFD_USER, LEGACY, locked=24 * MIB, locks=True)
+    first, second = account_notes(one, total([one]), largest_limit([one]))
+    assert first.startswith("It locks its memory itself (mem-lock=on), too. That is added to VmLck")
+    assert second.startswith("It holds a legacy container and locks its memory itself (mem-lock=on), too.")
+    assert "hold its memory three times" in second
+
+
+@pytest.mark.parametrize(
+    ("who", "notes"),
+    [
+        (account("user", as_it_runs=True), 1),
+        (account("process", locked=24 * MIB, as_it_runs=True), 1),
+        (having(LEGACY, pinned=0, as_it_runs=True), 1),
+        # Nothing is held against a limit.
+        (account("user", limit=None, as_it_runs=True), 0),
+        (account("user", ipc_lock=True, as_it_runs=True), 0),
+        (account(None, as_it_runs=True), 2),
+    ],
+)
+def test_what_is_pinned_as_it_runs(who: Account, notes: int) -> None:
+    told = account_notes(who, total([who]), largest_limit([who]))
+    assert len(told) == notes
+    assert [note for note in told if "pins memory as it runs" in note] == told[-1:]
+
+
+@pytest.mark.parametrize(
+    ("others", "risk"),
+    [
+        ([], False),
+        ([account("user", pid=2, pinned=4096, limit=None, as_it_runs=True)], None),
+        ([account(None, pid=2, pinned=0, limit=None, as_it_runs=True)], None),
+        # The user is not charged for these.
+        ([account("process", pid=2, as_it_runs=True)], False),
+        ([account("user", pid=2, ipc_lock=True, as_it_runs=True)], False),
+        ([account("user", pid=2, pinned=0, holder=True, as_it_runs=True)], False),
+        # What is certain stays so.
+        ([account("user", pid=2, pinned=20 * MIB, as_it_runs=True)], True),
+    ],
+)
+def test_another_one_might_not_fit_later(others: list[Account], risk: bool | None) -> None:
+    assert total([account("user", limit=64 * MIB), *others]).at_risk is risk
+
+
+def test_none_of_them_has_a_limit() -> None:
+    assert total([account("user", limit=None, as_it_runs=True)]).at_risk is False
 
 
 def test_what_is_not_known_beside_a_vdpa_device() -> None:

@@ -140,23 +140,61 @@ def test_proc_may_hide_processes(
 
 
 def test_the_nodes_of_vfio(sys: Path) -> None:
-    device = sys / "devices/pci0000:00/0000:00:05.0"
     (sys / "kernel/iommu_groups/5/devices").mkdir(parents=True)
     (sys / "kernel/iommu_groups/12/devices/0000:00:1f.0").mkdir(parents=True)
-    (sys / "kernel/iommu_groups/5/devices/0000:00:05.0").touch()
     for name, rdev in (("vfio-dev/vfio0", "511:0\n"), ("vfio/5", "242:0\n"), ("vfio/noiommu-0", "242:1\n")):
         write(sys / "class" / name / "dev", rdev)
     write(sys / "class/vfio-dev/vfio1/dev", "gone")
     write(sys / "class/vfio/vfio/dev", "10:196\n")
-    device.mkdir(parents=True)
+    device = on_bus(sys, "pci", "0000:00:05.0")
+    (sys / "kernel/iommu_groups/5/devices/0000:00:05.0").symlink_to(device)
     (sys / "class/vfio-dev/vfio0/device").symlink_to(device)
     assert _host_facts.find_iommu_groups() == {5: ["0000:00:05.0"], 12: ["0000:00:1f.0"]}
     assert _host_facts.find_vfio_nodes() == {
-        os.makedev(511, 0): VfioNode("/dev/vfio/devices/vfio0", ["0000:00:05.0"], 5, of_group=False),
-        os.makedev(242, 0): VfioNode("/dev/vfio/5", ["0000:00:05.0"], 5, of_group=True),
-        os.makedev(242, 1): VfioNode("/dev/vfio/noiommu-0", [], 0, of_group=True),
+        os.makedev(511, 0): VfioNode("/dev/vfio/devices/vfio0", ["0000:00:05.0"], 5, of_group=False, as_it_runs=False),
+        os.makedev(242, 0): VfioNode("/dev/vfio/5", ["0000:00:05.0"], 5, of_group=True, as_it_runs=False),
+        # Its device is gone.
+        os.makedev(242, 1): VfioNode("/dev/vfio/noiommu-0", [], 0, of_group=True, as_it_runs=None),
     }
     assert _host_facts.find_iommus() == []
+
+
+def on_bus(sys: Path, bus: str | None, name: str) -> Path:
+    """A device as sysfs has it, on a bus; None without one."""
+    device = sys / "devices" / name
+    device.mkdir(parents=True)
+    if bus is not None:
+        (sys / "bus" / bus).mkdir(parents=True, exist_ok=True)
+        (device / "subsystem").symlink_to(sys / "bus" / bus)
+    return device
+
+
+@pytest.mark.parametrize(
+    ("buses", "as_it_runs"),
+    [
+        (["mdev"], True),
+        (["pci"], False),
+        (["platform"], False),
+        ([None], None),
+        (["pci", "pci"], False),
+        (["pci", "mdev", None], True),
+        (["pci", None], None),
+    ],
+)
+def test_a_node_of_a_device_that_pins_as_it_runs(sys: Path, buses: list[str | None], as_it_runs: bool | None) -> None:
+    """Whether it is had by its own node, or by that of its group."""
+    for number, bus in enumerate(buses):
+        device = on_bus(sys, bus, f"83b8f4f2-509f-382f-3c1e-e6bfe0fa100{number}")
+        group = sys / "kernel/iommu_groups/7/devices"
+        group.mkdir(parents=True, exist_ok=True)
+        (group / device.name).symlink_to(device)
+        write(sys / f"class/vfio-dev/vfio{number}/dev", f"511:{number}\n")
+        (sys / f"class/vfio-dev/vfio{number}/device").symlink_to(device)
+    write(sys / "class/vfio/7/dev", "242:0\n")
+    found = _host_facts.find_vfio_nodes()
+    assert found[os.makedev(242, 0)].as_it_runs is as_it_runs
+    own = [found[os.makedev(511, number)].as_it_runs for number in range(len(buses))]
+    assert own == [None if bus is None else bus == "mdev" for bus in buses]
 
 
 def test_nodes_of_vdpa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
@@ -16,6 +19,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     Libvirt,
     Session,
     daemon_unit_of,
+    find_session_daemons,
     library_version,
     look_at_libvirt,
     mapped_libraries,
@@ -229,6 +233,113 @@ def test_what_users_may_raise_a_limit_to(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(_libvirt, "read_memlock", refuse)
     assert look_at_libvirt(answer(none, *managers)).sessions[0] == Session(0, "root", None)
+
+
+def of_daemons(monkeypatch: pytest.MonkeyPatch, daemons: dict[int, Limit | None], uid: int = 7) -> tuple[Session, ...]:
+    """The sessions of a host where daemons of that user run, with these limits, beside the user's service manager."""
+
+    @contextlib.contextmanager
+    def hold(pid: int) -> Iterator[Any]:
+        if pid == 99:
+            raise ProcessGone("It has ended.")
+        yield SimpleNamespace(pid=pid, uid=0 if pid == 98 else uid, comm="libvirtd" if pid < 97 else "virsh")
+
+    def memlock(process: Any) -> Limit:
+        found = Limit(1, 2) if process.pid == 1 else daemons[process.pid]
+        if found is None:
+            raise AccessRefused("It is hidden.")
+        return found
+
+    read_by(monkeypatch)
+    monkeypatch.setattr(_libvirt, "user_name", lambda _uid: None)
+    monkeypatch.setattr(_libvirt, "find_session_daemons", lambda: {uid: list(daemons)})
+    monkeypatch.setattr(_libvirt, "read_memlock", memlock)
+    monkeypatch.setattr(_libvirt, "Process", SimpleNamespace(hold=hold))
+    return look_at_libvirt(answer(unit("virtqemud.service"), unit("user@7.service", MainPID="1"))).sessions
+
+
+LOW, HIGH = Limit(4096, 8388608), Limit(4096, None)
+
+
+@pytest.mark.parametrize(
+    ("daemons", "memlock", "pid"),
+    [
+        ({}, Limit(1, 2), None),
+        ({20: LOW}, LOW, 20),
+        ({20: HIGH}, HIGH, 20),
+        ({20: None}, None, 20),
+        ({20: LOW, 21: LOW}, LOW, 20),
+        ({20: LOW, 21: HIGH}, None, 20),
+        ({20: LOW, 21: None}, None, 20),
+        # Too many to look at.
+        (dict.fromkeys(range(20, 20 + 9), LOW), None, 20),
+        # Those have ended, and the ids of two are others'.
+        ({97: HIGH, 98: HIGH, 99: HIGH}, Limit(1, 2), None),
+        ({20: LOW, 97: HIGH, 98: HIGH, 99: HIGH}, LOW, 20),
+    ],
+)
+def test_a_daemon_of_a_user_has_a_limit_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, daemons: dict[int, Limit | None], memlock: Limit | None, pid: int | None
+) -> None:
+    """As one that was started from a login."""
+    assert of_daemons(monkeypatch, daemons) == (Session(7, None, memlock, pid),)
+
+
+def test_a_daemon_of_a_user_without_a_service_manager(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert of_daemons(monkeypatch, {20: LOW}, uid=6)[0] == Session(6, None, LOW, 20)
+
+
+@pytest.fixture
+def named() -> Iterator[Callable[[str, int], int]]:
+    """Processes of a name and a user, which is not root's: that one's daemon is the system's."""
+    pids = []
+
+    def start(name: str, uid: int) -> int:
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if not pid:
+            try:
+                Path("/proc/self/comm").write_text(name)
+                if os.getuid() != uid:
+                    os.setuid(uid)
+                os.write(writing, b".")
+                while True:
+                    signal.pause()
+            finally:
+                os._exit(1)
+        pids.append(pid)
+        os.close(writing)
+        assert os.read(reading, 1) == b"."
+        os.close(reading)
+        return pid
+
+    yield start
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_who_seems_to_be_a_daemon_of_a_users_own(
+    named: Callable[[str, int], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the name and the user. It is not looked for where there is no libvirt."""
+    uid = os.getuid() or 4711
+    contained: list[tuple[str, str]] = []
+    monkeypatch.setattr(_libvirt, "in_initial_namespace", lambda kind, pid: (kind, pid) not in contained)
+    pids = [named(name, uid) for name in ("virtqemud", "libvirtd", "virtqemud-x", "qemu-kvm")]
+    assert [each for each in find_session_daemons().get(uid, []) if each in pids] == pids[:2]
+    if not os.getuid():
+        assert named("libvirtd", 0) not in [pid for some in find_session_daemons().values() for pid in some]
+    # What a container has is of no concern to the host.
+    for kind in ("pid", "user"):
+        contained[:] = [(kind, str(pids[0]))]
+        assert pids[0] not in find_session_daemons().get(uid, [])
+        assert pids[1] in find_session_daemons()[uid]
+    pids += [named("virtqemud", uid) for _each in range(9)]
+    assert len(find_session_daemons()[uid]) == 9
+    monkeypatch.setattr(_libvirt, "_PREFIXES", ())
+    monkeypatch.setattr(_libvirt, "find_session_daemons", pytest.fail)
+    assert look_at_libvirt(answer(unit("virtqemud.service", LoadState="not-found"))).sessions == ()
 
 
 @pytest.mark.parametrize("error", [AccessRefused, IommufdError])

@@ -165,6 +165,38 @@ def test_one_without_objects_can_be_set(alone: FakeKernel) -> None:
     assert holder.iommufds == [HeldIommufd(50, "user", None, [])]
 
 
+@pytest.mark.parametrize(
+    ("ids", "found", "truncated"),
+    [
+        # Of 50, all but the first and the last were destroyed.
+        ([1, 50], 2, False),
+        ([1, 129], 2, False),
+        # More than 127 objects, all at the same time, that are gone.
+        ([1, 130], 1, False),
+        ([300], 1, False),
+        ([*range(100, 600, 100)], 5, False),
+        ([*range(100, 601, 100)], 6, True),
+        ([1, 120, 240, 360, 480, 513], 6, True),
+    ],
+)
+def test_ioases_with_ids_far_apart(alone: FakeKernel, ids: list[int], found: int, truncated: bool) -> None:
+    alone.ioases = dict.fromkeys(ids, 1)
+    (holder,) = survey().holders
+    assert holder.iommufds == [HeldIommufd(50, "user", False, [(each, True) for each in ids[:found]], "", truncated)]
+
+
+def test_how_many_ids_are_tried(alone: FakeKernel) -> None:
+    """Each is a system call, for each VMM of a host."""
+    alone.ioases = {2: 1}
+    survey()
+    assert len(alone.calls) < 256 + 10
+    alone.calls.clear()
+    alone.ioases = {}
+    survey()
+    # It could be set, so it holds no object.
+    assert len(alone.calls) < 10
+
+
 def test_a_kernel_without_the_option_charges_the_user(alone: FakeKernel) -> None:
     alone.without = errno.EOPNOTSUPP
     (holder,) = survey().holders
@@ -189,6 +221,35 @@ def test_an_iommufd_with_an_ioas_decides(alone: FakeKernel) -> None:
     assert both.account(()).ways == frozenset({IOMMUFD_USER})
     neither = holder._replace(iommufds=None)
     assert neither.account(()).ways is None
+
+
+MDEV, PCI, OF_VDPA = 4711, 4712, 4713
+USED, UNUSED = HeldIommufd(4, "user", False, [(2, True)]), HeldIommufd(5, "user", True, [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "as_it_runs"),
+    [
+        ({}, False),
+        ({"devices": {7: PCI}}, False),
+        ({"devices": {7: MDEV}}, True),
+        ({"devices": {7: MDEV, 8: OF_VDPA}}, True),
+        # Both are in the one address space, all of which is pinned.
+        ({"devices": {7: MDEV, 8: PCI}}, False),
+        ({"devices": {7: MDEV, 8: PCI}, "iommufds": [USED, UNUSED]}, False),
+        ({"devices": {7: MDEV, 8: PCI, 9: CONTAINER}, "iommufds": []}, False),
+        # Each may be in one of its own.
+        ({"devices": {7: MDEV, 8: PCI, 9: CONTAINER}}, True),
+        ({"devices": {7: MDEV, 8: PCI}, "iommufds": [USED, USED]}, True),
+        ({"devices": {7: MDEV, 8: PCI}, "iommufds": [UNUSED]}, True),
+        ({"devices": {7: MDEV, 8: PCI}, "more": True}, True),
+        ({"iommufds": None}, False),
+    ],
+)
+def test_who_pins_as_it_runs(alone: FakeKernel, fields: dict[str, Any], as_it_runs: bool) -> None:
+    (holder,) = survey().holders
+    changed = holder._replace(**{"iommufds": [USED], "devices": {}, **fields})
+    assert changed.account({OF_VDPA}, {MDEV}).as_it_runs is as_it_runs
 
 
 def test_no_iommufd_in_the_kernel(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -554,7 +615,7 @@ def test_more_than_is_told_of_one(alone: FakeKernel, monkeypatch: pytest.MonkeyP
     (holder,) = result.holders
     assert holder.iommufds is not None
     assert [ioas for ioas, _pages in holder.iommufds[0].ioases] == [1, 2, 3, 4, 5]
-    assert (holder.name, holder.more) == ("xxxx...", True)
+    assert (holder.name, holder.more, holder.iommufds[0].truncated) == ("xxxx...", True, True)
     assert list(result.refused) == [_survey._TOO_MANY_IOMMUFDS]
     monkeypatch.setattr(_tables, "_IOASES_OF_USER", 2)
     assert survey().holders[0].iommufds == [holder.iommufds[0]._replace(ioases=[(1, True), (2, True)])]

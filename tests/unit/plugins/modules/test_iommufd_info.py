@@ -147,11 +147,12 @@ def test_the_domain_capabilities(monkeypatch: pytest.MonkeyPatch, code: int, off
 def test_limits_that_libvirt_may_raise_to(known: bool) -> None:
     memlock = Limit(8388608, None) if known else None
     found = _libvirt.Libvirt(None, None, "virtqemud.service", None, True, memlock=memlock)
-    sessions = (_libvirt.Session(7, "vm", memlock),)
+    sessions = (_libvirt.Session(7, "vm", memlock), _libvirt.Session(8, None, memlock, 9))
     row = iommufd_info.libvirt_row(iommufd_info.Unseen(), found._replace(sessions=sessions), False)
     assert (row["memlock_bytes"], row["memlock_unlimited"]) == ((8388608, False) if known else (None, None))
     hard = {"memlock_hard_bytes": None, "memlock_hard_unlimited": True if known else None}
-    assert row["sessions"] == [{"uid": 7, "user": "vm", **hard}]
+    alone, beside = ({"uid": 7, "user": "vm", "pid": None, **hard}, {"uid": 8, "user": None, "pid": 9, **hard})
+    assert row["sessions"] == [alone, beside]
 
 
 def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,13 +277,15 @@ def test_by_what_it_has_devices(
 ) -> None:
     holder = survey().holders[0]._replace(iommufds=iommufds, devices=devices)
     nodes = {
-        1: _host_facts.VfioNode("/dev/vfio/devices/vfio0", ["a"], 5, False),
-        2: _host_facts.VfioNode("/dev/vfio/5", ["a", "b"], 5, True),
+        1: _host_facts.VfioNode("/dev/vfio/devices/vfio0", ["a"], 5, False, False),
+        2: _host_facts.VfioNode("/dev/vfio/5", ["a", "b"], 5, True, None),
     }
     names = iommufd_info.Names(iommufd_info.Unseen(), nodes, {3: "/dev/vhost-vdpa-0"})
     assert names.backends(holder) == backends
     rows, of_vdpa = names.vfio_devices(holder), names.vdpa_devices(holder)
     assert (None if rows is None else [each["backend"] for each in rows]) == of_vfio
+    runs = [{1: False, 2: None}[rdev] for rdev in devices.values() if rdev in nodes]
+    assert [each["as_it_runs"] for each in rows or ()] == runs
     expected = [{"fd": 4, "node": "/dev/vhost-vdpa-0"}] if devices.get(4) == 3 else []
     assert of_vdpa == (None if iommufds is None else expected)
 
@@ -304,6 +307,7 @@ TWO = HeldIommufd(10, "user", False, [(2, True), (3, True)])
         ({"iommufds": [ONE._replace(rlimit_mode=None)]}, None),
         ({"iommufds": [ONE._replace(msg="This kernel does not have it.")]}, None),
         ({"iommufds": [ONE], "more": True}, None),
+        ({"iommufds": [ONE._replace(truncated=True)]}, None),
         ({"iommufds": None}, None),
         # 1 could not be compared.
         ({"iommufds": [ONE], "pid": 1}, 1),
@@ -314,6 +318,61 @@ def test_how_many_address_spaces(alone: FakeKernel, fields: dict[str, Any], spac
     holder = survey().holders[0]._replace(**{"devices": {}, **fields})
     names = iommufd_info.Names(iommufd_info.Unseen(), {}, {3: "/dev/vhost-vdpa-0"})
     assert names.address_spaces(holder, Sharing([[(holder.pid, 11), (holder.pid, 10)]], [1])) == spaces
+
+
+@pytest.mark.parametrize(
+    ("as_it_runs", "limit", "at_risk", "notes"),
+    [(False, 2**40, False, 0), (True, 2**40, None, 1), (None, 2**40, None, 1), (True, None, False, 0)],
+)
+def test_a_device_that_pins_as_it_runs(
+    run: Run,
+    alone: FakeKernel,
+    monkeypatch: pytest.MonkeyPatch,
+    as_it_runs: bool | None,
+    limit: int | None,
+    at_risk: bool | None,
+    notes: int,
+) -> None:
+    """Whether it fits now says nothing of later."""
+    zero = os.stat("/dev/zero").st_rdev
+    node = _host_facts.VfioNode("/dev/vfio/devices/vfio0", ["a"], None, False, as_it_runs)
+    monkeypatch.setattr(_host_facts, "find_vfio_nodes", lambda: {zero: node})
+    monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: True)
+    monkeypatch.setattr(_host_facts, "read_hidepid", lambda: "")
+    seen = survey({zero})
+    (holder,) = seen.holders
+    seen.holders = [holder._replace(memlock=Limit(limit, limit), status=holder.status._replace(effective=0))]
+    monkeypatch.setattr(iommufd_info, "survey", lambda _nodes: seen)
+    answer = run(gather_subset=["processes", "users"])
+    (row,) = answer["processes"]
+    assert [each["as_it_runs"] for each in row["vfio_devices"]] == [as_it_runs]
+    assert (row["accounting"], row["headroom_bytes"]) == ("user", limit)
+    assert ["pins memory as it runs" in note for note in row["notes"]] == [True] * notes
+    assert [each["at_risk"] for each in answer["users"]] == [at_risk]
+
+
+@pytest.mark.parametrize(
+    ("memory", "pinned", "fields", "spaces"),
+    [
+        (2**30, 2**31 - 1, {}, 1),
+        # Either memory was plugged in, or there is an IOAS that was not found.
+        (2**30, 2**31, {}, None),
+        (None, 2**31, {}, 1),
+        (2**30, 2**31, {"iommufds": [TWO]}, 2),
+        (2**30, 3 * 2**30, {"iommufds": [TWO]}, None),
+        (2**30, 2**31, {"devices": {5: 3}}, 2),
+        # All of these are seen by their descriptors.
+        (2**30, 2**31, {"iommufds": [], "devices": {5: CONTAINER}}, 1),
+    ],
+)
+def test_more_is_pinned_than_they_hold(
+    alone: FakeKernel, memory: int | None, pinned: int, fields: dict[str, Any], spaces: int | None
+) -> None:
+    (holder,) = survey().holders
+    status = holder.status._replace(pinned_bytes=pinned)
+    holder = holder._replace(**{"status": status, "memory_bytes": memory, "devices": {}, "iommufds": [ONE], **fields})
+    names = iommufd_info.Names(iommufd_info.Unseen(), {}, {3: "/dev/vhost-vdpa-0"})
+    assert names.address_spaces(holder, Sharing()) == spaces
 
 
 def test_times() -> None:

@@ -642,6 +642,10 @@ LIMITS = [
     (libvirt(sessions=[session(None)]), {"who": "vm"}, True, None),
     (libvirt(sessions=[session(2 * GIB)]), {"who": "vm", "locked": True}, False, 2 * GIB),
     (libvirt(sessions=[session(None)]), {"who": "vm", "locked": True}, True, None),
+    # The daemon that runs has its own, and where there are several, it is not known which.
+    (libvirt(sessions=[{**session(8 * MIB), "pid": 77}]), {"who": "vm"}, False, 8 * MIB),
+    (libvirt(sessions=[{**session(2 * GIB), "pid": 77}]), {"who": "vm"}, True, None),
+    (libvirt(sessions=[{**session(None), "pid": 77, "memlock_hard_unlimited": None}]), {"who": "vm"}, None, None),
     (libvirt(sessions=[]), {"who": "vm"}, None, None),
     (libvirt(sessions=None), {"who": "vm"}, None, None),
     # A system libvirt gives what it reckons, or leaves the daemon's own.
@@ -676,6 +680,15 @@ def test_the_limit_that_libvirt_gives(its_libvirt: Row, given: Row, fits: bool |
     answer = fit(idle(host=host(libvirt=its_libvirt)), **given)
     assert (answer["fits"], answer["limit"]) == (fits, limit)
     assert (answer["question"] is None) is (fits is not None)
+
+
+@pytest.mark.parametrize(("pid", "end"), [(77, " Its daemon, process 77, keeps that limit until it ends."), (None, "")])
+def test_the_limit_of_a_session_is_its_daemons(pid: int | None, end: str) -> None:
+    """Where one runs, another limit of the service manager's helps only once it has ended."""
+    sessions = [{**session(8 * MIB), "pid": pid}]
+    reason = fit(idle(host=host(libvirt=libvirt(sessions=sessions))), who="vm")["reason"]
+    assert f"cannot raise it beyond its own hard limit of 8 MiB.{end}" in reason
+    assert ("Its daemon" in reason) is bool(end)
 
 
 def test_a_limit_that_is_not_known() -> None:
