@@ -66,6 +66,7 @@ __all__ = (
 )
 
 # libvirt's NEWS: <iommufd enabled='yes' fdgroup='NAME'/> and a descriptor for it. As virConnectGetLibVersion counts.
+# A distribution may have taken it into an older one, or left it out of a newer.
 SINCE = 12_002_000
 
 # enum virDomainState
@@ -503,13 +504,9 @@ class Endpoint(NamedTuple):
 
 def check_startable(name: str, libvirt: Endpoint, seen: DomainSeen) -> str:
     """The domain's fdgroup. Raises IommufdError where libvirt could not start it with an iommufd of ours."""
-    if seen.version < SINCE:
-        raise IommufdError(
-            f"libvirt {dotted_version(seen.version)} takes no iommufd from others: {dotted_version(SINCE)} is the first"
-            " that does. Upgrade libvirt and restart its daemon, or grant CAP_IPC_LOCK to the emulator instead."
-        )
     definition = seen.definition
     if not definition.fdgroup:
+        _check_takes(seen)
         itself = ""
         if libvirt.session is None:
             itself = " Or start it as any other: the system libvirt opens an iommufd and sets it itself."
@@ -530,6 +527,29 @@ def check_startable(name: str, libvirt: Endpoint, seen: DomainSeen) -> str:
     if seen.obstacles:
         raise IommufdError(f"Domain {name} cannot be started. {first_of(seen.obstacles)}")
     return definition.fdgroup
+
+
+def _check_takes(seen: DomainSeen) -> None:
+    """Raises IommufdError where libvirt knows no iommufd of somebody else's.
+
+    A domain that has said that it gets one has shown that libvirt knows it: libvirt leaves out of its description what
+    it does not know. For others, libvirt's files tell.
+    """
+    # Nearly always the domain says so, and to import this costs each task.
+    from ._libvirt import installed_libraries
+    from ._libvirt_files import takes_iommufd
+
+    takes = takes_iommufd(installed_libraries())
+    if takes is True or (takes is None and seen.version >= SINCE):
+        return
+    first = f"{dotted_version(SINCE)} is the first that does"
+    how = f"its files have nothing that does, and {first}"
+    if takes is None:
+        how = f"{first}. That is told by its version, since neither its library nor its schemas could be read"
+    raise IommufdError(
+        f"libvirt {dotted_version(seen.version)} takes no iommufd from others: {how}. Upgrade libvirt and restart its"
+        " daemon, or grant CAP_IPC_LOCK to the emulator instead."
+    )
 
 
 class Daemon(NamedTuple):

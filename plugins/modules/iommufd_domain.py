@@ -77,8 +77,10 @@ attributes:
       - The module tries on an iommufd of its own whether the accounting could be set.
 requirements:
   - Linux 6.2 or later, built with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, with the kernel module C(iommufd) loaded.
-  - libvirt 12.2 or later, and its Python binding for the Python that Ansible uses on the host. That is the package
-    C(python3-libvirt) of Debian, Ubuntu, Fedora and Red Hat.
+  - libvirt 12.2 or later, or an older one into which a distribution has taken C(<iommufd fdgroup=...>), and its Python
+    binding for the Python that Ansible uses on the host. That is the package C(python3-libvirt) of Debian, Ubuntu,
+    Fedora and Red Hat. Whether libvirt knows that element is told by what it says of the domain, else by its library
+    and schemas, and by its version only where these cannot be read.
   - systemd, for a user's libvirt that does not run yet.
 notes:
   - B(Privilege.) The module needs root (C(become=true)) with CAP_SYS_RESOURCE in the initial user namespace. It also

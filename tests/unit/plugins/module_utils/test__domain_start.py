@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _daemon, _device, _domain_start
+from ansible_collections.virt.iommufd.plugins.module_utils import _daemon, _device, _domain_start, _libvirt_files
 from ansible_collections.virt.iommufd.plugins.module_utils._accounting import (
     IOMMUFD,
     NO_VIOMMU,
@@ -634,7 +634,6 @@ LINE = r"edit vm1\): <iommufd enabled='yes' fdgroup='iommufd'/>"
 @pytest.mark.parametrize(
     ("uri", "change", "words"),
     [
-        (SESSION, {"version": 12_001_999}, r"^libvirt 12.1.999 takes no iommufd from others: 12.2.0 is the first"),
         (SESSION, {"definition": defined(None, ("d",))}, LINE + "$"),
         (SYSTEM, {"definition": defined(None, ("d",))}, LINE + " Or start it as any other: the system libvirt"),
         (SESSION, {"definition": defined("g", ())}, r"has no PCI device that is passed through by iommufd"),
@@ -649,6 +648,37 @@ LINE = r"edit vm1\): <iommufd enabled='yes' fdgroup='iommufd'/>"
 def test_what_cannot_be_started(uri: str, change: dict[str, Any], words: str) -> None:
     with pytest.raises(IommufdError, match=words):
         check_startable("vm1", Endpoint(uri, VM), SEEN._replace(**change))
+
+
+UNSAID = SEEN._replace(definition=defined(None, ("d",)), obstacles=())
+
+
+@pytest.mark.parametrize(
+    ("version", "takes", "words"),
+    [
+        # a backport, and a release without it: its files count
+        (11_010_000, True, LINE),
+        (12_008_000, False, "^libvirt 12.8.0 takes no iommufd from others: its files have nothing that does, and 12.2"),
+        (11_003_000, False, "^libvirt 11.3.0 takes no iommufd from others: its files have nothing that does, and 12.2"),
+        # nothing but the version is known
+        (12_002_000, None, LINE),
+        (
+            12_001_999,
+            None,
+            r"^libvirt 12.1.999 takes no iommufd from others: 12.2.0 is the first that does\. That is told by its ver",
+        ),
+    ],
+)
+@pytest.mark.parametrize("uri", [SESSION, SYSTEM])
+def test_whether_libvirt_takes_an_iommufd(
+    monkeypatch: pytest.MonkeyPatch, uri: str, version: int, takes: bool | None, words: str
+) -> None:
+    monkeypatch.setattr(_libvirt_files, "takes_iommufd", lambda _libraries: takes)
+    seen = UNSAID._replace(version=version)
+    with pytest.raises(IommufdError, match=words):
+        check_startable("vm1", Endpoint(uri, VM), seen)
+    # What a domain says that libvirt has not left out, libvirt knows, whatever else tells.
+    assert check_startable("vm1", Endpoint(uri, VM), seen._replace(definition=defined("g", ("d",)))) == "g"
 
 
 def daemon(hard: int | None, may: bool = False, gives: bool = False) -> Daemon:
