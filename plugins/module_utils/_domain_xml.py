@@ -83,9 +83,14 @@ def parse_domain(description: str) -> Defined:
         raise IommufdError("it is no domain: give what virsh dumpxml prints")
     commandline = _Commandline(root)
     passed = _passed(root)
-    vdpa = [*root.iterfind("devices/interface[@type='vdpa']"), *root.iterfind("devices/disk[@type='vhostvdpa']")]
-    # A disk may be one of a chain.
-    nvme = sum(each.get("type") == "nvme" for disk in root.iterfind("devices/disk") for each in disk.iter())
+    # A disk may be a chain of several, of which each pins. libvirt counts a chain with an NVMe disk once.
+    chains = [[disk, *disk.iter("backingStore")] for disk in root.iterfind("devices/disk")]
+    vdpa = [
+        *root.iterfind("devices/interface[@type='vdpa']"),
+        *(each for chain in chains for each in chain if each.get("type") == "vhostvdpa"),
+    ]
+    in_chains = [sum(each.get("type") == "nvme" for each in chain) for chain in chains]
+    nvme = sum(in_chains)
     of_libvirt = [*map(_passed_device, passed), *(Device(VDPA) for _each in vdpa)]
     of_libvirt += [Device(LEGACY, f"nvme {each}") for each in range(nvme)]
     memory = _bytes(root.find("memory"), "memory")
@@ -94,7 +99,7 @@ def parse_domain(description: str) -> Defined:
         memory=memory,
         devices=(*of_libvirt, *commandline.devices),
         viommu=_viommu(root, commandline),
-        counted=_counted(root, len(passed), len(vdpa) + nvme),
+        counted=_counted(root, len(passed), len(vdpa) + sum(map(bool, in_chains))),
         hard_limit=_hard_limit(root),
         locked=root.find("memoryBacking/locked") is not None,
         mem_lock=None if commandline.unread else commandline.mem_lock,
@@ -108,11 +113,10 @@ def parse_domain(description: str) -> Defined:
 
 
 def reckoned_limit(defined: Defined) -> int | None:
-    """The RLIMIT_MEMLOCK that libvirt wants the emulator to have at least, from its source and its tests.
+    """The RLIMIT_MEMLOCK that libvirt starts the emulator with, soft and hard, whatever its daemon has.
 
-    UNLIMITED is no limit, 0 that it leaves the limit alone, and None that it is not known. See
-    qemuDomainGetMemLockLimitBytes() in libvirt's src/qemu/qemu_domain.c; qemuDomainSetMaxMemLock() there changes
-    nothing where the emulator's hard limit, which it has from the daemon, is as high already.
+    UNLIMITED is no limit, 0 that it leaves the limit alone, and None that it is not known. Read in the code of libvirt
+    12.8, qemuDomainGetMemLockLimitBytes() and qemuProcessLaunch(), and seen for one device.
     """
     if defined.hard_limit is not None:
         return defined.hard_limit
@@ -196,12 +200,12 @@ def _passed_device(passed: tuple[Element, bool, str]) -> Device:
 
 
 def _counted(root: Element, passed: int, others: int) -> int | None:
-    """How often libvirt counts the memory. POWER has a reckoning of its own.
+    """How often libvirt counts the memory. POWER with KVM has a reckoning of its own.
 
     Behind a vIOMMU each device has an address space of its own, into which all of the memory may be mapped.
     """
     kind = root.find("os/type")
-    if kind is not None and kind.get("arch", "").startswith("ppc64"):
+    if root.get("type") == "kvm" and kind is not None and kind.get("arch", "").startswith("ppc64"):
         return None
     return (passed if root.find("devices/iommu") is not None else min(passed, 1)) + others
 

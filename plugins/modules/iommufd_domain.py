@@ -292,7 +292,7 @@ domain:
     memlock_unlimited:
       description:
         - Whether libvirt sets no limit, as for C(<memoryBacking><locked/></memoryBacking>). V(null) in check mode when
-          libvirt does not run, and for POWER, where libvirt reckons otherwise.
+          libvirt does not run, and for POWER with KVM, where libvirt reckons otherwise.
       type: bool
       sample: false
 process:

@@ -129,7 +129,7 @@ def libvirt(monkeypatch: pytest.MonkeyPatch) -> FakeLibvirt:
         (xml(MDEV, ""), (None, (), 2 * GIB)),
         (xml(DEVICE.format("", 5) + DEVICE.format("<driver iommufd='no'/>", 6)), ("g", ("0000:00:05.1",), 2 * GIB)),
         # which reckons otherwise
-        (xml(more="<os><type arch='ppc64le'>hvm</type></os>"), (None, (), None)),
+        (xml(more="<os><type arch='ppc64le'>hvm</type></os>").replace("'qemu'", "'kvm'"), (None, (), None)),
     ],
 )
 def test_definition(text: str, expected: tuple[str | None, tuple[str, ...], int | None]) -> None:

@@ -41,6 +41,9 @@ VDPA_DISK = "<disk type='vhostvdpa'/>"
 NVME = "<disk type='nvme'><source type='pci'/></disk>"
 BACKED = "<disk type='file'><backingStore type='nvme'><source type='pci'/></backingStore></disk>"
 
+CHAIN = "<disk type='nvme'><source type='pci'/><backingStore type='nvme'><source type='pci'/></backingStore></disk>"
+VDPA_CHAIN = "<disk type='vhostvdpa'><backingStore type='vhostvdpa'/></disk>"
+
 SHARED = Device(LEGACY, CONTAINER)
 GIVEN = Device(IOMMUFD, LIBVIRTS)
 
@@ -118,6 +121,9 @@ DEVICES = [
     # libvirt's own test has 3 GiB for this and 1 GiB of memory (tests/qemumemlockdata in its source).
     (HOSTDEV + NVME, [SHARED, Device(LEGACY, "nvme 0")], 2),
     (HOSTDEV + NVME + VDPA_NET, [SHARED, Device(VDPA), Device(LEGACY, "nvme 0")], 3),
+    # A chain with several counts as one, but each disk for vDPA counts.
+    (CHAIN, [Device(LEGACY, "nvme 0"), Device(LEGACY, "nvme 1")], 1),
+    (VDPA_CHAIN, [Device(VDPA)] * 2, 2),
     (HOSTDEV * 2 + NVME + "<iommu model='intel'/>", [SHARED] * 2 + [Device(LEGACY, "nvme 0")], 3),
 ]
 
@@ -188,6 +194,9 @@ def test_viommu(given: dict[str, str], expected: str | None) -> None:
 def test_another_reckoning() -> None:
     found = parse_domain(domain(HOSTDEV).replace("x86_64", "ppc64le"))
     assert (found.counted, found.viommu, reckoned_limit(found)) == (None, None, None)
+    # It is for KVM alone.
+    found = parse_domain(domain(HOSTDEV).replace("x86_64", "ppc64le").replace("'kvm'", "'qemu'"))
+    assert (found.counted, found.viommu, reckoned_limit(found)) == (1, None, 2 * GIB)
 
 
 @pytest.mark.parametrize(

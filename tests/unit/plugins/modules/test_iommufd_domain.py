@@ -318,7 +318,8 @@ MORE = {
 def test_the_limit_that_libvirt_reckons(
     run: Run, libvirt: FakeLibvirt, more: str, expected: tuple[int | None, bool | None]
 ) -> None:
-    libvirt.domains["vm1"].xml = XML.replace("<devices>", f"{more}<devices>")
+    text = XML.replace("<devices>", f"{more}<devices>")
+    libvirt.domains["vm1"].xml = text.replace("'qemu'", "'kvm'")
     found = run(user=None)["domain"]
     assert (found["memlock_bytes"], found["memlock_unlimited"]) == expected
 
