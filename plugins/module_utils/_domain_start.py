@@ -328,7 +328,8 @@ def pins_for_vdpa(node: str) -> bool:
                 return stream.read(1) == "N"
     except (OSError, ValueError):
         return False
-    return stat.S_ISCHR(found.st_mode) and "vduse" not in place
+    is_vdpa = stat.S_ISCHR(found.st_mode) and place[-1].startswith("vhost-vdpa")
+    return is_vdpa and "vduse" not in place
 
 
 def gives_nothing(path: str) -> bool:

@@ -835,6 +835,8 @@ def vdpa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Non
     [
         ("devices/pci0000:00/0000:00:04.0/vdpa0/vhost-vdpa-0", "", True),
         ("devices/virtual/vduse/vdpa0/vhost-vdpa-0", "", False),
+        # It is another device by now.
+        ("devices/virtual/mem/null", "", False),
         ("devices/vdpasim_net/vdpa0/vhost-vdpa-0", "N\n", True),
         ("devices/vdpasim_blk/vdpa0/vhost-vdpa-0", "Y\n", False),
         ("devices/vdpasim_net/vdpa0/vhost-vdpa-0", "", False),
