@@ -57,6 +57,7 @@ __all__ = (
     "least_limit",
     "verdict",
     "way",
+    "way_of",
 )
 
 # The counters: user_struct.locked_vm; mm_struct.locked_vm, which /proc shows as VmLck; mm_struct.pinned_vm (VmPin).
@@ -315,7 +316,7 @@ def address_spaces(vm: Vm) -> list[list[Device]]:
     return list(spaces.values())
 
 
-def _way_of(device: Device) -> str:
+def way_of(device: Device) -> str:
     """The name of the way in which its memory is pinned, where its mode is known."""
     if device.backend == IOMMUFD:
         return IOMMUFD_PROCESS if device.mode == PROCESS else IOMMUFD_USER
@@ -332,7 +333,7 @@ def _pins(vm: Vm, kernel: Kernel, later: bool) -> Iterator[tuple[str, int]]:
     for wanted in (False, True) if later else (False,):
         for (device, *_others), as_it_runs in zip(spaces, runs):
             if as_it_runs is wanted:
-                yield _way_of(device), size
+                yield way_of(device), size
 
 
 def _whole_pages(size: int, kernel: Kernel) -> int:

@@ -19,38 +19,39 @@ import stat
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from ._accounting import IOMMUFD, LEGACY, PROCESS, UNLIMITED, USER, VDPA, Device
 from ._borrow import borrow_iommufd, find_iommufds
-from ._capabilities import CAP_SYS_RESOURCE, capability_names
+from ._capabilities import CAP_IPC_LOCK, CAP_SYS_RESOURCE, capability_names, read_xattr
 from ._change import Result, change
 from ._child import in_child
+from ._domain_fit import Start, refusal
+from ._domain_xml import Defined, parse_domain, reckoned_limit
 from ._errors import DescriptorGone, IommufdError, NotAnIommufd, error_text, printable
-from ._foreign import boolean, first_of, member, number, or_none, parse_xml, shown_text, text, texts
+from ._foreign import boolean, first_of, member, number, one_of, or_none, shown_text, text, texts
 from ._iommufd import RLIMIT_MODE, IommuFd
 from ._named_target import DomainTarget, escaped
 from ._names import user_name
 from ._pidfile import look_patiently, read_pidfile
 from ._process import Process
-from ._process_facts import Limit, read_arguments, read_memlock
+from ._process_facts import read_arguments, read_memlock
 from ._qemu import guest_name
-from ._size import SIZE_MAX, human_size
+from ._size import human_size
 from ._target import Target, hold_target
 from ._user import User
-
-if TYPE_CHECKING:
-    from xml.etree.ElementTree import Element
 
 __all__ = (
     "DAEMONS",
     "SINCE",
-    "Definition",
+    "Daemon",
     "DomainSeen",
     "Endpoint",
     "NoDaemon",
     "SessionDaemon",
     "SessionDomain",
     "Started",
+    "check_fit",
     "check_limit",
     "check_startable",
     "connected",
@@ -65,6 +66,7 @@ __all__ = (
 )
 
 # libvirt's NEWS: <iommufd enabled='yes' fdgroup='NAME'/> and a descriptor for it. As virConnectGetLibVersion counts.
+# A distribution may have taken it into an older one, or left it out of a newer.
 SINCE = 12_002_000
 
 # enum virDomainState
@@ -75,8 +77,12 @@ _NO_DOMAIN = 42
 # The daemon that drives QEMU, in the new arrangement and in the old one.
 DAEMONS = ("virtqemud", "libvirtd")
 
-_GIB = 2**30
-_HEXADECIMAL = re.compile(r"(?:0[xX])?[0-9A-Fa-f]{1,8}")
+# Of the system libvirt.
+_SYSTEM_FOLDER = "/var/lib/libvirt/qemu"
+
+_ELF = b"\x7fELF"
+_CHARACTER_DEVICES = "/sys/dev/char"
+_SIMULATOR = "/sys/module/vdpa_sim/parameters/use_va"
 _PCI_DEVICES = "/sys/bus/pci/devices"
 _VFIO_NODES = "/dev/vfio/devices"
 # No domain has so many devices.
@@ -98,95 +104,39 @@ def dotted_version(number: int) -> str:
     return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
 
 
-class Definition(NamedTuple):
-    """What a domain's XML says of its devices and memory.
-
-    `fdgroup` is the name under which libvirt expects the iommufd, None without. `devices` are the addresses of the PCI
-    devices that are passed through by iommufd, or of the first of them. `need_bytes` is the limit on locked memory that
-    libvirt gives the emulator, None where that is no limit at all.
-    """
-
-    fdgroup: str | None
-    devices: tuple[str, ...]
-    need_bytes: int | None
-
-
-def parse_definition(description: str) -> Definition:
-    """Reads a domain's XML as libvirt formats it, sizes in KiB. Raises IommufdError for anything else."""
+def parse_definition(description: str) -> Defined:
+    """Reads a domain's XML as libvirt has it. Raises IommufdError for anything else."""
     try:
-        root = parse_xml(description)
+        found = parse_domain(description)
     except IommufdError as exc:
-        raise IommufdError(f"libvirt's description of the domain cannot be read: it {exc}.") from exc
-    memory = _kibibytes(root, "memory", "")
-    hard_limit = root.findtext("memtune/hard_limit")
-    limit = None if hard_limit is None else _kibibytes(root, "memtune/hard_limit", hard_limit)
-    whole = root.find("iommufd")
-    enabled = whole is not None and whole.get("enabled") == "yes"
-    fdgroup = whole.get("fdgroup") if whole is not None and enabled else None
-    passed = [each for each in root.iterfind("devices/hostdev[@type='pci']") if each.get("mode") == "subsystem"]
-    passed += root.findall("devices/interface[@type='hostdev']")
-    devices = tuple(
-        address
-        for each in passed
-        if _driver(each, "yes" if enabled else "no") == "yes" and (address := _address(each)) is not None
+        raise IommufdError(f"libvirt's description of the domain cannot be read: {exc}.") from exc
+    return found._replace(
+        devices=found.devices[:_DEVICES_MAX],
+        addresses=found.addresses[:_DEVICES_MAX],
+        vdpa_nodes=found.vdpa_nodes[:_DEVICES_MAX],
     )
-    return Definition(fdgroup, devices[:_DEVICES_MAX], _need(root, memory, limit, len(passed)))
-
-
-def _kibibytes(root: Element, path: str, without: str) -> int:
-    try:
-        return number(root.findtext(path, without), SIZE_MAX // 1024) * 1024
-    except IommufdError as exc:
-        raise IommufdError(f"libvirt's description of the domain cannot be read: its <{path}> {exc}.") from exc
-
-
-def _driver(device: Element, default: str) -> str:
-    """Whether a device is passed through by iommufd: what it says itself counts more than what the domain says."""
-    driver = device.find("driver")
-    return default if driver is None else driver.get("iommufd", default)
-
-
-def _address(device: Element) -> str | None:
-    found = device.find("source/address")
-    if found is None:
-        return None
-    parts = [found.get(name, "0") for name in ("domain", "bus", "slot", "function")]
-    if not all(_HEXADECIMAL.fullmatch(each) for each in parts):
-        return None
-    return "{:04x}:{:02x}:{:02x}.{:x}".format(*(int(each, 16) for each in parts))
-
-
-def _need(root: Element, memory: int, hard_limit: int | None, passed: int) -> int | None:
-    """The limit that libvirt gives the emulator. See qemuDomainGetMemLockLimitBytes() in its src/qemu/qemu_domain.c.
-
-    POWER needs more than that; there it is libvirt itself that says so.
-    """
-    if hard_limit is not None:
-        return hard_limit
-    if root.find("memoryBacking/locked") is not None:
-        return None
-    if not passed:
-        return 0
-    # Behind a vIOMMU each device has an address space of its own, into which all of the memory may be mapped.
-    return min(memory * (passed if root.find("devices/iommu") is not None else 1) + _GIB, SIZE_MAX)
 
 
 class DomainSeen(NamedTuple):
     """What libvirt says of a domain, by way of the user's child. `version` is the daemon's, as libvirt counts.
 
-    `device_obstacles` are sentences: what keeps the user from its devices.
+    `obstacles` are sentences: what keeps the user from its devices. `pinning_vdpa`: how many of its vDPA devices are
+    known to pin its memory. `plain`: whether its emulator is known to give no capability to whoever executes it.
     """
 
     version: int
     uuid: str
     active: bool
     state: str
-    definition: Definition
+    definition: Defined
     obstacles: tuple[str, ...]
+    pinning_vdpa: int = 0
+    plain: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` takes."""
-        return {**self._asdict(), "definition": self.definition._asdict()}
+        devices = [each._asdict() for each in self.definition.devices]
+        return {**self._asdict(), "definition": {**self.definition._asdict(), "devices": devices}}
 
     @classmethod
     def from_json(cls, given: Any) -> DomainSeen:
@@ -199,16 +149,45 @@ class DomainSeen(NamedTuple):
                 member(given, "state", text),
                 member(given, "definition", _definition_from_json),
                 member(given, "obstacles", texts(_OBSTACLES_MAX)),
+                member(given, "pinning_vdpa", partial(number, most=_DEVICES_MAX)),
+                member(given, "plain", boolean),
             )
         except IommufdError as exc:
             raise IommufdError(f"What was learned of the domain cannot be read: {exc}.") from exc
 
 
-def _definition_from_json(given: object) -> Definition:
-    return Definition(
-        member(given, "fdgroup", or_none(text)),
-        member(given, "devices", texts(_DEVICES_MAX)),
-        member(given, "need_bytes", or_none(number)),
+def _definition_from_json(given: object) -> Defined:
+    return Defined(
+        name=member(given, "name", text),
+        memory=member(given, "memory", number),
+        devices=member(given, "devices", _devices_from_json),
+        viommu=member(given, "viommu", or_none(text)),
+        counted=member(given, "counted", or_none(number)),
+        hard_limit=member(given, "hard_limit", or_none(number)),
+        locked=member(given, "locked", boolean),
+        mem_lock=member(given, "mem_lock", or_none(boolean)),
+        user=member(given, "user", or_none(text)),
+        fdgroup=member(given, "fdgroup", or_none(text)),
+        emulator=member(given, "emulator", or_none(text)),
+        elastic=member(given, "elastic", number),
+        addresses=member(given, "addresses", texts(_DEVICES_MAX)),
+        vdpa_nodes=member(given, "vdpa_nodes", texts(_DEVICES_MAX)),
+    )
+
+
+def _devices_from_json(given: object) -> tuple[Device, ...]:
+    if not isinstance(given, list):
+        raise IommufdError("is no list")
+    if len(given) > _DEVICES_MAX:
+        raise IommufdError(f"has more than {_DEVICES_MAX} devices")
+    return tuple(
+        Device(
+            member(each, "backend", one_of(IOMMUFD, LEGACY, VDPA)),
+            member(each, "holder", text),
+            member(each, "mode", or_none(one_of(USER, PROCESS))),
+            member(each, "as_it_runs", boolean),
+        )
+        for each in given
     )
 
 
@@ -285,15 +264,17 @@ def look_at_domain(uri: str, name: str, unprivileged: bool) -> dict[str, Any]:
     with connected(uri) as (libvirt, connection):
         domain = _find(libvirt, connection, uri, name)
         definition = parse_definition(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
-        active = bool(domain.isActive())
-        return DomainSeen(
-            connection.getLibVersion(),
-            domain.UUIDString(),
-            active,
-            _state(domain),
-            definition,
-            tuple(islice(device_obstacles(definition.devices), _OBSTACLES_MAX)) if unprivileged and not active else (),
-        ).to_json()
+        seen = DomainSeen(
+            connection.getLibVersion(), domain.UUIDString(), bool(domain.isActive()), _state(domain), definition, ()
+        )
+        if not seen.active:
+            obstacles = device_obstacles(definition.addresses) if unprivileged else iter(())
+            seen = seen._replace(
+                obstacles=tuple(islice(obstacles, _OBSTACLES_MAX)),
+                pinning_vdpa=sum(map(pins_for_vdpa, definition.vdpa_nodes)),
+                plain=definition.emulator is not None and gives_nothing(definition.emulator),
+            )
+        return seen.to_json()
 
 
 def _state(domain: Any) -> str:
@@ -330,6 +311,45 @@ def _closed(address: str, node: str) -> str:
         f"PCI device {address} is {node} ({owner}), which uid {os.geteuid()} may not open for reading and writing: give"
         " it to that user by a udev rule for the subsystem vfio-dev."
     )
+
+
+def pins_for_vdpa(node: str) -> bool:
+    """Whether a vDPA device is known to pin memory. One that works with virtual addresses does not: see vhost/vdpa.c.
+
+    Of Linux's drivers those are that of VDUSE and, as its parameter says, that of the simulator.
+    """
+    try:
+        found = os.stat(node)
+        link = f"{_CHARACTER_DEVICES}/{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"
+        os.stat(link)
+        place = os.path.realpath(link).split("/")
+        if any(part.startswith("vdpasim") for part in place):
+            with open(_SIMULATOR) as stream:
+                return stream.read(1) == "N"
+    except (OSError, ValueError):
+        return False
+    is_vdpa = stat.S_ISCHR(found.st_mode) and place[-1].startswith("vhost-vdpa")
+    return is_vdpa and "vduse" not in place
+
+
+def gives_nothing(path: str) -> bool:
+    """Whether an executable is known to give no capability and no other user to whoever executes it.
+
+    Of a script it is not, since that executes something else.
+    """
+    try:
+        # It may be a FIFO.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return False
+    try:
+        mode = os.fstat(fd).st_mode
+        plain = stat.S_ISREG(mode) and not mode & (stat.S_ISUID | stat.S_ISGID)
+        return plain and os.read(fd, len(_ELF)) == _ELF and read_xattr(fd) is None
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def start_domain(uri: str, name: str, fdgroup: str, fd: int, paused: bool) -> dict[str, Any]:
@@ -485,13 +505,9 @@ class Endpoint(NamedTuple):
 
 def check_startable(name: str, libvirt: Endpoint, seen: DomainSeen) -> str:
     """The domain's fdgroup. Raises IommufdError where libvirt could not start it with an iommufd of ours."""
-    if seen.version < SINCE:
-        raise IommufdError(
-            f"libvirt {dotted_version(seen.version)} takes no iommufd from others: {dotted_version(SINCE)} is the first"
-            " that does. Upgrade libvirt and restart its daemon, or grant CAP_IPC_LOCK to the emulator instead."
-        )
     definition = seen.definition
     if not definition.fdgroup:
+        _check_takes(seen)
         itself = ""
         if libvirt.session is None:
             itself = " Or start it as any other: the system libvirt opens an iommufd and sets it itself."
@@ -499,33 +515,122 @@ def check_startable(name: str, libvirt: Endpoint, seen: DomainSeen) -> str:
             f"Domain {name} does not say that it gets its iommufd from somebody else. Add this line below <domain>"
             f" (virsh --connect {libvirt.uri} edit {name}): <iommufd enabled='yes' fdgroup='iommufd'/>{itself}"
         )
-    if not definition.devices:
+    if not definition.addresses:
         raise IommufdError(
             f"Domain {name} has no PCI device that is passed through by iommufd, so it needs no iommufd: give it a"
             " <hostdev> without <driver iommufd='no'/>, or start it as any other."
+        )
+    if libvirt.session is not None and definition.hard_limit is not None:
+        raise IommufdError(
+            f"Domain {name} has a <memtune><hard_limit>, which a user's own libvirt refuses: take it out of its XML"
+            f" (virsh --connect {libvirt.uri} edit {name})."
         )
     if seen.obstacles:
         raise IommufdError(f"Domain {name} cannot be started. {first_of(seen.obstacles)}")
     return definition.fdgroup
 
 
-def check_limit(name: str, user: User, daemon: Process, limit: Limit, need: int | None) -> None:
+def _check_takes(seen: DomainSeen) -> None:
+    """Raises IommufdError where libvirt knows no iommufd of somebody else's.
+
+    A domain that has said that it gets one has shown that libvirt knows it: libvirt leaves out of its description what
+    it does not know. For others, libvirt's files tell.
+    """
+    # Nearly always the domain says so, and to import this costs each task.
+    from ._libvirt import installed_libraries
+    from ._libvirt_files import takes_iommufd
+
+    takes = takes_iommufd(installed_libraries())
+    if takes is True or (takes is None and seen.version >= SINCE):
+        return
+    first = f"{dotted_version(SINCE)} is the first that does"
+    how = f"its files have nothing that does, and {first}"
+    if takes is None:
+        how = f"{first}. That is told by its version, since neither its library nor its schemas could be read"
+    raise IommufdError(
+        f"libvirt {dotted_version(seen.version)} takes no iommufd from others: {how}. Upgrade libvirt and restart its"
+        " daemon, or grant CAP_IPC_LOCK to the emulator instead."
+    )
+
+
+class Daemon(NamedTuple):
+    """A user's libvirt daemon that runs, and its hard limit on locked memory in bytes, None for unlimited.
+
+    `may`: whether it has CAP_SYS_RESOURCE, and may raise that. `gives`: whether it may hand CAP_IPC_LOCK on.
+    """
+
+    pid: int
+    title: str
+    hard: int | None
+    may: bool
+    gives: bool
+
+
+def look_at_daemon(target: Target) -> Daemon:
+    """Looks at a user's daemon. Raises as hold_target does."""
+
+    def look() -> Daemon:
+        with hold_target(target) as daemon:
+            hard = read_memlock(daemon).hard
+            may = CAP_SYS_RESOURCE in capability_names(daemon.status.effective)
+            return Daemon(daemon.pid, str(daemon), hard, may, CAP_IPC_LOCK in capability_names(daemon.status.permitted))
+
+    return Daemon(*in_child(None, look, _SECONDS))
+
+
+def vms_are_no_roots() -> bool:
+    """Whether the VMs of the system libvirt are known not to be root's."""
+    # libvirt gives it to the user that its VMs run as, each time the daemon starts.
+    try:
+        return os.stat(_SYSTEM_FOLDER).st_uid != 0
+    except OSError:
+        return False
+
+
+def check_limit(name: str, user: User, daemon: Daemon, defined: Defined) -> None:
     """Raises IommufdError where the daemon may not give the emulator the limit on locked memory that libvirt will ask.
 
     libvirt sets it on the emulator and fails if it may not, once everything else is done.
     """
-    enough = limit.hard is None or (need is not None and need <= limit.hard)
-    if enough or CAP_SYS_RESOURCE in capability_names(daemon.status.effective):
+    need = reckoned_limit(defined)
+    if need is None or daemon.may or daemon.hard is None or need <= daemon.hard:
         return
     needs, value = "none at all, because of <locked/>", "infinity"
-    if need is not None:
-        needs, value = f"{human_size(need)} by libvirt's reckoning, which is its memory and 1 GiB", str(need)
+    if need < UNLIMITED:
+        often = "its memory" if defined.counted == 1 else f"{defined.counted} times its memory"
+        needs, value = f"{human_size(need)} by libvirt's reckoning, which is {often} and 1 GiB", str(need)
     raise IommufdError(
-        f"RLIMIT_MEMLOCK of {daemon}, the libvirt of user {user.name}, is {human_size(limit.hard or 0)}, but domain"
+        f"RLIMIT_MEMLOCK of {daemon.title}, the libvirt of user {user.name}, is {human_size(daemon.hard)}, but domain"
         f" {name} takes {needs}. Give the user's service manager, from which the daemon has it, a higher one:"
         f" LimitMEMLOCK={value} in a drop-in of user@{user.uid}.service; then restart that, which ends all that the"
         " user runs."
     )
+
+
+def check_fit(name: str, libvirt: Endpoint, seen: DomainSeen, daemon: Daemon | None, mode: str) -> None:
+    """Raises IommufdError where the emulator is certain not to get all that it pins, in this mode.
+
+    `daemon` is that of a user's own libvirt.
+    """
+    session = libvirt.session
+    # What the emulator's file does not give it, it has only from root, or from a daemon of its own user's.
+    if session is None:
+        capable = None if seen.definition.user is not None or not seen.plain or not vms_are_no_roots() else False
+    else:
+        capable = None if session.uid == 0 or not seen.plain or daemon is None or daemon.gives else False
+    found = refusal(seen.definition, Start(mode, capable, seen.pinning_vdpa, os.sysconf("SC_PAGE_SIZE")))
+    if found is None:
+        return
+    cures = list(found.cures)
+    if session is None:
+        limit = f"<memtune><hard_limit unit='KiB'>{-(-found.enough // 1024)}</hard_limit></memtune>"
+        cures.append(f"give it {limit}, which is the limit of its control group, too")
+    elif not cures:
+        # libvirt refuses <hard_limit> there, and sets what it reckons, however much its daemon has.
+        limit = f"<memoryBacking><locked/></memoryBacking>, and user@{session.uid}.service LimitMEMLOCK=infinity"
+        cures.append(f"give it no limit, by {limit}")
+    told = ", or ".join(cures)
+    raise IommufdError(f"Domain {name} was not started: {found.reason} {told[0].upper()}{told[1:]}.")
 
 
 def foretell_changes(target: Target, wanted: int) -> tuple[dict[str, Any], list[tuple[str, Result]]]:
@@ -548,32 +653,6 @@ def _dry_runs(target: Target, wanted: int) -> tuple[dict[str, Any], list[tuple[s
             with contextlib.suppress(DescriptorGone, NotAnIommufd), borrow_iommufd(process, fd, rdevs) as iommufd:
                 found.append((f"iommufd {fd} of {process}", change(iommufd, RLIMIT_MODE, wanted, dry_run=True)))
         return process.describe(), found
-
-
-class DaemonLimit(NamedTuple):
-    """The process of a user's libvirt daemon and its hard limit on locked memory in bytes, None for unlimited.
-
-    `refused` is why a domain would not start for it, empty where nothing keeps it.
-    """
-
-    pid: int
-    hard: int | None
-    refused: str
-
-
-def look_at_daemon(target: Target, name: str, user: User, need: int | None) -> DaemonLimit:
-    """Looks at a user's daemon, before it starts a domain that needs so much. Raises as hold_target does."""
-
-    def look() -> DaemonLimit:
-        with hold_target(target) as daemon:
-            limit = read_memlock(daemon)
-            try:
-                check_limit(name, user, daemon, limit, need)
-            except IommufdError as exc:
-                return DaemonLimit(daemon.pid, limit.hard, str(exc))
-            return DaemonLimit(daemon.pid, limit.hard, "")
-
-    return DaemonLimit(*in_child(None, look, _SECONDS))
 
 
 def set_mode(fd: int, wanted: int, dry_run: bool) -> Result:

@@ -28,6 +28,7 @@ __all__ = (
     "harmless",
     "member",
     "number",
+    "one_of",
     "or_none",
     "parse_answer",
     "parse_xml",
@@ -123,6 +124,17 @@ def boolean(given: object) -> bool:
     if not isinstance(given, bool):
         raise IommufdError(f"is neither true nor false but {_brief(given)}")
     return given
+
+
+def one_of(*words: str) -> Callable[[object], str]:
+    """What reads one of these texts, and raises IommufdError for anything else."""
+
+    def read(given: object) -> str:
+        if given not in words:
+            raise IommufdError(f"is none of {', '.join(words)} but {_brief(given)}")
+        return str(given)
+
+    return read
 
 
 def texts(most: int) -> Callable[[object], tuple[str, ...]]:

@@ -33,6 +33,7 @@ __all__ = (
     "Session",
     "daemon_unit_of",
     "find_session_daemons",
+    "installed_libraries",
     "library_version",
     "look_at_libvirt",
     "offers_iommufd",
@@ -184,7 +185,7 @@ class Libvirt(NamedTuple):
 
 def look_at_libvirt(run: Run) -> Libvirt:
     """Looks at libvirt's files, and asks systemd for the daemon. `run` is as _systemd has it."""
-    libraries = [path for prefix in _PREFIXES for path in _libraries_below(prefix)]
+    libraries = installed_libraries()
     installed = _version_of(libraries)
     services = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("service", "socket")]
     try:
@@ -259,6 +260,11 @@ def _by_files(libvirt: Libvirt, libraries: list[str], started: float | None = No
         return libvirt
     files = read_libvirt_files(libraries, started)
     return libvirt._replace(files=files, msgs=(*libvirt.msgs, *files.msgs))
+
+
+def installed_libraries() -> list[str]:
+    """The files of libvirt's library at the usual places."""
+    return [path for prefix in _PREFIXES for path in _libraries_below(prefix)]
 
 
 def _libraries_below(prefix: str) -> list[str]:

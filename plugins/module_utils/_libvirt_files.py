@@ -23,13 +23,15 @@ from ._errors import IommufdError, error_text, printable
 from ._names import user_name
 from ._paths import reopen, walk
 
-__all__ = ("NOTHING_READ", "Abilities", "LibvirtFiles", "VmUser", "read_libvirt_files")
+__all__ = ("NOTHING_READ", "Abilities", "LibvirtFiles", "VmUser", "read_libvirt_files", "takes_iommufd")
 
 # Texts in libvirt.so.0, whatever its version says: a distribution may have taken the feature into an older one, or left
 # it out of a newer. virDomainHostdevDefFormat() in src/conf/domain_conf.c:
 _OFFERS = b" iommufd='"
 # What src/util/viriommufd.c logs, and how it fails; the one or the other may be worded differently.
 _SETS = (b"Set iommufd rlimit mode to ", b"failed to set memory accounting for iommufd")
+# virDomainDefValidateIommufd() in src/conf/domain_validate.c, where a domain may get its iommufd from somebody else.
+_TAKES = b"Setting 'fdgroup' when 'iommufd' is disabled"
 # What all of them have in them.
 _COMMON = b"iommufd"
 
@@ -43,6 +45,11 @@ _DEFINITIONS_MAX = 4096
 _PATIENCE = 10
 # Seconds: for the clock's slewing, and a tick's length.
 _SLACK = 1
+
+# The same as libvirt describes it to programs that check a domain's XML.
+_SCHEMAS = ("/usr/share/libvirt/schemas/domaincommon.rng", "/usr/local/share/libvirt/schemas/domaincommon.rng")
+_SCHEMA_MAX = 2**22
+_ELEMENT = re.compile(rb"<element name=[\"']iommufd[\"']>(.*?)</element>", re.DOTALL)
 
 _CONF = "/etc/libvirt/qemu.conf"
 # qemuStateInitialize() in src/qemu/qemu_driver.c gives it to the user that its VMs run as, each time the daemon starts.
@@ -100,6 +107,38 @@ def read_libvirt_files(libraries: Sequence[str], started: float | None) -> Libvi
         return NOTHING_READ._replace(msgs=(f"libvirt's files could not be read: {exc}",))
     abilities, user, emulators, msgs = given
     return LibvirtFiles(Abilities(*abilities), VmUser(*user), tuple(emulators), tuple(msgs))
+
+
+def takes_iommufd(libraries: Sequence[str]) -> bool | None:
+    """Whether libvirt takes an iommufd from somebody else for a domain, by its libraries and schemas; None if unknown.
+
+    What a distribution has taken from another version may be worded differently in the library, so the one or the other
+    suffices.
+    """
+    try:
+        given: bool | None = in_child(None, partial(_takes, libraries), _PATIENCE)
+    except IommufdError:
+        return None
+    return given
+
+
+def _takes(libraries: Sequence[str]) -> bool | None:
+    found = []
+    for look, paths in ((_library_takes, libraries), (_schema_takes, _SCHEMAS)):
+        for path in paths:
+            with contextlib.suppress(OSError):
+                found.append(look(path))
+    return any(found) if found else None
+
+
+def _library_takes(path: str) -> bool:
+    return _holds(path, (_TAKES,))[0]
+
+
+def _schema_takes(path: str) -> bool:
+    with open(path, "rb") as stream:
+        element = _ELEMENT.search(stream.read(_SCHEMA_MAX))
+    return element is not None and re.search(rb"<attribute name=[\"']fdgroup[\"']", element[1]) is not None
 
 
 def _read(libraries: Sequence[str], started: float | None) -> list[Any]:

@@ -77,16 +77,24 @@ attributes:
       - The module tries on an iommufd of its own whether the accounting could be set.
 requirements:
   - Linux 6.2 or later, built with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, with the kernel module C(iommufd) loaded.
-  - libvirt 12.2 or later, and its Python binding for the Python that Ansible uses on the host. That is the package
-    C(python3-libvirt) of Debian, Ubuntu, Fedora and Red Hat.
+  - libvirt 12.2 or later, or an older one into which a distribution has taken C(<iommufd fdgroup=...>), and its Python
+    binding for the Python that Ansible uses on the host. That is the package C(python3-libvirt) of Debian, Ubuntu,
+    Fedora and Red Hat. Whether libvirt knows that element is told by what it says of the domain, else by its library
+    and schemas, and by its version only where these cannot be read.
   - systemd, for a user's libvirt that does not run yet.
 notes:
   - B(Privilege.) The module needs root (C(become=true)) with CAP_SYS_RESOURCE in the initial user namespace. It also
     needs ptrace access to the emulator, to read the accounting at the end.
-  - B(The limit.) libvirt limits what the emulator may lock to the domain's memory and 1 GiB (with a virtual IOMMU, the
-    memory times the devices). Without privilege, it can do that only within the daemon's own RLIMIT_MEMLOCK, which is
-    that of the user's service manager. So C(LimitMEMLOCK=) of C(user@UID.service) must suffice for the domain that
-    needs most. The module reads the daemon's limit before it starts anything.
+  - B(The limit.) libvirt limits what the emulator may lock to the domain's memory and 1 GiB. RV(domain.memlock_bytes)
+    tells what else counts. Without privilege, it can do that only within the daemon's own RLIMIT_MEMLOCK, which is that
+    of the user's service manager. So C(LimitMEMLOCK=) of C(user@UID.service) must suffice for the domain that needs
+    most. The module reads the daemon's limit before it starts anything.
+  - B(What libvirt does not count.) With O(rlimit_mode=process), the memory of a domain counts twice in the emulator's
+    C(VmLck) if one device is passed through by iommufd and another one by the legacy container (C(<driver
+    iommufd='no'/>)). So it does if QEMU locks its memory itself. Then the limit can be too small, and QEMU would end
+    with error -12. For a vDPA device, C(VmPin) is checked in every mode and with every capability. The module refuses
+    to start a domain that is certain not to fit, and says what to change. It starts a domain of which that is not
+    certain, such as one whose emulator may have CAP_IPC_LOCK.
   - B(The daemon.) The module starts no daemon itself, since that daemon would have root's limits and be in Ansible's
     control group. The user's service manager starts it. Of the user's units C(virtqemud.socket), C(virtqemud.service),
     C(libvirtd.socket) and C(libvirtd.service), it starts the first that exists. If there is none, C(systemd-run) makes
@@ -276,9 +284,17 @@ domain:
     memlock_bytes:
       description:
         - The limit on locked memory that libvirt gives to its emulator, as this module computes it. V(null) for no
-          limit, and in check mode when libvirt does not run.
+          limit, and where RV(domain.memlock_unlimited) is V(null).
+        - That is the domain's C(<hard_limit>). Without it, the memory, times the C(<hostdev>) of VFIO if there is an
+          C(<iommu>), plus the memory once more for each vDPA device and each NVMe disk, plus 1 GiB.
       type: int
       sample: 2214592512
+    memlock_unlimited:
+      description:
+        - Whether libvirt sets no limit, as for C(<memoryBacking><locked/></memoryBacking>). V(null) in check mode when
+          libvirt does not run, and for POWER with KVM, where libvirt reckons otherwise.
+      type: bool
+      sample: false
 process:
   description: The domain's emulator.
   returned: when the domain runs, not in check mode before it is started
@@ -315,14 +331,18 @@ from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ..module_utils._accounting import UNLIMITED
 from ..module_utils._change import Result, explain
 from ..module_utils._child import NoAnswer, in_child
 from ..module_utils._device import new_iommufd
 from ..module_utils._domain_start import (
+    Daemon,
     DomainSeen,
     Endpoint,
     NoDaemon,
     Started,
+    check_fit,
+    check_limit,
     check_startable,
     dotted_version,
     foretell_changes,
@@ -332,6 +352,7 @@ from ..module_utils._domain_start import (
     set_mode,
     start_domain,
 )
+from ..module_utils._domain_xml import reckoned_limit
 from ..module_utils._errors import IommufdError
 from ..module_utils._iommufd import BUSY, CHANGED, RLIMIT_MODE, UNCHANGED
 from ..module_utils._module import Row, finish, memlock_row
@@ -364,6 +385,13 @@ def check_timeout(seconds: int) -> None:
     """Raises IommufdError where that is no time to wait."""
     if not 1 <= seconds <= TIMEOUT_MAX:
         raise IommufdError(f"timeout {seconds} is out of range: give 1 to {TIMEOUT_MAX} seconds.")
+
+
+def limit_row(reckoned: int | None) -> Row:
+    """What libvirt reckons for a domain, None for what is not known."""
+    if reckoned is None:
+        return {"memlock_bytes": None, "memlock_unlimited": None}
+    return memlock_row(None if reckoned >= UNLIMITED else reckoned)
 
 
 class DomainTask:
@@ -432,12 +460,12 @@ class DomainTask:
             "name": self.name,
             "uuid": seen and seen.uuid,
             "state": state,
-            "memlock_bytes": seen and seen.definition.need_bytes,
+            **limit_row(None if seen is None else reckoned_limit(seen.definition)),
         }
 
     def _start(self, seen: DomainSeen) -> None:
         fdgroup = check_startable(self.name, self.libvirt, seen)
-        self._read_limit(seen)
+        check_fit(self.name, self.libvirt, seen, self._read_limit(seen), self.mode)
         if self.dry_run:
             self._foretell(seen, seen.state)
             return
@@ -458,15 +486,15 @@ class DomainTask:
             self._diff(seen.state, self.result["domain"]["state"])
         self._compare(self._look_at_emulator(), became.started)
 
-    def _read_limit(self, seen: DomainSeen) -> None:
+    def _read_limit(self, seen: DomainSeen) -> Daemon | None:
         """Reads the limit of a user's daemon. Raises IommufdError where libvirt would fail for it."""
         target, session = self.libvirt.daemon(), self.libvirt.session
         if target is None or session is None:
-            return
-        limit = look_at_daemon(target, self.name, session, seen.definition.need_bytes)
-        self.result["libvirt"].update(pid=limit.pid, **memlock_row(limit.hard))
-        if limit.refused:
-            raise IommufdError(limit.refused)
+            return None
+        daemon = look_at_daemon(target)
+        self.result["libvirt"].update(pid=daemon.pid, **memlock_row(daemon.hard))
+        check_limit(self.name, session, daemon, seen.definition)
+        return daemon
 
     def _foretell(self, seen: DomainSeen | None, state: str | None) -> None:
         """What would happen, but for what only the start itself can tell. Raises IommufdError."""

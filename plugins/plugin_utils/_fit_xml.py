@@ -2,66 +2,21 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Private to this collection: what a libvirt domain's XML says of the memory that its devices pin. Pure functions.
-
-The XML is somebody else's. What it says of memory, of devices and of the limit is read, and nothing else.
-"""
+"""Private to this collection: the XML of a libvirt domain as memlock_fit is given it. Pure functions."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from ..module_utils._accounting import EACH, IOMMUFD, LEGACY, NO_VIOMMU, UNLIMITED, USER, VDPA, Device
+from ..module_utils import _domain_xml
+from ..module_utils._domain_xml import CONTAINER, LIBVIRTS, Defined
 from ..module_utils._errors import IommufdError
-from ..module_utils._foreign import number, parse_answer, parse_xml, shown_text
-from ..module_utils._size import SIZE_MAX, parse_size
 
-if TYPE_CHECKING:
-    from xml.etree.ElementTree import Element
-
-__all__ = ("CONTAINER", "DEVICES_MAX", "IOMMUFDS_MAX", "LIBVIRTS", "Defined", "parse_domain", "properties")
+__all__ = ("CONTAINER", "DEVICES_MAX", "IOMMUFDS_MAX", "LIBVIRTS", "Defined", "parse_domain")
 
 # More devices and iommufds than any VM has. What may be is counted out, so there has to be an end.
 DEVICES_MAX = 256
 IOMMUFDS_MAX = 4
-_ARGUMENTS_MAX = 4096
-
-# libvirt opens one iommufd for all <hostdev> of a domain; QEMU has one legacy container for all without a vIOMMU.
-LIBVIRTS = "the domain's iommufd"
-CONTAINER = "the legacy container"
-
-_QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
-# A vIOMMU that the IOMMU of the host may walk itself, which depends on more than these.
-_MAY_NEST = frozenset({"accel", "x-flts", "x-scalable-mode"})
-_OFF = frozenset({"off", "no", "false"})
-_ON = frozenset({"on", "yes", "true", True})
-
-
-class Defined(NamedTuple):
-    """What a domain's XML says.
-
-    `memory` in bytes. `devices`: those that pin, a mode as far as QEMU's command line tells it. `viommu`: as in Vm.
-    `counted`: how many times libvirt counts the memory for its limit, 0 where it sets none, None where that is another
-    reckoning. `hard_limit` in bytes, UNLIMITED for none, None where it is not there. `locked`: <locked/>. `mem_lock`:
-    whether QEMU locks its memory for a reason that libvirt does not know, None where that cannot be told. `user`: who
-    it is to run as, None where it does not say so. `fdgroup`: whether libvirt is given the iommufd. `emulator`: the
-    path of its program, None where libvirt chooses.
-    """
-
-    name: str
-    memory: int
-    devices: tuple[Device, ...]
-    viommu: str | None
-    counted: int | None
-    hard_limit: int | None
-    locked: bool
-    mem_lock: bool | None
-    user: str | None
-    fdgroup: bool
-    emulator: str | None
 
 
 def parse_domain(description: Any) -> Defined:
@@ -69,190 +24,10 @@ def parse_domain(description: Any) -> Defined:
     if not isinstance(description, str):
         raise IommufdError(f"domain_xml: a {type(description).__name__} is no XML: give the text of virsh dumpxml.")
     try:
-        root = parse_xml(description)
+        found = _domain_xml.parse_domain(description)
     except IommufdError as exc:
-        raise IommufdError(f"domain_xml: It {exc}.") from exc
-    if root.tag != "domain":
-        raise IommufdError("domain_xml: It is no domain: give what virsh dumpxml prints.")
-    commandline = _Commandline(root)
-    passed = _passed(root)
-    vdpa = [*root.iterfind("devices/interface[@type='vdpa']"), *root.iterfind("devices/disk[@type='vhostvdpa']")]
-    # A disk may be one of a chain.
-    nvme = sum(each.get("type") == "nvme" for disk in root.iterfind("devices/disk") for each in disk.iter())
-    if len(passed) + len(vdpa) + nvme + len(commandline.devices) > DEVICES_MAX:
+        told = str(exc)
+        raise IommufdError(f"domain_xml: {told[0].upper()}{told[1:]}.") from exc
+    if len(found.devices) > DEVICES_MAX:
         raise IommufdError(f"domain_xml: It has more than {DEVICES_MAX} devices that pin memory.")
-    of_libvirt = [*map(_passed_device, passed), *(Device(VDPA) for _each in vdpa)]
-    of_libvirt += [Device(LEGACY, f"nvme {each}") for each in range(nvme)]
-    return Defined(
-        name=shown_text(root.findtext("name") or ""),
-        memory=_bytes(root.find("memory"), "memory"),
-        devices=(*of_libvirt, *commandline.devices),
-        viommu=_viommu(root, commandline),
-        counted=_counted(root, len(passed), len(vdpa) + nvme),
-        hard_limit=_hard_limit(root),
-        locked=root.find("memoryBacking/locked") is not None,
-        mem_lock=None if commandline.unread else commandline.mem_lock,
-        user=_user(root),
-        fdgroup=_whole(root, "fdgroup") is not None,
-        emulator=root.findtext("devices/emulator"),
-    )
-
-
-def _bytes(element: Element | None, name: str) -> int:
-    """A size, which libvirt counts in KiB where it has no unit."""
-    text = "" if element is None else (element.text or "").strip()
-    unit = "KiB" if element is None else element.get("unit", "KiB")
-    try:
-        return parse_size(f"{number(text, SIZE_MAX)}{'' if unit in ('b', 'bytes') else unit}")
-    except IommufdError as exc:
-        raise IommufdError(f"domain_xml: Its <{name}> is no size: {exc}") from exc
-
-
-def _hard_limit(root: Element) -> int | None:
-    found = root.find("memtune/hard_limit")
-    if found is None:
-        return None
-    # libvirt's own word for no limit is larger than any size.
-    text, unit = (found.text or "").strip(), found.get("unit", "KiB")
-    if unit == "KiB" and re.fullmatch("9007199254740991|-1", text):
-        return UNLIMITED
-    return _bytes(found, "hard_limit")
-
-
-def _whole(root: Element, name: str) -> str | None:
-    """What <iommufd> of the whole domain says, where that is enabled."""
-    found = root.find("iommufd")
-    return found.get(name) if found is not None and found.get("enabled") == "yes" else None
-
-
-def _passed(root: Element) -> list[tuple[Element, bool, str]]:
-    """What libvirt counts as devices of VFIO: each, whether it is an mdev, and whether it is had by iommufd."""
-    default = "yes" if _whole(root, "enabled") else "no"
-    found = [
-        *(each for each in root.iterfind("devices/hostdev[@mode='subsystem']") if each.get("type") in ("pci", "mdev")),
-        *root.iterfind("devices/interface[@type='hostdev']"),
-    ]
-    drivers = [(each, each.find("driver")) for each in found]
-    return [
-        (each, each.get("type") == "mdev", default if driver is None else driver.get("iommufd", default))
-        for each, driver in drivers
-    ]
-
-
-def _passed_device(passed: tuple[Element, bool, str]) -> Device:
-    _element, mdev, by_iommufd = passed
-    return Device(IOMMUFD, LIBVIRTS, None, mdev) if by_iommufd == "yes" else Device(LEGACY, CONTAINER, None, mdev)
-
-
-def _counted(root: Element, passed: int, others: int) -> int | None:
-    """See qemuDomainGetMemLockLimitBytes() in libvirt's src/qemu/qemu_domain.c; POWER has a reckoning of its own."""
-    kind = root.find("os/type")
-    if kind is not None and kind.get("arch", "").startswith("ppc64"):
-        return None
-    return (passed if root.find("devices/iommu") is not None else min(passed, 1)) + others
-
-
-def _viommu(root: Element, commandline: _Commandline) -> str | None:
-    kind = root.find("os/type")
-    if commandline.unread or (kind is not None and kind.get("arch", "").startswith("ppc64")):
-        return None
-    found = root.findall("devices/iommu")
-    if commandline.may_nest or any(_may_nest(part.attrib) for each in found for part in each.iter()):
-        return None
-    return EACH if found or commandline.viommu else NO_VIOMMU
-
-
-def _may_nest(properties_: Mapping[str, Any]) -> bool:
-    """Whether a vIOMMU with these may be a nested one."""
-    return any(str(properties_.get(name, "off")).lower() not in _OFF for name in _MAY_NEST)
-
-
-def _user(root: Element) -> str | None:
-    """The user in <seclabel model='dac'>, which counts more than what qemu.conf says."""
-    for each in root.iterfind("seclabel[@model='dac']"):
-        found = re.match(r"\+?([^:+]+):", (each.findtext("label") or "").strip())
-        if found:
-            return shown_text(found[1])
-    return None
-
-
-def properties(text: str, implied: str) -> dict[str, Any]:
-    """The properties in an argument of QEMU's: `implied,key=value,...`, with a comma in a value twice, or JSON."""
-    if text.startswith("{"):
-        try:
-            found = parse_answer(text.encode("utf-8", "backslashreplace"))
-        except IommufdError:
-            return {}
-        return found if isinstance(found, dict) else {}
-    parts = (part.replace("\0", ",").partition("=") for part in text.replace(",,", "\0").split(","))
-    first, *rest = parts
-    pairs = [first if first[1] else (implied, "=", first[0]), *rest]
-    return {key: value if equals else "on" for key, equals, value in pairs}
-
-
-class _Commandline:
-    """What the arguments say that the XML has for QEMU, of which libvirt knows nothing. `unread`: there may be more."""
-
-    def __init__(self, root: Element) -> None:
-        self.devices: list[Device] = []
-        self.viommu = self.may_nest = self.mem_lock = self.unread = False
-        arguments = [each.get("value", "") for each in root.iterfind(f"{_QEMU}commandline/{_QEMU}arg")]
-        if len(arguments) > _ARGUMENTS_MAX:
-            raise IommufdError(f"domain_xml: It has more than {_ARGUMENTS_MAX} arguments for QEMU.")
-        self.unread = root.find(f"{_QEMU}override") is not None
-        self._iommufds: dict[str, str | None] = {}
-        for option, value in self._options(arguments):
-            if option == "object":
-                self._object(properties(value, "qom-type"))
-        for option, value in self._options(arguments):
-            self._take(option, value)
-
-    @staticmethod
-    def _options(arguments: list[str]) -> Iterator[tuple[str, str]]:
-        for each, value in zip(arguments, chain(arguments[1:], [""])):
-            if each.startswith("-"):
-                yield each.lstrip("-"), value
-
-    def _object(self, found: dict[str, Any]) -> None:
-        if found.get("qom-type") == "iommufd":
-            # Without a descriptor QEMU opens it, with the first device, and nobody has the time to set its mode.
-            self._iommufds[str(found.get("id"))] = None if "fd" in found else USER
-
-    def _take(self, option: str, value: str) -> None:
-        if option == "device":
-            self._device(properties(value, "driver"))
-        elif option in ("machine", "M"):
-            self._add_viommu(str(properties(value, "type").get("iommu", "none")) != "none", {})
-        elif option in ("overcommit", "realtime"):
-            found = properties(value, "")
-            self.mem_lock |= bool(_ON.intersection((found.get("mem-lock"), found.get("mlock"))))
-        elif option == "netdev":
-            found = properties(value, "type")
-            self._add(Device(VDPA), found.get("type") == "vhost-vdpa")
-        elif option in ("drive", "blockdev"):
-            found = properties(value, "")
-            by_url = str(found.get("file", "")).startswith("nvme://")
-            nvme = Device(LEGACY, f"{option} {len(self.devices)}")
-            self._add(nvme, by_url or "nvme" in (found.get("driver"), found.get("file.driver")))
-        self.unread |= option in ("readconfig", "set", "global")
-
-    def _device(self, found: dict[str, Any]) -> None:
-        driver = str(found.get("driver", ""))
-        if driver.startswith("vfio-"):
-            named = found.get("iommufd")
-            # An mdev has no other name, and its path may lead through any folder of sysfs that a PCI device's does.
-            mdev = "sysfsdev" in found
-            if named is None:
-                self._add(Device(LEGACY, CONTAINER, None, mdev))
-            else:
-                self._add(Device(IOMMUFD, shown_text(str(named)), self._iommufds.get(str(named)), mdev))
-        self._add(Device(VDPA), driver.startswith("vhost-vdpa-device"))
-        self._add_viommu("iommu" in driver or "smmu" in driver, found)
-
-    def _add(self, device: Device, there: bool = True) -> None:
-        if there:
-            self.devices.append(device)
-
-    def _add_viommu(self, there: bool, found: dict[str, Any]) -> None:
-        self.viommu |= there
-        self.may_nest |= there and _may_nest(found)
+    return found

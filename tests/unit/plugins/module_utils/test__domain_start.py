@@ -8,40 +8,53 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _daemon, _device, _domain_start
+from ansible_collections.virt.iommufd.plugins.module_utils import _daemon, _device, _domain_start, _libvirt_files
+from ansible_collections.virt.iommufd.plugins.module_utils._accounting import (
+    IOMMUFD,
+    NO_VIOMMU,
+    UNLIMITED,
+    VDPA,
+    Device,
+)
 from ansible_collections.virt.iommufd.plugins.module_utils._daemon import start_daemon
 from ansible_collections.virt.iommufd.plugins.module_utils._device import new_iommufd
 from ansible_collections.virt.iommufd.plugins.module_utils._domain_start import (
-    Definition,
+    Daemon,
     DomainSeen,
     Endpoint,
     NoDaemon,
     SessionDaemon,
     SessionDomain,
+    check_fit,
     check_limit,
     check_startable,
     device_obstacles,
     dotted_version,
+    gives_nothing,
     log_end,
     log_file,
+    look_at_daemon,
     look_at_domain,
     parse_definition,
+    pins_for_vdpa,
     start_domain,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._domain_xml import LIBVIRTS, Defined, reckoned_limit
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._named_target import DomainTarget
 from ansible_collections.virt.iommufd.plugins.module_utils._pidfile import PidfileTarget
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
-from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Limit, own_status
-from ansible_collections.virt.iommufd.plugins.module_utils._target import hold_target
+from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import own_status
+from ansible_collections.virt.iommufd.plugins.module_utils._target import PidTarget, hold_target
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 from ansible_collections.virt.iommufd.tests.unit.fake_libvirt import FakeDomain, FakeLibvirt
@@ -55,6 +68,11 @@ DEVICE = """
   <source><address domain='0x0000' bus='0x00' slot='0x0{}' function='0x1'/></source>
 </hostdev>
 """
+
+
+MDEV = "<hostdev mode='subsystem' type='mdev' model='vfio-pci'><source/></hostdev>"
+VDPA_NET = "<interface type='vdpa'><source dev='/dev/vhost-vdpa-0'/></interface>"
+NVME = "<disk type='nvme'><source type='pci'/></disk>"
 
 
 def xml(devices: str = DEVICE.format("", 5), more: str = "<iommufd enabled='yes' fdgroup='g'/>") -> str:
@@ -71,45 +89,52 @@ def libvirt(monkeypatch: pytest.MonkeyPatch) -> FakeLibvirt:
 
 
 @pytest.mark.parametrize(
-    ("text", "definition"),
+    ("text", "expected"),
     [
-        (xml(), Definition("g", ("0000:00:05.1",), 2 * GIB)),
-        (xml(more=""), Definition(None, (), 2 * GIB)),
-        (xml(more="<iommufd enabled='no' fdgroup='g'/>"), Definition(None, (), 2 * GIB)),
-        (xml(more="<iommufd enabled='yes'/>"), Definition(None, ("0000:00:05.1",), 2 * GIB)),
+        (xml(), ("g", ("0000:00:05.1",), 2 * GIB)),
+        (xml(more=""), (None, (), 2 * GIB)),
+        (xml(more="<iommufd enabled='no' fdgroup='g'/>"), (None, (), 2 * GIB)),
+        (xml(more="<iommufd enabled='yes'/>"), (None, ("0000:00:05.1",), 2 * GIB)),
         # what a device says itself counts more
         (
             xml(DEVICE.format("<driver name='vfio' iommufd='yes'/>", 5), ""),
-            Definition(None, ("0000:00:05.1",), 2 * GIB),
+            (None, ("0000:00:05.1",), 2 * GIB),
         ),
-        (xml(DEVICE.format("<driver iommufd='no'/>", 5)), Definition("g", (), 2 * GIB)),
-        (xml(DEVICE.format("<driver name='vfio'/>", 5)), Definition("g", ("0000:00:05.1",), 2 * GIB)),
+        (xml(DEVICE.format("<driver iommufd='no'/>", 5)), ("g", (), 2 * GIB)),
+        (xml(DEVICE.format("<driver name='vfio'/>", 5)), ("g", ("0000:00:05.1",), 2 * GIB)),
         # several, and a network card of an interface
         (
             xml(
                 DEVICE.format("", 5)
                 + DEVICE.format("", "A").replace("hostdev", "interface").replace("'pci'", "'hostdev'")
             ),
-            Definition("g", ("0000:00:05.1", "0000:00:0a.1"), 2 * GIB),
+            ("g", ("0000:00:05.1", "0000:00:0a.1"), 2 * GIB),
         ),
-        (xml(DEVICE.format("", 5) * 2 + "<iommu model='intel'/>"), Definition("g", ("0000:00:05.1",) * 2, 3 * GIB)),
+        (xml(DEVICE.format("", 5) * 2 + "<iommu model='intel'/>"), ("g", ("0000:00:05.1",) * 2, 3 * GIB)),
         # what is no such device
         (
             xml("<hostdev mode='subsystem' type='usb'/><hostdev mode='capabilities' type='pci'/>"),
-            Definition("g", (), 0),
+            ("g", (), 0),
         ),
-        (xml("<hostdev mode='subsystem' type='pci'/>"), Definition("g", (), 2 * GIB)),
-        (xml(DEVICE.format("", "x")), Definition("g", (), 2 * GIB)),
+        (xml("<hostdev mode='subsystem' type='pci'/>"), ("g", (), 2 * GIB)),
+        (xml(DEVICE.format("", "x")), ("g", (), 2 * GIB)),
         # what else decides on the limit
         (
             xml(more="<memtune><hard_limit unit='KiB'>4</hard_limit></memtune>"),
-            Definition(None, (), 4096),
+            (None, (), 4096),
         ),
-        (xml(more="<memoryBacking><locked/></memoryBacking>"), Definition(None, (), None)),
+        (xml(more="<memoryBacking><locked/></memoryBacking>"), (None, (), UNLIMITED)),
+        # what libvirt counts beside <hostdev>, and devices with both backends, which it counts as one
+        (xml(DEVICE.format("", 5) + VDPA_NET * 2 + NVME), ("g", ("0000:00:05.1",), 5 * GIB)),
+        (xml(MDEV, ""), (None, (), 2 * GIB)),
+        (xml(DEVICE.format("", 5) + DEVICE.format("<driver iommufd='no'/>", 6)), ("g", ("0000:00:05.1",), 2 * GIB)),
+        # which reckons otherwise
+        (xml(more="<os><type arch='ppc64le'>hvm</type></os>").replace("'qemu'", "'kvm'"), (None, (), None)),
     ],
 )
-def test_definition(text: str, definition: Definition) -> None:
-    assert parse_definition(text) == definition
+def test_definition(text: str, expected: tuple[str | None, tuple[str, ...], int | None]) -> None:
+    found = parse_definition(text)
+    assert (found.fdgroup, found.addresses, reckoned_limit(found)) == expected
 
 
 @pytest.mark.parametrize("text", ["", "<domain/>", "<domain><memory>much</memory></domain>", "<domain"])
@@ -165,8 +190,8 @@ def test_whatever_a_libvirt_says_of_a_domain() -> None:
             at = chance.randrange(len(spoilt))
             spoilt[at : at + chance.randrange(2)] = [chance.choice([*pieces, *nasty])] * chance.randrange(3)
         try:
-            need = parse_definition("".join(spoilt)).need_bytes
-            read += need is None or 0 <= need < 2**63
+            need = reckoned_limit(parse_definition("".join(spoilt)))
+            read += need == UNLIMITED or (need is not None and 0 <= need < 2**63)
         except IommufdError as exc:
             refused += str(exc).startswith("libvirt's description of the domain cannot be read: ")
     # Each was one of the two, and both have happened.
@@ -176,29 +201,40 @@ def test_whatever_a_libvirt_says_of_a_domain() -> None:
 
 def test_no_definition_needs_more_than_any_size() -> None:
     definition = f"<domain><memory>{2**53 - 1}</memory><devices>{DEVICE.format('', 5) * 3}<iommu/></devices></domain>"
-    assert parse_definition(definition).need_bytes == 2**63 - 1
+    assert reckoned_limit(parse_definition(definition)) == 2**63 - 1
 
 
 def test_an_address_of_any_length_is_none() -> None:
-    assert parse_definition(xml(DEVICE.format("", "f" * 5000))).devices == ()
-    assert parse_definition(xml(DEVICE.format("", "\u0661"))).devices == ()
+    assert parse_definition(xml(DEVICE.format("", "f" * 5000))).addresses == ()
+    assert parse_definition(xml(DEVICE.format("", "\u0661"))).addresses == ()
 
 
-SEEN = DomainSeen(12_008_000, "u-u-i-d", False, "shut off", Definition("g", ("0000:00:05.1",), 2 * GIB), ("No way.",))
+def defined(fdgroup: str | None, addresses: tuple[str, ...], **changes: Any) -> Defined:
+    """A domain of 1 GiB with one device by iommufd."""
+    devices = (Device(IOMMUFD, LIBVIRTS),)
+    found = Defined("vm1", GIB, devices, NO_VIOMMU, 1, None, False, False, None, fdgroup, None, addresses=addresses)
+    return found._replace(**changes)
+
+
+SEEN = DomainSeen(12_008_000, "u-u-i-d", False, "shut off", defined("g", ("0000:00:05.1",)), ("No way.",))
 
 
 def test_what_was_seen_crosses_over_to_another_process() -> None:
     assert DomainSeen.from_json(json.loads(json.dumps(SEEN.to_json()))) == SEEN
-    bare = SEEN._replace(definition=Definition(None, (), None), obstacles=())
+    bare = SEEN._replace(definition=defined(None, (), devices=(), viommu=None, counted=None), obstacles=())
     assert DomainSeen.from_json(json.loads(json.dumps(bare.to_json()))) == bare
 
 
 def test_more_devices_than_any_domain_has() -> None:
     definition = parse_definition(xml(DEVICE.format("", 5) * 2000))
-    assert (len(definition.devices), definition.need_bytes) == (256, parse_definition(xml()).need_bytes)
+    assert (len(definition.addresses), len(definition.devices)) == (256, 256)
+    assert reckoned_limit(definition) == reckoned_limit(parse_definition(xml()))
     seen = SEEN._replace(definition=definition, obstacles=("No way.",) * 512)
     assert DomainSeen.from_json(json.loads(json.dumps(seen.to_json()))) == seen
-    for change in ({"obstacles": ["No."] * 513}, {"definition": {**definition._asdict(), "devices": ["a"] * 257}}):
+    for change in (
+        {"obstacles": ["No."] * 513},
+        {"definition": {**seen.to_json()["definition"], "addresses": ["a"] * 257}},
+    ):
         with pytest.raises(IommufdError, match=r"has more than [0-9]+ texts\.$"):
             DomainSeen.from_json({**seen.to_json(), **change})
 
@@ -210,7 +246,28 @@ def test_not_all_obstacles_are_told() -> None:
     assert len(str(raised.value)) < 4300
 
 
-@pytest.mark.parametrize("change", [{"version": "x"}, {"definition": 3}, {"obstacles": None}, {"definition": {}}])
+DEFINITION = SEEN.to_json()["definition"]
+ROW = DEFINITION["devices"][0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": "x"},
+        {"definition": 3},
+        {"obstacles": None},
+        {"definition": {}},
+        {"pinning_vdpa": 257},
+        {"plain": None},
+        {"definition": {**DEFINITION, "devices": "a"}},
+        {"definition": {**DEFINITION, "devices": [ROW] * 257}},
+        {"definition": {**DEFINITION, "devices": [{**ROW, "backend": "other"}]}},
+        {"definition": {**DEFINITION, "devices": [{**ROW, "backend": []}]}},
+        {"definition": {**DEFINITION, "devices": [{**ROW, "mode": "none"}]}},
+        {"definition": {**DEFINITION, "memory": -1}},
+        {"definition": {**DEFINITION, "hard_limit": 10**30}},
+    ],
+)
 def test_what_another_process_made_up(change: dict[str, Any]) -> None:
     with pytest.raises(IommufdError, match="cannot be read"):
         DomainSeen.from_json({**SEEN.to_json(), **change})
@@ -232,7 +289,8 @@ def test_look(libvirt: FakeLibvirt, unprivileged: bool) -> None:
     assert seen.version == libvirt.version
     assert seen.uuid == "8e3ae1bb-0f0e-4a0f-8f55-1a8f0b2a1c51"
     assert (seen.active, seen.state) == (False, "shut off")
-    assert seen.definition == Definition("g", ("0000:00:05.1",), 2 * GIB)
+    assert seen.definition == defined("g", ("0000:00:05.1",))
+    assert (seen.pinning_vdpa, seen.plain) == (0, False)
     assert seen.obstacles == (("This host has no PCI device 0000:00:05.1.",) if unprivileged else ())
     assert libvirt.opened == [SESSION]
     assert libvirt.closed == 1
@@ -576,10 +634,14 @@ LINE = r"edit vm1\): <iommufd enabled='yes' fdgroup='iommufd'/>"
 @pytest.mark.parametrize(
     ("uri", "change", "words"),
     [
-        (SESSION, {"version": 12_001_999}, r"^libvirt 12.1.999 takes no iommufd from others: 12.2.0 is the first"),
-        (SESSION, {"definition": Definition(None, ("d",), 0)}, LINE + "$"),
-        (SYSTEM, {"definition": Definition(None, ("d",), 0)}, LINE + " Or start it as any other: the system libvirt"),
-        (SESSION, {"definition": Definition("g", (), 0)}, r"has no PCI device that is passed through by iommufd"),
+        (SESSION, {"definition": defined(None, ("d",))}, LINE + "$"),
+        (SYSTEM, {"definition": defined(None, ("d",))}, LINE + " Or start it as any other: the system libvirt"),
+        (SESSION, {"definition": defined("g", ())}, r"has no PCI device that is passed through by iommufd"),
+        (
+            SESSION,
+            {"definition": defined("g", ("d",), hard_limit=GIB)},
+            r"^Domain vm1 has a <memtune><hard_limit>, which a user's own libvirt refuses: take it out",
+        ),
         (SESSION, {}, r"^Domain vm1 cannot be started\. No way\.$"),
     ],
 )
@@ -588,33 +650,244 @@ def test_what_cannot_be_started(uri: str, change: dict[str, Any], words: str) ->
         check_startable("vm1", Endpoint(uri, VM), SEEN._replace(**change))
 
 
-def daemon(effective: int = 0) -> Process:
-    return Process(42, "libvirtd", "vm", own_status()._replace(effective=effective), 0, -1)
+UNSAID = SEEN._replace(definition=defined(None, ("d",)), obstacles=())
 
 
 @pytest.mark.parametrize(
-    ("limit", "need", "effective"),
-    [(2 * GIB, 2 * GIB, 0), (None, None, 0), (None, GIB, 0), (0, GIB, 1 << 24), (0, None, 1 << 24)],
-)
-def test_a_limit_that_is_enough(limit: int | None, need: int | None, effective: int) -> None:
-    check_limit("vm1", VM, daemon(effective), Limit(0, limit), need)
-
-
-@pytest.mark.parametrize(
-    ("need", "words"),
+    ("version", "takes", "words"),
     [
+        # a backport, and a release without it: its files count
+        (11_010_000, True, LINE),
+        (12_008_000, False, "^libvirt 12.8.0 takes no iommufd from others: its files have nothing that does, and 12.2"),
+        (11_003_000, False, "^libvirt 11.3.0 takes no iommufd from others: its files have nothing that does, and 12.2"),
+        # nothing but the version is known
+        (12_002_000, None, LINE),
         (
-            2 * GIB,
-            r"is 8 MiB, but domain vm1 takes 2 GiB by .* LimitMEMLOCK=2147483648 in a drop-in of user@1001\.service",
+            12_001_999,
+            None,
+            r"^libvirt 12.1.999 takes no iommufd from others: 12.2.0 is the first that does\. That is told by its ver",
         ),
-        (None, r"vm1 takes none at all, because of <locked/>\. .* LimitMEMLOCK=infinity in"),
     ],
 )
-def test_a_limit_that_is_too_low(need: int | None, words: str) -> None:
+@pytest.mark.parametrize("uri", [SESSION, SYSTEM])
+def test_whether_libvirt_takes_an_iommufd(
+    monkeypatch: pytest.MonkeyPatch, uri: str, version: int, takes: bool | None, words: str
+) -> None:
+    monkeypatch.setattr(_libvirt_files, "takes_iommufd", lambda _libraries: takes)
+    seen = UNSAID._replace(version=version)
+    with pytest.raises(IommufdError, match=words):
+        check_startable("vm1", Endpoint(uri, VM), seen)
+    # What a domain says that libvirt has not left out, libvirt knows, whatever else tells.
+    assert check_startable("vm1", Endpoint(uri, VM), seen._replace(definition=defined("g", ("d",)))) == "g"
+
+
+def daemon(hard: int | None, may: bool = False, gives: bool = False) -> Daemon:
+    return Daemon(42, "libvirtd (pid 42)", hard, may, gives)
+
+
+def of_need(need: int | None) -> Defined:
+    """A domain of which libvirt reckons so much."""
+    found = defined("g", ("d",), memory=(need or GIB) - GIB, locked=need == UNLIMITED)
+    return found._replace(counted=None) if need is None else found
+
+
+@pytest.mark.parametrize(
+    ("limit", "need", "may"),
+    [
+        (2 * GIB, 2 * GIB, False),
+        (None, UNLIMITED, False),
+        (None, GIB, False),
+        (0, 2 * GIB, True),
+        (0, UNLIMITED, True),
+        # Whatever libvirt will reckon.
+        (0, None, False),
+    ],
+)
+def test_a_limit_that_is_enough(limit: int | None, need: int | None, may: bool) -> None:
+    check_limit("vm1", VM, daemon(limit, may), of_need(need))
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (
+            of_need(2 * GIB),
+            r"is 8 MiB, but domain vm1 takes 2 GiB by .* LimitMEMLOCK=2147483648 in a drop-in of user@1001\.service",
+        ),
+        (
+            of_need(2 * GIB)._replace(counted=3),
+            "vm1 takes 4 GiB by libvirt's reckoning, which is 3 times its memory and 1 GiB",
+        ),
+        (of_need(UNLIMITED), r"vm1 takes none at all, because of <locked/>\. .* LimitMEMLOCK=infinity in"),
+    ],
+)
+def test_a_limit_that_is_too_low(found: Defined, words: str) -> None:
     with pytest.raises(
         IommufdError, match=r"^RLIMIT_MEMLOCK of libvirtd \(pid 42\), the libvirt of user vm, " + ".*" + words
     ):
-        check_limit("vm1", VM, daemon(), Limit(0, 2**23), need)
+        check_limit("vm1", VM, daemon(2**23), found)
+
+
+def test_a_daemon_that_is_looked_at() -> None:
+    found = look_at_daemon(PidTarget(os.getpid()))
+    hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+    assert (found.pid, found.hard) == (os.getpid(), None if hard == resource.RLIM_INFINITY else hard)
+    assert found.title.endswith(f"(pid {os.getpid()})")
+    own = own_status()
+    assert (found.may, found.gives) == (bool(own.effective & 1 << 24), bool(own.permitted & 1 << 14))
+
+
+MIXED = xml(DEVICE.format("", 5) + DEVICE.format("<driver iommufd='no'/>", 6)).replace("1048576", "2097152")
+
+
+def starting(text: str, **changes: Any) -> DomainSeen:
+    """What was seen of a domain whose emulator gives no capability."""
+    return SEEN._replace(definition=parse_definition(text), obstacles=(), plain=True, **changes)
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        (
+            SESSION,
+            "Domain vm1 was not started: its memory of 2 GiB counts twice in VmLck, for an iommufd that charges per"
+            " process and VFIO's legacy container. That takes 4 GiB at least, and its limit on locked memory is 3 GiB."
+            " Pass all of its PCI devices through by iommufd (without <driver iommufd='no'/>), or start it with"
+            " rlimit_mode=user.",
+        ),
+        (
+            SYSTEM,
+            " start it with rlimit_mode=user, or give it <memtune><hard_limit unit='KiB'>5242880</hard_limit>"
+            "</memtune>, which is the limit of its control group, too.",
+        ),
+    ],
+)
+def test_a_domain_that_would_not_fit(monkeypatch: pytest.MonkeyPatch, uri: str, words: str) -> None:
+    monkeypatch.setattr(_domain_start, "vms_are_no_roots", lambda: True)
+    given = daemon(8 * GIB) if uri == SESSION else None
+    with pytest.raises(IommufdError) as raised:
+        check_fit("vm1", Endpoint(uri, VM), starting(MIXED), given, "process")
+    assert words in str(raised.value)
+    check_fit("vm1", Endpoint(uri, VM), starting(MIXED), given, "user")
+
+
+def test_a_domain_that_only_no_limit_helps() -> None:
+    """A session libvirt gives what it reckons, however much its daemon has."""
+    qemu = "xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'"
+    words = "-drive file=nvme://0000:01:00.0/1 -drive file=nvme://0000:02:00.0/1"
+    arguments = "".join(f"<qemu:arg value='{each}'/>" for each in words.split())
+    text = xml().replace("<domain", f"<domain {qemu}").replace("1048576", "2097152")
+    text = text.replace("</domain>", f"<qemu:commandline>{arguments}</qemu:commandline></domain>")
+    with pytest.raises(IommufdError) as raised:
+        check_fit("vm1", Endpoint(SESSION, VM), starting(text), daemon(8 * GIB), "user")
+    assert str(raised.value).endswith(
+        " Give it no limit, by <memoryBacking><locked/></memoryBacking>, and user@1001.service LimitMEMLOCK=infinity."
+    )
+
+
+@pytest.mark.parametrize(
+    ("uri", "change"),
+    [
+        # A capability may lift what is checked.
+        (SESSION, {"plain": False}),
+        (SESSION, {"gives": True}),
+        (SESSION, {"uid": 0}),
+        (SYSTEM, {"plain": False}),
+        (SYSTEM, {"root": True}),
+        (SYSTEM, {"user": "other"}),
+    ],
+)
+def test_a_domain_that_may_fit(monkeypatch: pytest.MonkeyPatch, uri: str, change: dict[str, Any]) -> None:
+    monkeypatch.setattr(_domain_start, "vms_are_no_roots", lambda: "root" not in change)
+    seen = starting(MIXED)._replace(plain=change.get("plain", True))
+    seen = seen._replace(definition=seen.definition._replace(user=change.get("user")))
+    given = daemon(8 * GIB, gives="gives" in change) if uri == SESSION else None
+    check_fit("vm1", Endpoint(uri, VM._replace(uid=change.get("uid", 1001))), seen, given, "process")
+
+
+@pytest.mark.parametrize("owner", [0, 64055, None])
+def test_whose_the_vms_of_the_system_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owner: int | None) -> None:
+    def look(path: str) -> os.stat_result:
+        assert path == "/var/lib/libvirt/qemu"
+        if owner is None:
+            raise FileNotFoundError(2, "no")
+        return os.stat_result((0o40750, 1, 1, 1, owner, 0, 0, 0, 0, 0))
+
+    monkeypatch.setattr(_domain_start, "os", SimpleNamespace(stat=look))
+    assert _domain_start.vms_are_no_roots() is (owner == 64055)
+
+
+@pytest.fixture
+def vdpa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes /dev/null a vDPA device at that place in sysfs."""
+    monkeypatch.setattr(_domain_start, "_CHARACTER_DEVICES", str(tmp_path))
+    monkeypatch.setattr(_domain_start, "_SIMULATOR", str(tmp_path / "use_va"))
+
+    def make(place: str) -> None:
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / "1:3").symlink_to(tmp_path / place)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("place", "use_va", "pins"),
+    [
+        ("devices/pci0000:00/0000:00:04.0/vdpa0/vhost-vdpa-0", "", True),
+        ("devices/virtual/vduse/vdpa0/vhost-vdpa-0", "", False),
+        # It is another device by now.
+        ("devices/virtual/mem/null", "", False),
+        ("devices/vdpasim_net/vdpa0/vhost-vdpa-0", "N\n", True),
+        ("devices/vdpasim_blk/vdpa0/vhost-vdpa-0", "Y\n", False),
+        ("devices/vdpasim_net/vdpa0/vhost-vdpa-0", "", False),
+    ],
+)
+def test_a_vdpa_device_that_pins(
+    vdpa: Callable[[str], None], tmp_path: Path, place: str, use_va: str, pins: bool
+) -> None:
+    vdpa(place)
+    if use_va:
+        (tmp_path / "use_va").write_text(use_va)
+    assert pins_for_vdpa("/dev/null") is pins
+    assert pins_for_vdpa(str(tmp_path)) is False
+    assert pins_for_vdpa("/nonexistent") is pins_for_vdpa("\0") is pins_for_vdpa("") is False
+
+
+def test_a_vdpa_device_that_sysfs_does_not_have(vdpa: Callable[[str], None]) -> None:
+    assert pins_for_vdpa("/dev/null") is False
+
+
+def test_an_executable_that_gives_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "qemu"
+    program.write_bytes(b"\x7fELF...")
+    assert gives_nothing(str(program))
+    program.chmod(0o4755)
+    assert not gives_nothing(str(program))
+    program.chmod(0o755)
+    for given in (b"", b"\1" * 20):
+        monkeypatch.setattr(_domain_start, "read_xattr", lambda _fd, given=given: given)
+        assert not gives_nothing(str(program))
+    monkeypatch.setattr(_domain_start, "read_xattr", lambda _fd: None)
+    program.write_bytes(b"#!/bin/sh\nexec qemu")
+    assert not gives_nothing(str(program))
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, "/nonexistent", "\0"):
+        assert not gives_nothing(str(path))
+
+
+def test_what_is_seen_of_a_domain_with_vdpa(
+    libvirt: FakeLibvirt, vdpa: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vdpa("devices/pci0000:00/0000:00:04.0/vdpa0/vhost-vdpa-0")
+    net = VDPA_NET.replace("/dev/vhost-vdpa-0", "/dev/null")
+    libvirt.domains["vm1"].xml = xml(DEVICE.format("", 5) + net * 2 + f"<emulator>{sys.executable}</emulator>")
+    seen = DomainSeen.from_json(look_at_domain(SYSTEM, "vm1", False))
+    assert (seen.pinning_vdpa, seen.plain) == (2, True)
+    assert [each.backend for each in seen.definition.devices] == [IOMMUFD, VDPA, VDPA]
+    # Nothing of it matters to one that runs.
+    libvirt.domains["vm1"].number = 1
+    seen = DomainSeen.from_json(look_at_domain(SYSTEM, "vm1", False))
+    assert (seen.pinning_vdpa, seen.plain) == (0, False)
 
 
 @pytest.fixture

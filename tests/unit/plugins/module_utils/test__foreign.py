@@ -10,12 +10,13 @@ import random
 from typing import Any, Callable
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils._accounting import IOMMUFD, NO_VIOMMU, PROCESS, Device
 from ansible_collections.virt.iommufd.plugins.module_utils._daemon import unit_from_json
 from ansible_collections.virt.iommufd.plugins.module_utils._domain_start import (
-    Definition,
     DomainSeen,
     Started,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._domain_xml import Defined
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._foreign import (
     COUNT_MAX,
@@ -236,7 +237,9 @@ def test_xml_of_many_levels_is_read_and_let_go() -> None:
     del root
 
 
-SEEN = DomainSeen(12_008_000, "u-u-i-d", False, "shut off", Definition("g", ("0000:00:05.1",), 2**31), ("No way.",))
+DEVICES = (Device(IOMMUFD, "a", PROCESS),)
+DEFINED = Defined("vm1", 2**31, DEVICES, NO_VIOMMU, 1, None, False, False, None, "g", None, 0, ("0000:00:05.1",))
+SEEN = DomainSeen(12_008_000, "u-u-i-d", False, "shut off", DEFINED, ("No way.",))
 READERS: list[tuple[Callable[[Any], Any], Any]] = [
     (DomainSeen.from_json, SEEN.to_json()),
     (Started.from_json, {"state": "running", "started": True}),

@@ -20,6 +20,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._libvirt_files import
     parse_setting,
     parse_user,
     read_libvirt_files,
+    takes_iommufd,
 )
 
 OFFERS = b"\0 iommufd='yes'\0"
@@ -242,3 +243,52 @@ def test_files_that_nobody_answers_for(host: Path, monkeypatch: pytest.MonkeyPat
     found = read_libvirt_files([f"{host}/fifo"], None)
     assert found._replace(msgs=()) == NOTHING_READ
     assert found.msgs[0].startswith("libvirt's files were not read within 0.3 seconds.")
+
+
+TAKES = b"\0Setting 'fdgroup' when 'iommufd' is disabled is not supported.\0"
+# As libvirt 12.8 has it, and as 11.3 has it: there a disk alone may be a descriptor.
+DISK = b"""<attribute name="file"/><optional><attribute name="fdgroup"/></optional>"""
+SCHEMA = (
+    b"""<define name="iommufd"><element name="iommufd"><attribute name="enabled"><ref name="virYesNo"/></attribute>
+<optional><attribute name="fdgroup"/></optional></element></define>"""
+    + DISK
+)
+WITHOUT = b"""<element name="iommufd"><attribute name="enabled"/></element>""" + DISK
+
+
+@pytest.mark.parametrize(
+    ("texts", "schema", "takes"),
+    [
+        ((TAKES,), SCHEMA, True),
+        # One of the two suffices: a distribution may have worded the other one differently.
+        ((TAKES,), DISK, True),
+        ((OFFERS, SETS), SCHEMA, True),
+        ((TAKES,), None, True),
+        (None, SCHEMA, True),
+        ((OFFERS, SETS), DISK, False),
+        ((OFFERS, SETS, b"\0fdgroup\0"), WITHOUT, False),
+        ((), None, False),
+        (None, DISK, False),
+        (None, None, None),
+    ],
+)
+def test_whether_libvirt_takes_an_iommufd(
+    host: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    texts: tuple[bytes, ...] | None,
+    schema: bytes | None,
+    takes: bool | None,
+) -> None:
+    path = host / "domaincommon.rng"
+    monkeypatch.setattr(_libvirt_files, "_SCHEMAS", ("/nonexistent", str(path)))
+    if schema is not None:
+        path.write_bytes(schema)
+    libraries = [str(host / "none.so")] if texts is None else [library(host / "libvirt.so", *texts)]
+    assert takes_iommufd(libraries) is takes
+
+
+def test_a_library_that_nobody_answers_for(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_libvirt_files, "_PATIENCE", 0.2)
+    monkeypatch.setattr(_libvirt_files, "_SCHEMAS", ())
+    os.mkfifo(host / "libvirt.so")
+    assert takes_iommufd([str(host / "libvirt.so")]) is None

@@ -39,6 +39,7 @@ XML = """
 """
 ME = pwd.getpwuid(os.getuid()).pw_name
 NEED = 2**30 + 4096
+UNKNOWN = {"memlock_bytes": None, "memlock_unlimited": None}
 
 Run = Callable[..., "dict[str, Any]"]
 
@@ -90,6 +91,7 @@ def test_start(run: Run, libvirt: FakeLibvirt, null_is_iommufd: FakeKernel, stat
         "uuid": "8e3ae1bb-0f0e-4a0f-8f55-1a8f0b2a1c51",
         "state": state,
         "memlock_bytes": NEED,
+        "memlock_unlimited": False,
     }
     hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
     unlimited = hard == resource.RLIM_INFINITY
@@ -119,7 +121,7 @@ def test_start(run: Run, libvirt: FakeLibvirt, null_is_iommufd: FakeKernel, stat
 def enough(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Whatever limit this process has is enough, but where a test is about that."""
     if "limit" not in request.fixturenames:
-        monkeypatch.setattr(_domain_start, "check_limit", lambda *_given: None)
+        monkeypatch.setattr(iommufd_domain, "check_limit", lambda *_given: None)
 
 
 def test_check_mode(run: Run, libvirt: FakeLibvirt, null_is_iommufd: FakeKernel) -> None:
@@ -304,6 +306,47 @@ def test_the_system_libvirt(run: Run, limit: None, libvirt: FakeLibvirt) -> None
     assert run(user=None)["changed"] is False
 
 
+MORE = {
+    "": (NEED, False),
+    "<memtune><hard_limit unit='KiB'>64</hard_limit></memtune>": (65536, False),
+    "<memoryBacking><locked/></memoryBacking>": (None, True),
+    "<os><type arch='ppc64'>hvm</type></os>": (None, None),
+}
+
+
+@pytest.mark.parametrize(("more", "expected"), MORE.items())
+def test_the_limit_that_libvirt_reckons(
+    run: Run, libvirt: FakeLibvirt, more: str, expected: tuple[int | None, bool | None]
+) -> None:
+    text = XML.replace("<devices>", f"{more}<devices>")
+    libvirt.domains["vm1"].xml = text.replace("'qemu'", "'kvm'")
+    found = run(user=None)["domain"]
+    assert (found["memlock_bytes"], found["memlock_unlimited"]) == expected
+
+
+DEVICES = """
+    <hostdev mode='subsystem' type='pci'><driver iommufd='no'/></hostdev>
+    <emulator>{}</emulator>
+"""
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_domain_that_would_not_fit(
+    run: Run, libvirt: FakeLibvirt, null_is_iommufd: FakeKernel, monkeypatch: pytest.MonkeyPatch, check: bool
+) -> None:
+    monkeypatch.setattr(_domain_start, "vms_are_no_roots", lambda: True)
+    text = XML.replace("<devices>", f"<devices>{DEVICES.format(sys.executable)}").replace(">4<", ">2097152<")
+    libvirt.domains["vm1"].xml = text
+    answer = run(user=None, _ansible_check_mode=check)
+    assert answer["failed"]
+    assert not answer["changed"]
+    assert answer["msg"].startswith("Domain vm1 was not started: its memory of 2 GiB counts twice in VmLck, for ")
+    assert answer["domain"]["memlock_bytes"] == 3 * 2**30
+    assert not libvirt.domains["vm1"].isActive()
+    assert null_is_iommufd.calls == []
+    assert "failed" not in run(user=None, rlimit_mode="user", _ansible_check_mode=check)
+
+
 def asleep(libvirt: FakeLibvirt, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Nobody answers before the daemon is started. The users who had it started."""
     libvirt.failing["open"] = libvirt.libvirtError(38, "no socket")
@@ -332,7 +375,7 @@ def test_a_daemon_that_does_not_run_in_check_mode(
     started = asleep(libvirt, monkeypatch)
     answer = run(_ansible_check_mode=True, _ansible_diff=True)
     assert answer["changed"]
-    assert answer["domain"] == {"name": "vm1", "uuid": None, "state": "running", "memlock_bytes": None}
+    assert answer["domain"] == {"name": "vm1", "uuid": None, "state": "running", **UNKNOWN}
     assert "no more can be told" in str(answer["warnings"])
     assert answer["diff"]["before"]["state"] == "shut off"
     assert "libvirt" not in answer
