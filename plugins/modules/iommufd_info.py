@@ -450,6 +450,16 @@ host:
           description: Whether that limit is unlimited; V(null) where that is unknown.
           type: bool
           sample: false
+        memlock_hard_bytes:
+          description:
+            - Its hard limit. A daemon without CAP_SYS_RESOURCE can give no domain more.
+            - V(null) where it is unlimited or unknown.
+          type: int
+          sample: 67108864
+        memlock_hard_unlimited:
+          description: Whether the hard limit is unlimited; V(null) where that is unknown.
+          type: bool
+          sample: false
         user:
           description:
             - The user that domains of the system libvirt run as, unless a domain's own C(<seclabel>) names another.
@@ -1175,7 +1185,8 @@ def libvirt_row(unseen: Unseen, libvirt: Libvirt, slow: bool) -> Row:
         "pid": libvirt.pid,
         "cap_sys_resource": libvirt.may,
         "drop_in": list(libvirt.drop_in),
-        **(memlock_row(memlock.soft) if memlock else dict.fromkeys(("memlock_bytes", "memlock_unlimited"))),
+        **limit_row("memlock", memlock),
+        **limit_row("memlock_hard", memlock),
         "user": libvirt.files.user.name,
         "uid": libvirt.files.user.uid,
         "sessions": [session_row(*each) for each in libvirt.sessions],
@@ -1189,9 +1200,14 @@ def libvirt_row(unseen: Unseen, libvirt: Libvirt, slow: bool) -> Row:
 
 def session_row(uid: int, user: str | None, memlock: Limit | None, pid: int | None) -> Row:
     """A user who may have a libvirt of his own."""
-    name = "memlock_hard"
-    limit = memlock_row(memlock.hard, name) if memlock else dict.fromkeys((f"{name}_bytes", f"{name}_unlimited"))
-    return {"uid": uid, "user": user, "pid": pid, **limit}
+    return {"uid": uid, "user": user, "pid": pid, **limit_row("memlock_hard", memlock)}
+
+
+def limit_row(name: str, memlock: Limit | None) -> Row:
+    """The soft or the hard one of a pair of limits, None where they are not known."""
+    if memlock is None:
+        return dict.fromkeys((f"{name}_bytes", f"{name}_unlimited"))
+    return memlock_row(memlock.hard if name == "memlock_hard" else memlock.soft, name)
 
 
 def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:

@@ -190,18 +190,29 @@ def _words(span: Span) -> str:
 
 
 def _system_limit(libvirt: Mapping[str, Any], reckoned: Span | None) -> Limit:
-    """The limit of a domain of the system libvirt, which leaves it alone where the daemon's own is enough."""
-    daemons = _known(libvirt, "memlock")
+    """The limit of a domain of the system libvirt: what it reckons, be its daemon's own lower or higher.
+
+    Source: qemuProcessLaunch() in libvirt's src/qemu/qemu_process.c; where that is nothing, the daemon's is inherited.
+    """
     if reckoned is None or not reckoned.least:
-        most = max(daemons or 0, reckoned.most if reckoned else 0) if daemons is not None else UNLIMITED
-        span = Span(daemons or 0, most)
+        soft = _known(libvirt, "memlock")
+        most = UNLIMITED if soft is None else max(soft, reckoned.most if reckoned else 0)
+        # What it reckons is more than 1 GiB.
+        span = Span(min(soft or 0, GIB) if reckoned else soft or 0, most)
         daemon = "of libvirt's daemon (a VM whose devices libvirt does not see has that one)"
         return Limit(span, f"{_words(span)} {daemon if reckoned is None else UNSEEN_DEVICES}")
-    span = Span(max(reckoned.least, daemons or 0), max(reckoned.most, UNLIMITED if daemons is None else daemons))
-    if _may(libvirt):
-        return Limit(span, f"{_words(span)} that libvirt gives it")
+    hard = _known(libvirt, "memlock_hard")
+    if _may(libvirt) or (hard is not None and reckoned.most <= hard):
+        return Limit(reckoned, f"{_words(reckoned)} that libvirt gives it")
+    if libvirt.get("cap_sys_resource") is False and hard is not None and reckoned.least > hard:
+        wants = "no limit at all" if reckoned.least >= UNLIMITED else human_size(reckoned.least)
+        why = (
+            f"libvirt would not start it: it reckons with {wants} for the VM, and its daemon, which may not use"
+            f" CAP_SYS_RESOURCE, cannot raise it beyond its own hard limit of {human_size(hard)}."
+        )
+        return Limit(exactly(hard), f"the hard limit of {human_size(hard)} of libvirt's daemon", why)
     # Beyond the daemon's own it takes the capability to give more.
-    span = Span(min(span.least, daemons or 0), span.most)
+    span = Span(min(reckoned.least, hard or 0), reckoned.most)
     return Limit(span, f"{_words(span)} that libvirt gives it, if its daemon may, which takes CAP_SYS_RESOURCE")
 
 

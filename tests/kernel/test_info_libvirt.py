@@ -157,6 +157,7 @@ def test_the_limit_of_libvirts_daemon(unit: str) -> None:
     drop_in(unit, "LimitMEMLOCK=infinity")
     found = libvirt()
     assert (found["memlock_bytes"], found["memlock_unlimited"]) == (None, True)
+    assert (found["memlock_hard_bytes"], found["memlock_hard_unlimited"]) == (None, True)
 
 
 def test_the_limits_of_sessions(unit: str) -> None:

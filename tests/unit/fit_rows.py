@@ -94,6 +94,8 @@ def libvirt(**fields: Any) -> Row:
         "uid": 64055,
         "memlock_bytes": 64 * MIB,
         "memlock_unlimited": False,
+        "memlock_hard_bytes": 64 * MIB,
+        "memlock_hard_unlimited": False,
         "sessions": [session(8 * MIB)],
         "cap_sys_resource": True,
         "supports_iommufd": True,

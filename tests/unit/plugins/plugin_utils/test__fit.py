@@ -648,10 +648,10 @@ LIMITS = [
     (libvirt(sessions=[{**session(None), "pid": 77, "memlock_hard_unlimited": None}]), {"who": "vm"}, None, None),
     (libvirt(sessions=[]), {"who": "vm"}, None, None),
     (libvirt(sessions=None), {"who": "vm"}, None, None),
-    # A system libvirt gives what it reckons, or leaves the daemon's own.
+    # A system libvirt gives what it reckons, be its daemon's own higher or lower.
     (libvirt(), {}, True, GIB + 64 * MIB),
-    (libvirt(memlock_bytes=None, memlock_unlimited=True), {}, True, None),
-    (libvirt(memlock_bytes=8 * GIB), {}, True, 8 * GIB),
+    (libvirt(memlock_bytes=None, memlock_unlimited=True), {}, True, GIB + 64 * MIB),
+    (libvirt(memlock_bytes=8 * GIB, memlock_hard_bytes=8 * GIB), {}, True, GIB + 64 * MIB),
     (libvirt(locked=True), {}, True, GIB + 64 * MIB),
     (libvirt(), {"locked": True}, True, None),
     (libvirt(), {"memlock": "1G", **EXACT}, True, GIB),
@@ -664,9 +664,10 @@ LIMITS = [
     # One that may know it
     (older(supports_iommufd=None), {}, None, None),
     # A daemon that may not raise it
-    (libvirt(cap_sys_resource=False), {"devices": [LEGACY]}, None, None),
+    (libvirt(cap_sys_resource=False), {"devices": [LEGACY]}, False, 64 * MIB),
+    (libvirt(cap_sys_resource=False, memlock_hard_bytes=None), {"devices": [LEGACY]}, None, None),
     (libvirt(cap_sys_resource=None, sets_rlimit_mode=None), {"devices": [LEGACY]}, None, None),
-    (libvirt(cap_sys_resource=False, memlock_bytes=2 * GIB), {"devices": [LEGACY]}, True, 2 * GIB),
+    (libvirt(cap_sys_resource=False, memlock_hard_bytes=2 * GIB), {"devices": [LEGACY]}, True, GIB + 64 * MIB),
     # Nobody knows who its VMs run as.
     (libvirt(user=None, uid=None), {"who": "vm"}, None, None),
     (libvirt(user=None, uid=None), {"who": "vm", "memlock": "1G", **EXACT}, True, GIB),
@@ -781,8 +782,8 @@ DOMAINS = [
     (host(), "", {"arguments": COMMANDLINE}, False, "user", 64 * MIB),
     (host(), "", {"arguments": COMMANDLINE, "top": HARD_LIMIT}, True, "user", 3 * GIB),
     (native(), "", {"arguments": COMMANDLINE}, False, "user", 64 * MIB),
-    (host(libvirt=HARDENED), "", {"arguments": COMMANDLINE, "top": HARD_LIMIT}, None, "user", None),
-    (host(libvirt=HARDENED), HOSTDEV, {"top": HARD_LIMIT}, False, "process", None),
+    (host(libvirt=HARDENED), "", {"arguments": COMMANDLINE, "top": HARD_LIMIT}, False, "user", 64 * MIB),
+    (host(libvirt=HARDENED), HOSTDEV, {"top": HARD_LIMIT}, False, "process", 64 * MIB),
     # Another user's than the others'
     (native(), HOSTDEV, {"top": "<seclabel model='dac'><label>vm:vm</label></seclabel>"}, True, "process", 2 * GIB),
     # A session sets no mode, refuses <memtune>, and cannot go beyond its own limit.
