@@ -146,10 +146,12 @@ def test_the_limit_of_libvirts_daemon(unit: str) -> None:
     drop_in(unit, f"LimitMEMLOCK={32 * MIB}:{48 * MIB}")
     found = libvirt()
     assert (found["pid"], found["memlock_bytes"], found["memlock_unlimited"]) == (None, 32 * MIB, False)
+    assert (found["memlock_hard_bytes"], found["memlock_hard_unlimited"]) == (48 * MIB, False)
     systemctl("start", unit)
     found = libvirt()
     assert resource.prlimit(found["pid"], resource.RLIMIT_MEMLOCK) == (32 * MIB, 48 * MIB)
     assert (found["memlock_bytes"], found["memlock_unlimited"]) == (32 * MIB, False)
+    assert (found["memlock_hard_bytes"], found["memlock_hard_unlimited"]) == (48 * MIB, False)
     # Its own, whatever its unit says.
     resource.prlimit(found["pid"], resource.RLIMIT_MEMLOCK, (24 * MIB, 48 * MIB))
     assert libvirt()["memlock_bytes"] == 24 * MIB
