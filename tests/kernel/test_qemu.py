@@ -185,6 +185,27 @@ def test_a_host_without_huge_pages(log: Path) -> None:
     assert "unable to map backing store for guest RAM: Cannot allocate memory\n" in told
 
 
+def test_memory_that_cannot_be_pinned(
+    log: Path, by_iommufd: list[str], by_container: list[str], container_is_iommufd: bool
+) -> None:
+    """That of a device, in the place of the guest's. No limit is in force, and the error is none of a limit."""
+    other = f"/sys/bus/pci/devices/{address(DEVICES[2])}/resource0"
+    memory = ["-m", "1M", "-object", f"memory-backend-file,id=memory,size={BAR},mem-path={other},share=on"]
+    memory += ["-machine", "memory-backend=memory"]
+    with mode(other, 0o666):
+        told = refused(log, *memory, *by_iommufd, limit="--memlock=unlimited")
+        # QEMU 11 hands over the file, which the kernel does not take.
+        error = r"-22 \(Invalid argument\)" if container_is_iommufd else r"-14 \(Bad address\)"
+        assert re.search(rf"memory listener initialization failed: .*vfio_container_dma_map\(.*\) = {error}\n", told)
+        if container_is_iommufd:
+            told = refused(log, *memory, *by_container, limit="--memlock=unlimited")
+            assert re.search(r"error getting device from group \d+: Bad address\n", told)
+        else:
+            # The legacy container takes it.
+            with Vm(log, "-S", *memory, *by_container) as vm:
+                vm.wait_until_said("Cannot reset device")
+
+
 def test_a_devices_own_memory(log: Path, by_iommufd: list[str]) -> None:
     """The firmware has it mapped. A kernel that cannot do that makes QEMU warn and go on. It counts for nobody."""
     with Vm(log, "-m", "64", *by_iommufd, "-trace", "iommufd_backend_map*") as vm:
