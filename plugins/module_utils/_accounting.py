@@ -98,7 +98,7 @@ def _way(adds: str, adds_with: str, checks: str | None = None, lifts: bool = Tru
 
 
 # The functions named are those of Linux 6.12 and 7.2, on which each row was tried: vDPA by vdpa_sim, RDMA by rxe, and
-# DMA_BUF on 7.2 alone. Read and not tried: EPERM and EAGAIN of mlock, max_iotlb_entries, VDUSE, perf_event_paranoid.
+# DMA_BUF on 7.2 alone. Read and not tried: VDUSE, perf_event_paranoid.
 # The capability is asked for where the memory is mapped, unless another function is said to. Each limit is
 # rlimit(RLIMIT_MEMLOCK) in whole pages, of the process that maps.
 WAYS = {
@@ -112,10 +112,10 @@ WAYS = {
     # vfio/vfio_iommu_type1.c: vfio_pin_pages_remote() checks, vfio_lock_acct() adds. Reserved pages, such as those of a
     # device's memory, are neither checked nor added.
     LEGACY: _way("mm_locked", "mm_locked", MM_LOCKED),
-    # mm/mlock.c: do_mlock(). With a limit of 0 it is EPERM, and EAGAIN from mmap() after mlockall().
+    # mm/mlock.c: do_mlock(). With a limit of 0 it is EPERM, and EAGAIN of memory that is locked as it is mapped.
     MLOCK: _way("mm_locked", "mm_locked", MM_LOCKED),
     # vhost/vdpa.c: vhost_vdpa_pa_map() checks, vhost_vdpa_map() adds. vhost_chr_write_iter() makes EFAULT of any error.
-    # With vdpa_sim, EFAULT is also what comes of more than 2048 pieces of memory (max_iotlb_entries).
+    # EFAULT is also what comes of more than 2048 pieces of memory (max_iotlb_entries of vdpa_sim and vhost_vdpa).
     VDPA: _way("mm_pinned", "mm_pinned", MM_PINNED, lifts=False, error="EFAULT"),
     # vhost/vdpa.c: vhost_vdpa_va_map(), for devices that work with virtual addresses, such as those of VDUSE.
     VDPA_VA: _way("", ""),
@@ -125,13 +125,14 @@ WAYS = {
     # made, by io_uring_create(). What it leads to depends on the kernel, see way(). Some kernels charge the ring itself
     # to the user, too: 6.18 does, 6.12 and 7.2 do not.
     IO_URING: _way("user mm_pinned", "", USER),
-    # kernel/events/core.c: perf_mmap(), for what is beyond kernel.perf_event_mlock_kb. kernel.perf_event_paranoid=-1
-    # lifts the check, too.
+    # kernel/events/core.c: perf_mmap(), for what is beyond kernel.perf_event_mlock_kb. What is within it is in a sum of
+    # the user's that perf alone has. kernel.perf_event_paranoid=-1 lifts the check, too.
     PERF: _way("mm_pinned", "mm_pinned", MM_PINNED, error="EPERM"),
     # net/xdp/xdp_umem.c: xdp_umem_account_pages().
     AF_XDP: _way("user", "", USER, error="ENOBUFS"),
 }
-# MSG_ZEROCOPY and memfd_secret() add to the user's counter, too. No VMM is known to use them for its guest's memory.
+# MSG_ZEROCOPY adds to the user's counter, too, and is held against it (ENOBUFS). memfd_secret() adds to none. No VMM is
+# known to use them for its guest's memory.
 
 # What a device is had by. In the place of IOMMUFD_USER and IOMMUFD_PROCESS stands IOMMUFD with a mode.
 IOMMUFD = "iommufd"

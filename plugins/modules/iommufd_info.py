@@ -84,9 +84,9 @@ notes:
     no emulator. It opens no device but C(/dev/iommu) and C(/dev/vfio/vfio), and these only if the kernel has them
     already. The subset V(emulators) of O(gather_subset) is the exception.
   - B(Estimate.) The kernel does not publish what it has charged to a user. RV(users[].charged_bytes) is the pinned
-    memory of the user's processes under per-user accounting. The kernel's counter also holds what io_uring, AF_XDP and
-    perf have charged to that user; no file shows that. Nor does a file show that a process was charged to its user
-    before it got CAP_IPC_LOCK.
+    memory of the user's processes under per-user accounting. The kernel's counter also holds what io_uring and AF_XDP
+    have charged to that user, and what sockets send with MSG_ZEROCOPY; no file shows that. Nor does a file show that a
+    process was charged to its user before it got CAP_IPC_LOCK.
   - B(Bounds.) Any user may have descriptors and processes without end, so the module stops at a limit. It looks at
     262144 descriptors, 256 iommufds and 256 nodes of other devices of a process. Of a user, it looks at 1048576
     descriptors, 2500 processes that hold such things, and 4096 of the things. A process may delay the module for 10

@@ -40,6 +40,7 @@ from ansible_collections.virt.iommufd.tests.lab.guest.pinner import (
 
 # linux/iommufd.h, linux/vfio.h
 IOMMU_IOAS_MAP_FILE = 0x3B8F
+IOMMU_IOAS_CHANGE_PROCESS = 0x3B92
 VFIO_SET_IOMMU = 0x3B66
 VFIO_TYPE1V2_IOMMU = 3
 VFIO_GROUP_SET_CONTAINER = 0x3B68
@@ -66,6 +67,15 @@ PERF_ATTR_SIZE = 128
 AF_XDP = 44
 SOL_XDP = 283
 XDP_UMEM_REG = 4
+# asm-generic/socket.h, linux/socket.h
+SO_SNDBUFFORCE = 32
+SO_ZEROCOPY = 60
+MSG_ZEROCOPY = 0x4000000
+# Its number is the same everywhere.
+SYS_MEMFD_SECRET = 447
+# asm-generic/mman-common.h, linux/mman.h; Python has no name for them before 3.13, or none at all.
+MAP_FIXED = 0x10
+MAP_LOCKED = 0x2000
 # rdma/ib_user_verbs.h
 IB_USER_VERBS_CMD_GET_CONTEXT = 0
 IB_USER_VERBS_CMD_ALLOC_PD = 3
@@ -76,6 +86,8 @@ CONTAINER = "/dev/vfio/vfio"
 INFINITY = 2**64 - 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_ssize_t
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _users = itertools.count(100000)
 
 
@@ -102,6 +114,7 @@ def _memory(size: int) -> Memory:
 
 # What must outlive the call that made it
 _kept: list[mmap.mmap] = []
+_open: list[socket.socket] = []
 # What is needed once for each try, since only root may open it
 _MANY = 6
 
@@ -204,6 +217,24 @@ def _map_file(iommufd: int, ioas: int, file: int, size: int, places: Places) -> 
     fcntl.ioctl(iommufd, IOMMU_IOAS_MAP_FILE, bytearray(argument))
 
 
+def to_a_child(iommufd: int) -> Pinner:
+    """Has a child take over what an iommufd was told of as files, as a new program does in a live update."""
+
+    def move(_memory: Memory) -> None:
+        child = os.fork()
+        if not child:
+            try:
+                fcntl.ioctl(iommufd, IOMMU_IOAS_CHANGE_PROCESS, bytearray(struct.pack("=II", 8, 0)))
+            except OSError as exc:
+                os._exit(exc.errno or 255)
+            os._exit(0)
+        number = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if number:
+            raise OSError(number, os.strerror(number))
+
+    return move
+
+
 def open_container(*nodes: str) -> tuple[int, list[int]]:
     """A container of /dev/vfio/vfio, whoever provides that, with the groups of these devices, and the devices."""
     container = os.open(CONTAINER, os.O_RDWR | os.O_CLOEXEC)
@@ -245,6 +276,47 @@ def region_by_container(node: str) -> Pinner:
 
 def by_mlock(memory: Memory) -> None:
     _checked(_libc.mlock(ctypes.c_void_p(memory.address), ctypes.c_size_t(memory.size)))
+
+
+def by_mmap_locked(memory: Memory) -> None:
+    """Locked as it is mapped."""
+    _kept.append(mmap.mmap(memory.file, memory.size, flags=mmap.MAP_SHARED | MAP_LOCKED))
+
+
+def by_secret(memory: Memory) -> None:
+    """As memory that not even the kernel has mapped."""
+    file = _checked(_libc.syscall(SYS_MEMFD_SECRET, 0))
+    os.ftruncate(file, memory.size)
+    _kept.append(mmap.mmap(file, memory.size))
+
+
+def in_pieces(pin: Pinner) -> Pinner:
+    """No two pages of the memory lie together: it is one page again and again."""
+
+    def pin_pieces(memory: Memory) -> None:
+        for address in range(memory.address, memory.address + memory.size, mmap.PAGESIZE):
+            what = (mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | MAP_FIXED, memory.file, 0)
+            assert _checked(_libc.mmap(address, mmap.PAGESIZE, *what)) == address
+        pin(memory)
+
+    return pin_pieces
+
+
+def by_zerocopy() -> Pinner:
+    """As what a socket sends without copying it, to one that takes next to nothing, so that it stays."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    sender = socket.create_connection(listener.getsockname())
+    sender.setsockopt(socket.SOL_SOCKET, SO_ZEROCOPY, 1)
+    sender.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 2**24)
+    _open.extend([listener, sender])
+
+    def pin(memory: Memory) -> None:
+        assert sender.sendmsg([memory.view], [], MSG_ZEROCOPY) == memory.size
+
+    return pin
 
 
 def by_io_uring(memory: Memory) -> None:

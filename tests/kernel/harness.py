@@ -460,14 +460,15 @@ def execute(*words: str) -> None:
 
 
 @contextlib.contextmanager
-def vdpa_device(use_va: bool) -> Iterator[str]:
-    """The node of a simulated vDPA device, which has memory pinned, or with `use_va` uses virtual addresses."""
+def vdpa_device(use_va: bool, pieces: int = 65536) -> Iterator[str]:
+    """The node of a simulated vDPA device, which has memory pinned, or with `use_va` uses virtual addresses.
+
+    `pieces`: how many contiguous ones of memory vhost_vdpa takes. It is 2048 by default, of the device, too, and memory
+    of more pieces is refused like memory beyond the limit.
+    """
     name = "kernel-test"
-    # One for each contiguous piece of memory. Both have 2048 by default, and memory of more pieces is refused like
-    # memory beyond the limit.
-    entries = "max_iotlb_entries=65536"
-    execute("modprobe", "vdpa_sim", f"use_va={int(use_va)}", entries)
-    execute("modprobe", "vhost_vdpa", entries)
+    execute("modprobe", "vdpa_sim", f"use_va={int(use_va)}", "max_iotlb_entries=65536")
+    execute("modprobe", "vhost_vdpa", f"max_iotlb_entries={pieces}")
     execute("modprobe", "vdpa_sim_net")
     try:
         execute("vdpa", "dev", "add", "name", name, "mgmtdev", "vdpasim_net")

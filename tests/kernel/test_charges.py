@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
@@ -168,6 +170,11 @@ def expected(kernel: Kernel, kinds: list[tuple[Kind, int]]) -> tuple[list[Step],
 LAST: tuple[Kind, int] = ((IO_URING, False), THIRD)
 
 
+def by_io_uring(kernel: Kernel) -> int:
+    """What the last of them shows as pinned."""
+    return THIRD if MM_PINNED in way(IO_URING, kernel).adds else 0
+
+
 def test_every_way_is_tried(kernel: Kernel) -> None:
     assert {DMA_BUF} - LACKING == ({DMA_BUF} if kernel.release >= (6, 19) else set())
     assert set(HERE) == WAYS.keys() - {VDPA_VA} - LACKING
@@ -188,6 +195,20 @@ def test_vdpa_with_virtual_addresses(capable: bool, kernel: Kernel, vdpa_va: str
         return {VDPA_VA: charges.by_vdpa(vdpa_va), MLOCK: charges.by_mlock, IO_URING: charges.by_io_uring}
 
     assert pins(prepare, steps) == right
+
+
+@pytest.fixture
+def vdpa_of_few_pieces() -> Iterator[str]:
+    with vdpa_device(use_va=False, pieces=16) as node:
+        yield node
+
+
+@pytest.mark.parametrize("capable", [False, True])
+def test_vdpa_and_memory_in_too_many_pieces(capable: bool, vdpa_of_few_pieces: str) -> None:
+    """No limit is in force, and the error is that of a limit."""
+    steps = [Step(VDPA, pieces * PAGE, UNLIMITED, capable) for pieces in (17, 16)]
+    seen = pins(lambda: {VDPA: charges.in_pieces(charges.by_vdpa(vdpa_of_few_pieces))}, steps)
+    assert seen == [Seen("EFAULT", 0, 0), Seen(None, 0, 16 * PAGE)]
 
 
 @pytest.mark.parametrize("first", KINDS, ids=lambda kind: f"{kind[0]}{'-capable' * kind[1]}")
@@ -219,6 +240,103 @@ def test_memory_that_iommufd_is_given_as_a_file(mode: str, capable: bool, kernel
         return {kind[0]: charges.by_file(charges.open_iommufd(mode), DEVICES[0]), IO_URING: charges.by_io_uring}
 
     assert pins(prepare, steps) == right
+
+
+@pytest.mark.parametrize("mode", ["user", "process"])
+def test_a_live_update(mode: str, kernel: Kernel) -> None:
+    """The new process is charged before the old one is relieved. Before 6.14 there is no such thing."""
+    name = IOMMUFD_PROCESS if mode == "process" else IOMMUFD_USER
+    enough = FIRST if mode == "process" else 2 * FIRST
+    held = (FIRST if mode == "process" else 0, FIRST)
+    of_user = 0 if mode == "process" else FIRST
+    steps = [
+        Step(name, FIRST, FIRST),
+        Step("move", FIRST, enough - 1, again=True),
+        Step("move", FIRST, enough, again=True),
+        Step(IO_URING, THIRD, of_user + THIRD - 1),
+        Step(IO_URING, THIRD, of_user + THIRD, again=True),
+    ]
+    # What is moved is seen no more, and the user has it all the same.
+    told = [None, "ENOMEM", None, "ENOMEM", None]
+    counted = [held, held, (0, 0), (0, 0), (0, by_io_uring(kernel))]
+    right = [Seen(error, *each) for error, each in zip(told, counted)]
+    if kernel.release < (6, 14):
+        steps, right = [Step("move", FIRST, UNLIMITED)], [Seen("ENOTTY", 0, 0)]
+
+    def prepare() -> dict[str, Pinner]:
+        iommufd = charges.open_iommufd(mode)
+        by_file = charges.by_file(iommufd, DEVICES[0])
+        return {name: by_file, "move": charges.to_a_child(iommufd), IO_URING: charges.by_io_uring}
+
+    assert pins(prepare, steps) == right
+
+
+def test_mlock_with_no_limit_at_all_and_as_memory_is_mapped() -> None:
+    """The errors of mlock that are not its usual one."""
+    steps = [Step(MLOCK, FIRST, 0), Step("mmap", FIRST, FIRST - 1), Step("mmap", FIRST, FIRST, again=True)]
+    seen = pins(lambda: {MLOCK: charges.by_mlock, "mmap": charges.by_mmap_locked}, steps)
+    assert seen == [Seen("EPERM", 0, 0), Seen("EAGAIN", 0, 0), Seen(None, FIRST, 0)]
+
+
+def test_perf_within_its_allowance(kernel: Kernel) -> None:
+    """That much is in no counter but perf's own of the user. What is beyond it is in that of the process."""
+    allowance = Path("/proc/sys/kernel/perf_event_mlock_kb")
+    beyond = SECOND - FIRST
+    steps = [
+        Step(PERF, SECOND, beyond - 1),
+        Step(PERF, SECOND, beyond, again=True),
+        Step(IO_URING, THIRD, THIRD - 1),
+        Step(IO_URING, THIRD, THIRD, again=True),
+    ]
+    allowance.write_text(str(FIRST // 1024), encoding="ascii")
+    seen = pins(lambda: {PERF: charges.by_perf(), IO_URING: charges.by_io_uring}, steps)
+    allowance.write_text("0", encoding="ascii")
+    told = ["EPERM", None, "ENOMEM", None]
+    counted = [0, beyond, beyond, beyond + by_io_uring(kernel)]
+    assert seen == [Seen(error, 0, pinned) for error, pinned in zip(told, counted)]
+
+
+def test_what_is_sent_without_copying_it(kernel: Kernel) -> None:
+    """It is held against the user's sum and in it, with two pages more, which may be needed at its ends."""
+    counted = FIRST + 2 * PAGE
+    steps = [
+        Step("zerocopy", FIRST, counted - 1),
+        Step("zerocopy", FIRST, counted, again=True),
+        Step(IO_URING, THIRD, counted + THIRD - 1),
+        Step(IO_URING, THIRD, counted + THIRD, again=True),
+    ]
+    seen = pins(lambda: {"zerocopy": charges.by_zerocopy(), IO_URING: charges.by_io_uring}, steps)
+    right = [Seen("ENOBUFS", 0, 0), Seen(None, 0, 0), Seen("ENOMEM", 0, 0), Seen(None, 0, by_io_uring(kernel))]
+    assert seen == right
+
+
+def test_secret_memory(kernel: Kernel) -> None:
+    """It is in no counter, and no limit is in its way."""
+    steps = [Step("secret", FIRST, 0), Step(IO_URING, THIRD, THIRD)]
+    seen = pins(lambda: {"secret": charges.by_secret, IO_URING: charges.by_io_uring}, steps)
+    assert seen == [Seen(None, 0, 0), Seen(None, 0, by_io_uring(kernel))]
+
+
+def told_by_the_kernel(log: int) -> Iterator[str]:
+    """The lines of its log from where it was left on."""
+    while True:
+        try:
+            yield os.read(log, 8192).decode().partition(";")[2].splitlines()[0]
+        except BlockingIOError:
+            return
+
+
+@pytest.mark.parametrize("name", [LEGACY, IOMMUFD_USER, IOMMUFD_PROCESS, VDPA])
+def test_what_the_kernels_log_says(name: str, openers: Openers, container_is_iommufd: bool) -> None:
+    """Of the legacy container alone, which memory was refused for what limit."""
+    log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    os.lseek(log, 0, os.SEEK_END)
+    seen = pins(partial(opened, openers, {name}), [Step(name, FIRST, PAGE)])
+    assert seen == [Seen(WAYS[name].error, 0, 0)]
+    lines = [line for line in told_by_the_kernel(log) if re.search("memlock|exceed|limit|pin_pages", line, re.I)]
+    os.close(log)
+    legacy = name == LEGACY and not container_is_iommufd
+    assert lines == [f"vfio_pin_pages_remote: RLIMIT_MEMLOCK ({PAGE}) exceeded"] * legacy
 
 
 BY_USER = Device(IOMMUFD, "a", USER)
