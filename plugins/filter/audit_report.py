@@ -144,6 +144,9 @@ _value:
                 - V(over limit) where a counter holds more than its limit allows, so that it cannot pin anything more.
                 - V(at risk) where it is charged to its user, and another VM as large as the user's largest would not
                   fit.
+                - V(may fail later) where all fits now, but it, or another VM that is charged to the same user, has a
+                  device that pins memory as it runs, such as an mdev, or may have one, and its limit does not, or may
+                  not, hold all that may be pinned then.
                 - V(unknown) where its accounting is unknown, or whether another VM would fit.
                 - V(not limited) where nothing limits it, because it has CAP_IPC_LOCK or its limit is unlimited.
                 - V(ok) otherwise. What is charged is within its limit.
@@ -151,7 +154,9 @@ _value:
               sample: at risk
             remedy:
               description:
-                - What to do where it is V(over limit) or V(at risk), in one sentence.
+                - What to do where it is V(over limit), V(at risk) or V(may fail later), in one sentence.
+                - A C(<hard_limit>) in it is 1 GiB larger than what is charged. libvirt limits with it all memory of the
+                  VM, and so the emulator's own, too.
                 - For V(unknown), what would tell. Empty otherwise.
               type: str
               sample: >-
@@ -170,7 +175,7 @@ _value:
           elements: dict
           contains:
             name:
-              description: What it is called, as a VM is.
+              description: The name of the process, and its id.
               type: str
               sample: launcher (812)
             pid:
@@ -188,7 +193,8 @@ _value:
               sample: [iommufd]
         verdict:
           description:
-            - The first of V(over limit), V(at risk), V(unknown), V(ok) and V(not limited) that one of its VMs has.
+            - The first of V(over limit), V(at risk), V(may fail later), V(unknown), V(ok) and V(not limited) that one
+              of its VMs has.
             - V(no VMs) where it has none, V(unknown) where it may have some that were not seen, or V(not ready) where
               it has none and one with iommufd could not start.
             - V(no iommufd), V(failed) or V(unreachable) as in RV(_value.hosts.status).

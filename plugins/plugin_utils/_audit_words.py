@@ -25,6 +25,7 @@ __all__ = (
     "FAILED",
     "HEADER",
     "HOST_VERDICTS",
+    "LATER",
     "NOT_LIMITED",
     "NOT_READY",
     "NO_IOMMUFD",
@@ -36,6 +37,7 @@ __all__ = (
     "ONE_MODE",
     "OVER_LIMIT",
     "PINNED_ONCE",
+    "RAISE_TO_ALL",
     "SEE_NOTES",
     "TROUBLES",
     "UNKNOWN",
@@ -44,7 +46,9 @@ __all__ = (
     "VDPA_ALONE",
     "VERDICTS",
     "counted",
+    "first",
     "holder",
+    "later",
     "of_user",
     "raise_first",
     "raise_limit",
@@ -55,12 +59,13 @@ __all__ = (
 
 OVER_LIMIT = "over limit"
 AT_RISK = "at risk"
+LATER = "may fail later"
 UNKNOWN = "unknown"
 OK = "ok"
 NOT_LIMITED = "not limited"
 
 # The verdicts on VMs, the worst first.
-VERDICTS = (OVER_LIMIT, AT_RISK, UNKNOWN, OK, NOT_LIMITED)
+VERDICTS = (OVER_LIMIT, AT_RISK, LATER, UNKNOWN, OK, NOT_LIMITED)
 
 FAILED = "failed"
 UNREACHABLE = "unreachable"
@@ -70,10 +75,10 @@ NO_VMS = "no VMs"
 
 # The verdicts on hosts, the worst first. Those with a VM that is in trouble, or may be, are always named.
 HOST_VERDICTS = (
-    *(OVER_LIMIT, AT_RISK, UNKNOWN, FAILED, UNREACHABLE),
+    *(OVER_LIMIT, AT_RISK, LATER, UNKNOWN, FAILED, UNREACHABLE),
     *(NOT_READY, NO_IOMMUFD, OK, NOT_LIMITED, NO_VMS),
 )
-TROUBLES = (OVER_LIMIT, AT_RISK, UNKNOWN)
+TROUBLES = (OVER_LIMIT, AT_RISK, LATER, UNKNOWN)
 
 NO_IOMMUFD_BY_MODULE = {"absent": "no iommufd in this kernel", "loadable": "iommufd is not loaded"}
 NO_VMS_SEEN = "no VMs seen, but not all processes could be looked at"
@@ -110,6 +115,14 @@ BY_IOMMUFD_EXEC = (
 BY_WHOEVER_MAY = (
     "At its next start give it an iommufd on which a process of the host with CAP_SYS_RESOURCE has set the rlimit mode"
 )
+# Where no unit takes it away.
+DAEMON_GETS_IT = (
+    "Let libvirt's daemon use CAP_SYS_RESOURCE: restart it if it is older than what its unit says now, and allow that"
+    " where SELinux denies it"
+)
+RAISE_TO_ALL = (
+    "Raise its RLIMIT_MEMLOCK to all memory of its guest, once for each address space; prlimit does that at once"
+)
 UNTIL_THEN = "; until then, prlimit raises its limit at once"
 
 PINNED_ONCE = ", or give all its devices one iommufd, which pins the memory once unless the VM has an IOMMU of its own"
@@ -132,9 +145,7 @@ def uncertain(size: str, user: str) -> str:
 
 
 def where_limit_is(uri: str | None, uid: int, unit: str | None, user_unit: str | None) -> str:
-    """What gives a VM its RLIMIT_MEMLOCK."""
-    if uri == "qemu:///system":
-        return "by the domain's <hard_limit>, which limits its control group too"
+    """What gives a VM its RLIMIT_MEMLOCK, if it is no domain of the system libvirt."""
     if uri is not None:
         return f"by LimitMEMLOCK= of user@{uid}.service"
     if user_unit is not None and user_unit.endswith(".service"):
@@ -151,7 +162,24 @@ def raise_limit(least: int, where: str) -> str:
 
 def raise_first(least: int, where: str, then: str) -> str:
     """The same where the limit must hold what is charged once something else is done."""
-    return f"Raise its RLIMIT_MEMLOCK to {least} bytes or more, {where}; then {then[:1].lower()}{then[1:]}"
+    return f"Raise its RLIMIT_MEMLOCK to {least} bytes or more, {where}; then {within(then)}"
+
+
+def first(capability: str | None, then: str) -> str:
+    """What libvirt's daemon does once it has CAP_SYS_RESOURCE. `capability`: what to give to which unit, if any is."""
+    get = f"Give {capability}" if capability else DAEMON_GETS_IT
+    return f"{get}; then {within(then)}"
+
+
+def later(what: str, of_user: bool) -> str:
+    """What to do where what is charged fits now, and need not later."""
+    who = "a VM of its user" if of_user else "it"
+    return f"It fits now, and may fail later, since {who} may pin more as it runs, as with an mdev: {within(what)}"
+
+
+def within(sentence: str) -> str:
+    """A sentence as a part of another one."""
+    return sentence[:1].lower() + sentence[1:]
 
 
 def holder(name: str, user: str) -> str:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER
 from ._fit_case import Case, may_charge_user, settled
-from ._fit_host import GIB, SESSION, SYSTEM, by_hostdev, emulator, has_contained, knows_iommufd, reckoning, session_of
+from ._fit_host import SESSION, SYSTEM, by_hostdev, emulator, has_contained, knows_iommufd, reckoning, session_of
 from ._fit_input import NONE, THE_IOMMUFD
 from ._fit_xml import CONTAINER, LIBVIRTS
+from ._host_info import its_hard_limit
 
 __all__ = ("remedy_of",)
 
@@ -60,12 +61,7 @@ def _limit(case: Case) -> str | None:
         return f"raise its limit (LimitMEMLOCK={enough} in its unit){next_one}"
     if (case.info["host"].get("libvirt") or {}).get("cap_sys_resource") is False:
         return None
-    # With it libvirt caps all that the emulator uses, not only what is pinned.
-    kib = -(-(enough + GIB) // 1024)
-    return (
-        f"raise its limit (<memtune><hard_limit unit='KiB'>{kib}</hard_limit></memtune> in the domain, 1 GiB of it for"
-        f" the emulator's own memory, since it is the control group's limit, too){next_one}"
-    )
+    return f"raise its limit ({its_hard_limit(enough)}){next_one}"
 
 
 def _of_the_session(case: Case, enough: int) -> str:

@@ -10,11 +10,26 @@ from collections.abc import Mapping, Sequence
 from os.path import basename
 from typing import Any
 
-__all__ = ("UNSEEN", "daemon_cure", "daemon_is_barred", "has_iommufd", "has_libvirt", "own_emulators", "qemu_for")
+from ..module_utils._size import human_size
+
+__all__ = (
+    "UNSEEN",
+    "capability_for",
+    "daemon_cure",
+    "daemon_is_barred",
+    "has_iommufd",
+    "has_libvirt",
+    "its_hard_limit",
+    "own_emulators",
+    "qemu_for",
+)
 
 # What stands in limits_of_view where there may be VMs that were not seen: processes as a whole, their descriptors, or
 # their iommufds.
 UNSEEN = ("processes", "descriptors", "iommufds")
+
+# What is left to the emulator itself where all memory of a VM is limited.
+_OF_EMULATOR = 2**30
 
 # uname -m, where the name of QEMU's emulator is another one.
 _EMULATOR_OF = {"ppc64le": "ppc64", "i686": "i386", "armv7l": "arm"}
@@ -45,20 +60,35 @@ def has_libvirt(libvirt: Mapping[str, Any]) -> bool:
 
 def daemon_is_barred(libvirt: Mapping[str, Any]) -> bool:
     """Whether libvirt sets the rlimit mode by itself and may not: then it starts no domain with iommufd at all."""
-    may_not = libvirt["cap_sys_resource"] is False and libvirt["starts_iommufd_domains"] is False
-    return bool(libvirt["supports_iommufd"] and may_not)
+    may_not = libvirt.get("cap_sys_resource") is False and libvirt.get("starts_iommufd_domains") is False
+    return bool(libvirt.get("supports_iommufd") and may_not)
 
 
 def daemon_cure(libvirt: Mapping[str, Any]) -> str:
     """What such a libvirt is to be given, as sentences. Where its unit lacks nothing, the reason tells."""
-    unit, settings = libvirt["unit"], libvirt["drop_in"]
-    if not settings:
+    if not libvirt["drop_in"]:
         return str(libvirt["reason"])
+    return f"{libvirt['reason']} Give {capability_for(libvirt['unit'], libvirt['drop_in'])}."
+
+
+def capability_for(unit: str, settings: Sequence[str]) -> str:
+    """How the daemon's unit is given the capability, in the words that follow "give". `settings` are of its drop-in."""
     lines = ", ".join(f"'{line}'" for line in ("[Service]", *settings))
     return (
-        f"{libvirt['reason']} Give {unit} the capability: put the lines {lines} into"
-        f" /etc/systemd/system/{unit}.d/zz-sys-resource.conf, whose name has it read last; then run systemctl"
-        f" daemon-reload, and restart {unit}, while VMs go on running."
+        f"{unit} CAP_SYS_RESOURCE: put the lines {lines} into /etc/systemd/system/{unit}.d/zz-sys-resource.conf, whose"
+        f" name has it read last; then run systemctl daemon-reload, and restart {unit}, while VMs go on running"
+    )
+
+
+def its_hard_limit(least: int) -> str:
+    """The <hard_limit> of a domain by which it gets an RLIMIT_MEMLOCK of so many bytes or more.
+
+    With it libvirt caps all that the VM uses, by its control group, and not only what is pinned.
+    """
+    kib = -(-(least + _OF_EMULATOR) // 1024)
+    return (
+        f"<memtune><hard_limit unit='KiB'>{kib}</hard_limit></memtune> in the domain, {human_size(_OF_EMULATOR)} of it"
+        " for the emulator's own memory, since it limits all memory of the VM, too"
     )
 
 

@@ -26,7 +26,7 @@ from ._audit_words import (
     counted,
 )
 from ._host_info import UNSEEN
-from ._remedy import called, counter_of, remedy_of, verdict_of
+from ._remedy import called, charges_user, pins_as_it_runs, remedy_of, verdict_of
 from ._report_text import show_end, show_host
 
 __all__ = ("audit_report",)
@@ -48,12 +48,13 @@ def describe_host(result: Any) -> Row:
     host = result["host"]
     users = {user["uid"]: user for user in result.get("users", [])}
     libvirt = host.get("libvirt") or {}
+    growing = {each["uid"] for each in result["processes"] if charges_user(each) and pins_as_it_runs(each)}
     vms, holders = [], []
     for process in result["processes"]:
-        if process.get("holder"):
+        if process["holder"]:
             holders.append(describe_holder(process))
         else:
-            vms.append(describe_vm(process, users, libvirt))
+            vms.append(describe_vm(process, users, libvirt, process["uid"] in growing))
     limits = list(host["limits_of_view"])
     not_ready = [each for each in host.get("readiness") or () if each["ready"] is not True]
     hidden = any(limit["what"] in UNSEEN for limit in limits)
@@ -93,12 +94,17 @@ def without_answer(status: str, msg: str) -> Row:
     }
 
 
-def describe_vm(process: Mapping[str, Any], users: Mapping[int, Any], libvirt: Mapping[str, Any]) -> Row:
-    """What the report's data tells of a process. `users`: the rows of users, by their ids."""
+def describe_vm(
+    process: Mapping[str, Any], users: Mapping[int, Any], libvirt: Mapping[str, Any], one_grows: bool
+) -> Row:
+    """What the report's data tells of a process. `users`: the rows of users, by their ids.
+
+    `one_grows`: whether one that is charged to its user pins more as it runs.
+    """
     name = name_of(process)
     user = users.get(process["uid"])
-    verdict = verdict_of(process, user)
-    backends = process.get("backends")
+    verdict = verdict_of(process, user, one_grows)
+    backends = process["backends"]
     # The legacy container counts in VmLck alone.
     locked = process["locked_bytes"] if LEGACY in (backends or ()) else 0
     return {
@@ -107,7 +113,7 @@ def describe_vm(process: Mapping[str, Any], users: Mapping[int, Any], libvirt: M
         "user": called(process),
         "backends": None if backends is None else list(backends),
         "accounting": process["accounting"],
-        "counter": counter_of(process),
+        "counter": process["counter"],
         "pinned_bytes": max(process["pinned_bytes"], locked),
         "limit_bytes": process["memlock_bytes"],
         "limit_unlimited": process["memlock_unlimited"],
@@ -120,9 +126,10 @@ def describe_vm(process: Mapping[str, Any], users: Mapping[int, Any], libvirt: M
 
 def describe_holder(process: Mapping[str, Any]) -> Row:
     """What it tells of one that is no VM, but has copies of what a VM has."""
-    backends = process.get("backends")
+    backends = process["backends"]
     return {
-        "name": name_of(process),
+        # Its command line may have the name of a guest, which it has started.
+        "name": itself(process),
         "pid": process["pid"],
         "user": called(process),
         "backends": None if backends is None else list(backends),
@@ -130,8 +137,11 @@ def describe_holder(process: Mapping[str, Any]) -> Row:
 
 
 def name_of(process: Mapping[str, Any]) -> str:
-    itself = f"{process['comm']} ({process['pid']})"
-    return next(filter(None, (process[field] for field in ("domain", "name", "unit"))), itself)
+    return next(filter(None, (process[field] for field in ("domain", "name", "unit"))), itself(process))
+
+
+def itself(process: Mapping[str, Any]) -> str:
+    return f"{process['comm']} ({process['pid']})"
 
 
 def sum_up(vms: list[Row], hidden: bool) -> tuple[str, str]:

@@ -64,7 +64,9 @@ def process(accounting: str | None, **fields: Any) -> Row:
         "domain_uri": "*",
         "unit": "*",
         "user_unit": "*",
+        "initial_user_namespace": True,
         "memory_bytes": 67108864,
+        "locks_memory": False,
         "pinned_bytes": 67371008,
         "locked_bytes": 0,
         "memlock_bytes": 104857600,
@@ -80,6 +82,7 @@ def process(accounting: str | None, **fields: Any) -> Row:
         "legacy_containers": [],
         "vfio_devices": [{"fd": 10, "node": "*", "addresses": ["*"], "backend": "iommufd"}],
         "vdpa_devices": [{"fd": 11, "node": "*"}],
+        "address_spaces": 1,
         "notes": ["*", "*"],
         **fields,
     }

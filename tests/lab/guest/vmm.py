@@ -5,6 +5,7 @@
 """Real VMs with passed-through devices: QEMU, paused, each a systemd unit with its own limit and accounting.
 
     vmm only < VMS    ends every VM, then starts these and leaves them running
+    vmm more < VMS    starts these beside those that run, and leaves them running
     vmm try < VMS     starts and ends one after the other, beside those that run
     vmm plug NAME MIB [LIMIT]    gives one that runs memory by its monitor, and before that a limit in bytes
     vmm units VERB UNIT...    has systemctl start, restart or show what the host's own units run, one after the other

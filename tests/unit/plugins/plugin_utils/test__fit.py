@@ -1000,7 +1000,7 @@ ONE = "pass all devices through by one iommufd"
 def hard_limit(enough: int) -> str:
     return (
         f"raise its limit (<memtune><hard_limit unit='KiB'>{(enough + GIB) // KIB}</hard_limit></memtune> in the domain"
-        ", 1 GiB of it for the emulator's own memory, since it is the control group's limit, too)"
+        ", 1 GiB of it for the emulator's own memory, since it limits all memory of the VM, too)"
     )
 
 

@@ -219,7 +219,7 @@ def test_a_daemon_that_sets_the_mode_and_may_not(config: Row) -> None:
     made = plan(BARRED, **config)
     (error,) = made["errors"]
     assert error.startswith(
-        "libvirt 12.8.0 may not. Give virtqemud.service the capability: put the lines '[Service]',"
+        "libvirt 12.8.0 may not. Give virtqemud.service CAP_SYS_RESOURCE: put the lines '[Service]',"
         " 'CapabilityBoundingSet=CAP_SYS_RESOURCE' into /etc/systemd/system/virtqemud.service.d/zz-sys-resource.conf"
     )
     for word in ("daemon-reload", "restart virtqemud.service", "CAP_IPC_LOCK", "iommufd_host_strategy to observe"):

@@ -24,8 +24,12 @@ def vm(*modes: str | None, settable: bool = False, **fields: Any) -> Row:
         "unit": "vm1.service",
         "user_unit": None,
         "initial_user_namespace": True,
+        "memory_bytes": 64 * MIB,
+        "locks_memory": False,
         "backends": ["iommufd"],
         "iommufds": [{"rlimit_mode": mode, "settable": settable} for mode in modes or ("user",)],
+        "vfio_devices": [{"as_it_runs": False}],
+        "address_spaces": 1,
         "pinned_bytes": 64 * MIB,
         "locked_bytes": 0,
         "memlock_bytes": 100 * MIB,
@@ -48,8 +52,28 @@ def user(at_risk: bool | None = True, uncertain: int = 0) -> Row:
     return {"uid": 1001, "at_risk": at_risk, "uncertain_bytes": uncertain}
 
 
-def remedy(process: Row, of_user: Row | None = None, **libvirt: Any) -> str:
-    return remedy_of(verdict_of(process, of_user), process, of_user, libvirt)
+def remedy(process: Row, of_user: Row | None = None, grows: bool = False, **libvirt: Any) -> str:
+    return remedy_of(verdict_of(process, of_user, grows), process, of_user, libvirt)
+
+
+# A libvirt that knows iommufd and sets the mode, and whose daemon may not.
+BARRED: Row = {
+    "unit": "libvirtd.service",
+    "supports_iommufd": True,
+    "sets_rlimit_mode": False,
+    "starts_iommufd_domains": False,
+    "cap_sys_resource": False,
+    "drop_in": ["CapabilityBoundingSet=CAP_SYS_RESOURCE"],
+}
+GIVE = (
+    "Give libvirtd.service CAP_SYS_RESOURCE: put the lines '[Service]', 'CapabilityBoundingSet=CAP_SYS_RESOURCE' into"
+    " /etc/systemd/system/libvirtd.service.d/zz-sys-resource.conf, whose name has it read last; then run systemctl"
+    " daemon-reload, and restart libvirtd.service, while VMs go on running; then "
+)
+LET = (
+    "Let libvirt's daemon use CAP_SYS_RESOURCE: restart it if it is older than what its unit says now, and allow that"
+    " where SELinux denies it; then "
+)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +124,8 @@ def test_the_verdict(process: Row, of_user: Row | None, verdict: str) -> None:
                 "Have a libvirt of 12.1 or later whose daemon has CAP_SYS_RESOURCE set the rlimit mode, or the role",
                 id=f"libvirt, {sets}, {may}",
             )
-            for sets, may in ((False, True), (False, None), (True, False), (None, False))
+            # With a capability or without one: this libvirt knows nothing of iommufd, and starts what QEMU opens.
+            for sets, may in ((False, True), (False, None), (False, False))
         ),
         *(
             pytest.param(
@@ -109,7 +134,13 @@ def test_the_verdict(process: Row, of_user: Row | None, verdict: str) -> None:
                 "Have libvirt set the rlimit mode; whether it can here is unknown, and host.libvirt.reason of",
                 id=f"libvirt, {libvirt}",
             )
-            for libvirt in ({}, {"sets_rlimit_mode": True}, {"sets_rlimit_mode": None, "cap_sys_resource": True})
+            for libvirt in (
+                {},
+                {"sets_rlimit_mode": True},
+                {"sets_rlimit_mode": None, "cap_sys_resource": True},
+                # It may be one that sets the mode and may not, of which the capability of QEMU is no cure.
+                {"sets_rlimit_mode": None, "cap_sys_resource": False, "supports_iommufd": None},
+            )
         ),
         pytest.param(
             vm(domain_uri=SESSION), {}, "At its next start use the module iommufd_domain, which", id="session"
@@ -151,7 +182,23 @@ RAISE = "Raise its RLIMIT_MEMLOCK to 105906176 bytes or more, "
     ("fields", "where"),
     [
         pytest.param(
-            {"domain_uri": SYSTEM}, "by the domain's <hard_limit>, which limits its control group too", id="system"
+            {"domain_uri": SYSTEM},
+            # 1 GiB more than is charged: that is what is left to the emulator.
+            "by <memtune><hard_limit unit='KiB'>1152000</hard_limit></memtune> in the domain, 1 GiB of it for the"
+            " emulator's own memory, since it limits all memory of the VM, too",
+            id="system",
+        ),
+        pytest.param(
+            {"domain_uri": SYSTEM, "memory_bytes": 512 * MIB},
+            "by <memtune><hard_limit unit='KiB'>1572864</hard_limit></memtune> in the domain, 1 GiB of it for the"
+            " emulator's own memory, since it limits all memory of the VM, too",
+            id="system, and not all of the guest's memory is charged",
+        ),
+        pytest.param(
+            {"domain_uri": SYSTEM, "memory_bytes": None},
+            "by <memtune><hard_limit unit='KiB'>1152000</hard_limit></memtune> in the domain, 1 GiB of it for the"
+            " emulator's own memory, since it limits all memory of the VM, too",
+            id="system, memory that is not known",
         ),
         pytest.param({"domain_uri": SESSION}, "by LimitMEMLOCK= of user@1001.service", id="session"),
         pytest.param(
@@ -173,6 +220,111 @@ RAISE = "Raise its RLIMIT_MEMLOCK to 105906176 bytes or more, "
 )
 def test_where_the_limit_is_raised(fields: Row, where: str) -> None:
     assert remedy(locked(**fields)) == f"{RAISE}{where}; prlimit does that at once."
+
+
+@pytest.mark.parametrize("drop_in", [BARRED["drop_in"], []])
+def test_a_daemon_that_may_not(drop_in: list[str]) -> None:
+    """It starts no domain with iommufd and raises no limit, whatever its QEMU has, before it has CAP_SYS_RESOURCE."""
+    libvirt = {**BARRED, "drop_in": drop_in}
+    first = GIVE if drop_in else LET
+    domain = vm(domain_uri=SYSTEM)
+    assert remedy(domain, user(), **libvirt).startswith(f"{first}at its next start have libvirt set the rlimit mode")
+    limited = remedy(locked(domain_uri=SYSTEM), **libvirt)
+    assert limited.startswith(f"{first}raise its RLIMIT_MEMLOCK to 105906176 bytes or more, by <memtune><hard_limit")
+    both = remedy(vm(domain_uri=SYSTEM, locked_bytes=64 * MIB), user(), **libvirt)
+    assert both.startswith(f"{first}raise its RLIMIT_MEMLOCK to 134217728 bytes or more, by <memtune><hard_limit")
+    assert both.count("CAP_SYS_RESOURCE: ") == 1
+    assert "; then at its next start have libvirt set the rlimit mode: " in both
+    for told in (remedy(domain, user(), **libvirt), limited, both):
+        assert "CAP_IPC_LOCK" not in told
+    # Any version of libvirt raises limits by it, and none does for what is no domain of it.
+    older = {**libvirt, "supports_iommufd": False}
+    assert remedy(locked(domain_uri=SYSTEM), **older) == limited
+    assert remedy(domain, user(), **older).startswith("Have a libvirt of 12.1 or later")
+    for uri in (None, SESSION):
+        assert remedy(locked(domain_uri=uri), **libvirt) == remedy(locked(domain_uri=uri))
+        assert remedy(vm(domain_uri=uri), user(), **libvirt) == remedy(vm(domain_uri=uri), user())
+    settable = vm(domain_uri=SYSTEM, settable=True)
+    assert remedy(settable, user(), **libvirt).startswith("Set the rlimit mode process by the module iommufd_option")
+
+
+def mdev(*runs: bool | None, **fields: Any) -> Row:
+    """One that is charged for itself, with devices of which some pin as it runs, and nearly nothing pinned yet."""
+    devices = [{"as_it_runs": each} for each in runs]
+    return locked(**{"vfio_devices": devices, "memory_bytes": 128 * MIB, "headroom_bytes": 99 * MIB, **fields})
+
+
+@pytest.mark.parametrize(
+    ("process", "verdict"),
+    [
+        pytest.param(mdev(True), "may fail later", id="an mdev"),
+        pytest.param(mdev(None), "may fail later", id="it may be one"),
+        pytest.param(mdev(False), "ok", id="a device"),
+        pytest.param(mdev(True, False), "ok", id="a device has all memory pinned"),
+        pytest.param(mdev(True, False, address_spaces=2), "may fail later", id="in another address space"),
+        pytest.param(mdev(True, False, address_spaces=None), "may fail later", id="in how many is not known"),
+        pytest.param(mdev(True, memory_bytes=100 * MIB), "ok", id="the limit holds all of it"),
+        pytest.param(mdev(True, memory_bytes=None), "may fail later", id="how much is not known"),
+        pytest.param(mdev(True, memory_bytes=50 * MIB, locks_memory=True), "ok", id="and what it locks"),
+        pytest.param(mdev(True, memory_bytes=51 * MIB, locks_memory=None), "may fail later", id="it may lock it"),
+        pytest.param(mdev(True, headroom_bytes=-1), "over limit", id="over limit"),
+        pytest.param(mdev(True, headroom_bytes=None, memlock_unlimited=True), "not limited", id="unlimited"),
+        pytest.param(mdev(True, headroom_bytes=None, accounting="none"), "not limited", id="the capability"),
+        pytest.param(mdev(True, headroom_bytes=None, accounting=None), "unknown", id="unknown"),
+        pytest.param(mdev(True, vfio_devices=None), "ok", id="not seen, which limits_of_view tells"),
+    ],
+)
+def test_what_may_fail_later(process: Row, verdict: str) -> None:
+    assert verdict_of(process, None) == verdict
+
+
+@pytest.mark.parametrize(
+    ("of_user", "grows", "verdict"),
+    [
+        pytest.param(user(None), True, "may fail later", id="one of the user pins as it runs"),
+        pytest.param(user(None, uncertain=4096), True, "unknown", id="and something is uncertain"),
+        pytest.param(user(None), False, "unknown", id="none does"),
+        pytest.param(user(True), True, "at risk", id="no other fits even now"),
+        pytest.param(user(False), True, "ok", id="which the user's row knows to be no risk"),
+        pytest.param(None, True, "may fail later", id="without users"),
+    ],
+)
+def test_what_may_fail_later_for_a_user(of_user: Row | None, grows: bool, verdict: str) -> None:
+    assert verdict_of(vm(), of_user, grows) == verdict
+
+
+@pytest.mark.parametrize(
+    ("process", "expected"),
+    [
+        pytest.param(
+            mdev(True, unit=None),
+            "it may pin more as it runs, as with an mdev: raise its RLIMIT_MEMLOCK to 134217728 bytes or more, where it"
+            " is started; prlimit does that at once.",
+            id="its own",
+        ),
+        pytest.param(
+            mdev(True, memory_bytes=None),
+            "it may pin more as it runs, as with an mdev: raise its RLIMIT_MEMLOCK to all memory of its guest, once for"
+            " each address space; prlimit does that at once.",
+            id="not known",
+        ),
+        pytest.param(
+            vm(),
+            "a VM of its user may pin more as it runs, as with an mdev: at its next start put iommufd-exec in front of"
+            " its VMM, which must take a descriptor, and is then charged for itself.",
+            id="the user's",
+        ),
+        pytest.param(
+            vm(vfio_devices=[{"as_it_runs": True}], memory_bytes=128 * MIB, unit=None),
+            "a VM of its user may pin more as it runs, as with an mdev: raise its RLIMIT_MEMLOCK to 134217728 bytes or"
+            " more, where it is started; then at its next start put iommufd-exec in front of its VMM, which must take a"
+            " descriptor, and is then charged for itself.",
+            id="the user's, and it is the one",
+        ),
+    ],
+)
+def test_what_to_do_before_it_fails(process: Row, expected: str) -> None:
+    assert remedy(process, user(None), grows=True) == f"It fits now, and may fail later, since {expected}"
 
 
 @pytest.mark.parametrize(

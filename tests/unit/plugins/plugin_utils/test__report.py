@@ -8,8 +8,11 @@ import json
 from typing import Any
 
 import pytest
+import yaml
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
 from ansible_collections.virt.iommufd.plugins.plugin_utils import _report_text
+from ansible_collections.virt.iommufd.plugins.plugin_utils._audit_words import HOST_VERDICTS, NOT_LIMITED
 from ansible_collections.virt.iommufd.plugins.plugin_utils._report import audit_report
 from ansible_collections.virt.iommufd.tests.bench import fleet
 from ansible_collections.virt.iommufd.tests.unit.filter_docs import documented_fields
@@ -26,6 +29,8 @@ NATIVE = {"sets_rlimit_mode": True, "cap_sys_resource": True}
 
 def process(**fields: Any) -> Row:
     """A running VM, as the module returns it; of its fields, those that matter here."""
+    counter = {"user": "user", "process": "mm_locked"}.get(fields.get("accounting", "user"))
+    counter = fields.get("counter", counter)
     return {
         "pid": 4242,
         "comm": "qemu-system-x86",
@@ -35,13 +40,22 @@ def process(**fields: Any) -> Row:
         "domain": "vm1",
         "domain_uri": "qemu:///system",
         "unit": "machine-qemu\\x2d1\\x2dvm1.scope",
+        "user_unit": None,
+        "initial_user_namespace": True,
+        "memory_bytes": 64 * MIB,
+        "locks_memory": False,
         "backends": ["iommufd"],
+        "iommufds": [{"rlimit_mode": "user", "settable": False}],
+        "vfio_devices": [{"as_it_runs": False}],
+        "address_spaces": 1,
         "holder": False,
         "pinned_bytes": PINNED,
         "locked_bytes": 0,
         "memlock_bytes": 100 * MIB,
         "memlock_unlimited": False,
         "accounting": "user",
+        "counter": counter,
+        "counters": [{"counter": counter}] if counter else [],
         "headroom_bytes": 100 * MIB - PINNED,
         "notes": [],
         **fields,
@@ -58,7 +72,9 @@ def info(*processes: Row, at_risk: bool | None = False, **host: Any) -> Row:
     return {
         "host": {"limits_of_view": [], "module": "loaded", "libvirt": NATIVE, **host},
         "processes": list(processes),
-        "users": [{"uid": 64055, "at_risk": at_risk}, {"uid": 1000, "at_risk": False}],
+        "users": [
+            {"uid": uid, "at_risk": risk, "uncertain_bytes": 0} for uid, risk in ((64055, at_risk), (1000, False))
+        ],
     }
 
 
@@ -219,7 +235,7 @@ def test_the_verdict_on_a_host(result: Row, status: str, verdict: str, summary: 
         pytest.param(
             {"host": {"limits_of_view": []}, "processes": [{}]},
             "failed",
-            "The result is not what this version of virt.iommufd.iommufd_info returns (KeyError('comm')).",
+            "The result is not what this version of virt.iommufd.iommufd_info returns (KeyError('counters')).",
             id="without fields",
         ),
     ],
@@ -247,7 +263,7 @@ def test_the_text() -> None:
         ),
         "kvm2": info(
             unlimited(domain="large", accounting="process", pinned_bytes=66 * 1024 * MIB),
-            process(accounting=None, headroom_bytes=None, notes=["Its iommufds cannot be looked at."]),
+            process(accounting=None, headroom_bytes=None, iommufds=None, notes=["Its iommufds cannot be looked at."]),
             limits_of_view=unseen("descriptors"),
         ),
         "kvm3": info(),
@@ -376,16 +392,7 @@ def test_text_moves_no_cursor(name: str, shown: str) -> None:
 
 
 # Of what a process has, and of what is within that.
-NAMES = [
-    *process(),
-    "counters",
-    "counter",
-    "iommufds",
-    "user_unit",
-    "initial_user_namespace",
-    "rlimit_mode",
-    "settable",
-]
+NAMES = [*process(), "rlimit_mode", "settable", "as_it_runs"]
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400),
     lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(NAMES), inner),
@@ -402,7 +409,7 @@ HOST = st.dictionaries(st.sampled_from(["readiness", "libvirt", "module", "limit
     st.dictionaries(
         st.text(),
         st.builds(
-            lambda fields, host, users: {**info(process(), process(**fields)), **host, **users},
+            lambda fields, host, users: {**info(process(), {**process(), **fields}), **host, **users},
             st.dictionaries(st.sampled_from(NAMES), JUNK, max_size=3),
             st.dictionaries(
                 st.just("host"), JUNK | st.builds(lambda given: {**info()["host"], **given}, HOST), max_size=1
@@ -432,17 +439,34 @@ def test_no_hosts() -> None:
     assert audit_report({}) == {"hosts": {}, "lines": [], "end": []}
 
 
-def test_an_answer_that_knows_of_iommufd_alone() -> None:
-    """What is not told is unknown, and the accounting tells the counter."""
-    new = ("backends", "holder", "domain_uri", "counter", "counters")
-    old = [
-        {name: value for name, value in process(accounting=accounting).items() if name not in new}
-        for accounting in ("user", "process", "none", None)
-    ]
-    vms = told(info(*old))["vms"]
-    assert [vm["counter"] for vm in vms] == ["user", "mm_locked", None, None]
-    assert [vm["backends"] for vm in vms] == [None] * 4
-    assert told(info(*old, libvirt={}))["verdict"] == "unknown"
+@pytest.mark.parametrize("field", ["counter", "counters", "backends", "holder", "domain_uri"])
+def test_an_answer_of_another_version(field: str) -> None:
+    """What it does not tell is not guessed."""
+    old = {name: value for name, value in process().items() if name != field}
+    row = told(info(old, at_risk=True))
+    assert row["status"] == "failed"
+    assert row["msg"] == (
+        f"The result is not what this version of virt.iommufd.iommufd_info returns (KeyError('{field}'))."
+    )
+
+
+def test_what_may_come_later() -> None:
+    """The memory of a VM with an mdev counts as it runs: for the VM alone, or for its user, and so for all of them."""
+    mdev = [{"as_it_runs": True}]
+    later = process(domain="vgpu", vfio_devices=mdev)
+    alone = process(accounting="process", domain="alone", vfio_devices=mdev, memory_bytes=512 * MIB)
+    row = told(info(process(), later, alone, at_risk=None))
+    assert [vm["verdict"] for vm in row["vms"]] == ["may fail later"] * 3
+    assert row["verdict"] == "may fail later"
+    assert row["summary"] == "3 VMs, 3 may fail later: vm1, vgpu, alone"
+    assert row["vms"][0]["remedy"].startswith(
+        "It fits now, and may fail later, since a VM of its user may pin more as it runs, as with an mdev: at its next"
+    )
+    # One that is charged for itself takes nothing from the user.
+    row = told(info(process(), alone))
+    assert [vm["verdict"] for vm in row["vms"]] == ["ok", "may fail later"]
+    lines = audit_report({"kvm1": info(alone)})["lines"]
+    assert lines[2] == "alone  iommufd  VmLck     64.2M   100M     35.8M  may fail later"
 
 
 def test_other_backends() -> None:
@@ -467,12 +491,13 @@ def test_other_backends() -> None:
 
 def legacy(**fields: Any) -> Row:
     """What a VM has that uses VFIO's legacy container alone."""
-    given = {"accounting": "process", "counter": "mm_locked", "pinned_bytes": 0, "locked_bytes": PINNED}
+    given = {"accounting": "process", "pinned_bytes": 0, "locked_bytes": PINNED, "iommufds": []}
     return {**given, "backends": ["legacy"], **fields}
 
 
 def test_a_holder_is_no_vm() -> None:
-    row = told(info(process(), process(holder=True, headroom_bytes=-1, **launcher())))
+    # On its command line, it may have the guest that it starts.
+    row = told(info(process(), process(holder=True, headroom_bytes=-1, **{**launcher(), "name": "vm1"})))
     assert [vm["vm"] for vm in row["vms"]] == ["vm1"]
     assert [holder["name"] for holder in row["holders"]] == ["launcher (812)"]
     assert row["summary"] == "1 VM, 1 ok"
@@ -559,6 +584,27 @@ def test_the_worst_hosts_come_first() -> None:
     ]
 
 
+def test_a_made_up_host_tells_all_that_the_module_does() -> None:
+    """And has VMs of all kinds, and a launcher."""
+    returned = yaml.safe_load(iommufd_info.RETURN)
+    results = fleet.fleet(100, 8)
+    processes = [each for result in results.values() for each in result.get("processes", [])]
+    assert all(each.keys() == returned["processes"]["contains"].keys() for each in processes)
+    of_counters = returned["processes"]["contains"]["counters"]["contains"]
+    assert all(counter.keys() == of_counters.keys() for each in processes for counter in each["counters"])
+    kinds = {(*each["backends"], each["accounting"], each["counter"], each["holder"]) for each in processes}
+    assert kinds >= {
+        ("iommufd", "user", "user", False),
+        ("iommufd", "process", "mm_locked", False),
+        ("iommufd", "none", None, False),
+        ("legacy", "process", "mm_locked", False),
+        ("vdpa", "process", "mm_pinned", False),
+        ("iommufd", "user", None, True),
+    }
+    verdicts = {host["verdict"] for host in audit_report(results)["hosts"].values()}
+    assert verdicts == set(HOST_VERDICTS) - {NOT_LIMITED}
+
+
 def test_the_end_of_a_thousand_hosts_fits_a_screen() -> None:
     results = fleet.fleet(1000, 8)
     report = audit_report(results)
@@ -571,15 +617,16 @@ def test_the_end_of_a_thousand_hosts_fits_a_screen() -> None:
     assert sum(len(host["vms"]) for host in report["hosts"].values()) == 8 * 950
     end = report["end"]
     assert len(end) == _report_text.SCREEN
-    assert end[:3] == [
-        "1000 hosts with 7600 VMs: 10 over limit, 20 at risk, 10 unknown, 10",
-        "failed, 10 unreachable, 10 not ready, 10 no iommufd, 910 ok, 10 no VMs",
-        "kvm0002: 8 VMs, 1 over limit: vm2-0; 7 ok",
+    assert end[:4] == [
+        "1000 hosts with 7600 VMs: 10 over limit, 20 at risk, 10 may fail later,",
+        "10 unknown, 10 failed, 10 unreachable, 10 not ready, 10 no iommufd, 900",
+        "ok, 10 no VMs",
+        "kvm0002: 8 VMs, 1 over limit: vm2-0; 5 ok; 2 not limited",
     ]
     (rest,) = [number for number, line in enumerate(end) if line.startswith("... and ")]
     assert end[rest : rest + 2] == [
-        f"... and {1000 - (rest - 2)} hosts more: 20 at risk, 10 unknown, 10 failed, 10",
-        "unreachable, 10 not ready, 10 no iommufd, 910 ok, 10 no VMs",
+        f"... and {1000 - (rest - 3)} hosts more: 19 at risk, 10 may fail later, 10 unknown, 10",
+        "failed, 10 unreachable, 10 not ready, 10 no iommufd, 900 ok, 10 no VMs",
     ]
     assert end[rest + 2].startswith("160 VMs: At its next start put iommufd-exec in front of its VMM")
 

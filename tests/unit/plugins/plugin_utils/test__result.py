@@ -394,7 +394,7 @@ def test_a_daemon_that_sets_the_mode_and_may_not() -> None:
     looked = info()
     looked["host"]["libvirt"] |= {"starts_iommufd_domains": False, "cap_sys_resource": False}
     (todo,) = host_result(plan("observe"), looked, applied(), check())["todo"]
-    assert todo.startswith("It may not. Give libvirtd.service the capability: put the lines '[Service]', 'A=b' into")
+    assert todo.startswith("It may not. Give libvirtd.service CAP_SYS_RESOURCE: put the lines '[Service]', 'A=b' into")
     assert host_result({**plan("observe"), "state": "absent"}, looked, applied(), check())["todo"] == []
 
 
