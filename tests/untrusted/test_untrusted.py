@@ -153,7 +153,7 @@ def test_the_audit(controller: Controller) -> None:
     controller.check(controller.run("virt.iommufd.audit", variables, yaml=True))
     report = json.loads(dest.read_text(encoding="utf-8"))
     assert controller.texts.expression in [vm["vm"] for vm in report["localhost"]["vms"]]
-    assert controller.texts.expression in [holder["name"] for holder in report["localhost"]["holders"]]
+    assert f"{controller.texts.expression} (4242)" in [holder["name"] for holder in report["localhost"]["holders"]]
     text = controller.place / "audit.txt"
     controller.check(controller.run("virt.iommufd.audit", {**variables, "audit_dest": str(text)}, yaml=True))
     written = text.read_text(encoding="utf-8")
