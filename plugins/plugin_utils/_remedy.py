@@ -36,7 +36,7 @@ def pins_as_it_runs(process: Row) -> bool:
 
     What sysfs does not tell of a device may be so.
     """
-    runs = [each.get("as_it_runs", False) is not False for each in process["vfio_devices"] or ()]
+    runs = [each["as_it_runs"] is not False for each in process["vfio_devices"] or ()]
     return any(runs) and (all(runs) or process["address_spaces"] != 1)
 
 
