@@ -179,6 +179,9 @@ notes:
   - The kernel does not publish what it has charged to a user. For per-user accounting, the filter relies on the
     estimate RV(virt.iommufd.iommufd_info#module:users[].charged_bytes), and RV(_value.reason) says how much would be
     left for what no file shows.
+  - QEMU 11 ends a VM that has an iommufd and a legacy container in one address space, whatever its limit. For such a VM
+    the filter needs the versions of the emulators. V(emulators) in O(virt.iommufd.iommufd_info#module:gather_subset)
+    has them gathered.
   - The filter considers the limits and RV(_value.prerequisites), and not whether the host has the memory and the
     devices.
 seealso:

@@ -37,6 +37,7 @@ from ._fit_host import (
     Accounting,
     Limit,
     accounting_of,
+    candidates,
     knows_iommufd,
     limit_of,
     prerequisites,
@@ -45,6 +46,7 @@ from ._fit_host import (
     system_user,
 )
 from ._fit_input import Asked, Info, Owner, owner_of
+from ._fit_qemu import Clash, clash
 from ._fit_xml import CONTAINER, LIBVIRTS
 
 __all__ = (
@@ -87,7 +89,7 @@ class Case(NamedTuple):
 
     `steps`: what becomes of the VM, one after the other, each as the model has it. `pins`: what it pins, in words.
     `told`: the outcome. `refused`: why it would not be started at all, else "". `needs`: what is not there that it must
-    have. `running`: the row of a VM that runs already.
+    have. `running`: the row of a VM that runs already. `clash`: what its QEMU does, whatever the limit.
     """
 
     info: Info
@@ -102,6 +104,7 @@ class Case(NamedTuple):
     refused: str
     needs: list[str]
     running: Mapping[str, Any] | None = None
+    clash: Clash = Clash()
 
 
 def kernels(info: Info) -> tuple[Kernel, ...]:
@@ -209,11 +212,15 @@ def new_vm(info: Info, asked: Asked) -> Case:
     told = judge(info, steps)
     if refused is None and told.fits is not False:
         told = told._replace(fits=None, question=STARTS)
+    by_qemu = clash(candidates(info, asked), steps[0].devices, asked.viommu)
+    if by_qemu.question and told.fits is not False:
+        told = told._replace(fits=None, question=by_qemu.question)
     no_iommufd = any(each.backend == IOMMUFD for each in asked.devices) and info["host"].get("module") == "absent"
     refused = refused or limit.refused or ("This host's kernel has no iommufd." if no_iommufd else "")
     needs = [*needs, *([refused] if refused and refused not in needs else [])]
+    refused = refused or by_qemu.ends
     needs += [FILE_BACKED] if asked.live_update else []
-    return Case(info, asked, owner, starter, limit, accounting, steps, pins, told, refused, needs)
+    return Case(info, asked, owner, starter, limit, accounting, steps, pins, told, refused, needs, None, by_qemu)
 
 
 def _with_mode(devices: tuple[Device, ...], mode: str | None) -> tuple[Device, ...]:

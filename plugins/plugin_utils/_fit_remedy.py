@@ -13,6 +13,7 @@ from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMI
 from ._fit_case import Case, may_charge_user, settled
 from ._fit_host import SESSION, SYSTEM, by_hostdev, emulator, has_contained, knows_iommufd, reckoning, session_of
 from ._fit_input import NONE, THE_IOMMUFD
+from ._fit_qemu import Clash
 from ._fit_xml import CONTAINER, LIBVIRTS
 from ._host_info import its_hard_limit
 
@@ -23,6 +24,10 @@ def remedy_of(case: Case) -> str | None:
     """What to change so that the VM fits; None where it does, or where nothing that is known would help."""
     if case.told.fits is True and not case.refused:
         return None
+    if case.clash != Clash() and case.refused == case.clash.ends:
+        # Nothing helps beside it.
+        cure = _one_iommufd(case)
+        return f"To make it fit: {cure}." if cure else None
     if case.refused and case.starter == SYSTEM:
         return _for_the_daemon(case)
     cures = [
@@ -80,7 +85,7 @@ def _of_the_session(case: Case, enough: int) -> str:
 
 def _one_iommufd(case: Case) -> str | None:
     """One address space for all devices that can share one."""
-    if case.running is not None or case.refused:
+    if case.running is not None or case.refused != case.clash.ends:
         return None
     devices = case.steps[0].devices
     can = [each for each in devices if each.backend == IOMMUFD or (each.backend == LEGACY and each.holder == CONTAINER)]

@@ -29,6 +29,7 @@ from ..module_utils._size import human_size
 from ._fit_case import FILE_BACKED, SIGHT, Case, judge, kernels, ordered, plus, spaces
 from ._fit_host import GIB, OTHER, SYSTEM, Accounting, Limit, capability_of, prerequisites
 from ._fit_input import THE_IOMMUFD, Asked, Growth, Info, owner_of
+from ._fit_qemu import QEMU, Clash, clash
 from ._fit_xml import CONTAINER
 
 __all__ = ("running_vm",)
@@ -73,6 +74,7 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
     steps: list[Vm] = []
     pins: list[str] = []
     unsure = False
+    by_qemu = Clash()
     if asked.live_update:
         steps.append(_taken_over(asked, row, vm, memory))
         pins.append(f"The process that takes {_name(row)} over pins what it has anew, once for each address space.")
@@ -83,6 +85,7 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
     if grow.devices:
         gets, unsure = _with_devices(asked, grow, row, vm, memory)
         steps.append(gets)
+        by_qemu = _clash(info, asked, grow, row, vm.devices)
         what = f"{len(grow.devices)} devices" if len(grow.devices) > 1 else "a device"
         pins.append(f"{_name(row)} gets {what}, for which it pins its memory {_times(spaces(gets))}.")
     if not steps:
@@ -92,9 +95,13 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
         told = told._replace(fits=None, question=SIGHT, counter=None, way=None)
     elif unsure and told.fits is not True:
         told = told._replace(fits=None, question="viommu")
+    elif by_qemu.question and told.fits is not False:
+        told = told._replace(fits=None, question=by_qemu.question)
     accounting = Accounting(None, vm.capable, f"{_name(row)} runs as {owner.name}, as process {row['pid']}.")
     needs = [*prerequisites(info, grow.devices), *([FILE_BACKED] if asked.live_update else [])]
-    return Case(info, asked, owner, starter, limit, accounting, tuple(steps), " ".join(pins), told, "", needs, row)
+    said = " ".join(pins)
+    ends = by_qemu.ends
+    return Case(info, asked, owner, starter, limit, accounting, tuple(steps), said, told, ends, needs, row, by_qemu)
 
 
 def _taken_over(asked: Asked, row: Mapping[str, Any], vm: Vm, memory: int | None) -> Vm:
@@ -115,6 +122,20 @@ def _with_devices(asked: Asked, grow: Growth, row: Mapping[str, Any], vm: Vm, me
     beyond = _own_beyond(asked, row, memory)
     gets = vm._replace(devices=new, memory=total, beyond=beyond, viommu=viommu, ordered=ordered(asked, new))
     return gets, unsure
+
+
+def _clash(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any], held: tuple[Device, ...]) -> Clash:
+    """What its QEMU does about devices of another backend than those that it has."""
+    there = {each.backend for each in held}
+    if {IOMMUFD, LEGACY} <= there:
+        # It runs with both.
+        return Clash()
+    emulators = [each for each in info["host"].get("qemu") or () if each["path"] == row.get("emulator")]
+    iommufds = sum(each.get("same_as") is None for each in row["iommufds"] or ())
+    devices = (*(each._replace(holder=CONTAINER) if each.backend == LEGACY else each for each in held), *grow.devices)
+    told = clash(emulators, devices, asked.viommu or _seen_viommu(row, held, iommufds))
+    # The container that is there may be that of a disk by nvme://, which QEMU keeps apart.
+    return Clash(question=QEMU) if told.ends and LEGACY in there else told
 
 
 def _where(times: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ..module_utils._accounting import MM_LOCKED, MM_PINNED, UNLIMITED, USER, demand
 from ..module_utils._size import human_size
 from ._fit_case import PAGE, SIGHT, STARTS, Case, at_best, kernels, may_charge_user
+from ._fit_qemu import QEMU
 
 __all__ = ("question_of", "reason_of")
 
@@ -50,6 +51,10 @@ _QUESTIONS = {
     "beyond": "How much does the VM pin beyond its memory? Give overhead.",
     PAGE: f"How large are the host's pages? {_AS_ROOT}",
     STARTS: f"May libvirt's daemon use CAP_SYS_RESOURCE, without which it starts no domain with iommufd? {_AS_ROOT}",
+    QEMU: (
+        "Which release of QEMU is it? 10.0 and older run such a VM, 11 does not. Run virt.iommufd.iommufd_info with"
+        " emulators in gather_subset; releases in between have to be tried."
+    ),
     SIGHT: f"Which iommufds, containers and vDPA devices has the process? {_AS_ROOT}",
 }
 
@@ -84,7 +89,9 @@ def question_of(case: Case) -> str | None:
 
 def reason_of(case: Case) -> str:
     """Why, in sentences."""
-    words = [case.refused, case.accounting.why, case.pins, *([] if case.refused else _outcome(case))]
+    may_end = "It may be ended, whatever its limit, for having both an iommufd and a legacy container."
+    clash = may_end if case.clash.question else ""
+    words = [case.refused, clash, case.accounting.why, case.pins, *([] if case.refused else _outcome(case))]
     runs = any(each.as_it_runs for vm in case.steps for each in vm.devices)
     if runs and case.told.fits is None and case.told.question != "later":
         words.append("Its mdev pins as it runs, so what fits now may fail later.")
@@ -136,7 +143,7 @@ def _unsure(case: Case) -> list[str]:
             f"It fits now, and may fail later: its mdev pins as it runs, up to all memory, for which {case.limit.words}"
             " is too small."
         ]
-    if told.question in (STARTS, SIGHT):
+    if told.question in (STARTS, SIGHT, QEMU):
         return []
     best = at_best(case)
     below, over = (best.limit or 0) - best.enough, told.enough - (told.limit or 0)

@@ -78,8 +78,14 @@ def of_vm(charged: int = PINNED, unsure: int = 0) -> Row:
     return user(uid=1001, user="vm", charged_bytes=charged, uncertain_bytes=unsure)
 
 
-def emulator(cap_ipc_lock: bool | None, path: str = QEMU, present: bool = True) -> Row:
-    return {"path": path, "present": present, "known_by": ["place"], "cap_ipc_lock": cap_ipc_lock}
+def emulator(cap_ipc_lock: bool | None, path: str = QEMU, present: bool = True, version: str | None = "10.0.13") -> Row:
+    return {
+        "path": path,
+        "present": present,
+        "known_by": ["place"],
+        "cap_ipc_lock": cap_ipc_lock,
+        "version": version,
+    }
 
 
 def session(hard: int | None, uid: int = 1001, name: str = "vm") -> Row:

@@ -7,9 +7,10 @@
     situations < SITUATIONS
 
 SITUATIONS is a JSON list of objects. `do` are commands for the shell, and `running` are VMs as vmm has them, which run
-then, and no other. `tries` is what is started beside them, one after the other: a `vm` of vmm's, a `plug`, which are
-the arguments of `vmm plug`, or a `domain` of libvirt's, its XML, with `user` for that user's own libvirt. In the XML,
-<address vfio='vfio0'/> stands for the address of that device, and so does host=vfio0. `undo` are commands again.
+then, and no other. `options` are iommufd_info's. `tries` is what is started beside them, one after the other: a `vm` of
+vmm's, a `plug`, which are the arguments of `vmm plug`, or a `domain` of libvirt's, its XML, with `user` for that user's
+own libvirt. In the XML, <address vfio='vfio0'/> stands for the address of that device, and so does host=vfio0. `undo`
+are commands again.
 
 Printed is a JSON list with `info`, `running` and `tried` of each, or `error`, where one could not be brought about. The
 module is read from /opt/tree. It is all in one program since each task of Ansible's takes seconds here.
@@ -98,7 +99,7 @@ def try_domain(xml: str, user: str | None) -> dict[str, Any]:
         command = [*virsh, "create", "--paused", file.name]
         done = subprocess.run(command, text=True, capture_output=True, check=False, **options)
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    said = [line for line in lines if "qemu-system-x86_64: " in line]
+    said = [line for line in lines if re.search("qemu-system-x86_64: | is not an instance of type ", line)]
     found = {"name": name, "started": done.returncode == 0, "output": "\n".join([*said, done.stderr.strip()])}
     if done.returncode == 0:
         pid = int(pidfile.read_text())
@@ -141,7 +142,7 @@ def in_order(situation: dict[str, Any]) -> dict[str, Any]:
     module = [
         sys.executable,
         f"{TREE}/ansible_collections/virt/iommufd/tests/kernel/run_module.py",
-        "{}",
+        json.dumps(situation.get("options", {})),
         "iommufd_info",
     ]
     info = told(*module, env={**os.environ, "PYTHONPATH": TREE})

@@ -1,0 +1,63 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: which VMs a release of QEMU ends, whatever their limit. Pure functions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from ..module_utils._accounting import EACH, IOMMUFD, LEGACY, NO_VIOMMU, Device
+from ._fit_xml import CONTAINER
+
+__all__ = ("BOTH_BACKENDS", "QEMU", "Clash", "clash")
+
+# What has to be asked: which release it is.
+QEMU = "qemu"
+
+# QEMU takes each container in an address space for one of the kind that it adds, and from some release on ends where
+# one is of the other. Tried: 10.0 runs such a VM and 11.1 ends it, on Linux 6.12 and on 7.2, whoever provides
+# /dev/vfio/vfio, and in either order of the devices; with a vIOMMU, 11.1 runs it.
+_RUNS_BEFORE = (10, 1)
+_ENDS_FROM = (11, 0)
+
+BOTH_BACKENDS = (
+    "QEMU 11 ends a VM that has an iommufd and a legacy container in one address space, whatever its limit"
+    " (VFIO_IOMMU_LEGACY: Object is not an instance)."
+)
+
+
+class Clash(NamedTuple):
+    """What QEMU does about devices: why it `ends` the VM, else "", and what to ask where that cannot be told."""
+
+    ends: str = ""
+    question: str | None = None
+
+
+def clash(emulators: Iterable[Mapping[str, Any]], devices: tuple[Device, ...], viommu: str | None) -> Clash:
+    """Whether QEMU ends a VM with these devices.
+
+    `emulators`: those that it may run in, as iommufd_info tells of them.
+    """
+    # A disk by nvme:// has a container that QEMU keeps apart.
+    backends = {each.backend for each in devices if each.backend == IOMMUFD or each.holder == CONTAINER}
+    if not {IOMMUFD, LEGACY} <= backends or viommu == EACH:
+        return Clash()
+    ends = {_ends(each.get("version")) for each in emulators}
+    if ends == {False}:
+        return Clash()
+    if ends != {True}:
+        return Clash(question=QEMU)
+    return Clash(BOTH_BACKENDS) if viommu == NO_VIOMMU else Clash(question="viommu")
+
+
+def _ends(version: str | None) -> bool | None:
+    """Whether that release ends such a VM."""
+    found = re.match(r"(\d{1,4})\.(\d{1,4})", version or "")
+    if not found:
+        return None
+    release = (int(found[1]), int(found[2]))
+    return False if release < _RUNS_BEFORE else True if release >= _ENDS_FROM else None
