@@ -267,8 +267,10 @@ def _measured(info: Info) -> int | None:
             pinned = row["pinned_bytes"]
         elif row.get("backends") == ["legacy"] and row.get("locks_memory") is False:
             pinned = row["locked_bytes"]
-        # With a second address space, it may have pinned its memory a second time.
-        if pinned and row.get("address_spaces") == 1 and row.get("holder") is not True and row["memory_bytes"]:
+        # With a second address space, it may have pinned its memory a second time; an mdev pins anything up to all.
+        runs = any(each["as_it_runs"] is not False for each in row.get("vfio_devices") or ())
+        alone = row.get("address_spaces") == 1 and not runs
+        if pinned and alone and row.get("holder") is not True and row["memory_bytes"]:
             found.append(pinned - row["memory_bytes"])
     return max((each for each in found if each >= 0), default=None)
 

@@ -178,13 +178,18 @@ def _held(row: Mapping[str, Any]) -> tuple[Device, ...] | None:
     # Whether two are the same is not always known.
     if any(len(rows) > 1 and any(each.get("shared_with") is None for each in rows) for rows in (iommufds, legacy)):
         return None
+    # There may be more address spaces than were found.
+    if any(each.get("truncated") for each in iommufds):
+        return None
+    # Which device is in which of them is not known.
+    runs = any(each["as_it_runs"] is not False for each in row.get("vfio_devices") or ())
     found = [
-        Device(IOMMUFD, f"{each['fd']} {ioas['ioas_id']}", each["rlimit_mode"])
+        Device(IOMMUFD, f"{each['fd']} {ioas['ioas_id']}", each["rlimit_mode"], runs)
         for each in iommufds
         if each.get("same_as") is None
         for ioas in each["ioases"]
     ]
-    found += [Device(LEGACY, f"container {each['fd']}") for each in legacy if each.get("same_as") is None]
+    found += [Device(LEGACY, f"container {each['fd']}", None, runs) for each in legacy if each.get("same_as") is None]
     return (*found, *(Device(VDPA) for _each in vdpa))
 
 

@@ -55,7 +55,7 @@ def process(**fields: Any) -> Row:
         "iommufds": iommufds(1),
         "legacy_containers": [],
         "vdpa_devices": [],
-        "vfio_devices": [{"fd": 40, "backend": "iommufd"}],
+        "vfio_devices": [{"fd": 40, "backend": "iommufd", "as_it_runs": False}],
         "backends": ["iommufd"],
         "holder": False,
         "address_spaces": 1,

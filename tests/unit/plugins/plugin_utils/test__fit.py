@@ -374,7 +374,7 @@ def by_legacy(**fields: Any) -> Row:
         legacy_containers=[held],
         pinned_bytes=0,
         accounting="process",
-        **{"locked_bytes": PINNED, "vfio_devices": [{"fd": 40, "backend": "legacy"}], **fields},
+        **{"locked_bytes": PINNED, "vfio_devices": [{"fd": 40, "backend": "legacy", "as_it_runs": False}], **fields},
     )
 
 
@@ -545,7 +545,11 @@ def test_auto_is_not_sure_of_root(who: Any) -> None:
 
 
 CAPABLE: Row = {"capabilities": {"effective": ["cap_ipc_lock"]}}
-OF_LEGACY: Row = {"iommufds": [], "backends": ["legacy"], "vfio_devices": [{"fd": 40, "backend": "legacy"}]}
+OF_LEGACY: Row = {
+    "iommufds": [],
+    "backends": ["legacy"],
+    "vfio_devices": [{"fd": 40, "backend": "legacy", "as_it_runs": False}],
+}
 
 
 @pytest.mark.parametrize(
@@ -849,6 +853,7 @@ def test_what_another_program_has_registered() -> None:
 # A VM of 64 MiB that runs, with a limit of 100 MiB, and gets something: what is known of it, and whether it fits.
 PER_PROCESS: Row = {"iommufds": iommufds(1, mode="process"), "locked_bytes": PINNED, "accounting": "process"}
 SPARE = 100 * MIB - PINNED
+HAS_MDEV: list[Row] = [{"backend": "iommufd", "as_it_runs": True}]
 GROWTH = [
     ({}, {"memory": SPARE}, True),
     ({}, {"memory": SPARE + 1}, False),
@@ -869,9 +874,15 @@ GROWTH = [
     ({"iommufds": [*iommufds(1), {**iommufds(1, 1)[1], "shared_with": None}]}, {"memory": "1M"}, None),
     ({"iommufds": iommufds(0)}, {"memory": "64M"}, True),
     ({"iommufds": None}, {"memory": "1M"}, None),
+    # There may be more than was found.
+    ({"iommufds": [{**iommufds(1)[0], "truncated": True}]}, {"memory": "1M"}, None),
+    # An mdev pins what it gets as it runs, if at all.
+    ({"vfio_devices": HAS_MDEV}, {"memory": SPARE}, True),
+    ({"vfio_devices": HAS_MDEV}, {"memory": SPARE + 1}, None),
+    ({"vfio_devices": [{**HAS_MDEV[0], "as_it_runs": None}]}, {"memory": SPARE + 1}, None),
     ({"legacy_containers": None}, {"memory": "1M"}, None),
     # A device that joins an address space pins nothing, and another one all.
-    ({"vfio_devices": [{"backend": "iommufd"}] * 2}, {"devices": [BY_IOMMUFD]}, True),
+    ({"vfio_devices": [{"backend": "iommufd", "as_it_runs": False}] * 2}, {"devices": [BY_IOMMUFD]}, True),
     ({}, {"devices": [BY_IOMMUFD], "viommu": "none"}, True),
     ({}, {"devices": [BY_IOMMUFD], "viommu": "each"}, False),
     ({}, {"devices": [BY_IOMMUFD]}, None),
