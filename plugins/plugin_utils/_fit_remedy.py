@@ -39,7 +39,8 @@ def remedy_of(case: Case) -> str | None:
 def _for_the_daemon(case: Case) -> str | None:
     """What lets libvirt start such a domain."""
     libvirt = case.info["host"].get("libvirt") or {}
-    if case.refused in case.needs and libvirt.get("cap_sys_resource") is False and by_hostdev(case.info, case.asked):
+    it_is = case.refused == case.limit.refused or by_hostdev(case.info, case.asked)
+    if case.refused in case.needs and libvirt.get("cap_sys_resource") is False and it_is:
         lines = " and ".join(libvirt.get("drop_in") or ["CapabilityBoundingSet=CAP_SYS_RESOURCE"])
         return (
             f"To make it fit: let libvirt's daemon use CAP_SYS_RESOURCE, and restart it: by {lines} in a drop-in of"
@@ -77,9 +78,12 @@ def _of_the_session(case: Case, enough: int) -> str:
     session = session_of(case.info, case.owner)
     uid = case.owner.uid if case.owner.uid is not None else session and session["uid"]
     unit = f"user@{uid}.service" if uid is not None else f"user@UID.service of {case.owner.name}"
+    # One that was started from a login is not ended by that.
+    pid = session and session.get("pid")
+    daemon = f", and end libvirt's daemon, process {pid}, if it still runs then" if pid is not None else ""
     return (
         f"raise the limit of {case.owner.name}'s service manager (LimitMEMLOCK={value} in a drop-in of {unit}, and"
-        " restart that)"
+        f" restart that{daemon})"
     )
 
 

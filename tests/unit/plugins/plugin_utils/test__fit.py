@@ -691,9 +691,17 @@ def test_the_limit_that_libvirt_gives(its_libvirt: Row, given: Row, fits: bool |
 def test_the_limit_of_a_session_is_its_daemons(pid: int | None, end: str) -> None:
     """Where one runs, another limit of the service manager's helps only once it has ended."""
     sessions = [{**session(8 * MIB), "pid": pid}]
-    reason = fit(idle(host=host(libvirt=libvirt(sessions=sessions))), who="vm")["reason"]
-    assert f"cannot raise it beyond its own hard limit of 8 MiB.{end}" in reason
-    assert ("Its daemon" in reason) is bool(end)
+    answer = fit(idle(host=host(libvirt=libvirt(sessions=sessions))), who="vm")
+    assert f"cannot raise it beyond its own hard limit of 8 MiB.{end}" in answer["reason"]
+    assert ("Its daemon" in answer["reason"]) is bool(end)
+    assert ("end libvirt's daemon, process 77, if it still runs then)" in answer["remedy"]) is bool(end)
+
+
+def test_a_daemon_that_cannot_raise_the_limit_starts_no_domain_by_the_legacy_container() -> None:
+    answer = fit(idle(host=host(libvirt=libvirt(cap_sys_resource=False))), devices=[LEGACY])
+    assert answer["fits"] is False
+    assert "libvirt would not start it: it reckons with 1.1 GiB for the VM" in answer["reason"]
+    assert answer["remedy"].startswith("To make it fit: let libvirt's daemon use CAP_SYS_RESOURCE")
 
 
 def test_a_limit_that_is_not_known() -> None:
