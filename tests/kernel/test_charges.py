@@ -289,8 +289,10 @@ def test_perf_within_its_allowance(kernel: Kernel) -> None:
         Step(IO_URING, THIRD, THIRD, again=True),
     ]
     allowance.write_text(str(FIRST // 1024), encoding="ascii")
-    seen = pins(lambda: {PERF: charges.by_perf(), IO_URING: charges.by_io_uring}, steps)
-    allowance.write_text("0", encoding="ascii")
+    try:
+        seen = pins(lambda: {PERF: charges.by_perf(), IO_URING: charges.by_io_uring}, steps)
+    finally:
+        allowance.write_text("0", encoding="ascii")
     told = ["EPERM", None, "ENOMEM", None]
     counted = [0, beyond, beyond, beyond + by_io_uring(kernel)]
     assert seen == [Seen(error, 0, pinned) for error, pinned in zip(told, counted)]
