@@ -7,11 +7,12 @@
     vmm only < VMS    ends every VM, then starts these and leaves them running
     vmm more < VMS    starts these beside those that run, and leaves them running
     vmm try < VMS     starts and ends one after the other, beside those that run
-    vmm plug NAME MIB [LIMIT]    gives one that runs memory by its monitor, and before that a limit in bytes
+    vmm plug NAME WHAT [LIMIT]    gives one that runs WHAT by its monitor, and before that a limit in bytes
     vmm units VERB UNIT...    has systemctl start, restart or show what the host's own units run, one after the other
 
-VMS is a JSON list of objects with the fields of the class Vm. Printed is a JSON list of what became of each, in the
-words of QEMU and of /proc. The numbers of the ioctl come from linux/iommufd.h: no line is shared with the collection.
+WHAT is how many MiB of memory, or a device of VFIO, which it gets by an iommufd of its own. VMS is a JSON list of
+objects with the fields of the class Vm. Printed is a JSON list of what became of each, in the words of QEMU and of
+/proc. The numbers of the ioctl come from linux/iommufd.h: no line is shared with the collection.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Vm:
 
     `accounting` may be `mixed`: the first iommufd per user, and the second per process. `apart`: whether each of
     `devices` is in an iommufd of its own. `legacy`: devices that it has by the legacy container. `mlock`: whether QEMU
-    locks its memory. `grows`: whether `vmm plug` may give it memory. `kept`: whether what starts it keeps a copy of its
-    iommufd, with a limit of 8 MiB.
+    locks its memory. `grows`: whether `vmm plug` may give it something. `kept`: whether what starts it keeps a copy
+    of its iommufd, with a limit of 8 MiB.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Vm:
         for each in self.legacy:
             more += ["-device", f"vfio-pci,host={address(each)}"]
         if self.grows:
+            more += ["-device", "pcie-root-port,id=port"]
             more += ["-qmp", f"unix:{self.monitor},server=on,wait=off", "-d", "unimp", "-D", str(self.said)]
         if self.mlock:
             more += ["-overcommit", "mem-lock=on"]
@@ -160,25 +162,35 @@ def keep(words: list[str]) -> NoReturn:
     os.execvp(words[0], words)
 
 
-def plug(name: str, mib: int, limit: int | None) -> dict[str, Any]:
-    """Gives a VM memory; what became of it."""
+def parts(what: str) -> list[tuple[str, dict[str, Any]]]:
+    """The commands of QEMU's monitor that give it memory or a device."""
+    if what.startswith("vfio"):
+        device = {"driver": "vfio-pci", "id": "more", "host": address(what), "iommufd": "another", "bus": "port"}
+        return [("object-add", {"qom-type": "iommufd", "id": "another"}), ("device_add", device)]
+    backend = {"qom-type": "memory-backend-ram", "id": "more", "size": int(what) * 2**20}
+    return [("object-add", backend), ("device_add", {"driver": "pc-dimm", "id": "dimm", "memdev": "more"})]
+
+
+def plug(name: str, what: str, limit: int | None) -> dict[str, Any]:
+    """Gives a VM memory or a device; what became of it, and whether it has `started` to use that."""
     pid = int((FOLDER / f"{name}.pid").read_text())
     if limit is not None:
         resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (limit, limit))
-    backend = {"qom-type": "memory-backend-ram", "id": "more", "size": mib * 2**20}
-    dimm = {"driver": "pc-dimm", "id": "dimm", "memdev": "more"}
-    commands = [{"execute": "object-add", "arguments": backend}, {"execute": "device_add", "arguments": dimm}]
+    before = look(pid)["pinned"]
+    commands = [{"execute": command, "arguments": arguments} for command, arguments in parts(what)]
     # One that ends meanwhile breaks the connection.
-    subprocess.run(
+    done = subprocess.run(
         ["qmp", str(FOLDER / f"{name}.qmp")], input=json.dumps(commands), capture_output=True, text=True, check=False
     )
     process = Path(f"/proc/{pid}")
     deadline = time.monotonic() + 10
-    while process.exists() and look(pid)["pinned"] < mib * 2**20 and time.monotonic() < deadline:
+    while process.exists() and look(pid)["pinned"] == before and not done.returncode and time.monotonic() < deadline:
         time.sleep(0.1)
     # An end takes a moment.
     time.sleep(1)
-    found = {"name": name, "output": (FOLDER / f"{name}.said").read_text(), "started": process.exists()}
+    output = (FOLDER / f"{name}.said").read_text() + done.stdout + done.stderr
+    # It runs on where a device is refused.
+    found = {"name": name, "output": output, "started": process.exists() and "Cannot allocate memory" not in output}
     return {**found, **(look(pid) if found["started"] else {})}
 
 
@@ -239,8 +251,8 @@ def main() -> None:
         print(json.dumps([ask(sys.argv[2], unit) for unit in sys.argv[3:]]))
         return
     if command == "plug":
-        name, mib, *limit = sys.argv[2:]
-        print(json.dumps(plug(name, int(mib), int(limit[0]) if limit else None)))
+        name, what, *limit = sys.argv[2:]
+        print(json.dumps(plug(name, what, int(limit[0]) if limit else None)))
         return
     if command == "only":
         end("*")
