@@ -101,7 +101,7 @@ class Vm:
         for each in self.legacy:
             more += ["-device", f"vfio-pci,host={address(each)}"]
         if self.grows:
-            more += ["-device", "pcie-root-port,id=port"]
+            more += ["-device", "pcie-root-port,id=free"]
             more += ["-qmp", f"unix:{self.monitor},server=on,wait=off", "-d", "unimp", "-D", str(self.said)]
         if self.mlock:
             more += ["-overcommit", "mem-lock=on"]
@@ -165,7 +165,7 @@ def keep(words: list[str]) -> NoReturn:
 def parts(what: str) -> list[tuple[str, dict[str, Any]]]:
     """The commands of QEMU's monitor that give it memory or a device."""
     if what.startswith("vfio"):
-        device = {"driver": "vfio-pci", "id": "more", "host": address(what), "iommufd": "another", "bus": "port"}
+        device = {"driver": "vfio-pci", "id": "more", "host": address(what), "iommufd": "another", "bus": "free"}
         return [("object-add", {"qom-type": "iommufd", "id": "another"}), ("device_add", device)]
     backend = {"qom-type": "memory-backend-ram", "id": "more", "size": int(what) * 2**20}
     return [("object-add", backend), ("device_add", {"driver": "pc-dimm", "id": "dimm", "memdev": "more"})]
@@ -176,21 +176,21 @@ def plug(name: str, what: str, limit: int | None) -> dict[str, Any]:
     pid = int((FOLDER / f"{name}.pid").read_text())
     if limit is not None:
         resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (limit, limit))
-    before = look(pid)["pinned"]
+    before = pinned(pid)
     commands = [{"execute": command, "arguments": arguments} for command, arguments in parts(what)]
     # One that ends meanwhile breaks the connection.
     done = subprocess.run(
         ["qmp", str(FOLDER / f"{name}.qmp")], input=json.dumps(commands), capture_output=True, text=True, check=False
     )
-    process = Path(f"/proc/{pid}")
     deadline = time.monotonic() + 10
-    while process.exists() and look(pid)["pinned"] == before and not done.returncode and time.monotonic() < deadline:
+    while pinned(pid) == before and not done.returncode and time.monotonic() < deadline:
         time.sleep(0.1)
     # An end takes a moment.
     time.sleep(1)
     output = (FOLDER / f"{name}.said").read_text() + done.stdout + done.stderr
     # It runs on where a device is refused.
-    found = {"name": name, "output": output, "started": process.exists() and "Cannot allocate memory" not in output}
+    started = pinned(pid) is not None and "Cannot allocate memory" not in output
+    found = {"name": name, "output": output, "started": started}
     return {**found, **(look(pid) if found["started"] else {})}
 
 
@@ -231,6 +231,14 @@ def look(pid: int) -> dict[str, Any]:
         "limit": limit,
         "ipc_lock": bool(int(status["CapEff"], 16) >> CAP_IPC_LOCK & 1),
     }
+
+
+def pinned(pid: int) -> int | None:
+    """What a process has pinned; None of one that ends, which has no memory any more."""
+    try:
+        return int(look(pid)["pinned"])
+    except (OSError, KeyError, StopIteration):
+        return None
 
 
 def end(pattern: str) -> None:
