@@ -46,7 +46,8 @@ class Account(NamedTuple):
     namespace, None where that could not be told. `limit` is the soft RLIMIT_MEMLOCK, None for unlimited. `holder`:
     whether it pins nothing, but holds what another process pins by; None where that could not be told. `locks`: whether
     its command line has it lock its memory itself. `as_it_runs`: whether it may pin more as it runs, without getting
-    more memory or devices, since a device of it does so.
+    more memory or devices, since a device of it does so. `changed_user`: whether it was another user, with other
+    capabilities, as it pinned what it has.
     """
 
     pid: int
@@ -60,10 +61,13 @@ class Account(NamedTuple):
     holder: bool | None = False
     locks: bool | None = None
     as_it_runs: bool = False
+    changed_user: bool = False
 
     @property
     def capable(self) -> bool | None:
-        """Whether it has CAP_IPC_LOCK where that counts; None where this cannot be told."""
+        """Whether it had CAP_IPC_LOCK where that counts, as it pinned; None where this cannot be told."""
+        if not self.ipc_lock and self.changed_user:
+            return None
         return self.initial if self.ipc_lock else False
 
 
@@ -314,6 +318,11 @@ def _why_unknown(account: Account) -> str:
         return (
             "It has CAP_IPC_LOCK, which counts in the initial user namespace only, and this caller may not see in which"
             " it is."
+        )
+    if account.capable is None:
+        return (
+            "Its command line has it become another user once it has its devices (-runas, -run-with user=). What it"
+            " pinned before is charged to the user that it was, or to nobody, if it had CAP_IPC_LOCK then, as root has."
         )
     if None in account.ways:
         return "The rlimit mode of an iommufd of it could not be read."

@@ -49,10 +49,14 @@ Read = Callable[[bytes], Optional[bytes]]
 
 
 class Guest(NamedTuple):
-    """What is said of a guest: its memory in bytes, and whether the VMM locks it itself; None where that is unknown."""
+    """What is said of a guest: its memory in bytes, and whether the VMM locks it itself; None where that is unknown.
+
+    `changes_user`: whether the VMM becomes another user once it has its devices.
+    """
 
     memory: int | None = None
     locks: bool | None = None
+    changes_user: bool = False
 
 
 def _split(text: bytes, implied: bytes) -> Properties:
@@ -100,9 +104,11 @@ def look_at_guest(program: bytes, arguments: list[bytes], read: Read) -> Guest:
 def _of_qemu(arguments: list[bytes], read: Read) -> Guest:
     settings: defaultdict[bytes, list[Properties]] = defaultdict(list)
     # Whether a file may have another memory than what came after it, and whether one may have memory locked.
-    lacks_memory = lacks_locks = False
+    lacks_memory = lacks_locks = changes_user = False
     files = 0
     for option, value in _options(arguments):
+        # See os_setup_post() in os-posix.c, which comes after the devices.
+        changes_user = changes_user or option == b"runas" or (option == b"run-with" and b"user" in _split(value, b""))
         if option in _GROUPS:
             group, implied = _GROUPS[option]
             found = _from_json(value) if value[:1] == b"{" else _split(value, implied)
@@ -117,7 +123,7 @@ def _of_qemu(arguments: list[bytes], read: Read) -> Guest:
                 lacks_locks = lacks_locks or group in _LOCKING
                 settings[group if group not in _LOCKING else b""].append(found)
             lacks_locks = lacks_locks or text is None
-    return Guest(None if lacks_memory else _memory(settings), _locks(settings, lacks_locks))
+    return Guest(None if lacks_memory else _memory(settings), _locks(settings, lacks_locks), changes_user)
 
 
 def _from_json(text: bytes) -> Properties:

@@ -128,7 +128,7 @@ class HeldIommufd(NamedTuple):
 class Holder(NamedTuple):
     """A process that holds what memory is pinned by, or, with `iommufds` None, may: it does not let this caller look.
 
-    `name`, `memory_bytes`, `locks_memory` and `session` are what its command line says of its guest, and `program` is
+    `name`, `memory_bytes`, `locks_memory`, `changes_user` and `session` are what its command line says, and `program`
     the path of its program, None where that is unknown. Paths and names are decoded as file names are. `devices` are
     the device nodes that it has open, by descriptor: those that were asked for, and legacy containers. `more`: it has
     iommufds, or descriptors, that were not looked at.
@@ -146,6 +146,7 @@ class Holder(NamedTuple):
     name: str | None
     memory_bytes: int | None
     locks_memory: bool | None
+    changes_user: bool
     session: bool
     devices: dict[int, int]
     iommufds: list[HeldIommufd] | None
@@ -199,6 +200,7 @@ class Holder(NamedTuple):
             limit=self.memlock.soft,
             holder=holder,
             locks=self.locks_memory,
+            changed_user=self.changes_user,
             as_it_runs=self._pins_as_it_runs(vdpa, as_it_runs),
         )
 
@@ -630,6 +632,7 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
         name=None if name is None else _shortened(os.fsdecode(name)),
         memory_bytes=guest.memory,
         locks_memory=guest.locks,
+        changes_user=guest.changes_user,
         session=is_session_domain(arguments),
         devices=devices,
         iommufds=iommufds,

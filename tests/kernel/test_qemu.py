@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import re
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from ansible_collections.virt.iommufd.tests.kernel.harness import (
     execute,
     kernel_config,
 )
+from ansible_collections.virt.iommufd.tests.kernel.info import look, process
 
 pytestmark = pytest.mark.host
 
@@ -40,11 +42,14 @@ CAPABLE = ["--inh-caps=+ipc_lock", "--ambient-caps=+ipc_lock"]
 
 
 class Vm:
-    """QEMU of an ordinary user, with its limits and with what it said."""
+    """QEMU of an ordinary user, or of root, with its limits and with what it said."""
 
-    def __init__(self, log: Path, *words: str, limit: str = f"--memlock={ENOUGH}", capable: bool = False) -> None:
+    def __init__(
+        self, log: Path, *words: str, limit: str = f"--memlock={ENOUGH}", capable: bool = False, root: bool = False
+    ) -> None:
         self._log = log
-        command = ["prlimit", limit, *as_user(VM), *CAPABLE * capable, *QEMU, *words]
+        user = [] if root else [*as_user(VM), *CAPABLE * capable]
+        command = ["prlimit", limit, *user, *QEMU, *words]
         with log.open("wb") as stream:
             self.process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL)
 
@@ -131,6 +136,28 @@ def test_an_iommufd_beyond_the_limit(log: Path, by_iommufd: list[str]) -> None:
     told = refused(log, "-m", "64", *by_iommufd)
     assert re.search(NO_MEMORY, told)
     assert "group" not in told
+
+
+def test_one_that_becomes_a_user_after_it_has_pinned(tmp_path: Path, by_iommufd: list[str]) -> None:
+    """It is charged to nobody, though it has all that one has that is charged to that user."""
+    other = ["-object", "iommufd,id=iommufd0", "-device", f"vfio-pci,host={address(DEVICES[1])},iommufd=iommufd0"]
+    once = f"--memlock={MEMORY + MEMORY // 2}"
+    user = pwd.getpwuid(VM).pw_name
+    with Vm(tmp_path / "one", "-S", "-m", "64", *by_iommufd, "-run-with", f"user={user}", limit=once, root=True) as one:
+        one.wait_until_counted("VmPin", MEMORY)
+        deadline = time.monotonic() + PATIENCE
+        while os.stat(f"/proc/{one.process.pid}").st_uid != VM:
+            assert time.monotonic() < deadline, one.said
+            time.sleep(0.2)
+        row = process(look(), one.process.pid)
+        assert row["capabilities"]["effective"] == []
+        assert [each["rlimit_mode"] for each in row["iommufds"]] == ["user"]
+        assert row["accounting"] is None
+        assert "become another user once it has its devices" in row["notes"][0]
+        # The sum of both is more than the limit of either.
+        with Vm(tmp_path / "two", "-S", "-m", "64", *other, limit=once) as two:
+            two.wait_until_counted("VmPin", MEMORY)
+            assert process(look(), two.process.pid)["accounting"] == "user"
 
 
 def test_the_legacy_container_beyond_the_limit(log: Path, by_container: list[str], container_is_iommufd: bool) -> None:

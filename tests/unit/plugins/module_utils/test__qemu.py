@@ -144,6 +144,21 @@ def test_a_file_of_settings(words: str, text: bytes | None, memory: int | None, 
 
 
 @pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        ("-m 1G", False),
+        ("-runas vm", True),
+        ("-run-with user=vm", True),
+        ("--run-with chroot=/srv,user=vm", True),
+        ("-run-with chroot=/srv", False),
+        ("-name runas", False),
+    ],
+)
+def test_whether_it_becomes_another_user(words: str, changes: bool) -> None:
+    assert look_at_guest(QEMU, [b"qemu", *words.encode().split()], lambda _path: None).changes_user is changes
+
+
+@pytest.mark.parametrize(
     ("words", "locks"),
     [
         ("-m 1G", False),
