@@ -40,6 +40,7 @@ _HEXADECIMAL = re.compile(r"(?:0[xX])?[0-9A-Fa-f]{1,8}")
 _QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
 # A vIOMMU that the IOMMU of the host may walk itself, which depends on more than these.
 _MAY_NEST = frozenset({"accel", "x-flts", "x-scalable-mode"})
+_BRIDGES = frozenset({"pci-bridge", "dmi-to-pci-bridge", "pcie-to-pci-bridge"})
 _OFF = frozenset({"off", "no", "false"})
 _ON = frozenset({"on", "yes", "true", True})
 
@@ -98,7 +99,7 @@ def parse_domain(description: str) -> Defined:
         name=shown_text(root.findtext("name") or ""),
         memory=memory,
         devices=(*of_libvirt, *commandline.devices),
-        viommu=_viommu(root, commandline),
+        viommu=_viommu(root, commandline, [element for element, *_others in passed]),
         counted=_counted(root, len(passed), len(vdpa) + sum(map(bool, in_chains))),
         hard_limit=_hard_limit(root),
         locked=root.find("memoryBacking/locked") is not None,
@@ -210,14 +211,29 @@ def _counted(root: Element, passed: int, others: int) -> int | None:
     return (passed if root.find("devices/iommu") is not None else min(passed, 1)) + others
 
 
-def _viommu(root: Element, commandline: _Commandline) -> str | None:
+def _viommu(root: Element, commandline: _Commandline, passed: list[Element]) -> str | None:
     kind = root.find("os/type")
     if commandline.unread or (kind is not None and kind.get("arch", "").startswith("ppc64")):
         return None
     found = root.findall("devices/iommu")
     if commandline.may_nest or any(_may_nest(part.attrib) for each in found for part in each.iter()):
         return None
-    return EACH if found or commandline.viommu else NO_VIOMMU
+    if not (found or commandline.viommu):
+        return NO_VIOMMU
+    return None if _share_a_bridge(root, passed) else EACH
+
+
+def _share_a_bridge(root: Element, passed: list[Element]) -> bool:
+    """Whether some devices are behind one bridge of conventional PCI, so that a vIOMMU cannot tell them apart."""
+    controllers = root.iterfind("devices/controller[@type='pci']")
+    bridges = {each.get("index") for each in controllers if each.get("model") in _BRIDGES}
+    addresses = [each.find("address[@type='pci']") for each in passed]
+    buses = [_hexadecimal(each.get("bus", "")) for each in addresses if each is not None]
+    return any(str(bus) in bridges and buses.count(bus) > 1 for bus in buses)
+
+
+def _hexadecimal(text: str) -> int | None:
+    return int(text, 16) if _HEXADECIMAL.fullmatch(text) else None
 
 
 def _may_nest(properties_: Mapping[str, Any]) -> bool:

@@ -191,6 +191,24 @@ def test_viommu(given: dict[str, str], expected: str | None) -> None:
     assert read(**given).viommu == expected
 
 
+@pytest.mark.parametrize(
+    ("model", "buses", "expected"),
+    [
+        ("pcie-to-pci-bridge", ("0x0a", "0x0a"), None),
+        ("pcie-to-pci-bridge", ("0x0a", "0x0b"), EACH),
+        ("pcie-root-port", ("0x0a", "0x0a"), EACH),
+        ("pci-bridge", ("0x0a",), EACH),
+        ("pci-bridge", ("x", "x"), EACH),
+    ],
+)
+def test_devices_behind_one_bridge(model: str, buses: tuple[str, ...], expected: str | None) -> None:
+    """They share an address space, though there is a vIOMMU."""
+    controller = f"<controller type='pci' index='10' model='{model}'/>"
+    devices = [HOSTDEV.replace("<source/>", f"<source/><address type='pci' bus='{bus}'/>") for bus in buses]
+    assert read("".join(devices) + controller + "<iommu model='intel'/>").viommu == expected
+    assert read("".join(devices) + controller).viommu == NO_VIOMMU
+
+
 def test_another_reckoning() -> None:
     found = parse_domain(domain(HOSTDEV).replace("x86_64", "ppc64le"))
     assert (found.counted, found.viommu, reckoned_limit(found)) == (None, None, None)
