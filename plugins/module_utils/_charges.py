@@ -66,9 +66,9 @@ class Account(NamedTuple):
     @property
     def capable(self) -> bool | None:
         """Whether it had CAP_IPC_LOCK where that counts, as it pinned; None where this cannot be told."""
-        if not self.ipc_lock and self.changed_user:
-            return None
-        return self.initial if self.ipc_lock else False
+        if self.ipc_lock:
+            return self.initial
+        return None if self.changed_user else False
 
 
 class Check(NamedTuple):

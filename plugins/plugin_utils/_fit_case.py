@@ -48,6 +48,7 @@ from ._fit_host import (
 from ._fit_input import Asked, Info, Owner, owner_of
 from ._fit_qemu import Clash, clash
 from ._fit_xml import CONTAINER, LIBVIRTS
+from ._host_info import as_it_runs
 
 __all__ = (
     "FILE_BACKED",
@@ -268,7 +269,7 @@ def _measured(info: Info) -> int | None:
         elif row.get("backends") == ["legacy"] and row.get("locks_memory") is False:
             pinned = row["locked_bytes"]
         # With a second address space, it may have pinned its memory a second time; an mdev pins anything up to all.
-        runs = any(each["as_it_runs"] is not False for each in row.get("vfio_devices") or ())
+        runs = any(as_it_runs(row.get("vfio_devices") or ()))
         alone = row.get("address_spaces") == 1 and not runs
         if pinned and alone and row.get("holder") is not True and row["memory_bytes"]:
             found.append(pinned - row["memory_bytes"])

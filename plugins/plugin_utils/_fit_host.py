@@ -189,6 +189,15 @@ def _words(span: Span) -> str:
     return f"a limit of {human_size(span.least)} to {human_size(span.most)}"
 
 
+def _too_little(who: str, cannot: str, reckoned: Span, hard: int) -> str:
+    """Why a libvirt would not start a VM for which it reckons with more than its daemon may have."""
+    wants = "no limit at all" if reckoned.least >= UNLIMITED else human_size(reckoned.least)
+    return (
+        f"{who} would not start it: it reckons with {wants} for the VM, and {cannot} raise it beyond its own hard limit"
+        f" of {human_size(hard)}."
+    )
+
+
 def _system_limit(libvirt: Mapping[str, Any], reckoned: Span | None) -> Limit:
     """The limit of a domain of the system libvirt: what it reckons, be its daemon's own lower or higher.
 
@@ -205,11 +214,7 @@ def _system_limit(libvirt: Mapping[str, Any], reckoned: Span | None) -> Limit:
     if _may(libvirt) or (hard is not None and reckoned.most <= hard):
         return Limit(reckoned, f"{_words(reckoned)} that libvirt gives it")
     if libvirt.get("cap_sys_resource") is False and hard is not None and reckoned.least > hard:
-        wants = "no limit at all" if reckoned.least >= UNLIMITED else human_size(reckoned.least)
-        why = (
-            f"libvirt would not start it: it reckons with {wants} for the VM, and its daemon, which may not use"
-            f" CAP_SYS_RESOURCE, cannot raise it beyond its own hard limit of {human_size(hard)}."
-        )
+        why = _too_little("libvirt", "its daemon, which may not use CAP_SYS_RESOURCE, cannot", reckoned, hard)
         return Limit(exactly(hard), f"the hard limit of {human_size(hard)} of libvirt's daemon", why)
     # Beyond the daemon's own it takes the capability to give more.
     span = Span(min(reckoned.least, hard or 0), reckoned.most)
@@ -226,11 +231,7 @@ def _session_limit(session: Mapping[str, Any] | None, owner: Owner, reckoned: Sp
     if reckoned is None:
         return Limit(Span(0, hard), f"a limit of up to {human_size(hard)}, the hard limit of {who}")
     if reckoned.least > hard:
-        wants = "no limit at all" if reckoned.least >= UNLIMITED else human_size(reckoned.least)
-        why = (
-            f"{who} would not start it: it reckons with {wants} for the VM, and cannot raise it beyond its own hard"
-            f" limit of {human_size(hard)}."
-        )
+        why = _too_little(who, "cannot", reckoned, hard)
         pid = None if session is None else session.get("pid")
         if pid is not None:
             # What the service manager has now, it has not.

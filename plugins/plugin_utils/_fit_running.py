@@ -31,6 +31,7 @@ from ._fit_host import GIB, OTHER, SYSTEM, Accounting, Limit, capability_of, pre
 from ._fit_input import THE_IOMMUFD, Asked, Growth, Info, owner_of
 from ._fit_qemu import QEMU, Clash, clash
 from ._fit_xml import CONTAINER
+from ._host_info import as_it_runs
 
 __all__ = ("running_vm",)
 
@@ -182,7 +183,7 @@ def _held(row: Mapping[str, Any]) -> tuple[Device, ...] | None:
     if any(each.get("truncated") for each in iommufds):
         return None
     # Which device is in which of them is not known.
-    runs = any(each["as_it_runs"] is not False for each in row.get("vfio_devices") or ())
+    runs = any(as_it_runs(row.get("vfio_devices") or ()))
     found = [
         Device(IOMMUFD, f"{each['fd']} {ioas['ioas_id']}", each["rlimit_mode"], runs)
         for each in iommufds

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os.path import basename
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..module_utils._size import human_size
 
 __all__ = (
     "UNSEEN",
+    "as_it_runs",
     "capability_for",
     "daemon_cure",
     "daemon_is_barred",
@@ -56,6 +57,11 @@ def has_iommufd(host: Mapping[str, Any]) -> bool:
 def has_libvirt(libvirt: Mapping[str, Any]) -> bool:
     """Whether there is, or may be, a system libvirt."""
     return libvirt["unit"] is not None or libvirt["sets_rlimit_mode"] is None
+
+
+def as_it_runs(vfio_devices: Iterable[Mapping[str, Any]]) -> list[bool]:
+    """Of each device of a process, whether it pins as that runs, or may: what sysfs does not tell of one may be so."""
+    return [each["as_it_runs"] is not False for each in vfio_devices]
 
 
 def daemon_is_barred(libvirt: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from ..module_utils._iommufd import NONE, PROCESS, USER
 from ..module_utils._size import human_size
 from . import _audit_words as words
 from ._audit_words import AT_RISK, LATER, NOT_LIMITED, OK, OVER_LIMIT, UNKNOWN
-from ._host_info import capability_for, daemon_is_barred, its_hard_limit
+from ._host_info import as_it_runs, capability_for, daemon_is_barred, its_hard_limit
 
 __all__ = ("called", "charges_user", "pins_as_it_runs", "remedy_of", "verdict_of")
 
@@ -32,11 +32,11 @@ def charges_user(process: Row) -> bool:
 
 
 def pins_as_it_runs(process: Row) -> bool:
-    """Whether it may pin more without getting more, as an mdev does. Where a device has all pinned, no other pins more.
+    """Whether it may pin more without getting more, as an mdev does.
 
-    What sysfs does not tell of a device may be so.
+    Where a device has all pinned, no other pins more.
     """
-    runs = [each["as_it_runs"] is not False for each in process["vfio_devices"] or ()]
+    runs = as_it_runs(process["vfio_devices"] or ())
     return any(runs) and (all(runs) or process["address_spaces"] != 1)
 
 
