@@ -21,15 +21,17 @@ from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 NAME = "kernel-test"
 STATE = Path("/run/libvirt/qemu")
 DOMAIN = """
-<domain type='qemu'>
+<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{name}</name>
   <memory unit='MiB'>64</memory>
+  {before}
   <os><type arch='x86_64' machine='q35'>hvm</type></os>
   <devices>
     <controller type='usb' model='none'/>
     <memballoon model='none'/>
     {devices}
   </devices>
+  {arguments}
 </domain>
 """
 HOSTDEV = """
@@ -46,12 +48,22 @@ def virsh(*words: str) -> str:
     return done.stdout
 
 
-def hostdev() -> str:
-    """The first of the guest's devices that are there to be passed through."""
+def described(name: str, devices: str = "", before: str = "", arguments: str = "") -> str:
+    """The XML of a domain."""
+    return DOMAIN.format(name=name, devices=devices, before=before, arguments=arguments)
+
+
+def hostdev(address: str) -> str:
+    """The device at that address, passed through. An older libvirt does so by the legacy container."""
+    domain, bus, rest = address.split(":")
+    return HOSTDEV.format(domain, bus, *rest.split("."))
+
+
+def first_device() -> str:
+    """The address of the first of the guest's devices that are there to be passed through."""
     for device in sorted(Path("/sys/bus/pci/devices").iterdir()):
         if (device / "device").read_text().strip() == "0x11e8":
-            domain, bus, rest = device.name.split(":")
-            return HOSTDEV.format(domain, bus, *rest.split("."))
+            return device.name
     raise AssertionError("the guest has no such device")
 
 
@@ -65,7 +77,7 @@ def knows_iommufd() -> bool:
 def domain(knows_iommufd: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A running domain whose processor has not started yet."""
     path = tmp_path_factory.mktemp("domain") / "domain.xml"
-    path.write_text(DOMAIN.format(name=NAME, devices=hostdev() if knows_iommufd else ""))
+    path.write_text(described(NAME, hostdev(first_device()) if knows_iommufd else ""))
     virsh("define", str(path))
     try:
         virsh("start", "--paused", NAME)
@@ -120,7 +132,7 @@ OTHER = "kernel-test-other"
 def other(tmp_path: Path) -> Iterator[str]:
     """Another running domain, without a device."""
     path = tmp_path / "domain.xml"
-    path.write_text(DOMAIN.format(name=OTHER, devices=""))
+    path.write_text(described(OTHER))
     virsh("create", "--paused", str(path))
     try:
         yield OTHER

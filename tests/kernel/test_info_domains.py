@@ -19,7 +19,7 @@ from xml.sax.saxutils import escape
 import pytest
 from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, MIB, VM, Answer, as_user
 from ansible_collections.virt.iommufd.tests.kernel.info import check_process, limits, look, look_apart, process, user
-from ansible_collections.virt.iommufd.tests.kernel.test_domains import HOSTDEV, STATE, knows_iommufd, virsh
+from ansible_collections.virt.iommufd.tests.kernel.test_domains import STATE, hostdev, knows_iommufd, virsh
 
 __all__ = ("knows_iommufd",)
 
@@ -55,11 +55,6 @@ def address(device: int) -> str:
     return Path(f"/sys/class/vfio-dev/vfio{device}/device").resolve().name
 
 
-def hostdev(device: int) -> str:
-    domain, bus, rest = address(device).split(":")
-    return HOSTDEV.format(domain, bus, *rest.split("."))
-
-
 def scope_of(pid: int) -> str:
     done = subprocess.run(["ps", "-o", "unit=", "-p", str(pid)], check=True, capture_output=True, text=True)
     return done.stdout.strip()
@@ -72,7 +67,7 @@ def system_domain(knows_iommufd: bool, tmp_path_factory: pytest.TempPathFactory)
         yield None
         return
     path = tmp_path_factory.mktemp("domain") / "domain.xml"
-    path.write_text(DOMAIN.format(name=escape(NAME), devices=hostdev(1), more=""))
+    path.write_text(DOMAIN.format(name=escape(NAME), devices=hostdev(address(1)), more=""))
     virsh("create", "--paused", str(path))
     try:
         # libvirt writes some characters of the name otherwise there.

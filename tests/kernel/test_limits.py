@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from ansible_collections.virt.iommufd.tests.kernel.harness import DEVICES, MIB, VM
-from ansible_collections.virt.iommufd.tests.kernel.test_domains import HOSTDEV, STATE, knows_iommufd, virsh
+from ansible_collections.virt.iommufd.tests.kernel.harness import MIB, VM
+from ansible_collections.virt.iommufd.tests.kernel.test_domains import STATE, described, hostdev, knows_iommufd, virsh
+from ansible_collections.virt.iommufd.tests.kernel.test_info_domains import address
 from ansible_collections.virt.iommufd.tests.kernel.test_info_host import libvirt, systemctl
 
 __all__ = ("knows_iommufd",)
@@ -23,36 +24,15 @@ pytestmark = pytest.mark.host
 
 NAME = "kernel-test-limits"
 MEMORY, MORE = 64 * MIB, 1024 * MIB
-DOMAIN = """
-<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
-  <name>{name}</name>
-  <memory unit='MiB'>64</memory>
-  {before}
-  <os><type arch='x86_64' machine='q35'>hvm</type></os>
-  <devices>
-    <controller type='usb' model='none'/>
-    <memballoon model='none'/>
-    {devices}
-  </devices>
-  {arguments}
-</domain>
-"""
 # The guest's own IOMMU has 39 bits.
 IOMMU = "<iommu model='intel'><driver caching_mode='on' aw_bits='39'/></iommu>"
 INFINITY = resource.RLIM_INFINITY
 
 
-def hostdev(number: int) -> str:
-    """One of the guest's devices. An older libvirt has it by the legacy container, whatever is asked for."""
-    address = Path("/sys/class/vfio-dev", Path(DEVICES[number]).name, "device").resolve().name
-    domain, bus, rest = address.split(":")
-    return HOSTDEV.format(domain, bus, *rest.split("."))
-
-
 def hostdevs(*numbers: int) -> str:
     """These of them, each in a place of its own. Behind a bridge of the older PCI they would share an address space."""
     place = "<address type='pci' domain='0' bus='0' slot='{}' function='0'/></hostdev>"
-    return "".join(hostdev(each).replace("</hostdev>", place.format(16 + each)) for each in numbers)
+    return "".join(hostdev(address(each)).replace("</hostdev>", place.format(16 + each)) for each in numbers)
 
 
 def for_qemu(*words: str) -> str:
@@ -64,7 +44,7 @@ def for_qemu(*words: str) -> str:
 @contextmanager
 def started(path: Path, before: str = "", devices: str = "", arguments: str = "") -> Iterator[int]:
     """The process of a domain that has not run yet."""
-    path.write_text(DOMAIN.format(name=NAME, before=before, devices=devices, arguments=arguments))
+    path.write_text(described(NAME, devices, before, arguments))
     virsh("create", "--paused", str(path))
     try:
         yield int((STATE / f"{NAME}.pid").read_text())
@@ -145,7 +125,7 @@ def test_an_iommu_that_libvirt_does_not_see(file: Path, knows_iommufd: bool) -> 
 
 def test_a_device_that_is_plugged(file: Path, tmp_path: Path) -> None:
     device = tmp_path / "device.xml"
-    device.write_text(hostdev(0))
+    device.write_text(hostdev(address(0)))
     # The device is one of the older PCI, for which there is a place on such a bridge alone.
     models = ("pcie-root", "pcie-root-port", "pcie-to-pci-bridge")
     with started(file, devices="".join(f"<controller type='pci' model='{each}'/>" for each in models)) as pid:

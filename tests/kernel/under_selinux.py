@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from ansible_collections.virt.iommufd.tests.kernel.harness import CAPABILITIES, DEVICES, Answer
 from ansible_collections.virt.iommufd.tests.kernel.info import look, status_of
-from ansible_collections.virt.iommufd.tests.kernel.test_domains import DOMAIN, STATE, virsh
+from ansible_collections.virt.iommufd.tests.kernel.test_domains import STATE, described, virsh
 
 NAME = "kernel-test"
 EMULATOR = "/usr/libexec/qemu-kvm"
@@ -86,7 +86,7 @@ def test_every_file_is_labelled_as_the_policy_wants() -> None:
 def test_a_domain_is_confined(daemon: int, tmp_path: Path) -> None:
     assert context(daemon) == DAEMON
     path = tmp_path / "domain.xml"
-    path.write_text(DOMAIN.format(name=NAME, devices=""))
+    path.write_text(described(NAME))
     virsh("create", "--paused", str(path))
     try:
         pid = int((STATE / f"{NAME}.pid").read_text())
@@ -115,8 +115,7 @@ def test_what_the_daemon_has_and_may_not_use(daemon: int, tmp_path: Path) -> Non
     """It cannot raise its domains' limits; and so it is told, whether the daemon runs or not."""
     assert int(status_of(daemon)["CapEff"], 16) >> CAPABILITIES["sys_resource"] & 1
     path = tmp_path / "domain.xml"
-    limited = "</memory><memtune><hard_limit unit='GiB'>1</hard_limit></memtune>"
-    path.write_text(DOMAIN.format(name=NAME, devices="").replace("</memory>", limited))
+    path.write_text(described(NAME, before="<memtune><hard_limit unit='GiB'>1</hard_limit></memtune>"))
     done = subprocess.run(["virsh", "create", "--paused", str(path)], capture_output=True, text=True, check=False)
     assert done.returncode
     assert re.search(r"cannot limit locked memory of process \d+.*: Operation not permitted", done.stderr)
