@@ -966,13 +966,13 @@ import datetime
 import os
 import pwd
 import re
-from collections.abc import Collection
 from typing import TYPE_CHECKING, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils import _host_facts
 from ..module_utils._accounting import IOMMUFD, LEGACY, VDPA
+from ..module_utils._accounts import Accounts, look_at_accounts
 from ..module_utils._capabilities import (
     CAP_IPC_LOCK,
     CAP_SYS_PTRACE,
@@ -988,8 +988,6 @@ from ..module_utils._charges import (
     charged,
     checks,
     decisive,
-    largest_limit,
-    total,
 )
 from ..module_utils._command import run_command
 from ..module_utils._device import DEVICE
@@ -1001,7 +999,7 @@ from ..module_utils._names import user_name
 from ..module_utils._process_facts import Limit, in_initial_namespace, own_status
 from ..module_utils._running import read_domain_record
 from ..module_utils._sharing import Sharing
-from ..module_utils._survey import Holder, Survey, survey
+from ..module_utils._survey import Holder
 
 if TYPE_CHECKING:
     from ..module_utils._libvirt import Libvirt
@@ -1210,16 +1208,13 @@ def limit_row(name: str, memlock: Limit | None) -> Row:
     return memlock_row(memlock.hard if name == "memlock_hard" else memlock.soft, name)
 
 
-def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:
-    """All processes that hold what memory is pinned by, be it one of the nodes, and what this caller was kept from."""
-    if not in_initial_namespace("pid"):
-        unseen.note("processes", "This is not the initial pid namespace. Run the task on the host itself.")
-    hides = _host_facts.read_hidepid()
-    if hides and CAP_SYS_PTRACE not in capability_names(own_status().effective):
-        unseen.note("processes", f"/proc is mounted with {hides}. Run the task as root (become: true).")
+def note_unseen(accounts: Accounts, unseen: Unseen) -> None:
+    """Notes down what this caller was kept from by a look at all processes."""
+    for why in accounts.blind:
+        unseen.note("processes", why)
     if not _host_facts.has_sysfs():
         unseen.note("descriptors", "sysfs is not here, so devices of VFIO and vDPA are not known as such.")
-    seen = survey(nodes)
+    seen = accounts.seen
     for what, thing, reasons in (
         ("processes", "", seen.hidden),
         ("descriptors", "the descriptors of ", seen.closed),
@@ -1229,7 +1224,6 @@ def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:
             some = ", ".join(map(str, sorted(pids)[:5])) + (", ..." if len(pids) > 5 else "")
             which = f"{thing}{len(pids)} {'processes' if len(pids) > 1 else 'process'} ({some})"
             unseen.note(what, f"uid {os.geteuid()} cannot look at {which}: {reason}")
-    return seen
 
 
 def process_row(
@@ -1434,27 +1428,16 @@ def user_row(uid: int, of_user: Total) -> Row:
 
 def process_and_user_rows(unseen: Unseen, pids: list[int] | None, uids: set[int] | None) -> tuple[list[Row], list[Row]]:
     """The processes that hold what memory is pinned by, and the users that are charged."""
-    nodes, vdpa = _host_facts.find_vfio_nodes(), _host_facts.find_vdpa_nodes()
-    seen = look_at_processes(unseen, {*nodes, *vdpa})
-    host_names = Names(unseen, nodes, vdpa)
-    accounts: dict[int, list[Account]] = {uid: [] for uid in (*(uids or ()), *seen.others_pinned, *seen.unseen)}
-    only_holders = seen.only_holders()
-    as_it_runs = {rdev for rdev, node in nodes.items() if node.as_it_runs is not False}
-    account_of = {holder.pid: holder.account(vdpa, as_it_runs, only_holders[holder.pid]) for holder in seen.holders}
-    for account in account_of.values():
-        accounts.setdefault(account.uid, []).append(account)
-    # Whose the processes are that were not seen at all is not known.
-    hidden = any(limit["what"] == "processes" for limit in unseen.limits)
-    totals = {
-        uid: total(some, seen.others_pinned.get(uid, 0), hidden or uid in seen.unseen) for uid, some in accounts.items()
-    }
-    largest = {uid: largest_limit(some) for uid, some in accounts.items()}
+    accounts = look_at_accounts(uids or ())
+    note_unseen(accounts, unseen)
+    seen, totals = accounts.seen, dict(accounts.totals)
+    host_names = Names(unseen, accounts.nodes, accounts.vdpa)
     processes = []
     for holder in seen.holders:
         uid = holder.status.uid
         if (pids is None or holder.pid in pids) and (uids is None or uid in uids):
-            account = account_of[holder.pid]
-            processes.append(process_row(holder, account, totals[uid], largest[uid], seen.sharing, host_names))
+            of_user, largest = totals[uid], accounts.largest[uid]
+            processes.append(process_row(holder, accounts.of[holder.pid], of_user, largest, seen.sharing, host_names))
     # In a user namespace, the kernel shows all users that it has no number for there as this one.
     nobody = None if in_initial_namespace("user") else _host_facts.read_overflow_uid()
     if nobody in totals:

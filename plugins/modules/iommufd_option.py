@@ -23,35 +23,6 @@ version_added: 0.1.0
 author:
   - The virt.iommufd contributors (@virt-iommufd)
 options:
-  pid:
-    description:
-      - The id of the process that holds the iommufd.
-      - Exactly one of O(pid), O(pidfile), O(domain) and O(unit) is required.
-    type: int
-  pidfile:
-    description:
-      - A file that holds the id of the process, as an absolute path.
-      - It must be a regular file, not a symbolic link, of 64 bytes at most, written after the process started. If the
-        clock was set in between, the module may take a correct file for a stale one.
-      - Where a user other than root owns the file, or any folder on the way to it, the process must belong to that
-        user. The module refuses what a group or everybody can write, except for folders with the sticky bit, such as
-        C(/tmp).
-    type: path
-  domain:
-    description:
-      - The name of a running domain of the system libvirt (C(qemu:///system)). The process is its emulator.
-      - Use it for a query. libvirt binds the devices before the domain runs, so the kernel refuses a change as busy.
-      - The module does not ask the libvirt daemon, and so does not wake it. It reads the daemon's record of the domain
-        under C(/run/libvirt/qemu). The record must belong to root, and be written after the process started. Where
-        systemd-machined made a control group for the domain, the process must be in it.
-      - For a domain of a user's session, give O(pidfile) or O(pid).
-    type: str
-  unit:
-    description:
-      - The name of a systemd unit of the system. The process is its main process.
-      - The module refuses a unit without a main process, such as a scope or a slice, and a template without an
-        instance.
-    type: str
   fd:
     description:
       - The number of the descriptor in the process, as C(ls -l /proc/PID/fd) shows it.
@@ -98,6 +69,7 @@ options:
       - denied
 extends_documentation_fragment:
   - virt.iommufd._attributes
+  - virt.iommufd._target
 attributes:
   check_mode:
     details:
@@ -112,6 +84,7 @@ notes:
     for any process but one's own, and C(kernel.yama.ptrace_scope) below 3. To set the rlimit mode, it also needs
     CAP_SYS_RESOURCE in the initial user namespace. Querying does not need CAP_SYS_RESOURCE.
   - B(EBUSY.) An object is a device that is bound to the iommufd, or an IOAS, the address space that its devices share.
+    libvirt binds the devices before the domain runs, so O(domain) is for a query.
     An iommufd that holds an object answers EBUSY to every change of its rlimit mode. A VMM that opens C(/dev/iommu) by
     itself binds its first device at once. Restart such a VM with an iommufd that was opened and set before the VM had
     it. Or start it with an iommufd but without its VFIO devices (QEMU's C(-object iommufd,id=iommufd0,fd=9)), and
@@ -271,7 +244,6 @@ from ansible.module_utils.parsing.convert_bool import boolean
 # Ansible keeps nothing compiled, so each file that is imported costs each task on each host anew. What a query by pid
 # does not need is imported by what needs it.
 from ..module_utils._borrow import borrow_iommufd, find_iommufds
-from ..module_utils._child import NoAnswer, in_child
 from ..module_utils._errors import (
     DescriptorGone,
     IommufdError,
@@ -289,39 +261,18 @@ from ..module_utils._iommufd import (
 )
 from ..module_utils._module import Row, finish
 from ..module_utils._process import Process
-from ..module_utils._target import PidTarget, Target, hold_target
+from ..module_utils._task_target import TARGETS, work_at_target
 
 if TYPE_CHECKING:
     from ..module_utils._change import Result
 
 UINT32_MAX = 2**32 - 1
 
-# What the kernel answers in no time; a busy host gets so long.
-SECONDS = 60
-# Of this, systemd may take its own time, before the kernel is asked.
-UNIT_SECONDS = 120
-
 # A process may have hundreds of iommufds, and thousands of IOASes. All of them are in the return value.
 LABELS_MAX = 20
 WARNINGS_MAX = 10
 
 OPTIONS = {option.name: option for option in (RLIMIT_MODE, HUGE_PAGES)}
-
-
-def target_of(params: Row) -> Target:
-    """The target that the task names, by the one option of four that it gave."""
-    if params["pid"] is not None:
-        return PidTarget(params["pid"])
-    if params["pidfile"] is not None:
-        from ..module_utils._pidfile import PidfileTarget
-
-        return PidfileTarget(params["pidfile"])
-    from ..module_utils._command import run_command
-    from ..module_utils._named_target import DomainTarget, UnitTarget
-
-    if params["domain"] is not None:
-        return DomainTarget(params["domain"])
-    return UnitTarget(params["unit"], run_command)
 
 
 def number_of(option: Option, value: str | None) -> int | None:
@@ -397,8 +348,8 @@ def job_of(params: Row, dry_run: bool) -> Job:
     return Job(option, ioas_id, number_of(option, params["value"]), dry_run)
 
 
-def work_on(process: Process, fd: int | None, job: Job) -> tuple[list[Row], bool]:
-    """Does the job on the descriptor that was asked for, or on each iommufd of the process.
+def work_on(fd: int | None, job: Job, process: Process) -> Row:
+    """Does the job on the descriptor that was asked for, or on each iommufd of the process: `rows` and `truncated`.
 
     What goes wrong with one is told in its row and keeps nobody from the next. Raises IommufdError where there is
     nothing to work on.
@@ -423,7 +374,7 @@ def work_on(process: Process, fd: int | None, job: Job) -> tuple[list[Row], bool
                 rows.append(job.row(each, job.ioas_id, None, None, FAILED, str(exc)))
     if not rows:
         raise IommufdError(nothing_to_work_on(process, bool(without_ioas)))
-    return rows, truncated
+    return {"rows": rows, "truncated": truncated}
 
 
 def nothing_to_work_on(process: Process, without_ioas: bool) -> str:
@@ -482,36 +433,11 @@ def label(each: Row) -> str:
     return f"{ioas}iommufd {each['fd']}"
 
 
-def attempt(target: Target, fd: int | None, job: Job) -> Row:
-    """What came of the job, for a child: `process`, once it is known, with `rows` and `truncated`, or `msg`."""
-    answer: Row = {}
-    try:
-        with hold_target(target) as process:
-            answer["process"] = process.describe()
-            answer["rows"], answer["truncated"] = work_on(process, fd, job)
-    except IommufdError as exc:
-        answer["msg"] = str(exc)
-    return answer
-
-
 def run(params: Row, check_mode: bool, result: Row) -> None:
     """Does what the task asks for, and fills in the return value. Raises IommufdError."""
     result["option"] = params["option"]
     job = job_of(params, check_mode)
-    # A process may keep whoever looks at it, and may put something in the place of its iommufd that takes for ever to
-    # close. So all of it is done in a child.
-    target = target_of(params)
-    seconds = SECONDS if params["unit"] is None else UNIT_SECONDS
-    try:
-        answer = in_child(None, partial(attempt, target, params["fd"], job), seconds)
-    except NoAnswer as exc:
-        raise IommufdError(
-            f"{target} keeps whoever looks at it waiting, for more than {seconds} seconds: it is stuck, as in executing"
-            " a program while the server of a mount does not answer. It may have been set, or not: look again."
-        ) from exc
-    result.update({name: answer[name] for name in ("process",) if name in answer})
-    if "msg" in answer:
-        raise IommufdError(answer["msg"])
+    answer = work_at_target(params, partial(work_on, params["fd"], job), result)
     if job.option.per_ioas:
         result["truncated"] = answer["truncated"]
     result.update(report(answer["rows"], params["tolerate"]))
@@ -520,10 +446,7 @@ def run(params: Row, check_mode: bool, result: Row) -> None:
 def main() -> NoReturn:
     module = AnsibleModule(
         argument_spec={
-            "pid": {"type": "int"},
-            "pidfile": {"type": "path"},
-            "domain": {"type": "str"},
-            "unit": {"type": "str"},
+            **TARGETS,
             "fd": {"type": "int"},
             "option": {"type": "str", "choices": list(OPTIONS), "default": RLIMIT_MODE.name},
             "value": {"type": "str"},
@@ -535,8 +458,8 @@ def main() -> NoReturn:
                 "default": ["unsupported", "denied"],
             },
         },
-        mutually_exclusive=[("pid", "pidfile", "domain", "unit")],
-        required_one_of=[("pid", "pidfile", "domain", "unit")],
+        mutually_exclusive=[tuple(TARGETS)],
+        required_one_of=[tuple(TARGETS)],
         supports_check_mode=True,
     )
     finish(module, run)

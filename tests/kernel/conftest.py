@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
+from ansible_collections.virt.iommufd.plugins.module_utils import _task_target
 from ansible_collections.virt.iommufd.tests.kernel.harness import VM, Answer, Vmm, kernel_config, vdpa_device
 
 Start = Callable[..., Vmm]
@@ -74,7 +74,7 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
             for fd in descriptors() - before:
                 os.close(fd)
 
-    monkeypatch.setattr(iommufd_option, "in_child", do)
+    monkeypatch.setattr(_task_target, "in_child", do)
 
 
 @pytest.fixture(scope="session")

@@ -100,7 +100,7 @@ def test_a_thousand_runs_leave_no_descriptor_behind(vmm: Vmm, start: Start) -> N
         target, fd = [(vmm, iommufd), (vmm, other), (vmm, None), (without, None), (vmm, 999)][turn % 5]
         try:
             with hold_target(PidTarget(target.pid)) as process:
-                work_on(process, fd, Job(RLIMIT_MODE, None, turn // 5 % 2, turn % 3 == 0))
+                work_on(fd, Job(RLIMIT_MODE, None, turn // 5 % 2, turn % 3 == 0), process)
         except IommufdError:
             failed += 1
             continue

@@ -19,9 +19,8 @@ from typing import Any
 
 import pytest
 from ansible.module_utils.common import warnings
-from ansible_collections.virt.iommufd.plugins.module_utils import _device, _iommufd, _paths, _survey
+from ansible_collections.virt.iommufd.plugins.module_utils import _device, _iommufd, _paths, _survey, _task_target
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
-from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
 # Opens what the tests look for under numbers that they know, says so, and waits until its standard input is closed.
@@ -97,7 +96,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     """Answers every ioctl, here: what would be done in a child, out of its sight, is done in its place."""
     fake = FakeKernel()
     monkeypatch.setattr(fcntl, "ioctl", fake.ioctl)
-    monkeypatch.setattr(iommufd_option, "in_child", lambda _user, work, _seconds: through_json(work()))
+    monkeypatch.setattr(_task_target, "in_child", lambda _user, work, _seconds: through_json(work()))
     monkeypatch.setattr(_survey, "ask_child", lambda _user, work, _seconds: (through_json(each) for each in work()))
     return fake
 

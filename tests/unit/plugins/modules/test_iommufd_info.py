@@ -13,7 +13,7 @@ from typing import Any, Callable
 
 import pytest
 import yaml
-from ansible_collections.virt.iommufd.plugins.module_utils import _host_facts, _iommufd, _libvirt
+from ansible_collections.virt.iommufd.plugins.module_utils import _accounts, _host_facts, _iommufd, _libvirt
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Limit
 from ansible_collections.virt.iommufd.plugins.module_utils._running import DomainRecord
@@ -159,21 +159,23 @@ def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.Monke
     def refuse(_name: str) -> DomainRecord:
         raise IommufdError("/run/libvirt/qemu is closed.") from PermissionError()
 
-    monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: False)
+    for module in (_accounts, iommufd_info):
+        monkeypatch.setattr(module, "in_initial_namespace", lambda _kind: False)
     monkeypatch.setattr(iommufd_info, "read_domain_record", refuse)
     monkeypatch.setattr(_host_facts, "read_hidepid", lambda: "hidepid=2")
-    monkeypatch.setattr(iommufd_info, "capability_names", lambda _mask: [])
+    monkeypatch.setattr(_accounts, "capability_names", lambda _mask: [])
     seen = survey()
     seen.holders = [each._replace(name="vm1") for each in seen.holders]
     seen.closed = {"EACCES: Permission denied.": [1, 2, 3, 4, 5, 6]}
-    monkeypatch.setattr(iommufd_info, "survey", lambda _nodes: seen)
+    monkeypatch.setattr(_accounts, "survey", lambda _nodes: seen)
     limits = run(gather_subset=["processes"])["host"]["limits_of_view"]
     assert [each["what"] for each in limits] == ["processes", "processes", "descriptors", "domains"]
     assert "the descriptors of 6 processes (1, 2, 3, 4, 5, ...): EACCES: Permission denied." in limits[2]["why"]
 
 
 def test_devices_are_not_seen_without_sysfs(run: Run, alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: True)
+    for module in (_accounts, iommufd_info):
+        monkeypatch.setattr(module, "in_initial_namespace", lambda _kind: True)
     monkeypatch.setattr(_host_facts, "read_hidepid", lambda: "")
     before = run(gather_subset=["processes"])["host"]["limits_of_view"]
     monkeypatch.setattr(_host_facts, "_SYS", "/nowhere")
@@ -199,14 +201,15 @@ def test_nobody_is_called_safe_who_was_not_seen_whole(
     hidden: dict[str, list[int]],
     at_risk: bool | None,
 ) -> None:
-    monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: True)
+    for module in (_accounts, iommufd_info):
+        monkeypatch.setattr(module, "in_initial_namespace", lambda _kind: True)
     monkeypatch.setattr(_host_facts, "read_hidepid", lambda: "")
     seen = survey()
     (holder,) = seen.holders
     bare = holder.status._replace(effective=0)
     seen.holders = [holder._replace(memlock=Limit(2**40, 2**40), status=bare)]
     (seen.unseen, seen.hidden) = (unseen, hidden)
-    monkeypatch.setattr(iommufd_info, "survey", lambda _nodes: seen)
+    monkeypatch.setattr(_accounts, "survey", lambda _nodes: seen)
     rows = {each["uid"]: each["at_risk"] for each in run(gather_subset=["users"])["users"]}
     assert rows == {os.getuid(): at_risk, **dict.fromkeys(unseen)}
 
@@ -337,12 +340,13 @@ def test_a_device_that_pins_as_it_runs(
     zero = os.stat("/dev/zero").st_rdev
     node = _host_facts.VfioNode("/dev/vfio/devices/vfio0", ["a"], None, False, as_it_runs)
     monkeypatch.setattr(_host_facts, "find_vfio_nodes", lambda: {zero: node})
-    monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: True)
+    for module in (_accounts, iommufd_info):
+        monkeypatch.setattr(module, "in_initial_namespace", lambda _kind: True)
     monkeypatch.setattr(_host_facts, "read_hidepid", lambda: "")
     seen = survey({zero})
     (holder,) = seen.holders
     seen.holders = [holder._replace(memlock=Limit(limit, limit), status=holder.status._replace(effective=0))]
-    monkeypatch.setattr(iommufd_info, "survey", lambda _nodes: seen)
+    monkeypatch.setattr(_accounts, "survey", lambda _nodes: seen)
     answer = run(gather_subset=["processes", "users"])
     (row,) = answer["processes"]
     assert [each["as_it_runs"] for each in row["vfio_devices"]] == [as_it_runs]

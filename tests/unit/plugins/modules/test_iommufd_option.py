@@ -13,7 +13,7 @@ import sys
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd
+from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd, _task_target
 from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run as run_module
@@ -121,7 +121,7 @@ def test_a_unit_has_systemds_time_besides(
         assert waited == seconds
         raise NoAnswer
 
-    monkeypatch.setattr(iommufd_option, "in_child", wait)
+    monkeypatch.setattr(_task_target, "in_child", wait)
     assert f"keeps whoever looks at it waiting, for more than {seconds} seconds" in run(**target)["msg"]
 
 
@@ -209,7 +209,7 @@ QUERY = """
 import fcntl, json, os, subprocess, sys
 
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
-from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd
+from ansible_collections.virt.iommufd.plugins.module_utils import _iommufd, _task_target
 
 def loaded():
     return [name.rpartition(".")[2] for name in sys.modules if ".iommufd.plugins.module_utils." in name]
@@ -217,8 +217,8 @@ def loaded():
 # It answers GET with 0, by which the argument is filled already.
 fcntl.ioctl = lambda *_given: 0
 _iommufd.misc_rdev = lambda: os.makedev(1, 3)
-also = iommufd_option.in_child(None, loaded, 60)
-iommufd_option.in_child = lambda _user, work, _seconds: work()
+also = _task_target.in_child(None, loaded, 60)
+_task_target.in_child = lambda _user, work, _seconds: work()
 null = open(os.devnull)
 with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stderr=null) as process:
     names = ("pid", "pidfile", "domain", "unit", "fd", "value", "ioas_id")
@@ -245,5 +245,6 @@ def test_a_query_by_pid_loads_few_files() -> None:
         "_process",
         "_syscalls",
         "_target",
+        "_task_target",
         "_uapi",
     ]
