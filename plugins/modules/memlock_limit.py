@@ -78,7 +78,7 @@ EXAMPLES = r"""
 
 - name: Lift the limit of a domain
   virt.iommufd.memlock_limit:
-    domain: guest1
+    domain: vm1
     value: unlimited
 """
 
