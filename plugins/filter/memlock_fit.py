@@ -131,10 +131,11 @@ options:
       - What the VM pins beyond its memory, such as firmware and video memory, in all of its address spaces, as a size.
       - If given, the filter takes it as exact, and rounds the sum with O(memory) up to whole pages. How large they
         are is in the input if V(host) was gathered. Without that, pages may have 4 to 64 KiB.
-      - If not given, it may be anything up to the most that a running VM of the input pins beyond its memory, for each
-        address space, however much that is. VMs with several address spaces are ignored, since they pin their memory
-        more than once.
-      - If no VM remains, it may be anything up to 1 GiB, which is what libvirt adds to a domain's memory.
+      - If not given, it may be anything up to 1 GiB, which is what libvirt adds to a domain's memory. Less is not taken
+        for certain, since a VM with another display or other emulated devices pins more, some of it only once its guest
+        runs.
+      - Where a running VM of the input pins more than that beyond its memory, it may be as much, for each address
+        space. VMs with several address spaces are ignored, since they pin their memory more than once.
     type: raw
   locked:
     description:
