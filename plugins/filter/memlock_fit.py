@@ -113,10 +113,13 @@ options:
       - V(process) is a VM whose iommufd is set so before its first device, as libvirt does since 12.1.
       - V(none) is a VMM that has CAP_IPC_LOCK in the initial user namespace. In another one, as containers may have, it
         does not count. For a VM with V(none), only vDPA is held against the limit.
-      - V(auto) finds out. If all emulators for the host's own architecture have CAP_IPC_LOCK, so has the VM. For a
-        domain of the system libvirt, it is what that libvirt does. Otherwise it will be as all running VMs of O(user)
-        are, and is unknown if there are none. A VM without an iommufd has CAP_IPC_LOCK if all these have it. An ambient
-        capability that a unit gives to its VMM is not seen, unless such a VM runs.
+      - V(auto) finds out. For a domain of the system libvirt, it is what that libvirt does. If all emulators for the
+        host's own architecture have CAP_IPC_LOCK, so has such a domain, unless libvirt's daemon withholds it
+        (RV(virt.iommufd.iommufd_info#module:host.libvirt.passes_cap_ipc_lock)), or one that runs has not got it.
+      - Otherwise it will be as all running VMs of O(user) are, and is unknown if there are none. A VM without an
+        iommufd has CAP_IPC_LOCK if all these have it. An ambient capability that a unit gives to its VMM is not seen,
+        unless such a VM runs. Nor is it seen whether a unit withholds what the emulator's file gives, as
+        C(NoNewPrivileges=) does. So with such a file it is unknown, unless such a VM runs.
       - Where the host has no emulator for its own architecture, or the input does not tell that, all of its emulators
         count.
     type: str

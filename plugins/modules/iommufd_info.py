@@ -397,6 +397,7 @@ host:
           description:
             - Whether these capabilities lift the limit on pinned memory. They do if they hold CAP_IPC_LOCK for the
               initial user namespace, effective from the start.
+            - A VMM does not get it where NoNewPrivs or the bounding set of whoever starts it withhold it.
             - V(null) where they could not be read.
           type: bool
           sample: false
@@ -439,6 +440,13 @@ host:
           type: list
           elements: str
           sample: []
+        passes_cap_ipc_lock:
+          description:
+            - Whether an emulator that the daemon starts gets CAP_IPC_LOCK where its file gives it that. It does not
+              with C(NoNewPrivileges=), nor where the daemon's bounding set lacks it.
+            - V(null) where that is unknown.
+          type: bool
+          sample: true
         memlock_bytes:
           description:
             - The soft limit RLIMIT_MEMLOCK of the daemon. If the daemon does not run, what its unit would give it. A
@@ -1185,6 +1193,7 @@ def libvirt_row(unseen: Unseen, libvirt: Libvirt, slow: bool) -> Row:
         "pid": libvirt.pid,
         "cap_sys_resource": libvirt.may,
         "drop_in": list(libvirt.drop_in),
+        "passes_cap_ipc_lock": libvirt.passes,
         **limit_row("memlock", memlock),
         **limit_row("memlock_hard", memlock),
         "user": libvirt.files.user.name,

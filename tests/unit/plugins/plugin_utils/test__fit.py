@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._accounting import QUESTIONS
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.plugin_utils import _fit_words
+from ansible_collections.virt.iommufd.plugins.plugin_utils import _fit_host, _fit_words
 from ansible_collections.virt.iommufd.plugins.plugin_utils._fit import memlock_fit
 from ansible_collections.virt.iommufd.tests.unit.filter_docs import documented_fields
 from ansible_collections.virt.iommufd.tests.unit.fit_rows import (
@@ -426,9 +426,9 @@ def test_a_running_vm_of_another_kind_is_no_proof() -> None:
     assert fit(info(processes=[unit()]), **given, overhead="16M")["fits"] is False
 
 
+CAPABLE: Row = {"capabilities": {"effective": ["cap_ipc_lock"]}}
 SHOWS_NOTHING = "No running VM of vm shows its accounting, which is per user unless somebody sets it."
-SOME = "Some of the host's emulators have CAP_IPC_LOCK, or may have it, so the VM may too."
-NOT_KNOWN = "It is not known whether the VM's emulator has CAP_IPC_LOCK."
+SOME, NOT_KNOWN, WITHHELD = _fit_host.SOME, _fit_host.NOT_KNOWN, _fit_host.WITHHELD
 
 
 @pytest.mark.parametrize(
@@ -436,9 +436,21 @@ NOT_KNOWN = "It is not known whether the VM's emulator has CAP_IPC_LOCK."
     [
         pytest.param(
             idle(host=host(qemu=[emulator(True), emulator(None, present=False)])),
-            "none",
-            "The host's emulators have CAP_IPC_LOCK.",
+            None,
+            f"{WITHHELD} {SHOWS_NOTHING}",
             id="all emulators",
+        ),
+        pytest.param(
+            info(host=host(qemu=[emulator(True)]), processes=[unit(accounting="none", **CAPABLE)]),
+            "none",
+            "The running VMs of vm have CAP_IPC_LOCK.",
+            id="all emulators, and the running VMs",
+        ),
+        pytest.param(
+            info(processes=[unit(accounting="process"), unit(pinned_bytes=0, memory_bytes=None)]),
+            "process",
+            "The running VMs of vm are accounted per process.",
+            id="who has pinned nothing and has no guest is no VM",
         ),
         pytest.param(
             info(processes=[unit()]), "user", "The running VMs of vm are accounted per user.", id="running VMs"
@@ -527,6 +539,34 @@ def test_auto(data: Row, accounting: str | None, reason: str) -> None:
     assert answer["fits"]
 
 
+BY_FILE = "The host's emulators have CAP_IPC_LOCK."
+
+
+@pytest.mark.parametrize(
+    ("its_libvirt", "running", "accounting"),
+    [
+        pytest.param({}, [], "none", id="known"),
+        pytest.param({}, [process(**CAPABLE, accounting="none")], "none", id="and so it is"),
+        pytest.param({}, [unit()], "none", id="another user's has not"),
+        pytest.param({}, [process(emulator="/opt/qemu")], "none", id="another emulator has not"),
+        pytest.param({}, [process(holder=True)], "none", id="a copy has not"),
+        pytest.param({}, [process(no_new_privs=True)], None, id="a running one has not"),
+        pytest.param({"passes_cap_ipc_lock": False}, [], None, id="withheld"),
+        pytest.param({"passes_cap_ipc_lock": None}, [], None, id="not known"),
+    ],
+)
+def test_what_a_file_gives_may_be_withheld(its_libvirt: Row, running: list[Row], accounting: str | None) -> None:
+    """By NoNewPrivileges= and the like, of libvirt's daemon. That of a unit which is asked about is not known."""
+    on = host(qemu=[emulator(True)], libvirt=older(**its_libvirt))
+    given: Row = {"memlock": "8M", **EXACT}
+    answer = fit(info(host=on, processes=running, users=[]), **given)
+    assert (answer["accounting"], answer["fits"]) == (accounting, True if accounting else None)
+    assert answer["reason"].startswith(BY_FILE if accounting else WITHHELD)
+    assert (answer["question"] or "").startswith("" if accounting else "Has the VMM CAP_IPC_LOCK?")
+    for who in ("vm", "root"):
+        assert fit(idle(host=on), who=who, **given)["fits"] is None
+
+
 def test_auto_is_not_sure_where_vms_are_hidden() -> None:
     data = info(processes=[unit(accounting="none")], host=host(limits_of_view=unseen("processes")))
     answer = fit(data, who="vm", memlock="1T")
@@ -567,7 +607,6 @@ def test_auto_is_not_sure_of_root(who: Any) -> None:
     assert answer["question"].startswith("Has the VMM CAP_IPC_LOCK? Give accounting")
 
 
-CAPABLE: Row = {"capabilities": {"effective": ["cap_ipc_lock"]}}
 OF_LEGACY: Row = {
     "iommufds": [],
     "backends": ["legacy"],
@@ -738,7 +777,7 @@ def test_a_limit_that_is_not_known() -> None:
 @pytest.mark.parametrize(
     ("data", "parameters"),
     [
-        pytest.param(info(host=host(qemu=[emulator(True)], libvirt=older(memlock_bytes=None))), {}, id="capability"),
+        pytest.param(idle(host=host(qemu=[emulator(True)], libvirt=older(memlock_bytes=None))), {}, id="capability"),
         pytest.param(info(), {"accounting": "none"}, id="the VM has it"),
         pytest.param(info(host=native(memlock_bytes=None)), {}, id="it is enough anyway"),
         pytest.param(info(), {"memlock": "2G"}, id="it is given"),
@@ -1178,7 +1217,7 @@ def test_the_emulator_that_the_remedy_names(emulators: list[Row], running: str |
 )
 def test_the_emulators_of_the_hosts_architecture(machine: str, own: str, accounting: str | None) -> None:
     rows = [emulator(True, f"/usr/bin/{own}"), emulator(False, "/usr/bin/qemu-system-i386")]
-    assert fit(idle(host=host(machine=machine, qemu=rows)), who="vm", memlock="1T")["accounting"] == accounting
+    assert fit(idle(host=host(machine=machine, qemu=rows)), memlock="1T")["accounting"] == accounting
 
 
 def test_the_emulator_of_a_domain() -> None:
