@@ -155,6 +155,9 @@ host:
             - V(iommufds) where an iommufd was found but could not be queried, or it is unknown whether it is one.
             - V(users) where the users of processes cannot be told apart.
             - V(domains) where the domains of the system libvirt are unknown.
+            - V(charges) where users may be charged for what has no process any more. A VM that has ended leaves that
+              behind where another process keeps its iommufd, or a device of it. Only an iommufd that is accounted per
+              user does so.
             - V(options), V(module), V(emulators) and V(libvirt) where that part of RV(host) is incomplete.
           type: str
           sample: descriptors
@@ -877,7 +880,8 @@ processes:
         - What it contributes to RV(processes[].counter). Under V(user), that is what it has pinned, and else what that
           counter holds. With V(none), or where RV(processes[].holder) is true, it is 0.
         - V(null) where RV(processes[].accounting) is V(null), or where the process has pinned memory by a vDPA device,
-          too, which V(user) is not charged for.
+          too, which V(user) is not charged for. It is V(null), too, where the user may be charged for what it keeps
+          of a VM that has ended.
       type: int
       sample: 67371008
     headroom_bytes:
@@ -921,6 +925,7 @@ users:
       description:
         - What the user's processes have pinned, if it is unknown whether the user is charged for it. The module cannot
           see their iommufds, or the memory was pinned by other means, such as vDPA, io_uring or RDMA.
+        - What a VM that has ended has left behind is not in it. RV(host.limits_of_view) tells of that (V(charges)).
       type: int
       sample: 0
     largest_bytes:
@@ -930,6 +935,7 @@ users:
     memlock_bytes:
       description:
         - The smallest soft limit RLIMIT_MEMLOCK of these processes; V(null) where it is unlimited or there are none.
+        - Processes whose iommufds hold nothing, and that have pinned nothing, do not count beside others.
       type: int
       sample: 104857600
     memlock_unlimited:
@@ -940,7 +946,7 @@ users:
       description:
         - How much more the process with the smallest limit could pin; less than 0 where more is charged than that limit
           allows.
-        - It may be less by up to RV(users[].uncertain_bytes), and by what unseen processes have pinned.
+        - It may be less by up to RV(users[].uncertain_bytes), and by what unseen processes have pinned, or left behind.
         - V(null) where RV(users[].memlock_bytes) is V(null).
       type: int
       sample: 37486592
@@ -948,7 +954,8 @@ users:
       description:
         - Whether another VM as large as the largest, with the smallest limit, would not fit.
         - V(null) where it would fit by what the module saw, but might not because of RV(users[].uncertain_bytes), or
-          because there are, or may be, processes of the user that the module did not see.
+          because there are, or may be, processes of the user that the module did not see, or charges whose process
+          has ended (V(charges) in RV(host.limits_of_view)).
         - It is V(null), too, where it would fit now, but one of the VMs may pin more as it runs
           (RV(processes[].vfio_devices[].as_it_runs)).
       type: bool
@@ -1045,8 +1052,17 @@ def uids_of(users: list[str] | None) -> set[int] | None:
     return found
 
 
-def host_row(unseen: Unseen, paths: list[str], slow: bool, executed: dict[int, str]) -> Row:
-    """What the host supports; `slow` with what takes seconds or wakes a service. `executed`: programs by pid."""
+def host_row(
+    unseen: Unseen,
+    nodes: dict[int, _host_facts.VfioNode],
+    paths: list[str],
+    slow: bool,
+    executed: dict[int, str],
+) -> Row:
+    """What the host supports; `slow` with what takes seconds or wakes a service. `executed`: programs by pid.
+
+    `nodes` are those of VFIO.
+    """
     # A look at processes alone needs it not, and a module pays for each import on each host anew.
     from ..module_utils import _libvirt
     from ..module_utils._readiness import readiness
@@ -1083,7 +1099,7 @@ def host_row(unseen: Unseen, paths: list[str], slow: bool, executed: dict[int, s
         "yama_ptrace_scope": _host_facts.read_yama_scope(),
         "iommus": _host_facts.find_iommus(),
         "iommu_groups": [{"id": number, "devices": devices} for number, devices in groups.items()],
-        "vfio_devices": [vfio_row(each) for each in _host_facts.find_vfio_nodes().values() if not each.of_group],
+        "vfio_devices": [vfio_row(each) for each in nodes.values() if not each.of_group],
         "qemu": [emulator_row(unseen, each, slow) for each in emulators],
         "libvirt": libvirt_row(unseen, libvirt, slow),
     }
@@ -1239,6 +1255,25 @@ def look_at_processes(unseen: Unseen, nodes: Collection[int]) -> Survey:
             which = f"{thing}{len(pids)} {'processes' if len(pids) > 1 else 'process'} ({some})"
             unseen.note(what, f"uid {os.geteuid()} cannot look at {which}: {reason}")
     return seen
+
+
+def note_keepers(unseen: Unseen, seen: Survey, keepers: set[int]) -> None:
+    """Notes who may keep what VMs that have ended had pinned. Whom that is charged to cannot be seen."""
+    if keepers:
+        named = [f"{each.comm} ({each.pid})" for each in seen.holders if each.pid in keepers]
+        some = ", ".join(named[:5]) + (", ..." if len(named) > 5 else "")
+        unseen.note(
+            "charges",
+            f"No VM that runs accounts for all that {some} {'holds' if len(named) == 1 else 'hold'}. If a VM that has"
+            " ended had that, what it had pinned stays charged to its user until that is closed, and nothing tells to"
+            " whom, and how much. Once it is closed, look again.",
+        )
+    if seen.blind:
+        unseen.note(
+            "charges",
+            f"uid {os.geteuid()} cannot tell which processes keep what VMs that have ended had pinned, which stays"
+            " charged to their users. Run the task as root (become: true).",
+        )
 
 
 def process_row(
@@ -1441,19 +1476,25 @@ def user_row(uid: int, of_user: Total) -> Row:
     }
 
 
-def process_and_user_rows(unseen: Unseen, pids: list[int] | None, uids: set[int] | None) -> tuple[list[Row], list[Row]]:
-    """The processes that hold what memory is pinned by, and the users that are charged."""
-    nodes, vdpa = _host_facts.find_vfio_nodes(), _host_facts.find_vdpa_nodes()
+def process_and_user_rows(
+    unseen: Unseen, nodes: dict[int, _host_facts.VfioNode], pids: list[int] | None, uids: set[int] | None
+) -> tuple[list[Row], list[Row]]:
+    """The processes that hold what memory is pinned by, and the users that are charged. `nodes` are those of VFIO."""
+    vdpa = _host_facts.find_vdpa_nodes()
     seen = look_at_processes(unseen, {*nodes, *vdpa})
     host_names = Names(unseen, nodes, vdpa)
     accounts: dict[int, list[Account]] = {uid: [] for uid in (*(uids or ()), *seen.others_pinned, *seen.unseen)}
     only_holders = seen.only_holders()
     as_it_runs = {rdev for rdev, node in nodes.items() if node.as_it_runs is not False}
-    account_of = {holder.pid: holder.account(vdpa, as_it_runs, only_holders[holder.pid]) for holder in seen.holders}
+    keepers = seen.keepers(nodes, only_holders)
+    note_keepers(unseen, seen, keepers)
+    account_of = {
+        each.pid: each.account(vdpa, as_it_runs, only_holders[each.pid], each.pid in keepers) for each in seen.holders
+    }
     for account in account_of.values():
         accounts.setdefault(account.uid, []).append(account)
-    # Whose the processes are that were not seen at all is not known.
-    hidden = any(limit["what"] == "processes" for limit in unseen.limits)
+    # Whose the processes are that were not seen at all is not known, nor who is charged for those that have ended.
+    hidden = any(limit["what"] in ("processes", "charges") for limit in unseen.limits)
     totals = {
         uid: total(some, seen.others_pinned.get(uid, 0), hidden or uid in seen.unseen) for uid, some in accounts.items()
     }
@@ -1489,13 +1530,14 @@ def run(params: Row, _check_mode: bool, result: Row) -> None:
     result["host"] = host
     result["narrowed"] = {"pids": params["pids"], "uids": None if uids is None else sorted(uids)}
     processes: list[Row] = []
+    nodes = _host_facts.find_vfio_nodes()
     if subsets & {"processes", "users"}:
-        processes, users = process_and_user_rows(unseen, params["pids"], uids)
+        processes, users = process_and_user_rows(unseen, nodes, params["pids"], uids)
         found = {"processes": processes, "users": users}
         result.update({name: found[name] for name in found if name in subsets})
     if subsets & {"host", "emulators"}:
         executed = {each["pid"]: each["emulator"] for each in processes if each["emulator"] is not None}
-        host.update(host_row(unseen, params["emulators"], "emulators" in subsets, executed))
+        host.update(host_row(unseen, nodes, params["emulators"], "emulators" in subsets, executed))
 
 
 def run_patiently(words: list[str]) -> tuple[int, str, str]:

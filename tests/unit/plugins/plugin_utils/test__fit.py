@@ -229,6 +229,20 @@ def left(size: str, who: str = "libvirt-qemu") -> str:
             id="hidden processes make it no better",
         ),
         pytest.param(
+            info(host=host(limits_of_view=unseen("charges"))),
+            "2G",
+            None,
+            f"{ON_TOP_OF} 64.2 MiB, it may or may not be within its limit of 2 GiB. This is why.",
+            id="VMs that have ended",
+        ),
+        pytest.param(
+            info(host=host(limits_of_view=unseen("charges"))),
+            "100M",
+            False,
+            f"{ON_TOP_OF} 64.2 MiB, it is at least 28.2 MiB over its limit of 100 MiB {ENDS}",
+            id="VMs that have ended make it no better",
+        ),
+        pytest.param(
             info(host=host(limits_of_view=unseen("processes"))),
             "infinity",
             True,
@@ -1316,6 +1330,19 @@ def test_nor_does_what_is_not_known_of_a_vm(field: str) -> None:
     for asked in [*ASKED[:-3], {"grow": {"vm": "vm1.service", "memory": "1M"}}]:
         sure, unsure = (memlock_fit(each, **asked)["fits"] for each in (data, unknown))
         assert unsure in (sure, None) or sure is None, asked
+
+
+@pytest.mark.parametrize("running", [[], [unit()]])
+def test_who_is_charged_for_vms_that_have_ended_is_asked(running: list[Row]) -> None:
+    """It may be anybody: whom iommufd_info knows nothing of, too."""
+    data = idle(processes=running, host=host(limits_of_view=unseen("charges")))
+    answer = fit(data, who="vm", memlock="1G", accounting="user", **EXACT)
+    assert (answer["fits"], answer["counter"]) == (None, "user")
+    assert answer["question"].startswith("Is vm charged for VMs that have ended? Have closed what host.limits_of_view")
+    assert answer["reason"].endswith(" This is why.")
+    for sure in ({"accounting": "process"}, {"accounting": "none"}, {"accounting": "user", "devices": [LEGACY]}):
+        assert fit(data, who="vm", memlock="1G", **EXACT, **sure)["fits"] is True
+    assert fit(data, who="vm", memlock="1M", accounting="user", **EXACT)["fits"] is False
 
 
 def test_each_question_has_words() -> None:
