@@ -113,10 +113,13 @@ options:
       - V(process) is a VM whose iommufd is set so before its first device, as libvirt does since 12.1.
       - V(none) is a VMM that has CAP_IPC_LOCK in the initial user namespace. In another one, as containers may have, it
         does not count. For a VM with V(none), only vDPA is held against the limit.
-      - V(auto) finds out. If all emulators for the host's own architecture have CAP_IPC_LOCK, so has the VM. For a
-        domain of the system libvirt, it is what that libvirt does. Otherwise it will be as all running VMs of O(user)
-        are, and is unknown if there are none. A VM without an iommufd has CAP_IPC_LOCK if all these have it. An ambient
-        capability that a unit gives to its VMM is not seen, unless such a VM runs.
+      - V(auto) finds out. For a domain of the system libvirt, it is what that libvirt does. If all emulators for the
+        host's own architecture have CAP_IPC_LOCK, so has such a domain, unless libvirt's daemon withholds it
+        (RV(virt.iommufd.iommufd_info#module:host.libvirt.passes_cap_ipc_lock)), or one that runs has not got it.
+      - Otherwise it will be as all running VMs of O(user) are, and is unknown if there are none. A VM without an
+        iommufd has CAP_IPC_LOCK if all these have it. An ambient capability that a unit gives to its VMM is not seen,
+        unless such a VM runs. Nor is it seen whether a unit withholds what the emulator's file gives, as
+        C(NoNewPrivileges=) does. So with such a file it is unknown, unless such a VM runs.
       - Where the host has no emulator for its own architecture, or the input does not tell that, all of its emulators
         count.
     type: str
@@ -131,10 +134,11 @@ options:
       - What the VM pins beyond its memory, such as firmware and video memory, in all of its address spaces, as a size.
       - If given, the filter takes it as exact, and rounds the sum with O(memory) up to whole pages. How large they
         are is in the input if V(host) was gathered. Without that, pages may have 4 to 64 KiB.
-      - If not given, it may be anything up to the most that a running VM of the input pins beyond its memory, for each
-        address space, however much that is. VMs with several address spaces are ignored, since they pin their memory
-        more than once.
-      - If no VM remains, it may be anything up to 1 GiB, which is what libvirt adds to a domain's memory.
+      - If not given, it may be anything up to 1 GiB, which is what libvirt adds to a domain's memory. Less is not taken
+        for certain, since a VM with another display or other emulated devices pins more, some of it only once its guest
+        runs.
+      - Where a running VM of the input pins more than that beyond its memory, it may be as much, for each address
+        space. VMs with several address spaces are ignored, since they pin their memory more than once.
     type: raw
   locked:
     description:
@@ -178,7 +182,7 @@ options:
 notes:
   - The kernel does not publish what it has charged to a user. For per-user accounting, the filter relies on the
     estimate RV(virt.iommufd.iommufd_info#module:users[].charged_bytes), and RV(_value.reason) says how much would be
-    left for what no file shows.
+    left for what no file shows. Where VMs that have ended may have left charges behind, the answer is V(null).
   - QEMU 11 ends a VM that has an iommufd and a legacy container in one address space, whatever its limit. For such a VM
     the filter needs the versions of the emulators. V(emulators) in O(virt.iommufd.iommufd_info#module:gather_subset)
     has them gathered.

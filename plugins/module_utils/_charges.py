@@ -47,7 +47,8 @@ class Account(NamedTuple):
     whether it pins nothing, but holds what another process pins by; None where that could not be told. `locks`: whether
     its command line has it lock its memory itself. `as_it_runs`: whether it may pin more as it runs, without getting
     more memory or devices, since a device of it does so. `changed_user`: whether it was another user, with other
-    capabilities, as it pinned what it has.
+    capabilities, as it pinned what it has. `idle`: whether it has pinned nothing, and nothing in its iommufds either.
+    `keeps`: whether it may keep what a VM that has ended had pinned (Survey.keepers).
     """
 
     pid: int
@@ -62,6 +63,8 @@ class Account(NamedTuple):
     locks: bool | None = None
     as_it_runs: bool = False
     changed_user: bool = False
+    idle: bool = False
+    keeps: bool = False
 
     @property
     def capable(self) -> bool | None:
@@ -85,6 +88,8 @@ class Check(NamedTuple):
 
 class Total(NamedTuple):
     """What a user's processes come to. `limit` is the smallest of those that are charged, None if that is unlimited.
+
+    Where others are charged, those that are idle, or keep something, have no say in that.
 
     `uncertain` is what others of the user's processes have pinned, and may be charged to the user. `at_risk`: whether
     another process like the largest would not fit into the smallest limit, None where that cannot be told.
@@ -161,6 +166,8 @@ def decisive(account: Account, found: list[Check]) -> Check | None:
 
 def charged(account: Account, check: Check | None) -> int | None:
     """What the process adds to the counter of its decisive check; 0 without one, None where that cannot be told."""
+    if account.keeps:
+        return None
     if check is None:
         return 0 if account.holder or accounting(account) == NONE else None
     if check.counter == USER and _has(account, VDPA):
@@ -177,19 +184,20 @@ def _has(account: Account, *names: str) -> bool:
 def total(accounts: Iterable[Account], others_pinned: int = 0, unseen: bool = False) -> Total:
     """What the processes of one user come to; `others_pinned` is what those have pinned that hold nothing of this.
 
-    `unseen`: the user may have others with an iommufd.
+    `unseen`: the user may have others with an iommufd, or be charged for what has no process any more.
     """
     accounts = [each for each in accounts if not each.holder]
     mine = [each for each in accounts if accounting(each) == USER]
     unknown = [each for each in accounts if accounting(each) is None]
     sum_ = sum(each.pinned for each in mine if not _has(each, VDPA))
     uncertain = others_pinned + sum(each.pinned for each in accounts if _is_uncertain(each))
-    risk: bool | None = _lacks_room([each for each in mine if each.holder is False], sum_)
+    busy = [each for each in mine if not (each.idle or each.keeps)]
+    risk: bool | None = _lacks_room([each for each in busy if each.holder is False], sum_)
     # What will be pinned is not known, so any limit may be too small.
-    grows = any(each.as_it_runs for each in (*mine, *unknown)) and _smallest_limit([*mine, *unknown]) is not None
-    if not risk and (unseen or grows or _lacks_room([*mine, *unknown], sum_ + uncertain)):
+    grows = any(each.as_it_runs for each in (*busy, *unknown)) and _smallest_limit([*busy, *unknown]) is not None
+    if not risk and (unseen or grows or _lacks_room([*busy, *unknown], sum_ + uncertain)):
         risk = None
-    return Total([each.pid for each in mine], sum_, uncertain, _largest(mine), _smallest_limit(mine), risk)
+    return Total([each.pid for each in mine], sum_, uncertain, _largest(mine), _smallest_limit(busy or mine), risk)
 
 
 def _is_uncertain(account: Account) -> bool:
@@ -226,6 +234,11 @@ def account_notes(account: Account, of_user: Total, largest_limit: int | None) -
     VmPin is what was pinned, however it was accounted; VmLck grows with it only where the process is charged. So a
     capability that came or went after the memory was mapped shows.
     """
+    if account.keeps:
+        return [
+            "No VM that runs accounts for all that it holds. If a VM that has ended had that, what the VM had pinned"
+            " stays charged to its user until this process closes it. No file shows to whom, and how much."
+        ]
     if account.holder:
         return ["Another process has all that it holds, and it has pinned nothing: it is not counted."]
     how = accounting(account)

@@ -17,7 +17,7 @@ import re
 from functools import partial
 from typing import Callable, NamedTuple
 
-from ._capabilities import CAP_SYS_RESOURCE, capability_names
+from ._capabilities import CAP_IPC_LOCK, CAP_SYS_RESOURCE, capability_names
 from ._errors import IommufdError, ProcessGone
 from ._foreign import parse_xml
 from ._libvirt_files import NOTHING_READ, LibvirtFiles, read_libvirt_files
@@ -60,6 +60,7 @@ _PROPERTIES = (
     "User",
     "CapabilityBoundingSet",
     "AmbientCapabilities",
+    "NoNewPrivileges",
     "PrivateUsers",
     "SELinuxContext",
     "LimitMEMLOCK",
@@ -99,7 +100,7 @@ class DaemonUnit(NamedTuple):
 
     `drop_in` has the settings that would give it that; none where it would have it already. `memlock` is its limit on
     locked memory, None where that is not said. `context` is the SELinux context that it sets for what it starts; it may
-    be empty.
+    be empty. `passes`: whether what it starts gets CAP_IPC_LOCK where a file gives that, None where that is not said.
     """
 
     name: str
@@ -111,6 +112,7 @@ class DaemonUnit(NamedTuple):
     drop_in: tuple[str, ...] = ()
     memlock: Limit | None = None
     context: str = ""
+    passes: bool | None = None
 
 
 def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
@@ -127,6 +129,7 @@ def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
         "AmbientCapabilities=CAP_SYS_RESOURCE": not is_root and CAP_SYS_RESOURCE not in (ambient or "").split(),
         "PrivateUsers=no": not initial,
     }
+    says = shown.get("NoNewPrivileges"), bounding
     return DaemonUnit(
         name=shown.get("Id", ""),
         there=shown.get("LoadState") == "loaded",
@@ -138,6 +141,7 @@ def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
         memlock=_limit_of(shown),
         # With a minus, a context that cannot be had is no failure.
         context=shown.get("SELinuxContext", "").lstrip("-"),
+        passes=None if None in says else says[0] == "no" and CAP_IPC_LOCK in (bounding or "").split() and initial,
     )
 
 
@@ -168,6 +172,7 @@ class Libvirt(NamedTuple):
     and `msgs` tell why; `pid` is None where it does not run, and `unit` where there is none. `may` is whether the
     daemon has CAP_SYS_RESOURCE and may use it, `why` what SELinux has to do with that, and `drop_in` the settings that
     would have its unit give it. `memlock` is the daemon's limit on locked memory, or what its unit would give it.
+    `passes` is whether an emulator that it starts gets CAP_IPC_LOCK where its file gives that.
     """
 
     version: Version | None
@@ -181,6 +186,7 @@ class Libvirt(NamedTuple):
     memlock: Limit | None = None
     files: LibvirtFiles = NOTHING_READ
     sessions: tuple[Session, ...] = ()
+    passes: bool | None = None
 
 
 def look_at_libvirt(run: Run) -> Libvirt:
@@ -214,9 +220,12 @@ def _by_unit(run: Run, unit: DaemonUnit, libraries: list[str]) -> Libvirt:
         return _by_rest(run, unit, libraries)
     try:
         with Process.hold(unit.pid) as daemon:
-            initial = in_initial_user_namespace(daemon)
-            has = CAP_SYS_RESOURCE in capability_names(daemon.status.effective)
-            has = has and (unit.initial if initial is None else initial)
+            seen = in_initial_user_namespace(daemon)
+            initial = unit.initial if seen is None else seen
+            has = CAP_SYS_RESOURCE in capability_names(daemon.status.effective) and initial
+            # As execve(2) has it.
+            passes = CAP_IPC_LOCK in capability_names(daemon.status.bounding) and initial
+            passes = passes and not daemon.status.no_new_privs
             may, why = _left(has, partial(context_of, unit.pid))
             installed = running = _version_of(libraries)
             used = libraries
@@ -231,7 +240,7 @@ def _by_unit(run: Run, unit: DaemonUnit, libraries: list[str]) -> Libvirt:
                 # It runs all the same.
                 msgs = (f"The version that the running daemon has mapped: {exc}",)
             found = Libvirt(running, installed, unit.name, unit.pid, may, msgs, why, memlock=read_memlock(daemon))
-            found = _by_files(found, used, started_at(daemon.start_ticks))
+            found = _by_files(found._replace(passes=passes), used, started_at(daemon.start_ticks))
             # It ends by itself where it has nothing to do. What was found by its id since may be another one's.
             daemon.check_alive()
             return found
@@ -251,7 +260,8 @@ def _by_rest(run: Run, unit: DaemonUnit, libraries: list[str]) -> Libvirt:
         except IommufdError as exc:
             msgs = (f"Which library libvirt's daemon would use: {exc}",)
     version = _version_of(libraries)
-    return _by_files(Libvirt(version, version, unit.name, None, may, msgs, why, memlock=unit.memlock), libraries)
+    found = Libvirt(version, version, unit.name, None, may, msgs, why, memlock=unit.memlock, passes=unit.passes)
+    return _by_files(found, libraries)
 
 
 def _by_files(libvirt: Libvirt, libraries: list[str], started: float | None = None) -> Libvirt:

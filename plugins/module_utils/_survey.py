@@ -12,7 +12,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from ._child import ask_child, in_child
 from ._errors import DescriptorGone, HostLacks, IommufdError, NotAnIommufd, ProcessGone, error_text
 from ._iommufd import (
     HUGE_PAGES,
+    PROCESS,
     RLIMIT_MODE,
     UNSUPPORTED,
     VFIO_CONTAINER,
@@ -124,6 +125,11 @@ class HeldIommufd(NamedTuple):
     msg: str = ""
     truncated: bool = False
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing can be mapped in it: it has no IOAS."""
+        return self.rlimit_mode is not None and not self.ioases and not self.truncated
+
 
 class Holder(NamedTuple):
     """A process that holds what memory is pinned by, or, with `iommufds` None, may: it does not let this caller look.
@@ -176,8 +182,23 @@ class Holder(NamedTuple):
         pins = self.status.pinned_bytes or (self.containers() and self.status.locked_bytes)
         return Owner(self.pid, fds, bool(pins))
 
-    def account(self, vdpa: Container[int], as_it_runs: Container[int] = (), holder: bool | None = False) -> Account:
-        """What matters for what it is charged; `holder` is Account's.
+    def may_keep(self, vfio: Container[int]) -> list[int]:
+        """The descriptors behind which there may be what a user is charged for. `vfio`: the numbers of VFIO's nodes.
+
+        An iommufd keeps its tables, and what is pinned for these, where it is kept itself. A device keeps its iommufd.
+        """
+        if not self.iommufds and not self.containers():
+            return [fd for fd, rdev in self.devices.items() if rdev in vfio]
+        return [each.fd for each in self.iommufds or () if not each.is_empty and each.rlimit_mode != PROCESS]
+
+    def account(
+        self,
+        vdpa: Container[int],
+        as_it_runs: Container[int] = (),
+        holder: bool | None = False,
+        keeps: bool = False,
+    ) -> Account:
+        """What matters for what it is charged; `holder` and `keeps` are Account's.
 
         `vdpa` are the numbers of vDPA devices, and `as_it_runs` those of VFIO's nodes of devices that pin as they run,
         or may. Memory is pinned through an IOAS, so iommufds with one decide.
@@ -202,7 +223,13 @@ class Holder(NamedTuple):
             locks=self.locks_memory,
             changed_user=self.changes_user,
             as_it_runs=self._pins_as_it_runs(vdpa, as_it_runs),
+            idle=self._is_idle(),
+            keeps=keeps,
         )
+
+    def _is_idle(self) -> bool:
+        empty = all(each.is_empty for each in self.iommufds or ())
+        return bool(self.iommufds) and empty and not (self.devices or self.more or self.status.pinned_bytes)
 
     def _pins_as_it_runs(self, vdpa: Container[int], as_it_runs: Container[int]) -> bool:
         """Whether it may pin more as it runs. Where a device has all memory pinned, no other one pins more of it."""
@@ -267,6 +294,33 @@ class Survey:
         unseen = self.unseen | lost
         doubtful = {each.pid for each in self.holders if self.blind or self.hidden or unseen & {each.status.uid, 0}}
         return self.sharing.holders([each.owner() for each in self.holders], doubtful)
+
+    def keepers(self, vfio: Container[int], only_holders: Mapping[int, bool | None]) -> set[int]:
+        """Those that may keep what a VM that has ended had pinned, which stays charged to the user who mapped it.
+
+        They hold what no VM that runs accounts for. `vfio`: the numbers of VFIO's nodes. `only_holders`: what that has
+        answered, since another process has all that a mere holder has.
+        """
+        rows = {each.pid: each for each in self.holders}
+
+        def is_in_use(holder: Holder, fd: int) -> bool:
+            others = self.sharing.shared_with(holder.pid, fd)
+            # A VM that starts has pinned nothing yet, as has one whose devices pin as it runs.
+            its_own = others == [] and holder.memory_bytes is not None and self._iommufds_of(holder) < 2
+            return its_own or any(self._accounts_for_all(rows[each]) for each in (holder.pid, *(others or ())))
+
+        candidates = [each for each in self.holders if only_holders[each.pid] is not True]
+        return {each.pid for each in candidates if not all(is_in_use(each, fd) for fd in each.may_keep(vfio))}
+
+    def _iommufds_of(self, holder: Holder) -> int:
+        """How many different iommufds a process has in which there is something."""
+        used = [each.fd for each in holder.iommufds or () if not each.is_empty]
+        return sum(self.sharing.same_as(holder.pid, fd) is None for fd in used)
+
+    def _accounts_for_all(self, holder: Holder) -> bool:
+        """Whether it has pinned what there may be behind all of them. It may have been given one beside its own."""
+        pinned, count = holder.status.pinned_bytes, self._iommufds_of(holder)
+        return pinned > 0 and (count < 2 or pinned >= count * (holder.memory_bytes or 0))
 
     def to_json(self) -> list[Any]:
         """What `add` takes."""

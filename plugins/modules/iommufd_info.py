@@ -155,6 +155,9 @@ host:
             - V(iommufds) where an iommufd was found but could not be queried, or it is unknown whether it is one.
             - V(users) where the users of processes cannot be told apart.
             - V(domains) where the domains of the system libvirt are unknown.
+            - V(charges) where users may be charged for what has no process any more. A VM that has ended leaves that
+              behind where another process keeps its iommufd, or a device of it. Only an iommufd that is accounted per
+              user does so.
             - V(options), V(module), V(emulators) and V(libvirt) where that part of RV(host) is incomplete.
           type: str
           sample: descriptors
@@ -397,6 +400,7 @@ host:
           description:
             - Whether these capabilities lift the limit on pinned memory. They do if they hold CAP_IPC_LOCK for the
               initial user namespace, effective from the start.
+            - A VMM does not get it where NoNewPrivs or the bounding set of whoever starts it withhold it.
             - V(null) where they could not be read.
           type: bool
           sample: false
@@ -439,6 +443,13 @@ host:
           type: list
           elements: str
           sample: []
+        passes_cap_ipc_lock:
+          description:
+            - Whether an emulator that the daemon starts gets CAP_IPC_LOCK where its file gives it that. It does not
+              with C(NoNewPrivileges=), nor where the daemon's bounding set lacks it.
+            - V(null) where that is unknown.
+          type: bool
+          sample: true
         memlock_bytes:
           description:
             - The soft limit RLIMIT_MEMLOCK of the daemon. If the daemon does not run, what its unit would give it. A
@@ -869,7 +880,8 @@ processes:
         - What it contributes to RV(processes[].counter). Under V(user), that is what it has pinned, and else what that
           counter holds. With V(none), or where RV(processes[].holder) is true, it is 0.
         - V(null) where RV(processes[].accounting) is V(null), or where the process has pinned memory by a vDPA device,
-          too, which V(user) is not charged for.
+          too, which V(user) is not charged for. It is V(null), too, where the user may be charged for what it keeps
+          of a VM that has ended.
       type: int
       sample: 67371008
     headroom_bytes:
@@ -913,6 +925,7 @@ users:
       description:
         - What the user's processes have pinned, if it is unknown whether the user is charged for it. The module cannot
           see their iommufds, or the memory was pinned by other means, such as vDPA, io_uring or RDMA.
+        - What a VM that has ended has left behind is not in it. RV(host.limits_of_view) tells of that (V(charges)).
       type: int
       sample: 0
     largest_bytes:
@@ -922,6 +935,7 @@ users:
     memlock_bytes:
       description:
         - The smallest soft limit RLIMIT_MEMLOCK of these processes; V(null) where it is unlimited or there are none.
+        - Processes whose iommufds hold nothing, and that have pinned nothing, do not count beside others.
       type: int
       sample: 104857600
     memlock_unlimited:
@@ -932,7 +946,7 @@ users:
       description:
         - How much more the process with the smallest limit could pin; less than 0 where more is charged than that limit
           allows.
-        - It may be less by up to RV(users[].uncertain_bytes), and by what unseen processes have pinned.
+        - It may be less by up to RV(users[].uncertain_bytes), and by what unseen processes have pinned, or left behind.
         - V(null) where RV(users[].memlock_bytes) is V(null).
       type: int
       sample: 37486592
@@ -940,7 +954,8 @@ users:
       description:
         - Whether another VM as large as the largest, with the smallest limit, would not fit.
         - V(null) where it would fit by what the module saw, but might not because of RV(users[].uncertain_bytes), or
-          because there are, or may be, processes of the user that the module did not see.
+          because there are, or may be, processes of the user that the module did not see, or charges whose process
+          has ended (V(charges) in RV(host.limits_of_view)).
         - It is V(null), too, where it would fit now, but one of the VMs may pin more as it runs
           (RV(processes[].vfio_devices[].as_it_runs)).
       type: bool
@@ -1035,8 +1050,17 @@ def uids_of(users: list[str] | None) -> set[int] | None:
     return found
 
 
-def host_row(unseen: Unseen, paths: list[str], slow: bool, executed: dict[int, str]) -> Row:
-    """What the host supports; `slow` with what takes seconds or wakes a service. `executed`: programs by pid."""
+def host_row(
+    unseen: Unseen,
+    nodes: dict[int, _host_facts.VfioNode],
+    paths: list[str],
+    slow: bool,
+    executed: dict[int, str],
+) -> Row:
+    """What the host supports; `slow` with what takes seconds or wakes a service. `executed`: programs by pid.
+
+    `nodes` are those of VFIO.
+    """
     # A look at processes alone needs it not, and a module pays for each import on each host anew.
     from ..module_utils import _libvirt
     from ..module_utils._readiness import readiness
@@ -1073,7 +1097,7 @@ def host_row(unseen: Unseen, paths: list[str], slow: bool, executed: dict[int, s
         "yama_ptrace_scope": _host_facts.read_yama_scope(),
         "iommus": _host_facts.find_iommus(),
         "iommu_groups": [{"id": number, "devices": devices} for number, devices in groups.items()],
-        "vfio_devices": [vfio_row(each) for each in _host_facts.find_vfio_nodes().values() if not each.of_group],
+        "vfio_devices": [vfio_row(each) for each in nodes.values() if not each.of_group],
         "qemu": [emulator_row(unseen, each, slow) for each in emulators],
         "libvirt": libvirt_row(unseen, libvirt, slow),
     }
@@ -1183,6 +1207,7 @@ def libvirt_row(unseen: Unseen, libvirt: Libvirt, slow: bool) -> Row:
         "pid": libvirt.pid,
         "cap_sys_resource": libvirt.may,
         "drop_in": list(libvirt.drop_in),
+        "passes_cap_ipc_lock": libvirt.passes,
         **limit_row("memlock", memlock),
         **limit_row("memlock_hard", memlock),
         "user": libvirt.files.user.name,
@@ -1224,6 +1249,26 @@ def note_unseen(accounts: Accounts, unseen: Unseen) -> None:
             some = ", ".join(map(str, sorted(pids)[:5])) + (", ..." if len(pids) > 5 else "")
             which = f"{thing}{len(pids)} {'processes' if len(pids) > 1 else 'process'} ({some})"
             unseen.note(what, f"uid {os.geteuid()} cannot look at {which}: {reason}")
+
+
+def note_keepers(accounts: Accounts, unseen: Unseen) -> None:
+    """Notes who may keep what VMs that have ended had pinned. Whom that is charged to cannot be seen."""
+    seen = accounts.seen
+    if accounts.keepers:
+        named = [f"{each.comm} ({each.pid})" for each in seen.holders if each.pid in accounts.keepers]
+        some = ", ".join(named[:5]) + (", ..." if len(named) > 5 else "")
+        unseen.note(
+            "charges",
+            f"No VM that runs accounts for all that {some} {'holds' if len(named) == 1 else 'hold'}. If a VM that has"
+            " ended had that, what it had pinned stays charged to its user until that is closed, and nothing tells to"
+            " whom, and how much. Once it is closed, look again.",
+        )
+    if seen.blind:
+        unseen.note(
+            "charges",
+            f"uid {os.geteuid()} cannot tell which processes keep what VMs that have ended had pinned, which stays"
+            " charged to their users. Run the task as root (become: true).",
+        )
 
 
 def process_row(
@@ -1426,12 +1471,15 @@ def user_row(uid: int, of_user: Total) -> Row:
     }
 
 
-def process_and_user_rows(unseen: Unseen, pids: list[int] | None, uids: set[int] | None) -> tuple[list[Row], list[Row]]:
-    """The processes that hold what memory is pinned by, and the users that are charged."""
-    accounts = look_at_accounts(uids or ())
+def process_and_user_rows(
+    unseen: Unseen, nodes: dict[int, _host_facts.VfioNode], pids: list[int] | None, uids: set[int] | None
+) -> tuple[list[Row], list[Row]]:
+    """The processes that hold what memory is pinned by, and the users that are charged. `nodes` are those of VFIO."""
+    accounts = look_at_accounts(nodes, uids or ())
     note_unseen(accounts, unseen)
+    note_keepers(accounts, unseen)
     seen, totals = accounts.seen, dict(accounts.totals)
-    host_names = Names(unseen, accounts.nodes, accounts.vdpa)
+    host_names = Names(unseen, nodes, accounts.vdpa)
     processes = []
     for holder in seen.holders:
         uid = holder.status.uid
@@ -1463,13 +1511,14 @@ def run(params: Row, _check_mode: bool, result: Row) -> None:
     result["host"] = host
     result["narrowed"] = {"pids": params["pids"], "uids": None if uids is None else sorted(uids)}
     processes: list[Row] = []
+    nodes = _host_facts.find_vfio_nodes()
     if subsets & {"processes", "users"}:
-        processes, users = process_and_user_rows(unseen, params["pids"], uids)
+        processes, users = process_and_user_rows(unseen, nodes, params["pids"], uids)
         found = {"processes": processes, "users": users}
         result.update({name: found[name] for name in found if name in subsets})
     if subsets & {"host", "emulators"}:
         executed = {each["pid"]: each["emulator"] for each in processes if each["emulator"] is not None}
-        host.update(host_row(unseen, params["emulators"], "emulators" in subsets, executed))
+        host.update(host_row(unseen, nodes, params["emulators"], "emulators" in subsets, executed))
 
 
 def run_patiently(words: list[str]) -> tuple[int, str, str]:

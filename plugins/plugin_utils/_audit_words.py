@@ -12,6 +12,7 @@ from __future__ import annotations
 from ..module_utils._accounting import MM_LOCKED, MM_PINNED, USER
 
 __all__ = (
+    "ALL_CLOSED",
     "ALL_SEEN_BY_ROOT",
     "AT_RISK",
     "BY_IOMMUFD_DOMAIN",
@@ -132,6 +133,10 @@ VDPA_ALONE = ": for vDPA, neither the rlimit mode nor CAP_IPC_LOCK helps"
 ALL_SEEN_BY_ROOT = (
     "To know, audit as root on the host itself, with kernel.yama.ptrace_scope below 3: limits_of_view has what was not"
     " seen."
+)
+ALL_CLOSED = (
+    "To know, audit as root on the host itself, and have closed what limits_of_view names under charges: what a VM that"
+    " has ended left behind there may be charged to its user."
 )
 ONE_MODE = (
     "To know, give all its devices one iommufd: the kernel does not tell what was pinned through which of several."

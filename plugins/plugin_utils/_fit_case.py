@@ -244,13 +244,14 @@ def _beyond(info: Info, asked: Asked, vm: Vm) -> tuple[Vm, str]:
     pins = f"{'up to ' if most else ''}{size}" + (
         f" ({human_size(vm.memory.most)} in each of {times} address spaces)" if times > 1 else ""
     )
+    # What others pin proves nothing of this one, which may have other devices, except that it may be as much.
     shown = _measured(info)
     if asked.overhead is not None:
         beyond = exactly(-(-asked.overhead // times))
         pins += f" and {human_size(asked.overhead)} beyond that" if asked.overhead else ""
-    elif shown is not None:
+    elif shown * times > GIB:
         beyond = Span(0, shown)
-        pins += f" and up to {human_size(shown * times)} beyond that, as running VMs do" if shown else ""
+        pins += f" and up to {human_size(shown * times)} beyond that, as running VMs do"
     else:
         beyond = Span(0, GIB // times)
         pins += f" and up to {human_size(GIB)} beyond that, which is what libvirt allows for"
@@ -259,8 +260,8 @@ def _beyond(info: Info, asked: Asked, vm: Vm) -> tuple[Vm, str]:
     ), f"The VM pins {pins}." if vm.devices else "The VM has no device that pins memory."
 
 
-def _measured(info: Info) -> int | None:
-    """The most that a running VM pins beyond its memory, however much that is; None where no VM shows it."""
+def _measured(info: Info) -> int:
+    """The most that a running VM pins beyond its memory, however much that is; 0 where no VM shows it."""
     found = []
     for row in info["processes"]:
         pinned = None
@@ -273,7 +274,7 @@ def _measured(info: Info) -> int | None:
         alone = row.get("address_spaces") == 1 and not runs
         if pinned and alone and row.get("holder") is not True and row["memory_bytes"]:
             found.append(pinned - row["memory_bytes"])
-    return max((each for each in found if each >= 0), default=None)
+    return max(found, default=0)
 
 
 def _locked(asked: Asked, vm: Vm) -> Span:

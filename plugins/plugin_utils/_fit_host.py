@@ -17,7 +17,7 @@ from ..module_utils._accounting import IOMMUFD, LEGACY, PROCESS, UNKNOWN, UNLIMI
 from ..module_utils._size import human_size
 from ._fit_input import AUTO, NONE, Asked, Owner
 from ._fit_xml import LIBVIRTS
-from ._host_info import own_emulators, qemu_for
+from ._host_info import has_libvirt, own_emulators, qemu_for
 
 __all__ = (
     "GIB",
@@ -51,6 +51,14 @@ GIB = 2**30
 SYSTEM = "system"
 SESSION = "session"
 OTHER = "other"
+
+# What is known of the capabilities that the emulators' files give.
+SOME = "Some of the host's emulators have CAP_IPC_LOCK, or may have it, so the VM may too."
+NOT_KNOWN = "It is not known whether the VM's emulator has CAP_IPC_LOCK."
+WITHHELD = (
+    "The host's emulators have CAP_IPC_LOCK, and whoever starts the VM may withhold that from it: by NoNewPrivileges=,"
+    " its bounding set or a user namespace."
+)
 
 BY_ROOT = "What root starts has CAP_IPC_LOCK, unless it is taken away, which libvirt does."
 
@@ -98,12 +106,7 @@ def starter_of(info: Info, asked: Asked, owner: Owner) -> str | None:
         return SYSTEM
     if asked.limit is not None and asked.domain is None:
         return OTHER
-    return None if system_user(info) is None and _may_be_there(libvirt) else SESSION
-
-
-def _may_be_there(libvirt: Mapping[str, Any]) -> bool:
-    """Whether there is, or may be, a system libvirt."""
-    return libvirt.get("unit") is not None or libvirt.get("sets_rlimit_mode") is not False
+    return None if system_user(info) is None and has_libvirt(libvirt) else SESSION
 
 
 def _may(libvirt: Mapping[str, Any]) -> bool:
@@ -306,18 +309,28 @@ def accounting_of(info: Info, asked: Asked, owner: Owner, starter: str | None) -
         return Accounting(asked.accounting, False, "")
     # What a file gives in another user namespace does not count.
     by_file = {False} if has_contained(info, owner) else {each["cap_ipc_lock"] for each in candidates(info, asked)}
-    if by_file == {True}:
+    if by_file == {True} and starter == SYSTEM and _passes(info, asked, owner):
         return Accounting(USER, True, "The host's emulators have CAP_IPC_LOCK.")
     found = _by_libvirt(info, asked, starter) if starter == SYSTEM else None
     found = found or _by_running(info, asked, owner, starter)
     if by_file != {False} and found.capable is False:
-        some = "Some of the host's emulators have CAP_IPC_LOCK, or may have it, so the VM may too."
-        none = "It is not known whether the VM's emulator has CAP_IPC_LOCK."
-        found = found._replace(capable=None, why=f"{some if by_file else none} {found.why}".strip())
+        said = {frozenset(): NOT_KNOWN, frozenset({True}): WITHHELD}.get(frozenset(by_file), SOME)
+        found = found._replace(capable=None, why=f"{said} {found.why}".strip())
     if by_file == {False} and found.capable and starter == SESSION:
         # Only its file gives it to a domain. An upgrade may have taken it from the file since.
         found = found._replace(capable=None, why=f"{found.why} The host's emulators do not have it any more.")
     return found
+
+
+def _passes(info: Info, asked: Asked, owner: Owner) -> bool:
+    """Whether what the system libvirt starts is known to get what its file gives.
+
+    One that runs and has not got it was started before the file had that, or was kept from it.
+    """
+    paths = {each["path"] for each in candidates(info, asked)}
+    running = [row for row in info["processes"] if row["uid"] == owner.uid and row.get("emulator") in paths]
+    lacks = any(capability_of(row) is False for row in running if row.get("holder") is not True)
+    return _libvirt(info).get("passes_cap_ipc_lock") is True and not lacks
 
 
 def _by_libvirt(info: Info, asked: Asked, starter: str | None) -> Accounting | None:
@@ -364,6 +377,8 @@ def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> 
     """How the user's running VMs are accounted."""
     name = owner.name or "libvirt's user"
     rows = [row for row in info["processes"] if row["uid"] == owner.uid and row.get("holder") is not True]
+    # One that has pinned nothing, and no guest, is no VM so far.
+    rows = [row for row in rows if row["pinned_bytes"] or row["memory_bytes"]]
     if starter == SESSION:
         rows = [row for row in rows if row.get("domain_uri") == "qemu:///session"]
     if not any(each.backend == IOMMUFD for each in asked.devices):

@@ -56,7 +56,7 @@ class Owner(NamedTuple):
 
     `uid` is None for a name that the input does not know, `name` where the user itself is not known. `unsure` may be
     charged too. `hidden`: there may be more, since there may be processes that were not seen. `partly`: it may have VMs
-    that were not seen, or not whole.
+    that were not seen, or not whole. `left_behind`: it may be charged for VMs that have ended.
     """
 
     name: str | None
@@ -65,10 +65,11 @@ class Owner(NamedTuple):
     unsure: int
     hidden: bool
     partly: bool
+    left_behind: bool = False
 
     def held(self) -> Span:
         """What the user's counter holds."""
-        return Span(self.charged, UNLIMITED if self.hidden else self.charged + self.unsure)
+        return Span(self.charged, UNLIMITED if self.hidden or self.left_behind else self.charged + self.unsure)
 
 
 class Growth(NamedTuple):
@@ -126,7 +127,8 @@ def checked(info: Any) -> Info:
 
 def owner_of(info: Info, user: Any) -> Owner:
     """The user that is asked about, as the input knows it; None for one that nobody knows."""
-    hidden = "processes" in {each["what"] for each in info["host"]["limits_of_view"]}
+    unseen = {each["what"] for each in info["host"]["limits_of_view"]}
+    hidden = "processes" in unseen
     if user is None:
         return Owner(None, None, 0, 0, True, True)
     text = str(user).strip()
@@ -149,7 +151,6 @@ def owner_of(info: Info, user: Any) -> Owner:
         )
     charges = [row for row in info["users"] if uid is not None and row["uid"] == uid]
     unsure = sum(row["uncertain_bytes"] for row in charges)
-    unseen = {each["what"] for each in info["host"]["limits_of_view"]}.intersection(UNSEEN)
     return Owner(
         name=name,
         uid=uid,
@@ -157,7 +158,8 @@ def owner_of(info: Info, user: Any) -> Owner:
         unsure=unsure,
         # What processes have pinned whose descriptors or iommufds were not seen is in uncertain_bytes.
         hidden=hidden,
-        partly=hidden or bool(unsure and unseen),
+        partly=hidden or bool(unsure and unseen.intersection(UNSEEN)),
+        left_behind="charges" in unseen,
     )
 
 

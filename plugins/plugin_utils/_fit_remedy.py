@@ -11,7 +11,17 @@ from __future__ import annotations
 
 from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER
 from ._fit_case import Case, may_charge_user, settled
-from ._fit_host import SESSION, SYSTEM, by_hostdev, emulator, has_contained, knows_iommufd, reckoning, session_of
+from ._fit_host import (
+    SESSION,
+    SYSTEM,
+    by_hostdev,
+    candidates,
+    emulator,
+    has_contained,
+    knows_iommufd,
+    reckoning,
+    session_of,
+)
 from ._fit_input import NONE, THE_IOMMUFD
 from ._fit_qemu import Clash
 from ._fit_xml import CONTAINER, LIBVIRTS
@@ -163,6 +173,10 @@ def _capability(case: Case) -> str | None:
     if case.starter not in (SYSTEM, SESSION):
         how = "AmbientCapabilities=CAP_IPC_LOCK in its unit"
         return f"give the VMM CAP_IPC_LOCK ({how}), and with it the right to pin all memory"
+    rows = candidates(case.info, case.asked)
+    if rows and all(each["cap_ipc_lock"] for each in rows):
+        # Whoever starts the VM withholds what its file gives.
+        return None
     path = emulator(case.info, case.asked, case.owner)
     how = f"setcap cap_ipc_lock+ep {path}" if path else "a file capability of its program"
     return f"give the VMM CAP_IPC_LOCK ({how}), and with it the right to pin all memory to whoever may execute that"

@@ -70,6 +70,11 @@ def question_of(case: Case) -> str | None:
             return "Which user does libvirt run its VMs as? Give user."
         if case.owner.hidden:
             return f"How much do processes that were not seen have charged to {case.owner.name}? {_AS_ROOT}"
+        if case.owner.left_behind:
+            return (
+                f"Is {case.owner.name} charged for VMs that have ended? Have closed what host.limits_of_view of"
+                " iommufd_info names (charges), and look again."
+            )
         return (
             f"Are the {human_size(case.owner.unsure)} charged to {case.owner.name} that other processes of it have"
             f" pinned? {_AS_ROOT if case.owner.partly else _BY_WHAT}{enough}"
@@ -95,6 +100,8 @@ def reason_of(case: Case) -> str:
     runs = any(each.as_it_runs for vm in case.steps for each in vm.devices)
     if runs and case.told.fits is None and case.told.question != "later":
         words.append("Its mdev pins as it runs, so what fits now may fail later.")
+    if case.told.question == "held_user" and case.owner.left_behind:
+        words += [str(each["why"]) for each in case.info["host"]["limits_of_view"] if each["what"] == "charges"]
     if case.asked.libvirt_locks:
         words.append("It has <locked/>, for which libvirt gives no limit at all.")
     if case.asked.live_update:

@@ -55,8 +55,8 @@ def has_iommufd(host: Mapping[str, Any]) -> bool:
 
 
 def has_libvirt(libvirt: Mapping[str, Any]) -> bool:
-    """Whether there is, or may be, a system libvirt."""
-    return libvirt["unit"] is not None or libvirt["sets_rlimit_mode"] is None
+    """Whether there is, or may be, a system libvirt. Without one, it is known that none sets the mode."""
+    return libvirt.get("unit") is not None or libvirt.get("sets_rlimit_mode") is not False
 
 
 def as_it_runs(vfio_devices: Iterable[Mapping[str, Any]]) -> list[bool]:

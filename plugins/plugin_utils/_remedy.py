@@ -59,7 +59,8 @@ def verdict_of(process: Row, user: Row | None, one_grows: bool = False) -> str:
         return UNKNOWN
     if left is None:
         return NOT_LIMITED if process["accounting"] == NONE or process["memlock_unlimited"] else UNKNOWN
-    if left < 0:
+    # Who has pinned nothing is over no limit, whatever others of the user have.
+    if left < 0 and (process["pinned_bytes"] or not charges_user(process)):
         return OVER_LIMIT
     if process["accounting"] is None:
         return UNKNOWN
@@ -97,7 +98,7 @@ def what_settles(process: Row, user: Row | None) -> str:
     iommufds = process["iommufds"]
     if process["accounting"] is not None and user and charges_user(process):
         more = user["uncertain_bytes"]
-        return words.uncertain(human_size(more), called(process)) if more else words.ALL_SEEN_BY_ROOT
+        return words.uncertain(human_size(more), called(process)) if more else words.ALL_CLOSED
     if iommufds is None or process["initial_user_namespace"] is None:
         return words.ALL_SEEN_BY_ROOT
     modes = {each["rlimit_mode"] for each in iommufds}

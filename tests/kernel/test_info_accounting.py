@@ -325,7 +325,8 @@ def test_an_unprivileged_look_at_the_own_process(start: Start) -> None:
 
 def test_limits_that_differ(start: Start) -> None:
     unlimited, limited = ready(start(), 0, limit=-1), ready(start(), 1)
-    pins(unlimited, 48 * SIZE)
+    pins(limited, SIZE)
+    pins(unlimited, 47 * SIZE)
     answered = look()
     row = process(answered, unlimited.pid)
     assert (row["accounting"], row["memlock_unlimited"], row["headroom_bytes"]) == ("user", True, None)

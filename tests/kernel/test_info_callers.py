@@ -95,7 +95,8 @@ def test_an_ordinary_user(vms: Vmm, alices: Vmm) -> None:
     assert "EACCES: Permission denied" in closed
     assert "become: true" in closed
     # While libvirt's daemon runs, what it has mapped is not for everybody to see.
-    assert set(limits(answered)) <= {"descriptors", "domains", "libvirt"}
+    assert set(limits(answered)) <= {"charges", "descriptors", "domains", "libvirt"}
+    assert "cannot tell which processes keep what VMs that have ended had pinned" in limits(answered)["charges"]
 
 
 @pytest.mark.parametrize("scope", [1, 2])

@@ -274,6 +274,20 @@ def test_capabilities_of_an_emulator(
     assert row["cap_ipc_lock"] == has_ipc_lock(program)
 
 
+def test_an_emulator_on_a_mount_that_has_capabilities_ignored(store: Path) -> None:
+    program = store / "qemu"
+    shutil.copy("/bin/grep", program)
+    subprocess.run(["setcap", "cap_ipc_lock+ep", str(program)], check=True)
+    try:
+        for lifts, options in ((True, "bind"), (None, "remount,bind,nosuid")):
+            subprocess.run(["mount", "-o", options, str(store), str(store)], check=True)
+            rows = look("host", emulators=[str(program)])["host"]["qemu"]
+            [row] = [each for each in rows if each["path"] == str(program)]
+            assert (row["cap_ipc_lock"], has_ipc_lock(program)) == (lifts, bool(lifts))
+    finally:
+        subprocess.run(["umount", str(store)], check=True)
+
+
 def test_emulators_that_are_none(store: Path) -> None:
     (store / "folder").mkdir()
     (store / "file").write_text("")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, MIB, VM, Answer, mount_privately
-from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, look_within
+from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, look_within, status_of
 from ansible_collections.virt.iommufd.tests.kernel.test_domains import knows_iommufd, virsh
 from ansible_collections.virt.iommufd.tests.kernel.test_info_host import libvirt, systemctl
 from ansible_collections.virt.iommufd.tests.kernel.test_info_units import USER
@@ -140,6 +140,21 @@ def test_the_emulators_of_defined_domains(tmp_path: Path) -> None:
         assert known_by(look("host")) == ["place", "definition"]
     finally:
         virsh("undefine", NAME)
+
+
+@pytest.mark.parametrize(
+    ("setting", "passes"),
+    [("", True), ("NoNewPrivileges=yes", False), ("CapabilityBoundingSet=~CAP_IPC_LOCK", False)],
+)
+def test_whether_an_emulator_gets_what_its_file_gives(unit: str, setting: str, passes: bool) -> None:
+    if setting:
+        drop_in(unit, setting)
+    assert libvirt()["passes_cap_ipc_lock"] is passes
+    systemctl("start", unit)
+    found = libvirt()
+    assert found["passes_cap_ipc_lock"] is passes
+    status = status_of(found["pid"])
+    assert passes == (status["NoNewPrivs"] == "0" and bool(int(status["CapBnd"], 16) >> 14 & 1))
 
 
 def test_the_limit_of_libvirts_daemon(unit: str) -> None:

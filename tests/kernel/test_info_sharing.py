@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start
 from ansible_collections.virt.iommufd.tests.kernel.harness import (
     ALICE,
@@ -21,7 +22,8 @@ from ansible_collections.virt.iommufd.tests.kernel.harness import (
     Vmm,
     as_user,
 )
-from ansible_collections.virt.iommufd.tests.kernel.info import look, look_apart, look_at, process, user
+from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, look_apart, look_at, process, user
+from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 LIMIT = 10 * MIB
 
@@ -57,9 +59,12 @@ def test_a_launcher_that_keeps_its_copy(start: Start, uid: int) -> None:
         assert (shared_with(kept), shared_with(real)) == ([[vmm.pid]], [[launcher.pid]])
         assert (kept["counters"], kept["counter"], kept["charged_bytes"], kept["headroom_bytes"]) == ([], None, 0, None)
         assert ["it is not counted" in note for note in kept["notes"]] == [True]
-        assert (real["charged_bytes"], real["headroom_bytes"], real["notes"]) == (size, LIMIT - size, [])
+        # Before it has pinned anything, it could be one that keeps what a VM had that has ended.
+        assert (real["charged_bytes"], real["headroom_bytes"]) == (size or None, LIMIT - size)
+        assert ["No VM that runs accounts for all" in note for note in real["notes"]] == [True] * (not size)
         [row] = answered["users"]
-        assert (row["uid"], row["pids"], row["memlock_bytes"], row["at_risk"]) == (VM, [vmm.pid], LIMIT, False)
+        assert (row["uid"], row["pids"], row["memlock_bytes"]) == (VM, [vmm.pid], LIMIT)
+        assert row["at_risk"] is (False if size else None)
     assert vmm.ask("pin", str(8 * MIB + PAGE))["errno"] == "ENOMEM"
     vmm.do("pin", str(8 * MIB))
 
@@ -92,6 +97,86 @@ def test_a_fork_of_a_vmm(start: Start) -> None:
     assert (user(answered, VM)["pids"], user(answered, VM)["memlock_bytes"]) == ([vmm.pid], LIMIT)
 
 
+@pytest.mark.parametrize("uid", [0, VM, ALICE])
+@pytest.mark.parametrize("kept", [slice(2), slice(1, 2)], ids=["iommufd and device", "device"])
+def test_what_a_vm_that_has_ended_has_left_behind(start: Start, uid: int, kept: slice) -> None:
+    """Its user stays charged, to the page, whoever keeps that."""
+    vmm, keeper, other = start(), start(0), start()
+    for each in (vmm, other):
+        each.limit(LIMIT)
+    fds = [vmm.open()]
+    vmm.do("attach", DEVICES[0])
+    vmm.do("pin", str(6 * MIB))
+    fds.append(process(look(), vmm.pid)["vfio_devices"][0]["fd"])
+    for fd in fds[kept]:
+        keeper.do("take", str(vmm.pid), str(fd))
+    keeper.limit(MIB)
+    keeper.do("become", str(uid))
+    answered = look()
+    assert process(answered, keeper.pid)["holder"] is True
+    assert "charges" not in limits(answered)
+    vmm.end()
+    other.open()
+    other.do("attach", DEVICES[1])
+    assert other.ask("pin", str(4 * MIB + PAGE))["errno"] == "ENOMEM"
+    other.do("pin", str(4 * MIB))
+    answered = look()
+    row = process(answered, keeper.pid)
+    assert (row["charged_bytes"], row["pinned_bytes"]) == (None, 0)
+    assert ["stays charged to its user until this process closes it" in note for note in row["notes"]] == [True]
+    assert f" ({keeper.pid}) holds." in limits(answered)["charges"]
+    assert (user(answered, VM)["memlock_bytes"], user(answered, VM)["at_risk"]) == (LIMIT, None)
+    # Whoever is asked about
+    assert "charges" in limits(look(users=["vm"]))
+    keeper.end()
+    other.do("pin", str(6 * MIB))
+    assert "charges" not in limits(look())
+
+
+@pytest.mark.parametrize("mode", ["process", "legacy"])
+def test_what_has_left_nothing_behind(start: Start, mode: str) -> None:
+    """What the process was charged for ends with it."""
+    vmm, keeper, other = start(0), start(0), start()
+    for each in (vmm, other):
+        each.limit(LIMIT)
+    if mode == "process":
+        fd = vmm.open()
+        assert run(iommufd_option, pid=vmm.pid, fd=fd, value=mode)["changed"]
+        vmm.do("become", str(VM))
+        vmm.do("attach", DEVICES[0])
+        vmm.do("pin", str(6 * MIB))
+    else:
+        vmm.do("attach_container", DEVICES[0])
+        vmm.do("become", str(VM))
+        vmm.do("map_in_container", str(6 * MIB))
+    row = process(look(), vmm.pid)
+    fds = [each["fd"] for name in ("iommufds", "legacy_containers", "vfio_devices") for each in row[name]]
+    assert len(fds) == 2
+    for fd in fds:
+        keeper.do("take", str(vmm.pid), str(fd))
+    keeper.do("become", str(VM))
+    vmm.end()
+    assert "charges" not in limits(look())
+    other.open()
+    other.do("attach", DEVICES[1])
+    other.do("pin", str(10 * MIB))
+    assert other.ask("pin", str(PAGE))["errno"] == "ENOMEM"
+
+
+def test_who_holds_nothing_is_no_risk(start: Start) -> None:
+    """An iommufd in which there is nothing, such as a launcher opens, with a small limit."""
+    vmm, idle = start(), start()
+    vmm.limit(LIMIT)
+    vmm.open()
+    vmm.do("attach", DEVICES[0])
+    vmm.do("pin", str(4 * MIB))
+    idle.limit(MIB)
+    idle.open()
+    idle.do("fork")
+    row = user(look(), VM)
+    assert (row["memlock_bytes"], row["headroom_bytes"], row["at_risk"]) == (LIMIT, 6 * MIB, False)
+
+
 def test_nobody_has_pinned_anything_yet(start: Start) -> None:
     """Which of the two is the VMM, only the future will tell."""
     launcher = start()
@@ -109,11 +194,14 @@ def test_nobody_has_pinned_anything_yet(start: Start) -> None:
         assert (row["holder"], row["accounting"]) == (None, "user")
         assert ["it cannot be told whether it will" in note for note in row["notes"]] == [True]
     assert user(answered, VM)["pids"] == sorted(each.pid for each in (launcher, vmm, other))
-    assert user(answered, VM)["at_risk"] is None
+    assert user(answered, VM)["at_risk"] is False
     vmm.do("attach", DEVICES[0])
     answered = look()
     assert [process(answered, each.pid)["holder"] for each in (launcher, vmm)] == [True, False]
-    assert user(answered, VM)["at_risk"] is False
+    # That is how it looks, too, where the VM has ended that had pinned.
+    assert user(answered, VM)["at_risk"] is None
+    vmm.do("pin", str(PAGE))
+    assert user(look(), VM)["at_risk"] is False
 
 
 def test_descriptors_of_one_process(start: Start) -> None:

@@ -104,6 +104,7 @@ def libvirt(**fields: Any) -> Row:
         "memlock_hard_unlimited": False,
         "sessions": [session(8 * MIB)],
         "cap_sys_resource": True,
+        "passes_cap_ipc_lock": True,
         "supports_iommufd": True,
         "sets_rlimit_mode": True,
         "reason": "libvirt sets it.",

@@ -44,8 +44,9 @@ class Vm:
 
     `accounting` may be `mixed`: the first iommufd per user, and the second per process. `apart`: whether each of
     `devices` is in an iommufd of its own. `legacy`: devices that it has by the legacy container. `mlock`: whether QEMU
-    locks its memory. `grows`: whether `vmm plug` may give it something. `kept`: whether what starts it keeps a copy
-    of its iommufd, with a limit of 8 MiB.
+    locks its memory. `no_new_privs`: whether its unit keeps it from what its file would give. `display`: whether it has
+    one, and runs, as is needed for its guest to turn that on. `grows`: whether `vmm plug` may give it something.
+    `kept`: whether what starts it keeps a copy of its iommufd, with a limit of 8 MiB.
     """
 
     name: str
@@ -60,6 +61,8 @@ class Vm:
     apart: bool = False
     legacy: tuple[str, ...] = ()
     mlock: bool = False
+    no_new_privs: bool = False
+    display: bool = False
     grows: bool = False
     kept: bool = False
 
@@ -102,14 +105,17 @@ class Vm:
             more += ["-device", f"vfio-pci,host={address(each)}"]
         if self.grows:
             more += ["-device", "pcie-root-port,id=free"]
-            more += ["-qmp", f"unix:{self.monitor},server=on,wait=off", "-d", "unimp", "-D", str(self.said)]
+            more += ["-qmp", f"unix:{self.monitor},server=on,wait=off"]
+        if self.grows or self.display:
+            more += ["-d", "unimp", "-D", str(self.said)]
         if self.mlock:
             more += ["-overcommit", "mem-lock=on"]
         return [
             # What it keeps translated code in is locked, too.
             *("qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,tb-size=16" if self.mlock else "tcg"),
             *("-m", f"{self.memory_mib},slots=1,maxmem=1G" if self.grows else str(self.memory_mib)),
-            *("-name", f"guest={self.name}", "-display", "none", "-nodefaults", "-S"),
+            *("-name", f"guest={self.name}", "-display", "none", "-nodefaults"),
+            *(("-vga", "std") if self.display else ("-S",)),
             *("-daemonize", "-pidfile", str(self.pidfile)),
             *iommu,
             *more,
@@ -128,6 +134,8 @@ class Vm:
             settings["User"] = self.user
         if self.accounting == "none" and self.ambient:
             settings["AmbientCapabilities"] = "CAP_IPC_LOCK"
+        if self.no_new_privs:
+            settings["NoNewPrivileges"] = "yes"
         return [
             *("systemd-run", "--quiet", "--collect", "--service-type=forking", f"--unit={UNIT.format(self.name)}"),
             *(f"--property={name}={value}" for name, value in settings.items()),
@@ -203,7 +211,19 @@ def start(vm: Vm) -> dict[str, Any]:
     # Without a line of QEMU's it was systemd that refused.
     output = vm.log.read_text() if vm.log.exists() else done.stderr
     found = {"name": vm.name, "beside": beside, "started": done.returncode == 0, "output": output}
+    if found["started"] and vm.display:
+        found.update(runs_on(vm, int(vm.pidfile.read_text())))
     return {**found, **look(int(vm.pidfile.read_text()))} if found["started"] else found
+
+
+def runs_on(vm: Vm, pid: int) -> dict[str, Any]:
+    """Whether a VM runs on once its guest has turned on the display, which has more memory pinned, and what it says."""
+    before, deadline = pinned(pid), time.monotonic() + 20
+    while before is not None and pinned(pid) == before and time.monotonic() < deadline:
+        time.sleep(0.2)
+    # An end takes a moment.
+    time.sleep(1)
+    return {"started": pinned(pid) is not None, "output": vm.said.read_text()}
 
 
 def ask(verb: str, unit: str) -> dict[str, Any]:

@@ -194,6 +194,25 @@ def test_what_may_be_a_holder_makes_nothing_certain() -> None:
     assert "cannot be told whether it will, or only holds" in note
 
 
+def test_what_is_kept_of_a_vm_that_has_ended_is_charged_to_nobody_knows_whom() -> None:
+    one, keeper = account("user", limit=64 * MIB), account("user", pid=2, pinned=0, limit=MIB, keeps=True)
+    of_user = total([one, keeper], unseen=True)
+    assert (of_user.pids, of_user.charged, of_user.limit, of_user.at_risk) == ([1, 2], 24 * MIB, 64 * MIB, None)
+    assert charged(keeper, deciding(keeper, of_user)) is None
+    assert charged(keeper._replace(ipc_lock=True), None) is None
+    (note,) = account_notes(keeper, of_user, 64 * MIB)
+    assert "stays charged to its user until this process closes it" in note
+
+
+@pytest.mark.parametrize("holder", [False, None])
+def test_who_holds_nothing_is_no_risk(holder: bool | None) -> None:
+    one, idle = account("user", limit=64 * MIB), account("user", pid=2, pinned=0, limit=MIB, idle=True, holder=holder)
+    of_user = total([one, idle])
+    assert (of_user.pids, of_user.limit, of_user.at_risk) == ([1, 2], 64 * MIB, False)
+    alone = total([idle])
+    assert (alone.limit, alone.at_risk) == (MIB, False)
+
+
 def test_nobody_is_charged() -> None:
     of_user = total([])
     assert (of_user.pids, of_user.charged, of_user.largest, of_user.limit) == ([], 0, 0, None)

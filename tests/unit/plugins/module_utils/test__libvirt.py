@@ -98,6 +98,22 @@ def test_what_systemd_does_not_say_of_a_unit() -> None:
     assert (found.may, found.drop_in, found.memlock) == (None, (), None)
 
 
+@pytest.mark.parametrize(
+    ("properties", "passes"),
+    [
+        ({}, None),
+        ({"NoNewPrivileges": "no"}, True),
+        ({"NoNewPrivileges": "yes"}, False),
+        ({"NoNewPrivileges": "no", "CapabilityBoundingSet": "cap_chown"}, False),
+        ({"NoNewPrivileges": "no", "PrivateUsers": "yes"}, False),
+    ],
+)
+def test_whether_what_a_unit_starts_gets_what_its_file_gives(properties: dict[str, str], passes: bool | None) -> None:
+    (shown,) = parse_units(unit("virtqemud.service", **properties))
+    assert daemon_unit_of(shown).passes is passes
+    assert look_at_libvirt(answer(unit("virtqemud.service", **properties))).passes is passes
+
+
 def test_the_context_that_a_unit_sets() -> None:
     (shown,) = parse_units(unit("virtqemud.service", SELinuxContext="-a:b:c"))
     assert daemon_unit_of(shown).context == "a:b:c"
@@ -130,6 +146,7 @@ def test_a_running_daemon_is_looked_at_itself(monkeypatch: pytest.MonkeyPatch) -
     found = look_at_libvirt(answer(unit("libvirtd.service"), running))
     assert (found.unit, found.pid, found.version) == ("virtqemud.service", os.getpid(), (12, 8, 0))
     assert found.may is not None
+    assert found.passes is not None
     # Its own limit, and not that of its unit.
     with Process.hold(os.getpid()) as process:
         assert found.memlock == read_memlock(process)

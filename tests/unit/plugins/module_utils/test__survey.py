@@ -223,6 +223,87 @@ def test_an_iommufd_with_an_ioas_decides(alone: FakeKernel) -> None:
     assert neither.account(()).ways is None
 
 
+KEPT, PER_PROCESS = HeldIommufd(4, "user", False, [(2, True)]), HeldIommufd(4, "process", False, [(2, True)])
+EMPTY = HeldIommufd(4, "user", True, [])
+VFIO, OTHER = 4712, 4713
+# A VM of 64 MiB, which has pinned that
+RUNS: dict[str, Any] = {"pinned_bytes": 2**26, "memory_bytes": 2**26}
+
+
+def holders_of(holder: Holder, *rows: dict[str, Any]) -> list[Holder]:
+    """Processes by what is other than in one that keeps an iommufd and a device; each has the next id."""
+    found = []
+    for pid, row in enumerate(rows, 1):
+        fields = {"pinned_bytes": 0, "memory_bytes": None, "iommufds": [KEPT], "devices": {7: VFIO}, **row}
+        status = holder.status._replace(pinned_bytes=fields.pop("pinned_bytes"))
+        found.append(holder._replace(pid=pid, status=status, **fields))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rows", "shared", "keepers"),
+    [
+        pytest.param([{}], [], {1}, id="an iommufd and a device"),
+        pytest.param([{"devices": {}}], [], {1}, id="an iommufd"),
+        pytest.param([{"iommufds": []}], [], {1}, id="a device"),
+        pytest.param([{"iommufds": [], "devices": {7: OTHER}}], [], set(), id="another device"),
+        pytest.param([{"iommufds": [], "devices": {7: VFIO, 8: CONTAINER}}], [], set(), id="the legacy container"),
+        pytest.param([{"iommufds": [PER_PROCESS]}], [], set(), id="per process"),
+        pytest.param([{"iommufds": [EMPTY]}], [], set(), id="nothing in it"),
+        pytest.param([{"iommufds": [EMPTY._replace(settable=None)]}], [], set(), id="nothing was found in it"),
+        pytest.param([{"iommufds": [KEPT._replace(rlimit_mode=None, ioases=[])]}], [], {1}, id="not read"),
+        pytest.param([{"iommufds": None, "devices": {}}], [], set(), id="not looked at"),
+        pytest.param([{"pinned_bytes": 4096}], [], set(), id="it has pinned something itself"),
+        pytest.param([{"memory_bytes": 2**26}], [], set(), id="a VM that starts"),
+        pytest.param([{}, RUNS], [[(1, 4), (2, 4)]], set(), id="a VM that runs has it, too"),
+        pytest.param([{}, RUNS], [], {1}, id="a VM that runs has another"),
+        pytest.param([{}, {"memory_bytes": 2**26}], [[(1, 4), (2, 4)]], {1, 2}, id="a VM that starts has it"),
+        # A VM that was given it beside its own, with what its launcher had open
+        pytest.param(
+            [{}, {**RUNS, "iommufds": [KEPT, KEPT._replace(fd=5)]}], [[(1, 4), (2, 4)]], {1, 2}, id="handed down"
+        ),
+        pytest.param([{**RUNS, "iommufds": [KEPT, KEPT._replace(fd=5)]}], [], {1}, id="and its launcher is gone"),
+        pytest.param(
+            [{}, {**RUNS, "pinned_bytes": 2**27, "iommufds": [KEPT, KEPT._replace(fd=5)]}],
+            [[(1, 4), (2, 4)]],
+            set(),
+            id="a VM that pins by both",
+        ),
+        pytest.param(
+            [{}, {**RUNS, "iommufds": [KEPT, KEPT._replace(fd=5)]}], [[(1, 4), (2, 4), (2, 5)]], set(), id="one twice"
+        ),
+    ],
+)
+def test_who_may_keep_what_a_vm_that_has_ended_had_pinned(
+    alone: FakeKernel, rows: list[dict[str, Any]], shared: list[list[tuple[int, int]]], keepers: set[int]
+) -> None:
+    result = survey()
+    result.holders = holders_of(result.holders[0], *rows)
+    result.sharing = Sharing(shared)
+    nobody = dict.fromkeys(range(1, len(rows) + 1), False)
+    assert result.keepers({VFIO}, nobody) == keepers
+    # What a mere holder has, another process has, too.
+    assert result.keepers({VFIO}, {**nobody, 1: True}) == keepers - {1}
+
+
+@pytest.mark.parametrize(
+    ("row", "idle"),
+    [
+        ({"iommufds": [EMPTY], "devices": {}}, True),
+        ({"iommufds": [EMPTY]}, False),
+        ({"devices": {}}, False),
+        ({"iommufds": [EMPTY, KEPT], "devices": {}}, False),
+        ({"iommufds": [EMPTY], "devices": {}, "pinned_bytes": 4096}, False),
+        ({"iommufds": [EMPTY], "devices": {}, "more": True}, False),
+        ({"iommufds": [], "devices": {}}, False),
+        ({"iommufds": None, "devices": {}}, False),
+    ],
+)
+def test_who_holds_nothing(alone: FakeKernel, row: dict[str, Any], idle: bool) -> None:
+    (holder,) = holders_of(survey().holders[0], row)
+    assert holder.account(()).idle is idle
+
+
 MDEV, PCI, OF_VDPA = 4711, 4712, 4713
 USED, UNUSED = HeldIommufd(4, "user", False, [(2, True)]), HeldIommufd(5, "user", True, [])
 

@@ -214,6 +214,27 @@ def test_nobody_is_called_safe_who_was_not_seen_whole(
     assert rows == {os.getuid(): at_risk, **dict.fromkeys(unseen)}
 
 
+@pytest.mark.parametrize("blind", [False, True])
+def test_what_a_vm_that_has_ended_may_have_left_behind(
+    run: Run, alone: FakeKernel, monkeypatch: pytest.MonkeyPatch, blind: bool
+) -> None:
+    monkeypatch.setattr(iommufd_info, "in_initial_namespace", lambda _kind: True)
+    monkeypatch.setattr(_host_facts, "read_hidepid", lambda: "")
+    seen = survey()
+    (holder,) = seen.holders
+    kept = [] if blind else [HeldIommufd(9, "user", False, [(2, True)])]
+    seen.holders = [holder._replace(iommufds=kept, devices={}, status=holder.status._replace(effective=0))]
+    seen.blind = blind
+    monkeypatch.setattr(iommufd_info, "survey", lambda _nodes: seen)
+    answer = run(gather_subset=["processes", "users"], users=["root", "4711"])
+    (limit,) = answer["host"]["limits_of_view"]
+    assert limit["what"] == "charges"
+    said = "cannot tell which processes keep" if blind else f" ({holder.pid}) holds. If a VM that has ended had that, "
+    assert said in limit["why"]
+    # Whoever it is
+    assert [each["at_risk"] for each in answer["users"]] == [None, None]
+
+
 @pytest.mark.parametrize(
     ("name", "session", "record", "domain"),
     [
