@@ -607,11 +607,12 @@ processes:
     memory_bytes:
       description:
         - The memory of QEMU's guest by its command line, be it by C(-m), C(-machine) or a memory backend; that of
-          cloud-hypervisor's by C(--memory). What is plugged in later is not in it.
+          cloud-hypervisor's by C(--memory). The DIMMs that QEMU is started with (C(-device pc-dimm)) are in it. What is
+          plugged in later is not.
         - A file for C(-readconfig) is read where its absolute path means the same to this module, and nobody but root
           can write it. What the kernel makes up, as below C(/proc) and C(/sys), is no file.
-        - V(null) for other programs, where that is missing or unreadable, and where the command line is longer than
-          256 KiB or 8192 words.
+        - V(null) for other programs, where that is missing or unreadable, where QEMU is started with an C(nvdimm),
+          C(virtio-mem) or C(virtio-pmem), and where the command line is longer than 256 KiB or 8192 words.
       type: int
       sample: 67108864
     locks_memory:
