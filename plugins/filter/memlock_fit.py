@@ -156,6 +156,8 @@ options:
         they do not say is read from the running VM. Of O(locked), it matters only whether there is any.
       - libvirt raises the limit of its domains when they get memory or a device, unless they have C(<hard_limit>). So
         give O(memlock), where the present limit does not suffice.
+      - What it pins in one of its address spaces is what it pins at least in one that it gets, whatever O(memory) and
+        O(overhead) are. So memory that was plugged before counts, though no command line has it.
     type: dict
     suboptions:
       vm:

@@ -17,9 +17,11 @@ from ..module_utils._accounting import (
     NOTHING,
     UNKNOWN,
     UNLIMITED,
+    USER,
     VDPA,
     Device,
     Span,
+    Verdict,
     Vm,
     demand,
     exactly,
@@ -96,6 +98,8 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
         told = told._replace(fits=None, question=SIGHT, counter=None, way=None)
     elif unsure and told.fits is not True:
         told = told._replace(fits=None, question="viommu")
+    elif grow.memory and memory and _may_have_more(row, vm.devices, memory) and told.fits and not _is_free(told):
+        told = told._replace(fits=None, question="memory")
     elif by_qemu.question and told.fits is not False:
         told = told._replace(fits=None, question=by_qemu.question)
     accounting = Accounting(None, vm.capable, f"{_name(row)} runs as {owner.name}, as process {row['pid']}.")
@@ -107,7 +111,7 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
 
 def _taken_over(asked: Asked, row: Mapping[str, Any], vm: Vm, memory: int | None) -> Vm:
     """The new process of a live update, which is charged before the old one is not any more."""
-    size = _one_space(row, vm.devices, memory)
+    size = _one_space(asked, row, vm.devices, memory)
     return vm._replace(memory=size, locked=_locks(asked, row, size), held_mm_locked=NOTHING, held_mm_pinned=NOTHING)
 
 
@@ -118,9 +122,12 @@ def _with_memory(asked: Asked, row: Mapping[str, Any], vm: Vm, memory: int) -> V
 
 def _with_devices(asked: Asked, grow: Growth, row: Mapping[str, Any], vm: Vm, memory: int | None) -> tuple[Vm, bool]:
     """The VM that gets devices, and whether what it pins for them is a guess."""
-    total = UNKNOWN if memory is None else exactly(memory + grow.memory)
     new, viommu, unsure = _new_spaces(asked, grow, row, vm.devices)
-    beyond = _own_beyond(asked, row, memory)
+    total, beyond = plus(_next_space(asked, row, vm.devices, memory), exactly(grow.memory)), NOTHING
+    if asked.overhead is None and memory is not None:
+        # So it is asked for, where it decides.
+        known = memory + grow.memory
+        total, beyond = exactly(known), Span(total.least - known, total.most - known)
     gets = vm._replace(devices=new, memory=total, beyond=beyond, viommu=viommu, ordered=ordered(asked, new))
     return gets, unsure
 
@@ -194,21 +201,43 @@ def _held(row: Mapping[str, Any]) -> tuple[Device, ...] | None:
     return (*found, *(Device(VDPA) for _each in vdpa))
 
 
-def _one_space(row: Mapping[str, Any], held: tuple[Device, ...], memory: int | None) -> Span:
+def _one_space(asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...], memory: int | None) -> Span:
     """What a process has pinned in one address space."""
-    if held and all(each.backend == IOMMUFD for each in held):
+    if held and all(each.backend == IOMMUFD and not each.as_it_runs for each in held):
         return exactly(row["pinned_bytes"] // len(held))
-    return UNKNOWN if memory is None else Span(memory, memory + GIB)
+    return _next_space(asked, row, held, memory)
 
 
-def _own_beyond(asked: Asked, row: Mapping[str, Any], memory: int | None) -> Span:
-    """What a VM that runs pins beyond its memory in one address space."""
-    if asked.overhead is not None:
-        return exactly(asked.overhead)
-    times = row.get("address_spaces")
-    if row.get("backends") == ["iommufd"] and times and memory is not None and row["pinned_bytes"] >= memory * times:
-        return exactly(row["pinned_bytes"] // times - memory)
-    return Span(0, GIB)
+def _next_space(asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...], memory: int | None) -> Span:
+    """What a process pins in one more address space: no less than in those that it has, which show what was plugged."""
+    if memory is None:
+        return UNKNOWN
+    told = Span(memory, memory + GIB) if asked.overhead is None else exactly(memory + asked.overhead)
+    seen = max((amount // spaces for amount, spaces in _counted(row, held)), default=0)
+    if _may_have_more(row, held, memory):
+        return Span(told.least, max(told.most, seen))
+    if asked.overhead is None and {each.backend for each in held} == {IOMMUFD} and seen >= memory:
+        return exactly(seen)
+    return Span(max(told.least, seen), max(told.most, seen))
+
+
+def _counted(row: Mapping[str, Any], held: tuple[Device, ...]) -> list[tuple[int, int]]:
+    """What VmPin and VmLck hold, and for how many address spaces."""
+    pinned = sum(each.backend in (IOMMUFD, VDPA) for each in held)
+    locked = sum(each.backend == LEGACY or (each.backend == IOMMUFD and each.mode != USER) for each in held)
+    # What a process locks itself may be anything.
+    found = [(row["pinned_bytes"], pinned), (row["locked_bytes"], locked if row.get("locks_memory") is False else 0)]
+    return [each for each in found if each[1]]
+
+
+def _is_free(told: Verdict) -> bool:
+    """Whether there is no limit to reach."""
+    return told.limit is None or told.limit >= UNLIMITED
+
+
+def _may_have_more(row: Mapping[str, Any], held: tuple[Device, ...], memory: int) -> bool:
+    """Whether so much is pinned that memory was plugged, or that there is an address space that was not found."""
+    return any(amount >= memory * (spaces + 1) for amount, spaces in _counted(row, held))
 
 
 def _after(vm: Vm, gets: Vm, info: Info) -> Vm:

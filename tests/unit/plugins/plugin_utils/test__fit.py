@@ -862,6 +862,18 @@ def test_what_another_program_has_registered() -> None:
 PER_PROCESS: Row = {"iommufds": iommufds(1, mode="process"), "locked_bytes": PINNED, "accounting": "process"}
 SPARE = 100 * MIB - PINNED
 HAS_MDEV: list[Row] = [{"backend": "iommufd", "as_it_runs": True}]
+# After 32 MiB were plugged, or 64
+GROWN = PINNED + 32 * MIB
+PLUGGED: Row = {"pinned_bytes": GROWN}
+TWICE: Row = {"pinned_bytes": 2 * PINNED, "address_spaces": None}
+OF_USER: Row = {**ANOTHER, "mode": "user"}
+LOCKS_GROWN: Row = {
+    **OF_LEGACY,
+    "legacy_containers": [{"fd": 31, "same_as": None, "shared_with": []}],
+    "pinned_bytes": 0,
+    "locked_bytes": GROWN,
+    "accounting": "process",
+}
 GROWTH = [
     ({}, {"memory": SPARE}, True),
     ({}, {"memory": SPARE + 1}, False),
@@ -905,23 +917,52 @@ GROWTH = [
     ({"memory_bytes": None}, {"devices": [VDPA], "memlock": "64M"}, False),
     ({"memory_bytes": None}, {"devices": [VDPA], "memlock": "unlimited"}, True),
     ({"memory_bytes": None}, {"devices": [LEGACY]}, None),
+    # What was plugged is in no command line, and is pinned in each address space.
+    (PLUGGED, {"devices": [OF_USER], "overhead": "256K", "memlock": 2 * GROWN}, True),
+    (PLUGGED, {"devices": [OF_USER], "overhead": "256K", "memlock": 2 * GROWN - 1}, False),
+    (PLUGGED, {"devices": [OF_USER], "memlock": 2 * GROWN}, True),
+    (PLUGGED, {"devices": [OF_USER], "memory": "8M", "overhead": 0, "memlock": 2 * GROWN + 16 * MIB}, True),
+    (PLUGGED, {"devices": [OF_USER], "memory": "8M", "overhead": 0, "memlock": 2 * GROWN + 16 * MIB - 1}, False),
+    (PLUGGED, {"devices": [VDPA], "overhead": 0, "memlock": 2 * GROWN - 1}, False),
+    ({**PLUGGED, "memory_bytes": None}, {"devices": [OF_USER], "overhead": 0, "memlock": 2 * GROWN - 1}, None),
+    (LOCKS_GROWN, {"devices": [VDPA], "overhead": 0, "memlock": GROWN}, True),
+    (LOCKS_GROWN, {"devices": [VDPA], "overhead": 0, "memlock": GROWN - 1}, False),
+    # Or it is a second address space that was not found. Who knows its memory, knows.
+    (TWICE, {"devices": [OF_USER], "overhead": 0, "memlock": 3 * PINNED}, None),
+    (TWICE, {"devices": [OF_USER], "overhead": 0, "memlock": 4 * PINNED}, True),
+    (TWICE, {"devices": [OF_USER], "overhead": 0, "memlock": 3 * PINNED - 1024**2}, False),
+    (TWICE, {"memory": "1M", "memlock": 3 * PINNED}, None),
+    (TWICE, {"memory": "1M", "memlock": "unlimited"}, True),
+    ({**TWICE, **CAPABLE}, {"memory": "1M"}, True),
+    (TWICE, {"live_update": True, "memlock": 4 * PINNED}, True),
     # Both: the first decides, or the second.
     (PER_PROCESS, {"memory": "20M", "devices": [VDPA], "overhead": 0}, False),
     # In a live update, the user needs its memory twice, and each process once.
     ({}, {"live_update": True}, False),
     (PER_PROCESS, {"live_update": True}, True),
     ({}, {"live_update": True, "memlock": 2 * PINNED}, True),
+    ({"vfio_devices": HAS_MDEV, "pinned_bytes": 0}, {"live_update": True, "memlock": "32M"}, None),
 ]
 
 
 @pytest.mark.parametrize(("fields", "given", "fits"), GROWTH)
 def test_a_vm_that_runs(fields: Row, given: Row, fits: bool | None) -> None:
-    charged = 0 if fields.get("accounting") == "process" else PINNED
+    charged = 0 if fields.get("accounting") == "process" else max(PINNED, fields.get("pinned_bytes", 0))
     answer = grown(info(processes=[unit(**fields)], users=[of_vm(charged)]), **given)
     assert answer["fits"] is fits
     assert (answer["question"] is None) is (fits is not None)
     if answer["remedy"] and not given.get("live_update"):
         assert re.search(r"\(prlimit --pid 4242 --memlock=(\d+):\1\)", answer["remedy"])
+
+
+def test_who_knows_the_memory_of_a_vm_that_runs_settles_what_may_be_hidden() -> None:
+    data = info(processes=[unit(**TWICE)], users=[of_vm(2 * PINNED)])
+    grow: Row = {"grow": {"vm": "vm1", "devices": [OF_USER]}, "overhead": 0, "memlock": 4 * PINNED - 1}
+    assert memlock_fit(data, **grow)["question"] == "How much memory has the VM? Give memory."
+    assert memlock_fit(data, **grow, memory="128M")["fits"] is False
+    grow["grow"] = {"vm": "vm1", "memory": "1M"}
+    assert memlock_fit(data, **grow)["question"] == "How much memory has the VM? Give memory."
+    assert memlock_fit(data, **grow, memory="128M")["fits"] is True
 
 
 def test_libvirt_raises_the_limit_of_a_domain_that_grows() -> None:
