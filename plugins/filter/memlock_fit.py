@@ -276,7 +276,8 @@ _value:
       sample: 67371008
     needed:
       description:
-        - What the VM adds to that counter at most, in bytes. Where it is not one counter, the most that it adds to any.
+        - What the VM adds to that counter at most, in bytes, with all that it gets. In a live update, that is what must
+          be free for it. Where it is not one counter, the most that it adds to any.
         - V(null) where that is not known.
       type: int
       sample: 69793218560

@@ -955,6 +955,34 @@ def test_a_vm_that_runs(fields: Row, given: Row, fits: bool | None) -> None:
         assert re.search(r"\(prlimit --pid 4242 --memlock=(\d+):\1\)", answer["remedy"])
 
 
+@pytest.mark.parametrize(
+    ("fields", "given", "charged", "needed"),
+    [
+        (PER_PROCESS, {"live_update": True, "memory": "8M"}, 0, PINNED + 8 * MIB),
+        (PER_PROCESS, {"live_update": True, "memory": "80M"}, 0, PINNED + 80 * MIB),
+        # The old one is charged no more when it gets that.
+        ({}, {"live_update": True, "memory": "8M"}, PINNED, PINNED),
+        ({}, {"live_update": True, "memory": "80M"}, PINNED, 80 * MIB),
+        ({}, {"memory": "8M", "devices": [OF_USER]}, PINNED, PINNED + 16 * MIB),
+        (PER_PROCESS, {"memory": "8M", "devices": [LEGACY], "overhead": 0}, PINNED, PINNED + 16 * MIB),
+    ],
+)
+@pytest.mark.parametrize("short", [False, True])
+def test_what_is_needed_is_what_the_verdict_reckons_with(
+    fields: Row, given: Row, charged: int, needed: int, short: bool
+) -> None:
+    data = info(processes=[unit(**fields)], users=[of_vm(0 if fields else PINNED)])
+    answer = grown(data, **given, memlock=charged + needed - short)
+    assert (answer["fits"], answer["charged"], answer["needed"]) == (not short, charged, needed)
+
+
+def test_a_new_vm_that_is_to_be_updated_needs_its_memory_twice() -> None:
+    answer = fit(idle(), who="vm", memlock="200M", accounting="user", live_update=True, **EXACT)
+    assert (answer["fits"], answer["needed"]) == (True, 128 * MIB)
+    assert fit(idle(), who="vm", memlock="128M", accounting="user", live_update=True, **EXACT)["fits"] is True
+    assert fit(idle(), who="vm", memlock=128 * MIB - 1, accounting="user", live_update=True, **EXACT)["fits"] is False
+
+
 def test_who_knows_the_memory_of_a_vm_that_runs_settles_what_may_be_hidden() -> None:
     data = info(processes=[unit(**TWICE)], users=[of_vm(2 * PINNED)])
     grow: Row = {"grow": {"vm": "vm1", "devices": [OF_USER]}, "overhead": 0, "memlock": 4 * PINNED - 1}
