@@ -298,6 +298,7 @@ _value:
     remedy:
       description:
         - What to change so that the VM fits, the least harmful first. With each of them alone, it would.
+        - Where what would help depends on what is not known, it says on what.
         - V(null) where it fits, and where nothing is known that would help.
       type: str
       sample: >-

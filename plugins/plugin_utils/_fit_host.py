@@ -35,6 +35,7 @@ __all__ = (
     "knows_iommufd",
     "limit_of",
     "prerequisites",
+    "raised",
     "reckoning",
     "refusal",
     "session_of",
@@ -172,6 +173,18 @@ def limit_of(info: Info, asked: Asked, owner: Owner, starter: str | None, memory
         return _session_limit(session_of(info, owner), owner, reckoned)
     most = UNLIMITED if reckoned is None else reckoned.most
     return Limit(Span(0, most), "a limit that is not known, since it is not known who libvirt's VMs run as")
+
+
+def raised(info: Info, asked: Asked, owner: Owner, starter: str | None, enough: int) -> Limit:
+    """The limit that the VM would have, were it raised to so much where it gets that from."""
+    if starter == SYSTEM:
+        return _system_limit(_libvirt(info), exactly(enough))
+    if starter != SESSION:
+        return Limit(exactly(enough), "")
+    hard = {"memlock_hard_bytes": enough, "memlock_hard_unlimited": enough >= UNLIMITED}
+    libvirt = {**_libvirt(info), "sessions": [{"uid": owner.uid, "user": owner.name, **hard}]}
+    its_own = {**info, "host": {**info["host"], "libvirt": libvirt}}
+    return limit_of(its_own, asked._replace(limit=None), owner, starter, asked.memory or 0)
 
 
 def _known(limits: Mapping[str, Any], name: str) -> int | None:

@@ -28,7 +28,7 @@ from ..module_utils._accounting import (
 )
 from ..module_utils._errors import IommufdError
 from ..module_utils._size import human_size
-from ._fit_case import FILE_BACKED, SIGHT, Case, judge, kernels, ordered, plus, spaces
+from ._fit_case import FILE_BACKED, SIGHT, Case, doubted, judge, kernels, ordered, plus, spaces
 from ._fit_host import GIB, OTHER, SYSTEM, Accounting, Limit, capability_of, prerequisites
 from ._fit_input import THE_IOMMUFD, Asked, Growth, Info, owner_of
 from ._fit_qemu import QEMU, Clash, clash
@@ -94,19 +94,19 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
     if not steps:
         raise IommufdError("grow: what is it to get? Give memory or devices, or live_update.")
     told = judge(info, tuple(steps))
+    hidden = grow.memory and memory and _may_have_more(row, vm.devices, memory)
+    doubt = SIGHT if held is None else "memory" if hidden and not _is_free(told) else by_qemu.question
     if held is None:
         told = told._replace(fits=None, question=SIGHT, counter=None, way=None)
     elif unsure and told.fits is not True:
         told = told._replace(fits=None, question="viommu")
-    elif grow.memory and memory and _may_have_more(row, vm.devices, memory) and told.fits and not _is_free(told):
-        told = told._replace(fits=None, question="memory")
-    elif by_qemu.question and told.fits is not False:
-        told = told._replace(fits=None, question=by_qemu.question)
+    told = doubted(told, doubt)
     accounting = Accounting(None, vm.capable, f"{_name(row)} runs as {owner.name}, as process {row['pid']}.")
     needs = [*prerequisites(info, grow.devices), *([FILE_BACKED] if asked.live_update else [])]
     said = " ".join(pins)
     ends = by_qemu.ends
-    return Case(info, asked, owner, starter, limit, accounting, tuple(steps), said, told, ends, needs, row, by_qemu)
+    done = tuple(steps)
+    return Case(info, asked, owner, starter, limit, accounting, done, said, told, ends, needs, row, by_qemu, doubt)
 
 
 def _taken_over(asked: Asked, row: Mapping[str, Any], vm: Vm, memory: int | None) -> Vm:

@@ -49,6 +49,7 @@ VDPA: Row = {"backend": "vdpa"}
 NVME: Row = {"backend": "nvme"}
 MDEV: Row = {"backend": "mdev"}
 ANOTHER: Row = {"backend": "iommufd", "iommufd": "other"}
+OF_FIRST: Row = {"backend": "iommufd", "iommufd": "first"}
 
 # A host of which nothing was looked at
 BARE: Row = {"limits_of_view": []}
@@ -1142,8 +1143,15 @@ def of_manager(enough: int) -> str:
         pytest.param(
             idle(host=native(sessions=[session(GIB + 64 * MIB)]), users=[of_vm(GIB)]),
             {"who": "vm", "accounting": "user", "overhead": "256K"},
-            [of_manager(GIB + PINNED) + NEXT, BY_DOMAIN, CAPABILITY],
+            # Its libvirt gives no more than it reckons, whatever it may.
+            [BY_DOMAIN, CAPABILITY],
             id="a session",
+        ),
+        pytest.param(
+            idle(host=native()),
+            {"who": "vm", "accounting": "process"},
+            [of_manager(GIB + 64 * MIB)],
+            id="a session with too little",
         ),
         pytest.param(
             idle(),
@@ -1156,6 +1164,25 @@ def of_manager(enough: int) -> str:
             {"memlock": "100M", "who": "vm", "accounting": "process", "devices": [BY_IOMMUFD, ANOTHER], **EXACT},
             [in_unit(128 * MIB), ONE, AMBIENT],
             id="two iommufds",
+        ),
+        # Under user, the sum is full already.
+        pytest.param(
+            idle(users=[of_vm()]),
+            {"memlock": "100M", "who": "vm", "accounting": "process", "devices": [BY_IOMMUFD, LEGACY], **EXACT},
+            [in_unit(128 * MIB), f"{ONE}, in the mode process", AMBIENT],
+            id="both backends beside another VM",
+        ),
+        pytest.param(
+            idle(users=[of_vm()]),
+            {"memlock": "100M", "who": "vm", "accounting": "user", "devices": [OF_FIRST, ANOTHER], **EXACT},
+            [in_unit(PINNED + 128 * MIB) + NEXT, f"{ONE} (one -object iommufd), in the mode process", AMBIENT],
+            id="two iommufds beside another VM",
+        ),
+        pytest.param(
+            idle(users=[of_vm()], host=host(options={"rlimit_mode": {"readable": False}})),
+            {"memlock": "100M", "who": "vm", "accounting": "user", "devices": [OF_FIRST, ANOTHER], **EXACT},
+            [in_unit(PINNED + 128 * MIB) + NEXT, AMBIENT],
+            id="and a kernel without the mode",
         ),
         pytest.param(
             idle(),
@@ -1176,6 +1203,81 @@ def of_manager(enough: int) -> str:
 )
 def test_the_remedy(data: Row, parameters: Row, cures: list[str]) -> None:
     assert fit(data, **parameters)["remedy"] == f"To make it fit: {'; or '.join(cures)}."
+
+
+@pytest.mark.parametrize("accounting", ["user", "process"])
+@pytest.mark.parametrize("charged", [0, PINNED])
+@pytest.mark.parametrize("given", [given for given, *_rest in SPACES])
+def test_asked_again_with_any_of_the_remedies_it_fits(given: Row, charged: int, accounting: str) -> None:
+    data = idle(users=[of_vm(charged)])
+    asked = {"who": "vm", "memlock": "100M", "accounting": accounting, **EXACT, **given}
+    remedy = (fit(data, **asked)["remedy"] or "").removeprefix("To make it fit: ")
+    devices = asked.get("devices", [])
+    others = [each for each in devices if each["backend"] not in ("iommufd", "legacy")]
+    for cure in filter(None, remedy.split("; or ")):
+        changes: list[Row] = []
+        if "LimitMEMLOCK=" in cure:
+            changes = [{"memlock": re.findall(r"LimitMEMLOCK=(\d+)", cure)[0]}]
+        elif cure.startswith(ONE):
+            modes = re.findall("in the mode (user|process)", cure) or ["user", "process"]
+            changes = [{"devices": [BY_IOMMUFD, *others], "accounting": mode} for mode in modes]
+        elif cure.startswith("have it lock no memory"):
+            changes = [{"locked": 0}]
+        elif "CAP_IPC_LOCK" in cure:
+            changes = [{"accounting": "none"}]
+        elif cure.startswith((BY_OPTION, BY_USER)):
+            without_mode = [{key: each[key] for key in each if key != "mode"} for each in devices]
+            mode = "process" if cure.startswith(BY_OPTION) else "user"
+            changes = [{"accounting": mode, **({"devices": without_mode} if devices else {})}]
+        assert changes
+        for change in changes:
+            assert fit(data, **{**asked, **change})["fits"] is True, cure
+
+
+@pytest.mark.parametrize(
+    ("on", "given"),
+    [
+        # Whether libvirt starts it at all is not known.
+        (native(cap_sys_resource=None, sets_rlimit_mode=None), {"memlock": "32M"}),
+        # A release of QEMU before 11 would run it with more.
+        (host(qemu=[emulator(False, version=None)]), {"who": "vm", "memlock": "32M", "devices": [BY_IOMMUFD, LEGACY]}),
+        (host(qemu=[]), {"who": "vm", "memlock": "32M", "devices": [BY_IOMMUFD, LEGACY], "accounting": "process"}),
+    ],
+)
+def test_where_a_remedy_depends_on_what_is_not_known_it_says_so(on: Row, given: Row) -> None:
+    answer = fit(idle(host=on), **EXACT, **given)
+    assert (answer["fits"], answer["question"]) == (False, None)
+    depends = "What would make it fit depends on this: "
+    asks = "Which release of QEMU is it?" if "devices" in given else "May libvirt's daemon use CAP_SYS_RESOURCE"
+    assert answer["remedy"].startswith(f"{depends}{asks}")
+    assert ("with emulators in gather_subset" in answer["remedy"]) is ("devices" in given)
+
+
+def test_no_remedy_for_a_kernel_without_iommufd() -> None:
+    assert fit(info(host=host(module="absent")), memlock="1M", who="vm", accounting="process")["remedy"] is None
+
+
+def test_a_session_refuses_a_hard_limit_and_without_it_starts_the_domain() -> None:
+    xml = domain(HOSTDEV, HARD_LIMIT)
+    answer = memlock_fit(idle(host=native(sessions=[session(2 * GIB)])), domain_xml=xml, user="vm")
+    assert (answer["fits"], answer["remedy"]) == (False, "To make it fit: leave out its <hard_limit>.")
+    # It would not do alone.
+    assert memlock_fit(idle(host=native()), domain_xml=xml, user="vm")["remedy"] is None
+
+
+@pytest.mark.parametrize(
+    ("hard", "limits"),
+    [
+        ({"memlock_hard_bytes": 200 * MIB, "memlock_hard_unlimited": False}, "{}:"),
+        ({"memlock_hard_bytes": PINNED + 64 * MIB, "memlock_hard_unlimited": False}, "{}:"),
+        ({"memlock_hard_bytes": None, "memlock_hard_unlimited": True}, "{}:"),
+        ({"memlock_hard_bytes": PINNED + 64 * MIB - 1, "memlock_hard_unlimited": False}, "{0}:{0}"),
+        ({}, "{0}:{0}"),
+    ],
+)
+def test_a_hard_limit_that_is_high_enough_stays(hard: Row, limits: str) -> None:
+    remedy = grown(info(processes=[unit(**hard)], users=[of_vm()]), memory="64M")["remedy"]
+    assert f"(prlimit --pid 4242 --memlock={limits.format(PINNED + 64 * MIB)})" in remedy
 
 
 @pytest.mark.parametrize("accounting", ["user", "process"])
