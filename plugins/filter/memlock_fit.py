@@ -177,6 +177,12 @@ options:
         whether a new VM must be able to, later. The kernel charges the new process before it relieves the old one.
     type: bool
     default: false
+  cap_ipc_lock:
+    description:
+      - Whether the VMM has CAP_IPC_LOCK in the initial user namespace, where O(accounting) does not tell that.
+      - If not given, a VM with V(user) or V(process) as O(accounting) has it not. One of root may have it, unless the
+        running VMs of root show that they have not. A unit can take it away by C(CapabilityBoundingSet=), for one.
+    type: bool
 notes:
   - The kernel does not publish what it has charged to a user. For per-user accounting, the filter relies on the
     estimate RV(virt.iommufd.iommufd_info#module:users[].charged_bytes), and RV(_value.reason) says how much would be

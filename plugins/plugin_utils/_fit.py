@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..module_utils._accounting import IOMMUFD, MM_LOCKED, MM_PINNED, PROCESS, UNLIMITED, USER, VDPA, demand
+from ..module_utils._accounting import IOMMUFD, MM_LOCKED, MM_PINNED, PROCESS, UNLIMITED, USER, VDPA, Span, demand
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
 from ._fit_case import Case, kernels, may_charge_user, new_vm
@@ -58,7 +58,7 @@ def numbers(case: Case) -> dict[str, int | None]:
 
 def _needed(case: Case, counter: str) -> int:
     """What all that becomes of the VM adds to a counter, at most, beyond what that holds at first."""
-    held = [getattr(vm, f"held_{counter}") for vm in case.steps]
+    held: list[Span] = [getattr(vm, f"held_{counter}") for vm in case.steps]
     known = [span.least if span.most >= UNLIMITED else span.most for span in held]
     adds = [max(demand(vm, kernel)[counter].most for kernel in kernels(case.info)) for vm in case.steps]
     return max(before - known[0] + more for before, more in zip(known, adds))
@@ -94,6 +94,7 @@ def memlock_fit(
     domain_xml: Any = None,
     grow: Any = None,
     live_update: Any = False,
+    cap_ipc_lock: Any = None,
 ) -> dict[str, Any]:
     """The answer, as the filter of that name returns it. Raises IommufdError where it is not given what it takes."""
     parameters = {name: value for name, value in locals().items() if name != "info"}

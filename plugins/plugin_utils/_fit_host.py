@@ -316,7 +316,29 @@ def accounting_of(info: Info, asked: Asked, owner: Owner, starter: str | None) -
     if asked.accounting == NONE:
         return Accounting(USER, True, "")
     if asked.accounting != AUTO:
-        return Accounting(asked.accounting, False, "")
+        # libvirt takes it away.
+        by_root = asked.capable is None and _is_root(owner) and starter != SYSTEM
+        may = by_root and not _lacks_capability(info, owner)
+        return Accounting(asked.accounting, None if may else bool(asked.capable), BY_ROOT if may else "")
+    found = _found(info, asked, owner, starter)
+    if asked.capable is None:
+        return found
+    # The VMs that have it show nothing of the mode of one that has not.
+    return Accounting(found.mode if asked.capable or not found.capable else None, asked.capable, "")
+
+
+def _is_root(owner: Owner) -> bool:
+    return owner.uid == 0 or owner.name == "root"
+
+
+def _lacks_capability(info: Info, owner: Owner) -> bool:
+    """Whether the running VMs of a user show that what it starts has not CAP_IPC_LOCK."""
+    rows = (row for row in info["processes"] if row["uid"] == owner.uid and row.get("holder") is not True)
+    return {capability_of(row) for row in rows} == {False} and not owner.partly
+
+
+def _found(info: Info, asked: Asked, owner: Owner, starter: str | None) -> Accounting:
+    """How the VM would be accounted, as the host shows."""
     # What a file gives in another user namespace does not count.
     by_file = {False} if has_contained(info, owner) else {each["cap_ipc_lock"] for each in candidates(info, asked)}
     if by_file == {True}:
@@ -397,7 +419,7 @@ def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> 
     if shown:
         differ = "may have other VMs than were seen whole" if partly else "has VMs that differ in accounting"
         return Accounting(None, capable, f"{name} {differ}.")
-    if owner.uid == 0 or owner.name == "root":
+    if _is_root(owner):
         return Accounting(None, None, BY_ROOT)
     return Accounting(
         None, False, f"No running VM of {name} shows its accounting, which is per user unless somebody sets it."
@@ -407,7 +429,7 @@ def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> 
 def _capability_by_running(rows: list[Mapping[str, Any]], owner: Owner, name: str) -> Accounting:
     """Whether a VM without an iommufd has CAP_IPC_LOCK, as the user's running VMs have it or not."""
     shown = {capability_of(row) for row in rows}
-    root = owner.uid == 0 or owner.name == "root"
+    root = _is_root(owner)
     if not shown:
         return Accounting(None, None, BY_ROOT) if root else Accounting(None, False, "")
     if shown == {False}:

@@ -34,8 +34,8 @@ _QUESTIONS_OF_RUNNING = {
 # What settles an answer, by the model's name for it, or by that of _fit_case.
 _QUESTIONS = {
     "capable": (
-        "Has the VMM CAP_IPC_LOCK? Give accounting: none if it has, in the initial user namespace, and user or process"
-        " if not."
+        "Has the VMM CAP_IPC_LOCK? Give accounting: none if it has, in the initial user namespace. If not, give user or"
+        " process, and cap_ipc_lock: false."
     ),
     "mode": "Which mode has its iommufd? Give accounting: user or process, or the mode of each in devices.",
     "legacy_by_iommufd": f"Does iommufd provide /dev/vfio/vfio on this host? {_AS_ROOT}",

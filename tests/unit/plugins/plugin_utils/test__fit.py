@@ -545,6 +545,52 @@ def test_auto_is_not_sure_of_root(who: Any) -> None:
     assert answer["question"].startswith("Has the VMM CAP_IPC_LOCK? Give accounting")
 
 
+@pytest.mark.parametrize("accounting", ["user", "process"])
+@pytest.mark.parametrize("who", ["root", "0", 0])
+def test_nor_does_the_mode_tell_whether_root_has_the_capability(who: Any, accounting: str) -> None:
+    given = {"who": who, "memlock": "1M", "accounting": accounting, **EXACT}
+    answer = fit(idle(), **given)
+    assert (answer["fits"], answer["accounting"]) == (None, None)
+    assert answer["reason"].startswith("What root starts has CAP_IPC_LOCK, unless it is taken away")
+    assert answer["question"] == _fit_words._QUESTIONS["capable"]
+    assert "cap_ipc_lock: false" in answer["question"]
+    # Each answer settles it.
+    without = fit(idle(), **given, cap_ipc_lock=False)
+    assert (without["fits"], without["accounting"]) == (False, accounting)
+    assert fit(idle(), **given, cap_ipc_lock="yes")["fits"] is True
+    assert fit(idle(), **{**given, "accounting": "none"})["fits"] is True
+    assert fit(idle(), **{**given, "memlock": "64M"})["fits"] is True
+    # vDPA is checked all the same.
+    assert fit(idle(), **given, devices=[VDPA])["fits"] is False
+
+
+@pytest.mark.parametrize(
+    ("running", "view", "fits"),
+    [
+        (["cap_ipc_lock"], [], None),
+        ([], [], False),
+        ([], unseen("processes"), None),
+    ],
+)
+def test_the_running_vms_of_root_show_whether_it_has(running: list[str], view: list[Row], fits: bool | None) -> None:
+    row = unit(uid=0, user="root", capabilities={"effective": running}, accounting="process")
+    data = info(processes=[row], users=[], host=host(limits_of_view=view))
+    assert fit(data, who="root", memlock="1M", accounting="process", **EXACT)["fits"] is fits
+
+
+def test_what_libvirt_runs_as_root_has_no_capability() -> None:
+    data = idle(host=native(user="root", uid=0))
+    assert fit(data, who=None, memlock="1M", accounting="user", **EXACT)["fits"] is False
+
+
+def test_who_has_not_what_others_have_is_not_accounted_as_they_are() -> None:
+    data = info(processes=[unit(**CAPABLE, accounting="none")], users=[])
+    given = {"who": "vm", "memlock": "100M", "cap_ipc_lock": False, **EXACT}
+    assert fit(data, **given)["accounting"] is None
+    assert fit(data, **{**given, "memlock": "1M"})["fits"] is False
+    assert fit(idle(host=host(qemu=[emulator(True)])), **{**given, "memlock": "1M"})["fits"] is False
+
+
 CAPABLE: Row = {"capabilities": {"effective": ["cap_ipc_lock"]}}
 OF_LEGACY: Row = {
     "iommufds": [],
@@ -1454,6 +1500,7 @@ WRONG: dict[str, tuple[str, tuple[Any, ...]]] = {
     ),
     "viommu": ("viommu: {} is unknown: give none, each or nested.", ("x", 2, "")),
     "live_update": ("live_update: {} is not a boolean: give true or false.", (None, "x", 2, "")),
+    "cap_ipc_lock": ("cap_ipc_lock: {} is not a boolean: give true or false.", ("x", 2, "")),
     "accounting": (
         "accounting: {} is unknown: give auto, user, process, none.",
         ("cap_ipc_lock", None, "", ["user"], {}, True),
