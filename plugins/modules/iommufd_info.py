@@ -907,7 +907,10 @@ users:
       elements: int
       sample: [4242]
     charged_bytes:
-      description: The pinned memory of these processes, an estimate of what the kernel has charged to the user.
+      description:
+        - The pinned memory of these processes, an estimate of what the kernel has charged to the user.
+        - Of a QEMU whose iommufds differ in their mode, and that does not lock memory itself, it is what C(VmLck) has
+          not.
       type: int
       sample: 67371008
     uncertain_bytes:
@@ -1464,7 +1467,7 @@ def process_and_user_rows(unseen: Unseen, pids: list[int] | None, uids: set[int]
     users = [
         user_row(uid, of_user)
         for uid, of_user in sorted(totals.items())
-        if (of_user.pids or of_user.uncertain or uid in seen.unseen if uids is None else uid in uids)
+        if (of_user.pids or of_user.charged or of_user.uncertain or uid in seen.unseen if uids is None else uid in uids)
     ]
     return processes, users
 

@@ -32,6 +32,7 @@ __all__ = (
     "capability_of",
     "emulator",
     "has_contained",
+    "is_root",
     "knows_iommufd",
     "limit_of",
     "prerequisites",
@@ -317,7 +318,7 @@ def accounting_of(info: Info, asked: Asked, owner: Owner, starter: str | None) -
         return Accounting(USER, True, "")
     if asked.accounting != AUTO:
         # libvirt takes it away.
-        by_root = asked.capable is None and _is_root(owner) and starter != SYSTEM
+        by_root = asked.capable is None and is_root(owner) and starter != SYSTEM
         may = by_root and not _lacks_capability(info, owner)
         return Accounting(asked.accounting, None if may else bool(asked.capable), BY_ROOT if may else "")
     found = _found(info, asked, owner, starter)
@@ -327,7 +328,8 @@ def accounting_of(info: Info, asked: Asked, owner: Owner, starter: str | None) -
     return Accounting(found.mode if asked.capable or not found.capable else None, asked.capable, "")
 
 
-def _is_root(owner: Owner) -> bool:
+def is_root(owner: Owner) -> bool:
+    """Whether it is root, whose programs have all capabilities that are not taken away."""
     return owner.uid == 0 or owner.name == "root"
 
 
@@ -419,7 +421,7 @@ def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> 
     if shown:
         differ = "may have other VMs than were seen whole" if partly else "has VMs that differ in accounting"
         return Accounting(None, capable, f"{name} {differ}.")
-    if _is_root(owner):
+    if is_root(owner):
         return Accounting(None, None, BY_ROOT)
     return Accounting(
         None, False, f"No running VM of {name} shows its accounting, which is per user unless somebody sets it."
@@ -429,7 +431,7 @@ def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> 
 def _capability_by_running(rows: list[Mapping[str, Any]], owner: Owner, name: str) -> Accounting:
     """Whether a VM without an iommufd has CAP_IPC_LOCK, as the user's running VMs have it or not."""
     shown = {capability_of(row) for row in rows}
-    root = _is_root(owner)
+    root = is_root(owner)
     if not shown:
         return Accounting(None, None, BY_ROOT) if root else Accounting(None, False, "")
     if shown == {False}:

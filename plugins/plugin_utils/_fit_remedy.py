@@ -17,6 +17,7 @@ from ._fit_host import (
     by_hostdev,
     emulator,
     has_contained,
+    is_root,
     knows_iommufd,
     raised,
     reckoning,
@@ -207,7 +208,9 @@ def _capability(case: Case) -> str | None:
     if settled(case, capable=True).told.fits is not True or has_contained(case.info, case.owner):
         return None
     if case.starter not in (SYSTEM, SESSION):
-        how = "AmbientCapabilities=CAP_IPC_LOCK in its unit"
+        # Root has all that is not taken away.
+        by_root = "no CapabilityBoundingSet= in its unit that takes it away"
+        how = by_root if is_root(case.owner) else "AmbientCapabilities=CAP_IPC_LOCK in its unit"
         return f"give the VMM CAP_IPC_LOCK ({how}), and with it the right to pin all memory"
     path = emulator(case.info, case.asked, case.owner)
     how = f"setcap cap_ipc_lock+ep {path}" if path else "a file capability of its program"

@@ -557,6 +557,8 @@ def test_nor_does_the_mode_tell_whether_root_has_the_capability(who: Any, accoun
     # Each answer settles it.
     without = fit(idle(), **given, cap_ipc_lock=False)
     assert (without["fits"], without["accounting"]) == (False, accounting)
+    # In the unit of a root without it, AmbientCapabilities= alone would give it nothing.
+    assert "(no CapabilityBoundingSet= in its unit that takes it away)" in without["remedy"]
     assert fit(idle(), **given, cap_ipc_lock="yes")["fits"] is True
     assert fit(idle(), **{**given, "accounting": "none"})["fits"] is True
     assert fit(idle(), **{**given, "memlock": "64M"})["fits"] is True
@@ -1675,6 +1677,15 @@ def test_root_is_sent_to_look_only_where_something_was_not_seen(view: list[Row],
     assert ("Run virt.iommufd.iommufd_info as root" in question) is by_root
     assert ("By io_uring they are, by vDPA or RDMA they are not." in question) is not by_root
     assert question.endswith(" A limit of 117440512 bytes suffices whatever it is.")
+
+
+def test_a_vm_with_iommufds_of_both_modes_is_told_of_where_it_decides() -> None:
+    both = [*iommufds(1), {**iommufds(1, 1, mode="process")[1]}]
+    given = {"who": "vm", "memlock": "100M", "accounting": "user", **EXACT}
+    for its, told in ((both, True), (iommufds(1, 1), False), (None, False)):
+        data = info(processes=[unit(iommufds=its, accounting=None)], users=[of_vm(0, 48 * MIB)])
+        question = fit(data, **given)["question"]
+        assert ("By an iommufd in the mode user they are, by one in the mode process they are not." in question) is told
 
 
 MEM_LOCK = "-overcommit mem-lock=on"
