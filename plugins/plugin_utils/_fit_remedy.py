@@ -27,7 +27,7 @@ from ._fit_input import NONE, THE_IOMMUFD
 from ._fit_qemu import Clash
 from ._fit_words import question_of
 from ._fit_xml import CONTAINER, LIBVIRTS
-from ._host_info import its_hard_limit
+from ._host_info import capability_for, its_hard_limit
 
 __all__ = ("remedy_of",)
 
@@ -63,14 +63,14 @@ def _for_the_daemon(case: Case) -> str | None:
     """What lets libvirt start such a domain."""
     libvirt = case.info["host"].get("libvirt") or {}
     it_is = case.refused == case.limit.refused or by_hostdev(case.info, case.asked)
-    if case.refused in case.needs and libvirt.get("cap_sys_resource") is False and it_is:
-        lines = " and ".join(libvirt.get("drop_in") or ["CapabilityBoundingSet=CAP_SYS_RESOURCE"])
-        return (
-            f"To make it fit: let libvirt's daemon use CAP_SYS_RESOURCE, and restart it: by {lines} in a drop-in of"
-            f" {libvirt.get('unit') or 'its unit'} where that takes it away, or by a policy module of your own where"
-            " SELinux denies it."
-        )
-    return None
+    if case.refused not in case.needs or libvirt.get("cap_sys_resource") is not False or not it_is:
+        return None
+    if libvirt.get("drop_in"):
+        return f"To make it fit: give {capability_for(libvirt['unit'], libvirt['drop_in'])}."
+    return (
+        "To make it fit: let libvirt's daemon use CAP_SYS_RESOURCE, by a restart where its unit was changed since it"
+        " started, or by a policy module of your own where SELinux denies that."
+    )
 
 
 def _without_memtune(case: Case) -> str | None:

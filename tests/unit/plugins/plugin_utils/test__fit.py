@@ -14,6 +14,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._accounting import QU
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.plugin_utils import _fit_words
 from ansible_collections.virt.iommufd.plugins.plugin_utils._fit import memlock_fit
+from ansible_collections.virt.iommufd.plugins.plugin_utils._host_info import capability_for
 from ansible_collections.virt.iommufd.tests.unit.filter_docs import documented_fields
 from ansible_collections.virt.iommufd.tests.unit.fit_rows import (
     GIB,
@@ -22,6 +23,7 @@ from ansible_collections.virt.iommufd.tests.unit.fit_rows import (
     PAGE,
     PINNED,
     QEMU,
+    UNIT,
     Row,
     emulator,
     host,
@@ -796,7 +798,10 @@ def test_a_session_with_the_limit_of_the_distribution() -> None:
     assert "hard_limit" not in answer["remedy"]
 
 
-HARDENED = libvirt(cap_sys_resource=False, sets_rlimit_mode=False, reason="Its unit takes that away.")
+BOUNDED = "CapabilityBoundingSet=CAP_SYS_RESOURCE"
+HARDENED = libvirt(
+    cap_sys_resource=False, sets_rlimit_mode=False, reason="Its unit takes that away.", drop_in=[BOUNDED]
+)
 
 
 @pytest.mark.parametrize("accounting", ["auto", "none", "process", "user"])
@@ -807,7 +812,7 @@ def test_a_daemon_without_the_capability_starts_no_domain(accounting: str) -> No
     (need,) = answer["prerequisites"]
     assert need.startswith("libvirt's daemon may not use CAP_SYS_RESOURCE")
     assert answer["reason"].startswith(need)
-    assert "CapabilityBoundingSet=CAP_SYS_RESOURCE in a drop-in of virtqemud.service" in answer["remedy"]
+    assert answer["remedy"] == f"To make it fit: give {capability_for(UNIT, [BOUNDED])}."
     assert "setcap" not in answer["remedy"]
 
 
