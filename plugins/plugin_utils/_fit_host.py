@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..module_utils._accounting import IOMMUFD, LEGACY, PROCESS, UNKNOWN, UNLIMITED, USER, Device, Span, exactly
+from ..module_utils._domain_xml import counted_limit
 from ..module_utils._size import human_size
 from ._fit_input import AUTO, NONE, Asked, Owner
 from ._fit_xml import LIBVIRTS
@@ -151,8 +152,7 @@ def reckoning(asked: Asked, memory: int, seen: bool | None) -> Span | None:
         counted = Span(alone, alone if seen is False else counted.most)
     if not counted.most:
         return None
-    least = memory * counted.least + GIB if counted.least else 0
-    return Span(least, memory * counted.most + GIB)
+    return Span(counted_limit(memory, counted.least), counted_limit(memory, counted.most))
 
 
 def limit_of(info: Info, asked: Asked, owner: Owner, starter: str | None, memory: int) -> Limit:

@@ -9,9 +9,13 @@ Each remedy was tried on the model, or by asking again: with it alone, the VM fi
 
 from __future__ import annotations
 
-from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER, Device
+from collections.abc import Mapping
+from typing import Any
+
+from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER, Device, exactly
 from ._fit_case import Case, may_charge_user, new_vm, settled
 from ._fit_host import (
+    GIB,
     SESSION,
     SYSTEM,
     by_hostdev,
@@ -87,24 +91,33 @@ def _limit(case: Case) -> str | None:
     enough = case.told.enough
     if enough >= UNLIMITED or (case.limit.span.least >= enough and not case.refused):
         return None
-    wants = _wants_of_session(case) if case.starter == SESSION else enough
-    limit = raised(case.info, case.asked, case.owner, case.starter if case.running is None else None, wants)
-    barred = limit.refused or case.refused not in ("", case.limit.refused)
-    if barred or settled(case, limit=limit.span).told.fits is not True:
-        return None
     next_one = ", for this VM only, since the next one takes still more" if may_charge_user(case) else ""
     if case.running is not None:
-        if case.asked.live_update:
-            return f"give the process that takes it over a limit of {enough} bytes{next_one}"
-        # What its hard limit is beyond that is not to be taken from it.
-        roomy = case.running.get("memlock_hard_unlimited") or (case.running.get("memlock_hard_bytes") or 0) >= enough
-        how = f"prlimit --pid {case.running['pid']} --memlock={enough}:{'' if roomy else enough}"
-        return f"raise its limit as it runs, until it ends ({how}){next_one}"
+        fits = settled(case, limit=exactly(enough)).told.fits is True
+        return _as_it_runs(case, case.running) + next_one if fits else None
+    # To a domain's <hard_limit> its_hard_limit() adds what the emulator itself uses.
+    wants = _wants_of_session(case) if case.starter == SESSION else enough + GIB * (case.starter == SYSTEM)
+    limit = raised(case.info, case.asked, case.owner, case.starter, wants)
+    # A daemon that may not give so much may not start the domain.
+    barred = limit.refused or (case.starter == SYSTEM and limit.span.least < wants)
+    if barred or case.refused not in ("", case.limit.refused):
+        return None
+    if settled(case, limit=limit.span).told.fits is not True:
+        return None
     if case.starter == SESSION:
         return _of_the_session(case, wants) + next_one
-    if case.starter != SYSTEM:
-        return f"raise its limit (LimitMEMLOCK={enough} in its unit){next_one}"
-    return f"raise its limit ({its_hard_limit(enough)}){next_one}"
+    how = its_hard_limit(enough) if case.starter == SYSTEM else f"LimitMEMLOCK={enough} in its unit"
+    return f"raise its limit ({how}){next_one}"
+
+
+def _as_it_runs(case: Case, row: Mapping[str, Any]) -> str:
+    enough = case.told.enough
+    if case.asked.live_update:
+        return f"give the process that takes it over a limit of {enough} bytes"
+    # A hard limit that is high enough is left as it is.
+    roomy = row.get("memlock_hard_unlimited") or (row.get("memlock_hard_bytes") or 0) >= enough
+    how = f"prlimit --pid {row['pid']} --memlock={enough}:{'' if roomy else enough}"
+    return f"raise its limit as it runs, until it ends ({how})"
 
 
 def _wants_of_session(case: Case) -> int:

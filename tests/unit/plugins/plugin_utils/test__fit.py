@@ -1310,6 +1310,15 @@ def test_no_remedy_for_a_kernel_without_iommufd() -> None:
     assert fit(info(host=host(module="absent")), memlock="1M", who="vm", accounting="process")["remedy"] is None
 
 
+@pytest.mark.parametrize(("hard", "helps"), [(GIB + 64 * MIB, True), (GIB + 64 * MIB - 1, False)])
+@pytest.mark.parametrize("may", [False, None])
+def test_a_hard_limit_is_a_remedy_where_the_daemon_may_give_so_much(hard: int, helps: bool, may: bool | None) -> None:
+    on = native(cap_sys_resource=may, sets_rlimit_mode=None, memlock_hard_bytes=hard)
+    answer = fit(idle(host=on), memlock="32M", devices=[LEGACY], accounting="user", **EXACT)
+    assert answer["fits"] is False
+    assert ("<hard_limit" in answer["remedy"]) is helps
+
+
 def test_a_session_refuses_a_hard_limit_and_without_it_starts_the_domain() -> None:
     xml = domain(HOSTDEV, HARD_LIMIT)
     answer = memlock_fit(idle(host=native(sessions=[session(2 * GIB)])), domain_xml=xml, user="vm")
