@@ -216,9 +216,12 @@ def _next_space(asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...], 
     seen = max((amount // spaces for amount, spaces in _counted(row, held)), default=0)
     if _may_have_more(row, held, memory):
         return Span(told.least, max(told.most, seen))
-    if asked.overhead is None and {each.backend for each in held} == {IOMMUFD} and seen >= memory:
+    by_iommufd = {each.backend for each in held} == {IOMMUFD}
+    if by_iommufd and seen >= memory and asked.overhead is None:
         return exactly(seen)
-    return Span(max(told.least, seen), max(told.most, seen))
+    # What it was started with may be gone since.
+    less = by_iommufd and len(held) == 1 and seen < memory and asked.memory is None and not held[0].as_it_runs
+    return Span(seen if less else max(told.least, seen), max(told.most, seen))
 
 
 def _counted(row: Mapping[str, Any], held: tuple[Device, ...]) -> list[tuple[int, int]]:

@@ -919,6 +919,7 @@ HAS_MDEV: list[Row] = [{"backend": "iommufd", "as_it_runs": True}]
 # After 32 MiB were plugged, or 64
 GROWN = PINNED + 32 * MIB
 PLUGGED: Row = {"pinned_bytes": GROWN}
+UNPLUGGED: Row = {"memory_bytes": 96 * MIB}
 TWICE: Row = {"pinned_bytes": 2 * PINNED, "address_spaces": None}
 OF_USER: Row = {**ANOTHER, "mode": "user"}
 LOCKS_GROWN: Row = {
@@ -981,6 +982,11 @@ GROWTH = [
     ({**PLUGGED, "memory_bytes": None}, {"devices": [OF_USER], "overhead": 0, "memlock": 2 * GROWN - 1}, None),
     (LOCKS_GROWN, {"devices": [VDPA], "overhead": 0, "memlock": GROWN}, True),
     (LOCKS_GROWN, {"devices": [VDPA], "overhead": 0, "memlock": GROWN - 1}, False),
+    # What it was started with, and is gone
+    (UNPLUGGED, {"devices": [OF_USER], "overhead": 0, "memlock": 2 * PINNED - 1}, False),
+    (UNPLUGGED, {"devices": [OF_USER], "overhead": 0, "memlock": 2 * PINNED}, None),
+    (UNPLUGGED, {"devices": [OF_USER], "overhead": 0, "memlock": PINNED + 96 * MIB}, True),
+    ({**UNPLUGGED, "vfio_devices": HAS_MDEV}, {"devices": [OF_USER], "overhead": 0, "memlock": 2 * PINNED}, False),
     # Or it is a second address space that was not found. Who knows its memory, knows.
     (TWICE, {"devices": [OF_USER], "overhead": 0, "memlock": 3 * PINNED}, None),
     (TWICE, {"devices": [OF_USER], "overhead": 0, "memlock": 4 * PINNED}, True),
