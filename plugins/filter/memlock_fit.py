@@ -160,6 +160,8 @@ options:
         they do not say is read from the running VM. Of O(locked), it matters only whether there is any.
       - libvirt raises the limit of its domains when they get memory or a device, unless they have C(<hard_limit>). So
         give O(memlock), where the present limit does not suffice.
+      - What it pins in one of its address spaces is what it pins at least in one that it gets, whatever O(memory) and
+        O(overhead) are. So memory that was plugged before counts, though no command line has it.
     type: dict
     suboptions:
       vm:
@@ -179,6 +181,12 @@ options:
         whether a new VM must be able to, later. The kernel charges the new process before it relieves the old one.
     type: bool
     default: false
+  cap_ipc_lock:
+    description:
+      - Whether the VMM has CAP_IPC_LOCK in the initial user namespace, where O(accounting) does not tell that.
+      - If not given, a VM with V(user) or V(process) as O(accounting) has it not. One of root may have it, unless the
+        running VMs of root show that they have not. A unit can take it away by C(CapabilityBoundingSet=), for one.
+    type: bool
 notes:
   - The kernel does not publish what it has charged to a user. For per-user accounting, the filter relies on the
     estimate RV(virt.iommufd.iommufd_info#module:users[].charged_bytes), and RV(_value.reason) says how much would be
@@ -278,7 +286,8 @@ _value:
       sample: 67371008
     needed:
       description:
-        - What the VM adds to that counter at most, in bytes. Where it is not one counter, the most that it adds to any.
+        - What the VM adds to that counter at most, in bytes, with all that it gets. In a live update, that is what must
+          be free for it. Where it is not one counter, the most that it adds to any.
         - V(null) where that is not known.
       type: int
       sample: 69793218560
@@ -299,6 +308,7 @@ _value:
     remedy:
       description:
         - What to change so that the VM fits, the least harmful first. With each of them alone, it would.
+        - Where what would help depends on what is not known, it says on what.
         - V(null) where it fits, and where nothing is known that would help.
       type: str
       sample: >-

@@ -35,6 +35,7 @@ Ways = Optional[frozenset[Optional[str]]]  # at run time: Python 3.9 has no str 
 _COUNTERS = (USER, MM_LOCKED, MM_PINNED)
 _BACKENDS = {IOMMUFD_USER: IOMMUFD, IOMMUFD_PROCESS: IOMMUFD}
 _LEGACY_ALONE: Ways = frozenset({LEGACY})
+_BOTH_MODES: Ways = frozenset({IOMMUFD_USER, IOMMUFD_PROCESS})
 _ACCOUNTINGS = {IOMMUFD_USER: USER, IOMMUFD_PROCESS: PROCESS}
 
 
@@ -189,7 +190,9 @@ def total(accounts: Iterable[Account], others_pinned: int = 0, unseen: bool = Fa
     accounts = [each for each in accounts if not each.holder]
     mine = [each for each in accounts if accounting(each) == USER]
     unknown = [each for each in accounts if accounting(each) is None]
-    sum_ = sum(each.pinned for each in mine if not _has(each, VDPA))
+    sum_ = sum(each.pinned for each in mine if not _has(each, VDPA)) + sum(
+        _by_mode_user(each) or 0 for each in accounts
+    )
     uncertain = others_pinned + sum(each.pinned for each in accounts if _is_uncertain(each))
     busy = [each for each in mine if not (each.idle or each.keeps)]
     risk: bool | None = _lacks_room([each for each in busy if each.holder is False], sum_)
@@ -203,8 +206,19 @@ def total(accounts: Iterable[Account], others_pinned: int = 0, unseen: bool = Fa
 def _is_uncertain(account: Account) -> bool:
     """Whether its user may be charged for what a process has pinned (VmPin), or for some of it."""
     how = accounting(account)
+    if _by_mode_user(account) is not None:
+        return False
     # What a legacy container pins is not in VmPin, so it is something else that is.
     return how is None or (how == USER and _has(account, VDPA)) or account.ways == _LEGACY_ALONE
+
+
+def _by_mode_user(account: Account) -> int | None:
+    """What a process with iommufds of both modes has pinned by those in the mode user, which is what VmLck has not.
+
+    None for others, and where it may have locked something itself.
+    """
+    split = account.ways == _BOTH_MODES and account.capable is False and account.locks is False
+    return account.pinned - account.locked if split and account.locked <= account.pinned else None
 
 
 def _lacks_room(accounts: list[Account], sum_: int) -> bool:
@@ -339,7 +353,7 @@ def _why_unknown(account: Account) -> str:
         )
     if None in account.ways:
         return "The rlimit mode of an iommufd of it could not be read."
-    return "Its iommufds differ in their rlimit mode, and the kernel does not tell what was pinned through which."
+    return "Its iommufds differ in their rlimit mode: by which of them it pins decides who is charged for that."
 
 
 def _contradictions_of_user(account: Account, of_user: Total, largest_limit: int | None) -> list[str]:

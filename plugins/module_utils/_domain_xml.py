@@ -23,7 +23,7 @@ from ._size import SIZE_MAX, parse_size
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
-__all__ = ("CONTAINER", "LIBVIRTS", "Defined", "parse_domain", "properties", "reckoned_limit")
+__all__ = ("CONTAINER", "LIBVIRTS", "Defined", "counted_limit", "parse_domain", "properties", "reckoned_limit")
 
 _ARGUMENTS_MAX = 4096
 
@@ -123,9 +123,12 @@ def reckoned_limit(defined: Defined) -> int | None:
         return defined.hard_limit
     if defined.locked:
         return UNLIMITED
-    if not defined.counted:
-        return defined.counted
-    return min(defined.memory * defined.counted + _GIB, SIZE_MAX)
+    return None if defined.counted is None else counted_limit(defined.memory, defined.counted)
+
+
+def counted_limit(memory: int, counted: int) -> int:
+    """The limit that libvirt reckons for memory that it counts so many times; 0 where it sets none."""
+    return min(memory * counted + _GIB, SIZE_MAX) if counted else 0
 
 
 def _bytes(element: Element | None, path: str) -> int:

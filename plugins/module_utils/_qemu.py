@@ -32,11 +32,14 @@ _GROUPS = {
     b"m": (b"memory", b"size"),
     b"M": (b"machine", b"type"),
     b"machine": (b"machine", b"type"),
+    b"device": (b"device", b"driver"),
     b"object": (b"object", b"qom-type"),
     b"overcommit": (b"overcommit", b""),
     b"realtime": (b"realtime", b""),
 }
 _LOCKING = (b"overcommit", b"realtime")
+# Devices whose memory changes as the guest runs, or is not all that their backend has.
+_OTHER_MEMORY = (b"nvdimm", b"virtio-mem", b"virtio-pmem")
 # How many files for -readconfig are looked at. One is what there is.
 _FILES_MAX = 8
 # [group] or [group "id"], and key = "value"
@@ -103,8 +106,8 @@ def look_at_guest(program: bytes, arguments: list[bytes], read: Read) -> Guest:
 
 def _of_qemu(arguments: list[bytes], read: Read) -> Guest:
     settings: defaultdict[bytes, list[Properties]] = defaultdict(list)
-    # Whether a file may have another memory than what came after it, and whether one may have memory locked.
-    lacks_memory = lacks_locks = changes_user = False
+    # Whether a file was not read, in which there may be anything, and whether one may have memory locked.
+    lacks = lacks_locks = changes_user = False
     files = 0
     for option, value in _options(arguments):
         # See os_setup_post() in os-posix.c, which comes after the devices.
@@ -113,17 +116,15 @@ def _of_qemu(arguments: list[bytes], read: Read) -> Guest:
             group, implied = _GROUPS[option]
             found = _from_json(value) if value[:1] == b"{" else _split(value, implied)
             settings[group].append(found)
-            lacks_memory = lacks_memory and not (group == b"memory" and b"size" in found)
         elif option == b"readconfig":
             files += 1
             text = read(value) if files <= _FILES_MAX else None
-            lacks_memory = lacks_memory or text is None
+            lacks = lacks or text is None
             for group, found in _sections(text or b""):
                 # It depends on the version whether such a section has any effect.
                 lacks_locks = lacks_locks or group in _LOCKING
                 settings[group if group not in _LOCKING else b""].append(found)
-            lacks_locks = lacks_locks or text is None
-    return Guest(None if lacks_memory else _memory(settings), _locks(settings, lacks_locks), changes_user)
+    return Guest(None if lacks else _memory(settings), _locks(settings, lacks or lacks_locks), changes_user)
 
 
 def _from_json(text: bytes) -> Properties:
@@ -153,16 +154,24 @@ def _sections(text: bytes) -> Iterator[tuple[bytes, Properties]]:
 
 
 def _memory(settings: dict[bytes, list[Properties]]) -> int | None:
-    """The memory of QEMU's guest. -m comes before the machine's own properties."""
+    """The memory of QEMU's guest, with the DIMMs that it starts with. -m comes before the machine's own properties."""
     # What a generator has yielded may have grown since.
     together = {group: {key: value for each in some for key, value in each.items()} for group, some in settings.items()}
     given, machine = together.get(b"memory", {}), together.get(b"machine", {})
+    backends = {each.get(b"id"): each.get(b"size", b"") for each in settings.get(b"object", [])}
     if b"size" in given:
-        return _size(given[b"size"], b"m")
-    if b"memory.size" in machine:
-        return _size(machine[b"memory.size"], b"b")
-    backends = [each for each in settings.get(b"object", []) if each.get(b"id") == machine.get(b"memory-backend", b"")]
-    return _size(backends[-1].get(b"size", b""), b"b") if backends else None
+        sizes = [_size(given[b"size"], b"m")]
+    elif b"memory.size" in machine:
+        sizes = [_size(machine[b"memory.size"], b"b")]
+    else:
+        sizes = [_size(backends.get(machine.get(b"memory-backend", b""), b""), b"b")]
+    for each in settings.get(b"device", []):
+        if each.get(b"driver") == b"pc-dimm":
+            sizes.append(_size(backends.get(each.get(b"memdev", b""), b""), b"b"))
+        elif each.get(b"driver", b"").startswith(_OTHER_MEMORY):
+            sizes.append(None)
+    known = [each for each in sizes if each is not None]
+    return sum(known) if len(known) == len(sizes) and sum(known) <= SIZE_MAX else None
 
 
 def _locks(settings: dict[bytes, list[Properties]], lacks: bool) -> bool | None:

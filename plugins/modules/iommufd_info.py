@@ -618,11 +618,12 @@ processes:
     memory_bytes:
       description:
         - The memory of QEMU's guest by its command line, be it by C(-m), C(-machine) or a memory backend; that of
-          cloud-hypervisor's by C(--memory). What is plugged in later is not in it.
+          cloud-hypervisor's by C(--memory). The DIMMs that QEMU is started with (C(-device pc-dimm)) are in it. What is
+          plugged or unplugged later does not change it.
         - A file for C(-readconfig) is read where its absolute path means the same to this module, and nobody but root
           can write it. What the kernel makes up, as below C(/proc) and C(/sys), is no file.
-        - V(null) for other programs, where that is missing or unreadable, and where the command line is longer than
-          256 KiB or 8192 words.
+        - V(null) for other programs, where that is missing or unreadable, where QEMU is started with an C(nvdimm),
+          C(virtio-mem) or C(virtio-pmem), and where the command line is longer than 256 KiB or 8192 words.
       type: int
       sample: 67108864
     locks_memory:
@@ -918,7 +919,10 @@ users:
       elements: int
       sample: [4242]
     charged_bytes:
-      description: The pinned memory of these processes, an estimate of what the kernel has charged to the user.
+      description:
+        - The pinned memory of these processes, an estimate of what the kernel has charged to the user.
+        - Of a QEMU whose iommufds differ in their mode, and that does not lock memory itself, it is what C(VmLck) has
+          not.
       type: int
       sample: 67371008
     uncertain_bytes:
@@ -1494,7 +1498,7 @@ def process_and_user_rows(
     users = [
         user_row(uid, of_user)
         for uid, of_user in sorted(totals.items())
-        if (of_user.pids or of_user.uncertain or uid in seen.unseen if uids is None else uid in uids)
+        if (of_user.pids or of_user.charged or of_user.uncertain or uid in seen.unseen if uids is None else uid in uids)
     ]
     return processes, users
 

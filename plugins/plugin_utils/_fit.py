@@ -42,10 +42,8 @@ def charged_to(case: Case) -> str | None:
 def numbers(case: Case) -> dict[str, int | None]:
     """What is charged, needed and allowed, by the counter that decides."""
     counter = case.told.counter
-    vm = case.steps[0]
-    held = {USER: vm.held_user, MM_LOCKED: vm.held_mm_locked, MM_PINNED: vm.held_mm_pinned}
-    demands = [demand(each, kernel) for each in case.steps for kernel in kernels(case.info)]
-    needed = max(max(adds[counter].most for adds in demands) if counter else _most(adds) for adds in demands)
+    held = {name: getattr(case.steps[0], f"held_{name}") for name in (USER, MM_LOCKED, MM_PINNED)}
+    needed = max(_needed(case, name) for name in ([counter] if counter else held))
     charged = held[counter].least if counter else held[USER].least if may_charge_user(case) else 0
     span = case.limit.span
     limit = span.least if span.least == span.most and span.least < UNLIMITED else None
@@ -58,8 +56,12 @@ def numbers(case: Case) -> dict[str, int | None]:
     }
 
 
-def _most(adds: dict[str, Span]) -> int:
-    return max(span.most for span in adds.values())
+def _needed(case: Case, counter: str) -> int:
+    """What all that becomes of the VM adds to a counter, at most, beyond what that holds at first."""
+    held: list[Span] = [getattr(vm, f"held_{counter}") for vm in case.steps]
+    known = [span.least if span.most >= UNLIMITED else span.most for span in held]
+    adds = [max(demand(vm, kernel)[counter].most for kernel in kernels(case.info)) for vm in case.steps]
+    return max(before - known[0] + more for before, more in zip(known, adds))
 
 
 def answer(info: Any, **parameters: Any) -> dict[str, Any]:
@@ -92,6 +94,7 @@ def memlock_fit(
     domain_xml: Any = None,
     grow: Any = None,
     live_update: Any = False,
+    cap_ipc_lock: Any = None,
 ) -> dict[str, Any]:
     """The answer, as the filter of that name returns it. Raises IommufdError where it is not given what it takes."""
     parameters = {name: value for name, value in locals().items() if name != "info"}

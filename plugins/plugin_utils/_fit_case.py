@@ -57,6 +57,7 @@ __all__ = (
     "STARTS",
     "Case",
     "at_best",
+    "doubted",
     "judge",
     "kernels",
     "may_charge_user",
@@ -90,7 +91,8 @@ class Case(NamedTuple):
 
     `steps`: what becomes of the VM, one after the other, each as the model has it. `pins`: what it pins, in words.
     `told`: the outcome. `refused`: why it would not be started at all, else "". `needs`: what is not there that it must
-    have. `running`: the row of a VM that runs already. `clash`: what its QEMU does, whatever the limit.
+    have. `running`: the row of a VM that runs already. `clash`: what its QEMU does, whatever the limit. `doubt`: what
+    has to be asked, whatever the limit, before it may be told to fit.
     """
 
     info: Info
@@ -106,6 +108,7 @@ class Case(NamedTuple):
     needs: list[str]
     running: Mapping[str, Any] | None = None
     clash: Clash = Clash()
+    doubt: str | None = None
 
 
 def kernels(info: Info) -> tuple[Kernel, ...]:
@@ -170,11 +173,16 @@ def may_charge_user(case: Case) -> bool:
 
 
 def settled(case: Case, **changes: Any) -> Case:
-    """The same VM with another limit, other devices or another capability."""
+    """The same VM with another limit, other devices or another capability, and what becomes of that."""
     steps = tuple(vm._replace(**changes) for vm in case.steps)
-    if "devices" in changes:
+    if case.running is None:
         steps = _steps(case.asked, steps[0], case.info)
-    return case._replace(steps=steps, told=judge(case.info, steps))
+    return case._replace(steps=steps, told=doubted(judge(case.info, steps), case.doubt))
+
+
+def doubted(told: Verdict, question: str | None) -> Verdict:
+    """The verdict where something has to be asked before it may be true."""
+    return told if question is None or told.fits is False else told._replace(fits=None, question=question)
 
 
 def _as_libvirt_has_it(info: Info, asked: Asked) -> Asked:
@@ -210,18 +218,15 @@ def new_vm(info: Info, asked: Asked) -> Case:
     vm, pins = _beyond(info, asked, vm)
     steps = _steps(asked, vm._replace(locked=_locked(asked, vm)), info)
     refused, needs = refusal(info, asked, starter), prerequisites(info, asked.devices)
-    told = judge(info, steps)
-    if refused is None and told.fits is not False:
-        told = told._replace(fits=None, question=STARTS)
     by_qemu = clash(candidates(info, asked), steps[0].devices, asked.viommu)
-    if by_qemu.question and told.fits is not False:
-        told = told._replace(fits=None, question=by_qemu.question)
+    doubt = STARTS if refused is None else None
+    told = doubted(judge(info, steps), by_qemu.question or doubt)
     no_iommufd = any(each.backend == IOMMUFD for each in asked.devices) and info["host"].get("module") == "absent"
     refused = refused or limit.refused or ("This host's kernel has no iommufd." if no_iommufd else "")
     needs = [*needs, *([refused] if refused and refused not in needs else [])]
     refused = refused or by_qemu.ends
     needs += [FILE_BACKED] if asked.live_update else []
-    return Case(info, asked, owner, starter, limit, accounting, steps, pins, told, refused, needs, None, by_qemu)
+    return Case(info, asked, owner, starter, limit, accounting, steps, pins, told, refused, needs, None, by_qemu, doubt)
 
 
 def _with_mode(devices: tuple[Device, ...], mode: str | None) -> tuple[Device, ...]:

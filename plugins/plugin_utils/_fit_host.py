@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..module_utils._accounting import IOMMUFD, LEGACY, PROCESS, UNKNOWN, UNLIMITED, USER, Device, Span, exactly
+from ..module_utils._domain_xml import counted_limit
 from ..module_utils._size import human_size
 from ._fit_input import AUTO, NONE, Asked, Owner
 from ._fit_xml import LIBVIRTS
@@ -32,9 +33,11 @@ __all__ = (
     "capability_of",
     "emulator",
     "has_contained",
+    "is_root",
     "knows_iommufd",
     "limit_of",
     "prerequisites",
+    "raised",
     "reckoning",
     "refusal",
     "session_of",
@@ -152,8 +155,7 @@ def reckoning(asked: Asked, memory: int, seen: bool | None) -> Span | None:
         counted = Span(alone, alone if seen is False else counted.most)
     if not counted.most:
         return None
-    least = memory * counted.least + GIB if counted.least else 0
-    return Span(least, memory * counted.most + GIB)
+    return Span(counted_limit(memory, counted.least), counted_limit(memory, counted.most))
 
 
 def limit_of(info: Info, asked: Asked, owner: Owner, starter: str | None, memory: int) -> Limit:
@@ -175,6 +177,18 @@ def limit_of(info: Info, asked: Asked, owner: Owner, starter: str | None, memory
         return _session_limit(session_of(info, owner), owner, reckoned)
     most = UNLIMITED if reckoned is None else reckoned.most
     return Limit(Span(0, most), "a limit that is not known, since it is not known who libvirt's VMs run as")
+
+
+def raised(info: Info, asked: Asked, owner: Owner, starter: str | None, enough: int) -> Limit:
+    """The limit that the VM would have, were it raised to so much where it gets that from."""
+    if starter == SYSTEM:
+        return _system_limit(_libvirt(info), exactly(enough))
+    if starter != SESSION:
+        return Limit(exactly(enough), "")
+    hard = {"memlock_hard_bytes": enough, "memlock_hard_unlimited": enough >= UNLIMITED}
+    libvirt = {**_libvirt(info), "sessions": [{"uid": owner.uid, "user": owner.name, **hard}]}
+    its_own = {**info, "host": {**info["host"], "libvirt": libvirt}}
+    return limit_of(its_own, asked._replace(limit=None), owner, starter, asked.memory or 0)
 
 
 def _known(limits: Mapping[str, Any], name: str) -> int | None:
@@ -306,7 +320,30 @@ def accounting_of(info: Info, asked: Asked, owner: Owner, starter: str | None) -
     if asked.accounting == NONE:
         return Accounting(USER, True, "")
     if asked.accounting != AUTO:
-        return Accounting(asked.accounting, False, "")
+        # libvirt takes it away.
+        by_root = asked.capable is None and is_root(owner) and starter != SYSTEM
+        may = by_root and not _lacks_capability(info, owner)
+        return Accounting(asked.accounting, None if may else bool(asked.capable), BY_ROOT if may else "")
+    found = _found(info, asked, owner, starter)
+    if asked.capable is None:
+        return found
+    # The VMs that have it show nothing of the mode of one that has not.
+    return Accounting(found.mode if asked.capable or not found.capable else None, asked.capable, "")
+
+
+def is_root(owner: Owner) -> bool:
+    """Whether it is root, whose programs have all capabilities that are not taken away."""
+    return owner.uid == 0 or owner.name == "root"
+
+
+def _lacks_capability(info: Info, owner: Owner) -> bool:
+    """Whether the running VMs of a user show that what it starts has not CAP_IPC_LOCK."""
+    rows = (row for row in info["processes"] if row["uid"] == owner.uid and row.get("holder") is not True)
+    return {capability_of(row) for row in rows} == {False} and not owner.partly
+
+
+def _found(info: Info, asked: Asked, owner: Owner, starter: str | None) -> Accounting:
+    """How the VM would be accounted, as the host shows."""
     # What a file gives in another user namespace does not count.
     by_file = {False} if has_contained(info, owner) else {each["cap_ipc_lock"] for each in candidates(info, asked)}
     if by_file == {True} and starter == SYSTEM and _passes(info, asked, owner):
@@ -399,7 +436,7 @@ def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> 
     if shown:
         differ = "may have other VMs than were seen whole" if partly else "has VMs that differ in accounting"
         return Accounting(None, capable, f"{name} {differ}.")
-    if owner.uid == 0 or owner.name == "root":
+    if is_root(owner):
         return Accounting(None, None, BY_ROOT)
     return Accounting(
         None, False, f"No running VM of {name} shows its accounting, which is per user unless somebody sets it."
@@ -409,7 +446,7 @@ def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> 
 def _capability_by_running(rows: list[Mapping[str, Any]], owner: Owner, name: str) -> Accounting:
     """Whether a VM without an iommufd has CAP_IPC_LOCK, as the user's running VMs have it or not."""
     shown = {capability_of(row) for row in rows}
-    root = owner.uid == 0 or owner.name == "root"
+    root = is_root(owner)
     if not shown:
         return Accounting(None, None, BY_ROOT) if root else Accounting(None, False, "")
     if shown == {False}:

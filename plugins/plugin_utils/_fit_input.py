@@ -87,6 +87,7 @@ class Asked(NamedTuple):
     `locked`: what the VMM locks itself. `overhead`: what it pins beyond its memory, in all. `counted`: how many times
     libvirt counts the memory, None for a reckoning of its own. `domain`: the XML. `grow`: the VM that this is about, if
     it runs already. `live_update`: whether that, or this one once it runs, is to be taken over by another process.
+    `capable`: whether the VMM has CAP_IPC_LOCK.
     """
 
     memory: int | None
@@ -102,6 +103,7 @@ class Asked(NamedTuple):
     domain: Defined | None
     grow: Growth | None
     live_update: bool
+    capable: bool | None
 
 
 def checked(info: Any) -> Info:
@@ -176,6 +178,7 @@ def asked_of(
     domain_xml: Any,
     grow: Any,
     live_update: Any,
+    cap_ipc_lock: Any,
 ) -> Asked:
     """The VM that the parameters describe."""
     if accounting not in ACCOUNTINGS:
@@ -209,6 +212,7 @@ def asked_of(
         domain=domain,
         grow=growth,
         live_update=_boolean("live_update", live_update),
+        capable=None if cap_ipc_lock is None else _boolean("cap_ipc_lock", cap_ipc_lock),
     )
 
 

@@ -4,28 +4,35 @@
 
 """Private to this collection: what to change so that a VM fits. Pure functions.
 
-Each remedy was tried on the model: with it alone, the VM fits. The least harmful comes first.
+Each remedy was tried on the model, or by asking again: with it alone, the VM fits. The least harmful comes first.
 """
 
 from __future__ import annotations
 
-from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER
-from ._fit_case import Case, may_charge_user, settled
+from collections.abc import Mapping
+from typing import Any
+
+from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER, Device, exactly
+from ._fit_case import Case, may_charge_user, new_vm, settled
 from ._fit_host import (
+    GIB,
     SESSION,
     SYSTEM,
     by_hostdev,
     candidates,
     emulator,
     has_contained,
+    is_root,
     knows_iommufd,
+    raised,
     reckoning,
     session_of,
 )
 from ._fit_input import NONE, THE_IOMMUFD
 from ._fit_qemu import Clash
+from ._fit_words import question_of
 from ._fit_xml import CONTAINER, LIBVIRTS
-from ._host_info import its_hard_limit
+from ._host_info import capability_for, its_hard_limit
 
 __all__ = ("remedy_of",)
 
@@ -34,30 +41,50 @@ def remedy_of(case: Case) -> str | None:
     """What to change so that the VM fits; None where it does, or where nothing that is known would help."""
     if case.told.fits is True and not case.refused:
         return None
+    if case.refused and case.starter == SYSTEM and case.refused != case.clash.ends:
+        return _for_the_daemon(case)
     if case.clash != Clash() and case.refused == case.clash.ends:
         # Nothing helps beside it.
-        cure = _one_iommufd(case)
-        return f"To make it fit: {cure}." if cure else None
-    if case.refused and case.starter == SYSTEM:
-        return _for_the_daemon(case)
-    cures = [
-        cure for cure in (_limit(case), _one_iommufd(case), _no_lock(case), _mode(case), _capability(case)) if cure
-    ]
-    return f"To make it fit: {'; or '.join(cures)}." if cures else None
+        cures = [_one_iommufd(case)]
+    else:
+        cures = [
+            _without_memtune(case),
+            _limit(case),
+            _one_iommufd(case),
+            _no_lock(case),
+            _mode(case),
+            _capability(case),
+        ]
+    if any(cures):
+        return f"To make it fit: {'; or '.join(filter(None, cures))}."
+    missing = case.clash.question or case.doubt
+    if missing is None or case.told.fits is not False or case.refused:
+        return None
+    asks = question_of(case._replace(told=case.told._replace(fits=None, question=missing)))
+    return f"What would make it fit depends on this: {asks}"
 
 
 def _for_the_daemon(case: Case) -> str | None:
     """What lets libvirt start such a domain."""
     libvirt = case.info["host"].get("libvirt") or {}
     it_is = case.refused == case.limit.refused or by_hostdev(case.info, case.asked)
-    if case.refused in case.needs and libvirt.get("cap_sys_resource") is False and it_is:
-        lines = " and ".join(libvirt.get("drop_in") or ["CapabilityBoundingSet=CAP_SYS_RESOURCE"])
-        return (
-            f"To make it fit: let libvirt's daemon use CAP_SYS_RESOURCE, and restart it: by {lines} in a drop-in of"
-            f" {libvirt.get('unit') or 'its unit'} where that takes it away, or by a policy module of your own where"
-            " SELinux denies it."
-        )
-    return None
+    if case.refused not in case.needs or libvirt.get("cap_sys_resource") is not False or not it_is:
+        return None
+    if libvirt.get("drop_in"):
+        return f"To make it fit: give {capability_for(libvirt['unit'], libvirt['drop_in'])}."
+    return (
+        "To make it fit: let libvirt's daemon use CAP_SYS_RESOURCE, by a restart where its unit was changed since it"
+        " started, or by a policy module of your own where SELinux denies that."
+    )
+
+
+def _without_memtune(case: Case) -> str | None:
+    """No <hard_limit>, where it is for that alone that a libvirt starts no domain."""
+    domain = case.asked.domain
+    if domain is None or domain.hard_limit is None or not case.refused or case.refused != case.limit.refused:
+        return None
+    again = new_vm(case.info, case.asked._replace(domain=domain._replace(hard_limit=None)))
+    return None if again.refused or again.told.fits is not True else "leave out its <hard_limit>"
 
 
 def _limit(case: Case) -> str | None:
@@ -67,24 +94,42 @@ def _limit(case: Case) -> str | None:
         return None
     next_one = ", for this VM only, since the next one takes still more" if may_charge_user(case) else ""
     if case.running is not None:
-        pid = case.running["pid"]
-        if case.asked.live_update:
-            return f"give the process that takes it over a limit of {enough} bytes{next_one}"
-        return f"raise its limit as it runs, until it ends (prlimit --pid {pid} --memlock={enough}:{enough}){next_one}"
-    if case.starter == SESSION:
-        return _of_the_session(case, enough) + next_one
-    if case.starter != SYSTEM:
-        return f"raise its limit (LimitMEMLOCK={enough} in its unit){next_one}"
-    if (case.info["host"].get("libvirt") or {}).get("cap_sys_resource") is False:
+        fits = settled(case, limit=exactly(enough)).told.fits is True
+        return _as_it_runs(case, case.running) + next_one if fits else None
+    # To a domain's <hard_limit> its_hard_limit() adds what the emulator itself uses.
+    wants = _wants_of_session(case) if case.starter == SESSION else enough + GIB * (case.starter == SYSTEM)
+    limit = raised(case.info, case.asked, case.owner, case.starter, wants)
+    # A daemon that may not give so much may not start the domain.
+    barred = limit.refused or (case.starter == SYSTEM and limit.span.least < wants)
+    if barred or case.refused not in ("", case.limit.refused):
         return None
-    return f"raise its limit ({its_hard_limit(enough)}){next_one}"
+    if settled(case, limit=limit.span).told.fits is not True:
+        return None
+    if case.starter == SESSION:
+        return _of_the_session(case, wants) + next_one
+    how = its_hard_limit(enough) if case.starter == SYSTEM else f"LimitMEMLOCK={enough} in its unit"
+    return f"raise its limit ({how}){next_one}"
 
 
-def _of_the_session(case: Case, enough: int) -> str:
-    """A session libvirt refuses <memtune>, and cannot give more than it has."""
+def _as_it_runs(case: Case, row: Mapping[str, Any]) -> str:
+    enough = case.told.enough
+    if case.asked.live_update:
+        return f"give the process that takes it over a limit of {enough} bytes"
+    # A hard limit that is high enough is left as it is.
+    roomy = row.get("memlock_hard_unlimited") or (row.get("memlock_hard_bytes") or 0) >= enough
+    how = f"prlimit --pid {row['pid']} --memlock={enough}:{'' if roomy else enough}"
+    return f"raise its limit as it runs, until it ends ({how})"
+
+
+def _wants_of_session(case: Case) -> int:
+    """What the hard limit of a session libvirt must be, which is no less than what it reckons for the VM."""
     reckoned = reckoning(case.asked, case.asked.memory or 0, True)
-    wants = max(enough, reckoned.most if reckoned else 0)
-    value = "infinity" if case.asked.libvirt_locks or wants >= UNLIMITED else str(wants)
+    return UNLIMITED if case.asked.libvirt_locks else max(case.told.enough, reckoned.most if reckoned else 0)
+
+
+def _of_the_session(case: Case, wants: int) -> str:
+    """A session libvirt refuses <memtune>, and cannot give more than it has."""
+    value = "infinity" if wants >= UNLIMITED else str(wants)
     session = session_of(case.info, case.owner)
     uid = case.owner.uid if case.owner.uid is not None else session and session["uid"]
     unit = f"user@{uid}.service" if uid is not None else f"user@UID.service of {case.owner.name}"
@@ -106,14 +151,15 @@ def _one_iommufd(case: Case) -> str | None:
     if len({(each.backend, each.holder) for each in can}) < 2 or not any(each.backend == IOMMUFD for each in can):
         return None
     first = next(each for each in can if each.backend == IOMMUFD)
-    joined = tuple(
-        each._replace(backend=IOMMUFD, holder=first.holder, mode=first.mode) if each in can else each
-        for each in devices
-    )
-    if settled(case, devices=joined).told.fits is not True:
+    joined = tuple(each._replace(backend=IOMMUFD, holder=first.holder) if each in can else each for each in devices)
+    # libvirt has the mode that it has, and sets no other.
+    modes = [first.mode] if case.starter == SYSTEM else [USER, PROCESS] if _has_modes(case) else [USER]
+    works = [mode for mode in modes if _fits_with(case, mode, joined)]
+    if not works:
         return None
     how = " (iommufd='yes' in each <hostdev>)" if first.holder == LIBVIRTS else " (one -object iommufd)"
-    return f"pass all devices through by one iommufd{how if first.holder != THE_IOMMUFD else ''}"
+    in_mode = f", in the mode {works[0]}" if works != modes else ""
+    return f"pass all devices through by one iommufd{how if first.holder != THE_IOMMUFD else ''}{in_mode}"
 
 
 def _no_lock(case: Case) -> str | None:
@@ -127,10 +173,7 @@ def _no_lock(case: Case) -> str | None:
 
 def _mode(case: Case) -> str | None:
     """Another mode of its iommufds, where somebody can set it."""
-    if case.running is not None or case.refused:
-        return None
-    options = case.info["host"].get("options") or {}
-    if options.get("rlimit_mode", {}).get("readable") is False:
+    if case.running is not None or case.refused or not _has_modes(case):
         return None
     modes = {each.mode for vm in case.steps for each in vm.devices if each.backend == IOMMUFD}
     if modes - {PROCESS} and _fits_with(case, PROCESS):
@@ -141,9 +184,17 @@ def _mode(case: Case) -> str | None:
     return None
 
 
-def _fits_with(case: Case, mode: str) -> bool:
-    devices = tuple(each._replace(mode=mode) if each.backend == IOMMUFD else each for each in case.steps[0].devices)
-    return settled(case, devices=devices).told.fits is True
+def _has_modes(case: Case) -> bool:
+    """Whether the kernel has the mode process, as far as that is known."""
+    options = case.info["host"].get("options") or {}
+    return options.get("rlimit_mode", {}).get("readable") is not False
+
+
+def _fits_with(case: Case, mode: str | None, devices: tuple[Device, ...] = ()) -> bool:
+    """Whether it would fit, were its iommufds in that mode, with these devices in the place of its own."""
+    devices = devices or case.steps[0].devices
+    having = tuple(each._replace(mode=mode) if each.backend == IOMMUFD else each for each in devices)
+    return settled(case, devices=having).told.fits is True
 
 
 def _how_to_set(case: Case) -> str | None:
@@ -171,7 +222,9 @@ def _capability(case: Case) -> str | None:
     if settled(case, capable=True).told.fits is not True or has_contained(case.info, case.owner):
         return None
     if case.starter not in (SYSTEM, SESSION):
-        how = "AmbientCapabilities=CAP_IPC_LOCK in its unit"
+        # Root has all that is not taken away.
+        by_root = "no CapabilityBoundingSet= in its unit that takes it away"
+        how = by_root if is_root(case.owner) else "AmbientCapabilities=CAP_IPC_LOCK in its unit"
         return f"give the VMM CAP_IPC_LOCK ({how}), and with it the right to pin all memory"
     rows = candidates(case.info, case.asked)
     if rows and all(each["cap_ipc_lock"] for each in rows):

@@ -17,16 +17,18 @@ from ..module_utils._accounting import (
     NOTHING,
     UNKNOWN,
     UNLIMITED,
+    USER,
     VDPA,
     Device,
     Span,
+    Verdict,
     Vm,
     demand,
     exactly,
 )
 from ..module_utils._errors import IommufdError
 from ..module_utils._size import human_size
-from ._fit_case import FILE_BACKED, SIGHT, Case, judge, kernels, ordered, plus, spaces
+from ._fit_case import FILE_BACKED, SIGHT, Case, doubted, judge, kernels, ordered, plus, spaces
 from ._fit_host import GIB, OTHER, SYSTEM, Accounting, Limit, capability_of, prerequisites
 from ._fit_input import THE_IOMMUFD, Asked, Growth, Info, owner_of
 from ._fit_qemu import QEMU, Clash, clash
@@ -92,22 +94,24 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
     if not steps:
         raise IommufdError("grow: what is it to get? Give memory or devices, or live_update.")
     told = judge(info, tuple(steps))
+    hidden = grow.memory and memory and _may_have_more(row, vm.devices, memory)
+    doubt = SIGHT if held is None else "memory" if hidden and not _is_free(told) else by_qemu.question
     if held is None:
         told = told._replace(fits=None, question=SIGHT, counter=None, way=None)
     elif unsure and told.fits is not True:
         told = told._replace(fits=None, question="viommu")
-    elif by_qemu.question and told.fits is not False:
-        told = told._replace(fits=None, question=by_qemu.question)
+    told = doubted(told, doubt)
     accounting = Accounting(None, vm.capable, f"{_name(row)} runs as {owner.name}, as process {row['pid']}.")
     needs = [*prerequisites(info, grow.devices), *([FILE_BACKED] if asked.live_update else [])]
     said = " ".join(pins)
     ends = by_qemu.ends
-    return Case(info, asked, owner, starter, limit, accounting, tuple(steps), said, told, ends, needs, row, by_qemu)
+    done = tuple(steps)
+    return Case(info, asked, owner, starter, limit, accounting, done, said, told, ends, needs, row, by_qemu, doubt)
 
 
 def _taken_over(asked: Asked, row: Mapping[str, Any], vm: Vm, memory: int | None) -> Vm:
     """The new process of a live update, which is charged before the old one is not any more."""
-    size = _one_space(row, vm.devices, memory)
+    size = _one_space(asked, row, vm.devices, memory)
     return vm._replace(memory=size, locked=_locks(asked, row, size), held_mm_locked=NOTHING, held_mm_pinned=NOTHING)
 
 
@@ -118,9 +122,12 @@ def _with_memory(asked: Asked, row: Mapping[str, Any], vm: Vm, memory: int) -> V
 
 def _with_devices(asked: Asked, grow: Growth, row: Mapping[str, Any], vm: Vm, memory: int | None) -> tuple[Vm, bool]:
     """The VM that gets devices, and whether what it pins for them is a guess."""
-    total = UNKNOWN if memory is None else exactly(memory + grow.memory)
     new, viommu, unsure = _new_spaces(asked, grow, row, vm.devices)
-    beyond = _own_beyond(asked, row, memory)
+    total, beyond = plus(_next_space(asked, row, vm.devices, memory), exactly(grow.memory)), NOTHING
+    if asked.overhead is None and memory is not None:
+        # So it is asked for, where it decides.
+        known = memory + grow.memory
+        total, beyond = exactly(known), Span(total.least - known, total.most - known)
     gets = vm._replace(devices=new, memory=total, beyond=beyond, viommu=viommu, ordered=ordered(asked, new))
     return gets, unsure
 
@@ -194,21 +201,46 @@ def _held(row: Mapping[str, Any]) -> tuple[Device, ...] | None:
     return (*found, *(Device(VDPA) for _each in vdpa))
 
 
-def _one_space(row: Mapping[str, Any], held: tuple[Device, ...], memory: int | None) -> Span:
+def _one_space(asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...], memory: int | None) -> Span:
     """What a process has pinned in one address space."""
-    if held and all(each.backend == IOMMUFD for each in held):
+    if held and all(each.backend == IOMMUFD and not each.as_it_runs for each in held):
         return exactly(row["pinned_bytes"] // len(held))
-    return UNKNOWN if memory is None else Span(memory, memory + GIB)
+    return _next_space(asked, row, held, memory)
 
 
-def _own_beyond(asked: Asked, row: Mapping[str, Any], memory: int | None) -> Span:
-    """What a VM that runs pins beyond its memory in one address space."""
-    if asked.overhead is not None:
-        return exactly(asked.overhead)
-    times = row.get("address_spaces")
-    if row.get("backends") == ["iommufd"] and times and memory is not None and row["pinned_bytes"] >= memory * times:
-        return exactly(row["pinned_bytes"] // times - memory)
-    return Span(0, GIB)
+def _next_space(asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...], memory: int | None) -> Span:
+    """What a process pins in one more address space: no less than in those that it has, which show what was plugged."""
+    if memory is None:
+        return UNKNOWN
+    told = Span(memory, memory + GIB) if asked.overhead is None else exactly(memory + asked.overhead)
+    seen = max((amount // spaces for amount, spaces in _counted(row, held)), default=0)
+    if _may_have_more(row, held, memory):
+        return Span(told.least, max(told.most, seen))
+    by_iommufd = {each.backend for each in held} == {IOMMUFD}
+    if by_iommufd and seen >= memory and asked.overhead is None:
+        return exactly(seen)
+    # What it was started with may be gone since.
+    less = by_iommufd and len(held) == 1 and seen < memory and asked.memory is None and not held[0].as_it_runs
+    return Span(seen if less else max(told.least, seen), max(told.most, seen))
+
+
+def _counted(row: Mapping[str, Any], held: tuple[Device, ...]) -> list[tuple[int, int]]:
+    """What VmPin and VmLck hold, and for how many address spaces."""
+    pinned = sum(each.backend in (IOMMUFD, VDPA) for each in held)
+    locked = sum(each.backend == LEGACY or (each.backend == IOMMUFD and each.mode != USER) for each in held)
+    # What a process locks itself may be anything.
+    found = [(row["pinned_bytes"], pinned), (row["locked_bytes"], locked if row.get("locks_memory") is False else 0)]
+    return [each for each in found if each[1]]
+
+
+def _is_free(told: Verdict) -> bool:
+    """Whether there is no limit to reach."""
+    return told.limit is None or told.limit >= UNLIMITED
+
+
+def _may_have_more(row: Mapping[str, Any], held: tuple[Device, ...], memory: int) -> bool:
+    """Whether so much is pinned that memory was plugged, or that there is an address space that was not found."""
+    return any(amount >= memory * (spaces + 1) for amount, spaces in _counted(row, held))
 
 
 def _after(vm: Vm, gets: Vm, info: Info) -> Vm:

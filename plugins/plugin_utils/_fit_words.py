@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from ..module_utils._accounting import MM_LOCKED, MM_PINNED, UNLIMITED, USER, demand
+from ..module_utils._accounting import MM_LOCKED, MM_PINNED, PROCESS, UNLIMITED, USER, demand
 from ..module_utils._size import human_size
 from ._fit_case import PAGE, SIGHT, STARTS, Case, at_best, kernels, may_charge_user
 from ._fit_qemu import QEMU
@@ -19,6 +19,7 @@ _ERRORS = {"ENOMEM": "-12 (Cannot allocate memory)", "EFAULT": "-14 (Bad address
 
 # Where all was seen, and no file tells.
 _BY_WHAT = "By io_uring they are, by vDPA or RDMA they are not."
+_BY_MODES = " By an iommufd in the mode user they are, by one in the mode process they are not."
 
 # The same of a VM that runs, whose capability and iommufds are read, and not given.
 _QUESTIONS_OF_RUNNING = {
@@ -34,8 +35,8 @@ _QUESTIONS_OF_RUNNING = {
 # What settles an answer, by the model's name for it, or by that of _fit_case.
 _QUESTIONS = {
     "capable": (
-        "Has the VMM CAP_IPC_LOCK? Give accounting: none if it has, in the initial user namespace, and user or process"
-        " if not."
+        "Has the VMM CAP_IPC_LOCK? Give accounting: none if it has, in the initial user namespace. If not, give user or"
+        " process, and cap_ipc_lock: false."
     ),
     "mode": "Which mode has its iommufd? Give accounting: user or process, or the mode of each in devices.",
     "legacy_by_iommufd": f"Does iommufd provide /dev/vfio/vfio on this host? {_AS_ROOT}",
@@ -77,7 +78,7 @@ def question_of(case: Case) -> str | None:
             )
         return (
             f"Are the {human_size(case.owner.unsure)} charged to {case.owner.name} that other processes of it have"
-            f" pinned? {_AS_ROOT if case.owner.partly else _BY_WHAT}{enough}"
+            f" pinned? {_AS_ROOT if case.owner.partly else _BY_WHAT + _of_both_modes(case)}{enough}"
         )
     if told.question == "later":
         return f"How much will its mdev pin as it runs? Nothing tells that beforehand.{enough}"
@@ -90,6 +91,12 @@ def question_of(case: Case) -> str | None:
     if told.question == "limit" and case.asked.domain is None:
         return "Which RLIMIT_MEMLOCK will the VMM have? Give memlock, or domain_xml for a domain of libvirt's."
     return _QUESTIONS[told.question]
+
+
+def _of_both_modes(case: Case) -> str:
+    """What is to be said of a user's VMs whose iommufds differ in their mode."""
+    rows = [row.get("iommufds") or () for row in case.info["processes"] if row["uid"] == case.owner.uid]
+    return _BY_MODES if any({USER, PROCESS} <= {each["rlimit_mode"] for each in its} for its in rows) else ""
 
 
 def reason_of(case: Case) -> str:

@@ -7,7 +7,7 @@
     vmm only < VMS    ends every VM, then starts these and leaves them running
     vmm more < VMS    starts these beside those that run, and leaves them running
     vmm try < VMS     starts and ends one after the other, beside those that run
-    vmm plug NAME WHAT [LIMIT]    gives one that runs WHAT by its monitor, and before that a limit in bytes
+    vmm plug NAME WHAT [LIMIT]    gives one that runs WHAT by its monitor, and before that a limit, as prlimit takes it
     vmm units VERB UNIT...    has systemctl start, restart or show what the host's own units run, one after the other
 
 WHAT is how many MiB of memory, or a device of VFIO, which it gets by an iommufd of its own. VMS is a JSON list of
@@ -45,8 +45,10 @@ class Vm:
     `accounting` may be `mixed`: the first iommufd per user, and the second per process. `apart`: whether each of
     `devices` is in an iommufd of its own. `legacy`: devices that it has by the legacy container. `mlock`: whether QEMU
     locks its memory. `no_new_privs`: whether its unit keeps it from what its file would give. `display`: whether it has
-    one, and runs, as is needed for its guest to turn that on. `grows`: whether `vmm plug` may give it something.
-    `kept`: whether what starts it keeps a copy of its iommufd, with a limit of 8 MiB.
+    one, and runs, as is needed for its guest to turn that on. `grows`: whether `vmm plug` may give it something, and
+    `plugged`: how many MiB it gets so at once. `kept`: whether what starts it keeps a copy of its iommufd, with a limit
+    of 8 MiB. `bounded`: whether its unit takes CAP_IPC_LOCK away from all that it runs. `hard`: its hard limit, if that
+    is another one.
     """
 
     name: str
@@ -65,6 +67,9 @@ class Vm:
     display: bool = False
     grows: bool = False
     kept: bool = False
+    plugged: int = 0
+    bounded: bool = False
+    hard: int = 0
 
     @property
     def pidfile(self) -> Path:
@@ -123,7 +128,8 @@ class Vm:
 
     def unit(self) -> list[str]:
         """The command that starts it, and ends once that has worked or failed."""
-        settings = {"PIDFile": self.pidfile, "StandardError": f"truncate:{self.log}", "LimitMEMLOCK": self.limit}
+        limit = f"{self.limit}:{self.hard or self.limit}"
+        settings = {"PIDFile": self.pidfile, "StandardError": f"truncate:{self.log}", "LimitMEMLOCK": limit}
         words = self.emulator()
         given = sum(",fd=" in iommufd for iommufd, _devices in self.iommufds())
         if self.accounting in ("process", "mixed"):
@@ -136,6 +142,8 @@ class Vm:
             settings["AmbientCapabilities"] = "CAP_IPC_LOCK"
         if self.no_new_privs:
             settings["NoNewPrivileges"] = "yes"
+        if self.bounded:
+            settings["CapabilityBoundingSet"] = "~CAP_IPC_LOCK"
         return [
             *("systemd-run", "--quiet", "--collect", "--service-type=forking", f"--unit={UNIT.format(self.name)}"),
             *(f"--property={name}={value}" for name, value in settings.items()),
@@ -179,11 +187,11 @@ def parts(what: str) -> list[tuple[str, dict[str, Any]]]:
     return [("object-add", backend), ("device_add", {"driver": "pc-dimm", "id": "dimm", "memdev": "more"})]
 
 
-def plug(name: str, what: str, limit: int | None) -> dict[str, Any]:
+def plug(name: str, what: str, limit: str | None = None) -> dict[str, Any]:
     """Gives a VM memory or a device; what became of it, and whether it has `started` to use that."""
     pid = int((FOLDER / f"{name}.pid").read_text())
     if limit is not None:
-        resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (limit, limit))
+        subprocess.run(["prlimit", f"--pid={pid}", f"--memlock={limit}"], check=True)
     before = pinned(pid)
     commands = [{"execute": command, "arguments": arguments} for command, arguments in parts(what)]
     # One that ends meanwhile breaks the connection.
@@ -213,6 +221,8 @@ def start(vm: Vm) -> dict[str, Any]:
     found = {"name": vm.name, "beside": beside, "started": done.returncode == 0, "output": output}
     if found["started"] and vm.display:
         found.update(runs_on(vm, int(vm.pidfile.read_text())))
+    if found["started"] and vm.plugged:
+        return {**found, **plug(vm.name, str(vm.plugged))}
     return {**found, **look(int(vm.pidfile.read_text()))} if found["started"] else found
 
 
@@ -279,8 +289,7 @@ def main() -> None:
         print(json.dumps([ask(sys.argv[2], unit) for unit in sys.argv[3:]]))
         return
     if command == "plug":
-        name, what, *limit = sys.argv[2:]
-        print(json.dumps(plug(name, what, int(limit[0]) if limit else None)))
+        print(json.dumps(plug(*sys.argv[2:])))
         return
     if command == "only":
         end("*")

@@ -174,6 +174,30 @@ def test_what_a_user_may_be_charged_for_beside_a_vdpa_device() -> None:
     assert total([having(IOMMUFD_USER, VDPA)]).at_risk is None
 
 
+@pytest.mark.parametrize(
+    ("other", "charged_", "uncertain"),
+    [
+        ({"locks": False, "locked": 8 * MIB}, 16 * MIB, 0),
+        ({"locks": False, "locked": 0}, 24 * MIB, 0),
+        ({"locks": False, "locked": 24 * MIB}, 0, 0),
+        # VmLck may have more than what was pinned.
+        ({"locks": None, "locked": 8 * MIB}, 0, 24 * MIB),
+        ({"locks": True, "locked": 8 * MIB}, 0, 24 * MIB),
+        ({"locks": False, "locked": 25 * MIB}, 0, 24 * MIB),
+        ({"locks": False, "locked": 8 * MIB, "changed_user": True}, 0, 24 * MIB),
+        ({"locks": False, "locked": 8 * MIB, "ipc_lock": True, "initial": None}, 0, 24 * MIB),
+        ({"locks": False, "locked": 8 * MIB, "ipc_lock": True}, 0, 0),
+    ],
+)
+def test_what_a_user_is_charged_for_by_iommufds_of_both_modes(
+    other: dict[str, Any], charged_: int, uncertain: int
+) -> None:
+    of_user = total([account("user", "process", **other)])
+    assert (of_user.pids, of_user.charged, of_user.uncertain) == ([], charged_, uncertain)
+    for beside in (LEGACY, VDPA):
+        assert total([having(IOMMUFD_USER, IOMMUFD_PROCESS, beside, **other)]).charged == 0
+
+
 def test_a_holder_is_not_counted() -> None:
     one, copy = account("user"), account("user", pid=2, pinned=0, limit=MIB, holder=True)
     of_user = total([one, copy])

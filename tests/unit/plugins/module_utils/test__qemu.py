@@ -68,6 +68,7 @@ def test_the_guests_memory(text: bytes, memory: int | None) -> None:
     assert look_at_guest(QEMU, [b"qemu", b"-m", text], nothing).memory == memory
 
 
+DIMM = b'{"driver":"pc-dimm","node":0,"memdev":"pc.ram","id":"dimm0","slot":0,"addr":4294967296}'
 JSON = b'{"qom-type":"memory-backend-memfd","id":"pc.ram","size":67108864,"x-use-canonical-path-for-ramblock-id":false}'
 
 
@@ -87,6 +88,20 @@ JSON = b'{"qom-type":"memory-backend-memfd","id":"pc.ram","size":67108864,"x-use
             3 * GIB,
         ),
         (f"-machine q35,memory-backend=pc.ram -object {JSON.decode()}", 64 * MIB),
+        # The DIMMs that it starts with, and what is in no DIMM
+        ("-m 1G,slots=2,maxmem=8G -object memory-backend-ram,id=a,size=2G -device pc-dimm,memdev=a,id=d", 3 * GIB),
+        ("-device pc-dimm,memdev=a -m 1G -object memory-backend-memfd,size=512M,id=a", 3 * GIB // 2),
+        (f"-m 1G -object {JSON.decode()} -device {DIMM.decode()}", GIB + 64 * MIB),
+        (f"-m 1G -object {JSON.decode()} -device {DIMM.decode()} -device pc-dimm,memdev=pc.ram", GIB + 128 * MIB),
+        ("-m 1G -object memory-backend-ram,id=a,size=1G -numa node,memdev=a -device virtio-net-pci", GIB),
+        ("-m 1G -object memory-backend-ram,id=a,size=1G -device ivshmem-plain,memdev=a", GIB),
+        # Not told, or it changes as the guest runs
+        ("-m 1G -device pc-dimm,memdev=a", None),
+        ("-m 1G -device pc-dimm", None),
+        ("-m 8388607T -object memory-backend-ram,id=a,size=8388607T -device pc-dimm,memdev=a", None),
+        ("-m 1G -object memory-backend-ram,id=a,size=2G -device virtio-mem-pci,memdev=a,requested-size=1G", None),
+        ("-m 1G -object memory-backend-file,id=a,size=2G -device nvdimm,memdev=a,label-size=128K", None),
+        ("-m 1G -object memory-backend-file,id=a,size=2G -device virtio-pmem-pci,memdev=a", None),
         ("-machine memory-backend=a -object {nonsense", None),
         ("-machine memory-backend=a -object [1]", None),
         ("-object memory-backend-ram,id=a,size=3G", None),
@@ -119,9 +134,15 @@ nonsense
         ("-readconfig /etc/vm.cfg -m 2G", CONFIG, 2 * GIB, False),
         ("-m 2G -readconfig /etc/vm.cfg", CONFIG, GIB, False),
         ("-m 2G -readconfig /etc/vm.cfg", b"", 2 * GIB, False),
-        # Who knows what is in there.
+        # Who knows what is in there: a DIMM, too.
         ("-m 2G -readconfig /etc/vm.cfg", None, None, None),
-        ("-readconfig /etc/vm.cfg -m 2G", None, 2 * GIB, None),
+        ("-readconfig /etc/vm.cfg -m 2G", None, None, None),
+        (
+            "-m 1G -readconfig /etc/vm.cfg",
+            b'[object "a"]\nsize="1G"\n[device "d"]\ndriver="pc-dimm"\nmemdev="a"',
+            2 * GIB,
+            False,
+        ),
         ("-readconfig /etc/vm.cfg -m slots=2", None, None, None),
         ("-readconfig /etc/vm.cfg -M memory-backend=ram", b'[object "ram"]\nsize="2G"', 2 * GIB, False),
         ("-readconfig /etc/vm.cfg", b'[machine]\nmemory.size = "4194304"', 4 * MIB, False),

@@ -14,6 +14,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._accounting import QU
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.plugin_utils import _fit_host, _fit_words
 from ansible_collections.virt.iommufd.plugins.plugin_utils._fit import memlock_fit
+from ansible_collections.virt.iommufd.plugins.plugin_utils._host_info import capability_for
 from ansible_collections.virt.iommufd.tests.unit.filter_docs import documented_fields
 from ansible_collections.virt.iommufd.tests.unit.fit_rows import (
     GIB,
@@ -22,6 +23,7 @@ from ansible_collections.virt.iommufd.tests.unit.fit_rows import (
     PAGE,
     PINNED,
     QEMU,
+    UNIT,
     Row,
     emulator,
     host,
@@ -49,6 +51,7 @@ VDPA: Row = {"backend": "vdpa"}
 NVME: Row = {"backend": "nvme"}
 MDEV: Row = {"backend": "mdev"}
 ANOTHER: Row = {"backend": "iommufd", "iommufd": "other"}
+OF_FIRST: Row = {"backend": "iommufd", "iommufd": "first"}
 
 # A host of which nothing was looked at
 BARE: Row = {"limits_of_view": []}
@@ -623,6 +626,54 @@ def test_auto_is_not_sure_of_root(who: Any) -> None:
     assert answer["question"].startswith("Has the VMM CAP_IPC_LOCK? Give accounting")
 
 
+@pytest.mark.parametrize("accounting", ["user", "process"])
+@pytest.mark.parametrize("who", ["root", "0", 0])
+def test_nor_does_the_mode_tell_whether_root_has_the_capability(who: Any, accounting: str) -> None:
+    given = {"who": who, "memlock": "1M", "accounting": accounting, **EXACT}
+    answer = fit(idle(), **given)
+    assert (answer["fits"], answer["accounting"]) == (None, None)
+    assert answer["reason"].startswith("What root starts has CAP_IPC_LOCK, unless it is taken away")
+    assert answer["question"] == _fit_words._QUESTIONS["capable"]
+    assert "cap_ipc_lock: false" in answer["question"]
+    # Each answer settles it.
+    without = fit(idle(), **given, cap_ipc_lock=False)
+    assert (without["fits"], without["accounting"]) == (False, accounting)
+    # In the unit of a root without it, AmbientCapabilities= alone would give it nothing.
+    assert "(no CapabilityBoundingSet= in its unit that takes it away)" in without["remedy"]
+    assert fit(idle(), **given, cap_ipc_lock="yes")["fits"] is True
+    assert fit(idle(), **{**given, "accounting": "none"})["fits"] is True
+    assert fit(idle(), **{**given, "memlock": "64M"})["fits"] is True
+    # vDPA is checked all the same.
+    assert fit(idle(), **given, devices=[VDPA])["fits"] is False
+
+
+@pytest.mark.parametrize(
+    ("running", "view", "fits"),
+    [
+        (["cap_ipc_lock"], [], None),
+        ([], [], False),
+        ([], unseen("processes"), None),
+    ],
+)
+def test_the_running_vms_of_root_show_whether_it_has(running: list[str], view: list[Row], fits: bool | None) -> None:
+    row = unit(uid=0, user="root", capabilities={"effective": running}, accounting="process")
+    data = info(processes=[row], users=[], host=host(limits_of_view=view))
+    assert fit(data, who="root", memlock="1M", accounting="process", **EXACT)["fits"] is fits
+
+
+def test_what_libvirt_runs_as_root_has_no_capability() -> None:
+    data = idle(host=native(user="root", uid=0))
+    assert fit(data, who=None, memlock="1M", accounting="user", **EXACT)["fits"] is False
+
+
+def test_who_has_not_what_others_have_is_not_accounted_as_they_are() -> None:
+    data = info(processes=[unit(**CAPABLE, accounting="none")], users=[])
+    given = {"who": "vm", "memlock": "100M", "cap_ipc_lock": False, **EXACT}
+    assert fit(data, **given)["accounting"] is None
+    assert fit(data, **{**given, "memlock": "1M"})["fits"] is False
+    assert fit(idle(host=host(qemu=[emulator(True)])), **{**given, "memlock": "1M"})["fits"] is False
+
+
 OF_LEGACY: Row = {
     "iommufds": [],
     "backends": ["legacy"],
@@ -825,7 +876,10 @@ def test_a_session_with_the_limit_of_the_distribution() -> None:
     assert "hard_limit" not in answer["remedy"]
 
 
-HARDENED = libvirt(cap_sys_resource=False, sets_rlimit_mode=False, reason="Its unit takes that away.")
+BOUNDED = "CapabilityBoundingSet=CAP_SYS_RESOURCE"
+HARDENED = libvirt(
+    cap_sys_resource=False, sets_rlimit_mode=False, reason="Its unit takes that away.", drop_in=[BOUNDED]
+)
 
 
 @pytest.mark.parametrize("accounting", ["auto", "none", "process", "user"])
@@ -836,7 +890,7 @@ def test_a_daemon_without_the_capability_starts_no_domain(accounting: str) -> No
     (need,) = answer["prerequisites"]
     assert need.startswith("libvirt's daemon may not use CAP_SYS_RESOURCE")
     assert answer["reason"].startswith(need)
-    assert "CapabilityBoundingSet=CAP_SYS_RESOURCE in a drop-in of virtqemud.service" in answer["remedy"]
+    assert answer["remedy"] == f"To make it fit: give {capability_for(UNIT, [BOUNDED])}."
     assert "setcap" not in answer["remedy"]
 
 
@@ -940,6 +994,19 @@ def test_what_another_program_has_registered() -> None:
 PER_PROCESS: Row = {"iommufds": iommufds(1, mode="process"), "locked_bytes": PINNED, "accounting": "process"}
 SPARE = 100 * MIB - PINNED
 HAS_MDEV: list[Row] = [{"backend": "iommufd", "as_it_runs": True}]
+# After 32 MiB were plugged, or 64
+GROWN = PINNED + 32 * MIB
+PLUGGED: Row = {"pinned_bytes": GROWN}
+UNPLUGGED: Row = {"memory_bytes": 96 * MIB}
+TWICE: Row = {"pinned_bytes": 2 * PINNED, "address_spaces": None}
+OF_USER: Row = {**ANOTHER, "mode": "user"}
+LOCKS_GROWN: Row = {
+    **OF_LEGACY,
+    "legacy_containers": [{"fd": 31, "same_as": None, "shared_with": []}],
+    "pinned_bytes": 0,
+    "locked_bytes": GROWN,
+    "accounting": "process",
+}
 GROWTH = [
     ({}, {"memory": SPARE}, True),
     ({}, {"memory": SPARE + 1}, False),
@@ -983,23 +1050,85 @@ GROWTH = [
     ({"memory_bytes": None}, {"devices": [VDPA], "memlock": "64M"}, False),
     ({"memory_bytes": None}, {"devices": [VDPA], "memlock": "unlimited"}, True),
     ({"memory_bytes": None}, {"devices": [LEGACY]}, None),
+    # What was plugged is in no command line, and is pinned in each address space.
+    (PLUGGED, {"devices": [OF_USER], "overhead": "256K", "memlock": 2 * GROWN}, True),
+    (PLUGGED, {"devices": [OF_USER], "overhead": "256K", "memlock": 2 * GROWN - 1}, False),
+    (PLUGGED, {"devices": [OF_USER], "memlock": 2 * GROWN}, True),
+    (PLUGGED, {"devices": [OF_USER], "memory": "8M", "overhead": 0, "memlock": 2 * GROWN + 16 * MIB}, True),
+    (PLUGGED, {"devices": [OF_USER], "memory": "8M", "overhead": 0, "memlock": 2 * GROWN + 16 * MIB - 1}, False),
+    (PLUGGED, {"devices": [VDPA], "overhead": 0, "memlock": 2 * GROWN - 1}, False),
+    ({**PLUGGED, "memory_bytes": None}, {"devices": [OF_USER], "overhead": 0, "memlock": 2 * GROWN - 1}, None),
+    (LOCKS_GROWN, {"devices": [VDPA], "overhead": 0, "memlock": GROWN}, True),
+    (LOCKS_GROWN, {"devices": [VDPA], "overhead": 0, "memlock": GROWN - 1}, False),
+    # What it was started with, and is gone
+    (UNPLUGGED, {"devices": [OF_USER], "overhead": 0, "memlock": 2 * PINNED - 1}, False),
+    (UNPLUGGED, {"devices": [OF_USER], "overhead": 0, "memlock": 2 * PINNED}, None),
+    (UNPLUGGED, {"devices": [OF_USER], "overhead": 0, "memlock": PINNED + 96 * MIB}, True),
+    ({**UNPLUGGED, "vfio_devices": HAS_MDEV}, {"devices": [OF_USER], "overhead": 0, "memlock": 2 * PINNED}, False),
+    # Or it is a second address space that was not found. Who knows its memory, knows.
+    (TWICE, {"devices": [OF_USER], "overhead": 0, "memlock": 3 * PINNED}, None),
+    (TWICE, {"devices": [OF_USER], "overhead": 0, "memlock": 4 * PINNED}, True),
+    (TWICE, {"devices": [OF_USER], "overhead": 0, "memlock": 3 * PINNED - 1024**2}, False),
+    (TWICE, {"memory": "1M", "memlock": 3 * PINNED}, None),
+    (TWICE, {"memory": "1M", "memlock": "unlimited"}, True),
+    ({**TWICE, **CAPABLE}, {"memory": "1M"}, True),
+    (TWICE, {"live_update": True, "memlock": 4 * PINNED}, True),
     # Both: the first decides, or the second.
     (PER_PROCESS, {"memory": "20M", "devices": [VDPA], "overhead": 0}, False),
     # In a live update, the user needs its memory twice, and each process once.
     ({}, {"live_update": True}, False),
     (PER_PROCESS, {"live_update": True}, True),
     ({}, {"live_update": True, "memlock": 2 * PINNED}, True),
+    ({"vfio_devices": HAS_MDEV, "pinned_bytes": 0}, {"live_update": True, "memlock": "32M"}, None),
 ]
 
 
 @pytest.mark.parametrize(("fields", "given", "fits"), GROWTH)
 def test_a_vm_that_runs(fields: Row, given: Row, fits: bool | None) -> None:
-    charged = 0 if fields.get("accounting") == "process" else PINNED
+    charged = 0 if fields.get("accounting") == "process" else max(PINNED, fields.get("pinned_bytes", 0))
     answer = grown(info(processes=[unit(**fields)], users=[of_vm(charged)]), **given)
     assert answer["fits"] is fits
     assert (answer["question"] is None) is (fits is not None)
     if answer["remedy"] and not given.get("live_update"):
         assert re.search(r"\(prlimit --pid 4242 --memlock=(\d+):\1\)", answer["remedy"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "given", "charged", "needed"),
+    [
+        (PER_PROCESS, {"live_update": True, "memory": "8M"}, 0, PINNED + 8 * MIB),
+        (PER_PROCESS, {"live_update": True, "memory": "80M"}, 0, PINNED + 80 * MIB),
+        # The old one is charged no more when it gets that.
+        ({}, {"live_update": True, "memory": "8M"}, PINNED, PINNED),
+        ({}, {"live_update": True, "memory": "80M"}, PINNED, 80 * MIB),
+        ({}, {"memory": "8M", "devices": [OF_USER]}, PINNED, PINNED + 16 * MIB),
+        (PER_PROCESS, {"memory": "8M", "devices": [LEGACY], "overhead": 0}, PINNED, PINNED + 16 * MIB),
+    ],
+)
+@pytest.mark.parametrize("short", [False, True])
+def test_what_is_needed_is_what_the_verdict_reckons_with(
+    fields: Row, given: Row, charged: int, needed: int, short: bool
+) -> None:
+    data = info(processes=[unit(**fields)], users=[of_vm(0 if fields else PINNED)])
+    answer = grown(data, **given, memlock=charged + needed - short)
+    assert (answer["fits"], answer["charged"], answer["needed"]) == (not short, charged, needed)
+
+
+def test_a_new_vm_that_is_to_be_updated_needs_its_memory_twice() -> None:
+    answer = fit(idle(), who="vm", memlock="200M", accounting="user", live_update=True, **EXACT)
+    assert (answer["fits"], answer["needed"]) == (True, 128 * MIB)
+    assert fit(idle(), who="vm", memlock="128M", accounting="user", live_update=True, **EXACT)["fits"] is True
+    assert fit(idle(), who="vm", memlock=128 * MIB - 1, accounting="user", live_update=True, **EXACT)["fits"] is False
+
+
+def test_who_knows_the_memory_of_a_vm_that_runs_settles_what_may_be_hidden() -> None:
+    data = info(processes=[unit(**TWICE)], users=[of_vm(2 * PINNED)])
+    grow: Row = {"grow": {"vm": "vm1", "devices": [OF_USER]}, "overhead": 0, "memlock": 4 * PINNED - 1}
+    assert memlock_fit(data, **grow)["question"] == "How much memory has the VM? Give memory."
+    assert memlock_fit(data, **grow, memory="128M")["fits"] is False
+    grow["grow"] = {"vm": "vm1", "memory": "1M"}
+    assert memlock_fit(data, **grow)["question"] == "How much memory has the VM? Give memory."
+    assert memlock_fit(data, **grow, memory="128M")["fits"] is True
 
 
 def test_libvirt_raises_the_limit_of_a_domain_that_grows() -> None:
@@ -1153,8 +1282,15 @@ def of_manager(enough: int) -> str:
         pytest.param(
             idle(host=native(sessions=[session(GIB + 64 * MIB)]), users=[of_vm(GIB)]),
             {"who": "vm", "accounting": "user", "overhead": "256K"},
-            [of_manager(GIB + PINNED) + NEXT, BY_DOMAIN, CAPABILITY],
+            # Its libvirt gives no more than it reckons, whatever it may.
+            [BY_DOMAIN, CAPABILITY],
             id="a session",
+        ),
+        pytest.param(
+            idle(host=native()),
+            {"who": "vm", "accounting": "process"},
+            [of_manager(GIB + 64 * MIB)],
+            id="a session with too little",
         ),
         pytest.param(
             idle(),
@@ -1167,6 +1303,25 @@ def of_manager(enough: int) -> str:
             {"memlock": "100M", "who": "vm", "accounting": "process", "devices": [BY_IOMMUFD, ANOTHER], **EXACT},
             [in_unit(128 * MIB), ONE, AMBIENT],
             id="two iommufds",
+        ),
+        # Under user, the sum is full already.
+        pytest.param(
+            idle(users=[of_vm()]),
+            {"memlock": "100M", "who": "vm", "accounting": "process", "devices": [BY_IOMMUFD, LEGACY], **EXACT},
+            [in_unit(128 * MIB), f"{ONE}, in the mode process", AMBIENT],
+            id="both backends beside another VM",
+        ),
+        pytest.param(
+            idle(users=[of_vm()]),
+            {"memlock": "100M", "who": "vm", "accounting": "user", "devices": [OF_FIRST, ANOTHER], **EXACT},
+            [in_unit(PINNED + 128 * MIB) + NEXT, f"{ONE} (one -object iommufd), in the mode process", AMBIENT],
+            id="two iommufds beside another VM",
+        ),
+        pytest.param(
+            idle(users=[of_vm()], host=host(options={"rlimit_mode": {"readable": False}})),
+            {"memlock": "100M", "who": "vm", "accounting": "user", "devices": [OF_FIRST, ANOTHER], **EXACT},
+            [in_unit(PINNED + 128 * MIB) + NEXT, AMBIENT],
+            id="and a kernel without the mode",
         ),
         pytest.param(
             idle(),
@@ -1187,6 +1342,90 @@ def of_manager(enough: int) -> str:
 )
 def test_the_remedy(data: Row, parameters: Row, cures: list[str]) -> None:
     assert fit(data, **parameters)["remedy"] == f"To make it fit: {'; or '.join(cures)}."
+
+
+@pytest.mark.parametrize("accounting", ["user", "process"])
+@pytest.mark.parametrize("charged", [0, PINNED])
+@pytest.mark.parametrize("given", [given for given, *_rest in SPACES])
+def test_asked_again_with_any_of_the_remedies_it_fits(given: Row, charged: int, accounting: str) -> None:
+    data = idle(users=[of_vm(charged)])
+    asked = {"who": "vm", "memlock": "100M", "accounting": accounting, **EXACT, **given}
+    remedy = (fit(data, **asked)["remedy"] or "").removeprefix("To make it fit: ")
+    devices = asked.get("devices", [])
+    others = [each for each in devices if each["backend"] not in ("iommufd", "legacy")]
+    for cure in filter(None, remedy.split("; or ")):
+        changes: list[Row] = []
+        if "LimitMEMLOCK=" in cure:
+            changes = [{"memlock": re.findall(r"LimitMEMLOCK=(\d+)", cure)[0]}]
+        elif cure.startswith(ONE):
+            modes = re.findall("in the mode (user|process)", cure) or ["user", "process"]
+            changes = [{"devices": [BY_IOMMUFD, *others], "accounting": mode} for mode in modes]
+        elif cure.startswith("have it lock no memory"):
+            changes = [{"locked": 0}]
+        elif "CAP_IPC_LOCK" in cure:
+            changes = [{"accounting": "none"}]
+        elif cure.startswith((BY_OPTION, BY_USER)):
+            without_mode = [{key: each[key] for key in each if key != "mode"} for each in devices]
+            mode = "process" if cure.startswith(BY_OPTION) else "user"
+            changes = [{"accounting": mode, **({"devices": without_mode} if devices else {})}]
+        assert changes
+        for change in changes:
+            assert fit(data, **{**asked, **change})["fits"] is True, cure
+
+
+@pytest.mark.parametrize(
+    ("on", "given"),
+    [
+        # Whether libvirt starts it at all is not known.
+        (native(cap_sys_resource=None, sets_rlimit_mode=None), {"memlock": "32M"}),
+        # A release of QEMU before 11 would run it with more.
+        (host(qemu=[emulator(False, version=None)]), {"who": "vm", "memlock": "32M", "devices": [BY_IOMMUFD, LEGACY]}),
+        (host(qemu=[]), {"who": "vm", "memlock": "32M", "devices": [BY_IOMMUFD, LEGACY], "accounting": "process"}),
+    ],
+)
+def test_where_a_remedy_depends_on_what_is_not_known_it_says_so(on: Row, given: Row) -> None:
+    answer = fit(idle(host=on), **EXACT, **given)
+    assert (answer["fits"], answer["question"]) == (False, None)
+    depends = "What would make it fit depends on this: "
+    asks = "Which release of QEMU is it?" if "devices" in given else "May libvirt's daemon use CAP_SYS_RESOURCE"
+    assert answer["remedy"].startswith(f"{depends}{asks}")
+    assert ("with emulators in gather_subset" in answer["remedy"]) is ("devices" in given)
+
+
+def test_no_remedy_for_a_kernel_without_iommufd() -> None:
+    assert fit(info(host=host(module="absent")), memlock="1M", who="vm", accounting="process")["remedy"] is None
+
+
+@pytest.mark.parametrize(("hard", "helps"), [(GIB + 64 * MIB, True), (GIB + 64 * MIB - 1, False)])
+@pytest.mark.parametrize("may", [False, None])
+def test_a_hard_limit_is_a_remedy_where_the_daemon_may_give_so_much(hard: int, helps: bool, may: bool | None) -> None:
+    on = native(cap_sys_resource=may, sets_rlimit_mode=None, memlock_hard_bytes=hard)
+    answer = fit(idle(host=on), memlock="32M", devices=[LEGACY], accounting="user", **EXACT)
+    assert answer["fits"] is False
+    assert ("<hard_limit" in answer["remedy"]) is helps
+
+
+def test_a_session_refuses_a_hard_limit_and_without_it_starts_the_domain() -> None:
+    xml = domain(HOSTDEV, HARD_LIMIT)
+    answer = memlock_fit(idle(host=native(sessions=[session(2 * GIB)])), domain_xml=xml, user="vm")
+    assert (answer["fits"], answer["remedy"]) == (False, "To make it fit: leave out its <hard_limit>.")
+    # It would not do alone.
+    assert memlock_fit(idle(host=native()), domain_xml=xml, user="vm")["remedy"] is None
+
+
+@pytest.mark.parametrize(
+    ("hard", "limits"),
+    [
+        ({"memlock_hard_bytes": 200 * MIB, "memlock_hard_unlimited": False}, "{}:"),
+        ({"memlock_hard_bytes": PINNED + 64 * MIB, "memlock_hard_unlimited": False}, "{}:"),
+        ({"memlock_hard_bytes": None, "memlock_hard_unlimited": True}, "{}:"),
+        ({"memlock_hard_bytes": PINNED + 64 * MIB - 1, "memlock_hard_unlimited": False}, "{0}:{0}"),
+        ({}, "{0}:{0}"),
+    ],
+)
+def test_a_hard_limit_that_is_high_enough_stays(hard: Row, limits: str) -> None:
+    remedy = grown(info(processes=[unit(**hard)], users=[of_vm()]), memory="64M")["remedy"]
+    assert f"(prlimit --pid 4242 --memlock={limits.format(PINNED + 64 * MIB)})" in remedy
 
 
 @pytest.mark.parametrize("accounting", ["user", "process"])
@@ -1376,6 +1615,7 @@ WRONG: dict[str, tuple[str, tuple[Any, ...]]] = {
     ),
     "viommu": ("viommu: {} is unknown: give none, each or nested.", ("x", 2, "")),
     "live_update": ("live_update: {} is not a boolean: give true or false.", (None, "x", 2, "")),
+    "cap_ipc_lock": ("cap_ipc_lock: {} is not a boolean: give true or false.", ("x", 2, "")),
     "accounting": (
         "accounting: {} is unknown: give auto, user, process, none.",
         ("cap_ipc_lock", None, "", ["user"], {}, True),
@@ -1550,6 +1790,15 @@ def test_root_is_sent_to_look_only_where_something_was_not_seen(view: list[Row],
     assert ("Run virt.iommufd.iommufd_info as root" in question) is by_root
     assert ("By io_uring they are, by vDPA or RDMA they are not." in question) is not by_root
     assert question.endswith(" A limit of 117440512 bytes suffices whatever it is.")
+
+
+def test_a_vm_with_iommufds_of_both_modes_is_told_of_where_it_decides() -> None:
+    both = [*iommufds(1), {**iommufds(1, 1, mode="process")[1]}]
+    given = {"who": "vm", "memlock": "100M", "accounting": "user", **EXACT}
+    for its, told in ((both, True), (iommufds(1, 1), False), (None, False)):
+        data = info(processes=[unit(iommufds=its, accounting=None)], users=[of_vm(0, 48 * MIB)])
+        question = fit(data, **given)["question"]
+        assert ("By an iommufd in the mode user they are, by one in the mode process they are not." in question) is told
 
 
 MEM_LOCK = "-overcommit mem-lock=on"
