@@ -9,7 +9,7 @@ Each remedy was tried on the model: with it alone, the VM fits. The least harmfu
 
 from __future__ import annotations
 
-from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER
+from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER, Span
 from ._fit_case import Case, may_charge_user, settled
 from ._fit_host import SESSION, SYSTEM, by_hostdev, emulator, has_contained, knows_iommufd, reckoning, session_of
 from ._fit_input import NONE, THE_IOMMUFD
@@ -28,6 +28,9 @@ def remedy_of(case: Case) -> str | None:
         # Nothing helps beside it.
         cure = _one_iommufd(case)
         return f"To make it fit: {cure}." if cure else None
+    if case.running is None and case.asked.locked == Span(0, UNLIMITED) and case.steps[0].locked.most:
+        told = remedy_of(settled(case, locked=NOTHING))
+        return told and f"{told} That is for a VM that locks no memory itself."
     if case.refused and case.starter == SYSTEM:
         return _for_the_daemon(case)
     cures = [
