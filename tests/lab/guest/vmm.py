@@ -182,7 +182,8 @@ def plug(name: str, what: str, limit: int | None) -> dict[str, Any]:
     done = subprocess.run(
         ["qmp", str(FOLDER / f"{name}.qmp")], input=json.dumps(commands), capture_output=True, text=True, check=False
     )
-    refused = done.returncode != 0 or '"error"' in done.stdout
+    # What an earlier attempt has left of the first one may be there already.
+    refused = done.returncode != 0 or "error" in json.loads(done.stdout)[-1]
     deadline = time.monotonic() + 10
     while pinned(pid) == before and not refused and time.monotonic() < deadline:
         time.sleep(0.1)
