@@ -142,11 +142,15 @@ options:
     type: raw
   locked:
     description:
-      - What the VMM locks itself (C(-overcommit mem-lock=on) of QEMU), as a size. It is in C(VmLck), with what the
-        legacy container and an iommufd in the mode V(process) pin, so the same memory may count twice.
+      - What the VMM locks itself (C(-overcommit mem-lock=on) of QEMU), as a size. That is all that it has mapped, so
+        read C(VmLck) of such a VM without a device, once it has started. V(0) is a VM that locks none.
+      - It is in C(VmLck), with what the legacy container and an iommufd in the mode V(process) pin, so the same memory
+        may count twice.
+      - As it starts, QEMU locks more for a moment. Where the limit is within 128 MiB above what it needs otherwise,
+        RV(_value.fits) is V(null).
       - V(true) means C(<locked/>) of libvirt, for which that gives no limit at all.
-      - If not given, O(domain_xml) tells. Without that, and with a limit of another one than libvirt, it may be
-        anything up to what the VM pins.
+      - If not given, O(domain_xml) tells. Without that, a domain with libvirt's limit is taken to lock none, which
+        RV(_value.reason) says. With another limit, it may be any amount.
     type: raw
   domain_xml:
     description:
@@ -158,6 +162,8 @@ options:
     description:
       - A VM that runs, and what it is to get. O(viommu), O(overhead), O(locked) and O(memlock) hold for it, too; what
         they do not say is read from the running VM. Of O(locked), it matters only whether there is any.
+      - A QEMU that locks its memory locks what is plugged twice for a moment, and up to a page more. Huge pages have up
+        to 1 GiB. Where the limit is within that, RV(_value.fits) is V(null).
       - libvirt raises the limit of its domains when they get memory or a device, unless they have C(<hard_limit>). So
         give O(memlock), where the present limit does not suffice.
       - What it pins in one of its address spaces is what it pins at least in one that it gets, whatever O(memory) and
@@ -228,6 +234,7 @@ EXAMPLES = r"""
       vfio_devices: 2
       viommu: each
       accounting: process
+      locked: 0
 
 - name: Report whether one device by iommufd and one by the legacy container go together
   ansible.builtin.debug:

@@ -298,7 +298,8 @@ def _under_process(account: Account) -> list[str]:
         return []
     return [
         f"It {' and '.join(beside)}, too. That counts in VmLck, where what it pins by its iommufd would count as well"
-        f" under process: its limit would have to hold its memory {'three times' if len(beside) > 1 else 'twice'}."
+        f" under process: its limit would have to hold its memory {'three times' if len(beside) > 1 else 'twice'}"
+        f"{', and all else that it locks' if account.locks else ''}."
     ]
 
 

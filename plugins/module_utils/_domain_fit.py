@@ -61,12 +61,13 @@ class Start(NamedTuple):
 class Refusal(NamedTuple):
     """Why the kernel will not let the emulator pin what it must, as the rest of a sentence about the domain.
 
-    `cures`: what would help, as sentences, beside a higher limit. `enough`: a limit that would do.
+    `cures`: what would help, as sentences, beside a higher limit. `enough`: a limit that would do, None where none is
+    sure to, since QEMU locks more than the domain's memory.
     """
 
     reason: str
     cures: tuple[str, ...]
-    enough: int
+    enough: int | None
 
 
 def refusal(defined: Defined, start: Start) -> Refusal | None:
@@ -86,7 +87,7 @@ def refusal(defined: Defined, start: Start) -> Refusal | None:
         f"its memory of {human_size(vm.memory.least)} counts {_TIMES.get(often, f'{often} times')} in {counter}, for"
         f" {_listed(spaces)}. That takes {takes}, and its limit on locked memory is {human_size(vm.limit.least)}.{vdpa}"
     )
-    return Refusal(reason, tuple(_cures(defined, start)), told.enough + _MARGIN)
+    return Refusal(reason, tuple(_cures(defined, start)), None if vm.locked.most else told.enough + _MARGIN)
 
 
 def _told(vm: Vm, start: Start) -> Verdict:
@@ -154,6 +155,8 @@ def _cures(defined: Defined, start: Start) -> Iterator[str]:
     )
     if by_iommufd != defined.devices and _may_help(defined._replace(devices=by_iommufd), start):
         yield "pass all of its PCI devices through by iommufd (without <driver iommufd='no'/>)"
+    if (defined.locked or defined.mem_lock) and _may_help(defined._replace(locked=False, mem_lock=False), start):
+        yield "have QEMU lock no memory itself (no mem-lock=on, no <locked/>)"
     if start.mode == PROCESS and _may_help(defined, start._replace(mode=USER)):
         yield "start it with rlimit_mode=user"
 

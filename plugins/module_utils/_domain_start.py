@@ -623,8 +623,11 @@ def check_fit(name: str, libvirt: Endpoint, seen: DomainSeen, daemon: Daemon | N
         return
     cures = list(found.cures)
     if session is None:
-        limit = f"<memtune><hard_limit unit='KiB'>{-(-found.enough // 1024)}</hard_limit></memtune>"
-        cures.append(f"give it {limit}, which is the limit of its control group, too")
+        limit = "no limit, by <memoryBacking><locked/></memoryBacking> without <hard_limit>"
+        if found.enough is not None:
+            limit = f"<memtune><hard_limit unit='KiB'>{-(-found.enough // 1024)}</hard_limit></memtune>"
+            limit += ", which is the limit of its control group, too"
+        cures.append(f"give it {limit}")
     elif not cures:
         # libvirt refuses <hard_limit> there, and sets what it reckons, however much its daemon has.
         limit = f"<memoryBacking><locked/></memoryBacking>, and user@{session.uid}.service LimitMEMLOCK=infinity"

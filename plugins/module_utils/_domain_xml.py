@@ -42,7 +42,9 @@ _QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
 _MAY_NEST = frozenset({"accel", "x-flts", "x-scalable-mode"})
 _BRIDGES = frozenset({"pci-bridge", "dmi-to-pci-bridge", "pcie-to-pci-bridge"})
 _OFF = frozenset({"off", "no", "false"})
-_ON = frozenset({"on", "yes", "true", True})
+# An argument that has QEMU lock its memory, or not. A name alone is "on".
+_LOCKS = re.compile(r"(?:^|,)(?:mem-lock|mlock)(?:=(?P<value>[^,]*))?(?=,|$)")
+_LOCKING = frozenset({None, "on", "yes", "true", "y", "on-fault"})
 
 
 class Defined(NamedTuple):
@@ -103,7 +105,7 @@ def parse_domain(description: str) -> Defined:
         counted=_counted(root, len(passed), len(vdpa) + sum(map(bool, in_chains))),
         hard_limit=_hard_limit(root),
         locked=root.find("memoryBacking/locked") is not None,
-        mem_lock=None if commandline.unread else commandline.mem_lock,
+        mem_lock=commandline.mem_lock,
         user=_user(root),
         fdgroup=_whole(root, "fdgroup"),
         emulator=root.findtext("devices/emulator"),
@@ -272,7 +274,8 @@ class _Commandline:
 
     def __init__(self, root: Element) -> None:
         self.devices: list[Device] = []
-        self.viommu = self.may_nest = self.mem_lock = self.unread = False
+        self.viommu = self.may_nest = self.unread = False
+        self._locks: set[bool] = set()
         arguments = [each.get("value", "") for each in root.iterfind(f"{_QEMU}commandline/{_QEMU}arg")]
         if len(arguments) > _ARGUMENTS_MAX:
             raise IommufdError(f"it has more than {_ARGUMENTS_MAX} arguments for QEMU")
@@ -283,6 +286,11 @@ class _Commandline:
                 self._object(properties(value, "qom-type"))
         for option, value in self._options(arguments):
             self._take(option, value)
+
+    @property
+    def mem_lock(self) -> bool | None:
+        """Whether QEMU locks its memory. Which of several counts depends on the version."""
+        return None if self.unread or len(self._locks) > 1 else True in self._locks
 
     @staticmethod
     def _options(arguments: list[str]) -> Iterator[tuple[str, str]]:
@@ -301,8 +309,7 @@ class _Commandline:
         elif option in ("machine", "M"):
             self._add_viommu(str(properties(value, "type").get("iommu", "none")) != "none", {})
         elif option in ("overcommit", "realtime"):
-            found = properties(value, "")
-            self.mem_lock |= bool(_ON.intersection((found.get("mem-lock"), found.get("mlock"))))
+            self._locks.update(found["value"] in _LOCKING for found in _LOCKS.finditer(value))
         elif option == "netdev":
             found = properties(value, "type")
             self._add(Device(VDPA), found.get("type") == "vhost-vdpa")

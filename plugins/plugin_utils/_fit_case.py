@@ -46,7 +46,7 @@ from ._fit_host import (
     system_user,
 )
 from ._fit_input import Asked, Info, Owner, owner_of
-from ._fit_qemu import Clash, clash
+from ._fit_qemu import MOMENT, Clash, clash
 from ._fit_xml import CONTAINER, LIBVIRTS
 from ._host_info import as_it_runs
 
@@ -283,12 +283,12 @@ def _measured(info: Info) -> int:
 
 
 def _locked(asked: Asked, vm: Vm) -> Span:
-    """What the VMM locks itself: all that it has is no less than its memory."""
-    if asked.locked.least >= UNLIMITED:
-        return Span(vm.memory.least, UNLIMITED)
-    if asked.locked.most >= UNLIMITED:
-        return Span(0, vm.memory.most + vm.beyond.most)
-    return asked.locked
+    """What the VMM locks itself, if only for a moment: all that it has is no less than its memory."""
+    least, most = asked.locked
+    if most in (0, UNLIMITED):
+        return Span(min(least, vm.memory.least), most)
+    # mlockall() compares huge pages, too, which are not in VmLck then.
+    return Span(least, most + MOMENT + (vm.memory.most if least < vm.memory.most else 0))
 
 
 def _steps(asked: Asked, vm: Vm, info: Info) -> tuple[Vm, ...]:

@@ -84,10 +84,10 @@ class Asked(NamedTuple):
     """The VM that is asked about, as the task or its XML tells it. None, or a Span, is what neither tells.
 
     `memory` in bytes. `limit`: its RLIMIT_MEMLOCK, None for what libvirt gives it. `libvirt_locks`: <locked/>.
-    `locked`: what the VMM locks itself. `overhead`: what it pins beyond its memory, in all. `counted`: how many times
-    libvirt counts the memory, None for a reckoning of its own. `domain`: the XML. `grow`: the VM that this is about, if
-    it runs already. `live_update`: whether that, or this one once it runs, is to be taken over by another process.
-    `capable`: whether the VMM has CAP_IPC_LOCK.
+    `locked`: what the VMM locks itself, and `told_of_locks`: whether that was told. `overhead`: what it pins beyond its
+    memory, in all. `counted`: how many times libvirt counts the memory, None for a reckoning of its own. `domain`: the
+    XML. `grow`: the VM that this is about, if it runs already. `live_update`: whether that, or this one once it runs,
+    is to be taken over by another process. `capable`: whether the VMM has CAP_IPC_LOCK.
     """
 
     memory: int | None
@@ -97,6 +97,7 @@ class Asked(NamedTuple):
     limit: int | None
     libvirt_locks: bool
     locked: Span
+    told_of_locks: bool
     overhead: int | None
     accounting: str
     counted: Span | None
@@ -206,6 +207,7 @@ def asked_of(
         limit=None if memlock == "libvirt" else _limit(memlock),
         libvirt_locks=locks,
         locked=amount,
+        told_of_locks=locked is not None or domain is not None,
         overhead=None if overhead is None else _size("overhead", overhead),
         accounting=accounting,
         counted=_counted(domain, has, viommu_),

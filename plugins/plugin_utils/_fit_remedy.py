@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER, Device, exactly
+from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER, Device, Span, exactly
 from ._fit_case import Case, may_charge_user, new_vm, settled
 from ._fit_host import (
     GIB,
@@ -46,6 +46,9 @@ def remedy_of(case: Case) -> str | None:
     if case.clash != Clash() and case.refused == case.clash.ends:
         # Nothing helps beside it.
         cures = [_one_iommufd(case)]
+    elif case.running is None and case.asked.locked == Span(0, UNLIMITED) and case.steps[0].locked.most:
+        told = remedy_of(settled(case, locked=NOTHING))
+        return told and f"{told} That is for a VM that locks no memory itself."
     else:
         cures = [
             _without_memtune(case),

@@ -31,7 +31,7 @@ from ..module_utils._size import human_size
 from ._fit_case import FILE_BACKED, SIGHT, Case, doubted, judge, kernels, ordered, plus, spaces
 from ._fit_host import GIB, OTHER, SYSTEM, Accounting, Limit, capability_of, prerequisites
 from ._fit_input import THE_IOMMUFD, Asked, Growth, Info, owner_of
-from ._fit_qemu import QEMU, Clash, clash
+from ._fit_qemu import MOMENT, QEMU, Clash, clash
 from ._fit_xml import CONTAINER
 from ._host_info import as_it_runs
 
@@ -82,8 +82,9 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
         steps.append(_taken_over(asked, row, vm, memory))
         pins.append(f"The process that takes {_name(row)} over pins what it has anew, once for each address space.")
     if grow.memory:
-        steps.append(_with_memory(asked, row, vm, grow.memory))
+        steps += _with_memory(asked, row, vm, grow.memory)
         pins.append(f"{_name(row)} gets {human_size(grow.memory)}, {_where(len(vm.devices))}.")
+        pins += ["It locks its memory, and for a moment twice what it gets."] if steps[-1].locked.least else []
         vm = _after(vm, steps[-1], info)
     if grow.devices:
         gets, unsure = _with_devices(asked, grow, row, vm, memory)
@@ -112,12 +113,17 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
 def _taken_over(asked: Asked, row: Mapping[str, Any], vm: Vm, memory: int | None) -> Vm:
     """The new process of a live update, which is charged before the old one is not any more."""
     size = _one_space(asked, row, vm.devices, memory)
-    return vm._replace(memory=size, locked=_locks(asked, row, size), held_mm_locked=NOTHING, held_mm_pinned=NOTHING)
+    # What the old one has locked may be pinned, too.
+    locked = _locks(asked, row, Span(min(size.least, row["locked_bytes"]), max(size.most, row["locked_bytes"])))
+    return vm._replace(memory=size, locked=locked, held_mm_locked=NOTHING, held_mm_pinned=NOTHING)
 
 
-def _with_memory(asked: Asked, row: Mapping[str, Any], vm: Vm, memory: int) -> Vm:
-    more = exactly(memory)
-    return vm._replace(memory=more, locked=_locks(asked, row, more))
+def _with_memory(asked: Asked, row: Mapping[str, Any], vm: Vm, memory: int) -> list[Vm]:
+    """What becomes of it: a QEMU that locks its memory locks the new twice, before it has that pinned."""
+    plugged = vm._replace(memory=exactly(memory), locked=_locks(asked, row, exactly(memory)))
+    # As a multiple of its pages, of which huge ones have up to 1 GiB.
+    twice = vm._replace(devices=(), locked=_locks(asked, row, exactly(2 * memory), GIB))
+    return [twice, plugged] if twice.locked.most else [plugged]
 
 
 def _with_devices(asked: Asked, grow: Growth, row: Mapping[str, Any], vm: Vm, memory: int | None) -> tuple[Vm, bool]:
@@ -129,7 +135,7 @@ def _with_devices(asked: Asked, grow: Growth, row: Mapping[str, Any], vm: Vm, me
         known = memory + grow.memory
         total, beyond = exactly(known), Span(total.least - known, total.most - known)
     gets = vm._replace(devices=new, memory=total, beyond=beyond, viommu=viommu, ordered=ordered(asked, new))
-    return gets, unsure
+    return gets._replace(locked=_locks(asked, row, NOTHING)), unsure
 
 
 def _clash(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any], held: tuple[Device, ...]) -> Clash:
@@ -156,12 +162,13 @@ def _name(row: Mapping[str, Any]) -> str:
     return str(row.get("domain") or row.get("name") or row.get("unit") or row["comm"])
 
 
-def _locks(asked: Asked, row: Mapping[str, Any], size: Span) -> Span:
-    """What a VM that runs locks itself of such an amount of memory: all or nothing."""
+def _locks(asked: Asked, row: Mapping[str, Any], size: Span, moment: int = MOMENT) -> Span:
+    """What a VM that runs locks itself of such an amount of memory, and more for a moment: all or nothing."""
     locks = row.get("locks_memory")
     if asked.locked.least or not asked.locked.most:
         locks = asked.locked.least > 0
-    return Span(0, size.most) if locks is None else size if locks else NOTHING
+    most = min(size.most + moment, UNLIMITED)
+    return Span(0, most) if locks is None else Span(size.least, most) if locks else NOTHING
 
 
 def _its_limit(asked: Asked, row: Mapping[str, Any], starter: str) -> Limit:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from ..module_utils._accounting import MM_LOCKED, MM_PINNED, PROCESS, UNLIMITED, USER, demand
+from ..module_utils._accounting import MLOCK, MM_LOCKED, MM_PINNED, NOTHING, PROCESS, UNLIMITED, USER, demand
 from ..module_utils._size import human_size
 from ._fit_case import PAGE, SIGHT, STARTS, Case, at_best, kernels, may_charge_user
 from ._fit_qemu import QEMU
@@ -82,6 +82,8 @@ def question_of(case: Case) -> str | None:
         )
     if told.question == "later":
         return f"How much will its mdev pin as it runs? Nothing tells that beforehand.{enough}"
+    if told.question == "locked" and _is_known_to_lock(case):
+        return f"How much does QEMU lock for a moment, beside what it keeps? Nothing tells that beforehand.{enough}"
     if told.question == "order":
         return f"Does its vDPA device pin after the others? If so, give devices, with that as the last.{enough}"
     if case.running is not None:
@@ -97,6 +99,13 @@ def _of_both_modes(case: Case) -> str:
     """What is to be said of a user's VMs whose iommufds differ in their mode."""
     rows = [row.get("iommufds") or () for row in case.info["processes"] if row["uid"] == case.owner.uid]
     return _BY_MODES if any({USER, PROCESS} <= {each["rlimit_mode"] for each in its} for its in rows) else ""
+
+
+def _is_known_to_lock(case: Case) -> bool:
+    """Whether the VMM locks memory, and how much of it in the end is known."""
+    if case.asked.locked.most < UNLIMITED:
+        return case.asked.locked != NOTHING
+    return case.running is not None and case.running.get("locks_memory") is True
 
 
 def reason_of(case: Case) -> str:
@@ -133,10 +142,19 @@ def _outcome(case: Case) -> list[str]:
         ends = _ERRORS.get(told.error or "", "-12 or -14")
         over = human_size(best.enough - (best.limit or 0))
         comma = "," if "," in limit else ""
-        return [f"{_charged(case)}, it is {least}{over} over {limit}{comma} and ends with {ends}."]
+        outcome = f"ends with {ends}"
+        if told.counter == MM_LOCKED and any(vm.locked.least for vm in case.steps):
+            # At its start it locks more once it has pinned.
+            either = "" if told.way == MLOCK else f" with {ends}, or"
+            outcome = f"ends{either} since it cannot lock its memory"
+        if told.way == MLOCK and case.asked.grow and not case.asked.live_update:
+            outcome = "runs on without that (cannot set up guest memory: Resource temporarily unavailable)"
+        return [f"{_charged(case)}, it is {least}{over} over {limit}{comma} and {outcome}."]
     if told.limit is None or told.limit >= UNLIMITED:
         return [f"{_charged(case)}, it has no limit to reach."]
     words = [f"{_charged(case)}, it is within {limit}."]
+    if not case.asked.told_of_locks and case.running is None:
+        words.append("It is taken to lock no memory itself (mem-lock=on), of which locked or domain_xml would tell.")
     return [*words, _margin(case, told.limit)] if may_charge_user(case) else words
 
 

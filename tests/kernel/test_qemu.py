@@ -38,6 +38,7 @@ ENOUGH = 4 * MEMORY
 # What it keeps translated code in is memory that it may lock, too.
 QEMU = ["qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,tb-size=16", "-display", "none", "-nodefaults"]
 NO_MEMORY = r"memory listener initialization failed: Region .*: vfio_container_dma_map\(.*\) = -12 \(Cannot allocate"
+LOCKS = ["-m", "64", "-overcommit", "mem-lock=on"]
 CAPABLE = ["--inh-caps=+ipc_lock", "--ambient-caps=+ipc_lock"]
 
 
@@ -184,14 +185,28 @@ def test_both_backends(log: Path, by_iommufd: list[str], by_container: list[str]
 
 
 def test_locked_memory_beyond_the_limit(log: Path) -> None:
-    told = refused(log, "-m", "64", "-overcommit", "mem-lock=on", limit=f"--memlock={MEMORY // 2}")
+    told = refused(log, *LOCKS, limit=f"--memlock={MEMORY // 2}")
     assert "mlockall: Cannot allocate memory\n" in told
     assert "locking memory failed\n" in told
 
 
 def test_what_is_locked_is_more_than_the_memory(log: Path) -> None:
-    with Vm(log, "-S", "-m", "64", "-overcommit", "mem-lock=on", limit="--memlock=unlimited") as vm:
+    with Vm(log, "-S", *LOCKS, limit="--memlock=unlimited") as vm:
         vm.wait_until_counted("VmLck", MEMORY + MIB)
+
+
+def test_what_is_mapped_once_it_locks_counts_twice_for_a_moment(log: Path) -> None:
+    """A limit that holds what is locked in the end is too small, and no lack of memory. With a little more, it runs."""
+    with Vm(log, "-S", *LOCKS, limit="--memlock=unlimited") as vm:
+        vm.wait_until_counted("VmLck", MEMORY + MIB)
+        locked = 0
+        while locked != vm.counted("VmLck"):
+            locked = vm.counted("VmLck")
+            time.sleep(2)
+    told = refused(log, *LOCKS, limit=f"--memlock={locked}")
+    assert re.search("cannot set up guest memory '.*': Resource temporarily unavailable\n", told)
+    with Vm(log, "-S", *LOCKS, limit=f"--memlock={locked + 4 * MIB}") as vm:
+        vm.wait_until_counted("VmLck", locked)
 
 
 def test_an_iommufd_that_may_not_be_opened(log: Path, by_iommufd: list[str]) -> None:

@@ -173,7 +173,7 @@ FIT = """
         fail_msg: "{{ fit.reason }} {{ fit.remedy }}"
         success_msg: "{{ fit.reason }}"
       vars:
-        fit: "{{ info | virt.iommufd.memlock_fit(memory='64M', user=64055, memlock='8G') }}"
+        fit: "{{ info | virt.iommufd.memlock_fit(memory='64M', user=64055, memlock='8G', locked=0) }}"
 """
 
 

@@ -188,7 +188,7 @@ def parts(what: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def plug(name: str, what: str, limit: str | None = None) -> dict[str, Any]:
-    """Gives a VM memory or a device; what became of it, and whether it has `started` to use that."""
+    """Gives a VM memory or a device; whether it has `started` to use that, and whether it still `runs`."""
     pid = int((FOLDER / f"{name}.pid").read_text())
     if limit is not None:
         subprocess.run(["prlimit", f"--pid={pid}", f"--memlock={limit}"], check=True)
@@ -198,15 +198,17 @@ def plug(name: str, what: str, limit: str | None = None) -> dict[str, Any]:
     done = subprocess.run(
         ["qmp", str(FOLDER / f"{name}.qmp")], input=json.dumps(commands), capture_output=True, text=True, check=False
     )
+    # What an earlier attempt has left of the first one may be there already.
+    refused = done.returncode != 0 or "error" in json.loads(done.stdout)[-1]
     deadline = time.monotonic() + 10
-    while pinned(pid) == before and not done.returncode and time.monotonic() < deadline:
+    while pinned(pid) == before and not refused and time.monotonic() < deadline:
         time.sleep(0.1)
     # An end takes a moment.
     time.sleep(1)
     output = (FOLDER / f"{name}.said").read_text() + done.stdout + done.stderr
-    # It runs on where a device is refused.
-    started = pinned(pid) is not None and "Cannot allocate memory" not in output
-    found = {"name": name, "output": output, "started": started}
+    # It runs on where a device is refused, or memory that it cannot lock.
+    runs = pinned(pid) is not None
+    found = {"name": name, "output": output, "started": runs and not refused, "runs": runs}
     return {**found, **(look(pid) if found["started"] else {})}
 
 

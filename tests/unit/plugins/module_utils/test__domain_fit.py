@@ -43,6 +43,7 @@ CAPABLE, PERHAPS = PROC._replace(capable=True), PROC._replace(capable=None)
 # A domain with 4 GiB, how it is started, and what is said: how often its memory counts where, and the cures
 IOMMUFD_CURE = "pass all of its PCI devices through by iommufd (without <driver iommufd='no'/>)"
 USER_CURE = "start it with rlimit_mode=user"
+LOCK_CURE = "have QEMU lock no memory itself (no mem-lock=on, no <locked/>)"
 BOTH = "counts twice in VmLck, for an iommufd that charges per process and VFIO's legacy container."
 CASES = [
     (vm(GIVEN), PROC, None, ()),
@@ -74,10 +75,17 @@ CASES = [
         vm(GIVEN, locked=True, hard_limit=5 * GIB),
         PROC,
         "counts twice in VmLck, for memory that QEMU locks itself and an iommufd that charges per process.",
-        (USER_CURE,),
+        (LOCK_CURE, USER_CURE),
     ),
+    # Without it, it would not fit all the same.
+    (vm(GIVEN, locked=True, hard_limit=3 * GIB), PROC, "counts twice in VmLck, for memory that QEMU locks itself", ()),
     # Memory that QEMU locks for a reason that libvirt does not know
-    (vm(GIVEN, mem_lock=True), PROC, "counts twice in VmLck, for memory that QEMU locks itself and", (USER_CURE,)),
+    (
+        vm(GIVEN, mem_lock=True),
+        PROC,
+        "counts twice in VmLck, for memory that QEMU locks itself and",
+        (LOCK_CURE, USER_CURE),
+    ),
     (vm(GIVEN, mem_lock=True), PER_USER, None, ()),
     (vm(GIVEN, mem_lock=None), PROC, None, ()),
     # A hard limit that is too small for once
@@ -160,6 +168,11 @@ def test_the_limit_that_is_named_would_do(
 ) -> None:
     found = refusal(defined, start)
     assert found is not None
+    if found.enough is None:
+        # What QEMU locks beside the memory is not known, so no limit is sure to do but none.
+        assert defined.locked or defined.mem_lock
+        assert refusal(defined._replace(hard_limit=None, locked=True), start) is None
+        return
     assert refusal(defined._replace(hard_limit=found.enough), start) is None
     assert refusal(defined._replace(hard_limit=found.enough - GIB), start) is None
     if V not in defined.devices:

@@ -771,13 +771,29 @@ def test_a_domain_that_would_not_fit(monkeypatch: pytest.MonkeyPatch, uri: str, 
     check_fit("vm1", Endpoint(uri, VM), starting(MIXED), given, "user")
 
 
-def test_a_domain_that_only_no_limit_helps() -> None:
-    """A session libvirt gives what it reckons, however much its daemon has."""
+def with_arguments(words: str) -> str:
+    """A domain of 2 GiB with arguments for QEMU."""
     qemu = "xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'"
-    words = "-drive file=nvme://0000:01:00.0/1 -drive file=nvme://0000:02:00.0/1"
     arguments = "".join(f"<qemu:arg value='{each}'/>" for each in words.split())
     text = xml().replace("<domain", f"<domain {qemu}").replace("1048576", "2097152")
-    text = text.replace("</domain>", f"<qemu:commandline>{arguments}</qemu:commandline></domain>")
+    return text.replace("</domain>", f"<qemu:commandline>{arguments}</qemu:commandline></domain>")
+
+
+def test_a_domain_whose_memory_qemu_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much that is beside its memory is not known."""
+    monkeypatch.setattr(_domain_start, "vms_are_no_roots", lambda: True)
+    text = with_arguments("-overcommit mem-lock=on-fault")
+    with pytest.raises(IommufdError) as raised:
+        check_fit("vm1", Endpoint(SYSTEM, VM), starting(text), None, "process")
+    assert str(raised.value).endswith(
+        " Have QEMU lock no memory itself (no mem-lock=on, no <locked/>), or start it with rlimit_mode=user, or give it"
+        " no limit, by <memoryBacking><locked/></memoryBacking> without <hard_limit>."
+    )
+
+
+def test_a_domain_that_only_no_limit_helps() -> None:
+    """A session libvirt gives what it reckons, however much its daemon has."""
+    text = with_arguments("-drive file=nvme://0000:01:00.0/1 -drive file=nvme://0000:02:00.0/1")
     with pytest.raises(IommufdError) as raised:
         check_fit("vm1", Endpoint(SESSION, VM), starting(text), daemon(8 * GIB), "user")
     assert str(raised.value).endswith(

@@ -223,6 +223,13 @@ def test_another_reckoning() -> None:
         ("", False),
         ("-overcommit mem-lock=on", True),
         ("-overcommit mem-lock=off", False),
+        ("-overcommit cpu-pm=on,mem-lock=on-fault", True),
+        ("-overcommit mem-lock", True),
+        ("--overcommit mem-lock=y,cpu-pm=on", True),
+        ("-overcommit cpu-pm=on", False),
+        ("-overcommit cpu-pm=mem-lock", False),
+        # Which of them counts depends on the version.
+        ("-overcommit mem-lock=on -overcommit mem-lock=off", None),
         ("-realtime mlock=on", True),
         ("-set device.x.y=z", None),
     ],

@@ -178,6 +178,14 @@ def test_its_limit_must_hold_what_it_locks_too(amount: int, expected: str) -> No
     assert remedy(unlimited, user()).startswith("At its next start put iommufd-exec")
 
 
+def test_its_limit_must_hold_what_qemu_locks_for_a_moment_as_it_starts() -> None:
+    locks = vm(locked_bytes=8 * MIB, locks_memory=True)
+    least = locks["pinned_bytes"] + 136 * MIB
+    assert remedy(locks, user()).startswith(f"Raise its RLIMIT_MEMLOCK to {least} bytes or more, by ")
+    enough = {**locks, "memlock_bytes": least, "headroom_bytes": least}
+    assert remedy(enough, user()).startswith("At its next start put iommufd-exec")
+
+
 RAISE = "Raise its RLIMIT_MEMLOCK to 105906176 bytes or more, "
 
 
