@@ -71,6 +71,9 @@ _PARAMETERS = (
     # The log takes ten lines in five seconds otherwise, and the start of a domain under AppArmor has more: what was
     # denied was missing whenever the machine was quick.
     "sysctl.kernel.printk_ratelimit=0",
+    # QEMU 7.2 keeps what it makes of code by the address that the code runs at. Where a program is elsewhere at
+    # each start, the emulator makes all of it again each time, which takes a quarter of all that it does.
+    "norandmaps",
     # A dumb terminal is not asked for its size, whose answer would be waited for.
     "TERM=dumb",
 )
