@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from . import _host_facts
@@ -21,36 +21,42 @@ __all__ = ("Accounts", "look_at_accounts")
 class Accounts(NamedTuple):
     """What a look has come to: `of` each process that was seen to hold something, and by user the rest.
 
-    `largest` are limits. `nodes` and `vdpa` are the devices of VFIO and vDPA, by number. `blind`: sentences that say
-    why this caller sees no processes but some.
+    `largest` are limits, `vdpa` the devices of vDPA by number, and `keepers` who may keep what VMs that have ended had
+    pinned. `blind`: sentences that say why this caller sees no processes but some. `hidden`: whether users may be
+    charged for what was not seen.
     """
 
     seen: Survey
-    nodes: dict[int, _host_facts.VfioNode]
     vdpa: dict[int, str]
     of: dict[int, Account]
     totals: dict[int, Total]
     largest: dict[int, int | None]
+    keepers: set[int]
     blind: list[str]
+    hidden: bool
 
 
-def look_at_accounts(uids: Collection[int] = ()) -> Accounts:
-    """Looks at all processes. Of these users there are totals in any case. Raises HostLacks."""
-    nodes, vdpa = _host_facts.find_vfio_nodes(), _host_facts.find_vdpa_nodes()
+def look_at_accounts(nodes: Mapping[int, _host_facts.VfioNode], uids: Collection[int] = ()) -> Accounts:
+    """Looks at all processes. `nodes` are those of VFIO. Of these users there are totals anyway. Raises HostLacks."""
+    vdpa = _host_facts.find_vdpa_nodes()
     seen = survey({*nodes, *vdpa})
     only_holders = seen.only_holders()
     as_it_runs = {rdev for rdev, node in nodes.items() if node.as_it_runs is not False}
-    of = {holder.pid: holder.account(vdpa, as_it_runs, only_holders[holder.pid]) for holder in seen.holders}
+    keepers = seen.keepers(nodes, only_holders)
+    of = {
+        each.pid: each.account(vdpa, as_it_runs, only_holders[each.pid], each.pid in keepers) for each in seen.holders
+    }
     by_user: dict[int, list[Account]] = {uid: [] for uid in (*uids, *seen.others_pinned, *seen.unseen)}
     for account in of.values():
         by_user.setdefault(account.uid, []).append(account)
-    # Whose the processes are that were not seen at all is not known.
     blind = _why_blind()
-    hidden = bool(blind or seen.hidden)
+    # Whose the processes are that were not seen at all is not known, nor who is charged for those that have ended.
+    hidden = bool(blind or seen.hidden or seen.blind or keepers)
     totals = {
         uid: total(some, seen.others_pinned.get(uid, 0), hidden or uid in seen.unseen) for uid, some in by_user.items()
     }
-    return Accounts(seen, nodes, vdpa, of, totals, {uid: largest_limit(some) for uid, some in by_user.items()}, blind)
+    largest = {uid: largest_limit(some) for uid, some in by_user.items()}
+    return Accounts(seen, vdpa, of, totals, largest, keepers, blind, hidden)
 
 
 def _why_blind() -> list[str]:

@@ -202,16 +202,17 @@ def counters_of(process: Row, identity: Identity) -> Known:
     from ..module_utils._accounting import USER
     from ..module_utils._accounts import look_at_accounts
     from ..module_utils._charges import accounting, checks
+    from ..module_utils._host_facts import find_vfio_nodes
 
-    accounts = look_at_accounts()
+    accounts = look_at_accounts(find_vfio_nodes())
     seen = accounts.seen
     holder = next((each for each in seen.holders if (each.pid, each.start_ticks) == identity), None)
     if holder is None:
-        hidden = accounts.blind or seen.blind or seen.hidden
-        return None if hidden else [held("mm_locked", process["locked_bytes"])]
+        return None if accounts.hidden else [held("mm_locked", process["locked_bytes"])]
     account = accounts.of[holder.pid]
     of_user = accounts.totals[account.uid]
-    if accounting(account) is None or (accounting(account) == USER and (of_user.uncertain or of_user.at_risk is None)):
+    uncertain = of_user.uncertain or accounts.hidden or account.uid in seen.unseen
+    if accounting(account) is None or (accounting(account) == USER and uncertain):
         return None
     return [held("mm_locked", account.locked), *(held(each.counter, each.held) for each in checks(account, of_user))]
 

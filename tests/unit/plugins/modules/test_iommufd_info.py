@@ -225,7 +225,7 @@ def test_what_a_vm_that_has_ended_may_have_left_behind(
     kept = [] if blind else [HeldIommufd(9, "user", False, [(2, True)])]
     seen.holders = [holder._replace(iommufds=kept, devices={}, status=holder.status._replace(effective=0))]
     seen.blind = blind
-    monkeypatch.setattr(iommufd_info, "survey", lambda _nodes: seen)
+    monkeypatch.setattr(_accounts, "survey", lambda _nodes: seen)
     answer = run(gather_subset=["processes", "users"], users=["root", "4711"])
     (limit,) = answer["host"]["limits_of_view"]
     assert limit["what"] == "charges"
