@@ -48,7 +48,9 @@ options:
       - If it is the one that the system libvirt runs its VMs as, the VM is taken for a domain of the system libvirt.
         For any other one, with O(domain_xml) or with V(libvirt) as O(memlock), it is taken for a domain of that user's
         own libvirt (C(qemu:///session)).
-      - If the input does not know the user, nothing is charged to that user.
+      - A name that the input does not know may be that of any user in it. So where users are charged and it matters
+        to which of them the name belongs, RV(_value.fits) is V(null). Give the id then, or the name in
+        O(virt.iommufd.iommufd_info#module:users). To an id that the input does not know, nothing is charged.
     type: raw
   memlock:
     description:

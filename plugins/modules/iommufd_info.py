@@ -979,6 +979,20 @@ narrowed:
       type: list
       elements: int
       sample: null
+    users:
+      description: The id of each user that O(users) names; V(null) where O(users) was not given.
+      type: list
+      elements: dict
+      sample: null
+      contains:
+        uid:
+          description: The id of the user. Several names may have the same.
+          type: int
+          sample: 64055
+        user:
+          description: What O(users) calls the user, a name or an id.
+          type: str
+          sample: libvirt-qemu
 """
 
 import datetime
@@ -1038,17 +1052,17 @@ class Unseen:
         self.limits.append({"what": what, "why": why})
 
 
-def uids_of(users: list[str] | None) -> set[int] | None:
+def uids_of(users: list[str] | None) -> dict[str, int] | None:
     """The ids of users given by name or id. Raises IommufdError where the host has no such user."""
     if users is None:
         return None
-    found = set()
+    found = {}
     for user in users:
         try:
             # A name of digits is not a name: useradd(8) refuses it, and systemd too.
             uid = int(user) if re.fullmatch("[0-9]{1,10}", user) else pwd.getpwnam(user).pw_uid
             # The last number stands for no user at all.
-            found.add(range(2**32 - 1)[uid])
+            found[user] = range(2**32 - 1)[uid]
         except (IndexError, KeyError, ValueError) as exc:
             raise IommufdError(f"This host has no user {user!r}: give users by the names or ids that it has.") from exc
     return found
@@ -1509,11 +1523,16 @@ def run(params: Row, _check_mode: bool, result: Row) -> None:
     for path in params["emulators"]:
         if not os.path.isabs(path) or "\0" in path:
             raise IommufdError(f"{path!r} is not the absolute path of an emulator.")
-    uids = uids_of(params["users"])
+    names = uids_of(params["users"])
+    uids = None if names is None else set(names.values())
     unseen = Unseen()
     host: Row = {"limits_of_view": unseen.limits}
     result["host"] = host
-    result["narrowed"] = {"pids": params["pids"], "uids": None if uids is None else sorted(uids)}
+    result["narrowed"] = {
+        "pids": params["pids"],
+        "uids": None if uids is None else sorted(uids),
+        "users": None if names is None else [{"uid": uid, "user": user} for user, uid in names.items()],
+    }
     processes: list[Row] = []
     nodes = _host_facts.find_vfio_nodes()
     if subsets & {"processes", "users"}:

@@ -356,6 +356,9 @@ def _found(info: Info, asked: Asked, owner: Owner, starter: str | None) -> Accou
     if by_file == {False} and found.capable and starter == SESSION:
         # Only its file gives it to a domain. An upgrade may have taken it from the file since.
         found = found._replace(capable=None, why=f"{found.why} The host's emulators do not have it any more.")
+    if owner.uid is None and starter != SYSTEM and any(capability_of(row) is not False for row in info["processes"]):
+        # One of these may be the user's.
+        found = found._replace(capable=None)
     return found
 
 

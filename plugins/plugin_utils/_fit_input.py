@@ -54,9 +54,10 @@ TROUBLES = ("unreachable", "failed", "skipped")
 class Owner(NamedTuple):
     """The user that the VMM will run as, and what is charged to it under per-user accounting.
 
-    `uid` is None for a name that the input does not know, `name` where the user itself is not known. `unsure` may be
-    charged too. `hidden`: there may be more, since there may be processes that were not seen. `partly`: it may have VMs
-    that were not seen, or not whole. `left_behind`: it may be charged for VMs that have ended.
+    `uid` is None for a name that the input does not know, which may be that of any user who is charged. `name` is None
+    where the user itself is not known. `unsure` may be charged too. `hidden`: there may be more, since there may be
+    processes that were not seen. `partly`: it may have VMs that were not seen, or not whole. `left_behind`: it may be
+    charged for VMs that have ended.
     """
 
     name: str | None
@@ -141,8 +142,11 @@ def owner_of(info: Info, user: Any) -> Owner:
         raise IommufdError(f"user: {user!r:.60} is not a user: give a name or an id.")
     libvirt = info["host"].get("libvirt") or {}
     rows = (*info["users"], *info["processes"], *(libvirt.get("sessions") or ()))
-    rows = (*rows, {"uid": libvirt.get("uid"), "user": libvirt.get("user")})
-    uid = int(text) if text.isdecimal() else next((row["uid"] for row in rows if row["user"] == text), None)
+    rows = (*rows, {"uid": libvirt.get("uid"), "user": libvirt.get("user")}, {"uid": 0, "user": "root"})
+    # Here a user may go by another name.
+    rows = (*rows, *(info["narrowed"].get("users") or ()))
+    uids = (row["uid"] for row in rows if row["user"] == text and row["uid"] is not None)
+    uid = int(text) if text.isdecimal() else next(uids, None)
     name = next(
         (row["user"] for row in rows if uid is not None and row["uid"] == uid and row["user"] is not None), text
     )
@@ -152,12 +156,16 @@ def owner_of(info: Info, user: Any) -> Owner:
             f"user: the input tells of other users than {text}: run virt.iommufd.iommufd_info without users, or with"
             " this one among them."
         )
-    charges = [row for row in info["users"] if uid is not None and row["uid"] == uid]
-    unsure = sum(row["uncertain_bytes"] for row in charges)
+    if uid is None:
+        # Several names may have one uid, and some uids have a name that the host's files do not tell.
+        charged, unsure = 0, max((row["charged_bytes"] + row["uncertain_bytes"] for row in info["users"]), default=0)
+    else:
+        charges = [row for row in info["users"] if row["uid"] == uid]
+        charged, unsure = (sum(row[each] for row in charges) for each in ("charged_bytes", "uncertain_bytes"))
     return Owner(
         name=name,
         uid=uid,
-        charged=sum(row["charged_bytes"] for row in charges),
+        charged=charged,
         unsure=unsure,
         # What processes have pinned whose descriptors or iommufds were not seen is in uncertain_bytes.
         hidden=hidden,

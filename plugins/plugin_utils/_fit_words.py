@@ -76,6 +76,8 @@ def question_of(case: Case) -> str | None:
                 f"Is {case.owner.name} charged for VMs that have ended? Have closed what host.limits_of_view of"
                 " iommufd_info names (charges), and look again."
             )
+        if case.owner.uid is None:
+            return f"Which uid has {case.owner.name}? Give user as a number, or users of iommufd_info with that name."
         return (
             f"Are the {human_size(case.owner.unsure)} charged to {case.owner.name} that other processes of it have"
             f" pinned? {_AS_ROOT if case.owner.partly else _BY_WHAT + _of_both_modes(case)}{enough}"

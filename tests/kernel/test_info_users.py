@@ -182,7 +182,7 @@ def test_a_user_by_name_and_by_id(start: Start, given: str) -> None:
     answered = look(users=[given])
     assert [each["pid"] for each in answered["processes"]] == [vmm.pid]
     assert [each["user"] for each in answered["users"]] == ["vm"]
-    assert answered["narrowed"] == {"pids": None, "uids": [VM]}
+    assert answered["narrowed"] == {"pids": None, "uids": [VM], "users": [{"uid": VM, "user": given}]}
     assert look(users=[given], pids=[other.pid])["processes"] == []
 
 
@@ -211,7 +211,7 @@ def test_pids_narrow_the_processes_but_not_the_sums(start: Start) -> None:
     assert process(answered, second.pid)["headroom_bytes"] == 5 * MIB
     assert user(answered, VM)["pids"] == sorted([first.pid, second.pid])
     assert user(answered, VM)["charged_bytes"] == 5 * MIB
-    assert answered["narrowed"] == {"pids": [second.pid, 1, 2**31 - 1, -1], "uids": None}
+    assert answered["narrowed"] == {"pids": [second.pid, 1, 2**31 - 1, -1], "uids": None, "users": None}
     assert look(pids=[])["processes"] == []
 
 

@@ -67,7 +67,8 @@ def test_emulators_that_run(
 
 def test_narrowed_to_users(run: Run, alone: FakeKernel, child: subprocess.Popen[bytes]) -> None:
     answer = run(gather_subset=["processes", "users"], users=["root", "4294967294"])
-    assert answer["narrowed"] == {"pids": None, "uids": [0, 4294967294]}
+    users = [{"uid": 0, "user": "root"}, {"uid": 4294967294, "user": "4294967294"}]
+    assert answer["narrowed"] == {"pids": None, "uids": [0, 4294967294], "users": users}
     assert [each["uid"] for each in answer["users"]] == [0, 4294967294]
     assert answer["users"][1]["memlock_unlimited"] is False
     assert len(answer["processes"]) == (os.getuid() == 0)

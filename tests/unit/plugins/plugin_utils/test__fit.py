@@ -1807,6 +1807,41 @@ def test_the_input_must_not_be_narrowed_to_others(who: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["dyn", "vmalias", "+1001"])
+@pytest.mark.parametrize("row", [of_vm(), of_vm(0, PINNED), user(uid=62264, user=None)])
+def test_a_name_that_the_input_does_not_know_may_be_that_of_anybody_who_is_charged(name: str, row: Row) -> None:
+    data = info(users=[row, user(uid=5, user="five", charged_bytes=4 * PAGE)])
+    given: Row = {"memory": PINNED, "who": name, "accounting": "user", "overhead": 0}
+    assert fit(data, memlock=2 * PINNED, **given)["fits"] is True
+    assert fit(data, memlock=PINNED - PAGE, **given)["fits"] is False
+    answer = fit(data, memlock=2 * PINNED - PAGE, **given)
+    assert answer["fits"] is None
+    assert answer["question"] == (
+        f"Which uid has {name}? Give user as a number, or users of iommufd_info with that name."
+    )
+    assert fit(data, memlock=PINNED, **{**given, "who": 62265})["fits"] is True
+    assert fit(data, memlock=PINNED, **{**given, "who": "root", "cap_ipc_lock": False})["fits"] is True
+    # Where nobody is charged, it is nobody.
+    assert fit(info(users=[of_vm(0)]), memlock=PINNED, **given)["fits"] is True
+
+
+@pytest.mark.parametrize(("charged", "fits"), [(PINNED, False), (0, True)])
+def test_the_module_tells_which_uid_has_a_name(charged: int, fits: bool) -> None:
+    narrowed: Row = {"pids": None, "uids": [1001], "users": [{"uid": 1001, "user": "vmalias"}]}
+    data = info(users=[of_vm(charged)], narrowed=narrowed)
+    answer = fit(data, memory=PINNED, who="vmalias", memlock=PINNED, accounting="user", overhead=0)
+    assert answer["fits"] is fits
+    assert ("left to user vm" in answer["reason"]) is fits
+
+
+def test_what_runs_with_the_capability_may_be_the_same_users() -> None:
+    data = info(processes=[unit(**CAPABLE)], users=[of_vm(0)])
+    for name, capable in (("vmalias", None), (1002, False)):
+        answer = fit(data, who=name, memlock="1M", **EXACT)
+        assert answer["fits"] is capable
+        assert ("Has the VMM CAP_IPC_LOCK?" in (answer["question"] or "")) is (capable is None)
+
+
 @pytest.mark.parametrize(("initial", "helps"), [(True, True), (None, True), (False, False)])
 def test_the_capability_is_no_remedy_in_another_user_namespace(initial: bool | None, helps: bool) -> None:
     data = info(processes=[unit(initial_user_namespace=initial)], users=[of_vm()])
