@@ -39,7 +39,10 @@ options:
     type: dict
     required: true
   memory:
-    description: The memory of the VM, as a size. Needed unless O(domain_xml) or O(grow) tells it.
+    description:
+      - The memory of the VM, as a size. Needed unless O(domain_xml) or O(grow) tells it.
+      - It is rounded up to a multiple of 8 KiB, as QEMU does. libvirt rounds what O(domain_xml) says up to whole MiB or
+        more, which the filter does, too.
     type: raw
   user:
     description:

@@ -11,14 +11,14 @@ makes of it as a limit is reckoned here, too, and nowhere else.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._accounting import EACH, IOMMUFD, LEGACY, NO_VIOMMU, UNLIMITED, USER, VDPA, Device
 from ._errors import IommufdError
 from ._foreign import number, parse_answer, parse_xml, shown_text
-from ._size import SIZE_MAX, parse_size
+from ._size import SIZE_MAX, parse_size, whole
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -31,6 +31,7 @@ _ARGUMENTS_MAX = 4096
 _NO_LIMIT = ("9007199254740991", "-1")
 # What libvirt adds to a domain's memory.
 _GIB = 2**30
+_MIB = 2**20
 
 # libvirt opens one iommufd for all <hostdev> of a domain; QEMU has one legacy container for all without a vIOMMU.
 LIBVIRTS = "the domain's iommufd"
@@ -96,7 +97,7 @@ def parse_domain(description: str) -> Defined:
     nvme = sum(in_chains)
     of_libvirt = [*map(_passed_device, passed), *(Device(VDPA) for _each in vdpa)]
     of_libvirt += [Device(LEGACY, f"nvme {each}") for each in range(nvme)]
-    memory = _bytes(root.find("memory"), "memory")
+    memory = _memory(root)
     return Defined(
         name=shown_text(root.findtext("name") or ""),
         memory=memory,
@@ -136,7 +137,10 @@ def counted_limit(memory: int, counted: int) -> int:
 def _bytes(element: Element | None, path: str) -> int:
     """A size, which libvirt counts in KiB where it has no unit."""
     text = "" if element is None else element.text or ""
-    unit = "KiB" if element is None else element.get("unit", "KiB")
+    return _size(text, "KiB" if element is None else element.get("unit", "KiB"), path)
+
+
+def _size(text: str, unit: str, path: str) -> int:
     try:
         if not unit.isalpha():
             raise IommufdError("It has no letters alone.")
@@ -147,6 +151,28 @@ def _bytes(element: Element | None, path: str) -> int:
         return number(text, SIZE_MAX // factor) * factor
     except IommufdError as exc:
         raise IommufdError(f"its <{path}> {exc}") from exc
+
+
+def _memory(root: Element) -> int:
+    """All memory that the domain starts with: see qemuDomainAlignMemorySizes() in libvirt's src/qemu/qemu_domain.c."""
+    said = _bytes(root.find("memory"), "memory")
+    aligned, of_module = (256 * _MIB, 256 * _MIB) if _is_of_power(root) else (_MIB, 2 * _MIB)
+    modules = _modules(root.iterfind("devices/memory"))
+    cells = [each for each in root.iterfind("cpu/numa/cell") if "memory" in each.attrib]
+    initial = [_size(each.get("memory", ""), each.get("unit", "KiB"), "cpu/numa/cell") for each in cells]
+    # libvirt makes the sum of the cells the domain's memory, whatever that was.
+    initial = initial or [max(said - sum(modules), 0)]
+    parts = (*(whole(each, aligned) for each in initial), *(whole(each, of_module) for each in modules))
+    return min(sum(parts), SIZE_MAX)
+
+
+def _modules(modules: Iterable[Element]) -> list[int]:
+    return [_bytes(size, "devices/memory/target/size") for each in modules for size in each.iterfind("target/size")]
+
+
+def _is_of_power(root: Element) -> bool:
+    kind = root.find("os/type")
+    return kind is not None and kind.get("arch", "").startswith("ppc64")
 
 
 def _hard_limit(root: Element) -> int | None:
@@ -165,9 +191,8 @@ def _elastic(root: Element, memory: int) -> int:
     """
     if root.find("launchSecurity") is not None:
         return memory
-    others = [each for each in root.iterfind("devices/memory") if each.get("model") != "dimm"]
-    sizes = [size for each in others for size in each.iterfind("target/size")]
-    return min(sum(_bytes(size, "devices/memory/target/size") for size in sizes), memory)
+    others = (each for each in root.iterfind("devices/memory") if each.get("model") != "dimm")
+    return min(sum(whole(size, 256 * _MIB) for size in _modules(others)), memory)
 
 
 def _address(device: Element) -> str | None:
@@ -210,15 +235,13 @@ def _counted(root: Element, passed: int, others: int) -> int | None:
 
     Behind a vIOMMU each device has an address space of its own, into which all of the memory may be mapped.
     """
-    kind = root.find("os/type")
-    if root.get("type") == "kvm" and kind is not None and kind.get("arch", "").startswith("ppc64"):
+    if root.get("type") == "kvm" and _is_of_power(root):
         return None
     return (passed if root.find("devices/iommu") is not None else min(passed, 1)) + others
 
 
 def _viommu(root: Element, commandline: _Commandline, passed: list[Element]) -> str | None:
-    kind = root.find("os/type")
-    if commandline.unread or (kind is not None and kind.get("arch", "").startswith("ppc64")):
+    if commandline.unread or _is_of_power(root):
         return None
     found = root.findall("devices/iommu")
     if commandline.may_nest or any(_may_nest(part.attrib) for each in found for part in each.iter()):

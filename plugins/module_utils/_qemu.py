@@ -16,9 +16,12 @@ from typing import Callable, NamedTuple, Optional
 
 from ._errors import IommufdError
 from ._foreign import parse_answer
-from ._size import SIZE_MAX
+from ._size import SIZE_MAX, whole
 
-__all__ = ("Guest", "guest_name", "is_session_domain", "look_at_guest")
+__all__ = ("RAM_UNIT", "Guest", "guest_name", "is_session_domain", "look_at_guest")
+
+# QEMU rounds -m up to a multiple of so many bytes: see machine_set_mem() in its hw/core/machine.c.
+RAM_UNIT = 8192
 
 _SESSION_FOLDER = re.compile(rb"/libvirt/qemu/lib/domain-[0-9]+-")
 
@@ -159,10 +162,9 @@ def _memory(settings: dict[bytes, list[Properties]]) -> int | None:
     together = {group: {key: value for each in some for key, value in each.items()} for group, some in settings.items()}
     given, machine = together.get(b"memory", {}), together.get(b"machine", {})
     backends = {each.get(b"id"): each.get(b"size", b"") for each in settings.get(b"object", [])}
-    if b"size" in given:
-        sizes = [_size(given[b"size"], b"m")]
-    elif b"memory.size" in machine:
-        sizes = [_size(machine[b"memory.size"], b"b")]
+    if b"size" in given or b"memory.size" in machine:
+        size = _size(given[b"size"], b"m") if b"size" in given else _size(machine[b"memory.size"], b"b")
+        sizes = [None if size is None else whole(size, RAM_UNIT)]
     else:
         sizes = [_size(backends.get(machine.get(b"memory-backend", b""), b""), b"b")]
     for each in settings.get(b"device", []):

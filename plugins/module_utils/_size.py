@@ -16,6 +16,7 @@ __all__ = (
     "SIZE_MAX",
     "human_size",
     "parse_size",
+    "whole",
 )
 
 # The largest number of bytes that anything here is given or has: an off_t.
@@ -67,6 +68,11 @@ def _exact(value: object) -> Fraction | None:
     if not found or found.group(2).lower() not in _UNITS:
         return None
     return Fraction(found.group(1)) * _UNITS[found.group(2).lower()]
+
+
+def whole(size: int, unit: int) -> int:
+    """The size, rounded up to a multiple of a unit."""
+    return -(-size // unit) * unit
 
 
 def human_size(count: int) -> str:

@@ -618,8 +618,9 @@ processes:
     memory_bytes:
       description:
         - The memory of QEMU's guest by its command line, be it by C(-m), C(-machine) or a memory backend; that of
-          cloud-hypervisor's by C(--memory). The DIMMs that QEMU is started with (C(-device pc-dimm)) are in it. What is
-          plugged or unplugged later does not change it.
+          cloud-hypervisor's by C(--memory). Like QEMU, the module rounds C(-m) up to a multiple of 8 KiB. The DIMMs
+          that QEMU is started with (C(-device pc-dimm)) are in it. What is plugged or unplugged later does not change
+          it.
         - A file for C(-readconfig) is read where its absolute path means the same to this module, and nobody but root
           can write it. What the kernel makes up, as below C(/proc) and C(/sys), is no file.
         - V(null) for other programs, where that is missing or unreadable, where QEMU is started with an C(nvdimm),

@@ -31,7 +31,8 @@ from ..module_utils._accounting import (
     exactly,
 )
 from ..module_utils._errors import IommufdError
-from ..module_utils._size import parse_size
+from ..module_utils._qemu import RAM_UNIT
+from ..module_utils._size import parse_size, whole
 from ._fit_xml import CONTAINER, DEVICES_MAX, IOMMUFDS_MAX, Defined, parse_domain
 from ._host_info import UNSEEN
 
@@ -208,7 +209,7 @@ def asked_of(
         viommu_ = own_viommu or (None if growth else NO_VIOMMU)
     locks, amount = _locked(locked, domain, memlock if growth is None else None)
     return Asked(
-        memory=_size("memory", memory, 1) if memory is not None else domain and domain.memory,
+        memory=whole(_size("memory", memory, 1), RAM_UNIT) if memory is not None else domain and domain.memory,
         user=user if user is not None or domain is None else domain.user,
         devices=_bounded(has),
         viommu=viommu_,

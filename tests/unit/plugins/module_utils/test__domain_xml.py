@@ -81,7 +81,9 @@ def test_all_that_is_read() -> None:
         ("<memory unit='KiB'>1048576</memory>", GIB),
         ("<memory unit='bytes'>1048576</memory>", MIB),
         ("<memory unit='b'>1048576</memory>", MIB),
-        ("<memory unit='MB'>1</memory>", 1000_000),
+        # libvirt rounds it up.
+        ("<memory unit='MB'>1</memory>", MIB),
+        ("<memory unit='KiB'>65537</memory>", 65 * MIB),
         ("<memory unit='M'> 64 </memory>", 64 * MIB),
     ],
 )
@@ -279,13 +281,36 @@ MEMORY = "<memory model='{}'><target><size unit='MiB'>{}</size></target></memory
         ({}, 0),
         ({"devices": MEMORY.format("dimm", 512)}, 0),
         ({"devices": MEMORY.format("virtio-mem", 256) * 2}, 512 * MIB),
-        ({"devices": MEMORY.format("virtio-mem", 4096)}, GIB),
+        # More than all
+        ({"devices": MEMORY.format("virtio-mem", 4096)}, 4 * GIB),
         ({"devices": "<memory model='virtio-mem'/>"}, 0),
         ({"top": "<launchSecurity type='sev-snp'/>"}, GIB),
     ],
 )
 def test_memory_that_may_not_be_mapped(given: dict[str, str], elastic: int) -> None:
     assert read(**given).elastic == elastic
+
+
+CELLS = "<cpu><numa><cell memory='513' unit='KiB'/><cell memory='{}'/></numa></cpu>"
+
+
+@pytest.mark.parametrize(
+    ("given", "memory"),
+    [
+        ({"devices": MEMORY.format("dimm", 512)}, GIB),
+        ({"devices": MEMORY.format("dimm", 511)}, GIB + MIB),
+        ({"devices": MEMORY.format("dimm", 511) * 2}, GIB + 2 * MIB),
+        ({"top": CELLS.format(1024)}, 2 * MIB),
+        ({"top": CELLS.format(1025), "devices": MEMORY.format("dimm", 1)}, 5 * MIB),
+    ],
+)
+def test_each_part_of_the_memory_is_rounded_up(given: dict[str, str], memory: int) -> None:
+    assert read(**given).memory == memory
+
+
+def test_more_of_it_on_power() -> None:
+    text = domain(MEMORY.format("dimm", 255)).replace("x86_64", "ppc64le")
+    assert parse_domain(text).memory == 1280 * MIB
 
 
 def test_the_nodes_of_vdpa_devices() -> None:

@@ -48,9 +48,12 @@ def nothing(_path: bytes) -> None:
         (b"maxmem=4G,size=1g", GIB),
         (b"1.5G", 3 * GIB // 2),
         (b"0.5", MIB // 2),
-        (b"1.0000001K", 1024),
+        (b"8.0000001K", 8192),
         (b"2T", 2**41),
-        (b"4096b", 4096),
+        (b"8192b", 8192),
+        # QEMU rounds it up.
+        (b"65537K", 65544 * 1024),
+        (b"1b", 8192),
         (b"0", None),
         (b"http.server", None),
         (b"slots=2", None),
@@ -80,6 +83,7 @@ JSON = b'{"qom-type":"memory-backend-memfd","id":"pc.ram","size":67108864,"x-use
         ("--m 1G", GIB),
         ("-M q35,memory.size=2G", 2 * GIB),
         ("-machine q35,memory.size=4194304", 4 * MIB),
+        ("-machine q35,memory.size=4097K", 4104 * 1024),
         # -m is the one that counts.
         ("-m 1G -M memory.size=2G", GIB),
         ("-machine memory-backend=a -object memory-backend-ram,id=a,size=3G", 3 * GIB),
@@ -88,6 +92,8 @@ JSON = b'{"qom-type":"memory-backend-memfd","id":"pc.ram","size":67108864,"x-use
             3 * GIB,
         ),
         (f"-machine q35,memory-backend=pc.ram -object {JSON.decode()}", 64 * MIB),
+        # A backend's is rounded to pages only.
+        ("-machine memory-backend=a -object memory-backend-ram,id=a,size=4100K", 4100 * 1024),
         # The DIMMs that it starts with, and what is in no DIMM
         ("-m 1G,slots=2,maxmem=8G -object memory-backend-ram,id=a,size=2G -device pc-dimm,memdev=a,id=d", 3 * GIB),
         ("-device pc-dimm,memdev=a -m 1G -object memory-backend-memfd,size=512M,id=a", 3 * GIB // 2),

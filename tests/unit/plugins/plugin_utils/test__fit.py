@@ -127,9 +127,17 @@ def test_the_boundary(accounting: str, spare: int, fits: bool) -> None:
 
 
 def test_a_vm_pins_whole_pages() -> None:
-    assert fit(info(), memory=1, overhead=0)["needed"] == PAGE
-    assert fit(info(), memory=PAGE, overhead=1)["needed"] == 2 * PAGE
-    assert fit(info(), memory=PAGE, overhead=1, memlock=PINNED + 2 * PAGE - 1)["fits"] is False
+    assert fit(info(), memory=2 * PAGE, overhead=0)["needed"] == 2 * PAGE
+    assert fit(info(), memory=2 * PAGE, overhead=1)["needed"] == 3 * PAGE
+    assert fit(info(), memory=2 * PAGE, overhead=1, memlock=PINNED + 3 * PAGE - 1)["fits"] is False
+
+
+@pytest.mark.parametrize(("memory", "needed"), [(1, 8), ("65537K", 65544), ("65544K", 65544)])
+def test_qemu_rounds_the_memory_up(memory: Any, needed: int) -> None:
+    given: Row = {"accounting": "process", "locked": 0}
+    answer = fit(idle(), memory=memory, overhead=0, memlock=needed * KIB, **given)
+    assert (answer["needed"], answer["fits"]) == (needed * KIB, True)
+    assert fit(idle(), memory=memory, overhead=0, memlock=needed * KIB - PAGE, **given)["fits"] is False
 
 
 @pytest.mark.parametrize("page", [PAGE, 4 * PAGE, 16 * PAGE])
