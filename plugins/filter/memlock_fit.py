@@ -151,7 +151,8 @@ options:
         read C(VmLck) of such a VM without a device, once it has started. V(0) is a VM that locks none.
       - It is in C(VmLck), with what the legacy container and an iommufd in the mode V(process) pin, so the same memory
         may count twice.
-      - As it starts, QEMU locks more for a moment. Where the limit is within 128 MiB above what it needs otherwise,
+      - As it starts, QEMU locks more for a moment, up to the largest of its blocks of memory once more. Where the limit
+        is within 128 MiB above what it needs otherwise, or within all of O(overhead) and 2 MiB if that is more,
         RV(_value.fits) is V(null).
       - V(true) means C(<locked/>) of libvirt, for which that gives no limit at all.
       - If not given, O(domain_xml) tells. Without that, a domain with libvirt's limit is taken to lock none, which

@@ -46,7 +46,7 @@ from ._fit_host import (
     system_user,
 )
 from ._fit_input import Asked, Info, Owner, owner_of
-from ._fit_qemu import MOMENT, Clash, clash
+from ._fit_qemu import Clash, clash, moment
 from ._fit_xml import CONTAINER, LIBVIRTS
 from ._host_info import as_it_runs
 
@@ -288,7 +288,7 @@ def _locked(asked: Asked, vm: Vm) -> Span:
     if most in (0, UNLIMITED):
         return Span(min(least, vm.memory.least), most)
     # mlockall() compares huge pages, too, which are not in VmLck then.
-    return Span(least, most + MOMENT + (vm.memory.most if least < vm.memory.most else 0))
+    return Span(least, most + moment(vm.beyond.most) + (vm.memory.most if least < vm.memory.most else 0))
 
 
 def _steps(asked: Asked, vm: Vm, info: Info) -> tuple[Vm, ...]:

@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 from ..module_utils._accounting import EACH, IOMMUFD, LEGACY, NO_VIOMMU, Device
 from ._fit_xml import CONTAINER
 
-__all__ = ("BOTH_BACKENDS", "MOMENT", "QEMU", "Clash", "clash")
+__all__ = ("BOTH_BACKENDS", "MOMENT", "QEMU", "Clash", "clash", "moment")
 
 # How much more than in the end a QEMU that locks its memory may lock for a moment. It locks once the guest's memory is
 # mapped. Of each block that it maps after that, it reserves the size and 2 MiB, and maps it over that, and the kernel
 # counts both: qemu_ram_mmap() in its util/mmap-alloc.c. Tried on 10.0 and 11.1, with guests of 64 and 256 MiB: that
-# took 3 MiB, for its tables of ACPI, 12 MiB with a display of 16 MiB, and 60 MiB with one of 64 MiB.
+# took 3 MiB, for its tables of ACPI, 12 MiB with a display of 16 MiB, 60 MiB with one of 64 MiB, and more than 200 MiB
+# with one of 256 MiB.
 MOMENT = 128 * 2**20
+_ALIGNED = 2 * 2**20
 
 # What has to be asked: which release it is.
 QEMU = "qemu"
@@ -34,6 +36,11 @@ BOTH_BACKENDS = (
     "QEMU 11 ends a VM that has an iommufd and a legacy container in one address space, whatever its limit"
     " (VFIO_IOMMU_LEGACY: Object is not an instance)."
 )
+
+
+def moment(beyond: int) -> int:
+    """How much more that is of a QEMU with so much beside its guest's memory, all of which may be one block."""
+    return max(MOMENT, beyond + _ALIGNED)
 
 
 class Clash(NamedTuple):

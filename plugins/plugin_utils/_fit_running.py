@@ -31,7 +31,7 @@ from ..module_utils._size import human_size
 from ._fit_case import FILE_BACKED, SIGHT, Case, doubted, judge, kernels, ordered, plus, spaces
 from ._fit_host import GIB, OTHER, SYSTEM, Accounting, Limit, capability_of, prerequisites
 from ._fit_input import THE_IOMMUFD, Asked, Growth, Info, owner_of
-from ._fit_qemu import MOMENT, QEMU, Clash, clash
+from ._fit_qemu import MOMENT, QEMU, Clash, clash, moment
 from ._fit_xml import CONTAINER
 from ._host_info import as_it_runs
 
@@ -114,7 +114,8 @@ def _taken_over(asked: Asked, row: Mapping[str, Any], vm: Vm, memory: int | None
     """The new process of a live update, which is charged before the old one is not any more."""
     size = _one_space(asked, row, vm.devices, memory)
     # What the old one has locked may be pinned, too.
-    locked = _locks(asked, row, Span(min(size.least, row["locked_bytes"]), max(size.most, row["locked_bytes"])))
+    all_ = Span(min(size.least, row["locked_bytes"]), max(size.most, row["locked_bytes"]))
+    locked = _locks(asked, row, all_, moment(size.most - min(memory or 0, size.most)))
     return vm._replace(memory=size, locked=locked, held_mm_locked=NOTHING, held_mm_pinned=NOTHING)
 
 
@@ -162,12 +163,12 @@ def _name(row: Mapping[str, Any]) -> str:
     return str(row.get("domain") or row.get("name") or row.get("unit") or row["comm"])
 
 
-def _locks(asked: Asked, row: Mapping[str, Any], size: Span, moment: int = MOMENT) -> Span:
+def _locks(asked: Asked, row: Mapping[str, Any], size: Span, more: int = MOMENT) -> Span:
     """What a VM that runs locks itself of such an amount of memory, and more for a moment: all or nothing."""
     locks = row.get("locks_memory")
     if asked.locked.least or not asked.locked.most:
         locks = asked.locked.least > 0
-    most = min(size.most + moment, UNLIMITED)
+    most = min(size.most + more, UNLIMITED)
     return Span(0, most) if locks is None else Span(size.least, most) if locks else NOTHING
 
 

@@ -17,7 +17,7 @@ from ..module_utils._iommufd import NONE, PROCESS, USER
 from ..module_utils._size import human_size
 from . import _audit_words as words
 from ._audit_words import AT_RISK, LATER, NOT_LIMITED, OK, OVER_LIMIT, UNKNOWN
-from ._fit_qemu import MOMENT
+from ._fit_qemu import moment
 from ._host_info import as_it_runs, capability_for, daemon_is_barred, its_hard_limit
 
 __all__ = ("called", "charges_user", "pins_as_it_runs", "remedy_of", "verdict_of")
@@ -118,7 +118,7 @@ def charge_for_itself(process: Row, libvirt: Row) -> str:
     """How the VM is charged for itself from its next start on. VmLck then holds what it pins and what it locks."""
     how, grows = who_sets_the_mode(process, libvirt), pins_as_it_runs(process)
     least = max(process["pinned_bytes"] + process["locked_bytes"], (grows and all_it_may_pin(process)) or 0)
-    least += MOMENT if process["locks_memory"] else 0
+    least += moment(process["pinned_bytes"] - (process["memory_bytes"] or 0)) if process["locks_memory"] else 0
     limit = process["memlock_bytes"]
     enough = limit is None or least <= limit
     told = how if enough else words.raise_first(least, limit_of(process, least), how)

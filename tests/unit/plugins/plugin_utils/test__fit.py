@@ -1032,6 +1032,37 @@ def test_what_is_locked_for_a_moment(accounting: str, spare: int, fits: bool | N
 
 
 @pytest.mark.parametrize(
+    ("overhead", "spaces", "most"),
+    [("272M", 1, 274 * MIB), ("126M", 1, 128 * MIB), ("127M", 1, 129 * MIB), ("544M", 2, 274 * MIB)],
+)
+def test_all_beside_the_guests_memory_may_be_one_block(overhead: str, spaces: int, most: int) -> None:
+    """A display of 256 MiB was refused with 200 MiB more than what QEMU keeps locked, and not with 257 MiB."""
+    locked = 680443904
+    asked: Row = {"viommu": "each", "vfio_devices": spaces, "overhead": overhead, "locked": locked}
+    for accounting, pins in (("user", 0), ("process", spaces * 64 * MIB + int(overhead[:-1]) * MIB)):
+        enough = locked + pins + most
+        given = {"who": "vm", "accounting": accounting, **asked}
+        assert fit(idle(), **given, memlock=enough)["fits"] is True
+        answer = fit(idle(), **given, memlock=enough - PAGE)
+        assert answer["fits"] is None
+        assert f"A limit of {enough} bytes suffices" in answer["question"]
+        assert f"LimitMEMLOCK={enough} " in answer["remedy"]
+
+
+def test_a_block_that_is_not_known_may_be_as_large_as_all_that_is_allowed_for() -> None:
+    given: Row = {"who": "vm", "accounting": "user", "locked": "320M", "devices": []}
+    assert fit(idle(), **given, memlock=f"{320 + 1024 + 2}M")["fits"] is True
+    assert fit(idle(), **given, memlock=f"{320 + 1024 + 1}M")["fits"] is None
+
+
+@pytest.mark.parametrize(("spare", "fits"), [(0, True), (-PAGE, None)])
+def test_so_it_is_in_a_live_update(spare: int, fits: bool | None) -> None:
+    row = unit(**{**LOCKS, "pinned_bytes": 320 * MIB, "locked_bytes": 640 * MIB})
+    data = info(processes=[row], users=[of_vm(0)])
+    assert grown(data, live_update=True, memlock=(640 + 258) * MIB + spare)["fits"] is fits
+
+
+@pytest.mark.parametrize(
     ("limit", "fits"), [("639M", False), ("1G", None), (f"{1664 * MIB + 128 * MIB}", True), ("1791M", None)]
 )
 def test_huge_pages_are_locked_and_are_not_in_vmlck(limit: str, fits: bool | None) -> None:

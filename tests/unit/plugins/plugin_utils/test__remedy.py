@@ -184,6 +184,9 @@ def test_its_limit_must_hold_what_qemu_locks_for_a_moment_as_it_starts() -> None
     assert remedy(locks, user()).startswith(f"Raise its RLIMIT_MEMLOCK to {least} bytes or more, by ")
     enough = {**locks, "memlock_bytes": least, "headroom_bytes": least}
     assert remedy(enough, user()).startswith("At its next start put iommufd-exec")
+    # A display of 256 MiB
+    large = {**locks, "pinned_bytes": 320 * MIB}
+    assert remedy(large, user()).startswith(f"Raise its RLIMIT_MEMLOCK to {(320 + 8 + 256 + 2) * MIB} bytes or more")
 
 
 RAISE = "Raise its RLIMIT_MEMLOCK to 105906176 bytes or more, "
