@@ -174,6 +174,8 @@ options:
         give O(memlock), where the present limit does not suffice.
       - What it pins in one of its address spaces is what it pins at least in one that it gets, whatever O(memory) and
         O(overhead) are. So memory that was plugged before counts, though no command line has it.
+      - Where memory can be plugged, and no address space shows how much was, as before the first device, the filter
+        asks for O(memory). That is all that it has by then.
     type: dict
     suboptions:
       vm:

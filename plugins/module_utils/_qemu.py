@@ -57,12 +57,14 @@ Read = Callable[[bytes], Optional[bytes]]
 class Guest(NamedTuple):
     """What is said of a guest: its memory in bytes, and whether the VMM locks it itself; None where that is unknown.
 
-    `changes_user`: whether the VMM becomes another user once it has its devices.
+    `changes_user`: whether the VMM becomes another user once it has its devices. `pluggable`: whether memory can be
+    plugged, or unplugged, as the guest runs.
     """
 
     memory: int | None = None
     locks: bool | None = None
     changes_user: bool = False
+    pluggable: bool | None = None
 
 
 def _split(text: bytes, implied: bytes) -> Properties:
@@ -103,7 +105,8 @@ def look_at_guest(program: bytes, arguments: list[bytes], read: Read) -> Guest:
     if b"qemu" in name or name == b"kvm":
         return _of_qemu(arguments, read) if arguments else Guest()
     if name.startswith(b"cloud-hypervisor"):
-        return Guest(_memory_of_cloud_hypervisor(arguments))
+        memory = _memory_of_cloud_hypervisor(arguments)
+        return Guest(memory, pluggable=None if memory is None else b"hotplug_" in b" ".join(arguments))
     return Guest()
 
 
@@ -127,7 +130,9 @@ def _of_qemu(arguments: list[bytes], read: Read) -> Guest:
                 # It depends on the version whether such a section has any effect.
                 lacks_locks = lacks_locks or group in _LOCKING
                 settings[group if group not in _LOCKING else b""].append(found)
-    return Guest(None if lacks else _memory(settings), _locks(settings, lacks or lacks_locks), changes_user)
+    memory = None if lacks else _memory(settings)
+    pluggable = None if memory is None else _is_pluggable(settings)
+    return Guest(memory, _locks(settings, lacks or lacks_locks), changes_user, pluggable)
 
 
 def _from_json(text: bytes) -> Properties:
@@ -174,6 +179,12 @@ def _memory(settings: dict[bytes, list[Properties]]) -> int | None:
             sizes.append(None)
     known = [each for each in sizes if each is not None]
     return sum(known) if len(known) == len(sizes) and sum(known) <= SIZE_MAX else None
+
+
+def _is_pluggable(settings: dict[bytes, list[Properties]]) -> bool:
+    """Whether there is room for more memory, which takes no slot where that is virtio-mem."""
+    memory, machine = (settings.get(group, []) for group in (b"memory", b"machine"))
+    return any(b"maxmem" in each for each in memory) or any(b"memory.max-size" in each for each in machine)
 
 
 def _locks(settings: dict[bytes, list[Properties]], lacks: bool) -> bool | None:

@@ -627,6 +627,13 @@ processes:
           C(virtio-mem) or C(virtio-pmem), and where the command line is longer than 256 KiB or 8192 words.
       type: int
       sample: 67108864
+    memory_pluggable:
+      description:
+        - Whether memory can be plugged or unplugged as the guest runs, by its command line. QEMU has C(maxmem) for
+          that, cloud-hypervisor C(hotplug_size). If so, RV(processes[].memory_bytes) may not be what it has by now.
+        - V(null) where RV(processes[].memory_bytes) is.
+      type: bool
+      sample: false
     locks_memory:
       description:
         - Whether QEMU's command line has it lock its memory itself, by C(-overcommit mem-lock=on) or C(-realtime
@@ -1312,6 +1319,7 @@ def process_row(
         "user_unit": holder.units[1],
         "initial_user_namespace": holder.initial,
         "memory_bytes": holder.memory_bytes,
+        "memory_pluggable": holder.memory_pluggable,
         "locks_memory": holder.locks_memory,
         "pinned_bytes": status.pinned_bytes,
         "locked_bytes": status.locked_bytes,

@@ -56,9 +56,9 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
     row = _find(info, grow.vm)
     owner = owner_of(info, row["uid"])
     starter = SYSTEM if row.get("domain_uri") == "qemu:///system" else OTHER
-    memory = asked.memory if asked.memory is not None else row["memory_bytes"]
     limit = _its_limit(asked, row, starter)
     held = _held(row)
+    memory = asked.memory if asked.memory is not None else _memory(row, held or ())
     vm = Vm(
         memory=NOTHING,
         devices=held or (),
@@ -95,7 +95,8 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
     if not steps:
         raise IommufdError("grow: what is it to get? Give memory or devices, or live_update.")
     told = judge(info, tuple(steps))
-    hidden = grow.memory and memory and _may_have_more(row, vm.devices, memory)
+    size = asked.memory or row["memory_bytes"]
+    hidden = grow.memory and size and _may_have_more(row, vm.devices, size)
     doubt = SIGHT if held is None else "memory" if hidden and not _is_free(told) else by_qemu.question
     if held is None:
         told = told._replace(fits=None, question=SIGHT, counter=None, way=None)
@@ -207,6 +208,16 @@ def _held(row: Mapping[str, Any]) -> tuple[Device, ...] | None:
     ]
     found += [Device(LEGACY, f"container {each['fd']}", None, runs) for each in legacy if each.get("same_as") is None]
     return (*found, *(Device(VDPA) for _each in vdpa))
+
+
+def _memory(row: Mapping[str, Any], held: tuple[Device, ...]) -> int | None:
+    """Its memory by its command line; None where it may have another one by now, and no address space shows that."""
+    memory: int | None = row["memory_bytes"]
+    if memory is None or row["memory_pluggable"] is False:
+        return memory
+    # An mdev has not pinned all, and vDPA may have pinned nothing.
+    shows = bool(held) and not any(each.as_it_runs or each.backend == VDPA for each in held)
+    return memory if shows and any(pinned >= memory * spaces for pinned, spaces in _counted(row, held)) else None
 
 
 def _one_space(asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...], memory: int | None) -> Span:

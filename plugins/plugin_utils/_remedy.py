@@ -44,7 +44,7 @@ def pins_as_it_runs(process: Row) -> bool:
 def all_it_may_pin(process: Row) -> int | None:
     """What it has pinned and locked once all its memory is, in each address space; None where that is not known."""
     memory, spaces = process["memory_bytes"], process["address_spaces"]
-    if memory is None or spaces is None:
+    if memory is None or spaces is None or process["memory_pluggable"] is not False:
         return None
     # Numbers both, whatever a host returned: a text that is multiplied may take all memory.
     return int(memory) * int(spaces + (process["locks_memory"] is not False))

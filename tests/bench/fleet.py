@@ -35,6 +35,7 @@ Row = dict[str, Any]
 SINCE: Row = {
     "emulator": "/usr/bin/qemu-system-x86_64",
     "locks_memory": False,
+    "memory_pluggable": False,
     "backends": ["iommufd"],
     "holder": False,
     "legacy_containers": [],

@@ -107,6 +107,7 @@ def check_guest(row: Answer, device: int) -> None:
     assert [each["addresses"] for each in row["vfio_devices"]] == [[address(device)]]
     assert (row["comm"], row["emulator"]) == ("qemu-system-x86", "/usr/bin/qemu-system-x86_64")
     assert (row["locks_memory"], row["holder"], row["address_spaces"]) == (False, False, 1)
+    assert row["memory_pluggable"] is False
     assert row["unit"] == scope_of(row["pid"])
 
 

@@ -47,6 +47,7 @@ def process(**fields: Any) -> Row:
         "unit": "machine-qemu-1-vm1.scope",
         "initial_user_namespace": True,
         "memory_bytes": 64 * MIB,
+        "memory_pluggable": False,
         "pinned_bytes": PINNED,
         "locked_bytes": 0,
         "memlock_bytes": 100 * MIB,

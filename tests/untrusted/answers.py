@@ -66,6 +66,7 @@ def process(accounting: str | None, **fields: Any) -> Row:
         "user_unit": "*",
         "initial_user_namespace": True,
         "memory_bytes": 67108864,
+        "memory_pluggable": False,
         "locks_memory": False,
         "pinned_bytes": 67371008,
         "locked_bytes": 0,

@@ -119,6 +119,41 @@ def test_all_spellings_of_it(words: str, memory: int | None) -> None:
     assert look_at_guest(QEMU, [b"qemu", *words.encode().split()], nothing).memory == memory
 
 
+@pytest.mark.parametrize(
+    ("words", "pluggable"),
+    [
+        ("-m 1G", False),
+        ("-m 1G,slots=0", False),
+        ("-m 1G,slots=2,maxmem=4G", True),
+        # For virtio-mem there is no need of a slot.
+        ("-m 1G,maxmem=4G", True),
+        ("-m 1G -m maxmem=4G,slots=1", True),
+        ("-m 1G -M q35,memory.max-size=4G,memory.slots=1", True),
+        ("-machine q35,memory.size=1G,memory.max-size=4G", True),
+        ("-m 1G,slots=2,maxmem=4G -object memory-backend-ram,id=a,size=1G -device pc-dimm,memdev=a", True),
+        # It is not known how much that is, to begin with.
+        ("-m 1G,maxmem=4G -object memory-backend-ram,id=a,size=2G -device virtio-mem-pci,memdev=a", None),
+        ("", None),
+    ],
+)
+def test_whether_memory_can_be_plugged(words: str, pluggable: bool | None) -> None:
+    assert look_at_guest(QEMU, [b"qemu", *words.encode().split()], nothing).pluggable is pluggable
+
+
+@pytest.mark.parametrize(
+    ("words", "pluggable"),
+    [
+        ("--memory size=1G", False),
+        ("--memory size=1G,hotplug_size=2G", True),
+        ("--memory=size=1G,hotplug_method=virtio-mem,hotplug_size=2G", True),
+        ("--kernel k", None),
+    ],
+)
+def test_whether_cloud_hypervisor_can_have_more(words: str, pluggable: bool | None) -> None:
+    program = b"/usr/bin/cloud-hypervisor"
+    assert look_at_guest(program, [program, *words.encode().split()], nothing).pluggable is pluggable
+
+
 CONFIG = b"""# qemu config file
 
 [memory]
@@ -165,7 +200,8 @@ def test_a_file_of_settings(words: str, text: bytes | None, memory: int | None, 
         return text
 
     guest = look_at_guest(QEMU, [b"qemu", *words.encode().split()], read)
-    assert guest == Guest(memory, locks)
+    assert guest[:2] == (memory, locks)
+    assert guest.pluggable is (None if memory is None else False)
     assert set(asked) == {b"/etc/vm.cfg"}
     assert len(asked) <= 8
 
@@ -226,7 +262,14 @@ def test_whether_it_locks_its_memory(words: str, locks: bool | None) -> None:
 )
 def test_each_program_means_something_else(program: str, words: str, memory: int | None) -> None:
     guest = look_at_guest(program.encode(), [b"qemu", *words.encode().split()], nothing)
-    assert guest == Guest(memory, False if "-m 64" in words and memory else None)
+    assert guest[:2] == (memory, False if "-m 64" in words and memory else None)
+    assert guest.pluggable is (None if memory is None else False)
+
+
+def test_a_file_may_have_room_for_more() -> None:
+    text = b'[memory]\n size = "1G"\n maxmem = "4G"'
+    guest = look_at_guest(QEMU, [b"qemu", b"-readconfig", b"/etc/vm.cfg"], lambda _path: text)
+    assert (guest.memory, guest.pluggable) == (GIB, True)
 
 
 def test_a_command_line_that_is_hidden() -> None:

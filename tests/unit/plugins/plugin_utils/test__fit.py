@@ -1090,6 +1090,10 @@ HAS_MDEV: list[Row] = [{"backend": "iommufd", "as_it_runs": True}]
 GROWN = PINNED + 32 * MIB
 PLUGGED: Row = {"pinned_bytes": GROWN}
 UNPLUGGED: Row = {"memory_bytes": 96 * MIB}
+# With an iommufd, and no device so far, or any more
+BEFORE: Row = {"memory_pluggable": True, "iommufds": iommufds(0), "pinned_bytes": 0, "vfio_devices": []}
+FIRST: Row = {"devices": [BY_IOMMUFD], "overhead": "256K"}
+BY_VDPA: Row = {"backends": ["vdpa"], "vdpa_devices": [{"fd": 9, "node": "/dev/vhost-vdpa-0"}], "iommufds": []}
 TWICE: Row = {"pinned_bytes": 2 * PINNED, "address_spaces": None}
 OF_USER: Row = {**ANOTHER, "mode": "user"}
 LOCKS_GROWN: Row = {
@@ -1166,6 +1170,21 @@ GROWTH = [
     ({**PLUGGED, "memory_bytes": None}, {"devices": [OF_USER], "overhead": 0, "memlock": 2 * GROWN - 1}, None),
     (LOCKS_GROWN, {"devices": [VDPA], "overhead": 0, "memlock": GROWN}, True),
     (LOCKS_GROWN, {"devices": [VDPA], "overhead": 0, "memlock": GROWN - 1}, False),
+    ({**PLUGGED, "memory_pluggable": True}, {"devices": [OF_USER], "overhead": 0, "memlock": 2 * GROWN}, True),
+    ({**PLUGGED, "memory_pluggable": True}, {"devices": [OF_USER], "overhead": 0, "memlock": 2 * GROWN - 1}, False),
+    # Where no address space shows it, nothing does.
+    ({**BEFORE, "memory_pluggable": False}, {**FIRST, "memlock": 2 * PINNED}, True),
+    ({**BEFORE, "memory_pluggable": False}, {**FIRST, "memlock": 2 * PINNED - 1}, False),
+    (BEFORE, {**FIRST, "memlock": "1G"}, None),
+    (BEFORE, {**FIRST, "memlock": 2 * PINNED - 1}, None),
+    ({**BEFORE, "memory_pluggable": None}, {**FIRST, "memlock": "1G"}, None),
+    ({**BEFORE, "iommufds": []}, {"devices": [LEGACY], "overhead": "256K", "memlock": "1G"}, None),
+    ({**BEFORE, "iommufds": iommufds(1)}, {**FIRST, "viommu": "each", "memlock": "1G"}, None),
+    ({**BEFORE, **BY_VDPA}, {"devices": [LEGACY], "overhead": "256K", "memlock": "1G"}, None),
+    ({**BEFORE, "vfio_devices": HAS_MDEV, "iommufds": iommufds(1)}, {"devices": [LEGACY], "memlock": "4G"}, None),
+    (BEFORE, {**FIRST, "memlock": "unlimited"}, True),
+    (BEFORE, {"memory": "64M", "memlock": "1M"}, True),
+    ({**BEFORE, **LOCKS}, {"live_update": True, "memlock": "4G"}, None),
     # What it was started with, and is gone
     (UNPLUGGED, {"devices": [OF_USER], "overhead": 0, "memlock": 2 * PINNED - 1}, False),
     (UNPLUGGED, {"devices": [OF_USER], "overhead": 0, "memlock": 2 * PINNED}, None),
@@ -1926,6 +1945,18 @@ def test_the_question_about_a_vm_that_runs_is_one_that_can_be_answered(fields: R
     answer = grown(data, **grows, overhead=0)
     assert answer["fits"] is None
     assert answer["question"].startswith(question)
+
+
+def test_what_was_plugged_before_the_first_device_is_asked_for() -> None:
+    data = info(processes=[unit(**BEFORE)], users=[of_vm(0)])
+    answer = grown(data, **FIRST, memlock=GROWN)
+    assert (answer["fits"], answer["question"]) == (None, "How much memory has the VM? Give memory.")
+    # 32 MiB were: QEMU was refused with 72 MiB, and a page below this.
+    for memlock, fits in ((GROWN, True), (GROWN - 1, False), ("72M", False)):
+        told = memlock_fit(
+            data, grow={"vm": "vm1", "devices": [BY_IOMMUFD]}, memory="96M", overhead="256K", memlock=memlock
+        )
+        assert told["fits"] is fits
 
 
 @pytest.mark.parametrize(("locked", "fits"), [(None, None), (0, True), ("64M", False), (True, False)])

@@ -25,6 +25,7 @@ def vm(*modes: str | None, settable: bool = False, **fields: Any) -> Row:
         "user_unit": None,
         "initial_user_namespace": True,
         "memory_bytes": 64 * MIB,
+        "memory_pluggable": False,
         "locks_memory": False,
         "backends": ["iommufd"],
         "iommufds": [{"rlimit_mode": mode, "settable": settable} for mode in modes or ("user",)],
@@ -279,6 +280,9 @@ def mdev(*runs: bool | None, **fields: Any) -> Row:
         pytest.param(mdev(True, False, address_spaces=None), "may fail later", id="in how many is not known"),
         pytest.param(mdev(True, memory_bytes=100 * MIB), "ok", id="the limit holds all of it"),
         pytest.param(mdev(True, memory_bytes=None), "may fail later", id="how much is not known"),
+        pytest.param(
+            mdev(True, memory_bytes=100 * MIB, memory_pluggable=True), "may fail later", id="it may have more by now"
+        ),
         pytest.param(mdev(True, memory_bytes=50 * MIB, locks_memory=True), "ok", id="and what it locks"),
         pytest.param(mdev(True, memory_bytes=51 * MIB, locks_memory=None), "may fail later", id="it may lock it"),
         pytest.param(mdev(True, headroom_bytes=-1), "over limit", id="over limit"),

@@ -43,6 +43,7 @@ def process(**fields: Any) -> Row:
         "user_unit": None,
         "initial_user_namespace": True,
         "memory_bytes": 64 * MIB,
+        "memory_pluggable": False,
         "locks_memory": False,
         "backends": ["iommufd"],
         "iommufds": [{"rlimit_mode": "user", "settable": False}],
