@@ -48,7 +48,7 @@ class Vm:
     one, and runs, as is needed for its guest to turn that on. `grows`: whether `vmm plug` may give it something, and
     `plugged`: how many MiB it gets so at once. `kept`: whether what starts it keeps a copy of its iommufd, with a limit
     of 8 MiB. `bounded`: whether its unit takes CAP_IPC_LOCK away from all that it runs. `hard`: its hard limit, if that
-    is another one.
+    is another one. `waits`: whether it has an iommufd already where it has no device.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Vm:
     plugged: int = 0
     bounded: bool = False
     hard: int = 0
+    waits: bool = False
 
     @property
     def pidfile(self) -> Path:
@@ -90,7 +91,8 @@ class Vm:
 
     def iommufds(self) -> list[tuple[str, list[str]]]:
         """The properties of each iommufd, and its devices. Who sets the mode has opened it; otherwise QEMU does."""
-        groups = [[each] for each in self.devices] if self.apart else [list(self.devices)] if self.devices else []
+        groups = [[each] for each in self.devices] if self.apart else [list(self.devices)]
+        groups = groups if self.devices or self.waits else []
         given = {"process": len(groups), "mixed": 1}.get(self.accounting, 1 if self.kept else 0)
         # The last ones are given.
         first = len(groups) - given
