@@ -204,7 +204,8 @@ options:
 notes:
   - The kernel does not publish what it has charged to a user. For per-user accounting, the filter relies on the
     estimate RV(virt.iommufd.iommufd_info#module:users[].charged_bytes), and RV(_value.reason) says how much would be
-    left for what no file shows. Where VMs that have ended may have left charges behind, the answer is V(null).
+    left for what no file shows. Where VMs that have ended may have left charges behind, the answer is V(null). What
+    they left where no process shows it is known of only where the kernel's iommufd is a module.
   - QEMU 11 ends a VM that has an iommufd and a legacy container in one address space, whatever its limit. For such a VM
     the filter needs the versions of the emulators. V(emulators) in O(virt.iommufd.iommufd_info#module:gather_subset)
     has them gathered.

@@ -39,6 +39,7 @@ __all__ = (
     "VfioNode",
     "ask_vfio_container",
     "check_may_be_run",
+    "count_iommufds",
     "find_emulators",
     "find_iommu_groups",
     "find_iommus",
@@ -121,6 +122,14 @@ def find_module(release: str) -> str | None:
             if re.search(rb"^\S*/iommufd\.ko(\.\w+)?(:|$)", stream.read(), re.MULTILINE):
                 return state
     return ABSENT if os.path.exists(f"{folder}/modules.dep") else None
+
+
+def count_iommufds() -> int:
+    """How many iommufds are open, and queues of theirs, whoever has them; 0 where iommufd is no module of its own."""
+    folder = f"{_SYS}/module/iommufd"
+    users = len(_entries(f"{folder}/holders"))
+    # Each open file takes the module once, wherever it is kept, as does each module that uses this one.
+    return int(_text(f"{folder}/refcnt") or users) - users
 
 
 class OwnIommufd(NamedTuple):

@@ -90,6 +90,11 @@ class Sharing:
         some = islice(self._file_of.get((pid, fd), ()), SHARED_WITH_MAX + 1)
         return [other for other in some if other != pid][:SHARED_WITH_MAX]
 
+    def count(self, descriptors: Iterable[Descriptor]) -> int:
+        """How many open files these are, without those of which that is not known."""
+        known = [(each.pid, each.fd) for each in descriptors if each.pid not in self.unknown]
+        return len({id(self._file_of[each]) if each in self._file_of else each for each in known})
+
     def holders(self, owners: Sequence[Owner], doubtful: Container[int]) -> dict[int, bool | None]:
         """Of each process, whether it has nothing but what VMMs have, too; None where that cannot be told.
 

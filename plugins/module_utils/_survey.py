@@ -12,7 +12,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ from ._qemu import Guest, guest_name, is_session_domain, look_at_guest
 from ._sharing import Descriptor, Owner, Sharing, compare
 from ._tables import CONTAINERS, LARGE, TOO_MANY, TOO_MANY_HOLDERS, Budget, Tables, who_pays
 
-__all__ = ("HeldIommufd", "Holder", "Survey", "survey")
+__all__ = ("HeldIommufd", "Holder", "Survey", "count_queues", "survey")
 
 # A VMM has an IOAS among its first objects, and the ids of all objects are the lowest free ones. An IOAS beyond such a
 # hole takes that so many objects, of some 40 devices, were there at a time and are gone. Each id that is tried is a
@@ -78,8 +78,12 @@ _BATCH = 256
 _HOLDERS_AT_ONCE = 16
 _PULSE = 0.5
 
-# What iommufds are open on, in the place of a device number: they may have two.
+# What iommufds are open on, in the place of a device number: they may have two. And their queues, which have none.
 _IOMMUFD = -1
+_QUEUE = -2
+
+# How /proc/PID/fd shows a queue of faults or events. See drivers/iommu/iommufd/eventq.c.
+_NAME_OF_QUEUES = "anon_inode:[iommufd-"
 
 # An index in a list of processes, which child and parent share.
 _POSITION = struct.Struct("=q")
@@ -313,6 +317,11 @@ class Survey:
         candidates = [each for each in self.holders if only_holders[each.pid] is not True]
         return {each.pid for each in candidates if not all(is_in_use(each, fd) for fd in each.may_keep(vfio))}
 
+    def count_iommufds(self) -> int:
+        """How many iommufds were seen, at least."""
+        all_ = (each for holder in self.holders for each in holder.descriptors())
+        return self.sharing.count(each for each in all_ if each.kind == _IOMMUFD)
+
     def _iommufds_of(self, holder: Holder) -> int:
         """How many different iommufds a process has in which there is something."""
         used = [each.fd for each in holder.iommufds or () if not each.is_empty]
@@ -365,6 +374,24 @@ def survey(nodes: Collection[int] = ()) -> Survey:
     result.holders.sort(key=lambda holder: holder.pid)
     result.sharing = compare(descriptor for holder in result.holders for descriptor in holder.descriptors())
     return result
+
+
+def count_queues(holders: Iterable[Holder]) -> int:
+    """How many queues of iommufds they have, or of some of them where they have descriptors without end."""
+    found = list(_queues(holders, time.monotonic() + _PATIENCE))
+    return compare(found).count(found)
+
+
+def _queues(holders: Iterable[Holder], deadline: float) -> Iterator[Descriptor]:
+    for holder in holders:
+        with contextlib.suppress(OSError), os.scandir(f"/proc/{holder.pid}/fd") as entries:
+            for each in entries:
+                if time.monotonic() > deadline:
+                    return
+                with contextlib.suppress(OSError):
+                    if os.readlink(each.path).startswith(_NAME_OF_QUEUES):
+                        payer = who_pays(holder.status.uid)
+                        yield Descriptor(holder.pid, int(each.name), _QUEUE, holder.start_ticks, payer)
 
 
 def _may_have_containers() -> bool:

@@ -157,7 +157,8 @@ host:
             - V(domains) where the domains of the system libvirt are unknown.
             - V(charges) where users may be charged for what has no process any more. A VM that has ended leaves that
               behind where another process keeps its iommufd, or a device of it. Only an iommufd that is accounted per
-              user does so.
+              user does so. No process shows what is in flight in a socket, or kept by a mapping of a device alone;
+              the kernel counts it, where RV(host.module) is V(loaded). Where that is V(builtin), it is not seen.
             - V(options), V(module), V(emulators) and V(libvirt) where that part of RV(host) is incomplete.
           type: str
           sample: descriptors
@@ -1288,6 +1289,15 @@ def note_keepers(accounts: Accounts, unseen: Unseen) -> None:
             f"No VM that runs accounts for all that {some} {'holds' if len(named) == 1 else 'hold'}. If a VM that has"
             " ended had that, what it had pinned stays charged to its user until that is closed, and nothing tells to"
             " whom, and how much. Once it is closed, look again.",
+        )
+    if accounts.missing:
+        counted = f"{accounts.missing} {'iommufds are' if accounts.missing > 1 else 'iommufd is'} open"
+        unseen.note(
+            "charges",
+            f"{counted} that no process was seen to have. A process may keep that in flight in a socket, or by a device"
+            " of it, or by nothing but such a device's memory (/proc/PID/maps names /dev/vfio then). If a VM that has"
+            " ended had that, what it had pinned stays charged to its user until that is closed, and nothing tells to"
+            " whom, and how much. End what may keep it, such as the VM's launcher, and look again.",
         )
     if seen.blind:
         unseen.note(

@@ -39,6 +39,7 @@ CONTAINER = "/dev/vfio/vfio"
 PATIENCE = 600
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
 # Keeps Python's lock during a call.
 _libc_alone = ctypes.PyDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
@@ -52,6 +53,8 @@ _SYS_IO_URING_SETUP = 425
 _SYS_IO_URING_REGISTER = 427
 _IORING_REGISTER_BUFFERS = 0
 _IORING_UNREGISTER_BUFFERS = 1
+# linux/iommufd.h
+_IOMMU_FAULT_QUEUE_ALLOC = 0x3B8E
 # linux/vhost.h, linux/vhost_types.h
 _VHOST_SET_OWNER = 0xAF01
 _VHOST_IOTLB_MSG_V2 = 2
@@ -283,6 +286,27 @@ class Acts(Pinner):
         self._iommufd = _checked(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, int(fd), 0))
         os.close(pidfd)
         return {"fd": self._iommufd}
+
+    def keep_in_flight(self, *fds: str) -> Answer:
+        """Keeps open files in a socket alone, as if they were never received."""
+        self._socket_pair = socket.socketpair(socket.AF_UNIX)
+        socket.send_fds(self._socket_pair[0], [b"x"], list(map(int, fds)))
+        for fd in fds:
+            os.close(int(fd))
+        return {}
+
+    def keep_mapped(self, fd: str) -> Answer:
+        """Keeps a device by a mapping of its first region alone."""
+        address = _libc.mmap(None, ctypes.c_size_t(PAGE), mmap.PROT_READ, mmap.MAP_SHARED, int(fd), ctypes.c_long(0))
+        _checked(-1 if address == ctypes.c_void_p(-1).value else 0)
+        os.close(int(fd))
+        return {}
+
+    def queue(self) -> Answer:
+        """Makes a queue of faults of the iommufd, which is an open file of its own."""
+        argument = bytearray(struct.pack("=4I", 16, 0, 0, 0))
+        fcntl.ioctl(self._iommufd, _IOMMU_FAULT_QUEUE_ALLOC, argument)
+        return {"fd": struct.unpack("=4I", argument)[3]}
 
     def fork(self) -> Answer:
         """Leaves a child that lives as long as this process, with all its descriptors, and says its id."""

@@ -118,7 +118,11 @@ def test_processes_that_come_and_go(start: Start, alarm: None) -> None:
             assert user(answered, ALICE)["pids"] == [stays.pid]
             # Who was not kept from looking is told of nothing but of those that were caught at it.
             limits = [each["why"] for each in answered["host"]["limits_of_view"]]
-            assert all("It puts other files in the place" in why for why in limits)
+            caught = [why for why in limits if "It puts other files in the place" in why]
+            uncounted = [why for why in limits if "open that no process was seen to have" in why]
+            assert len(caught) + len(uncounted) == len(limits)
+            # Those may have more. Who has one for a moment has not.
+            assert caught or not uncounted
             assert str(stays.pid) not in re.findall("[0-9]+", " ".join(limits))
             for each in answered["processes"]:
                 # What a swapper puts in the place of its iommufd may be a container.

@@ -133,6 +133,60 @@ def test_what_a_vm_that_has_ended_has_left_behind(start: Start, uid: int, kept: 
     assert "charges" not in limits(look())
 
 
+@pytest.mark.parametrize("kept", ["in flight", "mapped"])
+def test_what_a_vm_that_has_ended_has_left_where_no_process_shows_it(start: Start, kept: str) -> None:
+    vmm, keeper, other = start(), start(0), start()
+    for each in (vmm, other):
+        each.limit(LIMIT)
+    iommufd = vmm.open()
+    vmm.do("attach", DEVICES[0])
+    vmm.do("pin", str(6 * MIB))
+    device = process(look(), vmm.pid)["vfio_devices"][0]["fd"]
+    fds = [iommufd, device] if kept == "in flight" else [device]
+    copies = [str(keeper.do("take", str(vmm.pid), str(fd))["fd"]) for fd in fds]
+    keeper.do("keep_in_flight" if kept == "in flight" else "keep_mapped", *copies)
+    # What a VM that runs has is seen with that.
+    assert "charges" not in limits(look())
+    vmm.end()
+    other.open()
+    other.do("attach", DEVICES[1])
+    assert other.ask("pin", str(4 * MIB + PAGE))["errno"] == "ENOMEM"
+    other.do("pin", str(4 * MIB))
+    answered = look()
+    assert keeper.pid not in [each["pid"] for each in answered["processes"]]
+    assert limits(answered)["charges"].startswith("1 iommufd is open that no process was seen to have.")
+    assert (user(answered, VM)["memlock_bytes"], user(answered, VM)["at_risk"]) == (LIMIT, None)
+    keeper.end()
+    other.do("pin", str(6 * MIB))
+    answered = look()
+    assert "charges" not in limits(answered)
+    assert user(answered, VM)["at_risk"] is True
+
+
+def test_every_iommufd_that_is_open_is_seen(start: Start, container_is_iommufd: bool) -> None:
+    """The kernel counts open files. Whatever there is more of, or less, is no iommufd that was not seen."""
+    vmm, other = start(), start(ALICE)
+    fd = vmm.open()
+    vmm.do("dup", str(fd), "3")
+    for each in (vmm, other):
+        each.open(CONTAINER)
+        each.open("/dev/iommu", "path")
+        each.open()
+        each.do("fork")
+    for device in DEVICES[:2]:
+        vmm.do("attach", device)
+    vmm.do("pin", str(MIB))
+    # Each is counted, as an iommufd is.
+    queues = [vmm.do("queue")["fd"] for _each in range(2)]
+    vmm.do("dup", str(queues[0]), "3")
+    seen = [iommufd for row in look()["processes"] for iommufd in row["iommufds"]]
+    assert len(seen) == 12 + container_is_iommufd * 4
+    assert "charges" not in limits(look())
+    # A copy of a queue is none of its own.
+    vmm.do("keep_in_flight", str(fd))
+    assert "charges" not in limits(look())
+
+
 @pytest.mark.parametrize("mode", ["process", "legacy"])
 def test_what_has_left_nothing_behind(start: Start, mode: str) -> None:
     """What the process was charged for ends with it."""

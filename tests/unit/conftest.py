@@ -19,7 +19,14 @@ from typing import Any
 
 import pytest
 from ansible.module_utils.common import warnings
-from ansible_collections.virt.iommufd.plugins.module_utils import _device, _iommufd, _paths, _survey, _task_target
+from ansible_collections.virt.iommufd.plugins.module_utils import (
+    _device,
+    _host_facts,
+    _iommufd,
+    _paths,
+    _survey,
+    _task_target,
+)
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 
@@ -119,6 +126,7 @@ def alone(null_is_iommufd: FakeKernel, child: subprocess.Popen[bytes], monkeypat
     """The child is the only process of the host, and what it has open on /dev/null an iommufd."""
     monkeypatch.setattr(_survey, "misc_rdev", _iommufd.misc_rdev)
     monkeypatch.setattr(_survey, "_pids", lambda: iter([child.pid]))
+    monkeypatch.setattr(_host_facts, "count_iommufds", lambda: 0)
     return null_is_iommufd
 
 

@@ -92,6 +92,15 @@ def test_nothing_else_is_opened(
     assert kernel.calls == []
 
 
+@pytest.mark.parametrize(("text", "holders", "count"), [("3", ["vfio"], 2), ("0", [], 0), (None, ["vfio"], 0)])
+def test_how_many_iommufds_are_open(sys: Path, text: str | None, holders: list[str], count: int) -> None:
+    if text is not None:
+        write(sys / "module/iommufd/refcnt", f"{text}\n")
+    for each in holders:
+        write(sys / "module/iommufd/holders" / each)
+    assert _host_facts.count_iommufds() == count
+
+
 def test_a_link_to_the_node_will_do(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "iommu").symlink_to(os.devnull)
     monkeypatch.setattr(_device, "DEVICE", str(tmp_path / "iommu"))

@@ -67,6 +67,13 @@ def test_descriptors_of_one_process(opened: list[int]) -> None:
     assert sharing.shared_with(os.getpid(), copy) == []
 
 
+def test_how_many_files_there_are() -> None:
+    """None is counted twice, nor one of which it is not known whether it is another one."""
+    sharing = Sharing([[(1, 4), (1, 6), (2, 4)]], unknown=[3])
+    all_ = [Descriptor(pid, fd, 0, 1, 1000) for pid, fd in ((1, 4), (1, 5), (1, 6), (2, 4), (2, 5), (3, 4))]
+    assert [sharing.count(some) for some in (all_, all_[:1], all_[:2], all_[-1:], [])] == [3, 1, 2, 0, 0]
+
+
 def test_different_kinds_are_not_compared(opened: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sharing, "ask_child", None)
     one, other = opened[:2]

@@ -8,6 +8,7 @@ import errno
 import json
 import mmap
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     IommufdError,
     ProcessGone,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._process import Descriptors, Process
+from ansible_collections.virt.iommufd.plugins.module_utils._process import Descriptors, Process, parse_stat, read_file
 from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Arguments
 from ansible_collections.virt.iommufd.plugins.module_utils._sharing import Descriptor, Owner, Sharing
 from ansible_collections.virt.iommufd.plugins.module_utils._survey import HeldIommufd, Holder, survey
@@ -302,6 +303,34 @@ def test_who_may_keep_what_a_vm_that_has_ended_had_pinned(
 def test_who_holds_nothing(alone: FakeKernel, row: dict[str, Any], idle: bool) -> None:
     (holder,) = holders_of(survey().holders[0], row)
     assert holder.account(()).idle is idle
+
+
+def test_how_many_iommufds_were_seen(alone: FakeKernel) -> None:
+    result = survey()
+    devices = {"devices": {7: VFIO, 8: CONTAINER}}
+    rows = ({**devices, "iommufds": [EMPTY, KEPT._replace(fd=5)]}, devices, {"iommufds": None})
+    result.holders = holders_of(result.holders[0], *rows)
+    result.sharing = Sharing()
+    assert result.count_iommufds() == 3
+    result.sharing = Sharing([[(1, 5), (2, 4)]])
+    assert result.count_iommufds() == 2
+
+
+def test_how_many_queues_they_have(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    (holder,) = survey().holders
+    ours = holder._replace(pid=os.getpid(), start_ticks=parse_stat(read_file("/proc/self/stat")).start_ticks)
+    queues = [select.epoll() for _each in range(2)]
+    copy = os.dup(queues[0].fileno())
+    assert _survey.count_queues([holder, ours]) == 0
+    monkeypatch.setattr(_survey, "_NAME_OF_QUEUES", "anon_inode:[eventpoll]")
+    assert _survey.count_queues([holder, ours]) == 2
+    # Another one by that id
+    assert _survey.count_queues([holder, ours._replace(start_ticks=1)]) == 0
+    monkeypatch.setattr(_survey, "_PATIENCE", -1)
+    assert _survey.count_queues([holder, ours]) == 0
+    os.close(copy)
+    for each in queues:
+        each.close()
 
 
 MDEV, PCI, OF_VDPA = 4711, 4712, 4713

@@ -8,6 +8,7 @@ import mmap
 import os
 import subprocess
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Callable
 
@@ -234,6 +235,49 @@ def test_what_a_vm_that_has_ended_may_have_left_behind(
     assert said in limit["why"]
     # Whoever it is
     assert [each["at_risk"] for each in answer["users"]] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("counts", "queues", "missing"),
+    [
+        ([2, 2], 0, 1),
+        ([4, 3], 0, 2),
+        ([3, 4], 1, 1),
+        ([1, 1], 0, 0),
+        # Of somebody who has come or gone meanwhile
+        ([1, 2], 0, 0),
+        ([2, 1], 0, 0),
+        ([3, 3, 2, 3, 1], 0, 0),
+        ([3, 3, 3, 2, 3], 0, 1),
+        ([3, 3], 2, 0),
+        ([2, 2], 2, 0),
+        # Built in
+        ([0, 0, 0], 0, 0),
+    ],
+)
+def test_what_is_open_that_no_process_shows(
+    run: Run,
+    alone: FakeKernel,
+    monkeypatch: pytest.MonkeyPatch,
+    counts: list[int],
+    queues: int,
+    missing: int,
+) -> None:
+    for module in (_accounts, iommufd_info):
+        monkeypatch.setattr(module, "in_initial_namespace", lambda _kind: True)
+    monkeypatch.setattr(_host_facts, "read_hidepid", lambda: "")
+    monkeypatch.setattr(_host_facts, "count_iommufds", chain(counts, repeat(counts[-1])).__next__)
+    monkeypatch.setattr(_accounts, "_PAUSE", 0)
+    monkeypatch.setattr(_accounts, "count_queues", lambda _holders: queues)
+    seen = survey()
+    (holder,) = seen.holders
+    seen.holders = [holder._replace(memlock=Limit(2**40, 2**40), status=holder.status._replace(effective=0))]
+    monkeypatch.setattr(_accounts, "survey", lambda _nodes: seen)
+    answer = run(gather_subset=["users"], users=[str(os.getuid()), "4711"])
+    limits = [each for each in answer["host"]["limits_of_view"] if each["what"] == "charges"]
+    words = ["1 iommufd is open", "2 iommufds are open"][missing - 1 :][:1] if missing else []
+    assert [each["why"].partition(" that no process was seen")[0] for each in limits] == words
+    assert [each["at_risk"] for each in answer["users"]] == [None if missing else False] * 2
 
 
 @pytest.mark.parametrize(
