@@ -156,6 +156,8 @@ options:
     description:
       - The XML of a libvirt domain, as C(virsh dumpxml) prints it. Memory, devices, virtual IOMMU, C(<hard_limit>),
         C(<locked/>), the user in C(<seclabel>) and the arguments in C(<qemu:commandline>) are read.
+      - C(<hard_limit>) is the limit of the domain's control group, too, in which all of the emulator's memory counts.
+        Where it leaves less than 1 GiB for that beside the memory and O(overhead), RV(_value.fits) is not V(true).
       - What C(<interface type='network'>) comes to is not known before the start. It counts as no device.
     type: str
   grow:

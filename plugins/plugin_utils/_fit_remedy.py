@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER, Device, Span, exactly
-from ._fit_case import Case, may_charge_user, new_vm, settled
+from ._fit_case import ROOM, Case, may_charge_user, new_vm, settled
 from ._fit_host import (
     GIB,
     SESSION,
@@ -93,7 +93,12 @@ def _without_memtune(case: Case) -> str | None:
 def _limit(case: Case) -> str | None:
     """A limit that is large enough, where it can be given."""
     enough = case.told.enough
-    if enough >= UNLIMITED or (case.limit.span.least >= enough and not case.refused):
+    if case.doubt == ROOM and case.running is None:
+        # That is what it is raised for.
+        case, enough = case._replace(doubt=None), max(enough, case.once)
+    elif case.limit.span.least >= enough and not case.refused:
+        return None
+    if enough >= UNLIMITED:
         return None
     next_one = ", for this VM only, since the next one takes still more" if may_charge_user(case) else ""
     if case.running is not None:

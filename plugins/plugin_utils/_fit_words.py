@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from ..module_utils._accounting import MLOCK, MM_LOCKED, MM_PINNED, NOTHING, PROCESS, UNLIMITED, USER, demand
 from ..module_utils._size import human_size
-from ._fit_case import PAGE, SIGHT, STARTS, Case, at_best, kernels, may_charge_user
+from ._fit_case import PAGE, ROOM, SIGHT, STARTS, Case, at_best, kernels, may_charge_user
 from ._fit_qemu import QEMU
+from ._host_info import kib_with_room
 
 __all__ = ("question_of", "reason_of")
 
@@ -79,6 +80,13 @@ def question_of(case: Case) -> str | None:
         return (
             f"Are the {human_size(case.owner.unsure)} charged to {case.owner.name} that other processes of it have"
             f" pinned? {_AS_ROOT if case.owner.partly else _BY_WHAT + _of_both_modes(case)}{enough}"
+        )
+    if told.question == ROOM:
+        least = max(case.once, told.enough if told.enough < UNLIMITED else 0)
+        return (
+            "Does the emulator's own memory fit into what <hard_limit> leaves beside the guest's? Nothing tells that"
+            " beforehand, and if not, its control group, which has that limit, too, ends the VM. Raise it to"
+            f" {kib_with_room(least)} KiB."
         )
     if told.question == "later":
         return f"How much will its mdev pin as it runs? Nothing tells that beforehand.{enough}"
@@ -175,6 +183,8 @@ def _unsure(case: Case) -> list[str]:
             f"It fits now, and may fail later: its mdev pins as it runs, up to all memory, for which {case.limit.words}"
             " is too small."
         ]
+    if told.question == ROOM:
+        return ["Its <hard_limit> is the limit of its control group, too, in which the emulator's own memory counts."]
     if told.question in (STARTS, SIGHT, QEMU):
         return []
     best = at_best(case)

@@ -949,6 +949,47 @@ def test_a_domain_by_its_xml(
     assert (answer["question"] is None) is (fits is not None)
 
 
+ROOMY = 2 * GIB + 256 * KIB
+
+
+@pytest.mark.parametrize(
+    ("hard", "given", "fits"),
+    [
+        # Just what is pinned is enough for RLIMIT_MEMLOCK. The control group ends QEMU, which has memory of its own.
+        (GIB + 256 * KIB, {}, None),
+        (GIB + 256 * KIB - PAGE, {}, False),
+        (ROOMY - KIB, {}, None),
+        (ROOMY, {}, True),
+        # What no limit on locked memory keeps from it, the control group does.
+        (ROOMY - KIB, {"memlock": "unlimited"}, None),
+        (ROOMY - KIB, {"accounting": "none"}, None),
+        (512 * MIB, {"accounting": "none"}, None),
+        (ROOMY, {"accounting": "none"}, True),
+        # What it pins beyond its memory may be up to 1 GiB.
+        (3 * GIB - KIB, {"overhead": None}, None),
+        (3 * GIB, {"overhead": None}, True),
+        # Locked memory is all that it has. With CAP_IPC_LOCK no limit on that tells how much it may be.
+        (4 * GIB, {"accounting": "none", "locked": "3G"}, None),
+        (4 * GIB + 128 * MIB, {"accounting": "none", "locked": "3G"}, True),
+        (64 * GIB, {"accounting": "none", "locked": True}, None),
+    ],
+)
+def test_a_hard_limit_leaves_room_for_the_emulator(hard: int, given: Row, fits: bool | None) -> None:
+    def ask(limit: int) -> Row:
+        xml = domain(HOSTDEV, f"<memtune><hard_limit unit='KiB'>{limit // KIB}</hard_limit></memtune>")
+        return memlock_fit(idle(host=native()), domain_xml=xml, **{"overhead": "256K", **given})
+
+    answer = ask(hard)
+    assert answer["fits"] is fits
+    assert (answer["question"] is None) is (fits is not None)
+    if fits is None and given.get("locked") is not True:
+        assert answer["question"].startswith("Does the emulator's own memory fit into what <hard_limit> leaves")
+        enough = int(re.findall(r"Raise it to (\d+) KiB", answer["question"])[0])
+        assert f"<hard_limit unit='KiB'>{enough}</hard_limit>" in answer["remedy"]
+        assert "the limit of its control group, too" in answer["reason"]
+        assert (ask(enough * KIB)["fits"], ask(enough * KIB - KIB)["fits"]) == (True, None)
+
+
 def test_what_a_viommu_and_libvirts_limit_have_to_do_with_each_other() -> None:
     """What the VM has and what libvirt counts are two things: only the XML tells of the second."""
     answer = fit(info(host=native()), memory="1G", viommu=True, vfio_devices=2)
