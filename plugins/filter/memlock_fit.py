@@ -168,6 +168,9 @@ options:
         to 1 GiB. Where the limit is within that, RV(_value.fits) is V(null).
       - libvirt raises the limit of its domains when they get memory or a device, unless they have C(<hard_limit>). So
         give O(memlock), where the present limit does not suffice.
+      - Where its control group has a limit (RV(virt.iommufd.iommufd_info#module:processes[].memory_max_bytes)), such as
+        C(<hard_limit>), and that leaves less than 1 GiB for the emulator beside all memory, RV(_value.fits) is not
+        V(true). Nor is it so for a domain of the system libvirt where that limit was not seen.
       - What it pins in one of its address spaces is what it pins at least in one that it gets, whatever O(memory) and
         O(overhead) are. So memory that was plugged before counts, though no command line has it.
     type: dict

@@ -52,6 +52,7 @@ from ._host_info import OF_EMULATOR, as_it_runs
 
 __all__ = (
     "FILE_BACKED",
+    "GROUP",
     "PAGE",
     "ROOM",
     "SIGHT",
@@ -81,10 +82,11 @@ FILE_BACKED = (
 )
 
 # Beside those of the model, what may have to be asked: the size of a page, whether libvirt would start the domain,
-# what a VM that runs holds, and whether its control group has room for the emulator.
+# what a VM that runs holds, whether its control group has a limit, and whether that has room for the emulator.
 PAGE = "page"
 STARTS = "starts"
 SIGHT = "sight"
+GROUP = "group"
 ROOM = "room"
 
 

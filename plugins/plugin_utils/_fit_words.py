@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from ..module_utils._accounting import MLOCK, MM_LOCKED, MM_PINNED, NOTHING, PROCESS, UNLIMITED, USER, demand
 from ..module_utils._size import human_size
-from ._fit_case import PAGE, ROOM, SIGHT, STARTS, Case, at_best, kernels, may_charge_user
+from ._fit_case import GROUP, PAGE, ROOM, SIGHT, STARTS, Case, at_best, kernels, may_charge_user
+from ._fit_host import SYSTEM
 from ._fit_qemu import QEMU
 from ._host_info import kib_with_room
 
@@ -57,6 +58,7 @@ _QUESTIONS = {
         "Which release of QEMU is it? 10.0 and older run such a VM, 11 does not. Run virt.iommufd.iommufd_info with"
         " emulators in gather_subset; releases in between have to be tried."
     ),
+    GROUP: f"Has its control group a limit, as a domain has one by <hard_limit> (virsh memtune)? {_AS_ROOT}",
     SIGHT: f"Which iommufds, containers and vDPA devices has the process? {_AS_ROOT}",
 }
 
@@ -82,9 +84,11 @@ def question_of(case: Case) -> str | None:
             f" pinned? {_AS_ROOT if case.owner.partly else _BY_WHAT + _of_both_modes(case)}{enough}"
         )
     if told.question == ROOM:
-        least = max(case.once, told.enough if told.enough < UNLIMITED else 0)
+        # libvirt sets both limits as the VM starts.
+        least = max(case.once, told.enough if case.running is None and told.enough < UNLIMITED else 0)
+        name = "<hard_limit>" if case.starter == SYSTEM else "MemoryMax="
         return (
-            "Does the emulator's own memory fit into what <hard_limit> leaves beside the guest's? Nothing tells that"
+            f"Does the emulator's own memory fit into what {name} leaves beside the guest's? Nothing tells that"
             " beforehand, and if not, its control group, which has that limit, too, ends the VM. Raise it to"
             f" {kib_with_room(least)} KiB."
         )
@@ -158,12 +162,12 @@ def _outcome(case: Case) -> list[str]:
         if told.way == MLOCK and case.asked.grow and not case.asked.live_update:
             outcome = "runs on without that (cannot set up guest memory: Resource temporarily unavailable)"
         return [f"{_charged(case)}, it is {least}{over} over {limit}{comma} and {outcome}."]
-    if told.limit is None or told.limit >= UNLIMITED:
+    if told.limit is None or case.limit.span.least >= UNLIMITED:
         return [f"{_charged(case)}, it has no limit to reach."]
     words = [f"{_charged(case)}, it is within {limit}."]
     if not case.asked.told_of_locks and case.running is None:
         words.append("It is taken to lock no memory itself (mem-lock=on), of which locked or domain_xml would tell.")
-    return [*words, _margin(case, told.limit)] if may_charge_user(case) else words
+    return [*words, _margin(case, case.limit.span.least)] if may_charge_user(case) else words
 
 
 def _margin(case: Case, limit: int) -> str:
@@ -184,8 +188,13 @@ def _unsure(case: Case) -> list[str]:
             " is too small."
         ]
     if told.question == ROOM:
-        return ["Its <hard_limit> is the limit of its control group, too, in which the emulator's own memory counts."]
-    if told.question in (STARTS, SIGHT, QEMU):
+        name = (
+            "Its <hard_limit> is the limit of its control group, too"
+            if case.starter == SYSTEM
+            else ("MemoryMax= is the limit of its control group")
+        )
+        return [f"{name}, in which the emulator's own memory counts."]
+    if told.question in (STARTS, SIGHT, QEMU, GROUP):
         return []
     best = at_best(case)
     below, over = (best.limit or 0) - best.enough, told.enough - (told.limit or 0)

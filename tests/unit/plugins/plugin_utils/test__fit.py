@@ -1266,6 +1266,85 @@ def test_libvirt_raises_the_limit_of_a_domain_that_grows() -> None:
     assert grown(info(), memory="64M", memlock="100M")["fits"] is False
 
 
+def limited(size: int | None, **fields: Any) -> Row:
+    """What is known of a VM whose control group has a limit; None is one that was not seen."""
+    return {"memory_max_bytes": size, "memory_max_unlimited": None if size is None else False, **fields}
+
+
+ROOMY_30 = PINNED + 30 * MIB + GIB
+DEVICE: Row = {"devices": [OF_USER], "overhead": 0}
+FIRST: Row = {"iommufds": iommufds(0), "pinned_bytes": 0, "vfio_devices": [], "memlock_bytes": 3 * GIB}
+
+
+@pytest.mark.parametrize(
+    ("fields", "given", "least"),
+    [
+        ({"memlock_bytes": 200 * MIB}, {"memory": "30M"}, ROOMY_30),
+        ({"memlock_bytes": None, "memlock_unlimited": True}, {"memory": "30M"}, ROOMY_30),
+        (CAPABLE, {"memory": "30M"}, ROOMY_30),
+        # What another device pins once more takes no more memory, but all that the VM has.
+        ({"memlock_bytes": 200 * MIB}, DEVICE, PINNED + GIB),
+        (FIRST, {"devices": [OF_USER], "overhead": "256K"}, PINNED + GIB),
+        (FIRST, {"devices": [OF_USER]}, 64 * MIB + 2 * GIB),
+    ],
+)
+@pytest.mark.parametrize("of", [process, unit])
+def test_a_vm_that_grows_must_have_room_in_its_control_group(of: Any, fields: Row, given: Row, least: int) -> None:
+    """That ends a VM which takes more: <hard_limit> is both limits, so what raises one alone is no cure."""
+
+    def ask(**group: Any) -> Row:
+        return grown(info(processes=[of(**{**fields, **group})], users=[user(), of_vm()]), **given)
+
+    assert ask()["fits"] is True
+    assert ask(**limited(least))["fits"] is True
+    answer = ask(**limited(least - KIB))
+    assert answer["fits"] is None
+    assert answer["question"].endswith(f" Raise it to {least // KIB} KiB.")
+    cure = "(virsh memtune vm1 --hard-limit {} --live)" if of is process else "group use {} KiB (MemoryMax= of its unit"
+    assert cure.format(least // KIB) in answer["remedy"]
+    assert "prlimit" not in answer["remedy"]
+    # Where it was not seen, a domain may well have one.
+    unseen_ = ask(**limited(None))
+    assert unseen_["fits"] is (None if of is process else True)
+    assert (unseen_["question"] or "Has its control group").startswith("Has its control group")
+    rows = [{key: value for key, value in of(**fields).items() if not key.startswith("memory_max")}]
+    assert grown(info(processes=rows, users=[user(), of_vm()]), **given)["fits"] is unseen_["fits"]
+
+
+def test_a_device_that_pins_nothing_takes_no_room() -> None:
+    its = [{"backend": "iommufd", "as_it_runs": False}] * 2
+    assert grown(info(processes=[process(**limited(MIB, vfio_devices=its))]), devices=[BY_IOMMUFD])["fits"] is True
+
+
+@pytest.mark.parametrize(
+    ("group", "first"),
+    [
+        (limited(100 * MIB), "raise its <hard_limit> (virsh memtune vm1 --hard-limit 1179904 --live), and then "),
+        (
+            limited(None),
+            "raise its <hard_limit>, if it has one (virsh memtune vm1 --hard-limit 1179904 --live), and th",
+        ),
+        ({}, "raise its limit as it runs"),
+        (limited(1179904 * KIB), "raise its limit as it runs"),
+    ],
+)
+def test_the_limit_of_a_domain_that_runs_is_not_raised_above_its_hard_limit(group: Row, first: str) -> None:
+    answer = grown(info(processes=[process(**group)]), memory="64M", memlock="100M")
+    assert answer["fits"] is False
+    assert answer["remedy"].startswith(f"To make it fit: {first}")
+    assert f"(prlimit --pid 4242 --memlock={PINNED + 64 * MIB}:{PINNED + 64 * MIB})" in answer["remedy"]
+
+
+def test_a_domain_that_grows_within_its_limit_has_one() -> None:
+    """Though libvirt may raise it."""
+    answer = grown(info(), memory="1M")
+    assert answer["fits"] is True
+    assert "it is within its limit of 100 MiB, which libvirt may raise. " in answer["reason"]
+    # An address space that was not found matters, too.
+    assert grown(info(processes=[process(**TWICE)]), memory="1M", memlock="1G")["fits"] is None
+    assert grown(info(processes=[process(**{**TWICE, "memlock_bytes": GIB})]), memory="1M")["fits"] is None
+
+
 @pytest.mark.parametrize("name", ["vm1", "vm1.service", "4242"])
 def test_a_vm_that_runs_goes_by_its_names(name: str) -> None:
     answer = grown(
