@@ -39,7 +39,10 @@ options:
     type: dict
     required: true
   memory:
-    description: The memory of the VM, as a size. Needed unless O(domain_xml) or O(grow) tells it.
+    description:
+      - The memory of the VM, as a size. Needed unless O(domain_xml) or O(grow) tells it.
+      - With O(grow), it is all memory that the VM has now, with what was plugged. What does not explain what it has
+        pinned is refused.
     type: raw
   user:
     description:
@@ -166,8 +169,8 @@ options:
         they do not say is read from the running VM. Of O(locked), it matters only whether there is any.
       - A QEMU that locks its memory locks what is plugged twice for a moment, and up to a page more. Huge pages have up
         to 1 GiB. Where the limit is within that, RV(_value.fits) is V(null).
-      - libvirt raises the limit of its domains when they get memory or a device, unless they have C(<hard_limit>). So
-        give O(memlock), where the present limit does not suffice.
+      - libvirt raises the limit of its domains when they get memory or a device, unless they have C(<hard_limit>), or
+        all devices in C(<qemu:commandline>). So give O(memlock), where the present limit does not suffice.
       - Where its control group has a limit (RV(virt.iommufd.iommufd_info#module:processes[].memory_max_bytes)), such as
         C(<hard_limit>), and that leaves less than 1 GiB for the emulator beside all memory, RV(_value.fits) is not
         V(true). Nor is it so for a domain of the system libvirt where that limit was not seen.

@@ -95,7 +95,12 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
     if not steps:
         raise IommufdError("grow: what is it to get? Give memory or devices, or live_update.")
     told = judge(info, tuple(steps))
-    hidden = grow.memory and memory and _may_have_more(row, vm.devices, memory)
+    hidden = grow.memory and memory and _may_have_more(row, vm.devices, memory + (asked.overhead or 0))
+    if hidden and asked.memory is not None and told.fits is not False and not _is_free(told, limit):
+        raise IommufdError(
+            f"memory: {_name(row)} has more pinned than {human_size(asked.memory)} explain, in the address spaces that"
+            " were seen: give all memory that it has now, with what was plugged, and overhead, if it pins much beside."
+        )
     once = plus(_next_space(asked, row, vm.devices, memory), exactly(grow.memory)).most
     # What is pinned already is in its control group.
     takes = grow.memory or asked.live_update or steps[-1].devices

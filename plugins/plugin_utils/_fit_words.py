@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..module_utils._accounting import MLOCK, MM_LOCKED, MM_PINNED, NOTHING, PROCESS, UNLIMITED, USER, demand
 from ..module_utils._size import human_size
 from ._fit_case import GROUP, PAGE, ROOM, SIGHT, STARTS, Case, at_best, kernels, may_charge_user
@@ -28,10 +31,7 @@ _QUESTIONS_OF_RUNNING = {
     "capable": f"Is the process in the initial user namespace, where its CAP_IPC_LOCK counts? {_AS_ROOT}",
     "mode": f"Which mode has its iommufd? {_AS_ROOT}",
     "new mode": "Which mode has its iommufd? Give the mode of each in devices.",
-    "limit": (
-        "Which RLIMIT_MEMLOCK will the VMM have? Give memlock: its limit of now if the domain has <hard_limit>, else"
-        " what libvirt reckons with what it gets."
-    ),
+    "memory": "How much memory has the VM now? Give memory: all of it, with what was plugged.",
 }
 
 # What settles an answer, by the model's name for it, or by that of _fit_case.
@@ -100,11 +100,26 @@ def question_of(case: Case) -> str | None:
         return f"Does its vDPA device pin after the others? If so, give devices, with that as the last.{enough}"
     if case.running is not None:
         seen = all(each["rlimit_mode"] for each in case.running["iommufds"] or ())
+        if told.question == "limit":
+            return _which_limit(case.running)
         name = "new mode" if told.question == "mode" and seen else told.question
         return _QUESTIONS_OF_RUNNING.get(name) or _QUESTIONS[name]
     if told.question == "limit" and case.asked.domain is None:
         return "Which RLIMIT_MEMLOCK will the VMM have? Give memlock, or domain_xml for a domain of libvirt's."
     return _QUESTIONS[told.question]
+
+
+def _which_limit(row: Mapping[str, Any]) -> str:
+    """What is to be asked of a domain whose limit libvirt may raise as it plugs something.
+
+    Read in qemuDomainAdjustMaxMemLock() and qemuDomainGetMemLockLimitBytes() in libvirt's src/qemu/qemu_domain.c.
+    """
+    hard = "" if row.get("memory_max_unlimited") else "its <hard_limit>, if it has one; else "
+    return (
+        f"Which RLIMIT_MEMLOCK will the VMM have? Give memlock: {hard}{row['memlock_bytes']}, its limit of now, if all"
+        " devices that it has and gets are in <qemu:commandline>, for which libvirt reckons nothing; else what libvirt"
+        " reckons: all memory that it then has, as often as libvirt counts that, and 1 GiB, if that is more."
+    )
 
 
 def _of_both_modes(case: Case) -> str:
@@ -194,7 +209,7 @@ def _unsure(case: Case) -> list[str]:
             else ("MemoryMax= is the limit of its control group")
         )
         return [f"{name}, in which the emulator's own memory counts."]
-    if told.question in (STARTS, SIGHT, QEMU, GROUP):
+    if told.question == case.doubt or told.question in (STARTS, SIGHT, QEMU):
         return []
     best = at_best(case)
     below, over = (best.limit or 0) - best.enough, told.enough - (told.limit or 0)

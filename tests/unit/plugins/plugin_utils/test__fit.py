@@ -1232,11 +1232,34 @@ def test_a_new_vm_that_is_to_be_updated_needs_its_memory_twice() -> None:
 def test_who_knows_the_memory_of_a_vm_that_runs_settles_what_may_be_hidden() -> None:
     data = info(processes=[unit(**TWICE)], users=[of_vm(2 * PINNED)])
     grow: Row = {"grow": {"vm": "vm1", "devices": [OF_USER]}, "overhead": 0, "memlock": 4 * PINNED - 1}
-    assert memlock_fit(data, **grow)["question"] == "How much memory has the VM? Give memory."
+    assert (
+        memlock_fit(data, **grow)["question"]
+        == "How much memory has the VM now? Give memory: all of it, with what was plugged."
+    )
     assert memlock_fit(data, **grow, memory="128M")["fits"] is False
     grow["grow"] = {"vm": "vm1", "memory": "1M"}
-    assert memlock_fit(data, **grow)["question"] == "How much memory has the VM? Give memory."
+    assert (
+        memlock_fit(data, **grow)["question"]
+        == "How much memory has the VM now? Give memory: all of it, with what was plugged."
+    )
     assert memlock_fit(data, **grow, memory="128M")["fits"] is True
+
+
+def test_the_memory_that_is_asked_for_settles_it_or_is_refused() -> None:
+    """What its command line says is no answer, where more was plugged."""
+    grow: Row = {"grow": {"vm": "vm1", "memory": "8M"}, "memlock": 2 * PINNED + 8 * MIB}
+    data = info(processes=[unit(**TWICE)], users=[of_vm(2 * PINNED)])
+    answer = memlock_fit(data, **grow)
+    assert answer["fits"] is None
+    assert "below" not in answer["reason"]
+    assert memlock_fit(data, **grow, memory="128M")["fits"] is True
+    assert memlock_fit(data, **{**grow, "memlock": 2 * PINNED + 8 * MIB - 1}, memory="128M")["fits"] is False
+    with pytest.raises(IommufdError, match="^memory: vm1 has more pinned than 64 MiB explain, in the address spaces"):
+        memlock_fit(data, **grow, memory="64M")
+    assert memlock_fit(data, **{**grow, "memlock": "100M"}, memory="64M")["fits"] is False
+    # It may as well be what it pins beside.
+    assert memlock_fit(data, **grow, memory="64M", overhead=2 * PINNED - 64 * MIB)["fits"] is True
+    assert memlock_fit(data, **{**grow, "memlock": "unlimited"}, memory="64M")["fits"] is True
 
 
 def test_what_becomes_of_a_vm_that_cannot_lock_what_it_gets() -> None:
@@ -1261,7 +1284,7 @@ def test_what_becomes_of_a_vm_that_cannot_lock_what_it_gets() -> None:
 def test_libvirt_raises_the_limit_of_a_domain_that_grows() -> None:
     answer = grown(info(), memory="64M")
     assert (answer["fits"], answer["limit"]) == (None, None)
-    assert answer["question"].startswith("Which RLIMIT_MEMLOCK will the VMM have? Give memlock: its limit of now")
+    assert answer["question"].startswith("Which RLIMIT_MEMLOCK will the VMM have? Give memlock: 104857600, its limit")
     assert "its limit of 100 MiB, which libvirt may raise" in answer["reason"]
     assert grown(info(), memory="64M", memlock="100M")["fits"] is False
 
@@ -1983,9 +2006,13 @@ def test_what_a_vm_that_runs_locks_itself_may_be_given(locked: Any, fits: bool |
 def test_the_limit_of_a_domain_that_grows_is_asked_for_by_what_decides() -> None:
     answer = grown(info(processes=[process(**RUNS_PER_PROCESS)], host=native()), memory="64M")
     assert answer["question"] == (
-        "Which RLIMIT_MEMLOCK will the VMM have? Give memlock: its limit of now if the domain has <hard_limit>, else"
-        " what libvirt reckons with what it gets."
+        "Which RLIMIT_MEMLOCK will the VMM have? Give memlock: 104857600, its limit of now, if all devices that it has"
+        " and gets are in <qemu:commandline>, for which libvirt reckons nothing; else what libvirt reckons: all memory"
+        " that it then has, as often as libvirt counts that, and 1 GiB, if that is more."
     )
+    for size in (200 * MIB, None):
+        asked = grown(info(processes=[process(**RUNS_PER_PROCESS, **limited(size))], host=native()), memory="64M")
+        assert "Give memlock: its <hard_limit>, if it has one; else 104857600, its limit of now" in asked["question"]
 
 
 @pytest.mark.parametrize(("view", "by_root"), [([], False), (unseen("descriptors"), True), (unseen("options"), False)])
