@@ -115,7 +115,8 @@ def _limit(case: Case) -> str | None:
         return None
     if case.starter == SESSION:
         return _of_the_session(case, wants) + next_one
-    how = its_hard_limit(enough) if case.starter == SYSTEM else f"LimitMEMLOCK={enough} in its unit"
+    has_one = case.asked.domain is not None and case.asked.domain.hard_limit is not None
+    how = its_hard_limit(enough) if case.starter == SYSTEM or has_one else f"LimitMEMLOCK={enough} in its unit"
     return f"raise its limit ({how}){next_one}"
 
 

@@ -84,14 +84,7 @@ def question_of(case: Case) -> str | None:
             f" pinned? {_AS_ROOT if case.owner.partly else _BY_WHAT + _of_both_modes(case)}{enough}"
         )
     if told.question == ROOM:
-        # libvirt sets both limits as the VM starts.
-        least = max(case.once, told.enough if case.running is None and told.enough < UNLIMITED else 0)
-        name = "<hard_limit>" if case.starter == SYSTEM else "MemoryMax="
-        return (
-            f"Does the emulator's own memory fit into what {name} leaves beside the guest's? Nothing tells that"
-            " beforehand, and if not, its control group, which has that limit, too, ends the VM. Raise it to"
-            f" {kib_with_room(least)} KiB."
-        )
+        return _has_room(case)
     if told.question == "later":
         return f"How much will its mdev pin as it runs? Nothing tells that beforehand.{enough}"
     if told.question == "locked" and _is_known_to_lock(case):
@@ -99,14 +92,36 @@ def question_of(case: Case) -> str | None:
     if told.question == "order":
         return f"Does its vDPA device pin after the others? If so, give devices, with that as the last.{enough}"
     if case.running is not None:
-        seen = all(each["rlimit_mode"] for each in case.running["iommufds"] or ())
-        if told.question == "limit":
-            return _which_limit(case.running)
-        name = "new mode" if told.question == "mode" and seen else told.question
-        return _QUESTIONS_OF_RUNNING.get(name) or _QUESTIONS[name]
+        return _of_running(told.question, case.running)
     if told.question == "limit" and case.asked.domain is None:
         return "Which RLIMIT_MEMLOCK will the VMM have? Give memlock, or domain_xml for a domain of libvirt's."
     return _QUESTIONS[told.question]
+
+
+def _has_room(case: Case) -> str:
+    """What is to be asked of its control group."""
+    # libvirt sets both limits as the VM starts.
+    least = max(case.once, case.told.enough if case.running is None and case.told.enough < UNLIMITED else 0)
+    name = "MemoryMax=" if _is_a_unit(case) else "<hard_limit>"
+    return (
+        f"Does the emulator's own memory fit into what {name} leaves beside the guest's? Nothing tells that"
+        " beforehand, and if not, its control group, which has that limit, too, ends the VM. Raise it to"
+        f" {kib_with_room(least)} KiB."
+    )
+
+
+def _is_a_unit(case: Case) -> bool:
+    """Whether it is no domain that libvirt gives its limits."""
+    return case.running is not None and case.starter != SYSTEM
+
+
+def _of_running(question: str, row: Mapping[str, Any]) -> str:
+    """What is to be asked of a VM that runs."""
+    if question == "limit":
+        return _which_limit(row)
+    seen = all(each["rlimit_mode"] for each in row["iommufds"] or ())
+    name = "new mode" if question == "mode" and seen else question
+    return _QUESTIONS_OF_RUNNING.get(name) or _QUESTIONS[name]
 
 
 def _which_limit(row: Mapping[str, Any]) -> str:
@@ -203,12 +218,8 @@ def _unsure(case: Case) -> list[str]:
             " is too small."
         ]
     if told.question == ROOM:
-        name = (
-            "Its <hard_limit> is the limit of its control group, too"
-            if case.starter == SYSTEM
-            else ("MemoryMax= is the limit of its control group")
-        )
-        return [f"{name}, in which the emulator's own memory counts."]
+        name = "MemoryMax= is the limit" if _is_a_unit(case) else "Its <hard_limit> is the limit"
+        return [f"{name} of its control group, too, in which the emulator's own memory counts."]
     if told.question == case.doubt or told.question in (STARTS, SIGHT, QEMU):
         return []
     best = at_best(case)

@@ -990,6 +990,17 @@ def test_a_hard_limit_leaves_room_for_the_emulator(hard: int, given: Row, fits: 
         assert (ask(enough * KIB)["fits"], ask(enough * KIB - KIB)["fits"]) == (True, None)
 
 
+def test_a_hard_limit_needs_room_whoever_libvirt_runs_its_vms_as() -> None:
+    data = idle(host=native(user=None, uid=None))
+    xml = domain(HOSTDEV, "<memtune><hard_limit unit='MiB'>1100</hard_limit></memtune>")
+    asked: Row = {"user": "vm", "memlock": "4G", "accounting": "process", "overhead": 0}
+    answer = memlock_fit(data, domain_xml=xml, **asked)
+    assert answer["fits"] is None
+    assert answer["question"].startswith("Does the emulator's own memory fit into what <hard_limit> leaves")
+    assert "<hard_limit unit='KiB'>2097152</hard_limit>" in answer["remedy"]
+    assert "LimitMEMLOCK" not in answer["remedy"]
+
+
 def test_what_a_viommu_and_libvirts_limit_have_to_do_with_each_other() -> None:
     """What the VM has and what libvirt counts are two things: only the XML tells of the second."""
     answer = fit(info(host=native()), memory="1G", viommu=True, vfio_devices=2)
@@ -1254,7 +1265,7 @@ def test_the_memory_that_is_asked_for_settles_it_or_is_refused() -> None:
     assert "below" not in answer["reason"]
     assert memlock_fit(data, **grow, memory="128M")["fits"] is True
     assert memlock_fit(data, **{**grow, "memlock": 2 * PINNED + 8 * MIB - 1}, memory="128M")["fits"] is False
-    with pytest.raises(IommufdError, match="^memory: vm1 has more pinned than 64 MiB explain, in the address spaces"):
+    with pytest.raises(IommufdError, match=r"^memory: vm1 has more pinned than 64 MiB explain, in the address spaces"):
         memlock_fit(data, **grow, memory="64M")
     assert memlock_fit(data, **{**grow, "memlock": "100M"}, memory="64M")["fits"] is False
     # It may as well be what it pins beside.
