@@ -43,6 +43,8 @@ options:
       - The memory of the VM, as a size. Needed unless O(domain_xml) or O(grow) tells it.
       - It is rounded up to a multiple of 8 KiB, as QEMU does. libvirt rounds what O(domain_xml) says up to whole MiB or
         more, which the filter does, too.
+      - With O(grow), it is all memory that the VM has now, with what was plugged. What does not explain what it has
+        pinned is refused.
     type: raw
   user:
     description:
@@ -162,6 +164,8 @@ options:
     description:
       - The XML of a libvirt domain, as C(virsh dumpxml) prints it. Memory, devices, virtual IOMMU, C(<hard_limit>),
         C(<locked/>), the user in C(<seclabel>) and the arguments in C(<qemu:commandline>) are read.
+      - C(<hard_limit>) is the limit of the domain's control group, too, in which all of the emulator's memory counts.
+        Where it leaves less than 1 GiB for that beside the memory and O(overhead), RV(_value.fits) is not V(true).
       - What C(<interface type='network'>) comes to is not known before the start. It counts as no device.
     type: str
   grow:
@@ -170,8 +174,11 @@ options:
         they do not say is read from the running VM. Of O(locked), it matters only whether there is any.
       - A QEMU that locks its memory locks what is plugged twice for a moment, and up to a page more. Huge pages have up
         to 1 GiB. Where the limit is within that, RV(_value.fits) is V(null).
-      - libvirt raises the limit of its domains when they get memory or a device, unless they have C(<hard_limit>). So
-        give O(memlock), where the present limit does not suffice.
+      - libvirt raises the limit of its domains when they get memory or a device, unless they have C(<hard_limit>), or
+        all devices in C(<qemu:commandline>). So give O(memlock), where the present limit does not suffice.
+      - Where its control group has a limit (RV(virt.iommufd.iommufd_info#module:processes[].memory_max_bytes)), such as
+        C(<hard_limit>), and that leaves less than 1 GiB for the emulator beside all memory, RV(_value.fits) is not
+        V(true). Nor is it so for a domain of the system libvirt where that limit was not seen.
       - What it pins in one of its address spaces is what it pins at least in one that it gets, whatever O(memory) and
         O(overhead) are. So memory that was plugged before counts, though no command line has it.
       - Where memory can be plugged, and no address space shows how much was, as before the first device, the filter

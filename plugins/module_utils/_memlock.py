@@ -132,7 +132,10 @@ def lost_at(units: Sequence[str | None], is_domain: bool) -> str:
     """When the limit of a process is lost, and what gives the next one its own, by its units as read_units has them."""
     unit, user_unit = units
     if is_domain or (unit and unit.startswith("machine-qemu") and unit.endswith(".scope")):
-        how = "libvirt gives the limit at each start: <memtune><hard_limit> in the domain's XML says how much"
+        how = (
+            "libvirt gives the limit at each start: <memtune><hard_limit> in the domain's XML says how much, and limits"
+            " all memory of the VM and its emulator to that, too"
+        )
     elif user_unit:
         how = f"LimitMEMLOCK= in a drop-in of {user_unit} gives it at the next start, within that of {unit}"
     elif unit and unit.endswith(".service"):

@@ -28,6 +28,7 @@ __all__ = (
     "parse_memlock",
     "read_arguments",
     "read_memlock",
+    "read_memory_max",
     "read_program",
     "read_units",
     "started_at",
@@ -47,6 +48,8 @@ _INITIAL = {"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}
 # systemd.unit(5). A template, which has nothing behind its @, has no processes.
 _UNIT = re.compile(rb"[A-Za-z0-9:_.\\-]+(?:@[A-Za-z0-9:_.\\@-]+)?\.(?:service|scope)")
 _UNIT_NAME_MAX = 255
+
+_CGROUPS = b"/sys/fs/cgroup"
 
 
 class Limit(NamedTuple):
@@ -131,6 +134,34 @@ def read_memlock(process: Process) -> Limit:
         return parse_memlock(process.read("limits"))
     process.check_alive()
     return Limit(*(None if each == resource.RLIM_INFINITY else each for each in limits))
+
+
+def read_memory_max(process: Process) -> Limit | None:
+    """How much memory the control groups that a process is in may use, the least of them; None where it was not seen.
+
+    It is the limit of a group, and so of all processes in that. Raises ProcessGone or AccessRefused.
+    """
+    text = process.read("cgroup")
+    found = re.search(rb"^[0-9]+:(?:[^:\n]*,)?memory(?:,[^:\n]*)?:(/.*)$", text, re.MULTILINE)
+    folder, name = (_CGROUPS, b"memory.max") if found is None else (_CGROUPS + b"/memory", b"memory.limit_in_bytes")
+    found = found or re.search(rb"^0::(/.*)$", text, re.MULTILINE)
+    parts = found.group(1).split(b"/") if found else [b".."]
+    # It may be outside of what is mounted here.
+    if b".." in parts or not os.path.exists(b"/".join([folder, *parts, b"cgroup.procs"])):
+        return None
+    limits = []
+    for count in range(len(parts)):
+        try:
+            limit = read_file(os.fsdecode(b"/".join([folder, *parts[: count + 1], name]))).strip()
+        except FileNotFoundError:
+            # The first of all groups has none, nor has one whose memory is not counted.
+            continue
+        except OSError:
+            return None
+        # In the first version of control groups, no limit is the largest number of whole pages.
+        limits += [int(limit)] if limit.isdigit() and int(limit) < 2**62 else []
+    least = min(limits, default=None)
+    return Limit(least, least)
 
 
 def read_units(process: Process) -> tuple[str | None, str | None]:

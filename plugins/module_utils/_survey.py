@@ -43,6 +43,7 @@ from ._process_facts import (
     number_in,
     read_arguments,
     read_memlock,
+    read_memory_max,
     read_program,
     read_units,
     started_at,
@@ -141,7 +142,8 @@ class Holder(NamedTuple):
     `name`, `memory_bytes`, `memory_pluggable`, `locks_memory`, `changes_user` and `session` are what its command line
     says, and `program` the path of its program, None where that is unknown. Paths and names are decoded as file names
     are. `devices` are the device nodes that it has open, by descriptor: those that were asked for, and legacy
-    containers. `more`: it has iommufds, or descriptors, that were not looked at.
+    containers. `more`: it has iommufds, or descriptors, that were not looked at. `memory_max`: as read_memory_max has
+    it.
     """
 
     pid: int
@@ -162,6 +164,7 @@ class Holder(NamedTuple):
     devices: dict[int, int]
     iommufds: list[HeldIommufd] | None
     more: bool
+    memory_max: Limit | None = None
 
     @property
     def started(self) -> float:
@@ -260,6 +263,7 @@ class Holder(NamedTuple):
             status=Status(*row.status),
             memlock=Limit(*row.memlock),
             units=(row.units[0], row.units[1]),
+            memory_max=None if row.memory_max is None else Limit(*row.memory_max),
             devices=dict(devices),
             iommufds=iommufds,
         )
@@ -720,6 +724,7 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
         devices=devices,
         iommufds=iommufds,
         more=more,
+        memory_max=read_memory_max(process),
     )
 
 

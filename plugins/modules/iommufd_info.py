@@ -666,6 +666,17 @@ processes:
       description: Whether the hard limit is unlimited.
       type: bool
       sample: false
+    memory_max_bytes:
+      description:
+        - How much memory its control group may use, C(memory.max), or a group above that, if that has less. With more,
+          the kernel ends the process. libvirt sets it by C(<hard_limit>), systemd by C(MemoryMax=).
+        - V(null) where none has such a limit, or it was not seen.
+      type: int
+      sample: null
+    memory_max_unlimited:
+      description: Whether no control group limits its memory; V(null) where that was not seen.
+      type: bool
+      sample: true
     capabilities:
       description: Those of its capabilities that matter to iommufd, CAP_IPC_LOCK and CAP_SYS_RESOURCE.
       type: dict
@@ -1335,6 +1346,7 @@ def process_row(
         "locked_bytes": status.locked_bytes,
         **memlock_row(holder.memlock.soft),
         **memlock_row(holder.memlock.hard, "memlock_hard"),
+        **limit_row("memory_max", holder.memory_max),
         "capabilities": {
             "effective": those_that_matter(status.effective),
             "permitted": those_that_matter(status.permitted),

@@ -54,6 +54,10 @@ notes:
     M(virt.iommufd.iommufd_option) before the VM has its devices is the better cure.
   - B(No limit of libvirt's.) libvirt gives a running domain another limit when a device is plugged in or out by it,
     and so may undo what was set.
+  - B(No limit of a control group's.) C(<hard_limit>) of a domain is the limit of its control group, too, which counts
+    all memory of the VM and of its emulator, and ends a VM that takes more. So a larger RLIMIT_MEMLOCK does not help a
+    domain that has it. First raise that, to 1 GiB more than what the VM will have, by C(virsh memtune vm1 --hard-limit
+    KIB --live). That leaves RLIMIT_MEMLOCK as it is. C(MemoryMax=) of a unit ends a VM as well.
   - B(Processes that end.) The kernel takes the id of a process. The module makes sure that the process lived before
     and after. Should it have ended in between, and its id be another one's, the module puts back what that one had.
 seealso:

@@ -48,11 +48,13 @@ from ._fit_host import (
 from ._fit_input import Asked, Info, Owner, owner_of
 from ._fit_qemu import Clash, clash, moment
 from ._fit_xml import CONTAINER, LIBVIRTS
-from ._host_info import as_it_runs
+from ._host_info import OF_EMULATOR, as_it_runs
 
 __all__ = (
     "FILE_BACKED",
+    "GROUP",
     "PAGE",
+    "ROOM",
     "SIGHT",
     "STARTS",
     "Case",
@@ -79,11 +81,13 @@ FILE_BACKED = (
     " share=on): the kernel moves no other to another process."
 )
 
-# Beside those of the model, what may have to be asked: the size of a page, whether libvirt would start the domain, and
-# what a VM that runs holds.
+# Beside those of the model, what may have to be asked: the size of a page, whether libvirt would start the domain,
+# what a VM that runs holds, whether its control group has a limit, and whether that has room for the emulator.
 PAGE = "page"
 STARTS = "starts"
 SIGHT = "sight"
+GROUP = "group"
+ROOM = "room"
 
 
 class Case(NamedTuple):
@@ -92,7 +96,8 @@ class Case(NamedTuple):
     `steps`: what becomes of the VM, one after the other, each as the model has it. `pins`: what it pins, in words.
     `told`: the outcome. `refused`: why it would not be started at all, else "". `needs`: what is not there that it must
     have. `running`: the row of a VM that runs already. `clash`: what its QEMU does, whatever the limit. `doubt`: what
-    has to be asked, whatever the limit, before it may be told to fit.
+    has to be asked, whatever the limit, before it may be told to fit. `once`: what it takes beside the emulator's own
+    memory, however often it pins that.
     """
 
     info: Info
@@ -109,6 +114,7 @@ class Case(NamedTuple):
     running: Mapping[str, Any] | None = None
     clash: Clash = Clash()
     doubt: str | None = None
+    once: int = 0
 
 
 def kernels(info: Info) -> tuple[Kernel, ...]:
@@ -182,6 +188,9 @@ def settled(case: Case, **changes: Any) -> Case:
 
 def doubted(told: Verdict, question: str | None) -> Verdict:
     """The verdict where something has to be asked before it may be true."""
+    # A larger <hard_limit> settles what else is open about the limit, too, if that can be told and given.
+    if question == ROOM and told.fits is None and (told.enough >= UNLIMITED or told.question == "limit"):
+        return told
     return told if question is None or told.fits is False else told._replace(fits=None, question=question)
 
 
@@ -219,14 +228,25 @@ def new_vm(info: Info, asked: Asked) -> Case:
     steps = _steps(asked, vm._replace(locked=_locked(asked, vm)), info)
     refused, needs = refusal(info, asked, starter), prerequisites(info, asked.devices)
     by_qemu = clash(candidates(info, asked), steps[0].devices, asked.viommu)
-    doubt = STARTS if refused is None else None
+    once = _once(steps[0])
+    hard = asked.domain and asked.domain.hard_limit
+    tight = hard is not None and hard < once + OF_EMULATOR
+    # With CAP_IPC_LOCK it locks what it likes, which counts there all the same.
+    locks = hard is not None and vm.capable and steps[0].locked.most >= UNLIMITED
+    doubt = STARTS if refused is None else "locked" if locks else ROOM if tight else None
     told = doubted(judge(info, steps), by_qemu.question or doubt)
     no_iommufd = any(each.backend == IOMMUFD for each in asked.devices) and info["host"].get("module") == "absent"
     refused = refused or limit.refused or ("This host's kernel has no iommufd." if no_iommufd else "")
     needs = [*needs, *([refused] if refused and refused not in needs else [])]
     refused = refused or by_qemu.ends
     needs += [FILE_BACKED] if asked.live_update else []
-    return Case(info, asked, owner, starter, limit, accounting, steps, pins, told, refused, needs, None, by_qemu, doubt)
+    rest = (None, by_qemu, doubt, once)
+    return Case(info, asked, owner, starter, limit, accounting, steps, pins, told, refused, needs, *rest)
+
+
+def _once(vm: Vm) -> int:
+    """What it takes beside the emulator's own memory. What it locks is all of that, where it is known."""
+    return max(vm.memory.most + vm.beyond.most, vm.locked.most if vm.locked.most < UNLIMITED else 0)
 
 
 def _with_mode(devices: tuple[Device, ...], mode: str | None) -> tuple[Device, ...]:

@@ -9,11 +9,12 @@ Each remedy was tried on the model, or by asking again: with it alone, the VM fi
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER, Device, Span, exactly
-from ._fit_case import Case, may_charge_user, new_vm, settled
+from ._fit_case import GROUP, ROOM, Case, may_charge_user, new_vm, settled
 from ._fit_host import (
     GIB,
     SESSION,
@@ -32,7 +33,7 @@ from ._fit_input import NONE, THE_IOMMUFD
 from ._fit_qemu import Clash
 from ._fit_words import question_of
 from ._fit_xml import CONTAINER, LIBVIRTS
-from ._host_info import capability_for, its_hard_limit
+from ._host_info import capability_for, its_hard_limit, kib_with_room
 
 __all__ = ("remedy_of",)
 
@@ -93,12 +94,16 @@ def _without_memtune(case: Case) -> str | None:
 def _limit(case: Case) -> str | None:
     """A limit that is large enough, where it can be given."""
     enough = case.told.enough
-    if enough >= UNLIMITED or (case.limit.span.least >= enough and not case.refused):
+    if case.running is not None:
+        return _limit_as_it_runs(case, case.running)
+    if case.doubt == ROOM:
+        # That is what it is raised for.
+        case, enough = case._replace(doubt=None), max(enough, case.once)
+    elif case.limit.span.least >= enough and not case.refused:
+        return None
+    if enough >= UNLIMITED:
         return None
     next_one = ", for this VM only, since the next one takes still more" if may_charge_user(case) else ""
-    if case.running is not None:
-        fits = settled(case, limit=exactly(enough)).told.fits is True
-        return _as_it_runs(case, case.running) + next_one if fits else None
     # To a domain's <hard_limit> its_hard_limit() adds what the emulator itself uses.
     wants = _wants_of_session(case) if case.starter == SESSION else enough + GIB * (case.starter == SYSTEM)
     limit = raised(case.info, case.asked, case.owner, case.starter, wants)
@@ -110,8 +115,31 @@ def _limit(case: Case) -> str | None:
         return None
     if case.starter == SESSION:
         return _of_the_session(case, wants) + next_one
-    how = its_hard_limit(enough) if case.starter == SYSTEM else f"LimitMEMLOCK={enough} in its unit"
+    has_one = case.asked.domain is not None and case.asked.domain.hard_limit is not None
+    how = its_hard_limit(enough) if case.starter == SYSTEM or has_one else f"LimitMEMLOCK={enough} in its unit"
     return f"raise its limit ({how}){next_one}"
+
+
+def _limit_as_it_runs(case: Case, row: Mapping[str, Any]) -> str | None:
+    """Larger limits, of its control group and on locked memory, as far as they are too small."""
+    enough = case.told.enough
+    low = case.limit.span.least < enough
+    room = _room(case, row) if case.doubt == ROOM or (case.doubt == GROUP and low) else ""
+    raised_ = case._replace(doubt=None) if room else case
+    if enough >= UNLIMITED or not (room or low) or settled(raised_, limit=exactly(enough)).told.fits is not True:
+        return None
+    next_one = ", for this VM only, since the next one takes still more" if may_charge_user(case) else ""
+    return ", and then ".join(filter(None, [room, _as_it_runs(case, row) + next_one if low else ""]))
+
+
+def _room(case: Case, row: Mapping[str, Any]) -> str:
+    """How its control group gets room, which else ends a VM whose limit on locked memory is raised."""
+    kib = kib_with_room(case.once)
+    if case.starter != SYSTEM:
+        return f"let its control group use {kib} KiB (MemoryMax= of its unit or of its slices, whichever is less)"
+    size = kib if case.once < UNLIMITED else "KIB"
+    how = f"virsh memtune {shlex.quote(str(row['domain']))} --hard-limit {size} --live"
+    return f"raise its <hard_limit>{', if it has one' if case.doubt == GROUP else ''} ({how})"
 
 
 def _as_it_runs(case: Case, row: Mapping[str, Any]) -> str:

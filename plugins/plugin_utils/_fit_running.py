@@ -28,12 +28,12 @@ from ..module_utils._accounting import (
 )
 from ..module_utils._errors import IommufdError
 from ..module_utils._size import human_size
-from ._fit_case import FILE_BACKED, SIGHT, Case, doubted, judge, kernels, ordered, plus, spaces
+from ._fit_case import FILE_BACKED, GROUP, ROOM, SIGHT, Case, doubted, judge, kernels, ordered, plus, spaces
 from ._fit_host import GIB, OTHER, SYSTEM, Accounting, Limit, capability_of, prerequisites
 from ._fit_input import THE_IOMMUFD, Asked, Growth, Info, owner_of
 from ._fit_qemu import MOMENT, QEMU, Clash, clash, moment
 from ._fit_xml import CONTAINER
-from ._host_info import as_it_runs
+from ._host_info import OF_EMULATOR, as_it_runs
 
 __all__ = ("running_vm",)
 
@@ -96,19 +96,28 @@ def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
         raise IommufdError("grow: what is it to get? Give memory or devices, or live_update.")
     told = judge(info, tuple(steps))
     size = asked.memory or row["memory_bytes"]
-    hidden = grow.memory and size and _may_have_more(row, vm.devices, size)
-    doubt = SIGHT if held is None else "memory" if hidden and not _is_free(told) else by_qemu.question
+    hidden = grow.memory and size and _may_have_more(row, vm.devices, size + (asked.overhead or 0))
+    if hidden and asked.memory is not None and told.fits is not False and not _is_free(told, limit):
+        raise IommufdError(
+            f"memory: {_name(row)} has more pinned than {human_size(asked.memory)} explain, in the address spaces that"
+            " were seen: give all memory that it has now, with what was plugged, and overhead, if it pins much beside."
+        )
+    once = plus(_next_space(asked, row, vm.devices, memory), exactly(grow.memory)).most
+    # What is pinned already is in its control group.
+    takes = grow.memory or asked.live_update or steps[-1].devices
+    doubt = SIGHT if held is None else "memory" if hidden and not _is_free(told, limit) else by_qemu.question
+    doubt = doubt or (_doubted_group(row, starter, once) if takes else None)
     if held is None:
         told = told._replace(fits=None, question=SIGHT, counter=None, way=None)
     elif unsure and told.fits is not True:
         told = told._replace(fits=None, question="viommu")
-    told = doubted(told, doubt)
+    # Whether it has room does not settle what its limit on locked memory leaves open.
+    told = told if told.fits is None and doubt in (GROUP, ROOM) else doubted(told, doubt)
     accounting = Accounting(None, vm.capable, f"{_name(row)} runs as {owner.name}, as process {row['pid']}.")
     needs = [*prerequisites(info, grow.devices), *([FILE_BACKED] if asked.live_update else [])]
     said = " ".join(pins)
-    ends = by_qemu.ends
-    done = tuple(steps)
-    return Case(info, asked, owner, starter, limit, accounting, done, said, told, ends, needs, row, by_qemu, doubt)
+    rest = (said, told, by_qemu.ends, needs, row, by_qemu, doubt, once)
+    return Case(info, asked, owner, starter, limit, accounting, tuple(steps), *rest)
 
 
 def _taken_over(asked: Asked, row: Mapping[str, Any], vm: Vm, memory: int | None) -> Vm:
@@ -252,9 +261,20 @@ def _counted(row: Mapping[str, Any], held: tuple[Device, ...]) -> list[tuple[int
     return [each for each in found if each[1]]
 
 
-def _is_free(told: Verdict) -> bool:
+def _is_free(told: Verdict, limit: Limit) -> bool:
     """Whether there is no limit to reach."""
-    return told.limit is None or told.limit >= UNLIMITED
+    return told.limit is None or limit.span.least >= UNLIMITED
+
+
+def _doubted_group(row: Mapping[str, Any], starter: str, once: int) -> str | None:
+    """What has to be asked of its control group, which ends it where it takes more than that may."""
+    most = row.get("memory_max_bytes")
+    if most is None:
+        # For libvirt that is <hard_limit>, which many domains have.
+        return None if row.get("memory_max_unlimited") or starter != SYSTEM else GROUP
+    if once >= UNLIMITED:
+        return "memory"
+    return ROOM if most < once + OF_EMULATOR else None
 
 
 def _may_have_more(row: Mapping[str, Any], held: tuple[Device, ...], memory: int) -> bool:

@@ -6,10 +6,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..module_utils._accounting import MLOCK, MM_LOCKED, MM_PINNED, NOTHING, PROCESS, UNLIMITED, USER, demand
 from ..module_utils._size import human_size
-from ._fit_case import PAGE, SIGHT, STARTS, Case, at_best, kernels, may_charge_user
+from ._fit_case import GROUP, PAGE, ROOM, SIGHT, STARTS, Case, at_best, kernels, may_charge_user
+from ._fit_host import SYSTEM
 from ._fit_qemu import QEMU
+from ._host_info import kib_with_room
 
 __all__ = ("question_of", "reason_of")
 
@@ -26,10 +31,7 @@ _QUESTIONS_OF_RUNNING = {
     "capable": f"Is the process in the initial user namespace, where its CAP_IPC_LOCK counts? {_AS_ROOT}",
     "mode": f"Which mode has its iommufd? {_AS_ROOT}",
     "new mode": "Which mode has its iommufd? Give the mode of each in devices.",
-    "limit": (
-        "Which RLIMIT_MEMLOCK will the VMM have? Give memlock: its limit of now if the domain has <hard_limit>, else"
-        " what libvirt reckons with what it gets."
-    ),
+    "memory": "How much memory has the VM now? Give memory: all of it, with what was plugged.",
 }
 
 # What settles an answer, by the model's name for it, or by that of _fit_case.
@@ -56,6 +58,7 @@ _QUESTIONS = {
         "Which release of QEMU is it? 10.0 and older run such a VM, 11 does not. Run virt.iommufd.iommufd_info with"
         " emulators in gather_subset; releases in between have to be tried."
     ),
+    GROUP: f"Has its control group a limit, as a domain has one by <hard_limit> (virsh memtune)? {_AS_ROOT}",
     SIGHT: f"Which iommufds, containers and vDPA devices has the process? {_AS_ROOT}",
 }
 
@@ -67,21 +70,9 @@ def question_of(case: Case) -> str | None:
         return None
     enough = f" A limit of {told.enough} bytes suffices whatever it is." if told.enough < UNLIMITED else ""
     if told.question == "held_user":
-        if case.owner.name is None:
-            return "Which user does libvirt run its VMs as? Give user."
-        if case.owner.hidden:
-            return f"How much do processes that were not seen have charged to {case.owner.name}? {_AS_ROOT}"
-        if case.owner.left_behind:
-            return (
-                f"Is {case.owner.name} charged for VMs that have ended? Have closed what host.limits_of_view of"
-                " iommufd_info names (charges), and look again."
-            )
-        if case.owner.uid is None:
-            return f"Which uid has {case.owner.name}? Give user as a number, or users of iommufd_info with that name."
-        return (
-            f"Are the {human_size(case.owner.unsure)} charged to {case.owner.name} that other processes of it have"
-            f" pinned? {_AS_ROOT if case.owner.partly else _BY_WHAT + _of_both_modes(case)}{enough}"
-        )
+        return _of_user(case, enough)
+    if told.question == ROOM:
+        return _has_room(case)
     if told.question == "later":
         return f"How much will its mdev pin as it runs? Nothing tells that beforehand.{enough}"
     if told.question == "locked" and _is_known_to_lock(case):
@@ -89,12 +80,68 @@ def question_of(case: Case) -> str | None:
     if told.question == "order":
         return f"Does its vDPA device pin after the others? If so, give devices, with that as the last.{enough}"
     if case.running is not None:
-        seen = all(each["rlimit_mode"] for each in case.running["iommufds"] or ())
-        name = "new mode" if told.question == "mode" and seen else told.question
-        return _QUESTIONS_OF_RUNNING.get(name) or _QUESTIONS[name]
+        return _of_running(told.question, case.running)
     if told.question == "limit" and case.asked.domain is None:
         return "Which RLIMIT_MEMLOCK will the VMM have? Give memlock, or domain_xml for a domain of libvirt's."
     return _QUESTIONS[told.question]
+
+
+def _of_user(case: Case, enough: str) -> str:
+    """What is to be asked of what a user is charged."""
+    if case.owner.name is None:
+        return "Which user does libvirt run its VMs as? Give user."
+    if case.owner.hidden:
+        return f"How much do processes that were not seen have charged to {case.owner.name}? {_AS_ROOT}"
+    if case.owner.left_behind:
+        return (
+            f"Is {case.owner.name} charged for VMs that have ended? Have closed what host.limits_of_view of"
+            " iommufd_info names (charges), and look again."
+        )
+    if case.owner.uid is None:
+        return f"Which uid has {case.owner.name}? Give user as a number, or users of iommufd_info with that name."
+    return (
+        f"Are the {human_size(case.owner.unsure)} charged to {case.owner.name} that other processes of it have"
+        f" pinned? {_AS_ROOT if case.owner.partly else _BY_WHAT + _of_both_modes(case)}{enough}"
+    )
+
+
+def _has_room(case: Case) -> str:
+    """What is to be asked of its control group."""
+    # libvirt sets both limits as the VM starts.
+    least = max(case.once, case.told.enough if case.running is None and case.told.enough < UNLIMITED else 0)
+    name = "MemoryMax=" if _is_a_unit(case) else "<hard_limit>"
+    return (
+        f"Does the emulator's own memory fit into what {name} leaves beside the guest's? Nothing tells that"
+        " beforehand, and if not, its control group, which has that limit, too, ends the VM. Raise it to"
+        f" {kib_with_room(least)} KiB."
+    )
+
+
+def _is_a_unit(case: Case) -> bool:
+    """Whether it is no domain that libvirt gives its limits."""
+    return case.running is not None and case.starter != SYSTEM
+
+
+def _of_running(question: str, row: Mapping[str, Any]) -> str:
+    """What is to be asked of a VM that runs."""
+    if question == "limit":
+        return _which_limit(row)
+    seen = all(each["rlimit_mode"] for each in row["iommufds"] or ())
+    name = "new mode" if question == "mode" and seen else question
+    return _QUESTIONS_OF_RUNNING.get(name) or _QUESTIONS[name]
+
+
+def _which_limit(row: Mapping[str, Any]) -> str:
+    """What is to be asked of a domain whose limit libvirt may raise as it plugs something.
+
+    Read in qemuDomainAdjustMaxMemLock() and qemuDomainGetMemLockLimitBytes() in libvirt's src/qemu/qemu_domain.c.
+    """
+    hard = "" if row.get("memory_max_unlimited") else "its <hard_limit>, if it has one; else "
+    return (
+        f"Which RLIMIT_MEMLOCK will the VMM have? Give memlock: {hard}{row['memlock_bytes']}, its limit of now, if all"
+        " devices that it has and gets are in <qemu:commandline>, for which libvirt reckons nothing; else what libvirt"
+        " reckons: all memory that it then has, as often as libvirt counts that, and 1 GiB, if that is more."
+    )
 
 
 def _of_both_modes(case: Case) -> str:
@@ -152,12 +199,12 @@ def _outcome(case: Case) -> list[str]:
         if told.way == MLOCK and case.asked.grow and not case.asked.live_update:
             outcome = "runs on without that (cannot set up guest memory: Resource temporarily unavailable)"
         return [f"{_charged(case)}, it is {least}{over} over {limit}{comma} and {outcome}."]
-    if told.limit is None or told.limit >= UNLIMITED:
+    if told.limit is None or case.limit.span.least >= UNLIMITED:
         return [f"{_charged(case)}, it has no limit to reach."]
     words = [f"{_charged(case)}, it is within {limit}."]
     if not case.asked.told_of_locks and case.running is None:
         words.append("It is taken to lock no memory itself (mem-lock=on), of which locked or domain_xml would tell.")
-    return [*words, _margin(case, told.limit)] if may_charge_user(case) else words
+    return [*words, _margin(case, case.limit.span.least)] if may_charge_user(case) else words
 
 
 def _margin(case: Case, limit: int) -> str:
@@ -177,7 +224,10 @@ def _unsure(case: Case) -> list[str]:
             f"It fits now, and may fail later: its mdev pins as it runs, up to all memory, for which {case.limit.words}"
             " is too small."
         ]
-    if told.question in (STARTS, SIGHT, QEMU):
+    if told.question == ROOM:
+        name = "MemoryMax= is the limit" if _is_a_unit(case) else "Its <hard_limit> is the limit"
+        return [f"{name} of its control group, too, in which the emulator's own memory counts."]
+    if told.question == case.doubt or told.question in (STARTS, SIGHT, QEMU):
         return []
     best = at_best(case)
     below, over = (best.limit or 0) - best.enough, told.enough - (told.limit or 0)

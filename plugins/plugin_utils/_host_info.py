@@ -13,6 +13,7 @@ from typing import Any
 from ..module_utils._size import human_size
 
 __all__ = (
+    "OF_EMULATOR",
     "UNSEEN",
     "as_it_runs",
     "capability_for",
@@ -21,6 +22,7 @@ __all__ = (
     "has_iommufd",
     "has_libvirt",
     "its_hard_limit",
+    "kib_with_room",
     "own_emulators",
     "qemu_for",
 )
@@ -30,7 +32,7 @@ __all__ = (
 UNSEEN = ("processes", "descriptors", "iommufds")
 
 # What is left to the emulator itself where all memory of a VM is limited.
-_OF_EMULATOR = 2**30
+OF_EMULATOR = 2**30
 
 # uname -m, where the name of QEMU's emulator is another one.
 _EMULATOR_OF = {"ppc64le": "ppc64", "i686": "i386", "armv7l": "arm"}
@@ -87,15 +89,19 @@ def capability_for(unit: str, settings: Sequence[str]) -> str:
 
 
 def its_hard_limit(least: int) -> str:
-    """The <hard_limit> of a domain by which it gets an RLIMIT_MEMLOCK of so many bytes or more.
+    """The <hard_limit> of a domain by which it gets an RLIMIT_MEMLOCK of so many bytes or more."""
+    return (
+        f"<memtune><hard_limit unit='KiB'>{kib_with_room(least)}</hard_limit></memtune> in the domain,"
+        f" {human_size(OF_EMULATOR)} of it for the emulator's own memory, since it limits all memory of the VM, too"
+    )
+
+
+def kib_with_room(least: int) -> int:
+    """The KiB of a <hard_limit> for a VM that takes so many bytes beside the emulator's own memory.
 
     With it libvirt caps all that the VM uses, by its control group, and not only what is pinned.
     """
-    kib = -(-(least + _OF_EMULATOR) // 1024)
-    return (
-        f"<memtune><hard_limit unit='KiB'>{kib}</hard_limit></memtune> in the domain, {human_size(_OF_EMULATOR)} of it"
-        " for the emulator's own memory, since it limits all memory of the VM, too"
-    )
+    return -(-(least + OF_EMULATOR) // 1024)
 
 
 def qemu_for(architecture: str) -> str:

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _child, _process, _syscalls
+from ansible_collections.virt.iommufd.plugins.module_utils import _child, _process, _syscalls, _task_target
 from ansible_collections.virt.iommufd.plugins.module_utils._child import NoAnswer, in_child
-from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
 from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, Vmm
 from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, process
@@ -206,7 +205,7 @@ def test_a_process_that_is_stuck_in_executing_a_program(
     answered = look("processes")
     assert time.monotonic() - began < 60
     assert process(answered, honest.pid)["accounting"] == "user"
-    monkeypatch.setattr(iommufd_option, "SECONDS", 3)
+    monkeypatch.setattr(_task_target, "_SECONDS", 3)
     result = run(pid=stuck, value="process")
     if hangs:
         assert "keeps whoever looks at it waiting" in limits(answered)["descriptors"]

@@ -102,14 +102,15 @@ def test_a_query_and_a_check_change_nothing(attached: Vmm) -> None:
         ({"hard": SMALL}, (SMALL, SMALL)),
     ],
 )
-def test_soft_and_hard(attached: Vmm, asked: dict[str, Any], after: tuple[int, int]) -> None:
-    set_limits(attached.pid, SMALL, 2 * SMALL)
+def test_soft_and_hard(start: Start, asked: dict[str, Any], after: tuple[int, int]) -> None:
+    vmm = start()
+    set_limits(vmm.pid, SMALL, 2 * SMALL)
     given = {name: str(value) for name, value in asked.items()}
     for check in (True, False):
-        answered = run(memlock_limit, pid=attached.pid, **given, _ansible_check_mode=check)
+        answered = run(memlock_limit, pid=vmm.pid, **given, _ansible_check_mode=check)
         told = [answered["memlock_bytes"], answered["memlock_hard_bytes"]]
         assert [INFINITY if each is None else each for each in told] == list(after)
-    assert limits(attached.pid) == after
+    assert limits(vmm.pid) == after
 
 
 @pytest.mark.parametrize("mode", ["user", "process"])

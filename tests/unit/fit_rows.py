@@ -52,6 +52,8 @@ def process(**fields: Any) -> Row:
         "locked_bytes": 0,
         "memlock_bytes": 100 * MIB,
         "memlock_unlimited": False,
+        "memory_max_bytes": None,
+        "memory_max_unlimited": True,
         "capabilities": {"effective": []},
         "iommufds": iommufds(1),
         "legacy_containers": [],

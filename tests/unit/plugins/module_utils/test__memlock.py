@@ -79,8 +79,13 @@ def test_a_soft_limit_beyond_the_hard_one(now: Limit, asked: Asked, words: str) 
     ("unit", "user_unit", "is_domain", "words"),
     [
         ("vm1.service", None, False, "LimitMEMLOCK= in a drop-in of vm1.service gives it at the next start."),
-        ("machine-qemu\\x2d1\\x2dvm.scope", None, False, "<memtune><hard_limit> in the domain's XML says how much."),
-        (None, None, True, "<memtune><hard_limit> in the domain's XML says how much."),
+        (
+            "machine-qemu\\x2d1\\x2dvm.scope",
+            None,
+            False,
+            "<memtune><hard_limit> in the domain's XML says how much, and limits",
+        ),
+        (None, None, True, "<memtune><hard_limit> in the domain's XML says how much, and limits"),
         (
             "user@7.service",
             "vm.service",

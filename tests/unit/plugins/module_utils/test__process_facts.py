@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _process_facts
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
-from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import read_arguments, read_program
+from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import (
+    Limit,
+    read_arguments,
+    read_memory_max,
+    read_program,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,3 +60,42 @@ def test_a_command_line_or_its_beginning(
     monkeypatch.setattr(Process, "read", lambda _self, _name, most: text[:most])
     found = read_arguments(held)
     assert (len(found.words), found.whole) == (count, whole)
+
+
+SCOPE = "machine.slice/machine-qemu\\x2d1\\x2dvm1.scope"
+V1 = "9:memory:/vm1\n1:name=systemd:/x.service\n0::/x.service\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "limits", "least"),
+    [
+        # libvirt has its limit on a group within the scope, and the emulator in one within that.
+        (f"0::/{SCOPE}/libvirt/emulator\n", {f"{SCOPE}/libvirt": "3072", f"{SCOPE}/libvirt/emulator": "max"}, 3072),
+        (f"0::/{SCOPE}/libvirt\n", {f"{SCOPE}/libvirt": "3072", "machine.slice": "2048"}, 2048),
+        (f"0::/{SCOPE}\n", {SCOPE: "max"}, None),
+        (f"0::/{SCOPE}\n", {}, None),
+        ("0::/\n", {}, None),
+        ("0::/\n", {"": "4096"}, 4096),
+        (V1, {"memory/vm1": "4096", "memory": str(2**63 - 4096)}, 4096),
+        (V1.replace(":memory", ":hugetlb,memory,cpu"), {"memory/vm1": str(2**63 - 4096)}, None),
+        # Nothing tells of these.
+        ("", {}, False),
+        ("0::/../x\n", {}, False),
+        ("0::/gone (deleted)\n", {"gone": "max"}, False),
+    ],
+)
+def test_how_much_its_control_groups_may_use(
+    held: Process, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, limits: dict[str, str], least: int | None
+) -> None:
+    own = "memory/vm1" if "memory" in text else "" if ".." in text else text.strip().rpartition("::/")[2]
+    folder = tmp_path / own
+    if "(deleted)" not in text:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cgroup.procs").touch()
+    for group, limit in limits.items():
+        (tmp_path / group).mkdir(parents=True, exist_ok=True)
+        name = "memory.limit_in_bytes" if group.startswith("memory") else "memory.max"
+        (tmp_path / group / name).write_text(f"{limit}\n")
+    monkeypatch.setattr(_process_facts, "_CGROUPS", os.fsencode(tmp_path))
+    monkeypatch.setattr(Process, "read", lambda _self, _name: text.encode())
+    assert read_memory_max(held) == (None if least is False else Limit(least, least))

@@ -957,6 +957,58 @@ def test_a_domain_by_its_xml(
     assert (answer["question"] is None) is (fits is not None)
 
 
+ROOMY = 2 * GIB + 256 * KIB
+
+
+@pytest.mark.parametrize(
+    ("hard", "given", "fits"),
+    [
+        # Just what is pinned is enough for RLIMIT_MEMLOCK. The control group ends QEMU, which has memory of its own.
+        (GIB + 256 * KIB, {}, None),
+        (GIB + 256 * KIB - PAGE, {}, False),
+        (ROOMY - KIB, {}, None),
+        (ROOMY, {}, True),
+        # What no limit on locked memory keeps from it, the control group does.
+        (ROOMY - KIB, {"memlock": "unlimited"}, None),
+        (ROOMY - KIB, {"accounting": "none"}, None),
+        (512 * MIB, {"accounting": "none"}, None),
+        (ROOMY, {"accounting": "none"}, True),
+        # What it pins beyond its memory may be up to 1 GiB.
+        (3 * GIB - KIB, {"overhead": None}, None),
+        (3 * GIB, {"overhead": None}, True),
+        # Locked memory is all that it has. With CAP_IPC_LOCK no limit on that tells how much it may be.
+        (4 * GIB, {"accounting": "none", "locked": "3G"}, None),
+        (4 * GIB + 128 * MIB, {"accounting": "none", "locked": "3G"}, True),
+        (64 * GIB, {"accounting": "none", "locked": True}, None),
+    ],
+)
+def test_a_hard_limit_leaves_room_for_the_emulator(hard: int, given: Row, fits: bool | None) -> None:
+    def ask(limit: int) -> Row:
+        xml = domain(HOSTDEV, f"<memtune><hard_limit unit='KiB'>{limit // KIB}</hard_limit></memtune>")
+        return memlock_fit(idle(host=native()), domain_xml=xml, **{"overhead": "256K", **given})
+
+    answer = ask(hard)
+    assert answer["fits"] is fits
+    assert (answer["question"] is None) is (fits is not None)
+    if fits is None and given.get("locked") is not True:
+        assert answer["question"].startswith("Does the emulator's own memory fit into what <hard_limit> leaves")
+        enough = int(re.findall(r"Raise it to (\d+) KiB", answer["question"])[0])
+        assert f"<hard_limit unit='KiB'>{enough}</hard_limit>" in answer["remedy"]
+        assert "the limit of its control group, too" in answer["reason"]
+        assert (ask(enough * KIB)["fits"], ask(enough * KIB - KIB)["fits"]) == (True, None)
+
+
+def test_a_hard_limit_needs_room_whoever_libvirt_runs_its_vms_as() -> None:
+    data = idle(host=native(user=None, uid=None))
+    xml = domain(HOSTDEV, "<memtune><hard_limit unit='MiB'>1100</hard_limit></memtune>")
+    asked: Row = {"user": "vm", "memlock": "4G", "accounting": "process", "overhead": 0}
+    answer = memlock_fit(data, domain_xml=xml, **asked)
+    assert answer["fits"] is None
+    assert answer["question"].startswith("Does the emulator's own memory fit into what <hard_limit> leaves")
+    assert "<hard_limit unit='KiB'>2097152</hard_limit>" in answer["remedy"]
+    assert "LimitMEMLOCK" not in answer["remedy"]
+
+
 def test_what_a_viommu_and_libvirts_limit_have_to_do_with_each_other() -> None:
     """What the VM has and what libvirt counts are two things: only the XML tells of the second."""
     answer = fit(info(host=native()), memory="1G", viommu=True, vfio_devices=2)
@@ -1249,11 +1301,34 @@ def test_a_new_vm_that_is_to_be_updated_needs_its_memory_twice() -> None:
 def test_who_knows_the_memory_of_a_vm_that_runs_settles_what_may_be_hidden() -> None:
     data = info(processes=[unit(**TWICE)], users=[of_vm(2 * PINNED)])
     grow: Row = {"grow": {"vm": "vm1", "devices": [OF_USER]}, "overhead": 0, "memlock": 4 * PINNED - 1}
-    assert memlock_fit(data, **grow)["question"] == "How much memory has the VM? Give memory."
+    assert (
+        memlock_fit(data, **grow)["question"]
+        == "How much memory has the VM now? Give memory: all of it, with what was plugged."
+    )
     assert memlock_fit(data, **grow, memory="128M")["fits"] is False
     grow["grow"] = {"vm": "vm1", "memory": "1M"}
-    assert memlock_fit(data, **grow)["question"] == "How much memory has the VM? Give memory."
+    assert (
+        memlock_fit(data, **grow)["question"]
+        == "How much memory has the VM now? Give memory: all of it, with what was plugged."
+    )
     assert memlock_fit(data, **grow, memory="128M")["fits"] is True
+
+
+def test_the_memory_that_is_asked_for_settles_it_or_is_refused() -> None:
+    """What its command line says is no answer, where more was plugged."""
+    grow: Row = {"grow": {"vm": "vm1", "memory": "8M"}, "memlock": 2 * PINNED + 8 * MIB}
+    data = info(processes=[unit(**TWICE)], users=[of_vm(2 * PINNED)])
+    answer = memlock_fit(data, **grow)
+    assert answer["fits"] is None
+    assert "below" not in answer["reason"]
+    assert memlock_fit(data, **grow, memory="128M")["fits"] is True
+    assert memlock_fit(data, **{**grow, "memlock": 2 * PINNED + 8 * MIB - 1}, memory="128M")["fits"] is False
+    with pytest.raises(IommufdError, match=r"^memory: vm1 has more pinned than 64 MiB explain, in the address spaces"):
+        memlock_fit(data, **grow, memory="64M")
+    assert memlock_fit(data, **{**grow, "memlock": "100M"}, memory="64M")["fits"] is False
+    # It may as well be what it pins beside.
+    assert memlock_fit(data, **grow, memory="64M", overhead=2 * PINNED - 64 * MIB)["fits"] is True
+    assert memlock_fit(data, **{**grow, "memlock": "unlimited"}, memory="64M")["fits"] is True
 
 
 def test_what_becomes_of_a_vm_that_cannot_lock_what_it_gets() -> None:
@@ -1278,9 +1353,88 @@ def test_what_becomes_of_a_vm_that_cannot_lock_what_it_gets() -> None:
 def test_libvirt_raises_the_limit_of_a_domain_that_grows() -> None:
     answer = grown(info(), memory="64M")
     assert (answer["fits"], answer["limit"]) == (None, None)
-    assert answer["question"].startswith("Which RLIMIT_MEMLOCK will the VMM have? Give memlock: its limit of now")
+    assert answer["question"].startswith("Which RLIMIT_MEMLOCK will the VMM have? Give memlock: 104857600, its limit")
     assert "its limit of 100 MiB, which libvirt may raise" in answer["reason"]
     assert grown(info(), memory="64M", memlock="100M")["fits"] is False
+
+
+def limited(size: int | None, **fields: Any) -> Row:
+    """What is known of a VM whose control group has a limit; None is one that was not seen."""
+    return {"memory_max_bytes": size, "memory_max_unlimited": None if size is None else False, **fields}
+
+
+ROOMY_30 = PINNED + 30 * MIB + GIB
+DEVICE: Row = {"devices": [OF_USER], "overhead": 0}
+NO_DEVICE: Row = {"iommufds": iommufds(0), "pinned_bytes": 0, "vfio_devices": [], "memlock_bytes": 3 * GIB}
+
+
+@pytest.mark.parametrize(
+    ("fields", "given", "least"),
+    [
+        ({"memlock_bytes": 200 * MIB}, {"memory": "30M"}, ROOMY_30),
+        ({"memlock_bytes": None, "memlock_unlimited": True}, {"memory": "30M"}, ROOMY_30),
+        (CAPABLE, {"memory": "30M"}, ROOMY_30),
+        # What another device pins once more takes no more memory, but all that the VM has.
+        ({"memlock_bytes": 200 * MIB}, DEVICE, PINNED + GIB),
+        (NO_DEVICE, {"devices": [OF_USER], "overhead": "256K"}, PINNED + GIB),
+        (NO_DEVICE, {"devices": [OF_USER]}, 64 * MIB + 2 * GIB),
+    ],
+)
+@pytest.mark.parametrize("of", [process, unit])
+def test_a_vm_that_grows_must_have_room_in_its_control_group(of: Any, fields: Row, given: Row, least: int) -> None:
+    """That ends a VM which takes more: <hard_limit> is both limits, so what raises one alone is no cure."""
+
+    def ask(**group: Any) -> Row:
+        return grown(info(processes=[of(**{**fields, **group})], users=[user(), of_vm()]), **given)
+
+    assert ask()["fits"] is True
+    assert ask(**limited(least))["fits"] is True
+    answer = ask(**limited(least - KIB))
+    assert answer["fits"] is None
+    assert answer["question"].endswith(f" Raise it to {least // KIB} KiB.")
+    cure = "(virsh memtune vm1 --hard-limit {} --live)" if of is process else "group use {} KiB (MemoryMax= of its unit"
+    assert cure.format(least // KIB) in answer["remedy"]
+    assert "prlimit" not in answer["remedy"]
+    # Where it was not seen, a domain may well have one.
+    unseen_ = ask(**limited(None))
+    assert unseen_["fits"] is (None if of is process else True)
+    assert (unseen_["question"] or "Has its control group").startswith("Has its control group")
+    rows = [{key: value for key, value in of(**fields).items() if not key.startswith("memory_max")}]
+    assert grown(info(processes=rows, users=[user(), of_vm()]), **given)["fits"] is unseen_["fits"]
+
+
+def test_a_device_that_pins_nothing_takes_no_room() -> None:
+    its = [{"backend": "iommufd", "as_it_runs": False}] * 2
+    assert grown(info(processes=[process(**limited(MIB, vfio_devices=its))]), devices=[BY_IOMMUFD])["fits"] is True
+
+
+@pytest.mark.parametrize(
+    ("group", "first"),
+    [
+        (limited(100 * MIB), "raise its <hard_limit> (virsh memtune vm1 --hard-limit 1179904 --live), and then "),
+        (
+            limited(None),
+            "raise its <hard_limit>, if it has one (virsh memtune vm1 --hard-limit 1179904 --live), and th",
+        ),
+        ({}, "raise its limit as it runs"),
+        (limited(1179904 * KIB), "raise its limit as it runs"),
+    ],
+)
+def test_the_limit_of_a_domain_that_runs_is_not_raised_above_its_hard_limit(group: Row, first: str) -> None:
+    answer = grown(info(processes=[process(**group)]), memory="64M", memlock="100M")
+    assert answer["fits"] is False
+    assert answer["remedy"].startswith(f"To make it fit: {first}")
+    assert f"(prlimit --pid 4242 --memlock={PINNED + 64 * MIB}:{PINNED + 64 * MIB})" in answer["remedy"]
+
+
+def test_a_domain_that_grows_within_its_limit_has_one() -> None:
+    """Though libvirt may raise it."""
+    answer = grown(info(), memory="1M")
+    assert answer["fits"] is True
+    assert "it is within its limit of 100 MiB, which libvirt may raise. " in answer["reason"]
+    # An address space that was not found matters, too.
+    assert grown(info(processes=[process(**TWICE)]), memory="1M", memlock="1G")["fits"] is None
+    assert grown(info(processes=[process(**{**TWICE, "memlock_bytes": GIB})]), memory="1M")["fits"] is None
 
 
 @pytest.mark.parametrize("name", ["vm1", "vm1.service", "4242"])
@@ -1950,7 +2104,10 @@ def test_the_question_about_a_vm_that_runs_is_one_that_can_be_answered(fields: R
 def test_what_was_plugged_before_the_first_device_is_asked_for() -> None:
     data = info(processes=[unit(**BEFORE)], users=[of_vm(0)])
     answer = grown(data, **FIRST, memlock=GROWN)
-    assert (answer["fits"], answer["question"]) == (None, "How much memory has the VM? Give memory.")
+    assert (answer["fits"], answer["question"]) == (
+        None,
+        "How much memory has the VM now? Give memory: all of it, with what was plugged.",
+    )
     # 32 MiB were: QEMU was refused with 72 MiB, and a page below this.
     for memlock, fits in ((GROWN, True), (GROWN - 1, False), ("72M", False)):
         told = memlock_fit(
@@ -1968,9 +2125,13 @@ def test_what_a_vm_that_runs_locks_itself_may_be_given(locked: Any, fits: bool |
 def test_the_limit_of_a_domain_that_grows_is_asked_for_by_what_decides() -> None:
     answer = grown(info(processes=[process(**RUNS_PER_PROCESS)], host=native()), memory="64M")
     assert answer["question"] == (
-        "Which RLIMIT_MEMLOCK will the VMM have? Give memlock: its limit of now if the domain has <hard_limit>, else"
-        " what libvirt reckons with what it gets."
+        "Which RLIMIT_MEMLOCK will the VMM have? Give memlock: 104857600, its limit of now, if all devices that it has"
+        " and gets are in <qemu:commandline>, for which libvirt reckons nothing; else what libvirt reckons: all memory"
+        " that it then has, as often as libvirt counts that, and 1 GiB, if that is more."
     )
+    for size in (200 * MIB, None):
+        asked = grown(info(processes=[process(**RUNS_PER_PROCESS, **limited(size))], host=native()), memory="64M")
+        assert "Give memlock: its <hard_limit>, if it has one; else 104857600, its limit of now" in asked["question"]
 
 
 @pytest.mark.parametrize(("view", "by_root"), [([], False), (unseen("descriptors"), True), (unseen("options"), False)])
