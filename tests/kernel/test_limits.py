@@ -27,6 +27,10 @@ MEMORY, MORE = 64 * MIB, 1024 * MIB
 # The guest's own IOMMU has 39 bits.
 IOMMU = "<iommu model='intel'><driver caching_mode='on' aw_bits='39'/></iommu>"
 INFINITY = resource.RLIM_INFINITY
+# The devices are of the older PCI, for which there is a place on such a bridge alone.
+PLACE = "".join(
+    f"<controller type='pci' model='{each}'/>" for each in ("pcie-root", "pcie-root-port", "pcie-to-pci-bridge")
+)
 
 
 def hostdevs(*numbers: int) -> str:
@@ -89,6 +93,19 @@ def test_a_hard_limit_is_the_control_groups_too(file: Path) -> None:
         assert memory_of_groups(pid) == {"max", str(300 * MIB)}
 
 
+def test_a_hard_limit_that_is_raised_as_the_domain_runs(file: Path, tmp_path: Path) -> None:
+    """It is the control group's at once, and that of locked memory with the next device."""
+    device = tmp_path / "device.xml"
+    device.write_text(hostdev(address(0)))
+    hard = "<memtune><hard_limit unit='MiB'>300</hard_limit></memtune>"
+    with started(file, before=hard, devices=PLACE) as pid:
+        virsh("memtune", NAME, "--hard-limit", str(400 * 1024), "--live")
+        assert memory_of_groups(pid) == {"max", str(400 * MIB)}
+        assert limit(pid) == 300 * MIB
+        virsh("attach-device", "--live", NAME, str(device))
+        assert limit(pid) == 400 * MIB
+
+
 def test_locked_memory_has_no_limit(file: Path) -> None:
     with started(file, before="<memoryBacking><locked/></memoryBacking>") as pid:
         assert limit(pid) == INFINITY
@@ -126,9 +143,7 @@ def test_an_iommu_that_libvirt_does_not_see(file: Path, knows_iommufd: bool) -> 
 def test_a_device_that_is_plugged(file: Path, tmp_path: Path) -> None:
     device = tmp_path / "device.xml"
     device.write_text(hostdev(address(0)))
-    # The device is one of the older PCI, for which there is a place on such a bridge alone.
-    models = ("pcie-root", "pcie-root-port", "pcie-to-pci-bridge")
-    with started(file, devices="".join(f"<controller type='pci' model='{each}'/>" for each in models)) as pid:
+    with started(file, devices=PLACE) as pid:
         before = limit(pid)
         virsh("attach-device", "--live", NAME, str(device))
         assert before < limit(pid) == MEMORY + MORE
