@@ -34,6 +34,7 @@ from ..module_utils._errors import IommufdError
 from ..module_utils._size import human_size
 from ._fit_host import (
     GIB,
+    SESSION,
     Accounting,
     Limit,
     accounting_of,
@@ -42,6 +43,7 @@ from ._fit_host import (
     limit_of,
     prerequisites,
     refusal,
+    session_of,
     starter_of,
     system_user,
 )
@@ -76,6 +78,10 @@ PAGES = (2**12, 2**16)
 # How many pins may be counted out for one answer, some dozen times: some seconds.
 COUNTED_MAX = 2**14
 
+_BY_MANAGER = (
+    "The libvirt of user {} does not run. The limit is that of one which the user's service manager starts (systemctl"
+    " --user, or virt.iommufd.iommufd_domain): one that is started from a login has the limit of the login."
+)
 FILE_BACKED = (
     "For a live update, the VM's memory must be that of a file (memory-backend-memfd or memory-backend-file, with"
     " share=on): the kernel moves no other to another process."
@@ -240,6 +246,7 @@ def new_vm(info: Info, asked: Asked) -> Case:
     needs = [*needs, *([refused] if refused and refused not in needs else [])]
     refused = refused or by_qemu.ends
     needs += [FILE_BACKED] if asked.live_update else []
+    needs += [_BY_MANAGER.format(owner.name)] if asked.limit is None and _is_of_manager(info, owner, starter) else []
     rest = (None, by_qemu, doubt, once)
     return Case(info, asked, owner, starter, limit, accounting, steps, pins, told, refused, needs, *rest)
 
@@ -309,6 +316,12 @@ def _locked(asked: Asked, vm: Vm) -> Span:
         return Span(min(least, vm.memory.least), most)
     # mlockall() compares huge pages, too, which are not in VmLck then.
     return Span(least, most + moment(vm.beyond.most) + (vm.memory.most if least < vm.memory.most else 0))
+
+
+def _is_of_manager(info: Info, owner: Owner, starter: str | None) -> bool:
+    """Whether the limit is that of a user's service manager, since no daemon of that user's libvirt runs."""
+    session = session_of(info, owner) if starter == SESSION else None
+    return session is not None and session.get("pid") is None
 
 
 def _steps(asked: Asked, vm: Vm, info: Info) -> tuple[Vm, ...]:

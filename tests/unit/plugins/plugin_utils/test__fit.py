@@ -832,6 +832,10 @@ def test_the_limit_of_a_session_is_its_daemons(pid: int | None, end: str) -> Non
     assert f"cannot raise it beyond its own hard limit of 8 MiB.{end}" in answer["reason"]
     assert ("Its daemon" in answer["reason"]) is bool(end)
     assert ("end libvirt's daemon, process 77, if it still runs then)" in answer["remedy"]) is bool(end)
+    # Else whoever starts one gives it the limit.
+    own = [each for each in answer["prerequisites"] if each.startswith("The libvirt of user vm does not run.")]
+    assert len(own) == (0 if end else 1)
+    assert fit(idle(host=host(libvirt=libvirt(sessions=sessions))), who="vm", memlock="8M")["prerequisites"] == []
 
 
 def test_a_daemon_that_cannot_raise_the_limit_starts_no_domain_by_the_legacy_container() -> None:
@@ -875,8 +879,9 @@ def test_a_session_with_the_limit_of_the_distribution() -> None:
         "The libvirt of user vm would not start it: it reckons with 2 GiB for the VM, and cannot raise it beyond its"
         " own hard limit of 8 MiB."
     )
-    (need,) = answer["prerequisites"]
+    need, by_manager = answer["prerequisites"]
     assert answer["reason"].startswith(need)
+    assert by_manager.endswith("one that is started from a login has the limit of the login.")
     assert answer["remedy"].startswith(
         "To make it fit: raise the limit of vm's service manager (LimitMEMLOCK=2147483648 in a drop-in of"
         " user@1001.service, and restart that)"
