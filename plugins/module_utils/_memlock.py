@@ -18,7 +18,6 @@ from ._process_facts import Limit, in_initial_namespace, own_status
 from ._size import parse_size
 
 __all__ = (
-    "UNLIMITED",
     "Asked",
     "check_settable",
     "is_less",
@@ -29,7 +28,7 @@ __all__ = (
     "shown_limit",
 )
 
-UNLIMITED = "unlimited"
+_UNLIMITED = "unlimited"
 
 
 class Asked(NamedTuple):
@@ -41,12 +40,12 @@ class Asked(NamedTuple):
 
 def parse_limit(name: str, text: str) -> int | None:
     """The bytes of a limit as people write it, None for unlimited. `name` is what gave it. Raises IommufdError."""
-    if text.strip().lower() == UNLIMITED:
+    if text.strip().lower() == _UNLIMITED:
         return None
     try:
         return parse_size(text)
     except IommufdError as exc:
-        raise IommufdError(f"{name}: {str(exc)[:-1]}, or {UNLIMITED}.") from exc
+        raise IommufdError(f"{name}: {str(exc)[:-1]}, or {_UNLIMITED}.") from exc
 
 
 def is_less(one: int | None, other: int | None) -> bool:
@@ -56,7 +55,7 @@ def is_less(one: int | None, other: int | None) -> bool:
 
 def shown_limit(limit: int | None) -> str:
     """A limit as a person reads it."""
-    return UNLIMITED if limit is None else f"{limit} bytes"
+    return _UNLIMITED if limit is None else f"{limit} bytes"
 
 
 def limit_after(now: Limit, asked: Asked) -> Limit:

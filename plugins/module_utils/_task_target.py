@@ -67,7 +67,8 @@ def work_at_target(params: Row, work: Callable[[Process], Row], result: Row) -> 
             f"{target} keeps whoever looks at it waiting, for more than {seconds} seconds: it is stuck, as in executing"
             " a program while the server of a mount does not answer. It may have been set, or not: look again."
         ) from exc
-    result.update({name: answer.pop(name) for name in ("process",) if name in answer})
+    if "process" in answer:
+        result["process"] = answer.pop("process")
     if "msg" in answer:
         raise IommufdError(answer["msg"])
     return answer
