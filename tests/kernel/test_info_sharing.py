@@ -97,6 +97,15 @@ def test_a_fork_of_a_vmm(start: Start) -> None:
     assert (user(answered, VM)["pids"], user(answered, VM)["memlock_bytes"]) == ([vmm.pid], LIMIT)
 
 
+def look_once_the_rest_is_pinned(other: Vmm) -> Answer:
+    """Has the user's other VM pin what one that has ended has left of the limit, to the page; and looks."""
+    other.open()
+    other.do("attach", DEVICES[1])
+    assert other.ask("pin", str(4 * MIB + PAGE))["errno"] == "ENOMEM"
+    other.do("pin", str(4 * MIB))
+    return look()
+
+
 @pytest.mark.parametrize("uid", [0, VM, ALICE])
 @pytest.mark.parametrize("kept", [slice(2), slice(1, 2)], ids=["iommufd and device", "device"])
 def test_what_a_vm_that_has_ended_has_left_behind(start: Start, uid: int, kept: slice) -> None:
@@ -116,11 +125,7 @@ def test_what_a_vm_that_has_ended_has_left_behind(start: Start, uid: int, kept: 
     assert process(answered, keeper.pid)["holder"] is True
     assert "charges" not in limits(answered)
     vmm.end()
-    other.open()
-    other.do("attach", DEVICES[1])
-    assert other.ask("pin", str(4 * MIB + PAGE))["errno"] == "ENOMEM"
-    other.do("pin", str(4 * MIB))
-    answered = look()
+    answered = look_once_the_rest_is_pinned(other)
     row = process(answered, keeper.pid)
     assert (row["charged_bytes"], row["pinned_bytes"]) == (None, 0)
     assert ["stays charged to its user until this process closes it" in note for note in row["notes"]] == [True]
@@ -148,11 +153,7 @@ def test_what_a_vm_that_has_ended_has_left_where_no_process_shows_it(start: Star
     # What a VM that runs has is seen with that.
     assert "charges" not in limits(look())
     vmm.end()
-    other.open()
-    other.do("attach", DEVICES[1])
-    assert other.ask("pin", str(4 * MIB + PAGE))["errno"] == "ENOMEM"
-    other.do("pin", str(4 * MIB))
-    answered = look()
+    answered = look_once_the_rest_is_pinned(other)
     assert keeper.pid not in [each["pid"] for each in answered["processes"]]
     assert limits(answered)["charges"].startswith("1 iommufd is open that no process was seen to have.")
     assert (user(answered, VM)["memlock_bytes"], user(answered, VM)["at_risk"]) == (LIMIT, None)
