@@ -16,7 +16,6 @@ from typing import Any
 from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER, Device, Span, exactly
 from ._fit_case import GROUP, ROOM, Case, may_charge_user, new_vm, settled
 from ._fit_host import (
-    GIB,
     SESSION,
     SYSTEM,
     by_hostdev,
@@ -33,7 +32,7 @@ from ._fit_input import NONE, THE_IOMMUFD
 from ._fit_qemu import Clash
 from ._fit_words import question_of
 from ._fit_xml import CONTAINER, LIBVIRTS
-from ._host_info import capability_for, its_hard_limit, kib_with_room
+from ._host_info import OF_EMULATOR, capability_for, its_hard_limit, kib_with_room
 
 __all__ = ("remedy_of",)
 
@@ -105,7 +104,7 @@ def _limit(case: Case) -> str | None:
         return None
     next_one = ", for this VM only, since the next one takes still more" if may_charge_user(case) else ""
     # To a domain's <hard_limit> its_hard_limit() adds what the emulator itself uses.
-    wants = _wants_of_session(case) if case.starter == SESSION else enough + GIB * (case.starter == SYSTEM)
+    wants = _wants_of_session(case) if case.starter == SESSION else enough + OF_EMULATOR * (case.starter == SYSTEM)
     limit = raised(case.info, case.asked, case.owner, case.starter, wants)
     # A daemon that may not give so much may not start the domain.
     barred = limit.refused or (case.starter == SYSTEM and limit.span.least < wants)
