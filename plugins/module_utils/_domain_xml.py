@@ -11,8 +11,10 @@ makes of it as a limit is reckoned here, too, and nowhere else.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._accounting import EACH, IOMMUFD, LEGACY, NO_VIOMMU, UNLIMITED, USER, VDPA, Device
@@ -23,7 +25,18 @@ from ._size import SIZE_MAX, parse_size, whole
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
-__all__ = ("CONTAINER", "LIBVIRTS", "Defined", "counted_limit", "parse_domain", "properties", "reckoned_limit")
+__all__ = (
+    "CONTAINER",
+    "LIBVIRTS",
+    "Commandline",
+    "Defined",
+    "Described",
+    "counted_limit",
+    "parse_domain",
+    "properties",
+    "read_domain",
+    "reckoned_limit",
+)
 
 _ARGUMENTS_MAX = 4096
 
@@ -46,6 +59,11 @@ _OFF = frozenset({"off", "no", "false"})
 # An argument that has QEMU lock its memory, or not. A name alone is "on".
 _LOCKS = re.compile(r"(?:^|,)(?:mem-lock|mlock)(?:=(?P<value>[^,]*))?(?=,|$)")
 _LOCKING = frozenset({None, "on", "yes", "true", "y", "on-fault"})
+_PCI = re.compile(r"(?:([0-9A-Fa-f]{1,8}):)?([0-9A-Fa-f]{1,2}):([0-9A-Fa-f]{1,2})\.([0-7])")
+# In -global, which sets properties of all devices of one kind.
+_MATTERS = re.compile("vfio|vdpa|iommu|smmu")
+# Where hugetlbfs is by default. What is at other paths cannot be told from the path.
+_HUGE_PAGES = "/dev/hugepages"
 
 
 class Defined(NamedTuple):
@@ -77,15 +95,38 @@ class Defined(NamedTuple):
     vdpa_nodes: tuple[str, ...] = ()
 
 
+class Described(NamedTuple):
+    """What else a domain's XML says.
+
+    `places`: the PCI address of each of its devices, None where it has none. `memory_max`: <maxMemory> in bytes, None
+    without. `hugepages`: whether the memory is in huge pages. `networks`: those that it has an interface in, which may
+    pass a device through. `unread`: what of it was not understood, as nouns. `whole`: whether all that may add to its
+    devices was.
+    """
+
+    defined: Defined
+    places: tuple[str | None, ...]
+    memory_max: int | None
+    hugepages: bool | None
+    networks: tuple[str, ...]
+    unread: tuple[str, ...]
+    whole: bool
+
+
 def parse_domain(description: str) -> Defined:
     """Reads a domain's XML. Raises IommufdError where it is none, whose text continues a sentence about that."""
     try:
         root = parse_xml(description)
     except IommufdError as exc:
         raise IommufdError(f"it {exc}") from exc
+    return read_domain(root).defined
+
+
+def read_domain(root: Element) -> Described:
+    """All of it, of XML that was parsed."""
     if root.tag != "domain":
         raise IommufdError("it is no domain: give what virsh dumpxml prints")
-    commandline = _Commandline(root)
+    commandline = _commandline(root)
     passed = _passed(root)
     # A disk may be a chain of several, of which each pins. libvirt counts a chain with an NVMe disk once.
     chains = [[disk, *disk.iter("backingStore")] for disk in root.iterfind("devices/disk")]
@@ -97,13 +138,17 @@ def parse_domain(description: str) -> Defined:
     nvme = sum(in_chains)
     of_libvirt = [*map(_passed_device, passed), *(Device(VDPA) for _each in vdpa)]
     of_libvirt += [Device(LEGACY, f"nvme {each}") for each in range(nvme)]
+    of_disks = [each for chain in chains for each in chain if each.get("type") == "nvme"]
+    places = [*(_address(each) for each, *_others in passed), *(None for _each in vdpa), *map(_address, of_disks)]
+    viommu = _viommu(root, commandline, [element for element, *_others in passed])
+    counted = _counted(root, len(passed), len(vdpa) + sum(map(bool, in_chains)))
     memory = _memory(root)
-    return Defined(
+    defined = Defined(
         name=shown_text(root.findtext("name") or ""),
         memory=memory,
         devices=(*of_libvirt, *commandline.devices),
-        viommu=_viommu(root, commandline, [element for element, *_others in passed]),
-        counted=_counted(root, len(passed), len(vdpa) + sum(map(bool, in_chains))),
+        viommu=viommu,
+        counted=counted,
         hard_limit=_hard_limit(root),
         locked=root.find("memoryBacking/locked") is not None,
         mem_lock=commandline.mem_lock,
@@ -114,6 +159,23 @@ def parse_domain(description: str) -> Defined:
         addresses=tuple(filter(None, (_address(each) for each, _mdev, by in passed if by == "yes"))),
         vdpa_nodes=tuple(source.get("dev", "") for each in vdpa for source in each.iterfind("source")),
     )
+    return Described(
+        defined,
+        places=(*places, *commandline.places),
+        memory_max=_memory_max(root),
+        hugepages=root.find("memoryBacking/hugepages") is not None or commandline.hugepages,
+        networks=tuple(each.get("network", "") for each in root.iterfind("devices/interface[@type='network']/source")),
+        unread=(*commandline.unread, *_not_told(viommu, counted, commandline)),
+        whole=not commandline.unread,
+    )
+
+
+def _not_told(viommu: str | None, counted: int | None, commandline: Commandline) -> Iterator[str]:
+    """What is unknown for another reason than that some argument was not read."""
+    if viommu is None and not commandline.unread:
+        yield "whether each device behind its vIOMMU has an address space of its own"
+    if counted is None:
+        yield "which limit libvirt gives it, of which it has a reckoning of its own for KVM on POWER"
 
 
 def reckoned_limit(defined: Defined) -> int | None:
@@ -175,6 +237,11 @@ def _is_of_power(root: Element) -> bool:
     return kind is not None and kind.get("arch", "").startswith("ppc64")
 
 
+def _memory_max(root: Element) -> int | None:
+    found = root.find("maxMemory")
+    return None if found is None else _bytes(found, "maxMemory")
+
+
 def _hard_limit(root: Element) -> int | None:
     found = root.find("memtune/hard_limit")
     # That is to libvirt as if there were none: see virMemoryLimitIsSet() in its src/util/virutil.c.
@@ -197,7 +264,8 @@ def _elastic(root: Element, memory: int) -> int:
 
 def _address(device: Element) -> str | None:
     found = device.find("source/address")
-    if found is None:
+    # That of an mdev is a UUID.
+    if found is None or "uuid" in found.attrib:
         return None
     parts = [found.get(name, "0") for name in ("domain", "bus", "slot", "function")]
     if not all(_HEXADECIMAL.fullmatch(each) for each in parts):
@@ -240,7 +308,7 @@ def _counted(root: Element, passed: int, others: int) -> int | None:
     return (passed if root.find("devices/iommu") is not None else min(passed, 1)) + others
 
 
-def _viommu(root: Element, commandline: _Commandline, passed: list[Element]) -> str | None:
+def _viommu(root: Element, commandline: Commandline, passed: list[Element]) -> str | None:
     if commandline.unread or _is_of_power(root):
         return None
     found = root.findall("devices/iommu")
@@ -256,8 +324,8 @@ def _share_a_bridge(root: Element, passed: list[Element]) -> bool:
     controllers = root.iterfind("devices/controller[@type='pci']")
     bridges = {each.get("index") for each in controllers if each.get("model") in _BRIDGES}
     addresses = [each.find("address[@type='pci']") for each in passed]
-    buses = [_hexadecimal(each.get("bus", "")) for each in addresses if each is not None]
-    return any(str(bus) in bridges and buses.count(bus) > 1 for bus in buses)
+    buses = Counter(_hexadecimal(each.get("bus", "")) for each in addresses if each is not None)
+    return any(str(bus) in bridges and count > 1 for bus, count in buses.items())
 
 
 def _hexadecimal(text: str) -> int | None:
@@ -292,18 +360,32 @@ def properties(text: str, implied: str) -> dict[str, Any]:
     return {key: value if equals else "on" for key, equals, value in pairs}
 
 
-class _Commandline:
-    """What the arguments say that the XML has for QEMU, of which libvirt knows nothing. `unread`: there may be more."""
+def _commandline(root: Element) -> Commandline:
+    """What the arguments say that the XML has for QEMU, of which libvirt knows nothing."""
+    arguments = [each.get("value", "") for each in root.iterfind(f"{_QEMU}commandline/{_QEMU}arg")]
+    if len(arguments) > _ARGUMENTS_MAX:
+        raise IommufdError(f"it has more than {_ARGUMENTS_MAX} arguments for QEMU")
+    overridden = root.find(f"{_QEMU}override") is not None
+    return Commandline(arguments, unread=["what <qemu:override> changes"] if overridden else ())
 
-    def __init__(self, root: Element) -> None:
+
+class Commandline:
+    """What arguments of QEMU's say of devices. `unread`: what may say more. `places`: as in Defined, of its devices.
+
+    `modes`: those of the iommufds that it is given, by what stands for their descriptors.
+    """
+
+    def __init__(
+        self, arguments: list[str], modes: Mapping[str, str] = MappingProxyType({}), unread: Sequence[str] = ()
+    ) -> None:
         self.devices: list[Device] = []
-        self.viommu = self.may_nest = self.unread = False
+        self.places: list[str | None] = []
+        self.unread = list(unread)
+        self.hugepages: bool | None = False
+        self.viommu = self.may_nest = False
         self._locks: set[bool] = set()
-        arguments = [each.get("value", "") for each in root.iterfind(f"{_QEMU}commandline/{_QEMU}arg")]
-        if len(arguments) > _ARGUMENTS_MAX:
-            raise IommufdError(f"it has more than {_ARGUMENTS_MAX} arguments for QEMU")
-        self.unread = root.find(f"{_QEMU}override") is not None
-        self._iommufds: dict[str, str | None] = {}
+        self._modes = modes
+        self.iommufds: dict[str, str | None] = {}
         for option, value in self._options(arguments):
             if option == "object":
                 self._object(properties(value, "qom-type"))
@@ -322,9 +404,20 @@ class _Commandline:
                 yield each.lstrip("-"), value
 
     def _object(self, found: dict[str, Any]) -> None:
-        if found.get("qom-type") == "iommufd":
+        kind = str(found.get("qom-type"))
+        if kind == "iommufd":
             # Without a descriptor QEMU opens it, with the first device, and nobody has the time to set its mode.
-            self._iommufds[str(found.get("id"))] = None if "fd" in found else USER
+            self.iommufds[str(found.get("id"))] = self._modes.get(str(found["fd"])) if "fd" in found else USER
+        elif kind.startswith("memory-backend-"):
+            huge = str(found.get("hugetlb", "off")).lower() not in _OFF
+            self._in_huge_pages(True if huge else str(found["mem-path"]) if "mem-path" in found else False)
+
+    def _in_huge_pages(self, found: bool | str) -> None:
+        """Takes in where some memory is: whether in huge pages, or at which path."""
+        if isinstance(found, str):
+            found = True if found.startswith(_HUGE_PAGES) else found
+        if found is not False and self.hugepages is not True:
+            self.hugepages = True if found is True else None
 
     def _take(self, option: str, value: str) -> None:
         if option == "device":
@@ -333,6 +426,8 @@ class _Commandline:
             self._add_viommu(str(properties(value, "type").get("iommu", "none")) != "none", {})
         elif option in ("overcommit", "realtime"):
             self._locks.update(found["value"] in _LOCKING for found in _LOCKS.finditer(value))
+        elif option == "mem-path":
+            self._in_huge_pages(value)
         elif option == "netdev":
             found = properties(value, "type")
             self._add(Device(VDPA), found.get("type") == "vhost-vdpa")
@@ -341,7 +436,8 @@ class _Commandline:
             by_url = str(found.get("file", "")).startswith("nvme://")
             nvme = Device(LEGACY, f"{option} {len(self.devices)}")
             self._add(nvme, by_url or "nvme" in (found.get("driver"), found.get("file.driver")))
-        self.unread |= option in ("readconfig", "set", "global")
+        elif option in ("readconfig", "set") or (option == "global" and _MATTERS.search(value)):
+            self.unread.append(f"what -{option} has QEMU do")
 
     def _device(self, found: dict[str, Any]) -> None:
         driver = str(found.get("driver", ""))
@@ -350,16 +446,24 @@ class _Commandline:
             # An mdev has no other name, and its path may lead through any folder of sysfs that a PCI device's does.
             mdev = "sysfsdev" in found
             if named is None:
-                self._add(Device(LEGACY, CONTAINER, None, mdev))
+                device = Device(LEGACY, CONTAINER, None, mdev)
             else:
-                self._add(Device(IOMMUFD, shown_text(str(named)), self._iommufds.get(str(named)), mdev))
+                device = Device(IOMMUFD, shown_text(str(named)), self.iommufds.get(str(named)), mdev)
+            self._add(device, place=_pci_address(str(found.get("host", ""))))
         self._add(Device(VDPA), driver.startswith("vhost-vdpa-device"))
         self._add_viommu("iommu" in driver or "smmu" in driver, found)
 
-    def _add(self, device: Device, there: bool = True) -> None:
+    def _add(self, device: Device, there: bool = True, place: str | None = None) -> None:
         if there:
             self.devices.append(device)
+            self.places.append(place)
 
     def _add_viommu(self, there: bool, found: dict[str, Any]) -> None:
         self.viommu |= there
         self.may_nest |= there and _may_nest(found)
+
+
+def _pci_address(text: str) -> str | None:
+    """A PCI address in QEMU's words, with its domain; None where it is none."""
+    found = _PCI.fullmatch(text)
+    return found and "{:04x}:{:02x}:{:02x}.{}".format(*(int(each or "0", 16) for each in found.groups()))

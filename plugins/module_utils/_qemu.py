@@ -58,13 +58,14 @@ class Guest(NamedTuple):
     """What is said of a guest: its memory in bytes, and whether the VMM locks it itself; None where that is unknown.
 
     `changes_user`: whether the VMM becomes another user once it has its devices. `pluggable`: whether memory can be
-    plugged, or unplugged, as the guest runs.
+    plugged, or unplugged, as the guest runs. `memory_max`: the most that it may have then, where that is said.
     """
 
     memory: int | None = None
     locks: bool | None = None
     changes_user: bool = False
     pluggable: bool | None = None
+    memory_max: int | None = None
 
 
 def _split(text: bytes, implied: bytes) -> Properties:
@@ -132,7 +133,7 @@ def _of_qemu(arguments: list[bytes], read: Read) -> Guest:
                 settings[group if group not in _LOCKING else b""].append(found)
     memory = None if lacks else _memory(settings)
     pluggable = None if memory is None else _is_pluggable(settings)
-    return Guest(memory, _locks(settings, lacks or lacks_locks), changes_user, pluggable)
+    return Guest(memory, _locks(settings, lacks or lacks_locks), changes_user, pluggable, _memory_max(settings))
 
 
 def _from_json(text: bytes) -> Properties:
@@ -185,6 +186,15 @@ def _is_pluggable(settings: dict[bytes, list[Properties]]) -> bool:
     """Whether there is room for more memory, which takes no slot where that is virtio-mem."""
     memory, machine = (settings.get(group, []) for group in (b"memory", b"machine"))
     return any(b"maxmem" in each for each in memory) or any(b"memory.max-size" in each for each in machine)
+
+
+def _memory_max(settings: dict[bytes, list[Properties]]) -> int | None:
+    """The most memory that there is room for, by the last of those that say so; None where it is not said."""
+    said = [_size(each[b"maxmem"], b"m") for each in settings.get(b"memory", []) if b"maxmem" in each]
+    said = said or [
+        _size(each[b"memory.max-size"], b"b") for each in settings.get(b"machine", []) if b"memory.max-size" in each
+    ]
+    return said[-1] if said else None
 
 
 def _locks(settings: dict[bytes, list[Properties]], lacks: bool) -> bool | None:

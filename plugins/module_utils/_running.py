@@ -34,6 +34,7 @@ __all__ = (
     "check_domain_name",
     "parse_domain_record",
     "read_domain_record",
+    "read_record_file",
 )
 
 _FOLDER = "/run/libvirt/qemu"
@@ -91,6 +92,18 @@ def check_domain_name(name: str) -> None:
 def read_domain_record(name: str) -> DomainRecord:
     """The record of the running domain of that name, or of another one where the file was renamed.
 
+    Raises as `read_record_file` does, and where it is no record.
+    """
+    text, written = read_record_file(name)
+    try:
+        return parse_domain_record(text, written)
+    except IommufdError as exc:
+        raise IommufdError(f"{shown_text(f'{_FOLDER}/{name}.xml')} is no record of libvirt's: it {exc}.") from exc
+
+
+def read_record_file(name: str) -> tuple[bytes, float]:
+    """What is in the record of a domain, and when it was written, in seconds since the epoch.
+
     Raises IommufdError, with the OSError as its cause where there is no such file, or this caller may not read it.
     Nobody is waited for: a FIFO, a link, and a mount in place of file or folder are refused before they are opened.
     """
@@ -116,10 +129,7 @@ def read_domain_record(name: str) -> DomainRecord:
         except (OSError, ValueError) as exc:
             why = error_text(exc.errno) if isinstance(exc, OSError) else "it is no path"
             raise IommufdError(f"{place}, libvirt's record of the domain, cannot be read ({why}).") from exc
-    try:
-        return parse_domain_record(text, status.st_mtime)
-    except IommufdError as exc:
-        raise IommufdError(f"{place} is no record of libvirt's: it {exc}.") from exc
+    return text, status.st_mtime
 
 
 def _open_path(stack: contextlib.ExitStack, path: str, flags: int, folder: int | None = None) -> int:

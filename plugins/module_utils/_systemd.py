@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 from ._errors import CommandFailed, HostLacks, IommufdError, error_text, printable
+from ._foreign import parse_answer
 
 __all__ = (
     "Run",
     "UnitState",
     "ask_states",
+    "find_services",
     "is_unit_name",
     "must_run",
+    "parse_services",
     "parse_units",
+    "read_all_of",
     "read_journal",
     "reload_units",
     "run_service",
@@ -35,6 +39,8 @@ Run = Callable[[list[str]], "tuple[int, str, str]"]
 
 _STATE = ("LoadState", "UnitFileState", "ActiveState", "Triggers")
 _JOURNAL_LINES = 20
+_SERVICES_MAX = 8192
+_OBJECTS = "/org/freedesktop/systemd1/unit/"
 
 
 def must_run(run: Run, *words: str) -> str:
@@ -87,6 +93,48 @@ def _properties(text: str) -> dict[str, str]:
         if equals:
             shown[key] = f"{shown[key]}\n{value}" if key in shown else value
     return shown
+
+
+def find_services(run: Run) -> dict[str, str]:
+    """What systemd shows of the commands of all services that have a file or are loaded, by their names.
+
+    Words are not kept apart in that. It reads the files of those that are not loaded, and starts nothing. Raises
+    IommufdError.
+    """
+    listed = must_run(run, "systemctl", "list-unit-files", "--no-pager", "--no-legend", "--type=service")
+    names = (line.split()[0] for line in listed.splitlines() if line.strip())
+    # A template is none. Those that were made of one are loaded, where they are enabled.
+    plain = [name for name in names if is_unit_name(name, "service") and "@." not in name][:_SERVICES_MAX]
+    words = ("systemctl", "show", "--no-pager", "--property=Id,ExecStart", "--", "*.service")
+    return parse_services(must_run(run, *words, *plain))
+
+
+def parse_services(text: str) -> dict[str, str]:
+    """Reads that of several units. Since commands may hold empty lines, a unit may have words of those beside it."""
+    found: dict[str, str] = {}
+    name = between = ""
+    for paragraph in re.split(r"\n{2,}", text.strip("\n")):
+        begins = re.search(r"^Id=(.+\.service)$", paragraph, re.MULTILINE)
+        if begins:
+            name, between, paragraph = begins[1], "", f"{between}{paragraph}\n"
+        else:
+            between += f"{paragraph}\n"
+        found[name] = found.get(name, "") + paragraph
+    found.pop("", None)
+    return found
+
+
+def read_all_of(run: Run, name: str) -> dict[str, Any]:
+    """All properties of a unit, exactly as systemd has them: each word of a command by itself. Raises IommufdError."""
+    # See bus_path_escape() in systemd's src/libsystemd/sd-bus/bus-type.c.
+    path = re.sub(r"[^A-Za-z0-9]|^[0-9]", lambda found: f"_{ord(found[0]):02x}", name)
+    service, interface = "org.freedesktop.systemd1", "org.freedesktop.DBus.Properties"
+    words = ("busctl", "--json=short", "call", service, _OBJECTS + path, interface, "GetAll", "s", "")
+    answer = parse_answer(must_run(run, *words).encode("utf-8", "surrogateescape"))
+    try:
+        return {key: value["data"] for key, value in answer["data"][0].items()}
+    except (AttributeError, IndexError, KeyError, TypeError) as exc:
+        raise IommufdError(f"busctl tells of {name} in words that are not understood.") from exc
 
 
 class UnitState(NamedTuple):

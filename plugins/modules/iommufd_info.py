@@ -36,6 +36,7 @@ options:
       - V(emulators) adds to V(host) what takes seconds or wakes a service, each at most 30 seconds long. The module
         asks every emulator for its version. It asks the system libvirt for the capabilities of a domain, which may
         start libvirt's daemon.
+      - V(defined) are the VMs that are defined on the host, whether they run or not.
       - For V(host), the module also asks systemd about libvirt's daemon. It waits at most 90 seconds for each answer.
     type: list
     elements: str
@@ -44,6 +45,7 @@ options:
       - processes
       - users
       - emulators
+      - defined
     default:
       - host
       - processes
@@ -59,6 +61,8 @@ options:
     description:
       - Return only these users, and only their processes. Each is a name or an id.
       - RV(users) has each of them, also those to whom nothing is charged.
+      - With V(defined) in O(gather_subset), RV(defined) has the VMs that run as one of them, and those of which that is
+        unknown. The domains of their own libvirts are there only then.
     type: list
     elements: str
   emulators:
@@ -80,6 +84,12 @@ notes:
   - B(Privilege.) Any user can run this module, and sees what that user may see. RV(host.limits_of_view) lists the
     rest, with the reason. To see every process, the module needs root with CAP_SYS_PTRACE in the initial user and pid
     namespaces, that is, on the host itself, and C(kernel.yama.ptrace_scope) below 3.
+  - B(Definitions.) For V(defined) in O(gather_subset), the module reads the files of the system's libvirt,
+    C(/etc/libvirt/qemu) and C(/run/libvirt/qemu), which takes root. It reads those of the users in O(users) as these
+    users, C(~/.config/libvirt/qemu) and C(/run/user/UID/libvirt/qemu/run). It follows no symbolic link to a definition,
+    and reads at most 4096 definitions of each libvirt, 524288 bytes each and 33554432 together. It asks systemd by
+    C(systemctl) and C(busctl) about its services, and reads no file that such a service names. What a
+    C(/bin/sh) does, and variables from a file, are not understood.
   - B(Nothing is woken.) The module starts no service, asks none but systemd's manager, loads no kernel module and runs
     no emulator. It opens no device but C(/dev/iommu) and C(/dev/vfio/vfio), and these only if the kernel has them
     already. The subset V(emulators) of O(gather_subset) is the exception.
@@ -123,6 +133,11 @@ EXAMPLES = r"""
     gather_subset: [processes, users]
     users: [libvirt-qemu]
 
+- name: Look at all VMs that are defined, whether they run or not
+  virt.iommufd.iommufd_info:
+    gather_subset: [host, processes, users, defined]
+  register: info
+
 - name: Look at the host, with the versions of its emulators
   virt.iommufd.iommufd_info:
     gather_subset: [host, emulators]
@@ -159,6 +174,7 @@ host:
               behind where another process keeps its iommufd, or a device of it. Only an iommufd that is accounted per
               user does so. No process shows what is in flight in a socket, or kept by a mapping of a device alone;
               the kernel counts it, where RV(host.module) is V(loaded). Where that is V(builtin), it is not seen.
+            - V(defined) where VMs may be defined that RV(defined) has not.
             - V(options), V(module), V(emulators) and V(libvirt) where that part of RV(host) is incomplete.
           type: str
           sample: descriptors
@@ -984,6 +1000,175 @@ users:
           (RV(processes[].vfio_devices[].as_it_runs)).
       type: bool
       sample: true
+defined:
+  description:
+    - "The VMs that are defined on the host, whether they run or not: the domains of the system's libvirt, the units of
+      the system's service manager that start a VMM with a VFIO or vDPA device or an iommufd, and with O(users) the
+      domains of their own libvirts."
+    - What could not be read or understood is V(null), and RV(defined[].unread) says so. A unit with a VMM that gets no
+      such device is not there, nor is one whose program starts a VMM that its command line does not name, unless it
+      runs.
+    - No password or other text of a definition is returned, but what is listed here.
+  returned: when O(gather_subset) has V(defined)
+  type: list
+  elements: dict
+  contains:
+    kind:
+      description: V(domain) is one of libvirt's, V(unit) one of systemd's.
+      type: str
+      sample: domain
+    name:
+      description: The name of the domain, or the full name of the unit.
+      type: str
+      sample: vm1
+    manager:
+      description: V(session) for a domain of a user's own libvirt, else V(system).
+      type: str
+      sample: system
+    path:
+      description:
+        - The file that it was read from. A transient domain has no definition, only libvirt's record that it runs.
+        - V(null) for a unit without a file.
+      type: str
+      sample: /etc/libvirt/qemu/vm1.xml
+    user:
+      description:
+        - The user that its VMM will run as. The one in its C(<seclabel>), the user whose libvirt it is, or that of
+          the unit or of C(iommufd-exec).
+        - V(null) for a domain that names none, which runs as RV(host.libvirt.user); and where it is unknown, or has no
+          name here.
+      type: str
+      sample: null
+    uid:
+      description: The id of that user; V(null) for a domain that names none, and where it is unknown.
+      type: int
+      sample: null
+    autostart:
+      description:
+        - Whether it starts when the host boots, or for a user's own domain, when the user's libvirt does. A unit does
+          where what it is wanted by does.
+        - V(null) where that is unknown, as of a unit that a timer or a device may start.
+      type: bool
+      sample: true
+    transient:
+      description: Whether it is a domain that is gone once it ends; V(null) where its definition cannot be read.
+      type: bool
+      sample: false
+    pid:
+      description:
+        - The process of its VMM, if it runs. Of a domain, libvirt's record vouches for it.
+        - V(null) where it does not run, or that is unknown.
+      type: int
+      sample: null
+    memory_bytes:
+      description:
+        - The memory that it starts with, with that of its memory devices, as libvirt and QEMU round it up.
+        - V(null) where it is unknown.
+      type: int
+      sample: 68719476736
+    memory_max_bytes:
+      description: Up to how much it can be grown, C(<maxMemory>) or C(maxmem); V(null) where that is not said.
+      type: int
+      sample: null
+    elastic_bytes:
+      description:
+        - How much of the memory may be mapped later or never, as that of a virtio-mem device. It is 0 for a unit.
+        - V(null) where its definition cannot be read.
+      type: int
+      sample: 0
+    hugepages:
+      description: Whether its memory is in huge pages; V(null) where that is unknown.
+      type: bool
+      sample: false
+    devices:
+      description:
+        - Its devices that have memory pinned.
+        - V(null) where they are unknown, or there may be more.
+      type: list
+      elements: dict
+      contains:
+        backend:
+          description: V(iommufd), V(legacy) or V(vdpa).
+          type: str
+          sample: iommufd
+        space:
+          description: The iommufd or the container that it is in. Those with the same text share one.
+          type: str
+          sample: the domain's iommufd
+        accounting:
+          description:
+            - How its iommufd will be accounted, V(user) or V(process), as far as the definition decides it. With
+              C(iommufd-exec), it is what that will set if it may.
+            - V(null) where it does not, as for a domain's, which libvirt may set.
+          type: str
+          sample: null
+        as_it_runs:
+          description: Whether it pins memory as the VM runs, as an mdev does.
+          type: bool
+          sample: false
+        address:
+          description: Its PCI address on the host; V(null) where it has none, or that is not said.
+          type: str
+          sample: "0000:00:03.0"
+    viommu:
+      description:
+        - V(none) without a vIOMMU. V(each) where each device has an address space of its own behind it.
+        - V(null) where that is unknown.
+      type: str
+      sample: none
+    libvirt_counts:
+      description:
+        - How many times libvirt counts the memory for its limit, 0 where it sets none.
+        - V(null) for a unit, and where it is unknown.
+      type: int
+      sample: 1
+    hard_limit_bytes:
+      description: The domain's C(<hard_limit>); V(null) without.
+      type: int
+      sample: null
+    libvirt_locks:
+      description: Whether the domain has C(<locked/>); V(null) where its definition cannot be read.
+      type: bool
+      sample: false
+    locks_memory:
+      description: Whether QEMU's arguments have it lock its memory (C(mem-lock=on)); V(null) where that is unknown.
+      type: bool
+      sample: false
+    fdgroup:
+      description: The name under which libvirt expects the iommufd of the domain; V(null) without.
+      type: str
+      sample: null
+    emulator:
+      description: The path of its VMM; V(null) where libvirt chooses, or it is unknown.
+      type: str
+      sample: /usr/bin/qemu-system-x86_64
+    memlock_bytes:
+      description:
+        - The soft RLIMIT_MEMLOCK that the unit or C(iommufd-exec) gives it.
+        - V(null) where that is unlimited or unknown, and for a domain, whose limit libvirt reckons.
+      type: int
+      sample: null
+    memlock_unlimited:
+      description: Whether that limit is unlimited; V(null) where it is unknown, and for a domain.
+      type: bool
+      sample: null
+    cap_ipc_lock:
+      description:
+        - Whether the settings of the unit give it CAP_IPC_LOCK, or withhold it.
+        - V(null) where the file of its VMM decides, or it is unknown, and for a domain.
+      type: bool
+      sample: null
+    unread:
+      description: What of its definition could not be read or understood, in sentences; empty where all was.
+      type: list
+      elements: str
+      sample: []
+    order:
+      description:
+        - The units in RV(defined) that it starts after, if they start, too. Empty for a domain.
+      type: list
+      elements: str
+      sample: []
 narrowed:
   description: The processes and users to which O(pids) and O(users) have narrowed the answer.
   returned: always
@@ -1053,6 +1238,7 @@ from ..module_utils._process_facts import Limit, in_initial_namespace, own_statu
 from ..module_utils._running import read_domain_record
 from ..module_utils._sharing import Sharing
 from ..module_utils._survey import Holder
+from ..module_utils._user import find_user
 
 if TYPE_CHECKING:
     from ..module_utils._libvirt import Libvirt
@@ -1522,8 +1708,11 @@ def user_row(uid: int, of_user: Total) -> Row:
 
 def process_and_user_rows(
     unseen: Unseen, nodes: dict[int, _host_facts.VfioNode], pids: list[int] | None, uids: set[int] | None
-) -> tuple[list[Row], list[Row]]:
-    """The processes that hold what memory is pinned by, and the users that are charged. `nodes` are those of VFIO."""
+) -> tuple[list[Row], list[Row], dict[str, list[int]]]:
+    """The processes that hold what memory is pinned by, and the users that are charged; and the units with VMMs.
+
+    `nodes` are those of VFIO.
+    """
     accounts = look_at_accounts(nodes, uids or ())
     note_unseen(accounts, unseen)
     note_keepers(accounts, unseen)
@@ -1545,7 +1734,48 @@ def process_and_user_rows(
         for uid, of_user in sorted(totals.items())
         if (of_user.pids or of_user.charged or of_user.uncertain or uid in seen.unseen if uids is None else uid in uids)
     ]
-    return processes, users
+    return processes, users, vmm_units(accounts)
+
+
+def vmm_units(accounts: Accounts) -> dict[str, list[int]]:
+    """The services that have VMMs with what memory is pinned by, and their ids; without those of libvirt and users."""
+    found: dict[str, list[int]] = {}
+    for holder in accounts.seen.holders:
+        unit = holder.units[0] or ""
+        name = (holder.program or "").rpartition("/")[2]
+        is_vmm = "qemu" in name or name == "kvm" or name.startswith("cloud-hypervisor")
+        foreign = re.fullmatch(r"(libvirtd|virtqemud|user@[0-9]+)\.service", unit)
+        if is_vmm and unit.endswith(".service") and not foreign and not accounts.of[holder.pid].holder:
+            found.setdefault(unit, []).append(holder.pid)
+    return found
+
+
+def defined_rows(unseen: Unseen, uids: set[int] | None, running: dict[str, list[int]]) -> list[Row]:
+    """The VMs that are defined. `running`: as `vmm_units` has it."""
+    # Few tasks ask for it.
+    from ..module_utils import _libvirt
+    from ..module_utils._defined_units import find_defined_units
+    from ..module_utils._definitions import find_domains
+
+    users = []
+    # Root's libvirt is the system's.
+    for uid in sorted((uids or set()) - {0}):
+        try:
+            users.append(find_user(pwd.getpwuid(uid).pw_name))
+        except (KeyError, OverflowError):
+            unseen.note("defined", f"uid {uid} has no home here, where the user's own libvirt would have its domains.")
+    domains, msgs = find_domains(users)
+    units, more = find_defined_units(run_command, running)
+    for msg in (*msgs, *more):
+        unseen.note("defined", msg)
+    rows = domains + units
+    if uids is None:
+        return rows
+    usual = None
+    if any(each["uid"] is None and each["kind"] == "domain" for each in rows):
+        usual = _libvirt.look_at_libvirt(run_command).files.user.uid
+    of = [usual if each["uid"] is None and each["kind"] == "domain" else each["uid"] for each in rows]
+    return [row for row, uid in zip(rows, of) if uid is None or uid in uids]
 
 
 def run(params: Row, _check_mode: bool, result: Row) -> None:
@@ -1566,10 +1796,12 @@ def run(params: Row, _check_mode: bool, result: Row) -> None:
     }
     processes: list[Row] = []
     nodes = _host_facts.find_vfio_nodes()
-    if subsets & {"processes", "users"}:
-        processes, users = process_and_user_rows(unseen, nodes, params["pids"], uids)
+    if subsets & {"processes", "users", "defined"}:
+        processes, users, running = process_and_user_rows(unseen, nodes, params["pids"], uids)
         found = {"processes": processes, "users": users}
         result.update({name: found[name] for name in found if name in subsets})
+        if "defined" in subsets:
+            result["defined"] = defined_rows(unseen, uids, running)
     if subsets & {"host", "emulators"}:
         executed = {each["pid"]: each["emulator"] for each in processes if each["emulator"] is not None}
         host.update(host_row(unseen, nodes, params["emulators"], "emulators" in subsets, executed))
@@ -1584,7 +1816,7 @@ def run_patiently(words: list[str]) -> tuple[int, str, str]:
 
 
 def main() -> NoReturn:
-    subsets = ["host", "processes", "users", "emulators"]
+    subsets = ["host", "processes", "users", "emulators", "defined"]
     module = AnsibleModule(
         argument_spec={
             "gather_subset": {"type": "list", "elements": "str", "choices": subsets, "default": subsets[:3]},

@@ -23,7 +23,7 @@ TYPES = {"str": str, "int": int, "bool": bool, "list": list, "dict": dict}
 # The field before them says when they are null.
 AS_ABOVE = [f"host.{each}" for each in ("device.owner", "device.group", "vfio_devices.owner", "vfio_devices.group")]
 AS_ABOVE += ["host.options.rlimit_mode.settable"]
-SUBSETS = {"host": ["host", "emulators"], "processes": ["processes"], "users": ["users"]}
+SUBSETS = {"host": ["host", "emulators"], "processes": ["processes"], "users": ["users"], "defined": ["defined"]}
 
 
 @dataclass

@@ -187,6 +187,8 @@ def test_arguments_for_qemu(arguments: str, expected: list[Device]) -> None:
         ({"arguments": "-machine virt,iommu=smmuv3"}, EACH),
         ({"arguments": "-M virt,iommu=none"}, NO_VIOMMU),
         ({"arguments": "-readconfig /etc/qemu.cfg"}, None),
+        ({"arguments": "-global intel-iommu.x-flts=on"}, None),
+        ({"arguments": "-global ICH9-LPC.disable_s3=1"}, NO_VIOMMU),
     ],
 )
 def test_viommu(given: dict[str, str], expected: str | None) -> None:
@@ -234,11 +236,17 @@ def test_another_reckoning() -> None:
         ("-overcommit mem-lock=on -overcommit mem-lock=off", None),
         ("-realtime mlock=on", True),
         ("-set device.x.y=z", None),
+        ("-global ICH9-LPC.disable_s3=1", False),
     ],
 )
 def test_memory_that_qemu_locks(arguments: str, expected: bool | None) -> None:
     found = read(arguments=arguments)
     assert (found.mem_lock, found.locked) == (expected, False)
+
+
+def test_an_mdev_has_no_pci_address() -> None:
+    source = "<source><address uuid='c2177883-f1bb-47f0-914d-32a22e3a8804'/></source>"
+    assert read(MDEV.replace("<source/>", f"<driver iommufd='yes'/>{source}")).addresses == ()
 
 
 def test_properties() -> None:

@@ -141,6 +141,21 @@ def test_whether_memory_can_be_plugged(words: str, pluggable: bool | None) -> No
 
 
 @pytest.mark.parametrize(
+    ("words", "most"),
+    [
+        ("-m 1G", None),
+        ("-m 1G,maxmem=4G,slots=2", 4 * GIB),
+        ("-m 1024,maxmem=4096", 4 * GIB),
+        ("-m 1G,maxmem=4G -m maxmem=8G", 8 * GIB),
+        ("-machine memory.size=1G,memory.max-size=4G", 4 * GIB),
+        ("-m 1G,maxmem=much", None),
+    ],
+)
+def test_the_most_memory_that_there_is_room_for(words: str, most: int | None) -> None:
+    assert look_at_guest(QEMU, [b"qemu", *words.encode().split()], nothing).memory_max == most
+
+
+@pytest.mark.parametrize(
     ("words", "pluggable"),
     [
         ("--memory size=1G", False),

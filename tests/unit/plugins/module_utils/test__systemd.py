@@ -15,7 +15,9 @@ from ansible_collections.virt.iommufd.plugins.module_utils._systemd import (
     ask_states,
     is_unit_name,
     must_run,
+    parse_services,
     parse_units,
+    read_all_of,
     read_journal,
     show_units,
 )
@@ -54,6 +56,27 @@ def test_what_is_shown() -> None:
         {"Id": "b"},
     ]
     assert parse_units("") == [{}]
+
+
+def test_services_whose_commands_look_like_several() -> None:
+    text = "ExecStart={ argv[]=sh -c set -e\n\nexec qemu ; }\nId=a.service\n\nId=b.service\nExecStart=x\n\nno unit\n"
+    assert parse_services("Id=c.service\n\n" + text) == {
+        "c.service": "Id=c.service\nExecStart={ argv[]=sh -c set -e",
+        "a.service": "ExecStart={ argv[]=sh -c set -e\nexec qemu ; }\nId=a.service\n",
+        "b.service": "Id=b.service\nExecStart=x\nno unit",
+    }
+    assert parse_services("") == {}
+
+
+def test_all_of_a_unit_is_asked_for_by_the_name_that_the_bus_has_for_it() -> None:
+    asked = []
+
+    def run(words: list[str]) -> tuple[int, str, str]:
+        asked.append(words)
+        return 0, '{"type":"a{sv}","data":[{"Id":{"type":"s","data":"1vm@a-b.service"}}]}', ""
+
+    assert read_all_of(run, "1vm@a-b.service") == {"Id": "1vm@a-b.service"}
+    assert asked[0][4] == "/org/freedesktop/systemd1/unit/_31vm_40a_2db_2eservice"
 
 
 def test_of_one_unit_everything_is_its_own() -> None:

@@ -6,16 +6,26 @@ from __future__ import annotations
 
 import mmap
 import os
+import pwd
 import subprocess
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
 import yaml
-from ansible_collections.virt.iommufd.plugins.module_utils import _accounts, _host_facts, _iommufd, _libvirt
+from ansible_collections.virt.iommufd.plugins.module_utils import (
+    _accounts,
+    _defined_units,
+    _definitions,
+    _host_facts,
+    _iommufd,
+    _libvirt,
+)
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._libvirt_files import NOTHING_READ, VmUser
 from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Limit
 from ansible_collections.virt.iommufd.plugins.module_utils._running import DomainRecord
 from ansible_collections.virt.iommufd.plugins.module_utils._sharing import Sharing
@@ -34,19 +44,115 @@ def run() -> Run:
     return partial(run_module, iommufd_info)
 
 
+DOMAIN = "<domain type='kvm'><name>{0}</name><memory>1048576</memory><devices>{1}</devices></domain>"
+HOSTDEV = "<hostdev mode='subsystem' type='pci'/>"
+
+
 def test_every_field_is_documented_and_there(
-    run: Run, alone: FakeKernel, child: subprocess.Popen[bytes], tmp_path: Path
+    run: Run, alone: FakeKernel, child: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone.ioases = {2: 1}
-    answer = run(emulators=[str(tmp_path / "qemu")])
+    folder = tmp_path / "definitions"
+    folder.mkdir()
+    (folder / "vm1.xml").write_text(DOMAIN.format("vm1", HOSTDEV))
+    monkeypatch.setattr(_definitions, "_FOLDER", str(folder))
+    subsets = ["host", "processes", "users", "defined"]
+    answer = run(gather_subset=subsets, emulators=[str(tmp_path / "qemu")])
     documented = yaml.safe_load(iommufd_info.RETURN)
     for name, value in documented.items():
         check_returned(value, answer[name], name, null_is_told=False)
     assert [each["pid"] for each in answer["processes"]] == [child.pid]
     assert [each["uid"] for each in answer["users"]] in ([os.getuid()], [])
+    assert [each["name"] for each in answer["defined"] if each["kind"] == "domain"] == ["vm1"]
+    assert set(run()) == set(answer) - {"defined"}
     assert not answer["changed"]
     assert answer["host"]["machine"] == os.uname().machine
     assert answer["host"]["page_bytes"] == mmap.PAGESIZE
+
+
+def row(kind: str, name: str, uid: int | None) -> dict[str, Any]:
+    return {"kind": kind, "name": name, "uid": uid}
+
+
+@pytest.fixture
+def definitions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Gives the rows of a host, and keeps what was asked for."""
+    asked: list[Any] = []
+    domains = [row("domain", "usual", None), row("domain", "of-root", 0), row("domain", "of-7", 7)]
+    units = [row("unit", "root.service", 0), row("unit", "unknown.service", None)]
+
+    def find_domains(users: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
+        asked.append([each.uid for each in users])
+        return domains, ["No definitions."]
+
+    def find_units(_run: object, running: object) -> tuple[list[dict[str, Any]], list[str]]:
+        asked.append(running)
+        return units, ["No units."]
+
+    monkeypatch.setattr(_definitions, "find_domains", find_domains)
+    monkeypatch.setattr(_defined_units, "find_defined_units", find_units)
+    return asked
+
+
+def test_vms_that_are_defined(run: Run, alone: FakeKernel, definitions: list[Any]) -> None:
+    answer = run(gather_subset=["defined"])
+    assert len(answer["defined"]) == 5
+    assert set(answer["host"]) == {"limits_of_view"}
+    assert "processes" not in answer
+    # Nobody's own libvirt is looked at unless that is asked for.
+    assert definitions == [[], {}]
+    assert [each["why"] for each in answer["host"]["limits_of_view"] if each["what"] == "defined"] == [
+        "No definitions.",
+        "No units.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("usual", "names"),
+    [
+        (0, ["usual", "of-root", "root.service", "unknown.service"]),
+        (7, ["of-root", "root.service", "unknown.service"]),
+        # Whose it is cannot be told, so it may be this one's.
+        (None, ["usual", "of-root", "root.service", "unknown.service"]),
+    ],
+)
+def test_vms_of_some_users(
+    run: Run,
+    alone: FakeKernel,
+    definitions: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    usual: int | None,
+    names: list[str],
+) -> None:
+    files = NOTHING_READ._replace(user=VmUser(None, usual))
+    libvirt = _libvirt.Libvirt(None, None, None, None, None, files=files)
+    monkeypatch.setattr(_libvirt, "look_at_libvirt", lambda _run: libvirt)
+    answer = run(gather_subset=["defined"], users=["root", "nobody", "4294967294"])
+    assert [each["name"] for each in answer["defined"]] == names
+    assert definitions[0] == [pwd.getpwnam("nobody").pw_uid]
+    assert any("uid 4294967294 has no home here" in each["why"] for each in answer["host"]["limits_of_view"])
+
+
+@pytest.mark.parametrize(
+    ("unit", "program", "holder", "found"),
+    [
+        ("vm1.service", "/usr/bin/qemu-system-x86_64", False, True),
+        ("vm1.service", "/usr/libexec/qemu-kvm", None, True),
+        ("vm1.service", "/usr/bin/cloud-hypervisor", False, True),
+        ("vm1.service", "/usr/bin/dpdk-app", False, False),
+        ("vm1.service", None, False, False),
+        # A launcher that holds copies of what its VMs have.
+        ("vm1.service", "/usr/bin/qemu-launcher", True, False),
+        ("machine-qemu.scope", "/usr/bin/qemu-system-x86_64", False, False),
+        ("virtqemud.service", "/usr/bin/qemu-system-x86_64", False, False),
+        ("user@1000.service", "/usr/bin/qemu-system-x86_64", False, False),
+        (None, "/usr/bin/qemu-system-x86_64", False, False),
+    ],
+)
+def test_units_with_vms(unit: str | None, program: str | None, holder: bool | None, found: bool) -> None:
+    held = SimpleNamespace(pid=7, units=(unit, None), program=program)
+    accounts: Any = SimpleNamespace(seen=SimpleNamespace(holders=[held]), of={7: SimpleNamespace(holder=holder)})
+    assert iommufd_info.vmm_units(accounts) == ({unit: [7]} if found else {})
 
 
 def test_emulators_that_run(

@@ -1,0 +1,98 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Private to this collection: the units of the system's service manager that start a VMM with devices.
+
+systemd is asked, and starts nothing for that. All services are looked at in two questions, and those that may start a
+VMM once more each, since only D-Bus keeps the words of a command apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from ._defined_rows import may_start_vmm, unit_row
+from ._errors import IommufdError
+from ._module import Row
+from ._systemd import Run, find_services, read_all_of, show_units
+
+__all__ = ("find_defined_units",)
+
+_UNITS_MAX = 1024
+# A chain of units that start each other at boot is short.
+_LEVELS_MAX = 16
+_BOOT = "default.target"
+_STARTED_BY = ("WantedBy", "RequiredBy", "RequisiteOf", "BoundBy", "UpheldBy")
+_MAY_BE_STARTED_BY = ("TriggeredBy", "OnSuccessOf", "OnFailureOf")
+
+
+def find_defined_units(run: Run, running: Mapping[str, Sequence[int]]) -> tuple[list[Row], list[str]]:
+    """The units, and what was not seen, as sentences. `running`: units with VMMs that hold devices, and their ids."""
+    try:
+        services = find_services(run)
+    except IommufdError as exc:
+        return [], [f"The units that start VMs cannot be told: {exc}"]
+    if not services:
+        return [], ["systemd tells nothing of its units."]
+    names = sorted({*(name for name, commands in services.items() if may_start_vmm(commands)), *running})
+    msgs = []
+    if len(names) > _UNITS_MAX:
+        msgs.append(f"Of {len(names)} units that may start a VM, only {_UNITS_MAX} were looked at.")
+    rows = []
+    after = {}
+    for name in names[:_UNITS_MAX]:
+        try:
+            shown = read_all_of(run, name)
+            row = unit_row(name, shown, running.get(name, ()))
+        except IommufdError as exc:
+            msgs.append(f"What {name} starts cannot be told: {exc}")
+            continue
+        if row is not None:
+            rows.append(row)
+            after[name] = shown.get("After") or []
+    try:
+        at_boot = find_started_at_boot(run, list(after)) if rows else {}
+    except IommufdError as exc:
+        msgs.append(f"Which units start at boot cannot be told: {exc}")
+        at_boot = {}
+    for row in rows:
+        row["autostart"] = at_boot.get(row["name"])
+        row["order"] = sorted(set(after[row["name"]]) & after.keys() - {row["name"]})
+    return rows, msgs
+
+
+def find_started_at_boot(run: Run, names: Iterable[str]) -> dict[str, bool | None]:
+    """Whether units start as the host boots, which is when what they are wanted by does. Raises IommufdError.
+
+    None is what cannot be told: that of a unit which a timer, a path, a socket or a device may start.
+    """
+    [boot] = show_units(run, [_BOOT], ("Id",))
+    wanted: dict[str, set[str]] = {}
+    triggered: dict[str, set[str]] = {}
+    left = set(names)
+    for _level in range(_LEVELS_MAX):
+        if not left:
+            break
+        asked = sorted(left)
+        properties = ("Id", *_STARTED_BY, *_MAY_BE_STARTED_BY)
+        for name, shown in zip(asked, show_units(run, asked, properties)):
+            wanted[name] = {each for key in _STARTED_BY for each in shown.get(key, "").split()}
+            triggered[name] = {each for key in _MAY_BE_STARTED_BY for each in shown.get(key, "").split()}
+            triggered[name] |= {each for each in wanted[name] if each.endswith(".device")}
+        left = {each for some in (*wanted.values(), *triggered.values()) for each in some}
+        left = {each for each in left - wanted.keys() if not each.endswith(".device")}
+    certain = _reached(wanted, {_BOOT, boot.get("Id", _BOOT)})
+    perhaps = _reached(
+        {name: wanted[name] | triggered[name] for name in wanted},
+        {*certain, *(each for some in triggered.values() for each in some if each.endswith(".device")), *left},
+    )
+    return {name: True if name in certain else None if name in perhaps else False for name in names}
+
+
+def _reached(by: Mapping[str, set[str]], first: set[str]) -> set[str]:
+    """All that is started by the first ones, or by what those start."""
+    found = set(first)
+    while more := {name for name, starters in by.items() if starters & found} - found:
+        found |= more
+    return found

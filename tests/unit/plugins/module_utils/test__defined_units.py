@@ -1,0 +1,149 @@
+# Copyright: the virt.iommufd contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Units that start VMs, by what systemd answers. A real one is asked in tests/kernel."""
+
+from __future__ import annotations
+
+import errno
+import json
+from typing import Any
+
+import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils._defined_units import (
+    find_defined_units,
+    find_started_at_boot,
+)
+
+QEMU = "/usr/bin/qemu-system-x86_64"
+WORDS = [QEMU, "-m", "1G", "-device", "vfio-pci,host=01:00.0"]
+Answer = tuple[int, str, str]
+
+
+class Systemd:
+    """Answers for a host with these services, each with its words and its other properties."""
+
+    def __init__(self, **services: dict[str, Any]) -> None:
+        self.services = {f"{name}.service": shown for name, shown in services.items()}
+        self.asked: list[list[str]] = []
+        self.refused: dict[str, Answer] = {}
+        self.missing = ""
+
+    def __call__(self, words: list[str]) -> Answer:
+        self.asked.append(words)
+        if words[0] == self.missing:
+            raise FileNotFoundError(errno.ENOENT, "no")
+        refused = next((answer for word, answer in self.refused.items() if word in words), None)
+        if refused:
+            return refused
+        if words[0] == "busctl":
+            assert words[1:4] == ["--json=short", "call", "org.freedesktop.systemd1"]
+            unit = words[4].rpartition("/")[2].replace("_2e", ".").replace("_40", "@")
+            shown = self.services[unit]
+            values = {"Id": unit, "After": shown.get("After", []), "FragmentPath": f"/etc/systemd/system/{unit}"}
+            if "words" in shown:
+                values["ExecStartEx"] = [[shown["words"][0], shown["words"], [], 0]]
+            return 0, json.dumps({"type": "a{sv}", "data": [{key: {"data": v} for key, v in values.items()}]}), ""
+        if words[1] == "list-unit-files":
+            return 0, "".join(f"{name} enabled enabled\n" for name in [*self.services, "vm@.service"]), ""
+        names = words[words.index("--") + 1 :]
+        if "--property=Id,ExecStart" in words:
+            assert names[0] == "*.service"
+            return (
+                0,
+                "\n".join(
+                    f"ExecStart={{ argv[]={' '.join(self.services[n].get('words', []))} }}\nId={n}\n" for n in names[1:]
+                ),
+                "",
+            )
+        known = {"default.target": {"Id": "graphical.target"}, "multi-user.target": {"RequiredBy": "graphical.target"}}
+        lines = []
+        for name in names:
+            shown = {"Id": name, **known.get(name, {}), **self.services.get(name, {})}
+            lines.append("".join(f"{key}={v}\n" for key, v in shown.items() if isinstance(v, str)))
+        return 0, "\n".join(lines), ""
+
+
+def test_units_that_start_vms() -> None:
+    systemd = Systemd(
+        b={"words": WORDS, "WantedBy": "multi-user.target", "After": ["a.service", "sysinit.target"]},
+        a={"words": WORDS},
+        plain={"words": [QEMU, "-m", "1G"], "WantedBy": "multi-user.target"},
+        sshd={"words": ["/usr/sbin/sshd", "-D"]},
+    )
+    rows, msgs = find_defined_units(systemd, {})
+    assert msgs == []
+    assert [(row["name"], row["autostart"], row["order"]) for row in rows] == [
+        ("a.service", False, []),
+        ("b.service", True, ["a.service"]),
+    ]
+    # The words of one that is none are not asked for. A template starts nothing.
+    assert not [words for words in systemd.asked if "sshd" in str(words[4:]) and words[0] == "busctl"]
+    assert not [words for words in systemd.asked if "vm@.service" in words]
+
+
+def test_a_unit_whose_process_has_devices() -> None:
+    systemd = Systemd(script={"words": ["/usr/local/bin/start"]}, masked={})
+    rows, msgs = find_defined_units(systemd, {"script.service": [7], "masked.service": [8]})
+    assert msgs == []
+    assert [(row["name"], row["pid"], row["devices"]) for row in rows] == [
+        ("masked.service", 8, None),
+        ("script.service", 7, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        ({}, False),
+        ({"WantedBy": "multi-user.target"}, True),
+        ({"RequiredBy": "default.target"}, True),
+        ({"WantedBy": "rescue.target"}, False),
+        ({"WantedBy": "other.service"}, True),
+        ({"WantedBy": "dev-vfio.device"}, None),
+        ({"TriggeredBy": "vm.timer"}, False),
+        ({"TriggeredBy": "at-boot.service"}, None),
+        ({"TriggeredBy": "at-boot.service", "WantedBy": "multi-user.target"}, True),
+        ({"WantedBy": "vm.service"}, False),
+    ],
+)
+def test_what_starts_at_boot(shown: dict[str, Any], expected: bool | None) -> None:
+    at_boot = {"WantedBy": "multi-user.target"}
+    systemd = Systemd(vm=shown, other=at_boot, **{"at-boot": at_boot})
+    assert find_started_at_boot(systemd, ["vm.service"]) == {"vm.service": expected}
+
+
+def test_a_chain_without_end_is_not_followed() -> None:
+    chain = {f"vm{number}": {"WantedBy": f"vm{number + 1}.service"} for number in range(40)}
+    assert find_started_at_boot(Systemd(**chain), ["vm0.service"]) == {"vm0.service": None}
+
+
+def test_more_units_than_any_host_has() -> None:
+    rows, msgs = find_defined_units(Systemd(**{f"vm{number}": {"words": WORDS} for number in range(1030)}), {})
+    assert len(rows) == 1024
+    assert msgs == ["Of 1030 units that may start a VM, only 1024 were looked at."]
+
+
+def test_systemd_that_does_not_answer() -> None:
+    systemd = Systemd(vm={"words": WORDS})
+    for missing, words in (
+        ("systemctl", "The units that start VMs cannot be told: systemctl cannot be run (ENOENT: No such file"),
+        ("busctl", "What vm.service starts cannot be told: busctl cannot be run (ENOENT: No such file"),
+    ):
+        systemd.missing = missing
+        rows, [msg] = find_defined_units(systemd, {})
+        assert rows == []
+        assert msg.startswith(words)
+    systemd.missing = ""
+    for answer in ("[1]", '{"data": [[]]}', '{"data": []}', '{"data": [{"Id": 1}]}', "no"):
+        systemd.refused = {"busctl": (0, answer, "")}
+        rows, [msg] = find_defined_units(systemd, {})
+        assert rows == []
+        assert msg.startswith("What vm.service starts cannot be told: ")
+    systemd.refused = {"default.target": (1, "", "no")}
+    [row], [msg] = find_defined_units(systemd, {})
+    assert row["autostart"] is None
+    assert msg == "Which units start at boot cannot be told: systemd cannot be asked for default.target: no."
+    systemd.refused = {"show": (0, "", ""), "list-unit-files": (0, "", "")}
+    assert find_defined_units(systemd, {}) == ([], ["systemd tells nothing of its units."])
