@@ -221,6 +221,9 @@ notes:
 seealso:
   - module: virt.iommufd.iommufd_info
     description: Returns what this filter takes.
+  - plugin: virt.iommufd.memlock_forecast
+    plugin_type: filter
+    description: Predicts the same of all VMs that are defined on a host, now and after a reboot.
   - plugin: virt.iommufd.audit_report
     plugin_type: filter
     description: Reports how the running VMs of many hosts are accounted.

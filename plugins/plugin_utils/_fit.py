@@ -22,7 +22,10 @@ from ._fit_remedy import remedy_of
 from ._fit_running import running_vm
 from ._fit_words import question_of, reason_of
 
-__all__ = ("memlock_fit",)
+__all__ = ("BROKEN", "answer_of", "memlock_fit")
+
+# After the checks, only a return value that was put together by hand, or by another version.
+BROKEN = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
 
 
 def charged_to(case: Case) -> str | None:
@@ -67,7 +70,11 @@ def _needed(case: Case, counter: str) -> int:
 def answer(info: Any, **parameters: Any) -> dict[str, Any]:
     """What the filter returns."""
     info, asked = checked(info), asked_of(**parameters)
-    case = new_vm(info, asked) if asked.grow is None else running_vm(info, asked, asked.grow)
+    return answer_of(new_vm(info, asked) if asked.grow is None else running_vm(info, asked, asked.grow))
+
+
+def answer_of(case: Case) -> dict[str, Any]:
+    """What is told of a VM."""
     return {
         "fits": False if case.refused else case.told.fits,
         "counter": None if case.refused else case.told.counter,
@@ -101,8 +108,7 @@ def memlock_fit(
     try:
         # The module gives printable texts. A host that is not to be trusted gives what it likes.
         return dict(harmless(answer(info, **parameters)))
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as exc:
-        # After the checks, only a return value that was put together by hand, or by another version.
+    except BROKEN as exc:
         raise IommufdError(
             "The input is not what this version of virt.iommufd.iommufd_info returns: give what the task"
             f" registered. {type(exc).__name__}: {exc}"

@@ -17,6 +17,7 @@ from ..module_utils._accounting import (
     IOMMUFD,
     LEGACY,
     NOTHING,
+    UNKNOWN,
     UNLIMITED,
     USER,
     VDPA,
@@ -34,7 +35,9 @@ from ..module_utils._errors import IommufdError
 from ..module_utils._size import human_size
 from ._fit_host import (
     GIB,
+    OTHER,
     SESSION,
+    SYSTEM,
     Accounting,
     Limit,
     accounting_of,
@@ -70,6 +73,7 @@ __all__ = (
     "plus",
     "settled",
     "spaces",
+    "user_of",
 )
 
 # The smallest and the largest page that a Linux host with iommufd has.
@@ -209,16 +213,18 @@ def _as_libvirt_has_it(info: Info, asked: Asked) -> Asked:
     return asked._replace(devices=tuple(other if each.holder == LIBVIRTS else each for each, other in had))
 
 
-def new_vm(info: Info, asked: Asked) -> Case:
-    """A VM that is to start."""
+def new_vm(info: Info, asked: Asked, owner: Owner | None = None) -> Case:
+    """A VM that is to start. `owner`: its user, where something else is charged to that than the input says."""
     asked = _as_libvirt_has_it(info, asked)
-    owner = owner_of(info, asked.user if asked.user is not None else system_user(info))
+    owner = owner or user_of(info, asked)
     starter = starter_of(info, asked, owner)
-    memory = asked.memory or 0
-    limit = limit_of(info, asked, owner, starter, memory)
+    memory = _memory(asked)
+    limit = limit_of(info, asked, owner, starter, memory.most if memory != UNKNOWN else 0)
+    if memory == UNKNOWN and starter != OTHER and not _is_set(asked):
+        limit = limit._replace(span=Span(limit.span.least, UNLIMITED), words="a limit that is not known")
     accounting = accounting_of(info, asked, owner, starter)
     vm = Vm(
-        memory=exactly(memory),
+        memory=memory,
         devices=_with_mode(asked.devices, accounting.mode),
         user=owner.name or "",
         limit=limit.span,
@@ -251,6 +257,25 @@ def new_vm(info: Info, asked: Asked) -> Case:
     return Case(info, asked, owner, starter, limit, accounting, steps, pins, told, refused, needs, *rest)
 
 
+def user_of(info: Info, asked: Asked) -> Owner:
+    """The user that a VM runs as that is to start."""
+    by_system = asked.user is None and asked.starter in (None, SYSTEM)
+    return owner_of(info, system_user(info) if by_system else asked.user)
+
+
+def _memory(asked: Asked) -> Span:
+    """What is pinned once for each address space. Of what QEMU may map later or never, a definition tells."""
+    if asked.memory is None:
+        return UNKNOWN
+    elastic = asked.domain.elastic if asked.domain is not None and asked.starter is not None else 0
+    return Span(asked.memory - elastic, asked.memory)
+
+
+def _is_set(asked: Asked) -> bool:
+    """Whether libvirt's limit does not depend on the memory."""
+    return asked.libvirt_locks or (asked.domain is not None and asked.domain.hard_limit is not None)
+
+
 def _once(vm: Vm) -> int:
     """What it takes beside the emulator's own memory. What it locks is all of that, where it is known."""
     return max(vm.memory.most + vm.beyond.most, vm.locked.most if vm.locked.most < UNLIMITED else 0)
@@ -271,10 +296,11 @@ def ordered(asked: Asked, devices: tuple[Device, ...]) -> bool:
 def _beyond(info: Info, asked: Asked, vm: Vm) -> tuple[Vm, str]:
     """The VM with what it pins beyond its memory, each time that it pins that; and all of it in words."""
     times = max(spaces(vm), 1)
-    size = human_size(vm.memory.most * times)
+    size = human_size(vm.memory.most * times) if vm.memory != UNKNOWN else "an amount that is not known"
     most = (vm.viommu is None and times > 1) or any(each.as_it_runs for each in vm.devices)
+    most |= vm.memory.least < vm.memory.most and vm.memory != UNKNOWN
     pins = f"{'up to ' if most else ''}{size}" + (
-        f" ({human_size(vm.memory.most)} in each of {times} address spaces)" if times > 1 else ""
+        f" ({human_size(vm.memory.most)} in each of {times} address spaces)" if times > 1 and asked.memory else ""
     )
     # What others pin proves nothing of this one, which may have other devices, except that it may be as much.
     shown = _measured(info)

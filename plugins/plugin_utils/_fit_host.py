@@ -28,6 +28,7 @@ __all__ = (
     "Accounting",
     "Limit",
     "accounting_of",
+    "by_definition",
     "by_hostdev",
     "candidates",
     "capability_of",
@@ -100,6 +101,8 @@ def system_user(info: Info) -> Any:
 
 def starter_of(info: Info, asked: Asked, owner: Owner) -> str | None:
     """Who would start it: SYSTEM, SESSION or OTHER; None where that is not known."""
+    if asked.starter is not None:
+        return asked.starter
     libvirt = _libvirt(info)
     if asked.user is None:
         return SYSTEM
@@ -166,6 +169,8 @@ def limit_of(info: Info, asked: Asked, owner: Owner, starter: str | None, memory
     if asked.limit is not None:
         words = "no limit" if asked.limit == UNLIMITED else f"its limit of {human_size(asked.limit)}"
         return Limit(exactly(asked.limit), words)
+    if starter == OTHER:
+        return Limit(UNKNOWN, "a limit that is not known")
     reckoned = reckoning(asked, memory, by_hostdev(info, asked) if starter == SYSTEM else True)
     if asked.domain is not None and asked.domain.hard_limit is not None:
         reckoned = exactly(asked.domain.hard_limit)
@@ -293,6 +298,8 @@ def candidates(info: Info, asked: Asked) -> list[Mapping[str, Any]]:
     """The host's emulators that the VM would run in: its own, or those for the host's architecture, or all."""
     host = info["host"]
     present = [each for each in host.get("qemu") or () if each["present"]]
+    if asked.starter == OTHER:
+        return [each for each in present if each["path"] == asked.emulator]
     named = [each for each in present if asked.domain is not None and each["path"] == asked.domain.emulator]
     own = own_emulators(present, host["machine"]) if "machine" in host else []
     return named or [each for each in present if each["path"] in own] or present
@@ -317,6 +324,8 @@ def emulator(info: Info, asked: Asked, owner: Owner) -> str | None:
 
 def accounting_of(info: Info, asked: Asked, owner: Owner, starter: str | None) -> Accounting:
     """How the VM would be accounted, as the task says or as the host shows."""
+    if asked.starter == OTHER:
+        return by_definition(asked, asked.capable)
     if asked.accounting == NONE:
         return Accounting(USER, True, "")
     if asked.accounting != AUTO:
@@ -329,6 +338,14 @@ def accounting_of(info: Info, asked: Asked, owner: Owner, starter: str | None) -
         return found
     # The VMs that have it show nothing of the mode of one that has not.
     return Accounting(found.mode if asked.capable or not found.capable else None, asked.capable, "")
+
+
+def by_definition(asked: Asked, capable: bool | None) -> Accounting:
+    """How a VM is accounted that is defined, whatever somebody has set of one that runs: that does not outlast it."""
+    why = "" if capable is not None else "It is not known whether it gets CAP_IPC_LOCK."
+    if any(each.backend == IOMMUFD and each.mode is None for each in asked.devices):
+        why = f"Its definition does not tell the mode of its iommufd. {why}".strip()
+    return Accounting(None, capable, why)
 
 
 def is_root(owner: Owner) -> bool:
@@ -349,6 +366,9 @@ def _found(info: Info, asked: Asked, owner: Owner, starter: str | None) -> Accou
     if by_file == {True} and starter == SYSTEM and _passes(info, asked, owner):
         return Accounting(USER, True, "The host's emulators have CAP_IPC_LOCK.")
     found = _by_libvirt(info, asked, starter) if starter == SYSTEM else None
+    if asked.starter is not None and found is None and not _is_set_by_session(asked, starter, info):
+        # libvirt gives no capability but what the emulator's file gives.
+        found = by_definition(asked, False)
     found = found or _by_running(info, asked, owner, starter)
     if by_file != {False} and found.capable is False:
         said = {frozenset(): NOT_KNOWN, frozenset({True}): WITHHELD}.get(frozenset(by_file), SOME)
@@ -423,7 +443,7 @@ def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> 
         rows = [row for row in rows if row.get("domain_uri") == "qemu:///session"]
     if not any(each.backend == IOMMUFD for each in asked.devices):
         return _capability_by_running(rows, owner, name)
-    if starter == SESSION and asked.domain is not None and not asked.domain.fdgroup and by_hostdev(info, asked):
+    if _is_set_by_session(asked, starter, info):
         return Accounting(USER, False, "A user's own libvirt does not set the accounting, which then is per user.")
     rows = [row for row in rows if "iommufd" in (row.get("backends") or ("iommufd",))]
     # With a vDPA device, one that has CAP_IPC_LOCK is accounted per process all the same.
@@ -444,6 +464,12 @@ def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> 
     return Accounting(
         None, False, f"No running VM of {name} shows its accounting, which is per user unless somebody sets it."
     )
+
+
+def _is_set_by_session(asked: Asked, starter: str | None, info: Info) -> bool:
+    """Whether a user's own libvirt gives the VM an iommufd, and nobody gives it that."""
+    domain = asked.domain if starter == SESSION else None
+    return domain is not None and not domain.fdgroup and bool(by_hostdev(info, asked))
 
 
 def _capability_by_running(rows: list[Mapping[str, Any]], owner: Owner, name: str) -> Accounting:

@@ -36,7 +36,20 @@ from ..module_utils._size import parse_size, whole
 from ._fit_xml import CONTAINER, DEVICES_MAX, IOMMUFDS_MAX, Defined, parse_domain
 from ._host_info import UNSEEN
 
-__all__ = ("AUTO", "NONE", "THE_IOMMUFD", "Asked", "Growth", "Owner", "asked_of", "checked", "owner_of")
+__all__ = (
+    "AUTO",
+    "EVERYTHING",
+    "NONE",
+    "THE_IOMMUFD",
+    "Asked",
+    "Growth",
+    "Info",
+    "Owner",
+    "asked_of",
+    "bounded",
+    "checked",
+    "owner_of",
+)
 
 Info = Mapping[str, Any]
 
@@ -44,6 +57,9 @@ AUTO = "auto"
 NONE = "none"
 ACCOUNTINGS = (AUTO, USER, PROCESS, NONE)
 BACKENDS = ("iommufd", "legacy", "vdpa", "nvme", "mdev")
+
+# All that a VMM has mapped, as an amount that it locks.
+EVERYTHING = Span(UNLIMITED, UNLIMITED)
 
 # What devices are in that name no other.
 THE_IOMMUFD = "the VM's iommufd"
@@ -89,7 +105,8 @@ class Asked(NamedTuple):
     `locked`: what the VMM locks itself, and `told_of_locks`: whether that was told. `overhead`: what it pins beyond its
     memory, in all. `counted`: how many times libvirt counts the memory, None for a reckoning of its own. `domain`: the
     XML. `grow`: the VM that this is about, if it runs already. `live_update`: whether that, or this one once it runs,
-    is to be taken over by another process. `capable`: whether the VMM has CAP_IPC_LOCK.
+    is to be taken over by another process. `capable`: whether the VMM has CAP_IPC_LOCK. Of a VM that is defined on the
+    host, which memlock_forecast asks about, `starter` is who starts it, and `emulator` the path of a unit's VMM.
     """
 
     memory: int | None
@@ -107,6 +124,8 @@ class Asked(NamedTuple):
     grow: Growth | None
     live_update: bool
     capable: bool | None
+    starter: str | None = None
+    emulator: str | None = None
 
 
 def checked(info: Any) -> Info:
@@ -211,7 +230,7 @@ def asked_of(
     return Asked(
         memory=whole(_size("memory", memory, 1), RAM_UNIT) if memory is not None else domain and domain.memory,
         user=user if user is not None or domain is None else domain.user,
-        devices=_bounded(has),
+        devices=bounded(has),
         viommu=viommu_,
         limit=None if memlock == "libvirt" else _limit(memlock),
         libvirt_locks=locks,
@@ -258,15 +277,14 @@ def _viommu(value: Any) -> str | None:
 
 def _locked(value: Any, domain: Defined | None, memlock: Any) -> tuple[bool, Span]:
     """Whether libvirt has the VM locked, and what the VMM locks itself, up to UNLIMITED for all that it has."""
-    everything = Span(UNLIMITED, UNLIMITED)
     if isinstance(value, bool) or str(value).strip().lower() in ("true", "false", "yes", "no"):
         locks = _boolean("locked", value)
-        return locks, everything if locks else NOTHING
+        return locks, EVERYTHING if locks else NOTHING
     if value is not None:
         return False, exactly(_size("locked", value))
     if domain is not None:
         if domain.locked or domain.mem_lock:
-            return domain.locked, everything
+            return domain.locked, EVERYTHING
         return False, NOTHING if domain.mem_lock is False else Span(0, UNLIMITED)
     # libvirt's own limit is that of a VM without <locked/>.
     return False, NOTHING if memlock == "libvirt" else Span(0, UNLIMITED)
@@ -307,7 +325,7 @@ def _device(name: str, given: Any, index: int) -> Device:
     return Device(LEGACY, f"nvme {index}" if backend == "nvme" else CONTAINER, None, backend == "mdev")
 
 
-def _bounded(devices: tuple[Device, ...]) -> tuple[Device, ...]:
+def bounded(devices: tuple[Device, ...]) -> tuple[Device, ...]:
     """The devices, if they are in no more iommufds than a VM has, each of which has one mode."""
     modes: dict[str, set[str]] = {}
     for each in devices:
@@ -339,5 +357,5 @@ def _growth(given: Any) -> Growth:
     return Growth(
         str(given["vm"]).strip(),
         0 if memory is None else _size("grow.memory", memory),
-        () if devices is None else _bounded(_devices("grow.devices", devices)),
+        () if devices is None else bounded(_devices("grow.devices", devices)),
     )

@@ -86,7 +86,7 @@ def _without_memtune(case: Case) -> str | None:
     domain = case.asked.domain
     if domain is None or domain.hard_limit is None or not case.refused or case.refused != case.limit.refused:
         return None
-    again = new_vm(case.info, case.asked._replace(domain=domain._replace(hard_limit=None)))
+    again = new_vm(case.info, case.asked._replace(domain=domain._replace(hard_limit=None)), case.owner)
     return None if again.refused or again.told.fits is not True else "leave out its <hard_limit>"
 
 

@@ -51,9 +51,9 @@ def _find(info: Info, name: str) -> Mapping[str, Any]:
     raise IommufdError(f"grow: no VM that runs is called {name!r:.60}: give its domain, its unit, its name or its pid.")
 
 
-def running_vm(info: Info, asked: Asked, grow: Growth) -> Case:
-    """What becomes of a VM that runs."""
-    row = _find(info, grow.vm)
+def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | None = None) -> Case:
+    """What becomes of a VM that runs. `row`: what the input tells of it, where it was looked up already."""
+    row = row or _find(info, grow.vm)
     owner = owner_of(info, row["uid"])
     starter = SYSTEM if row.get("domain_uri") == "qemu:///system" else OTHER
     limit = _its_limit(asked, row, starter)

@@ -20,7 +20,9 @@ IOMMUFDS_MAX = 4
 
 
 def parse_domain(description: Any) -> Defined:
-    """Reads a domain's XML. Raises IommufdError where it is none, or has more devices than a VM has."""
+    """Reads a domain's XML, unless that was read. Raises IommufdError where it is none, or has too many devices."""
+    if isinstance(description, Defined):
+        return _bounded(description)
     if not isinstance(description, str):
         raise IommufdError(f"domain_xml: a {type(description).__name__} is no XML: give the text of virsh dumpxml.")
     try:
@@ -28,6 +30,10 @@ def parse_domain(description: Any) -> Defined:
     except IommufdError as exc:
         told = str(exc)
         raise IommufdError(f"domain_xml: {told[0].upper()}{told[1:]}.") from exc
+    return _bounded(found)
+
+
+def _bounded(found: Defined) -> Defined:
     if len(found.devices) > DEVICES_MAX:
         raise IommufdError(f"domain_xml: It has more than {DEVICES_MAX} devices that pin memory.")
     return found

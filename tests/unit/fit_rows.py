@@ -154,3 +154,68 @@ def info(**fields: Any) -> Row:
 def idle(**fields: Any) -> Row:
     """What the module returned on a host without VMs."""
     return info(**{"processes": [], "users": [], **fields})
+
+
+def defined(**fields: Any) -> Row:
+    """A domain of 64 GiB of the system libvirt, with a device by an iommufd that libvirt gives it."""
+    return {
+        "kind": "domain",
+        "name": "vm1",
+        "manager": "system",
+        "path": "/etc/libvirt/qemu/vm1.xml",
+        "user": None,
+        "uid": None,
+        "autostart": True,
+        "transient": False,
+        "pid": None,
+        "memory_bytes": 64 * GIB,
+        "memory_max_bytes": None,
+        "elastic_bytes": 0,
+        "hugepages": False,
+        "devices": [device()],
+        "viommu": "none",
+        "libvirt_counts": 1,
+        "hard_limit_bytes": None,
+        "libvirt_locks": False,
+        "locks_memory": False,
+        "fdgroup": None,
+        "emulator": QEMU,
+        "memlock_bytes": None,
+        "memlock_unlimited": None,
+        "cap_ipc_lock": None,
+        "order": [],
+        "unread": [],
+        **fields,
+    }
+
+
+def device(backend: str = "iommufd", space: str = "the domain's iommufd", **fields: Any) -> Row:
+    """A device of a VM that is defined."""
+    return {"backend": backend, "space": space, "accounting": None, "as_it_runs": False, "address": None, **fields}
+
+
+def by_container(**fields: Any) -> Row:
+    """The same by the legacy container."""
+    return device("legacy", "the legacy container", **fields)
+
+
+def by_qemu(mode: str | None = "user", **fields: Any) -> Row:
+    """The same by an iommufd that libvirt does not see."""
+    return device("iommufd", "i", accounting=mode, **fields)
+
+
+def defined_unit(**fields: Any) -> Row:
+    """A unit of user vm with 64 GiB, whose QEMU opens its iommufd itself."""
+    row: Row = {
+        "kind": "unit",
+        "name": "vm1.service",
+        "path": "/etc/systemd/system/vm1.service",
+        "user": "vm",
+        "uid": 1001,
+        "devices": [by_qemu()],
+        "libvirt_counts": None,
+        "memlock_bytes": 66 * GIB,
+        "memlock_unlimited": False,
+        "cap_ipc_lock": False,
+    }
+    return defined(**{**row, **fields})

@@ -18,12 +18,13 @@ from ansible_collections.virt.iommufd.plugins.filter import (
     _host_result,
     audit_report,
     memlock_fit,
+    memlock_forecast,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.plugin_utils import _filters
 
 INTERNAL = [("_host_kept", _host_kept), ("_host_plan", _host_plan), ("_host_result", _host_result)]
-PUBLIC = [("audit_report", audit_report), ("memlock_fit", memlock_fit)]
+PUBLIC = [("audit_report", audit_report), ("memlock_fit", memlock_fit), ("memlock_forecast", memlock_forecast)]
 
 
 @pytest.mark.parametrize(("name", "plugin"), INTERNAL + PUBLIC)
@@ -67,6 +68,7 @@ def test_what_filters_are_given() -> None:
     assert message("_host_result", {}, **rest) == missing.format("_host_result", "state")
     assert message("_host_kept", {}, applied={}, failed=False) == missing.format("_host_kept", "wanted")
     assert message("audit_report", []).startswith("audit_report: The input is not a dictionary: ")
+    assert message("memlock_forecast", {}).startswith("memlock_forecast: The input is not what ")
     assert message("memlock_fit", {}, memory="64M", user="vm").startswith("memlock_fit: The input is not what ")
 
 
