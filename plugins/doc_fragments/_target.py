@@ -13,7 +13,8 @@ options:
   pid:
     description:
       - The id of the process.
-      - Exactly one of O(pid), O(pidfile), O(domain) and O(unit) is required.
+      - Exactly one of O(pid), O(pidfile), O(domain), O(unit) and O(user_unit) is required. Without systemd,
+        O(pid), O(pidfile) and O(domain) work.
     type: int
   pidfile:
     description:
@@ -34,8 +35,28 @@ options:
     type: str
   unit:
     description:
-      - The name of a systemd unit of the system. The process is its main process.
-      - The module refuses a unit without a main process, such as a scope or a slice, and a template without an
-        instance.
+      - The name of a systemd unit of the system, a service or a scope.
+      - The process is the unit's main process, if that holds what the module works for. For
+        M(virt.iommufd.iommufd_option) that is an iommufd. For M(virt.iommufd.memlock_limit), it may also be VFIO's
+        legacy container or a vDPA device.
+      - Otherwise, the process is the only one in the unit's control group, or in a group below it, that does. So a VMM
+        that a shell, C(systemd-run --scope), C(conmon) or Proxmox has started is found.
+      - If several processes do, or one could not be looked at, the module fails and names them. Then give O(pid).
+        A process that only keeps a copy of what a VMM uses does not count once the VMM has pinned memory.
+      - If no process does, M(virt.iommufd.memlock_limit) works on the main process, or on the only one.
+      - The module refuses a slice, which groups units, and a template without an instance. Only where all control
+        groups are of version 2, it looks at others than the main process.
+    type: str
+  user_unit:
+    description:
+      - The name of a service or a scope of a user's own service manager, and O(user) whose that is. The process is
+        found as for O(unit), but no process is known to be the main one.
+      - The module does not ask the user's manager, which may say anything. It goes by the control groups, as the
+        kernel tells them. Whoever is the user can put any process of the user's manager into the unit, so only
+        processes with the user's own real user id count.
+    type: str
+  user:
+    description:
+      - The user of O(user_unit), by name or by id.
     type: str
 """

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 from functools import cache
 
-from ._errors import printable
+from ._errors import IommufdError, printable
 
 __all__ = (
     "group_name",
     "owner_name",
+    "uid_of",
     "user_name",
 )
 
@@ -31,6 +33,17 @@ def user_name(uid: int) -> str | None:
 def owner_name(uid: int) -> str:
     """The user's name, or the id where it has none."""
     return user_name(uid) or str(uid)
+
+
+def uid_of(user: str) -> int:
+    """The id of a user given by name or id. Raises IommufdError where the host has no such user."""
+    try:
+        # A name of digits is not a name: useradd(8) refuses it, and systemd too.
+        uid = int(user) if re.fullmatch("[0-9]{1,10}", user) else pwd.getpwnam(user).pw_uid
+        # The last number stands for no user at all.
+        return range(2**32 - 1)[uid]
+    except (IndexError, KeyError, ValueError) as exc:
+        raise IommufdError(f"This host has no user {user!r}: give users by the names or ids that it has.") from exc
 
 
 def group_name(gid: int) -> str:

@@ -17,6 +17,7 @@ from ._target import PidTarget, Target, hold_target
 
 __all__ = (
     "TARGETS",
+    "TARGET_OPTIONS",
     "target_of",
     "work_at_target",
 )
@@ -27,16 +28,19 @@ TARGETS = {
     "pidfile": {"type": "path"},
     "domain": {"type": "str"},
     "unit": {"type": "str"},
+    "user_unit": {"type": "str"},
 }
+# These, and what goes with one of them: the user with the user's unit.
+TARGET_OPTIONS = {**TARGETS, "user": {"type": "str"}}
 
 # What the kernel answers in no time; a busy host gets so long.
 _SECONDS = 60
-# Of this, systemd may take its own time, before the kernel is asked.
+# Of this, systemd may take its own time, and the look at a unit's processes, before the kernel is asked.
 _UNIT_SECONDS = 120
 
 
-def target_of(params: Row) -> Target:
-    """The target that the task names, by the one of TARGETS that it gave."""
+def target_of(params: Row, limit: bool) -> Target:
+    """The target that the task names, by the one of TARGETS that it gave. `limit` is as for work_at_target."""
     if params["pid"] is not None:
         return PidTarget(params["pid"])
     # What a query by pid does not need is imported by what needs it: each file costs each task on each host anew.
@@ -45,21 +49,27 @@ def target_of(params: Row) -> Target:
 
         return PidfileTarget(params["pidfile"])
     from ._command import run_command
-    from ._named_target import DomainTarget, UnitTarget
+    from ._control_group import IOMMUFD, PINNING
+    from ._named_target import DomainTarget, UnitTarget, UserUnitTarget
 
     if params["domain"] is not None:
         return DomainTarget(params["domain"])
-    return UnitTarget(params["unit"], run_command)
+    sought = PINNING if limit else IOMMUFD
+    if params["unit"] is not None:
+        return UnitTarget(params["unit"], run_command, sought)
+    return UserUnitTarget(params["user_unit"], params["user"], sought)
 
 
-def work_at_target(params: Row, work: Callable[[Process], Row], result: Row) -> Row:
+def work_at_target(params: Row, work: Callable[[Process], Row], result: Row, limit: bool = False) -> Row:
     """What the work on the process that a task names comes to. `process` in the result says which it was.
+
+    `limit`: it is done at the process's own limit, and not at its iommufds, which others may have, too.
 
     A process may keep whoever looks at it, and may put something in the place of its iommufd that takes for ever to
     close. So all of it is done in a child. Raises IommufdError.
     """
-    target = target_of(params)
-    seconds = _SECONDS if params["unit"] is None else _UNIT_SECONDS
+    target = target_of(params, limit)
+    seconds = _SECONDS if params["unit"] is None and params["user_unit"] is None else _UNIT_SECONDS
     try:
         answer: Row = in_child(None, partial(_attempt, target, work), seconds)
     except NoAnswer as exc:

@@ -1202,7 +1202,6 @@ narrowed:
 
 import datetime
 import os
-import pwd
 import re
 from typing import TYPE_CHECKING, NoReturn
 
@@ -1233,7 +1232,7 @@ from ..module_utils._errors import IommufdError, error_text, shown_path
 from ..module_utils._foreign import shown_text
 from ..module_utils._iommufd import misc_rdev
 from ..module_utils._module import Row, finish, memlock_row
-from ..module_utils._names import user_name
+from ..module_utils._names import uid_of, user_name
 from ..module_utils._process_facts import Limit, in_initial_namespace, own_status
 from ..module_utils._running import read_domain_record
 from ..module_utils._sharing import Sharing
@@ -1256,22 +1255,6 @@ class Unseen:
     def note(self, what: str, why: str) -> None:
         """Notes that a kind of thing could not be seen."""
         self.limits.append({"what": what, "why": why})
-
-
-def uids_of(users: list[str] | None) -> dict[str, int] | None:
-    """The ids of users given by name or id. Raises IommufdError where the host has no such user."""
-    if users is None:
-        return None
-    found = {}
-    for user in users:
-        try:
-            # A name of digits is not a name: useradd(8) refuses it, and systemd too.
-            uid = int(user) if re.fullmatch("[0-9]{1,10}", user) else pwd.getpwnam(user).pw_uid
-            # The last number stands for no user at all.
-            found[user] = range(2**32 - 1)[uid]
-        except (IndexError, KeyError, ValueError) as exc:
-            raise IommufdError(f"This host has no user {user!r}: give users by the names or ids that it has.") from exc
-    return found
 
 
 def host_row(
@@ -1784,7 +1767,7 @@ def run(params: Row, _check_mode: bool, result: Row) -> None:
     for path in params["emulators"]:
         if not os.path.isabs(path) or "\0" in path:
             raise IommufdError(f"{path!r} is not the absolute path of an emulator.")
-    names = uids_of(params["users"])
+    names = None if params["users"] is None else {each: uid_of(each) for each in params["users"]}
     uids = None if names is None else set(names.values())
     unseen = Unseen()
     host: Row = {"limits_of_view": unseen.limits}

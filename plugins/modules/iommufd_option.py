@@ -123,11 +123,22 @@ EXAMPLES = r"""
     pidfile: /run/vm1.pid
     value: process
 
-- name: Charge the main process of a systemd unit for itself, and fail wherever that cannot be done
+- name: Charge the VM of a systemd unit for itself, and fail wherever that cannot be done
   virt.iommufd.iommufd_option:
     unit: vm1.service
     value: process
     tolerate: []
+
+- name: Charge the VM in a scope, such as that of a VM of Proxmox, for itself
+  virt.iommufd.iommufd_option:
+    unit: 100.scope
+    value: process
+
+- name: Charge the VM in a unit of a user's own service manager for itself
+  virt.iommufd.iommufd_option:
+    user_unit: vm3.service
+    user: alice
+    value: process
 
 - name: Check that a libvirt domain is charged for itself
   virt.iommufd.iommufd_option:
@@ -261,7 +272,7 @@ from ..module_utils._iommufd import (
 )
 from ..module_utils._module import Row, finish
 from ..module_utils._process import Process
-from ..module_utils._task_target import TARGETS, work_at_target
+from ..module_utils._task_target import TARGET_OPTIONS, TARGETS, work_at_target
 
 if TYPE_CHECKING:
     from ..module_utils._change import Result
@@ -446,7 +457,7 @@ def run(params: Row, check_mode: bool, result: Row) -> None:
 def main() -> NoReturn:
     module = AnsibleModule(
         argument_spec={
-            **TARGETS,
+            **TARGET_OPTIONS,
             "fd": {"type": "int"},
             "option": {"type": "str", "choices": list(OPTIONS), "default": RLIMIT_MODE.name},
             "value": {"type": "str"},
@@ -460,6 +471,7 @@ def main() -> NoReturn:
         },
         mutually_exclusive=[tuple(TARGETS)],
         required_one_of=[tuple(TARGETS)],
+        required_together=[("user_unit", "user")],
         supports_check_mode=True,
     )
     finish(module, run)

@@ -75,10 +75,16 @@ EXAMPLES = r"""
     pid: 4242
     value: 68G
 
-- name: See how much the main process of a systemd unit may lock
+- name: See how much the VM of a systemd unit may lock
   virt.iommufd.memlock_limit:
     unit: vm1.service
   register: limit
+
+- name: Let the VM in a unit of a user's own service manager pin 68 GiB
+  virt.iommufd.memlock_limit:
+    user_unit: vm3.service
+    user: alice
+    value: 68G
 
 - name: Lift the limit of a domain
   virt.iommufd.memlock_limit:
@@ -171,7 +177,7 @@ from ..module_utils._memlock import (
 from ..module_utils._module import Row, finish, memlock_row
 from ..module_utils._process import Process
 from ..module_utils._process_facts import Limit, read_memlock, read_units
-from ..module_utils._task_target import TARGETS, work_at_target
+from ..module_utils._task_target import TARGET_OPTIONS, TARGETS, work_at_target
 
 # A process by its id and its start, in ticks.
 Identity = tuple[int, int]
@@ -262,11 +268,11 @@ def run(params: Row, check_mode: bool, result: Row) -> None:
         if params[name] is not None:
             parse_limit(name, params[name])
     work = partial(work_on, asked, params["force"], check_mode)
-    answer = work_at_target(params, partial(work, [], (0, 0)), result)
+    answer = work_at_target(params, partial(work, [], (0, 0)), result, limit=True)
     if answer.get("lowers"):
         identity = (answer["identity"][0], answer["identity"][1])
         result["counters"] = counters_of(answer, identity)
-        answer = work_at_target(params, partial(work, [result["counters"]], identity), result)
+        answer = work_at_target(params, partial(work, [result["counters"]], identity), result, limit=True)
     before, after = limit_rows(Limit(*answer["now"])), limit_rows(Limit(*answer["after"]))
     result.update(after)
     result["changed"] = before != after
@@ -279,13 +285,14 @@ def run(params: Row, check_mode: bool, result: Row) -> None:
 def main() -> NoReturn:
     module = AnsibleModule(
         argument_spec={
-            **TARGETS,
+            **TARGET_OPTIONS,
             "value": {"type": "str"},
             "hard": {"type": "str"},
             "force": {"type": "bool", "default": False},
         },
         mutually_exclusive=[tuple(TARGETS)],
         required_one_of=[tuple(TARGETS)],
+        required_together=[("user_unit", "user")],
         supports_check_mode=True,
     )
     finish(module, run)

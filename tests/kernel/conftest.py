@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from typing import Any, Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _task_target
-from ansible_collections.virt.iommufd.tests.kernel.harness import VM, Answer, Vmm, kernel_config, vdpa_device
+from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, VM, Answer, Vmm, kernel_config, vdpa_device
 
 Start = Callable[..., Vmm]
 Told = Callable[[Answer], str]
@@ -75,6 +76,18 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
                 os.close(fd)
 
     monkeypatch.setattr(_task_target, "in_child", do)
+
+
+@pytest.fixture(scope="module")
+def lingering() -> Iterator[None]:
+    """A service manager of alice, who is not logged in."""
+    subprocess.run(["loginctl", "enable-linger", "alice"], check=True)
+    try:
+        subprocess.run(["systemctl", "start", f"user@{ALICE}.service"], check=True)
+        yield
+    finally:
+        subprocess.run(["loginctl", "disable-linger", "alice"], check=True)
+        subprocess.run(["systemctl", "stop", f"user@{ALICE}.service"], check=True)
 
 
 @pytest.fixture(scope="session")

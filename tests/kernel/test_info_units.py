@@ -112,20 +112,9 @@ def test_a_unit_with_a_name_that_is_escaped(unit: str) -> None:
         holding.wait()
 
 
-@pytest.fixture(scope="module")
-def lingering() -> Iterator[None]:
-    """A service manager of a user who is not logged in."""
-    subprocess.run(["loginctl", "enable-linger", "alice"], check=True)
-    try:
-        subprocess.run(["systemctl", "start", f"user@{ALICE}.service"], check=True)
-        yield
-    finally:
-        subprocess.run(["loginctl", "disable-linger", "alice"], check=True)
-        subprocess.run(["systemctl", "stop", f"user@{ALICE}.service"], check=True)
-
-
+@pytest.mark.usefixtures("lingering")
 @pytest.mark.parametrize("kind", ["service", "scope"])
-def test_a_unit_of_a_users_manager(lingering: None, kind: str) -> None:
+def test_a_unit_of_a_users_manager(kind: str) -> None:
     unit = f"{NAME}.{kind}"
     how = ["--scope"] if kind == "scope" else []
     holding = subprocess.Popen([*USER, "systemd-run", "--user", "--quiet", "--collect", *how, f"--unit={unit}", *HOLD])

@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 from ansible.module_utils.common import warnings
 from ansible_collections.virt.iommufd.plugins.module_utils import (
+    _control_group,
     _device,
     _host_facts,
     _iommufd,
+    _named_target,
     _paths,
     _survey,
     _task_target,
@@ -67,6 +69,12 @@ def our_own_files_are_trusted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     before = os.umask(0o022)
     yield
     os.umask(before)
+
+
+@pytest.fixture(autouse=True)
+def systemd_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine has: what systemctl says is the tests' own."""
+    monkeypatch.setattr(_named_target, "_SYSTEMD", "/")
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +124,7 @@ def through_json(value: Any) -> Any:
 @pytest.fixture
 def null_is_iommufd(monkeypatch: pytest.MonkeyPatch, kernel: FakeKernel) -> FakeKernel:
     """Makes /dev/null pass for an iommufd, which the kernel answers for."""
-    for module in (_device, _iommufd):
+    for module in (_control_group, _device, _iommufd):
         monkeypatch.setattr(module, "misc_rdev", lambda: os.stat(os.devnull).st_rdev)
     return kernel
 

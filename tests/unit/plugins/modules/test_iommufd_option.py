@@ -100,6 +100,10 @@ def test_tolerate(run: Run, null_is_iommufd: FakeKernel, state: dict[str, Any], 
         ({"pid": None, "pidfile": "/dev/null"}, "Pidfile /dev/null is not a regular file"),
         ({"pid": None, "domain": "../x"}, "a name, not a path"),
         ({"pid": None, "unit": "vm@.service"}, "is a template"),
+        ({"pid": None, "user_unit": "vm.service"}, "are required together"),
+        ({"user": "vm"}, "are required together"),
+        ({"pid": None, "user_unit": "vm@.service", "user": "root"}, "is a template"),
+        ({"pid": None, "user_unit": "vm.service", "user": "no such"}, "This host has no user 'no such'"),
         ({"fd": 52}, "Descriptor 52 .* is not an iommufd. It is pipe:"),
         ({"fd": 51}, "O_PATH"),
         ({"fd": 60}, "has no descriptor 60"),
@@ -113,7 +117,14 @@ def test_bad_input(run: Run, null_is_iommufd: FakeKernel, options: dict[str, Any
     assert null_is_iommufd.calls == []
 
 
-@pytest.mark.parametrize(("target", "seconds"), [({}, 60), ({"pid": None, "unit": "vm1.service"}, 120)])
+@pytest.mark.parametrize(
+    ("target", "seconds"),
+    [
+        ({}, 60),
+        ({"pid": None, "unit": "vm1.service"}, 120),
+        ({"pid": None, "user_unit": "vm1.service", "user": "vm"}, 120),
+    ],
+)
 def test_a_unit_has_systemds_time_besides(
     run: Run, monkeypatch: pytest.MonkeyPatch, target: dict[str, Any], seconds: int
 ) -> None:
@@ -221,7 +232,7 @@ also = _task_target.in_child(None, loaded, 60)
 _task_target.in_child = lambda _user, work, _seconds: work()
 null = open(os.devnull)
 with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stderr=null) as process:
-    names = ("pid", "pidfile", "domain", "unit", "fd", "value", "ioas_id")
+    names = ("pid", "pidfile", "domain", "unit", "user_unit", "user", "fd", "value", "ioas_id")
     params = {**dict.fromkeys(names), "option": "rlimit_mode", "tolerate": [], "pid": process.pid}
     result = {}
     iommufd_option.run(params, False, result)

@@ -77,8 +77,8 @@ def test_another_process_by_then(pid: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(memlock_limit, "counters_of", lambda _process, _identity: [])
     began = vars(memlock_limit)["work_at_target"]
 
-    def later(*given: Any) -> Any:
-        answer = began(*given)
+    def later(*given: Any, **more: Any) -> Any:
+        answer = began(*given, **more)
         return {**answer, "identity": (answer["identity"][0], answer["identity"][1] - 1)}
 
     monkeypatch.setattr(memlock_limit, "work_at_target", later)
