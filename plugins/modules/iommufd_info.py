@@ -1202,6 +1202,7 @@ narrowed:
 
 import datetime
 import os
+import pwd
 import re
 from typing import TYPE_CHECKING, NoReturn
 
