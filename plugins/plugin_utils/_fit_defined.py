@@ -40,7 +40,7 @@ DOMAIN = "domain"
 UNIT = "unit"
 
 # More than any host has; the module returns fewer.
-ROWS_MAX = 4096
+ROWS_MAX = 2**16
 TEXTS_MAX = 4096
 UID_MAX = 2**32 - 1
 
@@ -197,7 +197,8 @@ def _of_domain(row: _Fields) -> Asked:
 
 
 def _of_unit(row: _Fields, emulators: Mapping[str, Mapping[str, Any]]) -> Asked:
-    its_file = emulators.get(row.emulator or "", {}).get("cap_ipc_lock")
+    # Root may have it without that.
+    its_file = emulators.get(row.emulator or "", {}).get("cap_ipc_lock") if row.uid else None
     return Asked(
         memory=None if row.memory is None else whole(row.memory, RAM_UNIT),
         user=row.owner,

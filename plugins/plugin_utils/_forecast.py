@@ -19,7 +19,7 @@ from ..module_utils._foreign import first_of, harmless
 from ._fit import BROKEN, answer_of
 from ._fit_case import Case, kernels, may_charge_user, new_vm, user_of
 from ._fit_defined import Definition, definitions, moved
-from ._fit_host import OTHER, capability_of, knows_iommufd
+from ._fit_host import OTHER, SYSTEM, capability_of, knows_iommufd
 from ._fit_input import Asked, Info, Owner, asked_of, checked
 from ._fit_running import running_vm
 from ._order import at_least_fail, at_most_fail, before_each
@@ -339,7 +339,8 @@ def _alone(host: _Host, its: Definition, kind: str, others: Callable[[Owner], Ow
     asked = moved(its.asked) if kind == MOVED and its.asked is not None else its.asked
     case, reason = host.case(asked, others)
     charges = Span(0, _ANYTHING) if case is None or its.unread else _charges(case)
-    comes = its.autostart is True or (kind == MOVED and its.pid is not None)
+    # A user's own libvirt starts its domains once somebody starts that.
+    comes = (its.autostart is True and its.manager == SYSTEM) or (kind == MOVED and its.pid is not None)
     return _Vm(its, asked, case, reason, charges, comes)
 
 

@@ -279,6 +279,8 @@ def test_five_alike_with_room_for_two() -> None:
         ([defined(autostart=False)], "No VM starts at boot"),
         ([defined()], "0 of 1 VM would not come back after a reboot"),
         (units(70, 60), "1 of 2 VMs would not come back after a reboot"),
+        # A user's own libvirt need not be started at boot.
+        ([by_commandline(70, **OF_USER)] * 2, "2 of 2 VMs would not come back after a reboot"),
         # What may not come at boot fails for nobody.
         ([*units(60), *units(60, autostart=None)], "0 to 2 of 2 VMs would not come back after a reboot"),
         ([defined_unit(unread=SCRIPT)], "0 to 1 of 1 VM would not come back after a reboot"),
@@ -606,7 +608,7 @@ def test_a_wrong_parameter_is_named(given: Row, expected: str) -> None:
         (info(), "The input lacks defined: run virt.iommufd.iommufd_info with defined, host, processes and users in"),
         (idle(defined={}), "defined: a dict is no list of VMs: give what virt.iommufd.iommufd_info of this version"),
         (idle(defined="vm1"), "defined: a str is no list of VMs: "),
-        (idle(defined=[{}] * 5000), "defined: it has more than 4096 VMs: "),
+        (idle(defined=[{}] * 70000), "defined: it has more than 65536 VMs: "),
         (idle(defined=[defined(), "vm1"]), "defined[1]: a str is no VM: "),
         (idle(defined=[{}]), "defined[0]: kind is missing: give what "),
         (idle(defined=[defined(kind="pod")]), "defined[0]: kind is none of domain, unit but 'pod': "),
