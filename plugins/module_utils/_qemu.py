@@ -58,13 +58,14 @@ class Guest(NamedTuple):
     """What is said of a guest: its memory in bytes, and whether the VMM locks it itself; None where that is unknown.
 
     `changes_user`: whether the VMM becomes another user once it has its devices. `pluggable`: whether memory can be
-    plugged, or unplugged, as the guest runs.
+    plugged, or unplugged, as the guest runs. `updatable`: whether another process could take it over (cpr-transfer).
     """
 
     memory: int | None = None
     locks: bool | None = None
     changes_user: bool = False
     pluggable: bool | None = None
+    updatable: bool = False
 
 
 def _split(text: bytes, implied: bytes) -> Properties:
@@ -132,7 +133,8 @@ def _of_qemu(arguments: list[bytes], read: Read) -> Guest:
                 settings[group if group not in _LOCKING else b""].append(found)
     memory = None if lacks else _memory(settings)
     pluggable = None if memory is None else _is_pluggable(settings)
-    return Guest(memory, _locks(settings, lacks or lacks_locks), changes_user, pluggable)
+    updatable = any(_BOOLEANS.get(each.get(b"aux-ram-share", b"")) for each in settings.get(b"machine", []))
+    return Guest(memory, _locks(settings, lacks or lacks_locks), changes_user, pluggable, updatable)
 
 
 def _from_json(text: bytes) -> Properties:

@@ -78,6 +78,12 @@ class Qemu(Vm):
     def status(self) -> str:
         return str(self.tell("query-status")["status"])
 
+    def wait_until(self, status: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while self.status() != status:
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.2)
+
     def limit(self, limit: int) -> None:
         resource.prlimit(self.process.pid, resource.RLIMIT_MEMLOCK, (limit, limit))
 
@@ -154,6 +160,8 @@ def test_with_enough_for_both(accounting: str, folder: Path) -> None:
         assert foretold(look(), old)["fits"] is True
         with takes_over(folder, accounting, old, "-S", limit=needed) as new:
             assert outcome(old)["status"] == "completed"
+            new.wait_until_counted("VmPin", PINNED)
+            new.wait_until("prelaunch")
             assert (old.status(), old.counted("VmPin"), old.counted("VmLck")) == ("postmigrate", 0, 0)
             answered = look()
             kept, real = (process(answered, each.process.pid) for each in (old, new))
@@ -175,7 +183,7 @@ def test_with_enough_for_both(accounting: str, folder: Path) -> None:
 @pytest.mark.live
 @pytest.mark.parametrize("accounting", ["user", "process"])
 def test_with_less_for_the_new_one(accounting: str, folder: Path) -> None:
-    """It ends, and names neither memory nor a limit. The old one says that all went well, and cannot go on."""
+    """It ends, and names neither memory nor a limit. Where the old one had told it all by then, that cannot go on."""
     short = NEEDED[accounting] - 1
     with runs(folder, accounting, "-S") as old:
         answer = foretold(look(), old, memlock=short)
@@ -184,18 +192,22 @@ def test_with_less_for_the_new_one(accounting: str, folder: Path) -> None:
             assert new.process.wait(PATIENCE) == 1
             assert LOST in new.said
             assert "memory" not in new.said.replace("backend-memfd", "")
-            assert (outcome(old)["status"], old.status()) == ("completed", "postmigrate")
+            lost = outcome(old)["status"] == "completed"
+            assert old.status() == ("postmigrate" if lost else "prelaunch")
             assert old.counted("VmPin") == PINNED
             row = process(look(), old.process.pid)
             assert (row["holder"], row["charged_bytes"]) == (False, PINNED)
-            with contextlib.suppress(AssertionError):
+            with contextlib.suppress(AssertionError) if lost else contextlib.nullcontext():
                 old.tell("cont")
-            assert old.process.wait(PATIENCE) == -signal.SIGSEGV
+            if lost:
+                assert old.process.wait(PATIENCE) == -signal.SIGSEGV
+            else:
+                assert old.status() == "running"
 
 
 @pytest.mark.live
 def test_with_less_for_the_old_one(folder: Path) -> None:
-    """It is charged again once the new one was. It says what is not so, and goes on."""
+    """It is charged again once the new one was. It says what is not so, and goes on. Its charge is then unknown."""
     needed = NEEDED["user"]
     with runs(folder, "user", "-S") as old:
         old.limit(needed - 1)
@@ -209,6 +221,10 @@ def test_with_less_for_the_old_one(folder: Path) -> None:
             assert REFUSED in old.said
             assert outcome(old)["error-desc"] == "pre-save failed: iommufd"
             assert (old.status(), old.counted("VmPin")) == ("prelaunch", 0)
+            answered = look()
+            assert process(answered, old.process.pid)["charged_bytes"] is None
+            assert f"({old.process.pid}) holds" in limits(answered)["charges"]
+            assert user(answered, VM)["at_risk"] is None
 
 
 @pytest.mark.live
@@ -222,7 +238,8 @@ def test_a_vm_that_has_turned_its_device_on(no_mmap: str, folder: Path) -> None:
             works = no_mmap == "on"
             assert outcome(old)["status"] == ("completed" if works else "failed")
             if works:
-                assert (old.status(), new.status()) == ("postmigrate", "running")
+                assert old.status() == "postmigrate"
+                new.wait_until("running")
             else:
                 assert new.process.wait(PATIENCE) == 1
                 assert REFUSED in old.said
