@@ -199,7 +199,8 @@ options:
   live_update:
     description:
       - Whether the VM of O(grow) is to be taken over by a new process with the same limit (C(cpr-transfer) of QEMU), or
-        whether a new VM must be able to, later. The kernel charges the new process before it relieves the old one.
+        whether a new VM must be able to, later. The kernel charges the new process before it relieves the old one, and
+        QEMU has the old one charged once more in between, so both need the limit. C(cpr-exec) of QEMU is not meant.
     type: bool
     default: false
   cap_ipc_lock:

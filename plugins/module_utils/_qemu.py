@@ -59,6 +59,7 @@ class Guest(NamedTuple):
 
     `changes_user`: whether the VMM becomes another user once it has its devices. `pluggable`: whether memory can be
     plugged, or unplugged, as the guest runs. `memory_max`: the most that it may have then, where that is said.
+    `updatable`: whether another process could take it over (cpr-transfer).
     """
 
     memory: int | None = None
@@ -66,6 +67,7 @@ class Guest(NamedTuple):
     changes_user: bool = False
     pluggable: bool | None = None
     memory_max: int | None = None
+    updatable: bool = False
 
 
 def _split(text: bytes, implied: bytes) -> Properties:
@@ -133,7 +135,9 @@ def _of_qemu(arguments: list[bytes], read: Read) -> Guest:
                 settings[group if group not in _LOCKING else b""].append(found)
     memory = None if lacks else _memory(settings)
     pluggable = None if memory is None else _is_pluggable(settings)
-    return Guest(memory, _locks(settings, lacks or lacks_locks), changes_user, pluggable, _memory_max(settings))
+    updatable = any(_BOOLEANS.get(each.get(b"aux-ram-share", b"")) for each in settings.get(b"machine", []))
+    locks = _locks(settings, lacks or lacks_locks)
+    return Guest(memory, locks, changes_user, pluggable, _memory_max(settings), updatable)
 
 
 def _from_json(text: bytes) -> Properties:

@@ -139,11 +139,11 @@ class HeldIommufd(NamedTuple):
 class Holder(NamedTuple):
     """A process that holds what memory is pinned by, or, with `iommufds` None, may: it does not let this caller look.
 
-    `name`, `memory_bytes`, `memory_pluggable`, `locks_memory`, `changes_user` and `session` are what its command line
-    says, and `program` the path of its program, None where that is unknown. Paths and names are decoded as file names
-    are. `devices` are the device nodes that it has open, by descriptor: those that were asked for, and legacy
-    containers. `more`: it has iommufds, or descriptors, that were not looked at. `memory_max`: as read_memory_max has
-    it.
+    `name`, `memory_bytes`, `memory_pluggable`, `locks_memory`, `changes_user`, `session` and `updatable` are what its
+    command line says, and `program` the path of its program, None where that is unknown. Paths and names are decoded
+    as file names are. `devices` are the device nodes that it has open, by descriptor: those that were asked for, and
+    legacy containers. `more`: it has iommufds, or descriptors, that were not looked at. `memory_max`: as
+    read_memory_max has it.
     """
 
     pid: int
@@ -165,6 +165,7 @@ class Holder(NamedTuple):
     iommufds: list[HeldIommufd] | None
     more: bool
     memory_max: Limit | None = None
+    updatable: bool = False
 
     @property
     def started(self) -> float:
@@ -316,6 +317,8 @@ class Survey:
             others = self.sharing.shared_with(holder.pid, fd)
             # A VM that starts has pinned nothing yet, as has one whose devices pin as it runs.
             its_own = others == [] and holder.memory_bytes is not None and self._iommufds_of(holder) < 2
+            # Nor has one that a process was to take over, which has ended with the charge.
+            its_own = its_own and not holder.updatable
             return its_own or any(self._accounts_for_all(rows[each]) for each in (holder.pid, *(others or ())))
 
         candidates = [each for each in self.holders if only_holders[each.pid] is not True]
@@ -333,8 +336,10 @@ class Survey:
 
     def _accounts_for_all(self, holder: Holder) -> bool:
         """Whether it has pinned what there may be behind all of them. It may have been given one beside its own."""
-        pinned, count = holder.status.pinned_bytes, self._iommufds_of(holder)
-        return pinned > 0 and (count < 2 or pinned >= count * (holder.memory_bytes or 0))
+        pinned, count, memory = holder.status.pinned_bytes, self._iommufds_of(holder), holder.memory_bytes or 0
+        # After a live update that has failed, it may have pinned some of it anew.
+        least = count * memory if count > 1 else memory // 2 if holder.updatable else 0
+        return pinned > 0 and pinned >= least
 
     def to_json(self) -> list[Any]:
         """What `add` takes."""
@@ -725,6 +730,7 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
         iommufds=iommufds,
         more=more,
         memory_max=read_memory_max(process),
+        updatable=guest.updatable,
     )
 
 

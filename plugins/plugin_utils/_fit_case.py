@@ -88,7 +88,8 @@ _BY_MANAGER = (
 )
 FILE_BACKED = (
     "For a live update, the VM's memory must be that of a file (memory-backend-memfd or memory-backend-file, with"
-    " share=on): the kernel moves no other to another process."
+    " share=on), and nothing of a device's own may be mapped (where QEMU 11 does, vfio-pci with x-no-mmap=on does not):"
+    " the kernel moves no other to another process."
 )
 
 # Beside those of the model, what may have to be asked: the size of a page, whether libvirt would start the domain,

@@ -30,6 +30,7 @@ from ._fit_host import (
 )
 from ._fit_input import NONE, THE_IOMMUFD
 from ._fit_qemu import Clash
+from ._fit_running import is_short, prlimit
 from ._fit_words import question_of
 from ._fit_xml import CONTAINER, LIBVIRTS
 from ._host_info import OF_EMULATOR, capability_for, its_hard_limit, kib_with_room
@@ -143,11 +144,10 @@ def _room(case: Case, row: Mapping[str, Any]) -> str:
 
 def _as_it_runs(case: Case, row: Mapping[str, Any]) -> str:
     enough = case.told.enough
+    how = prlimit(row, enough)
     if case.asked.live_update:
-        return f"give the process that takes it over a limit of {enough} bytes"
-    # A hard limit that is high enough is left as it is.
-    roomy = row.get("memlock_hard_unlimited") or (row.get("memlock_hard_bytes") or 0) >= enough
-    how = f"prlimit --pid {row['pid']} --memlock={enough}:{'' if roomy else enough}"
+        also = f", and the one that runs, too ({how})" if is_short(row, enough) else ""
+        return f"give the process that takes it over a limit of {enough} bytes{also}"
     return f"raise its limit as it runs, until it ends ({how})"
 
 

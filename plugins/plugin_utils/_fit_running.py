@@ -35,7 +35,18 @@ from ._fit_qemu import MOMENT, QEMU, Clash, clash, moment
 from ._fit_xml import CONTAINER
 from ._host_info import OF_EMULATOR, as_it_runs
 
-__all__ = ("running_vm",)
+__all__ = ("is_short", "prlimit", "running_vm")
+
+
+def is_short(row: Mapping[str, Any], enough: int) -> bool:
+    """Whether a process that runs has too small a limit."""
+    return not row["memlock_unlimited"] and row["memlock_bytes"] < enough
+
+
+def prlimit(row: Mapping[str, Any], enough: int) -> str:
+    """The command that gives it one that is enough. A hard limit that is high enough is left as it is."""
+    roomy = row.get("memlock_hard_unlimited") or (row.get("memlock_hard_bytes") or 0) >= enough
+    return f"prlimit --pid {row['pid']} --memlock={enough}:{'' if roomy else enough}"
 
 
 def _find(info: Info, name: str) -> Mapping[str, Any]:
@@ -114,7 +125,11 @@ def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | 
     # Whether it has room does not settle what its limit on locked memory leaves open.
     told = told if told.fits is None and doubt in (GROUP, ROOM) else doubted(told, doubt)
     accounting = Accounting(None, vm.capable, f"{_name(row)} runs as {owner.name}, as process {row['pid']}.")
-    needs = [*prerequisites(info, grow.devices), *([FILE_BACKED] if asked.live_update else [])]
+    needs = prerequisites(info, grow.devices)
+    if asked.live_update:
+        also = is_short(row, told.enough) and limit.span.least >= told.enough
+        how = prlimit(row, told.enough)
+        needs = [*needs, FILE_BACKED, *([f"The process that runs needs such a limit, too ({how})."] if also else [])]
     said = " ".join(pins)
     rest = (said, told, by_qemu.ends, needs, row, by_qemu, doubt, once)
     return Case(info, asked, owner, starter, limit, accounting, tuple(steps), *rest)

@@ -217,6 +217,11 @@ def _map_file(iommufd: int, ioas: int, file: int, size: int, places: Places) -> 
     fcntl.ioctl(iommufd, IOMMU_IOAS_MAP_FILE, bytearray(argument))
 
 
+def change_process(iommufd: int) -> None:
+    """Has this process charged for what an iommufd was told of as files, instead of the one that is."""
+    fcntl.ioctl(iommufd, IOMMU_IOAS_CHANGE_PROCESS, bytearray(struct.pack("=II", 8, 0)))
+
+
 def to_a_child(iommufd: int) -> Pinner:
     """Has a child take over what an iommufd was told of as files, as a new program does in a live update."""
 
@@ -224,7 +229,7 @@ def to_a_child(iommufd: int) -> Pinner:
         child = os.fork()
         if not child:
             try:
-                fcntl.ioctl(iommufd, IOMMU_IOAS_CHANGE_PROCESS, bytearray(struct.pack("=II", 8, 0)))
+                change_process(iommufd)
             except OSError as exc:
                 os._exit(exc.errno or 255)
             os._exit(0)

@@ -244,7 +244,10 @@ def test_memory_that_iommufd_is_given_as_a_file(mode: str, capable: bool, kernel
 
 @pytest.mark.parametrize("mode", ["user", "process"])
 def test_a_live_update(mode: str, kernel: Kernel) -> None:
-    """The new process is charged before the old one is relieved. Before 6.14 there is no such thing."""
+    """The new process is charged before the old one is relieved, even with CAP_IPC_LOCK, which decides as it is pinned.
+
+    Before 6.14 there is no such thing.
+    """
     name = IOMMUFD_PROCESS if mode == "process" else IOMMUFD_USER
     enough = FIRST if mode == "process" else 2 * FIRST
     held = (FIRST if mode == "process" else 0, FIRST)
@@ -252,13 +255,14 @@ def test_a_live_update(mode: str, kernel: Kernel) -> None:
     steps = [
         Step(name, FIRST, FIRST),
         Step("move", FIRST, enough - 1, again=True),
+        Step("move", FIRST, enough - 1, capable=True, again=True),
         Step("move", FIRST, enough, again=True),
         Step(IO_URING, THIRD, of_user + THIRD - 1),
         Step(IO_URING, THIRD, of_user + THIRD, again=True),
     ]
     # What is moved is seen no more, and the user has it all the same.
-    told = [None, "ENOMEM", None, "ENOMEM", None]
-    counted = [held, held, (0, 0), (0, 0), (0, by_io_uring(kernel))]
+    told = [None, "ENOMEM", "ENOMEM", None, "ENOMEM", None]
+    counted = [held, held, held, (0, 0), (0, 0), (0, by_io_uring(kernel))]
     right = [Seen(error, *each) for error, each in zip(told, counted)]
     if kernel.release < (6, 14):
         steps, right = [Step("move", FIRST, UNLIMITED)], [Seen("ENOTTY", 0, 0)]
@@ -269,6 +273,49 @@ def test_a_live_update(mode: str, kernel: Kernel) -> None:
         return {name: by_file, "move": charges.to_a_child(iommufd), IO_URING: charges.by_io_uring}
 
     assert pins(prepare, steps) == right
+
+
+@pytest.mark.parametrize("mode", ["user", "process"])
+def test_a_live_update_from_a_process_that_has_ended(mode: str, kernel: Kernel) -> None:
+    """Its user stays charged. What the process was charged cannot be taken: 7.2 does the rest, and says EINVAL."""
+    enough = FIRST if mode == "process" else 2 * FIRST
+    held = (FIRST, FIRST) if mode == "process" else (0, FIRST)
+    steps = [Step(each, FIRST, limit, again=each != mode) for each, limit in ((mode, FIRST), ("move", 2 * FIRST))]
+    steps += [Step("take back", FIRST, enough - 1, again=True), Step("take back", FIRST, enough, again=True)]
+    told = [None, None, "ENOMEM", "EINVAL" if mode == "process" else None]
+    right = [Seen(error, *each) for error, each in zip(told, [held, (0, 0), (0, 0), held])]
+    if kernel.release < (6, 14):
+        steps, right = [Step("take back", FIRST, UNLIMITED)], [Seen("ENOTTY", 0, 0)]
+
+    def prepare() -> dict[str, Pinner]:
+        iommufd = charges.open_iommufd(mode)
+        take_back = partial(charges.change_process, iommufd)
+        return {
+            mode: charges.by_file(iommufd, DEVICES[0]),
+            "move": charges.to_a_child(iommufd),
+            "take back": lambda _memory: take_back(),
+        }
+
+    assert pins(prepare, steps) == right
+
+
+@pytest.mark.parametrize("other", sorted({IOMMUFD, DMA_BUF} - LACKING))
+def test_a_live_update_of_what_is_no_file(other: str, kernel: Kernel) -> None:
+    """Neither memory that was given by its address, nor a device's own: then nothing is moved, whatever the limit."""
+
+    def prepare() -> dict[str, Pinner]:
+        iommufd = charges.open_iommufd("process")
+        by_other = charges.by_dma_buf if other == DMA_BUF else charges.by_iommufd
+        return {
+            IOMMUFD_PROCESS: charges.by_file(iommufd, DEVICES[0]),
+            other: by_other(iommufd, DEVICES[1]),
+            "move": charges.to_a_child(iommufd),
+        }
+
+    names = [IOMMUFD_PROCESS, other, "move"] if kernel.release >= (6, 14) else ["move"]
+    *_pinned, moved = pins(prepare, [Step(each, FIRST, UNLIMITED) for each in names])
+    held = FIRST * len(names[:2]) if other == IOMMUFD else FIRST
+    assert moved == (Seen("EINVAL", held, held) if kernel.release >= (6, 14) else Seen("ENOTTY", 0, 0))
 
 
 def test_mlock_with_no_limit_at_all_and_as_memory_is_mapped() -> None:

@@ -35,8 +35,9 @@ pytestmark = pytest.mark.host
 MEMORY = 64 * MIB
 BAR = MIB
 ENOUGH = 4 * MEMORY
+QEMU = ["qemu-system-x86_64", "-machine", "q35", "-display", "none", "-nodefaults"]
 # What it keeps translated code in is memory that it may lock, too.
-QEMU = ["qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,tb-size=16", "-display", "none", "-nodefaults"]
+TCG = "tcg,tb-size=16"
 NO_MEMORY = r"memory listener initialization failed: Region .*: vfio_container_dma_map\(.*\) = -12 \(Cannot allocate"
 LOCKS = ["-m", "64", "-overcommit", "mem-lock=on"]
 CAPABLE = ["--inh-caps=+ipc_lock", "--ambient-caps=+ipc_lock"]
@@ -46,13 +47,22 @@ class Vm:
     """QEMU of an ordinary user, or of root, with its limits and with what it said."""
 
     def __init__(
-        self, log: Path, *words: str, limit: str = f"--memlock={ENOUGH}", capable: bool = False, root: bool = False
+        self,
+        log: Path,
+        *words: str,
+        limit: str = f"--memlock={ENOUGH}",
+        capable: bool = False,
+        root: bool = False,
+        accel: str = TCG,
+        fds: tuple[int, ...] = (),
     ) -> None:
         self._log = log
         user = [] if root else [*as_user(VM), *CAPABLE * capable]
-        command = ["prlimit", limit, *user, *QEMU, *words]
+        command = ["prlimit", limit, *user, *QEMU, "-accel", accel, *words]
         with log.open("wb") as stream:
-            self.process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, pass_fds=fds
+            )
 
     def __enter__(self) -> Vm:
         return self

@@ -120,6 +120,20 @@ def test_all_spellings_of_it(words: str, memory: int | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "updatable"),
+    [
+        ("-m 1G", False),
+        ("-m 1G -machine q35,aux-ram-share=on", True),
+        ("-M q35 -M aux-ram-share=yes", True),
+        ("-machine q35,aux-ram-share=off", False),
+        ("-machine q35 -object memory-backend-memfd,id=a,size=1G,share=on", False),
+    ],
+)
+def test_whether_another_process_could_take_it_over(words: str, updatable: bool) -> None:
+    assert look_at_guest(QEMU, [b"qemu", *words.encode().split()], nothing).updatable is updatable
+
+
+@pytest.mark.parametrize(
     ("words", "pluggable"),
     [
         ("-m 1G", False),

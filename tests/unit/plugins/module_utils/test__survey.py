@@ -256,6 +256,10 @@ def holders_of(holder: Holder, *rows: dict[str, Any]) -> list[Holder]:
         pytest.param([{"iommufds": None, "devices": {}}], [], set(), id="not looked at"),
         pytest.param([{"pinned_bytes": 4096}], [], set(), id="it has pinned something itself"),
         pytest.param([{"memory_bytes": 2**26}], [], set(), id="a VM that starts"),
+        # After a live update that has failed, all may be charged for a process that has ended.
+        pytest.param([{"memory_bytes": 2**26, "updatable": True}], [], {1}, id="a VM that was to be taken over"),
+        pytest.param([{**RUNS, "updatable": True, "pinned_bytes": 2**20}], [], {1}, id="and has pinned a little since"),
+        pytest.param([{**RUNS, "updatable": True}], [], set(), id="a VM that could be taken over"),
         pytest.param([{}, RUNS], [[(1, 4), (2, 4)]], set(), id="a VM that runs has it, too"),
         pytest.param([{}, RUNS], [], {1}, id="a VM that runs has another"),
         pytest.param([{}, {"memory_bytes": 2**26}], [[(1, 4), (2, 4)]], {1, 2}, id="a VM that starts has it"),

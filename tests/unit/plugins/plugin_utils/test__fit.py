@@ -1822,6 +1822,40 @@ def test_a_live_update_needs_a_file() -> None:
     assert fit(idle(), who="vm", memlock="64M", accounting="process", live_update=True, **EXACT)["fits"] is True
 
 
+@pytest.mark.parametrize(
+    ("fields", "memlock", "old", "new"),
+    [
+        ({}, None, 2 * PINNED, 2 * PINNED),
+        ({}, 2 * PINNED - 1, 2 * PINNED, 2 * PINNED),
+        ({}, 2 * PINNED, 2 * PINNED, None),
+        ({}, "unlimited", 2 * PINNED, None),
+        # One of the two has it already.
+        ({"memlock_bytes": 2 * PINNED}, 2 * PINNED - 1, None, 2 * PINNED),
+        ({"memlock_bytes": 2 * PINNED}, None, None, None),
+        ({"memlock_bytes": None, "memlock_unlimited": True}, PINNED, None, 2 * PINNED),
+        (PER_PROCESS, None, None, None),
+        (PER_PROCESS, PINNED, None, None),
+        (PER_PROCESS, PINNED - 1, None, PINNED),
+        # It was lowered since.
+        ({**PER_PROCESS, "memlock_bytes": MIB}, PINNED, PINNED, None),
+        ({**CAPABLE, "memlock_bytes": MIB}, None, None, None),
+    ],
+)
+def test_both_processes_of_a_live_update_need_the_limit(
+    fields: Row, memlock: int | str | None, old: int | None, new: int | None
+) -> None:
+    """QEMU has the one that runs charged again, after the new one."""
+    charged = 0 if "iommufds" in fields else PINNED
+    given: Row = {} if memlock is None else {"memlock": memlock}
+    answer = grown(info(processes=[unit(**fields)], users=[of_vm(charged)]), live_update=True, **given)
+    assert answer["fits"] is (new is None)
+    said = answer["remedy"] or " ".join(answer["prerequisites"])
+    assert re.findall(r"prlimit --pid 4242 --memlock=(\d+)", said) == ([str(old)] if old else [])
+    assert re.findall(r"give the process that takes it over a limit of (\d+) bytes", said) == (
+        [str(new)] if new else []
+    )
+
+
 def test_what_other_versions_do_not_tell_is_not_known() -> None:
     """Rows of today, with nothing but what each version has told."""
     row = {
