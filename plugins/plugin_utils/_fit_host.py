@@ -259,7 +259,8 @@ def _session_limit(session: Mapping[str, Any] | None, owner: Owner, reckoned: Sp
             # What the service manager has now, it has not.
             why += f" Its daemon, process {pid}, keeps that limit until it ends."
         return Limit(exactly(hard), f"the hard limit of {human_size(hard)} of {who}", why[0].upper() + why[1:])
-    span = Span(reckoned.least if reckoned.most <= hard else 0, hard)
+    # It takes that from a daemon that has more, too.
+    span = reckoned if reckoned.most <= hard else Span(0, hard)
     return Limit(span, f"{_words(span)} that {who} gives it")
 
 

@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     down.add_argument("--all", action="store_true", help="every guest of this run, and of the runs within it")
     down.set_defaults(run=_down)
 
+    reboot = commands.add_parser("reboot", help="have a guest shut down and boot from its disk, and wait for SSH")
+    reboot.add_argument("guest", nargs="?", default=DEFAULT_GUEST)
+    reboot.set_defaults(run=_reboot)
+
     status = commands.add_parser("status", help="what the guests do")
     status.add_argument("--json", action="store_true")
     status.set_defaults(run=_status)
@@ -118,6 +122,11 @@ def _up(options: argparse.Namespace) -> int:
     print(f"{guest.name} {variables}")
     lab = os.path.relpath(Path(__file__).parent)
     print(f"log in: python3 {lab} ssh --guest {guest.name}, or: {' '.join(guest.ssh_command())}")
+    return 0
+
+
+def _reboot(options: argparse.Namespace) -> int:
+    Machine(guest_named(options.guest)).reboot()
     return 0
 
 

@@ -8,7 +8,8 @@ A guest's folder is runs/CHECKOUT/GUEST in the cache, so that two checkouts do n
 of one checkout, where each has a name of its own in LAB_INSTANCE (a run within another: that one's, a dot and more). It
 holds state.json from the moment that QEMU runs until `down`; with it there and its process gone, the guest has died.
 
-A guest is booted once, and saved as it is then: disk, memory and devices. `up` restores that, which takes seconds.
+A guest is booted once, and saved as it is then: disk, memory and devices. `up` restores that, which takes seconds. A
+reboot ends QEMU, so `reboot` starts it again with the guest's disk, at the same port.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ _QMP_TIMEOUT = 30.0
 # A restored guest has nothing left to do but to answer.
 _RESTORE_TIMEOUT = 60.0
 _SAVE_TIMEOUT = 120.0
+# systemd gives each unit 90 s.
+_SHUTDOWN_TIMEOUT = 240.0
 # To be raised with every change below that saves something else from the same inputs.
 _RECIPE = 1
 # The name of the state in the disk's image
@@ -168,6 +171,27 @@ class Machine:
                 self._restore(kernel, root, self._make_saved(kernel, root))
             return True
 
+    def reboot(self) -> None:
+        """Has it shut down and boot from its disk, and waits until SSH answers.
+
+        Raises LabError if it is not running, does not shut down, or does not come back, and ends it then.
+        """
+        kernel, root = self._make()
+        with self._lock():
+            state = self.running()
+            progress = Progress(f"guest {self.name}: shutting down")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                # It may be gone before it has answered.
+                self._run(self.ssh_command(["systemctl reboot"]), 60)
+            while _is_alive(state):
+                if progress.seconds > _SHUTDOWN_TIMEOUT:
+                    self._end(state)
+                    raise LabError(f"guest {self.name} did not shut down within {_SHUTDOWN_TIMEOUT:.0f} s")
+                progress.show("waiting for its end")
+                time.sleep(0.2)
+            progress.done()
+            self._boot(kernel, root, state.port)
+
     def down(self) -> bool:
         """Ends it and removes all that belongs to this run. False if it was down already."""
         with self._lock():
@@ -243,15 +267,22 @@ class Machine:
         shutil.rmtree(work / "run")
         return {"kernel": kernel.name, "root": root.name}
 
-    def _boot(self, kernel: Path, root: Path) -> State:
+    def _boot(self, kernel: Path, root: Path, port: int | None = None) -> State:
+        """Boots it; with the port that it had, from the disk that it has."""
         try:
-            return self._boot_once(kernel, root)
+            return self._boot_once(kernel, root, port)
         except _Died as error:
             # Seen with QEMU 7.2 on a busy machine: a panic in the first second, of a kernel that boots at other times.
             print(f"lab: guest {self.name} is booted once more: {error}", file=sys.stderr)
-            return self._boot_once(kernel, root)
+            return self._boot_once(kernel, root, port)
 
-    def _boot_once(self, kernel: Path, root: Path) -> State:
+    def _boot_once(self, kernel: Path, root: Path, port: int | None = None) -> State:
+        if port is None:
+            self._make_disk(root)
+        started = self._start(kernel, root, port=port)
+        return self._await(started, Progress(f"guest {self.name}: booting"), BOOT_TIMEOUT)
+
+    def _make_disk(self, root: Path) -> None:
         self._prepare(root)
         image = root / "root.img"
         command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(image)]
@@ -259,7 +290,6 @@ class Machine:
         made = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
         if made.returncode != 0:
             raise LabError(f"cannot make the disk of guest {self.name}: {made.stderr.strip()}")
-        return self._await(self._start(kernel, root), Progress(f"guest {self.name}: booting"), BOOT_TIMEOUT)
 
     def _restore(self, kernel: Path, root: Path, saved: Path) -> State:
         progress = Progress(f"guest {self.name}: restoring")
@@ -285,14 +315,14 @@ class Machine:
         shutil.copy(root / "known_hosts", self.folder)
         shutil.copy(make_key(), self.private_key)
 
-    def _start(self, kernel: Path, root: Path, *more: str) -> State:
-        """Starts QEMU on a free port and writes down its state."""
+    def _start(self, kernel: Path, root: Path, *more: str, port: int | None = None) -> State:
+        """Starts QEMU on that port, or on a free one, and writes down its state."""
         for _attempt in range(_PORT_ATTEMPTS):
-            port = _free_port()
-            self._write_ssh_config(port)
+            at = port or _free_port()
+            self._write_ssh_config(at)
             with self._qemu_log.open("wb") as log:
                 process = subprocess.Popen(
-                    [*self._prefix, *self._qemu(kernel, port), *more],
+                    [*self._prefix, *self._qemu(kernel, at), *more],
                     # The monitor's socket is named relative to this folder, as its path may be too long for a socket.
                     cwd=self.folder,
                     stdin=subprocess.DEVNULL,
@@ -305,7 +335,7 @@ class Machine:
             try:
                 # QMP answers only once QEMU has the port.
                 if self._wait_for_qmp(process):
-                    return self._write_state(process.pid, port, kernel, root)
+                    return self._write_state(process.pid, at, kernel, root)
             except BaseException:
                 end_group(process)
                 raise

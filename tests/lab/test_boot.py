@@ -22,7 +22,7 @@ def test_a_boot_that_ends_in_a_panic(
 ) -> None:
     boots: list[Path] = []
 
-    def boot(kernel: Path, _root: Path) -> machine.State:
+    def boot(kernel: Path, _root: Path, _port: int | None) -> machine.State:
         boots.append(kernel)
         if len(boots) <= panics:
             raise machine._Died(f"panic {len(boots)}")

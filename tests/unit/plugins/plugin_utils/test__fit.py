@@ -778,14 +778,14 @@ def test_the_charge_is_that_of_the_user(who: Any, charged: int) -> None:
 LIMITS = [
     # A session libvirt cannot raise it above its own hard limit.
     (libvirt(), {"who": "vm"}, False, 8 * MIB),
-    (libvirt(sessions=[session(2 * GIB)]), {"who": "vm"}, True, None),
+    (libvirt(sessions=[session(2 * GIB)]), {"who": "vm"}, True, GIB + 64 * MIB),
     (libvirt(sessions=[session(GIB + 64 * MIB)]), {"who": 1001}, True, GIB + 64 * MIB),
-    (libvirt(sessions=[session(None)]), {"who": "vm"}, True, None),
+    (libvirt(sessions=[session(None)]), {"who": "vm"}, True, GIB + 64 * MIB),
     (libvirt(sessions=[session(2 * GIB)]), {"who": "vm", "locked": True}, False, 2 * GIB),
     (libvirt(sessions=[session(None)]), {"who": "vm", "locked": True}, True, None),
     # The daemon that runs has its own, and where there are several, it is not known which.
     (libvirt(sessions=[{**session(8 * MIB), "pid": 77}]), {"who": "vm"}, False, 8 * MIB),
-    (libvirt(sessions=[{**session(2 * GIB), "pid": 77}]), {"who": "vm"}, True, None),
+    (libvirt(sessions=[{**session(2 * GIB), "pid": 77}]), {"who": "vm"}, True, GIB + 64 * MIB),
     (libvirt(sessions=[{**session(None), "pid": 77, "memlock_hard_unlimited": None}]), {"who": "vm"}, None, None),
     (libvirt(sessions=[]), {"who": "vm"}, None, None),
     (libvirt(sessions=None), {"who": "vm"}, None, None),
