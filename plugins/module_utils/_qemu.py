@@ -56,7 +56,7 @@ _OTHER_MEMORY = (b"nvdimm", b"virtio-mem", b"virtio-pmem")
 _VGA = {b"std": b"VGA", b"cirrus": b"cirrus-vga", b"vmware": b"vmware-svga", b"virtio": b"virtio-vga", b"qxl": b"qxl"}
 _DISPLAYS = {
     **dict.fromkeys((b"VGA", b"secondary-vga", b"isa-vga", b"bochs-display", b"vmware-svga", b"ati-vga"), 16),
-    **dict.fromkeys((b"virtio-vga", b"virtio-vga-gl", b"vhost-user-vga"), 8),
+    **dict.fromkeys((b"virtio-vga", b"virtio-vga-gl", b"virtio-vga-rutabaga", b"vhost-user-vga"), 8),
     **dict.fromkeys((b"cirrus-vga", b"isa-cirrus-vga"), 4),
 }
 _OF_QXL = 64

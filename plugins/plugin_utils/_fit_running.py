@@ -50,6 +50,9 @@ from ._host_info import OF_EMULATOR, as_it_runs
 
 __all__ = ("running_vm",)
 
+# More than what the firmware and the ROMs of a VM have for themselves, so that no device's memory is taken for theirs.
+FIRMWARE_MAX = 2**24
+
 
 def _find(info: Info, name: str) -> Mapping[str, Any]:
     """The VM that runs, by its domain, its name, its unit or its process id."""
@@ -113,7 +116,7 @@ def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | 
         grow.memory and size and _may_have_more(row, vm.devices, size + (asked.overhead or 0), _its_own(asked, row))
     )
     # Of what its devices have nothing is known until that is said, too.
-    beyond = asked.overhead is None and row["of_devices_bytes"] is None
+    beyond = asked.overhead is None and row.get("of_devices_bytes") is None
     if hidden and not beyond and asked.memory is not None and told.fits is not False and not _is_free(told, limit):
         raise IommufdError(
             f"memory: {_name(row)} has more pinned than {human_size(asked.memory)} explain, in the address spaces that"
@@ -266,7 +269,7 @@ def _next_space(asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...], 
     """What a process pins in one more address space: no less than in those that it has, which show what was plugged."""
     if memory is None:
         return UNKNOWN
-    own = row["of_devices_bytes"]
+    own = row.get("of_devices_bytes")
     most = UNLIMITED if own is None else memory + beyond_at_most(own)
     told = Span(memory, most) if asked.overhead is None else exactly(memory + asked.overhead)
     seen = _seen(row, held)
@@ -283,18 +286,20 @@ def _next_space(asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...], 
 
 def _to_come(asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...], memory: int | None) -> Span:
     """What the guest may have pinned in each address space yet, by turning on devices with memory of their own."""
-    own, told = row["of_devices_bytes"], asked.overhead
+    own, told = row.get("of_devices_bytes"), asked.overhead
     most: int = min((each for each in (own, told) if each is not None), default=UNLIMITED)
     if memory is None or (asked.memory is None and row["memory_pluggable"] is not False):
         # What is pinned may be what was plugged.
         return Span(0, most)
-    most = max(min(most, memory + most - _seen(row, held)), 0)
-    return Span(0, most) if told is None else exactly(most)
+    beyond = _seen(row, held) - memory
+    if told is not None:
+        return exactly(max(min(most, told - beyond), 0))
+    return NOTHING if beyond >= max(most, FIRMWARE_MAX) else Span(0, most)
 
 
 def _its_own(asked: Asked, row: Mapping[str, Any]) -> int:
     """What may explain what it has pinned beside memory that was told: its devices' own."""
-    return 0 if asked.memory is None or asked.overhead is not None else row["of_devices_bytes"] or 0
+    return 0 if asked.memory is None or asked.overhead is not None else row.get("of_devices_bytes") or 0
 
 
 def _seen(row: Mapping[str, Any], held: tuple[Device, ...]) -> int:

@@ -274,12 +274,14 @@ def test_memory_of_an_emulated_device(log: Path, by_iommufd: list[str]) -> None:
         assert row["of_devices_bytes"] == shared
 
 
-def test_memory_of_an_emulated_device_beyond_the_limit(log: Path, by_iommufd: list[str]) -> None:
-    """It starts, and ends once the firmware has that mapped."""
+@pytest.mark.parametrize("times", [1, 2])
+def test_memory_of_an_emulated_device_beyond_the_limit(times: int, log: Path, by_iommufd: list[str]) -> None:
+    """It starts, and ends once the firmware has that mapped, which is done in each address space."""
     shared = 32 * MIB
+    second = ["-object", "iommufd,id=second", "-device", f"vfio-pci,host={address(DEVICES[1])},iommufd=second"]
     words = ["-m", "64", "-machine", "smm=off", "-object", f"memory-backend-memfd,id=shared,size={shared},share=on"]
-    words += [*by_iommufd, "-device", "ivshmem-plain,memdev=shared"]
-    size = MEMORY + MIB // 4 + shared
+    words += [*by_iommufd, *second * (times - 1), "-device", "ivshmem-plain,memdev=shared"]
+    size = times * (MEMORY + MIB // 4 + shared)
     with Vm(log, *words, limit=f"--memlock={size}") as vm:
         vm.wait_until_counted("VmPin", size)
         time.sleep(1)

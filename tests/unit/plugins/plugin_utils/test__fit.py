@@ -2296,10 +2296,14 @@ SECOND = {"devices": [{"backend": "iommufd", "iommufd": "second", "mode": "proce
     ("running", "given", "fits"),
     [
         ({}, {"memlock": 2 * PINNED}, None),
-        ({}, {"memlock": 2 * (64 + 256) * MIB}, True),
-        ({}, {"memlock": 2 * (64 + 256) * MIB - 4096}, None),
+        ({}, {"memlock": 2 * (PINNED + 256 * MIB)}, True),
+        ({}, {"memlock": 2 * (PINNED + 256 * MIB) - 4096}, None),
         ({}, {"memlock": 2 * PINNED - 4096}, False),
         ({}, {"memlock": 2 * (PINNED + 256 * MIB), "overhead": PINNED + 192 * MIB}, True),
+        ({}, {"memlock": 2 * (PINNED + 256 * MIB) - 4096, "overhead": PINNED + 192 * MIB}, False),
+        # Firmware may have as much as a small device.
+        ({"of_devices_bytes": MIB, "pinned_bytes": 65 * MIB}, {"memlock": 130 * MIB}, None),
+        ({"of_devices_bytes": MIB, "pinned_bytes": 65 * MIB}, {"memlock": 132 * MIB}, True),
         ({"of_devices_bytes": 0}, {"memlock": 2 * PINNED}, True),
         ({"of_devices_bytes": None}, {"memlock": "100G"}, None),
         ({"of_devices_bytes": None}, {"memlock": 2 * PINNED, "overhead": PINNED - 64 * MIB}, True),
