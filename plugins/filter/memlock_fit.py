@@ -144,6 +144,10 @@ options:
       - If not given, it may be anything up to 1 GiB, which is what libvirt adds to a domain's memory. Less is not taken
         for certain, since a VM with another display or other emulated devices pins more, some of it only once its guest
         runs.
+      - What emulated devices have of memory of their own, as C(<video>) and C(<shmem>) of O(domain_xml), or
+        C(ivshmem-plain) of a command line, may be as much in each address space, with 256 MiB for firmware and the
+        like. Where that is more than 1 GiB, it counts instead. Where it is unknown how much they have, as of a
+        C(<shmem>) with a server, the filter asks for it where it decides. libvirt's own limit does not count it.
       - Where a running VM of the input pins more than that beyond its memory, it may be as much, for each address
         space. VMs with several address spaces are ignored, since they pin their memory more than once.
     type: raw
@@ -163,7 +167,10 @@ options:
   domain_xml:
     description:
       - The XML of a libvirt domain, as C(virsh dumpxml) prints it. Memory, devices, virtual IOMMU, C(<hard_limit>),
-        C(<locked/>), the user in C(<seclabel>) and the arguments in C(<qemu:commandline>) are read.
+        C(<locked/>), the user in C(<seclabel>), C(<shmem>), C(<video>) and the arguments in C(<qemu:commandline>) are
+        read.
+      - Where it was not started yet, and several devices lack an C(<address>), it is not known whether libvirt puts
+        them behind one bridge. So with an C(<iommu>), it is not known how many address spaces they have.
       - C(<hard_limit>) is the limit of the domain's control group, too, in which all of the emulator's memory counts.
         Where it leaves less than 1 GiB for that beside the memory and O(overhead), RV(_value.fits) is not V(true).
       - What C(<interface type='network'>) comes to is not known before the start. It counts as no device.
@@ -183,6 +190,9 @@ options:
         O(overhead) are. So memory that was plugged before counts, though no command line has it.
       - Where memory can be plugged, and no address space shows how much was, as before the first device, the filter
         asks for O(memory). That is all that it has by then.
+      - What its emulated devices have of memory of their own
+        (RV(virt.iommufd.iommufd_info#module:processes[].of_devices_bytes)), and is not pinned yet, may come as its
+        guest runs. RV(_value.fits) is V(true) only where the limit holds that, too.
     type: dict
     suboptions:
       vm:

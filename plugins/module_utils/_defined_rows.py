@@ -35,7 +35,7 @@ __all__ = ("Definition", "domain_row", "may_start_vmm", "unit_row")
 # All that a row has, in its order.
 _KEYS = (
     *("kind", "name", "manager", "path", "user", "uid", "autostart", "transient", "pid"),
-    *("memory_bytes", "memory_max_bytes", "elastic_bytes", "hugepages", "devices", "viommu"),
+    *("memory_bytes", "memory_max_bytes", "elastic_bytes", "of_devices_bytes", "hugepages", "devices", "viommu"),
     *("libvirt_counts", "hard_limit_bytes", "libvirt_locks", "locks_memory", "fdgroup", "emulator"),
     *("memlock_bytes", "memlock_unlimited", "cap_ipc_lock", "unread", "order"),
 )
@@ -113,6 +113,7 @@ def domain_row(definition: Definition, passing: Collection[str] | None) -> Row:
         memory_bytes=defined.memory,
         memory_max_bytes=described.memory_max,
         elastic_bytes=defined.elastic,
+        of_devices_bytes=defined.of_devices,
         hugepages=described.hugepages,
         # An argument that was not understood may add a device, or have one by another way.
         devices=None if networks or not described.whole else device_rows(defined.devices, described.places),
@@ -304,6 +305,7 @@ def _take_command(row: Row, launch: _Launch) -> bool:
     # What is in a file is not read: it may be another one by the time that the unit starts.
     guest = look_at_guest(os.fsencode(command.program), [os.fsencode(each) for each in command.arguments], _no_file)
     row.update(memory_bytes=guest.memory, locks_memory=guest.locks, memory_max_bytes=guest.memory_max)
+    row["of_devices_bytes"] = guest.of_devices
     unread: list[str] = row["unread"]
     if guest.memory is None:
         unread.append(f"How much memory {command.name} starts with is not on its command line, or not understood.")

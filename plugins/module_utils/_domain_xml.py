@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ._accounting import EACH, IOMMUFD, LEGACY, NO_VIOMMU, UNLIMITED, USER, VDPA, Device
 from ._errors import IommufdError
 from ._foreign import number, parse_answer, parse_xml, shown_text
+from ._qemu import added_memory, memory_of_device
 from ._size import SIZE_MAX, parse_size, whole
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ class Defined(NamedTuple):
     where that cannot be told. `user`: who it is to run as, None where it does not say so. `fdgroup`: the name under
     which libvirt expects the iommufd, None where it is given none. `emulator`: the path of its program, None where
     libvirt chooses. `addresses`: those of the PCI devices that are had by iommufd. `vdpa_nodes`: the paths of the
-    vDPA devices, "" where libvirt chooses.
+    vDPA devices, "" where libvirt chooses. `of_devices`: what emulated devices have of memory of their own, which the
+    guest may turn on, at most; None where that is not known.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Defined(NamedTuple):
     elastic: int = 0
     addresses: tuple[str, ...] = ()
     vdpa_nodes: tuple[str, ...] = ()
+    of_devices: int | None = 0
 
 
 class Described(NamedTuple):
@@ -158,6 +161,7 @@ def read_domain(root: Element) -> Described:
         elastic=_elastic(root, memory),
         addresses=tuple(filter(None, (_address(each) for each, _mdev, by in passed if by == "yes"))),
         vdpa_nodes=tuple(source.get("dev", "") for each in vdpa for source in each.iterfind("source")),
+        of_devices=_of_devices(root),
     )
     return Described(
         defined,
@@ -262,6 +266,43 @@ def _elastic(root: Element, memory: int) -> int:
     return min(sum(whole(size, 256 * _MIB) for size in _modules(others)), memory)
 
 
+def _of_devices(root: Element) -> int | None:
+    """What emulated devices have of memory of their own, which libvirt does not count."""
+    displays = [each.attrib for each in root.iterfind("devices/video/model")]
+    sizes = [_shared(each) for each in root.iterfind("devices/shmem")]
+    sizes += [memory_of_device(_display(each), {}) for each in displays if each.get("type") not in ("none", "ramfb")]
+    sizes.append(added_memory([_bytes_of(each) for each in _arguments(root)]))
+    # What is changed of a device is taken for one more.
+    changed = {
+        _bytes_of(each.get("name", "")): _bytes_of(each.get("value", ""))
+        for each in root.iterfind("/".join(_QEMU + each for each in ("override", "device", "frontend", "property")))
+    }
+    sizes += [memory_of_device({**changed, b"driver": each}, {}) for each in (b"VGA", b"qxl") if changed]
+    known = [each for each in sizes if each is not None]
+    return min(sum(known), SIZE_MAX) if len(known) == len(sizes) else None
+
+
+def _shared(shmem: Element) -> int | None:
+    """The size of memory that is shared with others. A server has its own idea of it."""
+    if shmem.find("server") is not None:
+        return None
+    size = shmem.find("size")
+    return 4 * _MIB if size is None else _size(size.text or "", size.get("unit", "bytes"), "devices/shmem/size")
+
+
+def _bytes_of(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _display(model: Mapping[str, str]) -> dict[bytes, bytes]:
+    """A display in QEMU's words."""
+    qxl = model.get("type") == "qxl"
+    names = {"ram": b"ram_size", "vram": b"vram_size", "vram64": b"vram64_size", "vgamem": b"vgamem"}
+    names = names if qxl else {"vram": b"vgamem"}
+    sizes = {key: _bytes_of(f"{model[name]}k") for name, key in names.items() if model.get(name, "0") != "0"}
+    return {b"driver": b"qxl" if qxl else b"VGA", **sizes}
+
+
 def _address(device: Element) -> str | None:
     found = device.find("source/address")
     # That of an mdev is a UUID.
@@ -316,7 +357,12 @@ def _viommu(root: Element, commandline: Commandline, passed: list[Element]) -> s
         return None
     if not (found or commandline.viommu):
         return NO_VIOMMU
-    return None if _share_a_bridge(root, passed) else EACH
+    return None if _may_share(passed) or _share_a_bridge(root, passed) else EACH
+
+
+def _may_share(passed: list[Element]) -> bool:
+    """Whether libvirt has still to choose where some of several are: it may put them behind one bridge."""
+    return len(passed) > 1 and any(each.find("address[@type='pci']") is None for each in passed)
 
 
 def _share_a_bridge(root: Element, passed: list[Element]) -> bool:
@@ -360,9 +406,13 @@ def properties(text: str, implied: str) -> dict[str, Any]:
     return {key: value if equals else "on" for key, equals, value in pairs}
 
 
+def _arguments(root: Element) -> list[str]:
+    return [each.get("value", "") for each in root.iterfind(f"{_QEMU}commandline/{_QEMU}arg")]
+
+
 def _commandline(root: Element) -> Commandline:
     """What the arguments say that the XML has for QEMU, of which libvirt knows nothing."""
-    arguments = [each.get("value", "") for each in root.iterfind(f"{_QEMU}commandline/{_QEMU}arg")]
+    arguments = _arguments(root)
     if len(arguments) > _ARGUMENTS_MAX:
         raise IommufdError(f"it has more than {_ARGUMENTS_MAX} arguments for QEMU")
     overridden = root.find(f"{_QEMU}override") is not None

@@ -11,14 +11,22 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Callable, NamedTuple, Optional
 
 from ._errors import IommufdError
 from ._foreign import parse_answer
 from ._size import SIZE_MAX, whole
 
-__all__ = ("RAM_UNIT", "Guest", "guest_name", "is_session_domain", "look_at_guest")
+__all__ = (
+    "RAM_UNIT",
+    "Guest",
+    "added_memory",
+    "guest_name",
+    "is_session_domain",
+    "look_at_guest",
+    "memory_of_device",
+)
 
 # QEMU rounds -m up to a multiple of so many bytes: see machine_set_mem() in its hw/core/machine.c.
 RAM_UNIT = 8192
@@ -39,10 +47,21 @@ _GROUPS = {
     b"object": (b"object", b"qom-type"),
     b"overcommit": (b"overcommit", b""),
     b"realtime": (b"realtime", b""),
+    b"vga": (b"device", b"driver"),
 }
 _LOCKING = (b"overcommit", b"realtime")
 # Devices whose memory changes as the guest runs, or is not all that their backend has.
 _OTHER_MEMORY = (b"nvdimm", b"virtio-mem", b"virtio-pmem")
+# What -vga stands for, and displays with the MiB of memory that each has by itself.
+_VGA = {b"std": b"VGA", b"cirrus": b"cirrus-vga", b"vmware": b"vmware-svga", b"virtio": b"virtio-vga", b"qxl": b"qxl"}
+_DISPLAYS = {
+    **dict.fromkeys((b"VGA", b"secondary-vga", b"isa-vga", b"bochs-display", b"vmware-svga", b"ati-vga"), 16),
+    **dict.fromkeys((b"virtio-vga", b"virtio-vga-gl", b"virtio-vga-rutabaga", b"vhost-user-vga"), 8),
+    **dict.fromkeys((b"cirrus-vga", b"isa-cirrus-vga"), 4),
+}
+_OF_QXL = 64
+# Properties of other devices with memory that the guest may turn on.
+_OWN = (b"hostmem", b"cache-size", b"membar")
 # How many files for -readconfig are looked at. One is what there is.
 _FILES_MAX = 8
 # [group] or [group "id"], and key = "value"
@@ -60,6 +79,7 @@ class Guest(NamedTuple):
     `changes_user`: whether the VMM becomes another user once it has its devices. `pluggable`: whether memory can be
     plugged, or unplugged, as the guest runs. `memory_max`: the most that it may have then, where that is said.
     `updatable`: whether another process could take it over (cpr-transfer).
+    `of_devices`: what emulated devices have of their own, which the guest may turn on; None where that is unknown.
     """
 
     memory: int | None = None
@@ -68,6 +88,7 @@ class Guest(NamedTuple):
     pluggable: bool | None = None
     memory_max: int | None = None
     updatable: bool = False
+    of_devices: int | None = None
 
 
 def _split(text: bytes, implied: bytes) -> Properties:
@@ -109,7 +130,10 @@ def look_at_guest(program: bytes, arguments: list[bytes], read: Read) -> Guest:
         return _of_qemu(arguments, read) if arguments else Guest()
     if name.startswith(b"cloud-hypervisor"):
         memory = _memory_of_cloud_hypervisor(arguments)
-        return Guest(memory, pluggable=None if memory is None else b"hotplug_" in b" ".join(arguments))
+        pluggable = None if memory is None else b"hotplug_" in b" ".join(arguments)
+        # How much of these it maps was not looked at.
+        others = any(each.startswith((b"--pmem", b"--ivshmem", b"--fs")) for each in arguments)
+        return Guest(memory, pluggable=pluggable, of_devices=None if others else 0)
     return Guest()
 
 
@@ -135,9 +159,87 @@ def _of_qemu(arguments: list[bytes], read: Read) -> Guest:
                 settings[group if group not in _LOCKING else b""].append(found)
     memory = None if lacks else _memory(settings)
     pluggable = None if memory is None else _is_pluggable(settings)
+    words = {each.lstrip(b"-") for each in arguments if each[:1] == b"-"}
+    # It has one of its own accord.
+    if not words & {b"nodefaults", b"vga"}:
+        settings[b"device"].append({b"driver": b"VGA"})
+    of_devices = None if lacks or b"set" in words else _of_devices(settings, arguments, (b"pc-dimm", *_OTHER_MEMORY))
     updatable = any(_BOOLEANS.get(each.get(b"aux-ram-share", b"")) for each in settings.get(b"machine", []))
     locks = _locks(settings, lacks or lacks_locks)
-    return Guest(memory, locks, changes_user, pluggable, _memory_max(settings), updatable)
+    return Guest(memory, locks, changes_user, pluggable, _memory_max(settings), updatable, of_devices)
+
+
+def added_memory(arguments: list[bytes]) -> int | None:
+    """What devices have of memory, be it the guest's or their own, that are added by arguments of QEMU's."""
+    settings: defaultdict[bytes, list[Properties]] = defaultdict(list)
+    for option, value in _options(arguments):
+        if option in _GROUPS:
+            group, implied = _GROUPS[option]
+            settings[group].append(_from_json(value) if value[:1] == b"{" else _split(value, implied))
+    unread = {b"-set", b"--set", b"-readconfig", b"--readconfig"}.intersection(arguments)
+    return None if unread else _of_devices(settings, arguments, ())
+
+
+def _of_devices(
+    settings: dict[bytes, list[Properties]], arguments: list[bytes], apart: tuple[bytes, ...]
+) -> int | None:
+    """What devices have of memory, but for those `apart`."""
+    backends = {each[b"id"]: each.get(b"size", b"") for each in settings.get(b"object", []) if _is_memory(each)}
+    # driver.property=value
+    of_all: defaultdict[bytes, Properties] = defaultdict(dict)
+    for option, value in _options(arguments):
+        driver, dot, setting = value.partition(b".")
+        if option == b"global" and dot:
+            of_all[driver].update(_split(setting, b""))
+    sizes = []
+    for each in settings.get(b"device", []):
+        driver = _VGA.get(each.get(b"driver", b""), each.get(b"driver", b""))
+        if not driver.startswith(apart):
+            sizes.append(memory_of_device({**of_all[driver], **each, b"driver": driver}, backends))
+    known = [each for each in sizes if each is not None]
+    return sum(known) if len(known) == len(sizes) and sum(known) <= SIZE_MAX else None
+
+
+def _is_memory(found: Properties) -> bool:
+    return found.get(b"qom-type", b"").startswith(b"memory-backend-") and b"id" in found
+
+
+def memory_of_device(found: Properties, backends: Mapping[bytes, bytes]) -> int | None:
+    """What an emulated device has of memory that the guest may turn on, at most. `backends`: sizes, by their names.
+
+    VFIO maps that as it maps the guest's memory. See hw/display, hw/misc/ivshmem-pci.c and hw/nvme in QEMU's source.
+    """
+    driver = found[b"driver"]
+    named = [value for key, value in found.items() if key != b"id" and (key.endswith(b"memdev") or value in backends)]
+    # Of another one, who serves it says how much there is.
+    if driver.startswith(b"ivshmem") and not named:
+        return None
+    sizes = [_size(backends.get(each, b""), b"b") for each in named]
+    sizes += [_of_property(found, each, b"b", 0) for each in _OWN]
+    if driver.startswith(b"qxl"):
+        ram, vram = (_of_display(found, each, _OF_QXL) for each in (b"ram_size", b"vram_size"))
+        vram64, screen = (_of_display(found, each, 0) for each in (b"vram64_size", b"vgamem"))
+        if ram is None or vram is None or vram64 is None or screen is None:
+            return None
+        # The larger one has both addresses.
+        sizes += [max(ram, 2 * screen), vram, vram64 if vram64 > vram else 0]
+    elif driver in _DISPLAYS:
+        sizes.append(_of_display(found, b"vgamem", _DISPLAYS[driver]))
+    known = [each for each in sizes if each is not None]
+    return sum(known) if len(known) == len(sizes) else None
+
+
+def _of_display(found: Properties, name: bytes, default: int) -> int | None:
+    """A size of a display's, in MiB by `default`, which QEMU rounds up to a power of two."""
+    size = _of_property(found, name, b"b", default * 2**20)
+    size = _of_property(found, name + b"_mb", b"m", size)
+    return None if size is None else 1 << (size - 1).bit_length() if size else 0
+
+
+def _of_property(found: Properties, name: bytes, unit: bytes, default: int | None) -> int | None:
+    if name not in found:
+        return default
+    return 0 if found[name] == b"0" else _size(found[name], unit)
 
 
 def _from_json(text: bytes) -> Properties:

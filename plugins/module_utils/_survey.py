@@ -139,10 +139,10 @@ class HeldIommufd(NamedTuple):
 class Holder(NamedTuple):
     """A process that holds what memory is pinned by, or, with `iommufds` None, may: it does not let this caller look.
 
-    `name`, `memory_bytes`, `memory_pluggable`, `locks_memory`, `changes_user`, `session` and `updatable` are what its
-    command line says, and `program` the path of its program, None where that is unknown. Paths and names are decoded
-    as file names are. `devices` are the device nodes that it has open, by descriptor: those that were asked for, and
-    legacy containers. `more`: it has iommufds, or descriptors, that were not looked at. `memory_max`: as
+    `name`, `memory_bytes`, `memory_pluggable`, `of_devices`, `locks_memory`, `changes_user`, `session` and `updatable`
+    are what its command line says, and `program` the path of its program, None where that is unknown. Paths and names
+    are decoded as file names are. `devices` are the device nodes that it has open, by descriptor: those that were asked
+    for, and legacy containers. `more`: it has iommufds, or descriptors, that were not looked at. `memory_max`: as
     read_memory_max has it.
     """
 
@@ -158,6 +158,7 @@ class Holder(NamedTuple):
     name: str | None
     memory_bytes: int | None
     memory_pluggable: bool | None
+    of_devices: int | None
     locks_memory: bool | None
     changes_user: bool
     session: bool
@@ -723,6 +724,7 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
         name=None if name is None else _shortened(os.fsdecode(name)),
         memory_bytes=guest.memory,
         memory_pluggable=guest.pluggable,
+        of_devices=guest.of_devices,
         locks_memory=guest.locks,
         changes_user=guest.changes_user,
         session=is_session_domain(arguments),

@@ -651,6 +651,14 @@ processes:
         - V(null) where RV(processes[].memory_bytes) is.
       type: bool
       sample: false
+    of_devices_bytes:
+      description:
+        - What its emulated devices have of memory of their own at most, by its command line, such as video memory and
+          memory that is shared. It is pinned beside RV(processes[].memory_bytes) once the guest has turned the device
+          on.
+        - V(null) where that is unknown, as of an C(ivshmem-doorbell).
+      type: int
+      sample: 16777216
     locks_memory:
       description:
         - Whether QEMU's command line has it lock its memory itself, by C(-overcommit mem-lock=on) or C(-realtime
@@ -1076,6 +1084,13 @@ defined:
         - V(null) where its definition cannot be read.
       type: int
       sample: 0
+    of_devices_bytes:
+      description:
+        - What its emulated devices have of memory of their own at most, as C(<video>) and C(<shmem>) do. It may be
+          pinned beside RV(defined[].memory_bytes).
+        - V(null) where that is unknown, as of a C(<shmem>) with a server.
+      type: int
+      sample: 16777216
     hugepages:
       description: Whether its memory is in huge pages; V(null) where that is unknown.
       type: bool
@@ -1511,6 +1526,7 @@ def process_row(
         "initial_user_namespace": holder.initial,
         "memory_bytes": holder.memory_bytes,
         "memory_pluggable": holder.memory_pluggable,
+        "of_devices_bytes": holder.of_devices,
         "locks_memory": holder.locks_memory,
         "pinned_bytes": status.pinned_bytes,
         "locked_bytes": status.locked_bytes,

@@ -64,6 +64,7 @@ __all__ = (
     "STARTS",
     "Case",
     "at_best",
+    "beyond_at_most",
     "doubted",
     "judge",
     "kernels",
@@ -78,6 +79,9 @@ __all__ = (
 
 # The smallest and the largest page that a Linux host with iommufd has.
 PAGES = (2**12, 2**16)
+
+# What there is beside the memory and that of emulated devices: firmware, ROMs and tables, with room.
+FIRMWARE = 2**28
 
 # How many pins may be counted out for one answer, some dozen times: some seconds.
 COUNTED_MAX = 2**14
@@ -308,15 +312,23 @@ def _beyond(info: Info, asked: Asked, vm: Vm) -> tuple[Vm, str]:
     if asked.overhead is not None:
         beyond = exactly(-(-asked.overhead // times))
         pins += f" and {human_size(asked.overhead)} beyond that" if asked.overhead else ""
-    elif shown * times > GIB:
-        beyond = Span(0, shown)
-        pins += f" and up to {human_size(shown * times)} beyond that, as running VMs do"
+    elif asked.of_devices is None:
+        beyond = UNKNOWN
+        pins += " and what its emulated devices have of memory of their own, which is not known"
     else:
-        beyond = Span(0, GIB // times)
-        pins += f" and up to {human_size(GIB)} beyond that, which is what libvirt allows for"
+        allowed = beyond_at_most(asked.of_devices, times)
+        beyond = Span(0, max(allowed, shown))
+        why = "which is what libvirt allows for" if allowed * times <= GIB else "with what its emulated devices have"
+        why = "as running VMs do" if shown > allowed else why
+        pins += f" and up to {human_size(max(beyond.most * times, GIB))} beyond that, {why}"
     return vm._replace(
         beyond=beyond
     ), f"The VM pins {pins}." if vm.devices else "The VM has no device that pins memory."
+
+
+def beyond_at_most(of_devices: int, times: int = 1) -> int:
+    """What a VM pins beyond its memory in each of so many address spaces, with so much memory of emulated devices."""
+    return max(GIB // times, of_devices + FIRMWARE // times if of_devices else 0)
 
 
 def _measured(info: Info) -> int:
@@ -342,7 +354,8 @@ def _locked(asked: Asked, vm: Vm) -> Span:
     if most in (0, UNLIMITED):
         return Span(min(least, vm.memory.least), most)
     # mlockall() compares huge pages, too, which are not in VmLck then.
-    return Span(least, most + moment(vm.beyond.most) + (vm.memory.most if least < vm.memory.most else 0))
+    most += moment(vm.beyond.most) + (vm.memory.most if least < vm.memory.most else 0)
+    return Span(least, min(most, UNLIMITED))
 
 
 def _is_of_manager(info: Info, owner: Owner, starter: str | None) -> bool:

@@ -120,6 +120,7 @@ class _Fields:
         self.pid = member(row, "pid", or_none(number))
         self.memory = member(row, "memory_bytes", _size)
         self.elastic = member(row, "elastic_bytes", _size) or 0
+        self.of_devices = member(row, "of_devices_bytes", _size)
         self.devices: tuple[Device, ...] = member(row, "devices", _devices)
         self.viommu = member(row, "viommu", or_none(one_of(NO_VIOMMU, EACH, NESTED)))
         self.counted = member(row, "libvirt_counts", _size)
@@ -183,6 +184,7 @@ def _of_domain(row: _Fields) -> Asked:
         fdgroup=row.fdgroup,
         emulator=row.emulator,
         elastic=min(row.elastic, row.memory or 0),
+        of_devices=row.of_devices,
     )
     asked = asked_of(
         **dict.fromkeys(("memory", "viommu", "overhead", "locked", "devices", "grow", "cap_ipc_lock")),
@@ -217,6 +219,7 @@ def _of_unit(row: _Fields, emulators: Mapping[str, Mapping[str, Any]]) -> Asked:
         capable=its_file if row.capable is None else row.capable,
         starter=OTHER,
         emulator=row.emulator,
+        of_devices=row.of_devices,
     )
 
 

@@ -107,6 +107,7 @@ class Asked(NamedTuple):
     XML. `grow`: the VM that this is about, if it runs already. `live_update`: whether that, or this one once it runs,
     is to be taken over by another process. `capable`: whether the VMM has CAP_IPC_LOCK. Of a VM that is defined on the
     host, which memlock_forecast asks about, `starter` is who starts it, and `emulator` the path of a unit's VMM.
+    `of_devices`: what emulated devices have of memory of their own, as in Defined.
     """
 
     memory: int | None
@@ -126,6 +127,7 @@ class Asked(NamedTuple):
     capable: bool | None
     starter: str | None = None
     emulator: str | None = None
+    of_devices: int | None = 0
 
 
 def checked(info: Any) -> Info:
@@ -243,6 +245,7 @@ def asked_of(
         grow=growth,
         live_update=_boolean("live_update", live_update),
         capable=None if cap_ipc_lock is None else _boolean("cap_ipc_lock", cap_ipc_lock),
+        of_devices=0 if domain is None else domain.of_devices,
     )
 
 

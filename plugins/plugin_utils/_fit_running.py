@@ -28,7 +28,20 @@ from ..module_utils._accounting import (
 )
 from ..module_utils._errors import IommufdError
 from ..module_utils._size import human_size
-from ._fit_case import FILE_BACKED, GROUP, ROOM, SIGHT, Case, doubted, judge, kernels, ordered, plus, spaces
+from ._fit_case import (
+    FILE_BACKED,
+    GROUP,
+    ROOM,
+    SIGHT,
+    Case,
+    beyond_at_most,
+    doubted,
+    judge,
+    kernels,
+    ordered,
+    plus,
+    spaces,
+)
 from ._fit_host import GIB, OTHER, SYSTEM, Accounting, Limit, capability_of, prerequisites
 from ._fit_input import THE_IOMMUFD, Asked, Growth, Info, owner_of
 from ._fit_qemu import MOMENT, QEMU, Clash, clash, moment
@@ -47,6 +60,9 @@ def prlimit(row: Mapping[str, Any], enough: int) -> str:
     """The command that gives it one that is enough. A hard limit that is high enough is left as it is."""
     roomy = row.get("memlock_hard_unlimited") or (row.get("memlock_hard_bytes") or 0) >= enough
     return f"prlimit --pid {row['pid']} --memlock={enough}:{'' if roomy else enough}"
+
+# More than what the firmware and the ROMs of a VM have for themselves, so that no device's memory is taken for theirs.
+FIRMWARE_MAX = 2**24
 
 
 def _find(info: Info, name: str) -> Mapping[str, Any]:
@@ -107,8 +123,12 @@ def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | 
         raise IommufdError("grow: what is it to get? Give memory or devices, or live_update.")
     told = judge(info, tuple(steps))
     size = asked.memory or row["memory_bytes"]
-    hidden = grow.memory and size and _may_have_more(row, vm.devices, size + (asked.overhead or 0))
-    if hidden and asked.memory is not None and told.fits is not False and not _is_free(told, limit):
+    hidden = (
+        grow.memory and size and _may_have_more(row, vm.devices, size + (asked.overhead or 0), _its_own(asked, row))
+    )
+    # Of what its devices have nothing is known until that is said, too.
+    beyond = asked.overhead is None and row.get("of_devices_bytes") is None
+    if hidden and not beyond and asked.memory is not None and told.fits is not False and not _is_free(told, limit):
         raise IommufdError(
             f"memory: {_name(row)} has more pinned than {human_size(asked.memory)} explain, in the address spaces that"
             " were seen: give all memory that it has now, with what was plugged, and overhead, if it pins much beside."
@@ -118,6 +138,7 @@ def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | 
     takes = grow.memory or asked.live_update or steps[-1].devices
     doubt = SIGHT if held is None else "memory" if hidden and not _is_free(told, limit) else by_qemu.question
     doubt = doubt or (_doubted_group(row, starter, once) if takes else None)
+    doubt = "beyond" if doubt == "memory" and beyond else doubt
     if held is None:
         told = told._replace(fits=None, question=SIGHT, counter=None, way=None)
     elif unsure and told.fits is not True:
@@ -146,7 +167,10 @@ def _taken_over(asked: Asked, row: Mapping[str, Any], vm: Vm, memory: int | None
 
 def _with_memory(asked: Asked, row: Mapping[str, Any], vm: Vm, memory: int) -> list[Vm]:
     """What becomes of it: a QEMU that locks its memory locks the new twice, before it has that pinned."""
-    plugged = vm._replace(memory=exactly(memory), locked=_locks(asked, row, exactly(memory)))
+    come = _to_come(asked, row, vm.devices, _memory(row, vm.devices) if asked.memory is None else asked.memory)
+    # What settles it is asked for.
+    size, beyond = (exactly(memory), come) if asked.overhead is None else (plus(exactly(memory), come), NOTHING)
+    plugged = vm._replace(memory=size, beyond=beyond, locked=_locks(asked, row, exactly(memory)))
     # As a multiple of its pages, of which huge ones have up to 1 GiB.
     twice = vm._replace(devices=(), locked=_locks(asked, row, exactly(2 * memory), GIB))
     return [twice, plugged] if twice.locked.most else [plugged]
@@ -156,6 +180,11 @@ def _with_devices(asked: Asked, grow: Growth, row: Mapping[str, Any], vm: Vm, me
     """The VM that gets devices, and whether what it pins for them is a guess."""
     new, viommu, unsure = _new_spaces(asked, grow, row, vm.devices)
     total, beyond = plus(_next_space(asked, row, vm.devices, memory), exactly(grow.memory)), NOTHING
+    times = spaces(vm._replace(devices=new, viommu=viommu))
+    if times and not grow.memory:
+        # What comes in the address spaces that it has is counted with the new.
+        come = _to_come(asked, row, vm.devices, memory)
+        total = plus(total, Span(*(-(-each * len(vm.devices) // times) for each in come)))
     if asked.overhead is None and memory is not None:
         # So it is asked for, where it decides.
         known = memory + grow.memory
@@ -255,16 +284,42 @@ def _next_space(asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...], 
     """What a process pins in one more address space: no less than in those that it has, which show what was plugged."""
     if memory is None:
         return UNKNOWN
-    told = Span(memory, memory + GIB) if asked.overhead is None else exactly(memory + asked.overhead)
-    seen = max((amount // spaces for amount, spaces in _counted(row, held)), default=0)
-    if _may_have_more(row, held, memory):
+    own = row.get("of_devices_bytes")
+    most = UNLIMITED if own is None else memory + beyond_at_most(own)
+    told = Span(memory, most) if asked.overhead is None else exactly(memory + asked.overhead)
+    seen = _seen(row, held)
+    later = plus(exactly(seen), _to_come(asked, row, held, memory))
+    if _may_have_more(row, held, memory, _its_own(asked, row)):
         return Span(told.least, max(told.most, seen))
     by_iommufd = {each.backend for each in held} == {IOMMUFD}
     if by_iommufd and seen >= memory and asked.overhead is None:
-        return exactly(seen)
+        return later
     # What it was started with may be gone since.
     less = by_iommufd and len(held) == 1 and seen < memory and asked.memory is None and not held[0].as_it_runs
-    return Span(seen if less else max(told.least, seen), max(told.most, seen))
+    return Span(seen if less else max(told.least, seen), max(told.most, later.most))
+
+
+def _to_come(asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...], memory: int | None) -> Span:
+    """What the guest may have pinned in each address space yet, by turning on devices with memory of their own."""
+    own, told = row.get("of_devices_bytes"), asked.overhead
+    most: int = min((each for each in (own, told) if each is not None), default=UNLIMITED)
+    if memory is None or (asked.memory is None and row["memory_pluggable"] is not False):
+        # What is pinned may be what was plugged.
+        return Span(0, most)
+    beyond = _seen(row, held) - memory
+    if told is not None:
+        return exactly(max(min(most, told - beyond), 0))
+    return NOTHING if beyond >= max(most, FIRMWARE_MAX) else Span(0, most)
+
+
+def _its_own(asked: Asked, row: Mapping[str, Any]) -> int:
+    """What may explain what it has pinned beside memory that was told: its devices' own."""
+    return 0 if asked.memory is None or asked.overhead is not None else row.get("of_devices_bytes") or 0
+
+
+def _seen(row: Mapping[str, Any], held: tuple[Device, ...]) -> int:
+    """What is pinned in one address space."""
+    return max((amount // spaces for amount, spaces in _counted(row, held)), default=0)
 
 
 def _counted(row: Mapping[str, Any], held: tuple[Device, ...]) -> list[tuple[int, int]]:
@@ -292,9 +347,12 @@ def _doubted_group(row: Mapping[str, Any], starter: str, once: int) -> str | Non
     return ROOM if most < once + OF_EMULATOR else None
 
 
-def _may_have_more(row: Mapping[str, Any], held: tuple[Device, ...], memory: int) -> bool:
-    """Whether so much is pinned that memory was plugged, or that there is an address space that was not found."""
-    return any(amount >= memory * (spaces + 1) for amount, spaces in _counted(row, held))
+def _may_have_more(row: Mapping[str, Any], held: tuple[Device, ...], memory: int, own: int = 0) -> bool:
+    """Whether so much is pinned that memory was plugged, or that there is an address space that was not found.
+
+    `own`: what devices may have of memory of their own in each.
+    """
+    return any(amount >= memory * (spaces + 1) + own * spaces for amount, spaces in _counted(row, held))
 
 
 def _after(vm: Vm, gets: Vm, info: Info) -> Vm:

@@ -42,7 +42,10 @@ _QUESTIONS = {
     ),
     "mode": "Which mode has its iommufd? Give accounting: user or process, or the mode of each in devices.",
     "legacy_by_iommufd": f"Does iommufd provide /dev/vfio/vfio on this host? {_AS_ROOT}",
-    "viommu": "Has the VM an IOMMU of its own, and is that a nested one? Give viommu: none, each or nested.",
+    "viommu": (
+        "Has the VM an IOMMU of its own, and is that a nested one? Give viommu: none, each or nested. Devices behind"
+        " one bridge of conventional PCI share an address space; so if all are, give none."
+    ),
     "limit": "Which RLIMIT_MEMLOCK will the VMM have? Give memlock.",
     "held_mm_locked": f"How much has the process locked already? {_AS_ROOT}",
     "held_mm_pinned": f"How much has the process pinned already? {_AS_ROOT}",

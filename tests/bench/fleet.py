@@ -36,6 +36,7 @@ SINCE: Row = {
     "emulator": "/usr/bin/qemu-system-x86_64",
     "locks_memory": False,
     "memory_pluggable": False,
+    "of_devices_bytes": 0,
     "backends": ["iommufd"],
     "holder": False,
     "legacy_containers": [],

@@ -280,6 +280,25 @@ def test_memory_of_an_emulated_device(log: Path, by_iommufd: list[str]) -> None:
     more = ["-object", f"memory-backend-memfd,id=shared,size={shared},share=on"]
     with Vm(log, "-m", "64", *by_iommufd, *more, "-device", "ivshmem-plain,memdev=shared") as vm:
         vm.wait_until_counted("VmPin", MEMORY + shared)
+        [row] = look(pids=[vm.process.pid])["processes"]
+        assert row["of_devices_bytes"] == shared
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_memory_of_an_emulated_device_beyond_the_limit(times: int, log: Path, by_iommufd: list[str]) -> None:
+    """It starts, and ends once the firmware has that mapped, which is done in each address space."""
+    shared = 32 * MIB
+    second = ["-object", "iommufd,id=second", "-device", f"vfio-pci,host={address(DEVICES[1])},iommufd=second"]
+    words = ["-m", "64", "-machine", "smm=off", "-object", f"memory-backend-memfd,id=shared,size={shared},share=on"]
+    words += [*by_iommufd, *second * (times - 1), "-device", "ivshmem-plain,memdev=shared"]
+    size = times * (MEMORY + MIB // 4 + shared)
+    with Vm(log, *words, limit=f"--memlock={size}") as vm:
+        vm.wait_until_counted("VmPin", size)
+        time.sleep(1)
+        assert vm.runs
+    with Vm(log, *words, limit=f"--memlock={size - PAGE}") as vm:
+        assert vm.process.wait(PATIENCE) != 0
+        assert re.search(r"DMA mapping failed, unable to continue", vm.said)
 
 
 @pytest.mark.parametrize("capable", [False, True])

@@ -67,6 +67,7 @@ def process(accounting: str | None, **fields: Any) -> Row:
         "initial_user_namespace": True,
         "memory_bytes": 67108864,
         "memory_pluggable": False,
+        "of_devices_bytes": 0,
         "locks_memory": False,
         "pinned_bytes": 67371008,
         "locked_bytes": 0,

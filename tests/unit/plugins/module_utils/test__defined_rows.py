@@ -76,6 +76,7 @@ def test_a_domain_with_everything() -> None:
         "memory_bytes": 8 * GIB,
         "memory_max_bytes": 64 * GIB,
         "elastic_bytes": 2 * GIB,
+        "of_devices_bytes": 0,
         "hugepages": True,
         "devices": [
             device("iommufd", "the domain's iommufd", address="0000:3b:02.7"),
@@ -152,8 +153,9 @@ def test_a_network_may_pass_a_device_through(passing: set[str] | None, is_known:
 
 
 def test_a_viommu() -> None:
-    assert domain(FULL.replace("<devices>", "<devices><iommu model='intel'/>"))["viommu"] == EACH
-    nested = domain(FULL.replace("<devices>", "<devices><iommu model='smmuv3'><driver accel='on'/></iommu>"))
+    placed = FULL.replace("</source>", "</source><address type='pci' bus='1'/>")
+    assert domain(placed.replace("<devices>", "<devices><iommu model='intel'/>"))["viommu"] == EACH
+    nested = domain(placed.replace("<devices>", "<devices><iommu model='smmuv3'><driver accel='on'/></iommu>"))
     assert nested["viommu"] is None
     assert "address space of its own" in nested["unread"][0]
 
@@ -248,6 +250,7 @@ def test_a_unit_with_everything() -> None:
         "memory_bytes": 8 * GIB,
         "memory_max_bytes": 32 * GIB,
         "elastic_bytes": 0,
+        "of_devices_bytes": 16 * 2**20,
         "hugepages": True,
         "devices": [
             device("iommufd", "i", accounting=USER, address="0000:01:00.0"),
@@ -456,3 +459,13 @@ def test_which_units_are_looked_at() -> None:
     assert may_start_vmm("{ path=/usr/bin/qemu-system-x86_64 ; argv[]=a }")
     assert may_start_vmm("{ path=/bin/sh ; argv[]=sh -c bind-vfio }")
     assert not may_start_vmm("{ path=/usr/sbin/sshd ; argv[]=sshd -D }")
+
+
+def test_memory_of_emulated_devices() -> None:
+    size = "<size unit='M'>64</size>"
+    shared = domain(PLAIN.replace("<devices/>", f"<devices><shmem name='s'>{size}</shmem></devices>"))
+    assert shared["of_devices_bytes"] == 64 * 2**20
+    served = domain(PLAIN.replace("<devices/>", "<devices><shmem name='s'><server/></shmem></devices>"))
+    assert (served["of_devices_bytes"], served["unread"]) == (None, [])
+    words = ("-nodefaults", "-object", "memory-backend-ram,id=m,size=64M", "-device", "ivshmem-plain,memdev=m")
+    assert unit((*BASIC, *OWN, *words))["of_devices_bytes"] == 64 * 2**20

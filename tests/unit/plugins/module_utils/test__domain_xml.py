@@ -323,3 +323,46 @@ def test_more_of_it_on_power() -> None:
 
 def test_the_nodes_of_vdpa_devices() -> None:
     assert read(VDPA_NET + HOSTDEV + VDPA_DISK).vdpa_nodes == ("/dev/vhost-vdpa-0",)
+
+
+@pytest.mark.parametrize(
+    ("devices", "arguments", "expected"),
+    [
+        ("", "", 0),
+        ("<shmem name='s'><size>1048576</size></shmem>", "", MIB),
+        ("<shmem name='s'/>", "", 4 * MIB),
+        ("<shmem name='s'><server path='/s'/></shmem>", "", None),
+        ("<video><model type='vga' vram='16384'/></video><video><model type='bochs'/></video>", "", 32 * MIB),
+        ("<video><model type='none'/></video>", "", 0),
+        ("<video><model type='qxl' ram='65536' vram='65536' vgamem='16384'/></video>", "", 128 * MIB),
+        ("<video><model type='qxl' ram='65536' vram='65536' vram64='262144' heads='4'/></video>", "", 384 * MIB),
+        ("<video><model type='vga' vram='much'/></video>", "", None),
+        ("<shmem name='s'/>", "-device VGA", 20 * MIB),
+        ("", "-object memory-backend-ram,id=m,size=1G -device pc-dimm,memdev=m", GIB),
+        ("", "-device ivshmem-doorbell,chardev=c", None),
+    ],
+)
+def test_memory_of_emulated_devices(devices: str, arguments: str, expected: int | None) -> None:
+    found = read(devices + HOSTDEV, arguments=arguments)
+    assert found.of_devices == expected
+    # libvirt does not count it.
+    assert reckoned_limit(found) == 2 * GIB
+
+
+def test_a_property_that_is_overridden() -> None:
+    its = "<qemu:property name='vgamem_mb' type='unsigned' value='1024'/>"
+    text = domain("<video><model type='vga'/></video>").replace(
+        "</domain>",
+        f"<qemu:override><qemu:device alias='video0'><qemu:frontend>{its}</qemu:frontend></qemu:device></qemu:override>"
+        "</domain>",
+    )
+    assert (parse_domain(text).of_devices or 0) >= GIB
+
+
+@pytest.mark.parametrize("placed", [0, 1, 2])
+def test_where_libvirt_has_still_to_place_devices(placed: int) -> None:
+    address = "<source/><address type='pci' bus='0x0a'/>"
+    devices = HOSTDEV.replace("<source/>", address) * placed + HOSTDEV * (2 - placed)
+    assert read(devices + "<iommu model='intel'/>").viommu == (EACH if placed == 2 else None)
+    assert read(devices).viommu == NO_VIOMMU
+    assert read(HOSTDEV + "<iommu model='intel'/>").viommu == EACH

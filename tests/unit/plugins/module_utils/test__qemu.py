@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._qemu import (
     Guest,
+    added_memory,
     guest_name,
     is_session_domain,
     look_at_guest,
@@ -309,3 +310,62 @@ def test_a_domain_of_a_users_session_is_known_by_its_folder() -> None:
     key = b'{"qom-type":"secret","file":"%s/domain-1-vm1/master-key.aes"}'
     assert is_session_domain([b"qemu", b"-object", key % b"/home/alice/.config/libvirt/qemu/lib"])
     assert not is_session_domain([b"qemu", b"-object", key % b"/var/lib/libvirt/qemu"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", 0),
+        ("-object memory-backend-file,id=s,size=256M -device ivshmem-plain,id=x,memdev=s", 256 * MIB),
+        ('-object {"qom-type":"memory-backend-ram","id":"s","size":65536} -device {"driver":"x","memdev":"s"}', 65536),
+        ("-object memory-backend-file,id=s,size=0x100 -device ivshmem-plain,memdev=s", None),
+        ("-device ivshmem-plain,memdev=s", None),
+        ("-device ivshmem-doorbell,chardev=c", None),
+        # What is not used is not mapped, and what is the guest's own counts as that.
+        ("-object memory-backend-ram,id=s,size=1G", 0),
+        ("-object memory-backend-ram,id=s,size=1G -device pc-dimm,memdev=s", 0),
+        ("-object memory-backend-file,id=s,size=1M -device nvme,pmrdev=s,serial=1", MIB),
+        ("-device VGA", 16 * MIB),
+        ("-vga std", 16 * MIB),
+        ("-vga none", 0),
+        ("-vga cirrus", 4 * MIB),
+        ("-device VGA,vgamem_mb=64", 64 * MIB),
+        ("-device VGA,vgamem_mb=65", 128 * MIB),
+        ("-global VGA.vgamem_mb=256 -vga std", 256 * MIB),
+        ("-global VGA.vgamem_mb=256", 0),
+        ("-device bochs-display,vgamem=33554432", 32 * MIB),
+        ("-device virtio-gpu-pci", 0),
+        ("-device virtio-gpu-gl-pci,hostmem=8G,blob=on", 8 * GIB),
+        ("-device vhost-user-fs-pci,chardev=c,tag=t", 0),
+        ("-device vhost-user-fs-pci,chardev=c,tag=t,cache-size=2G", 2 * GIB),
+        ("-device qxl-vga", 128 * MIB),
+        ("-vga qxl", 128 * MIB),
+        ("-device qxl-vga,ram_size=67108864,vram_size=33554432,vram64_size_mb=0,vgamem_mb=16", 96 * MIB),
+        ("-device qxl,ram_size_mb=1024,vram_size_mb=64,vram64_size_mb=2048,vgamem_mb=16", (1024 + 64 + 2048) * MIB),
+        ("-device qxl,vgamem_mb=256,vram_size_mb=64", (512 + 64) * MIB),
+        ("-device qxl,vgamem_mb=much", None),
+        ("-set device.video0.vgamem_mb=512", None),
+        ("-readconfig /etc/vm.cfg", None),
+    ],
+)
+def test_memory_of_emulated_devices(words: str, expected: int | None) -> None:
+    arguments = [b"qemu", b"-m", b"64", b"-nodefaults", *words.encode().split()]
+    assert look_at_guest(QEMU, arguments, nothing).of_devices == expected
+
+
+def test_a_display_of_its_own_accord() -> None:
+    assert look_at_guest(QEMU, [b"qemu", b"-m", b"64"], nothing).of_devices == 16 * MIB
+
+
+def test_what_arguments_add_counts_whatever_it_is() -> None:
+    """Those of a domain, whose memory is known by other means."""
+    words = "-object memory-backend-ram,id=s,size=1G -device pc-dimm,memdev=s -device VGA"
+    assert added_memory(words.encode().split()) == GIB + 16 * MIB
+    assert added_memory([]) == 0
+    assert added_memory([b"-readconfig", b"/etc/vm.cfg"]) is None
+
+
+@pytest.mark.parametrize(("words", "expected"), [("", 0), ("--pmem file=/x", None), ("--fs tag=t,socket=s", None)])
+def test_memory_of_devices_of_cloud_hypervisor(words: str, expected: int | None) -> None:
+    arguments = [b"ch", *f"--memory size=1G {words}".encode().split()]
+    assert look_at_guest(b"/usr/bin/cloud-hypervisor", arguments, nothing).of_devices == expected

@@ -85,6 +85,7 @@ def domain(devices: str = "", top: str = "", arguments: str = "") -> str:
 
 
 HOSTDEV = "<hostdev mode='subsystem' type='pci'><driver name='vfio' iommufd='yes'/></hostdev>"
+PLACED = HOSTDEV.replace("</hostdev>", "<address type='pci' bus='1'/></hostdev>")
 OLD_HOSTDEV = "<hostdev mode='subsystem' type='pci'/>"
 COMMANDLINE = "-object iommufd,id=i -device vfio-pci,iommufd=i"
 HARD_LIMIT = "<memtune><hard_limit unit='GiB'>3</hard_limit></memtune>"
@@ -922,7 +923,7 @@ DOMAINS = [
     (native(), HOSTDEV, {}, True, "process", 2 * GIB),
     (native(), HOSTDEV * 2 + "<iommu model='intel'/>", {}, True, "process", 3 * GIB),
     # libvirt does not see the vIOMMU, and gives a limit for one address space.
-    (native(), HOSTDEV * 3, {"arguments": "-device intel-iommu"}, False, "process", 2 * GIB),
+    (native(), PLACED * 3, {"arguments": "-device intel-iommu"}, False, "process", 2 * GIB),
     (native(), HOSTDEV * 3, {"arguments": "-device intel-iommu", "viommu": "nested"}, True, "process", 2 * GIB),
     # Nor does it count twice what counts twice.
     (native(), HOSTDEV + OLD_HOSTDEV, {"overhead": "8K"}, False, "process", 2 * GIB),
@@ -2228,7 +2229,7 @@ SMMU = "<iommu model='smmuv3'><driver accel='{}'/></iommu>"
 
 @pytest.mark.parametrize(("accel", "fits"), [("on", None), ("off", False)])
 def test_a_viommu_that_says_that_it_is_not_nested_is_none_that_may_be(accel: str, fits: bool | None) -> None:
-    answer = memlock_fit(idle(host=native()), domain_xml=domain(HOSTDEV * 4 + SMMU.format(accel), HARD_LIMIT))
+    answer = memlock_fit(idle(host=native()), domain_xml=domain(PLACED * 4 + SMMU.format(accel), HARD_LIMIT))
     assert answer["fits"] is fits
     # What is not known is not told as if it were.
     assert f"The VM pins {'up to ' if fits is None else ''}4 GiB (1 GiB in each of " in answer["reason"]
@@ -2264,3 +2265,113 @@ def test_the_file_of_the_hosts_emulator_gives_nothing_in_another_user_namespace(
     data = info(host=host(qemu=[emulator(True)]), processes=[runs], users=[of_vm()])
     answer = fit(data, who="vm", memlock="32M", devices=devices, **EXACT)
     assert answer["fits"] is fits
+
+
+@pytest.mark.parametrize(
+    ("devices", "arguments", "least"),
+    [
+        # libvirt's own limit is 2 GiB, 1 GiB of which is for what is beyond the memory.
+        ("<shmem name='s'><size unit='M'>1024</size></shmem>", "", 2 * GIB),
+        ("<shmem name='s'><model type='ivshmem-plain'/><size unit='G'>2</size></shmem>", "", 3 * GIB),
+        ("<shmem name='s'><size unit='M'>512</size></shmem>" * 2, "", 2 * GIB),
+        ("<video><model type='qxl' ram='1048576' vram='1048576' vgamem='16384'/></video>", "", 3 * GIB),
+        ("<video><model type='vga' vram='1048576'/></video>", "", 2 * GIB),
+        ("", "-object memory-backend-ram,id=m,size=1G -device ivshmem-plain,memdev=m", 2 * GIB),
+        ("", "-device qxl,ram_size_mb=1024", 2 * GIB),
+    ],
+)
+def test_what_emulated_devices_have_may_be_more_than_what_libvirt_allows_for(
+    devices: str, arguments: str, least: int
+) -> None:
+    xml = domain(HOSTDEV + devices, arguments=arguments)
+    answer = memlock_fit(idle(host=native()), domain_xml=xml)
+    # libvirt does not count it.
+    assert (answer["fits"], answer["limit"]) == (None, 2 * GIB)
+    assert answer["question"].startswith("How much does the VM pin beyond its memory? Give overhead.")
+    assert "with what its emulated devices have" in answer["reason"]
+    assert memlock_fit(idle(host=native()), domain_xml=xml, memlock=least)["fits"] is None
+    assert memlock_fit(idle(host=native()), domain_xml=xml, memlock=least + 2 * GIB)["fits"] is True
+    assert memlock_fit(idle(host=native()), domain_xml=xml, overhead=least - GIB + 256 * 1024)["fits"] is False
+
+
+def test_little_of_emulated_devices_is_within_what_libvirt_allows_for() -> None:
+    devices = "<shmem name='s'><size unit='M'>512</size></shmem><video><model type='vga' vram='16384'/></video>"
+    assert memlock_fit(idle(host=native()), domain_xml=domain(HOSTDEV + devices))["fits"] is True
+
+
+def test_memory_whose_size_a_server_tells_is_asked_for() -> None:
+    xml = domain(HOSTDEV + "<shmem name='s'><model type='ivshmem-doorbell'/><server path='/s'/></shmem>")
+    answer = memlock_fit(idle(host=native()), domain_xml=xml)
+    assert answer["fits"] is None
+    assert answer["question"] == "How much does the VM pin beyond its memory? Give overhead."
+    assert "which is not known" in answer["reason"]
+    assert memlock_fit(idle(host=native()), domain_xml=xml, overhead="256M")["fits"] is True
+    # Where nothing is locked for it, it does not matter.
+    assert memlock_fit(idle(host=native()), domain_xml=xml, memlock="unlimited")["fits"] is True
+
+
+def test_devices_that_libvirt_has_still_to_place_may_share_an_address_space() -> None:
+    """It puts devices of conventional PCI behind one bridge, and other ones at ports of their own."""
+    limit = "<memtune><hard_limit unit='GiB'>1.9</hard_limit></memtune>".replace("GiB'>1.9", "MiB'>2047")
+    for device, fits in ((HOSTDEV, None), (PLACED, False)):
+        xml = domain(device * 2 + "<iommu model='intel'/>", limit)
+        assert memlock_fit(idle(host=native()), domain_xml=xml, overhead="256K")["fits"] is fits
+    # One has its own, wherever it is.
+    xml = domain(HOSTDEV + "<iommu model='intel'/>", HARD_LIMIT)
+    assert memlock_fit(idle(host=native()), domain_xml=xml, overhead="256K")["fits"] is True
+
+
+# A VM that has pinned its memory and its firmware, and has a device with memory that its guest has not turned on.
+SHARES = {"of_devices_bytes": 256 * MIB, "memlock_bytes": 2 * PINNED}
+SECOND = {"devices": [{"backend": "iommufd", "iommufd": "second", "mode": "process"}]}
+
+
+@pytest.mark.parametrize(
+    ("running", "given", "fits"),
+    [
+        ({}, {"memlock": 2 * PINNED}, None),
+        ({}, {"memlock": 2 * (PINNED + 256 * MIB)}, True),
+        ({}, {"memlock": 2 * (PINNED + 256 * MIB) - 4096}, None),
+        ({}, {"memlock": 2 * PINNED - 4096}, False),
+        ({}, {"memlock": 2 * (PINNED + 256 * MIB), "overhead": PINNED + 192 * MIB}, True),
+        ({}, {"memlock": 2 * (PINNED + 256 * MIB) - 4096, "overhead": PINNED + 192 * MIB}, False),
+        # Firmware may have as much as a small device.
+        ({"of_devices_bytes": MIB, "pinned_bytes": 65 * MIB}, {"memlock": 130 * MIB}, None),
+        ({"of_devices_bytes": MIB, "pinned_bytes": 65 * MIB}, {"memlock": 132 * MIB}, True),
+        ({"of_devices_bytes": 0}, {"memlock": 2 * PINNED}, True),
+        ({"of_devices_bytes": None}, {"memlock": "100G"}, None),
+        ({"of_devices_bytes": None}, {"memlock": 2 * PINNED, "overhead": PINNED - 64 * MIB}, True),
+        # It is turned on.
+        ({"pinned_bytes": PINNED + 16 * MIB, "of_devices_bytes": 16 * MIB}, {"memlock": 2 * PINNED + 32 * MIB}, True),
+    ],
+)
+def test_what_a_running_vm_may_still_have_pinned(running: Row, given: Row, fits: bool | None) -> None:
+    its = process(domain=None, domain_uri=None, iommufds=iommufds(1, mode="process"), **{**SHARES, **running})
+    its["locked_bytes"] = its["pinned_bytes"]
+    answer = memlock_fit(
+        info(processes=[its]), grow={"vm": "vm1", **SECOND}, **{"viommu": "none", "locked": 0, **given}
+    )
+    assert answer["fits"] is fits
+    if fits is None:
+        assert answer["question"].startswith("How much does the VM pin beyond its memory? Give overhead.")
+
+
+def test_memory_that_a_guest_shares_explains_what_is_pinned() -> None:
+    """Once it is said how much memory the VM has: it may have been plugged as well."""
+    its = process(memory_pluggable=True, of_devices_bytes=128 * MIB, pinned_bytes=PINNED + 128 * MIB)
+    data = info(processes=[its], users=[user(charged_bytes=PINNED + 128 * MIB)])
+    given = {"grow": {"vm": "vm1", "memory": "32M"}, "locked": 0}
+    limit = PINNED + (128 + 32) * MIB
+    asked = memlock_fit(data, **given, memlock=limit)
+    assert (asked["fits"], asked["question"].split("?")[0]) == (None, "How much memory has the VM now")
+    assert memlock_fit(data, **given, memlock=limit, memory="64M")["fits"] is True
+    assert memlock_fit(data, **given, memlock=limit - 4096, memory="64M")["fits"] is False
+    # If it was plugged, what the guest shares may still come.
+    assert memlock_fit(data, **given, memlock=limit, memory="192M")["fits"] is None
+    assert memlock_fit(data, **given, memlock=limit + 128 * MIB, memory="192M")["fits"] is True
+    # What is served by another process has any size.
+    its["of_devices_bytes"] = None
+    asked = memlock_fit(data, **given, memlock=limit)
+    assert asked["question"] == "How much does the VM pin beyond its memory? Give overhead."
+    settled = memlock_fit(data, **given, memlock=limit, memory="64M", overhead=128 * MIB + 256 * 1024)
+    assert settled["fits"] is True

@@ -26,6 +26,7 @@ def vm(*modes: str | None, settable: bool = False, **fields: Any) -> Row:
         "initial_user_namespace": True,
         "memory_bytes": 64 * MIB,
         "memory_pluggable": False,
+        "of_devices_bytes": 0,
         "locks_memory": False,
         "backends": ["iommufd"],
         "iommufds": [{"rlimit_mode": mode, "settable": settable} for mode in modes or ("user",)],

@@ -44,6 +44,7 @@ def process(**fields: Any) -> Row:
         "initial_user_namespace": True,
         "memory_bytes": 64 * MIB,
         "memory_pluggable": False,
+        "of_devices_bytes": 0,
         "locks_memory": False,
         "backends": ["iommufd"],
         "iommufds": [{"rlimit_mode": "user", "settable": False}],
