@@ -29,6 +29,14 @@ options:
         V(users), as by default. What a result lacks is unknown.
     type: dict
     required: true
+  forecast:
+    description:
+      - Whether to tell, too, which of the VMs that are defined on each host would start, now and after a reboot, as
+        P(virt.iommufd.memlock_forecast#filter) does.
+      - The results must have V(host), V(processes), V(users) and V(defined) for that. Of a host whose result lacks one
+        of these, the report says so.
+    type: bool
+    default: false
 notes:
   - In the text, everything but printable ASCII is escaped, so that no name of a VM can fool a terminal. A text that is
     too long for its column ends with C(...). The data holds it in full.
@@ -38,6 +46,9 @@ seealso:
   - plugin: virt.iommufd.memlock_fit
     plugin_type: filter
     description: Predicts whether a VM would start or could grow on one host.
+  - plugin: virt.iommufd.memlock_forecast
+    plugin_type: filter
+    description: Predicts which VMs of one host would start.
 """
 
 EXAMPLES = r"""
@@ -204,10 +215,41 @@ _value:
           description: The same in a few words.
           type: str
           sample: "3 VMs, 2 at risk: vm1, vm2; 1 not limited"
+        forecast:
+          description: Which of the VMs that are defined there would start. Only with O(forecast).
+          type: dict
+          contains:
+            msg:
+              description: Why that is not known; empty if it is.
+              type: str
+              sample: ""
+            vms:
+              description:
+                - C(vm), C(kind), C(manager), C(user), C(running), C(autostart), C(now) and C(reboot) of each, as in
+                  RV(virt.iommufd.memlock_forecast#filter:_value.vms).
+              type: list
+              elements: dict
+            now:
+              description: >-
+                How many would start now, as in RV(virt.iommufd.memlock_forecast#filter:_value.now). V(null) if unknown.
+              type: dict
+            reboot:
+              description: >-
+                The same after a reboot, as in RV(virt.iommufd.memlock_forecast#filter:_value.reboot).
+              type: dict
+            trouble:
+              description: Whether one would not start or need not, or whether that is not known.
+              type: bool
+              sample: true
+            summary:
+              description: The same in a few words.
+              type: str
+              sample: 3 of 7 VMs would not come back after a reboot
     lines:
       description:
         - The report as text, no line longer than 72 characters. First it has a table for each host, and below that what
-          to do, what is uncertain, and what the host lacks. RV(_value.end) follows.
+          to do, what is uncertain, and what the host lacks. With O(forecast), a table of the VMs that are defined
+          there follows. RV(_value.end) is the end.
       type: list
       elements: str
       sample:
@@ -228,6 +270,8 @@ _value:
       description:
         - The end of it, which fits a screen of 24 lines for any number of hosts. It counts the hosts by their verdicts,
           has a line for each of the worst, and counts the rest. Then it tells what to do for most VMs.
+        - With O(forecast), it also tells how many VMs would not come back after a reboot, of all hosts, and of each of
+          the worst that has something to tell.
       type: list
       elements: str
       sample:

@@ -14,6 +14,7 @@ Sizes are bytes. CAP_IPC_LOCK counts where it is effective in the initial user n
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import permutations, product
 from typing import Any, NamedTuple
 
@@ -281,7 +282,7 @@ def way(name: str, kernel: Kernel) -> Way:
 def added(counters: Counters, pin: Pin, capable: bool) -> Counters:
     """What the counters hold after a pin that succeeds."""
     adds = pin.way.adds_with if capable else pin.way.adds
-    return counters._replace(**{name: getattr(counters, name) + pin.size for name in adds})
+    return Counters(*[held + pin.size if name in adds else held for name, held in zip(Counters._fields, counters)])
 
 
 def least_limit(counters: Counters, pin: Pin, capable: bool) -> int | None:
@@ -399,20 +400,23 @@ def _worlds(unknown: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
 
 def _settled(vm: Vm, kernel: Kernel, answers: dict[str, Any]) -> tuple[Vm, Kernel, bool]:
     """The VM and the kernel with answers to all that was not known, and whether devices pin later, too."""
-    modes = dict(answers.get("mode", ()))
-    devices = [each._replace(mode=each.mode or modes.get(each.holder)) for each in vm.devices]
+    # Of each VM this is asked many times, and mostly little of it is unknown.
+    if not answers:
+        return vm, kernel, False
+    devices = vm.devices
+    if "mode" in answers:
+        modes = dict(answers["mode"])
+        devices = tuple(each._replace(mode=each.mode or modes.get(each.holder)) for each in devices)
     if "order" in answers:
-        devices.sort(key=lambda device: answers["order"].index(device.backend))
+        devices = tuple(sorted(devices, key=lambda device: answers["order"].index(device.backend)))
     amounts: dict[str, Any] = {name: exactly(answers[name]) for name in _AMOUNTS if name in answers}
     known = {name: answers[name] for name in ("capable", "viommu") if name in answers}
-    by_iommufd = answers.get("legacy_by_iommufd", kernel.legacy_by_iommufd)
-    return (
-        vm._replace(devices=tuple(devices), **amounts, **known),
-        kernel._replace(legacy_by_iommufd=by_iommufd),
-        answers.get("later", False),
-    )
+    if "legacy_by_iommufd" in answers:
+        kernel = kernel._replace(legacy_by_iommufd=answers["legacy_by_iommufd"])
+    return vm._replace(devices=devices, **amounts, **known), kernel, answers.get("later", False)
 
 
+@lru_cache(maxsize=256)
 def demand(vm: Vm, kernel: Kernel) -> dict[str, Span]:
     """What the VM adds to each counter, at least and at most."""
     ends = []
@@ -425,6 +429,7 @@ def demand(vm: Vm, kernel: Kernel) -> dict[str, Span]:
     return {name: Span(min(amounts), max(amounts)) for name, amounts in zip(Counters._fields, zip(*ends))}
 
 
+@lru_cache(maxsize=1024)
 def verdict(vm: Vm, kernel: Kernel) -> Verdict:
     """Whether the VM fits into its limit: true or false only where all that may be agrees."""
     unknown = _unknown(vm, kernel)

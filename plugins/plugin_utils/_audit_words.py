@@ -23,7 +23,12 @@ __all__ = (
     "BY_LIBVIRT_PERHAPS",
     "BY_WHOEVER_MAY",
     "COUNTERS",
+    "DEFINED_UNSEEN",
     "FAILED",
+    "FORECAST_HEADER",
+    "FORECAST_NUMBERS",
+    "FORECAST_TITLE",
+    "FORECAST_UNKNOWN",
     "HEADER",
     "HOST_VERDICTS",
     "LATER",
@@ -48,6 +53,7 @@ __all__ = (
     "VERDICTS",
     "counted",
     "first",
+    "fleet_forecast",
     "holder",
     "later",
     "of_user",
@@ -89,6 +95,13 @@ COUNTERS = {USER: "user", MM_LOCKED: "VmLck", MM_PINNED: "VmPin"}
 
 HEADER = ("VM", "user", "backend", "counter", "pinned", "limit", "headroom", "verdict")
 NUMBERS = ("pinned", "limit", "headroom")
+
+# Of the forecast. What is not seen of these may be one more VM, or may count for one.
+DEFINED_UNSEEN = ("defined", "processes", "descriptors")
+FORECAST_TITLE = "Of the VMs that are defined, would each start now, and after a reboot?"
+FORECAST_HEADER = ("VM", "now", "reboot", "counter", "charged", "needed", "limit")
+FORECAST_NUMBERS = ("charged", "needed", "limit")
+FORECAST_UNKNOWN = "what would start is not known"
 
 # How a VM comes to be charged for itself, by what starts it.
 BY_IOMMUFD_OPTION = (
@@ -202,6 +215,15 @@ def of_user(name: str) -> str:
 def readiness(ready: bool | None) -> str:
     """What a line begins with on something that must be there before a VM with iommufd can start."""
     return "Unknown whether ready" if ready is None else "Not ready"
+
+
+def fleet_forecast(of: int, least: int, most: int, unknown: int) -> str:
+    """How many VMs of all hosts would not come back. `unknown`: of how many hosts that is not known."""
+    if unknown and not of:
+        return f"Whether VMs would come back after a reboot is not known of {counted(unknown, 'host')}"
+    how_many = str(least) if least == most else f"{least} to {most}"
+    besides = f"; not known of {counted(unknown, 'host')}" if unknown else ""
+    return f"{how_many} of {counted(of, 'VM')} would not come back after a reboot{besides}"
 
 
 def counted(number: int, what: str) -> str:

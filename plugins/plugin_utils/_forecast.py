@@ -34,6 +34,9 @@ GROWN = "grown"
 LIVE_UPDATE = "live_update"
 KINDS = (NOW, REBOOT, MOVED, GROWN, LIVE_UPDATE)
 
+# What is long and not read here, of the host.
+_NOT_READ = ("iommu_groups", "iommus")
+
 # Which VMs are certain to start tells of others. Whenever this ends, what was found is so.
 _ROUNDS = 8
 # Beyond anything that adds up to a number of bytes, so that it can be taken off a sum again.
@@ -88,12 +91,19 @@ def memlock_forecast(info: Any, move_to: Any = None, grow: Any = None, live_upda
     """The answer, as the filter of that name returns it. Raises IommufdError where it is not given what it takes."""
     try:
         # The module gives printable texts. A host that is not to be trusted gives what it likes.
-        return dict(harmless(_forecast(checked(info), move_to, grow, live_update)))
+        return dict(harmless(_forecast(_copied(checked(info)), move_to, grow, live_update)))
     except BROKEN as exc:
         raise IommufdError(
             "The input is not what this version of virt.iommufd.iommufd_info returns: give what the task"
             f" registered. {type(exc).__name__}: {exc}"
         ) from exc
+
+
+def _copied(value: Any) -> Any:
+    """A copy in dictionaries and lists of Python's own. Those of Ansible template a value whenever it is read."""
+    if isinstance(value, Mapping):
+        return {name: _copied(each) for name, each in value.items() if name not in _NOT_READ}
+    return [_copied(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _forecast(info: Info, move_to: Any, grow: Any, live_update: Any) -> Row:

@@ -12,7 +12,9 @@ from typing import Any
 from ..module_utils._accounting import LEGACY
 from ..module_utils._errors import IommufdError
 from ._audit_words import (
+    DEFINED_UNSEEN,
     FAILED,
+    FORECAST_UNKNOWN,
     NO_IOMMUFD,
     NO_IOMMUFD_BY_MODULE,
     NO_VMS,
@@ -25,13 +27,19 @@ from ._audit_words import (
     VERDICTS,
     counted,
 )
+from ._forecast import memlock_forecast
 from ._host_info import UNSEEN
 from ._remedy import called, charges_user, pins_as_it_runs, remedy_of, verdict_of
-from ._report_text import show_end, show_host
+from ._report_text import show_end, show_forecast, show_forecasts, show_host
 
 __all__ = ("audit_report",)
 
 Row = dict[str, Any]
+
+# What the report has of memlock_forecast's answer on a VM.
+FORECAST = ("vm", "kind", "manager", "user", "running", "autostart", "now", "reboot")
+# Whatever a host may have sent raises one of these.
+NONSENSE = (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError)
 
 
 def describe_host(result: Any) -> Row:
@@ -157,25 +165,55 @@ def sum_up(vms: list[Row], hidden: bool) -> tuple[str, str]:
     return worst, f"{counted(len(vms), 'VM')}, {'; '.join(groups)}" + ("; there may be more" if hidden else "")
 
 
-def tell(name: str, result: Any) -> tuple[Row, list[str]]:
+def describe_forecast(result: Any, host: Row) -> Row:
+    """What the report's data tells of the VMs that are defined on a host, from whatever came back from it."""
+    if host["status"] in (FAILED, UNREACHABLE):
+        return without_forecast(host["msg"], host["summary"])
+    try:
+        told = memlock_forecast(result)
+        hidden = any(limit["what"] in DEFINED_UNSEEN for limit in result["host"]["limits_of_view"])
+        counts = {kind: told[kind] for kind in ("now", "reboot")}
+        vms = [{name: value for name, value in vm.items() if name in FORECAST} for vm in told["vms"]]
+    except (IommufdError, *NONSENSE) as exc:
+        msg = str(exc) if isinstance(exc, IommufdError) else f"What is defined makes no sense ({exc!r:.100})."
+        return without_forecast(msg, f"{FORECAST_UNKNOWN}: {msg}")
+    kind = "now" if counts["now"]["at_most"] and not counts["reboot"]["at_most"] else "reboot"
+    summary = counts[kind]["summary"] + ("; there may be more" if hidden else "")
+    trouble = hidden or counts[kind]["at_most"] > 0
+    return {"msg": "", "vms": vms, **counts, "trouble": trouble, "summary": summary}
+
+
+def without_forecast(msg: str, summary: str) -> Row:
+    """What is told where nothing is known of what is defined."""
+    return {"msg": msg, "vms": [], "now": None, "reboot": None, "trouble": True, "summary": summary}
+
+
+def tell(name: str, result: Any, forecast: bool) -> tuple[Row, list[str]]:
     """What is told of one host, as data and as text. A result that makes no sense spoils the report of no other."""
     try:
         host = describe_host(result)
-        return host, show_host(name, host)
-    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as exc:
+        lines = show_host(name, host)
+    except NONSENSE as exc:
         msg = f"The result is not what this version of virt.iommufd.iommufd_info returns ({exc!r:.100})."
         host = without_answer(FAILED, msg)
-        return host, show_host(name, host)
+        lines = show_host(name, host)
+    if not forecast:
+        return host, lines
+    host = {**host, "forecast": describe_forecast(result, host)}
+    # The last line is an empty one.
+    return host, [*lines[:-1], *show_forecast(host), *lines[-1:]]
 
 
-def audit_report(results: Any) -> Row:
-    """The report, as the filter of that name returns it. Raises IommufdError where its input is no dictionary."""
+def audit_report(results: Any, forecast: Any = False) -> Row:
+    """The report, as the filter of that name returns it. Raises IommufdError where it is not given what it takes."""
     if not isinstance(results, Mapping):
         raise IommufdError(
             "The input is not a dictionary: give it the names of hosts with what"
             " virt.iommufd.iommufd_info returned for each."
         )
-    told = {str(name): tell(name, result) for name, result in results.items()}
+    if not isinstance(forecast, bool):
+        raise IommufdError(f"forecast: {forecast!r:.60} is neither true nor false.")
+    told = {str(name): tell(name, result, forecast) for name, result in results.items()}
     hosts = {name: host for name, (host, _lines) in told.items()}
-    end = show_end(hosts)
+    end = show_end(hosts, show_forecasts(hosts) if forecast else [])
     return {"hosts": hosts, "lines": [*(line for _host, lines in told.values() for line in lines), *end], "end": end}

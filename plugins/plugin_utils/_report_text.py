@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
 from ..module_utils._size import human_size
 from . import _audit_words as words
 
-__all__ = ("SCREEN", "WIDTH", "show_end", "show_host")
+__all__ = ("SCREEN", "WIDTH", "show_end", "show_forecast", "show_forecasts", "show_host")
 
 # Printed by Ansible as YAML, a line is set in by six columns, and may be quoted: that fits a terminal of 80.
 WIDTH = 72
@@ -25,6 +25,8 @@ REMEDIES = 8
 REMEDY = 5
 # And so many count the hosts that are not named.
 REST = 2
+# And so many are of the forecast.
+FORECASTS = 6
 
 Row = dict[str, Any]
 
@@ -76,14 +78,18 @@ def show_vms(vms: list[Row]) -> list[str]:
     names = 2
     if len(users) == 1:
         rows, names = [(row[0], *row[2:]) for row in rows], 1
+    lines = table(rows, names, words.NUMBERS)
+    return lines if names == 2 else [*lines, cut(words.of_user(users.pop()), WIDTH)]
+
+
+def table(rows: list[tuple[str, ...]], names: int, numbers: Sequence[str]) -> list[str]:
+    """The lines of a table, whose first one or two columns, the names, make room for the others."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     room = WIDTH - sum(widths[names:]) - len("  ") * (len(widths) - 1)
     if names == 2:
         widths[1] = min(widths[1], max(room - widths[0], room // 2))
     widths[0] = min(widths[0], room - sum(widths[1:names]))
-    numbers = [title in words.NUMBERS for title in rows[0]]
-    lines = [row_of(row, widths, numbers) for row in rows]
-    return lines if names == 2 else [*lines, cut(words.of_user(users.pop()), WIDTH)]
+    return [row_of(row, widths, [title in numbers for title in rows[0]]) for row in rows]
 
 
 def row_of(row: tuple[str, ...], widths: list[int], numbers: list[bool]) -> str:
@@ -115,14 +121,83 @@ def show_backends(backends: list[Any] | None) -> str:
     return plain(backends[0]) if len(backends) == 1 else "+".join(plain(each)[:4] for each in backends)
 
 
-def show_end(hosts: Mapping[str, Row]) -> list[str]:
-    """The end of the report, which fits a screen: the verdicts counted, the worst hosts named, and what to do."""
+def show_forecast(host: Row) -> list[str]:
+    """The table of what would start on a host, or what is told in its place, and below it what to do or to ask."""
+    forecast = host["forecast"]
+    if forecast["msg"]:
+        # Of a host that gave no answer, that is told already.
+        return [] if gave_none(host) else wrap(plain(forecast["summary"]), WIDTH)
+    of_sentence: dict[str, dict[str, None]] = {}
+    for vm in forecast["vms"]:
+        # What helps it after a reboot comes first, and is told alone.
+        open_ = [each for each in (vm["reboot"], vm["now"]) if each is not None and each["starts"] is not True]
+        for answer in open_[:1]:
+            of_sentence.setdefault(what_to_do(answer), {})[vm["vm"]] = None
+    rows = [words.FORECAST_HEADER, *(show_defined(vm) for vm in forecast["vms"])]
+    lines = [words.FORECAST_TITLE, *table(rows, 1, words.FORECAST_NUMBERS)] if forecast["vms"] else []
+    below = (f"{', '.join(names)}: {sentence}" for sentence, names in of_sentence.items())
+    return [*lines, *(line for text in (*below, forecast["summary"]) for line in wrap(plain(text), WIDTH))]
+
+
+def gave_none(host: Row) -> bool:
+    """Whether a host gave no answer that could be read."""
+    return host["status"] in (words.FAILED, words.UNREACHABLE)
+
+
+def what_to_do(answer: Row) -> str:
+    """Of one that would not start, or need not, what would help, or what would tell, or why."""
+    return str((answer["question"] if answer["starts"] is None else answer["remedy"]) or answer["reason"])
+
+
+def show_defined(vm: Row) -> tuple[str, ...]:
+    """A VM that is defined. The numbers are those after a reboot, where it starts then."""
+    starts = {None: "?", True: "yes", False: "no"}
+    answer = vm["now"] if vm["reboot"] is None else vm["reboot"]
+    sizes = ("?" if size is None else short_size(size) for size in (answer["charged_bytes"], answer["needed_bytes"]))
+    limit = answer["limit_bytes"]
+    return (
+        plain(vm["vm"]),
+        starts[vm["now"]["starts"]],
+        "-" if vm["reboot"] is None else starts[vm["reboot"]["starts"]],
+        words.COUNTERS.get(answer["counter"], "none" if answer["accounting"] == "none" else "?"),
+        *sizes,
+        "none" if answer["limit_unlimited"] else "?" if limit is None else short_size(limit),
+    )
+
+
+def show_forecasts(hosts: Mapping[str, Row]) -> list[str]:
+    """What the forecasts of all hosts come to, and a line on each of the worst that has something to tell."""
+    told = {name: host["forecast"] for name, host in hosts.items()}
+    counts = [each["reboot"] for each in told.values() if each["reboot"] is not None]
+    of, least, most = (sum(each[field] for each in counts) for field in ("of", "at_least", "at_most"))
+    lines = wrap(words.fleet_forecast(of, least, most, len(told) - len(counts)), WIDTH)
+    # A host that gave no answer has a line for that.
+    telling = [name for name, host in hosts.items() if told[name]["trouble"] and not gave_none(host)]
+    worst_first = sorted(telling, key=lambda name: how_bad(told[name]))
+    room = FORECASTS - len(lines)
+    named = worst_first if len(worst_first) <= room else worst_first[: room - 1]
+    rest = len(worst_first) - len(named)
+    more = [f"... and {words.counted(rest, 'host')} more"] if rest else []
+    return [*lines, *(sum_up_host(name, told[name]) for name in named), *more] if told else []
+
+
+def how_bad(forecast: Row) -> tuple[int, ...]:
+    """What sorts a forecast, the worst first: those that are certain to fail, those that may, and what is not known."""
+    counts = [forecast[kind] or {"at_least": 0, "at_most": 0} for kind in ("reboot", "now")]
+    return tuple(-each[field] for each in counts for field in ("at_least", "at_most"))
+
+
+def show_end(hosts: Mapping[str, Row], forecasts: list[str]) -> list[str]:
+    """The end of the report, which fits a screen: the verdicts counted, the worst hosts named, and what to do.
+
+    `forecasts`: the lines of the forecast in it.
+    """
     if not hosts:
         return []
     vms = words.counted(sum(len(host["vms"]) for host in hosts.values()), "VM")
     counts = wrap(f"{words.counted(len(hosts), 'host')} with {vms}: {count_verdicts(hosts.values())}", WIDTH)
     remedies = show_remedies(hosts.values())
-    room = SCREEN - len(counts) - len(remedies)
+    room = SCREEN - len(counts) - len(remedies) - len(forecasts)
     # sorted() leaves those that are alike in the order of the inventory.
     worst_first = sorted(hosts, key=lambda name: words.HOST_VERDICTS.index(hosts[name]["verdict"]))
     named = worst_first if len(hosts) <= room else worst_first[: room - REST]
@@ -132,6 +207,7 @@ def show_end(hosts: Mapping[str, Row]) -> list[str]:
         *counts,
         *(sum_up_host(name, hosts[name]) for name in named),
         *wrap(more, WIDTH, max_lines=REST, placeholder="..."),
+        *forecasts,
         *remedies,
     ]
 

@@ -16,6 +16,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..unit.fit_rows import GIB, by_qemu, defined, defined_unit, device, emulator, older
+
 __all__ = ("ailment", "fleet")
 
 RECORDED = Path(__file__).with_name("recorded.json")
@@ -48,10 +50,25 @@ SINCE_OF_DEVICE: Row = {"backend": "iommufd", "as_it_runs": False}
 COUNTERS = {"user": "user", "process": "mm_locked", "none": None}
 
 
-def fleet(hosts: int, vms: int) -> dict[str, Row]:
-    """The results by the names of the hosts."""
+def fleet(hosts: int, vms: int, definitions: int = 0) -> dict[str, Row]:
+    """The results by the names of the hosts. `definitions`: how many VMs are defined on each, if it told that."""
     recorded = json.loads(RECORDED.read_text("utf-8"))
-    return {f"kvm{number:04}": host(recorded, number, vms) for number in range(hosts)}
+    results = {f"kvm{number:04}": host(recorded, number, vms) for number in range(hosts)}
+    for number, result in enumerate(results.values() if definitions else ()):
+        if "host" in result:
+            result["host"].update(legacy_by_iommufd=False, libvirt=older(), qemu=[emulator(False)])
+            result["defined"] = [definition(number, each) for each in range(definitions)]
+    return results
+
+
+def definition(host_number: int, number: int) -> Row:
+    """One of the VMs that are defined: domains and units, most charged to their user, of sizes that differ by host."""
+    name, size = f"vm{host_number}-{number}", (1 + number + host_number % 7) * GIB
+    if number % 3 == 2:
+        return defined_unit(name=f"{name}.service", memory_bytes=size)
+    limit = None if number % 2 else 40 * GIB
+    devices = [by_qemu() if number % 3 else device()]
+    return defined(name=name, memory_bytes=size, hard_limit_bytes=limit, devices=devices, pid=4242 + number)
 
 
 def ailment(number: int) -> str:

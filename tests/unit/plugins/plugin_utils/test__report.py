@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import Iommuf
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
 from ansible_collections.virt.iommufd.plugins.plugin_utils import _report_text
 from ansible_collections.virt.iommufd.plugins.plugin_utils._audit_words import HOST_VERDICTS, NOT_LIMITED
+from ansible_collections.virt.iommufd.plugins.plugin_utils._forecast import memlock_forecast
 from ansible_collections.virt.iommufd.plugins.plugin_utils._report import audit_report
 from ansible_collections.virt.iommufd.tests.bench import fleet
+from ansible_collections.virt.iommufd.tests.unit import fit_rows
 from ansible_collections.virt.iommufd.tests.unit.filter_docs import documented_fields
+from ansible_collections.virt.iommufd.tests.unit.fit_rows import GIB, by_qemu, defined, idle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -93,7 +97,7 @@ def told(result: Any) -> Row:
 def test_the_documented_fields() -> None:
     fields = documented_fields("audit_report")
     row = told(info(process(), at_risk=True))
-    assert row.keys() == fields["hosts"]["contains"].keys()
+    assert row.keys() == fields["hosts"]["contains"].keys() - {"forecast"}
     contents = fields["hosts"]["contains"]
     assert row["vms"] == [{name: field["sample"] for name, field in contents["vms"]["contains"].items()}]
     (holder,) = told(info(process(), process(holder=True, **launcher())))["holders"]
@@ -393,8 +397,133 @@ def test_text_moves_no_cursor(name: str, shown: str) -> None:
     assert report["hosts"][name]["vms"][1]["vm"] == name
 
 
+def forecasting(rows: Any, **fields: Any) -> Row:
+    """What the module returned on a host where nothing runs, with these VMs defined."""
+    return idle(**{"host": fit_rows.native(), "defined": rows, **fields})
+
+
+# Both are charged to their user, and one has no room even by itself.
+FITS, FAILS = (
+    defined(name=name, devices=[by_qemu()], hard_limit_bytes=size * GIB) for name, size in (("fits", 70), ("fails", 40))
+)
+
+
+def test_the_text_of_a_forecast() -> None:
+    off = defined(name="off", autostart=False)
+    report = audit_report({"kvm1": forecasting([FITS, FAILS, off]), "kvm2": forecasting([off])}, forecast=True)
+    assert report["lines"] == [
+        "kvm1",
+        "no VMs",
+        "Of the VMs that are defined, would each start now, and after a reboot?",
+        "VM     now  reboot  counter  charged  needed  limit",
+        "fits   yes  yes     user           0     65G    70G",
+        "fails  no   no      user           0     65G    40G",
+        "off    yes  -       VmLck          0     65G    65G",
+        *report["lines"][7:11],
+        "1 of 2 VMs would not come back after a reboot",
+        "",
+        "kvm2",
+        "no VMs",
+        "Of the VMs that are defined, would each start now, and after a reboot?",
+        "VM   now  reboot  counter  charged  needed  limit",
+        "off  yes  -       VmLck          0     65G    65G",
+        "No VM starts at boot",
+        "",
+        *report["end"],
+    ]
+    assert "fails: To make it fit: raise its limit" in report["lines"][7]
+    assert report["end"] == [
+        "2 hosts with 0 VMs: 2 no VMs",
+        "kvm1: no VMs",
+        "kvm2: no VMs",
+        "1 of 2 VMs would not come back after a reboot",
+        "kvm1: 1 of 2 VMs would not come back after a reboot",
+    ]
+
+
+def test_the_data_of_a_forecast() -> None:
+    contents = documented_fields("audit_report")["hosts"]["contains"]
+    row = audit_report({"kvm1": forecasting([FITS, FAILS])}, forecast=True)["hosts"]["kvm1"]
+    forecast = row["forecast"]
+    assert row.keys() == contents.keys()
+    assert forecast.keys() == contents["forecast"]["contains"].keys()
+    assert (forecast["msg"], forecast["trouble"]) == ("", True)
+    answer = memlock_forecast(forecasting([FITS, FAILS]))
+    assert (forecast["now"], forecast["reboot"]) == (answer["now"], answer["reboot"])
+    other = dict.fromkeys(("moved", "grown", "live_update"))
+    assert [{**vm, **other} for vm in forecast["vms"]] == answer["vms"]
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_what_would_not_start_now_is_told_where_all_come_back() -> None:
+    row = forecasting([{**FAILS, "autostart": False}])
+    assert audit_report({"kvm1": row}, forecast=True)["end"] == [
+        "1 host with 0 VMs: 1 no VMs",
+        "kvm1: no VMs",
+        "0 of 0 VMs would not come back after a reboot",
+        "kvm1: 1 of 1 VM would not start now",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        pytest.param(info(process()), "what would start is not known: The input ", id="of another version"),
+        pytest.param(idle(), "what would start is not known: The input lacks defined: run ", id="not asked"),
+        pytest.param(forecasting([3]), "what would start is not known: defined[0]: a int is no VM", id="nonsense"),
+        pytest.param(
+            forecasting([], host=fit_rows.host(limits_of_view=unseen("defined"))),
+            "No VM starts at boot; there may be more",
+            id="without privilege",
+        ),
+        pytest.param(
+            forecasting([FITS], host=fit_rows.host(limits_of_view=unseen("processes"))),
+            "0 to 1 of 1 VM would not start now; there may be more",
+            id="hidden processes",
+        ),
+    ],
+)
+def test_a_host_of_which_no_forecast_is_known(result: Row, expected: str) -> None:
+    report = audit_report({"kvm1": result, "kvm2": {"failed": True, "msg": "No."}}, forecast=True)
+    assert report["hosts"]["kvm1"]["forecast"]["summary"].startswith(expected)
+    assert report["hosts"]["kvm1"]["forecast"]["trouble"]
+    assert expected in " ".join(report["lines"])
+    assert [line for line in report["end"] if line.startswith(f"kvm1: {expected[:20]}")]
+    # Of one that gave no answer at all, its own line says so.
+    assert report["hosts"]["kvm2"]["forecast"]["msg"] == "No."
+    assert [line for line in report["end"] if line.startswith("kvm2")] == ["kvm2: failed: No."]
+    # What it has told beside that stands.
+    plain = audit_report({"kvm1": result})["hosts"]["kvm1"]
+    assert {**report["hosts"]["kvm1"], "forecast": None} == {**plain, "forecast": None}
+
+
+def test_without_a_forecast_nothing_is_told_of_it() -> None:
+    result = forecasting([FITS, FAILS])
+    without = {name: value for name, value in result.items() if name != "defined"}
+    assert audit_report({"kvm1": result}) == audit_report({"kvm1": without})
+    assert "forecast" not in audit_report({"kvm1": result})["hosts"]["kvm1"]
+
+
+def test_the_end_of_a_thousand_forecasts_fits_a_screen() -> None:
+    results = fleet.fleet(1000, 8, 20)
+    before = time.process_time()
+    report = audit_report(results, forecast=True)
+    # It takes 6 s here.
+    assert time.process_time() - before < 30
+    assert sum(host["forecast"]["reboot"] is not None for host in report["hosts"].values()) == 980
+    assert len(report["end"]) == _report_text.SCREEN
+    (number,) = [
+        number for number, line in enumerate(report["end"]) if "would not come back" in line and ": " not in line
+    ]
+    assert " ".join(report["end"][number : number + 2]).endswith("after a reboot; not known of 20 hosts")
+    # The worst, though it is not the first.
+    assert report["end"][number + 2] == "kvm0006: 13 of 20 VMs would not come back after a reboot"
+    assert [line for line in report["end"] if line.startswith("... and ")][1] == "... and 977 hosts more"
+
+
 # Of what a process has, and of what is within that.
 NAMES = [*process(), "rlimit_mode", "settable", "as_it_runs"]
+DEFINED_NAMES = [*defined()]
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400),
     lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(NAMES), inner),
@@ -402,6 +531,7 @@ JUNK = st.recursive(
 )
 
 
+DEFINED = st.dictionaries(st.sampled_from(DEFINED_NAMES), JUNK, max_size=3)
 HOST = st.dictionaries(st.sampled_from(["readiness", "libvirt", "module", "limits_of_view"]), JUNK, max_size=2)
 
 
@@ -418,12 +548,14 @@ HOST = st.dictionaries(st.sampled_from(["readiness", "libvirt", "module", "limit
             ),
             st.dictionaries(st.just("users"), JUNK, max_size=1),
         )
+        | st.builds(forecasting, st.lists(JUNK | st.builds(lambda given: {**defined(), **given}, DEFINED), max_size=3))
         | JUNK,
         max_size=3,
-    )
+    ),
+    st.booleans(),
 )
-def test_whatever_a_host_returns(results: Row) -> None:
-    report = audit_report(results)
+def test_whatever_a_host_returns(results: Row, forecast: bool) -> None:
+    report = audit_report(results, forecast)
     assert report["hosts"].keys() == results.keys()
     assert len(report["end"]) <= _report_text.SCREEN
     for line in report["lines"]:
@@ -641,3 +773,9 @@ def test_a_wrong_input(results: Any) -> None:
         "The input is not a dictionary: give it the names of hosts with what virt.iommufd.iommufd_info"
         " returned for each."
     )
+
+
+def test_a_wrong_parameter_is_named() -> None:
+    with pytest.raises(IommufdError) as raised:
+        audit_report({}, forecast="yes")
+    assert str(raised.value) == "forecast: 'yes' is neither true nor false."
