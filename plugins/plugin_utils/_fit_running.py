@@ -61,6 +61,7 @@ def prlimit(row: Mapping[str, Any], enough: int) -> str:
     roomy = row.get("memlock_hard_unlimited") or (row.get("memlock_hard_bytes") or 0) >= enough
     return f"prlimit --pid {row['pid']} --memlock={enough}:{'' if roomy else enough}"
 
+
 # More than what the firmware and the ROMs of a VM have for themselves, so that no device's memory is taken for theirs.
 FIRMWARE_MAX = 2**24
 

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-import time
 from itertools import permutations
 from typing import Any
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
+from ansible_collections.virt.iommufd.plugins.plugin_utils import _forecast
 from ansible_collections.virt.iommufd.plugins.plugin_utils._fit import memlock_fit
+from ansible_collections.virt.iommufd.plugins.plugin_utils._fit_case import new_vm
 from ansible_collections.virt.iommufd.plugins.plugin_utils._forecast import KINDS, memlock_forecast
 from ansible_collections.virt.iommufd.plugins.plugin_utils._order import at_least_fail, at_most_fail, before_each
 from ansible_collections.virt.iommufd.tests.unit.filter_docs import documented_fields
@@ -653,17 +654,28 @@ def test_a_name_moves_no_cursor() -> None:
     assert "\033" not in str(told)
 
 
-def test_a_thousand_vms_take_some_seconds() -> None:
+def judged(number: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often VMs are judged for so many of each kind, with all questions at once."""
+    calls: list[Any] = []
+
+    def count(*given: Any) -> Any:
+        calls.append(given)
+        return new_vm(*given)
+
+    monkeypatch.setattr(_forecast, "new_vm", count)
     rows = [
-        *(by_commandline(5000, name=f"d{n}", memory_bytes=(n + 1) * MIB, pid=n + 10) for n in range(400)),
-        *(defined(name=f"n{n}", memory_bytes=(n + 1) * GIB) for n in range(200)),
-        *units(*range(1, 401), limit=900),
+        *(by_commandline(5000, name=f"d{n}", memory_bytes=(n + 1) * MIB, pid=n + 10) for n in range(number)),
+        *(defined(name=f"n{n}", memory_bytes=(n + 1) * GIB) for n in range(number)),
+        *units(*range(1, number + 1), limit=900),
     ]
-    for each in range(1, 400):
-        rows[600 + each]["order"] = [f"u{each - 1}.service"]
-    there = [process(pid=n + 10, domain=f"d{n}") for n in range(400)]
-    data = of(*rows, processes=there, users=[user(charged_bytes=400 * PINNED)])
-    before = time.process_time()
+    for each in range(1, number):
+        rows[2 * number + each]["order"] = [f"u{each - 1}.service"]
+    there = [process(pid=n + 10, domain=f"d{n}") for n in range(number)]
+    data = of(*rows, processes=there, users=[user(charged_bytes=number * PINNED)])
     told = memlock_forecast(data, move_to="iommufd", live_update=True, **GROWS)
-    assert time.process_time() - before < 30
-    assert told["reboot"]["of"] == 1000
+    assert told["reboot"]["of"] == 3 * number
+    return len(calls)
+
+
+def test_twice_as_many_vms_take_twice_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert judged(40, monkeypatch) <= 2.5 * judged(20, monkeypatch)
