@@ -48,7 +48,10 @@ def _find(info: Info, name: str) -> Mapping[str, Any]:
         if found:
             pids = ", ".join(str(row["pid"]) for row in found[:5])
             raise IommufdError(f"grow: {len(found)} VMs are called {name!r:.60} (pids {pids}): give the pid of one.")
-    raise IommufdError(f"grow: no VM that runs is called {name!r:.60}: give its domain, its unit, its name or its pid.")
+    raise IommufdError(
+        f"grow: no VM that runs is called {name!r:.60}: give its domain, its unit, its name or its pid. A VM without"
+        " a device may not be seen: ask about it as a new VM, by memory and memlock."
+    )
 
 
 def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | None = None) -> Case:

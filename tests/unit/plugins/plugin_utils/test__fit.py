@@ -372,7 +372,7 @@ def test_what_vdpa_says() -> None:
     answer = fit(idle(), who="vm", memlock="100M", accounting="none", devices=[BY_IOMMUFD, VDPA], **EXACT)
     assert answer["reason"].endswith("it is 28 MiB over its limit of 100 MiB and ends with -14 (Bad address).")
     # Neither the mode nor the capability would help.
-    assert answer["remedy"] == f"To make it fit: raise its limit (LimitMEMLOCK={128 * MIB} in its unit)."
+    assert answer["remedy"] == f"To make it fit: {in_unit(128 * MIB)}."
 
 
 def test_an_mdev_may_fail_later() -> None:
@@ -647,7 +647,7 @@ def test_nor_does_the_mode_tell_whether_root_has_the_capability(who: Any, accoun
     without = fit(idle(), **given, cap_ipc_lock=False)
     assert (without["fits"], without["accounting"]) == (False, accounting)
     # In the unit of a root without it, AmbientCapabilities= alone would give it nothing.
-    assert "(no CapabilityBoundingSet= in its unit that takes it away)" in without["remedy"]
+    assert "(no CapabilityBoundingSet= or PrivateUsers= in its unit that takes it away)" in without["remedy"]
     assert fit(idle(), **given, cap_ipc_lock="yes")["fits"] is True
     assert fit(idle(), **{**given, "accounting": "none"})["fits"] is True
     assert fit(idle(), **{**given, "memlock": "64M"})["fits"] is True
@@ -1050,7 +1050,7 @@ def test_locked_memory_is_asked_for() -> None:
     # What is too little for what it pins is too little whatever it locks.
     answer = fit(idle(), **{**given, "memlock": "63M"})
     assert answer["fits"] is False
-    assert answer["remedy"].startswith(f"To make it fit: raise its limit (LimitMEMLOCK={64 * MIB} in its unit); or ")
+    assert answer["remedy"].startswith(f"To make it fit: {in_unit(64 * MIB)}; or ")
     assert answer["remedy"].endswith(" That is for a VM that locks no memory itself.")
 
 
@@ -1455,7 +1455,7 @@ def test_a_vm_that_runs_goes_by_its_names(name: str) -> None:
     [
         (
             {"grow": {"vm": "x", "memory": 1}},
-            "grow: no VM that runs is called 'x': give its domain, its unit, its name",
+            "grow: no VM that runs is called 'x': give its domain, its unit, its name or its pid. A VM without",
         ),
         ({"grow": {"vm": "twin", "memory": 1}}, "grow: 2 VMs are called 'twin' (pids 7, 8): give the pid of one."),
         ({"grow": {"vm": "vm1"}}, "grow: what is it to get? Give memory or devices, or live_update."),
@@ -1524,7 +1524,8 @@ CAPABILITY = (
     " execute that"
 )
 AMBIENT = (
-    "give the VMM CAP_IPC_LOCK (AmbientCapabilities=CAP_IPC_LOCK in its unit), and with it the right to pin all memory"
+    "give the VMM CAP_IPC_LOCK (AmbientCapabilities=CAP_IPC_LOCK in its system unit, and no CapabilityBoundingSet= or"
+    " PrivateUsers= in its unit that takes it away), and with it the right to pin all memory"
 )
 BY_LIBVIRT = (
     "have it charged for itself alone, which this host's libvirt does for devices with <driver name='vfio'"
@@ -1532,7 +1533,7 @@ BY_LIBVIRT = (
 )
 BY_OPTION = (
     "have it charged for itself alone, by setting rlimit_mode=process on its iommufd before its first device"
-    " (iommufd-exec, or virt.iommufd.iommufd_option)"
+    " (iommufd-exec, or virt.iommufd.iommufd_option if another program than QEMU opens it)"
 )
 BY_DOMAIN = "have it charged for itself alone (virt.iommufd.iommufd_domain, which needs libvirt 12.2 or later)"
 NEXT = ", for this VM only, since the next one takes still more"
@@ -1548,7 +1549,35 @@ def hard_limit(enough: int) -> str:
 
 
 def in_unit(enough: int) -> str:
-    return f"raise its limit (LimitMEMLOCK={enough} in its unit)"
+    return (
+        f"raise its limit (LimitMEMLOCK={enough} in its unit; for one that vm's own service manager starts, also in a"
+        " drop-in of user@1001.service, which is restarted then)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("who", "data", "end"),
+    [
+        ("vm", {"host": native(sessions=[session(GIB)])}, "in its unit)"),
+        ("vm", {"host": native(sessions=[session(None)])}, "in its unit)"),
+        ("vm", {"host": native(sessions=[session(64 * MIB - 1)])}, "in a drop-in of user@1001.service, which is"),
+        ("vm", {"host": native(sessions=None)}, "in its unit; for one that vm's own service manager starts, also in a"),
+        (
+            "vm",
+            {"processes": [unit(user_unit="a1.service")]},
+            "in its unit; for one, such as a1.service, that vm's own service manager starts, also in a drop-in of",
+        ),
+        ("nobody", {"users": []}, "in a drop-in of user@UID.service, which is"),
+        # Its manager is the system's.
+        ("root", {}, "in its unit)"),
+    ],
+)
+def test_a_limit_holds_whoever_starts_the_unit(who: str, data: Row, end: str) -> None:
+    """A user's service manager gives no more than its own hard limit, and says nothing."""
+    data = {"users": [of_vm()], **data}
+    answer = fit(idle(**data), who=who, memlock="1M", accounting="process", cap_ipc_lock=False, **EXACT)
+    assert f"(LimitMEMLOCK={64 * MIB} " in answer["remedy"]
+    assert end in answer["remedy"].partition(" or give")[0]
 
 
 def of_manager(enough: int) -> str:
