@@ -193,7 +193,13 @@ options:
         description: The memory that is plugged, as a size.
         type: raw
       devices:
-        description: The devices that are plugged, as in O(devices). Without a name, they join the iommufd that it has.
+        description:
+          - The devices that are plugged, as in O(devices). Without a name, they join the iommufd that it has.
+          - As V(iommufd), give the C(id) that it has on the VM's command line, or the descriptor of one that the VM has
+            (RV(virt.iommufd.iommufd_info#module:processes[].iommufds)). V(new), or a name that the VM has not, is an
+            iommufd without a device. Where several may be meant, the filter asks.
+          - Where devices may bypass the VM's IOMMU (C(bypass_iommu)), or share an address space behind a bridge of
+            conventional PCI, the filter asks for O(viommu), which is that of the new devices.
         type: list
         elements: dict
   live_update:

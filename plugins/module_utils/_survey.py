@@ -139,11 +139,11 @@ class HeldIommufd(NamedTuple):
 class Holder(NamedTuple):
     """A process that holds what memory is pinned by, or, with `iommufds` None, may: it does not let this caller look.
 
-    `name`, `memory_bytes`, `memory_pluggable`, `locks_memory`, `changes_user` and `session` are what its command line
-    says, and `program` the path of its program, None where that is unknown. Paths and names are decoded as file names
-    are. `devices` are the device nodes that it has open, by descriptor: those that were asked for, and legacy
-    containers. `more`: it has iommufds, or descriptors, that were not looked at. `memory_max`: as read_memory_max has
-    it.
+    `name`, `memory_bytes`, `memory_pluggable`, `locks_memory`, `changes_user`, `session`, `viommu` and
+    `iommufd_objects` are what its command line says, as Guest has it, and `program` the path of its program, None where
+    that is unknown. Paths and names are decoded as file names are. `devices` are the device nodes that it has open, by
+    descriptor: those that were asked for, and legacy containers. `more`: it has iommufds, or descriptors, that were not
+    looked at. `memory_max`: as read_memory_max has it.
     """
 
     pid: int
@@ -165,6 +165,8 @@ class Holder(NamedTuple):
     iommufds: list[HeldIommufd] | None
     more: bool
     memory_max: Limit | None = None
+    viommu: str | None = None
+    iommufd_objects: list[tuple[str, int | None]] | None = None
 
     @property
     def started(self) -> float:
@@ -725,6 +727,8 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
         iommufds=iommufds,
         more=more,
         memory_max=read_memory_max(process),
+        viommu=guest.viommu,
+        iommufd_objects=None if guest.iommufds is None else [(os.fsdecode(name), fd) for name, fd in guest.iommufds],
     )
 
 

@@ -36,6 +36,8 @@ SINCE: Row = {
     "emulator": "/usr/bin/qemu-system-x86_64",
     "locks_memory": False,
     "memory_pluggable": False,
+    "viommu": "none",
+    "iommufd_objects": [{"id": "iommufd0", "fd": None}],
     "backends": ["iommufd"],
     "holder": False,
     "legacy_containers": [],

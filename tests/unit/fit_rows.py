@@ -48,6 +48,8 @@ def process(**fields: Any) -> Row:
         "initial_user_namespace": True,
         "memory_bytes": 64 * MIB,
         "memory_pluggable": False,
+        "viommu": "none",
+        "iommufd_objects": [{"id": "iommufd0", "fd": None}],
         "pinned_bytes": PINNED,
         "locked_bytes": 0,
         "memlock_bytes": 100 * MIB,

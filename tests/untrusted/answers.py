@@ -67,6 +67,8 @@ def process(accounting: str | None, **fields: Any) -> Row:
         "initial_user_namespace": True,
         "memory_bytes": 67108864,
         "memory_pluggable": False,
+        "viommu": "none",
+        "iommufd_objects": [{"id": "iommufd0", "fd": None}],
         "locks_memory": False,
         "pinned_bytes": 67371008,
         "locked_bytes": 0,

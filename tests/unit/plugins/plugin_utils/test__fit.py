@@ -1275,6 +1275,90 @@ def test_a_vm_that_runs(fields: Row, given: Row, fits: bool | None) -> None:
         assert re.search(r"\(prlimit --pid 4242 --memlock=(\d+):\1\)", answer["remedy"])
 
 
+TWO_DEVICES: Row = {"vfio_devices": [{"backend": "iommufd", "as_it_runs": False}] * 2}
+JOINS: Row = {"devices": [BY_IOMMUFD], "overhead": "256K"}
+
+
+@pytest.mark.parametrize(
+    ("viommu", "given", "fits", "question"),
+    [
+        ("none", {}, True, None),
+        # They share an address space, and the next one may be behind the IOMMU.
+        (None, {}, None, "viommu"),
+        ("each", {}, None, "viommu"),
+        (None, {"memlock": 2 * PINNED}, True, None),
+        (None, {"memlock": 2 * PINNED - 1}, None, "viommu"),
+        (None, {"viommu": "none"}, True, None),
+        (None, {"viommu": "each"}, False, None),
+        # With a space for each so far, too, one may join one of them.
+        ("each", {"iommufds": 2}, False, None),
+        (None, {"iommufds": 2}, None, "viommu"),
+        # Whether QEMU 11 ends it for both backends depends on that, too.
+        ("none", {"devices": [LEGACY], "memlock": "1G"}, False, None),
+        (None, {"devices": [LEGACY], "memlock": "1G"}, None, "viommu"),
+    ],
+)
+def test_a_device_may_be_behind_an_iommu_that_others_bypass(
+    viommu: str | None, given: Row, fits: bool | None, question: str | None
+) -> None:
+    given = dict(given)
+    row = unit(**TWO_DEVICES, viommu=viommu, iommufds=iommufds(given.pop("iommufds", 1)))
+    data = info(processes=[row], users=[of_vm()], host=host(qemu=[emulator(False, version="11.0.0")]))
+    answer = grown(data, **{**JOINS, "memlock": 2 * PINNED - 1, **given})
+    assert answer["fits"] is fits
+    assert answer["question"] == (question and _fit_words._QUESTIONS[question])
+
+
+def objects(**fds: int | None) -> list[Row]:
+    return [{"id": name, "fd": fd} for name, fd in fds.items()]
+
+
+# One that another program opened, set to process, with a device; and one in the mode user.
+I0, I1 = ({**iommufds(1)[0], "fd": fd, "rlimit_mode": mode} for fd, mode in ((3, "process"), (17, "user")))
+WHICH = _fit_words._QUESTIONS["which"]
+
+
+@pytest.mark.parametrize(
+    ("its", "commanded", "device", "fits", "question"),
+    [
+        ([I0], objects(i0=3, i1=None), {"iommufd": "i0"}, True, None),
+        ([I0], objects(i0=3, i1=None), {"iommufd": "i0", "mode": "process"}, True, None),
+        ([I0], objects(i0=3, i1=None), {"iommufd": 3}, True, None),
+        # QEMU opens this one with its first device.
+        ([I0], objects(i0=3, i1=None), {"iommufd": "i1", "mode": "user"}, False, None),
+        ([I0], objects(i0=3, i1=None), {"iommufd": "i1"}, False, None),
+        ([I0], objects(i0=3, i1=None), {"iommufd": "new", "mode": "user"}, False, None),
+        ([I0], objects(i0=3, i1=None), {}, None, WHICH),
+        ([I0], objects(i0=3), {}, True, None),
+        ([I0], objects(i0=3), {"iommufd": "other", "mode": "user"}, False, None),
+        # It joins what is there, whichever it gets.
+        ([I0, I1], objects(i0=3, i1=None), {}, True, None),
+        ([I0, {**I1, "ioases": []}], objects(i0=3, i1=None), {}, None, WHICH),
+        ([I0, I1], objects(i0=3, i1=None), {"mode": "process"}, True, None),
+        ([I0, I1], objects(i0=3, i1=None), {"iommufd": "i1"}, True, None),
+        ([I0, {**I1, "ioases": []}], objects(i0=3, i1=None), {"iommufd": "i1"}, False, None),
+        ([I0, {**I1, "ioases": []}], objects(i0=3, i1=None), {"iommufd": 17}, False, None),
+        # It may have been added since.
+        ([I0, I1], objects(i0=3), {"iommufd": "i1"}, None, WHICH),
+        ([I0, I1], objects(i0=3), {"iommufd": "17"}, True, None),
+        ([I1], objects(i0=None, i1=None), {"iommufd": "i0"}, None, WHICH),
+        # The command line could not be read.
+        ([I0], None, {"iommufd": "i0"}, None, WHICH),
+        ([I0], None, {}, None, WHICH),
+        ([I0], None, {"iommufd": "3"}, True, None),
+        ([I0, {**I0, "fd": 9, "same_as": 3}], objects(i0=3, i1=None), {"iommufd": "9"}, True, None),
+        ([I0], None, {"iommufd": "new", "mode": "user"}, False, None),
+    ],
+)
+def test_which_of_its_iommufds_a_device_gets(
+    its: list[Row], commanded: list[Row] | None, device: Row, fits: bool | None, question: str | None
+) -> None:
+    row = unit(iommufds=its, iommufd_objects=commanded, accounting=None, locked_bytes=PINNED, memlock_bytes=PINNED)
+    data = info(processes=[row], users=[of_vm(MIB)])
+    answer = grown(data, devices=[{**BY_IOMMUFD, **device}], overhead="256K", viommu="none")
+    assert (answer["fits"], answer["question"]) == (fits, question)
+
+
 @pytest.mark.parametrize(
     ("fields", "given", "charged", "needed"),
     [
