@@ -31,6 +31,10 @@ _QUESTIONS_OF_RUNNING = {
     "capable": f"Is the process in the initial user namespace, where its CAP_IPC_LOCK counts? {_AS_ROOT}",
     "mode": f"Which mode has its iommufd? {_AS_ROOT}",
     "new mode": "Which mode has its iommufd? Give the mode of each in devices.",
+    "viommu": (
+        "Is what it gets behind an IOMMU of the VM's, in an address space of its own? Give viommu: each if so, nested"
+        " if that is nested, or none for a device that shares the space of others."
+    ),
     "memory": "How much memory has the VM now? Give memory: all of it, with what was plugged.",
 }
 

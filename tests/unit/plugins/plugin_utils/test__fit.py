@@ -1306,7 +1306,7 @@ def test_a_device_may_be_behind_an_iommu_that_others_bypass(
     data = info(processes=[row], users=[of_vm()], host=host(qemu=[emulator(False, version="11.0.0")]))
     answer = grown(data, **{**JOINS, "memlock": 2 * PINNED - 1, **given})
     assert answer["fits"] is fits
-    assert answer["question"] == (question and _fit_words._QUESTIONS[question])
+    assert answer["question"] == (question and _fit_words._QUESTIONS_OF_RUNNING[question])
 
 
 def objects(**fds: int | None) -> list[Row]:
