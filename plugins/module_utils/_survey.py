@@ -261,8 +261,10 @@ class Holder(NamedTuple):
         if iommufds is not None:
             held = [HeldIommufd(*each) for each in iommufds]
             iommufds = [each._replace(ioases=[(pair[0], pair[1]) for pair in each.ioases]) for each in held]
+        objects = row.iommufd_objects
         return row._replace(
             status=Status(*row.status),
+            iommufd_objects=None if objects is None else [(each[0], each[1]) for each in objects],
             memlock=Limit(*row.memlock),
             units=(row.units[0], row.units[1]),
             memory_max=None if row.memory_max is None else Limit(*row.memory_max),
