@@ -203,7 +203,13 @@ options:
         description: The memory that is plugged, as a size.
         type: raw
       devices:
-        description: The devices that are plugged, as in O(devices). Without a name, they join the iommufd that it has.
+        description:
+          - The devices that are plugged, as in O(devices). Without a name, they join the iommufd that it has.
+          - As V(iommufd), give the C(id) that it has on the VM's command line, or the descriptor of one that the VM has
+            (RV(virt.iommufd.iommufd_info#module:processes[].iommufds)). V(new), or a name that the VM has not, is an
+            iommufd without a device. Where several may be meant, the filter asks.
+          - Where devices may bypass the VM's IOMMU (C(bypass_iommu)), or share an address space behind a bridge of
+            conventional PCI, the filter asks for O(viommu), which is that of the new devices.
         type: list
         elements: dict
   live_update:
@@ -349,10 +355,13 @@ _value:
         - V(null) where it fits, and where nothing is known that would help.
       type: str
       sample: >-
-        To make it fit: raise its limit (LimitMEMLOCK=69860589568 in its unit), for this VM only, since the next one
-        takes still more; or have it charged for itself alone, by setting rlimit_mode=process on its iommufd before its
-        first device (iommufd-exec, or virt.iommufd.iommufd_option); or give the VMM CAP_IPC_LOCK
-        (AmbientCapabilities=CAP_IPC_LOCK in its unit), and with it the right to pin all memory.
+        To make it fit: raise its limit (LimitMEMLOCK=69860589568 in its unit; for one that vm's own service
+        manager starts, also in a drop-in of user@1001.service, which is restarted then), for this VM only,
+        since the next one takes still more; or have it charged for itself alone, by setting rlimit_mode=process
+        on its iommufd before its first device (iommufd-exec, or virt.iommufd.iommufd_option if another program
+        than QEMU opens it); or give the VMM CAP_IPC_LOCK (AmbientCapabilities=CAP_IPC_LOCK in its system unit,
+        and no CapabilityBoundingSet= or PrivateUsers= in its unit that takes it away), and with it the right to
+        pin all memory.
     prerequisites:
       description:
         - What is missing on the host, of what such a VM must have before it can start at all, in sentences. Except for

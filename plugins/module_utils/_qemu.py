@@ -49,6 +49,10 @@ _GROUPS = {
     b"realtime": (b"realtime", b""),
     b"vga": (b"device", b"driver"),
 }
+# By what a device may share an address space in spite of an IOMMU: one that it bypasses, of another bus, or nested.
+_SHARING = re.compile(rb"bypass.iommu|flts|primary.bus|^accel$")
+# How many iommufds QEMU is given are told of, and the longest name of one.
+_IOMMUFDS_MAX, _ID_MAX = 16, 63
 _LOCKING = (b"overcommit", b"realtime")
 # Devices whose memory changes as the guest runs, or is not all that their backend has.
 _OTHER_MEMORY = (b"nvdimm", b"virtio-mem", b"virtio-pmem")
@@ -80,6 +84,9 @@ class Guest(NamedTuple):
     plugged, or unplugged, as the guest runs. `memory_max`: the most that it may have then, where that is said.
     `updatable`: whether another process could take it over (cpr-transfer).
     `of_devices`: what emulated devices have of their own, which the guest may turn on; None where that is unknown.
+    `viommu`: "none" for a guest without an IOMMU, "each" for one whose IOMMU has a space for each device; None where
+    that is unknown or may differ. `iommufds`: those that it is given, each with its name, and its descriptor if it has
+    that from another program; None where they are unknown.
     """
 
     memory: int | None = None
@@ -89,6 +96,8 @@ class Guest(NamedTuple):
     memory_max: int | None = None
     updatable: bool = False
     of_devices: int | None = None
+    viommu: str | None = None
+    iommufds: list[tuple[bytes, int | None]] | None = None
 
 
 def _split(text: bytes, implied: bytes) -> Properties:
@@ -131,20 +140,22 @@ def look_at_guest(program: bytes, arguments: list[bytes], read: Read) -> Guest:
     if name.startswith(b"cloud-hypervisor"):
         memory = _memory_of_cloud_hypervisor(arguments)
         pluggable = None if memory is None else b"hotplug_" in b" ".join(arguments)
+        viommu = None if memory is None or b"iommu" in b" ".join(arguments) else "none"
         # How much of these it maps was not looked at.
         others = any(each.startswith((b"--pmem", b"--ivshmem", b"--fs")) for each in arguments)
-        return Guest(memory, pluggable=pluggable, of_devices=None if others else 0)
+        return Guest(memory, pluggable=pluggable, viommu=viommu, of_devices=None if others else 0)
     return Guest()
 
 
 def _of_qemu(arguments: list[bytes], read: Read) -> Guest:
     settings: defaultdict[bytes, list[Properties]] = defaultdict(list)
     # Whether a file was not read, in which there may be anything, and whether one may have memory locked.
-    lacks = lacks_locks = changes_user = False
+    lacks = lacks_locks = changes_user = set_for_all = False
     files = 0
     for option, value in _options(arguments):
         # See os_setup_post() in os-posix.c, which comes after the devices.
         changes_user = changes_user or option == b"runas" or (option == b"run-with" and b"user" in _split(value, b""))
+        set_for_all = set_for_all or (option == b"global" and bool(re.search(rb"iommu|smmu|pxb", value)))
         if option in _GROUPS:
             group, implied = _GROUPS[option]
             found = _from_json(value) if value[:1] == b"{" else _split(value, implied)
@@ -166,7 +177,17 @@ def _of_qemu(arguments: list[bytes], read: Read) -> Guest:
     of_devices = None if lacks or b"set" in words else _of_devices(settings, arguments, (b"pc-dimm", *_OTHER_MEMORY))
     updatable = any(_BOOLEANS.get(each.get(b"aux-ram-share", b"")) for each in settings.get(b"machine", []))
     locks = _locks(settings, lacks or lacks_locks)
-    return Guest(memory, locks, changes_user, pluggable, _memory_max(settings), updatable, of_devices)
+    return Guest(
+        memory=memory,
+        locks=locks,
+        changes_user=changes_user,
+        pluggable=pluggable,
+        memory_max=_memory_max(settings),
+        updatable=updatable,
+        of_devices=of_devices,
+        viommu=None if lacks or set_for_all else _viommu(settings),
+        iommufds=None if lacks else _iommufds(settings),
+    )
 
 
 def added_memory(arguments: list[bytes]) -> int | None:
@@ -301,6 +322,39 @@ def _memory_max(settings: dict[bytes, list[Properties]]) -> int | None:
         _size(each[b"memory.max-size"], b"b") for each in settings.get(b"machine", []) if b"memory.max-size" in each
     ]
     return said[-1] if said else None
+
+
+def _viommu(settings: dict[bytes, list[Properties]]) -> str | None:
+    """What kind of IOMMU the guest has: "none" or "each"; None where its devices need not be alike in that.
+
+    See pci_device_iommu_address_space() in hw/pci/pci.c.
+    """
+    devices, machine = settings.get(b"device", []), settings.get(b"machine", [])
+    drivers = [each.get(b"driver", b"") for each in devices]
+    of_machine = {key: value for each in machine for key, value in each.items() if key.startswith(b"iommu")}
+    has = any(re.search(b"iommu|smmu", driver) for driver in drivers)
+    if not has and {_BOOLEANS.get(each.lower(), each != b"none") for each in of_machine.values()} <= {False}:
+        return "none"
+    shares = any(re.search(b"bridge", driver) for driver in drivers)
+    shares |= any(
+        _SHARING.search(key) and _BOOLEANS.get(value.lower()) is not False
+        # The machine's accel is another thing.
+        for each in (*devices, *({key: each[key] for key in each if key != b"accel"} for each in machine))
+        for key, value in each.items()
+    )
+    return None if shares else "each"
+
+
+def _iommufds(settings: dict[bytes, list[Properties]]) -> list[tuple[bytes, int | None]] | None:
+    """The iommufds that QEMU is given, by their names, each with its descriptor if it does not open that itself."""
+    found: list[tuple[bytes, int | None]] = []
+    for each in settings.get(b"object", []):
+        if each.get(b"qom-type") == b"iommufd":
+            fd, name = each.get(b"fd"), each.get(b"id", b"")
+            if len(name) > _ID_MAX or (fd is not None and not re.fullmatch(rb"[0-9]{1,9}", fd)):
+                return None
+            found.append((name, None if fd is None else int(fd)))
+    return found if len(found) <= _IOMMUFDS_MAX else None
 
 
 def _locks(settings: dict[bytes, list[Properties]], lacks: bool) -> bool | None:

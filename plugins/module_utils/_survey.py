@@ -139,11 +139,11 @@ class HeldIommufd(NamedTuple):
 class Holder(NamedTuple):
     """A process that holds what memory is pinned by, or, with `iommufds` None, may: it does not let this caller look.
 
-    `name`, `memory_bytes`, `memory_pluggable`, `of_devices`, `locks_memory`, `changes_user`, `session` and `updatable`
-    are what its command line says, and `program` the path of its program, None where that is unknown. Paths and names
-    are decoded as file names are. `devices` are the device nodes that it has open, by descriptor: those that were asked
-    for, and legacy containers. `more`: it has iommufds, or descriptors, that were not looked at. `memory_max`: as
-    read_memory_max has it.
+    `name`, `memory_bytes`, `memory_pluggable`, `of_devices`, `locks_memory`, `changes_user`, `session`, `updatable`,
+    `viommu` and `iommufd_objects` are what its command line says, as Guest has it, and `program` the path of its
+    program, None where that is unknown. Paths and names are decoded as file names are. `devices` are the device nodes
+    that it has open, by descriptor: those that were asked for, and legacy containers. `more`: it has iommufds, or
+    descriptors, that were not looked at. `memory_max`: as read_memory_max has it.
     """
 
     pid: int
@@ -167,6 +167,8 @@ class Holder(NamedTuple):
     more: bool
     memory_max: Limit | None = None
     updatable: bool = False
+    viommu: str | None = None
+    iommufd_objects: list[tuple[str, int | None]] | None = None
 
     @property
     def started(self) -> float:
@@ -261,8 +263,10 @@ class Holder(NamedTuple):
         if iommufds is not None:
             held = [HeldIommufd(*each) for each in iommufds]
             iommufds = [each._replace(ioases=[(pair[0], pair[1]) for pair in each.ioases]) for each in held]
+        objects = row.iommufd_objects
         return row._replace(
             status=Status(*row.status),
+            iommufd_objects=None if objects is None else [(each[0], each[1]) for each in objects],
             memlock=Limit(*row.memlock),
             units=(row.units[0], row.units[1]),
             memory_max=None if row.memory_max is None else Limit(*row.memory_max),
@@ -733,6 +737,8 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
         more=more,
         memory_max=read_memory_max(process),
         updatable=guest.updatable,
+        viommu=guest.viommu,
+        iommufd_objects=None if guest.iommufds is None else [(os.fsdecode(name), fd) for name, fd in guest.iommufds],
     )
 
 

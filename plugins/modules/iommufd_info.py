@@ -659,6 +659,30 @@ processes:
         - V(null) where that is unknown, as of an C(ivshmem-doorbell).
       type: int
       sample: 16777216
+    viommu:
+      description:
+        - The IOMMU of its guest by its command line. V(none) is a guest without one. With V(each), each device of the
+          guest has an address space of its own.
+        - V(null) where devices may differ in that, as with C(bypass_iommu), with bridges of conventional PCI and with a
+          nested one. Also V(null) for other programs, and where that is unreadable.
+      type: str
+      sample: none
+    iommufd_objects:
+      description:
+        - The iommufds on QEMU's command line (C(-object iommufd)). One that QEMU opens itself is open once it has a
+          device. What is added or removed later does not change this.
+        - V(null) for other programs, where that is unreadable, and where there are more than 16.
+      type: list
+      elements: dict
+      contains:
+        id:
+          description: Its name, which a device has for C(iommufd=).
+          type: str
+          sample: iommufd0
+        fd:
+          description: The descriptor that QEMU has for it from another program; V(null) if QEMU opens it itself.
+          type: int
+          sample: null
     locks_memory:
       description:
         - Whether QEMU's command line has it lock its memory itself, by C(-overcommit mem-lock=on) or C(-realtime
@@ -1527,6 +1551,9 @@ def process_row(
         "memory_bytes": holder.memory_bytes,
         "memory_pluggable": holder.memory_pluggable,
         "of_devices_bytes": holder.of_devices,
+        "viommu": holder.viommu,
+        "iommufd_objects": holder.iommufd_objects
+        and [{"id": shown_text(name), "fd": fd} for name, fd in holder.iommufd_objects],
         "locks_memory": holder.locks_memory,
         "pinned_bytes": status.pinned_bytes,
         "locked_bytes": status.locked_bytes,

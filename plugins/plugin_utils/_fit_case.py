@@ -62,6 +62,7 @@ __all__ = (
     "ROOM",
     "SIGHT",
     "STARTS",
+    "WHICH",
     "Case",
     "at_best",
     "beyond_at_most",
@@ -97,10 +98,12 @@ FILE_BACKED = (
 )
 
 # Beside those of the model, what may have to be asked: the size of a page, whether libvirt would start the domain,
-# what a VM that runs holds, whether its control group has a limit, and whether that has room for the emulator.
+# what a VM that runs holds, which iommufd a device gets, whether its control group has a limit, and whether that has
+# room for the emulator.
 PAGE = "page"
 STARTS = "starts"
 SIGHT = "sight"
+WHICH = "which"
 GROUP = "group"
 ROOM = "room"
 

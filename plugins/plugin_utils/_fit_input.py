@@ -39,7 +39,9 @@ from ._host_info import UNSEEN
 __all__ = (
     "AUTO",
     "EVERYTHING",
+    "NEW",
     "NONE",
+    "OF_IOMMUFD",
     "THE_IOMMUFD",
     "Asked",
     "Growth",
@@ -63,6 +65,9 @@ EVERYTHING = Span(UNLIMITED, UNLIMITED)
 
 # What devices are in that name no other.
 THE_IOMMUFD = "the VM's iommufd"
+# What others are called in, before their name, and the name of one that no VM has so far.
+OF_IOMMUFD = "iommufd "
+NEW = "new"
 
 # What the result of a task says where it has nothing to say of the host.
 TROUBLES = ("unreachable", "failed", "skipped")
@@ -319,7 +324,7 @@ def _device(name: str, given: Any, index: int) -> Device:
     by_iommufd = backend == "iommufd" or (backend == "mdev" and (iommufd is not None or mode is not None))
     if not by_iommufd and (iommufd is not None or mode is not None):
         raise IommufdError(f"{name}: a device by {backend} is in no iommufd: leave out iommufd and mode.")
-    holder = THE_IOMMUFD if iommufd is None else f"iommufd {iommufd!s:.60}"
+    holder = THE_IOMMUFD if iommufd is None else f"{OF_IOMMUFD}{iommufd!s:.60}"
     if by_iommufd:
         return Device(IOMMUFD, holder, mode, backend == "mdev")
     if backend == "vdpa":

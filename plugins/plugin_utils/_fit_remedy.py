@@ -116,8 +116,25 @@ def _limit(case: Case) -> str | None:
     if case.starter == SESSION:
         return _of_the_session(case, wants) + next_one
     has_one = case.asked.domain is not None and case.asked.domain.hard_limit is not None
-    how = its_hard_limit(enough) if case.starter == SYSTEM or has_one else f"LimitMEMLOCK={enough} in its unit"
+    how = its_hard_limit(enough) if case.starter == SYSTEM or has_one else _of_its_unit(case, enough)
     return f"raise its limit ({how}){next_one}"
+
+
+def _of_its_unit(case: Case, enough: int) -> str:
+    """The limit of a unit. One of a user's service manager gets no more than that may give, without a word."""
+    how, owner = f"LimitMEMLOCK={enough} in its unit", case.owner
+    session = session_of(case.info, owner) or {}
+    may = session.get("memlock_hard_unlimited") or (session.get("memlock_hard_bytes") or 0) >= enough
+    # A daemon that runs may have the limit of a login.
+    if is_root(owner) or (may and session.get("pid") is None):
+        return how
+    units = (row.get("user_unit") for row in case.info["processes"] if row["uid"] == owner.uid)
+    its = next((f", such as {each}," for each in units if each and each.endswith(".service")), "")
+    uid = "UID" if owner.uid is None else owner.uid
+    return (
+        f"{how}; for one{its} that {owner.name}'s own service manager starts, also in a drop-in of user@{uid}.service,"
+        " which is restarted then"
+    )
 
 
 def _limit_as_it_runs(case: Case, row: Mapping[str, Any]) -> str | None:
@@ -240,7 +257,7 @@ def _how_to_set(case: Case) -> str | None:
         return "have it charged for itself alone (virt.iommufd.iommufd_domain, which needs libvirt 12.2 or later)"
     return (
         "have it charged for itself alone, by setting rlimit_mode=process on its iommufd before its first device"
-        " (iommufd-exec, or virt.iommufd.iommufd_option)"
+        " (iommufd-exec, or virt.iommufd.iommufd_option if another program than QEMU opens it)"
     )
 
 
@@ -253,8 +270,8 @@ def _capability(case: Case) -> str | None:
         return None
     if case.starter not in (SYSTEM, SESSION):
         # Root has all that is not taken away.
-        by_root = "no CapabilityBoundingSet= in its unit that takes it away"
-        how = by_root if is_root(case.owner) else "AmbientCapabilities=CAP_IPC_LOCK in its unit"
+        kept = "no CapabilityBoundingSet= or PrivateUsers= in its unit that takes it away"
+        how = kept if is_root(case.owner) else f"AmbientCapabilities=CAP_IPC_LOCK in its system unit, and {kept}"
         return f"give the VMM CAP_IPC_LOCK ({how}), and with it the right to pin all memory"
     rows = candidates(case.info, case.asked)
     if rows and all(each["cap_ipc_lock"] for each in rows):

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..module_utils._accounting import (
@@ -33,6 +33,7 @@ from ._fit_case import (
     GROUP,
     ROOM,
     SIGHT,
+    WHICH,
     Case,
     beyond_at_most,
     doubted,
@@ -43,7 +44,7 @@ from ._fit_case import (
     spaces,
 )
 from ._fit_host import GIB, OTHER, SYSTEM, Accounting, Limit, capability_of, prerequisites
-from ._fit_input import THE_IOMMUFD, Asked, Growth, Info, owner_of
+from ._fit_input import NEW, OF_IOMMUFD, THE_IOMMUFD, Asked, Growth, Info, owner_of
 from ._fit_qemu import MOMENT, QEMU, Clash, clash, moment
 from ._fit_xml import CONTAINER
 from ._host_info import OF_EMULATOR, as_it_runs
@@ -76,7 +77,10 @@ def _find(info: Info, name: str) -> Mapping[str, Any]:
         if found:
             pids = ", ".join(str(row["pid"]) for row in found[:5])
             raise IommufdError(f"grow: {len(found)} VMs are called {name!r:.60} (pids {pids}): give the pid of one.")
-    raise IommufdError(f"grow: no VM that runs is called {name!r:.60}: give its domain, its unit, its name or its pid.")
+    raise IommufdError(
+        f"grow: no VM that runs is called {name!r:.60}: give its domain, its unit, its name or its pid. A VM without"
+        " a device may not be seen: ask about it as a new VM, by memory and memlock."
+    )
 
 
 def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | None = None) -> Case:
@@ -104,7 +108,7 @@ def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | 
     )
     steps: list[Vm] = []
     pins: list[str] = []
-    unsure = False
+    unsure = None
     by_qemu = Clash()
     if asked.live_update:
         steps.append(_taken_over(asked, row, vm, memory))
@@ -143,7 +147,7 @@ def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | 
     if held is None:
         told = told._replace(fits=None, question=SIGHT, counter=None, way=None)
     elif unsure and told.fits is not True:
-        told = told._replace(fits=None, question="viommu")
+        told = told._replace(fits=None, question=unsure)
     # Whether it has room does not settle what its limit on locked memory leaves open.
     told = told if told.fits is None and doubt in (GROUP, ROOM) else doubted(told, doubt)
     accounting = Accounting(None, vm.capable, f"{_name(row)} runs as {owner.name}, as process {row['pid']}.")
@@ -177,8 +181,10 @@ def _with_memory(asked: Asked, row: Mapping[str, Any], vm: Vm, memory: int) -> l
     return [twice, plugged] if twice.locked.most else [plugged]
 
 
-def _with_devices(asked: Asked, grow: Growth, row: Mapping[str, Any], vm: Vm, memory: int | None) -> tuple[Vm, bool]:
-    """The VM that gets devices, and whether what it pins for them is a guess."""
+def _with_devices(
+    asked: Asked, grow: Growth, row: Mapping[str, Any], vm: Vm, memory: int | None
+) -> tuple[Vm, str | None]:
+    """The VM that gets devices, and what is to be asked where what it pins for them is a guess."""
     new, viommu, unsure = _new_spaces(asked, grow, row, vm.devices)
     total, beyond = plus(_next_space(asked, row, vm.devices, memory), exactly(grow.memory)), NOTHING
     times = spaces(vm._replace(devices=new, viommu=viommu))
@@ -201,7 +207,7 @@ def _clash(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any], held:
         # It runs with both.
         return Clash()
     emulators = [each for each in info["host"].get("qemu") or () if each["path"] == row.get("emulator")]
-    iommufds = sum(each.get("same_as") is None for each in row["iommufds"] or ())
+    iommufds = len(_distinct(row))
     devices = (*(each._replace(holder=CONTAINER) if each.backend == LEGACY else each for each in held), *grow.devices)
     told = clash(emulators, devices, asked.viommu or _seen_viommu(row, held, iommufds))
     # The container that is there may be that of a disk by nvme://, which QEMU keeps apart.
@@ -370,29 +376,80 @@ def _times(number: int) -> str:
 
 def _new_spaces(
     asked: Asked, grow: Growth, row: Mapping[str, Any], held: tuple[Device, ...]
-) -> tuple[tuple[Device, ...], str | None, bool]:
-    """The new devices that make an address space, the vIOMMU that they are behind, and whether that is a guess."""
-    iommufds = [each for each in row["iommufds"] or () if each.get("same_as") is None]
-    modes = {each["rlimit_mode"] for each in iommufds}
-    there = {each.backend for each in held}
+) -> tuple[tuple[Device, ...], str | None, str | None]:
+    """The new devices that make an address space, the vIOMMU that they are behind, and what is to be asked of that."""
+    iommufds = _distinct(row)
     viommu = asked.viommu or _seen_viommu(row, held, len(iommufds))
     new: list[Device] = []
-    unsure = False
+    unsure = None
     for device in grow.devices:
-        joins = (device.holder == THE_IOMMUFD and IOMMUFD in there) or (device.holder == CONTAINER and LEGACY in there)
-        if joins and viommu not in (EACH, None):
+        may_be = _its_iommufds(row, device) if device.backend == IOMMUFD else ()
+        # Whether it joins an address space that is there, which may depend on the iommufd that it gets.
+        joins = {bool(each and each["ioases"]) for each in may_be}
+        joins = {any(each.backend == LEGACY for each in held)} if device.holder == CONTAINER else joins or {False}
+        modes: set[str | None] = {each["rlimit_mode"] if each else None for each in may_be}
+        alike = len(modes) < 2 or device.mode is not None
+        unsure = unsure or (None if alike and (len(joins) == 1 or viommu == EACH) else WHICH)
+        if joins == {True} and viommu not in (EACH, None):
             continue
-        unsure |= joins and viommu is None
-        mode = next(iter(modes)) if device.holder == THE_IOMMUFD and len(modes) == 1 else None
-        new.append(device._replace(mode=device.mode or mode))
+        unsure = unsure or ("viommu" if True in joins and viommu is None else None)
+        new.append(device._replace(mode=device.mode or (next(iter(modes)) if len(modes) == 1 else None)))
     # At worst, each has an address space of its own.
-    return tuple(new), viommu or EACH, unsure or (viommu is None and len(new) > 1)
+    return tuple(new), viommu or EACH, unsure or ("viommu" if viommu is None and len(new) > 1 else None)
+
+
+def _distinct(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [each for each in row["iommufds"] or () if each.get("same_as") is None]
+
+
+def _its_iommufds(row: Mapping[str, Any], device: Device) -> Sequence[Mapping[str, Any] | None]:
+    """Those of a VM's iommufds that a device may get; None is one that QEMU has not opened so far."""
+    named = _so_named(row, device.holder)
+    modes = (device.mode, None)
+    return [each for each in named if not each or not device.mode or each["rlimit_mode"] in modes] or named
+
+
+def _so_named(row: Mapping[str, Any], holder: str) -> Sequence[Mapping[str, Any] | None]:
+    """The same, by the name alone."""
+    iommufds, objects = _distinct(row), row.get("iommufd_objects")
+    name = holder.removeprefix(OF_IOMMUFD)
+    if not iommufds or name == NEW:
+        return [None]
+    # No id is a number, and one may be open twice.
+    first = [
+        each["fd"] if each.get("same_as") is None else each["same_as"]
+        for each in row["iommufds"]
+        if name == str(each["fd"])
+    ]
+    by_fd = [each for each in iommufds if each["fd"] in first]
+    if by_fd:
+        return by_fd
+    if objects is None:
+        return [*iommufds, None]
+    fds = {each["fd"]: each["id"] for each in objects if each["fd"] is not None}
+    unnamed = [each for each in iommufds if each["fd"] not in fds]
+    waiting = [each["id"] for each in objects if each["fd"] is None]
+    # Those that QEMU opens itself are open once they have a device.
+    closed: list[None] = [None] if len(waiting) > len(unnamed) else []
+    if holder == THE_IOMMUFD:
+        return [*iommufds, *closed]
+    its = [each for each in iommufds if fds.get(each["fd"]) == name]
+    if its:
+        return its
+    if name in waiting:
+        return [*unnamed, *closed] if unnamed else [None]
+    # It is none of the command line's, but may have been added since.
+    return [*unnamed, None] if len(unnamed) > len(waiting) else [None]
 
 
 def _seen_viommu(row: Mapping[str, Any], held: tuple[Device, ...], iommufds: int) -> str | None:
-    """What the address spaces of a VM that runs tell of an IOMMU of its own; None where they tell nothing."""
+    """What the address spaces of a VM that runs tell of an IOMMU of its own.
+
+    None where they tell nothing, and where by its command line its devices may differ in that.
+    """
+    by_command_line = row.get("viommu")
     shared = sum(each.backend == IOMMUFD for each in held)
-    if shared > iommufds:
+    if shared > iommufds and by_command_line is not None:
         return EACH
     devices = sum(each.get("backend") == IOMMUFD for each in row["vfio_devices"])
-    return NO_VIOMMU if devices > shared >= 1 else None
+    return NO_VIOMMU if devices > shared >= 1 and by_command_line == NO_VIOMMU else None

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..module_utils._accounting import MLOCK, MM_LOCKED, MM_PINNED, NOTHING, PROCESS, UNLIMITED, USER, demand
 from ..module_utils._size import human_size
-from ._fit_case import GROUP, PAGE, ROOM, SIGHT, STARTS, Case, at_best, kernels, may_charge_user
+from ._fit_case import GROUP, PAGE, ROOM, SIGHT, STARTS, WHICH, Case, at_best, kernels, may_charge_user
 from ._fit_host import SYSTEM
 from ._fit_qemu import QEMU
 from ._host_info import kib_with_room
@@ -31,6 +31,10 @@ _QUESTIONS_OF_RUNNING = {
     "capable": f"Is the process in the initial user namespace, where its CAP_IPC_LOCK counts? {_AS_ROOT}",
     "mode": f"Which mode has its iommufd? {_AS_ROOT}",
     "new mode": "Which mode has its iommufd? Give the mode of each in devices.",
+    "viommu": (
+        "Is what it gets behind an IOMMU of the VM's, in an address space of its own? Give viommu: each if so, nested"
+        " if that is nested, or none for a device that shares the space of others."
+    ),
     "memory": "How much memory has the VM now? Give memory: all of it, with what was plugged.",
 }
 
@@ -62,6 +66,10 @@ _QUESTIONS = {
         " emulators in gather_subset; releases in between have to be tried."
     ),
     GROUP: f"Has its control group a limit, as a domain has one by <hard_limit> (virsh memtune)? {_AS_ROOT}",
+    WHICH: (
+        "Which iommufd does the device get? Give iommufd in devices: the fd of one in processes[].iommufds, or new,"
+        " with its mode, for one that had no device so far."
+    ),
     SIGHT: f"Which iommufds, containers and vDPA devices has the process? {_AS_ROOT}",
 }
 
@@ -230,7 +238,7 @@ def _unsure(case: Case) -> list[str]:
     if told.question == ROOM:
         name = "MemoryMax= is the limit" if _is_a_unit(case) else "Its <hard_limit> is the limit"
         return [f"{name} of its control group, too, in which the emulator's own memory counts."]
-    if told.question == case.doubt or told.question in (STARTS, SIGHT, QEMU):
+    if told.question == case.doubt or told.question in (STARTS, SIGHT, QEMU, WHICH):
         return []
     best = at_best(case)
     below, over = (best.limit or 0) - best.enough, told.enough - (told.limit or 0)

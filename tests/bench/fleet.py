@@ -39,6 +39,8 @@ SINCE: Row = {
     "locks_memory": False,
     "memory_pluggable": False,
     "of_devices_bytes": 0,
+    "viommu": "none",
+    "iommufd_objects": [{"id": "iommufd0", "fd": None}],
     "backends": ["iommufd"],
     "holder": False,
     "legacy_containers": [],

@@ -49,6 +49,8 @@ def process(**fields: Any) -> Row:
         "memory_bytes": 64 * MIB,
         "memory_pluggable": False,
         "of_devices_bytes": 0,
+        "viommu": "none",
+        "iommufd_objects": [{"id": "iommufd0", "fd": None}],
         "pinned_bytes": PINNED,
         "locked_bytes": 0,
         "memlock_bytes": 100 * MIB,

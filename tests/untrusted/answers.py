@@ -68,6 +68,8 @@ def process(accounting: str | None, **fields: Any) -> Row:
         "memory_bytes": 67108864,
         "memory_pluggable": False,
         "of_devices_bytes": 0,
+        "viommu": "none",
+        "iommufd_objects": [{"id": "iommufd0", "fd": None}],
         "locks_memory": False,
         "pinned_bytes": 67371008,
         "locked_bytes": 0,

@@ -369,3 +369,54 @@ def test_what_arguments_add_counts_whatever_it_is() -> None:
 def test_memory_of_devices_of_cloud_hypervisor(words: str, expected: int | None) -> None:
     arguments = [b"ch", *f"--memory size=1G {words}".encode().split()]
     assert look_at_guest(b"/usr/bin/cloud-hypervisor", arguments, nothing).of_devices == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "viommu"),
+    [
+        ("-device vfio-pci,iommufd=i", "none"),
+        ("-machine q35,default-bus-bypass-iommu=on", "none"),
+        ("-M virt,iommu=none", "none"),
+        ("-device intel-iommu,caching-mode=on,aw-bits=39", "each"),
+        ('-device {"driver":"virtio-iommu-pci","boot-bypass":false}', "each"),
+        ("-M virt,iommu=smmuv3", "each"),
+        ("-device virtio-iommu-pci,boot-bypass=on -machine q35,accel=kvm", "each"),
+        ("-device amd-iommu -device pxb-pcie,bus_nr=64,bypass_iommu=off -device pcie-root-port,bus=pcie.0", "each"),
+        ("-device intel-iommu -machine q35,default_bus_bypass_iommu=off", "each"),
+        # Some of its devices may share a space.
+        ("-device intel-iommu -device pxb-pcie,id=px,bus_nr=64,bypass_iommu=on", None),
+        ("-device intel-iommu -machine q35,default-bus-bypass-iommu=on", None),
+        ("-device intel-iommu -device pcie-pci-bridge,id=p", None),
+        ("-device intel-iommu,x-flts=on", None),
+        ("-device arm-smmuv3,primary-bus=pcie.0", None),
+        ("-device intel-iommu -global pxb-pcie.bypass_iommu=on", None),
+        ("-device arm-smmuv3,accel=on", None),
+        ("-readconfig file", None),
+    ],
+)
+def test_whether_devices_are_alike_behind_an_iommu(words: str, viommu: str | None) -> None:
+    assert look_at_guest(QEMU, [b"qemu", *words.encode().split()], nothing).viommu == viommu
+
+
+@pytest.mark.parametrize(
+    ("words", "viommu"), [("--memory size=1G", "none"), ("--memory size=1G --device iommu=on", None)]
+)
+def test_the_iommu_of_cloud_hypervisor_is_not_known(words: str, viommu: str | None) -> None:
+    program = b"/usr/bin/cloud-hypervisor"
+    assert look_at_guest(program, [program, *words.encode().split()], nothing).viommu == viommu
+
+
+@pytest.mark.parametrize(
+    ("words", "iommufds"),
+    [
+        ("-m 64", []),
+        ("-object iommufd,id=i0,fd=3 -object iommufd,id=i1", [(b"i0", 3), (b"i1", None)]),
+        ('-object {"qom-type":"iommufd","id":"iommufd0"}', [(b"iommufd0", None)]),
+        ("-object iommufd,id=i0,fd=name", None),
+        (f"-object iommufd,id={'i' * 64}", None),
+        ("-object iommufd,id=i " * 17, None),
+        ("-readconfig file", None),
+    ],
+)
+def test_the_iommufds_that_it_is_given(words: str, iommufds: list[tuple[bytes, int | None]] | None) -> None:
+    assert look_at_guest(QEMU, [b"qemu", *words.encode().split()], nothing).iommufds == iommufds

@@ -745,7 +745,10 @@ def test_all_that_is_told_at_once_is_an_answer(alone: FakeKernel, held: Process,
     # As with kernel.yama.ptrace_scope=3, which lets root look at descriptors, and share none.
     msg = held._replace(comm="\\x01" * 15)._refused("share its descriptor 1000000", OSError(errno.EPERM, ""))
     large = holder._replace(
-        program="\udcff" * 1024, name="\udcff" * 255, devices=dict.fromkeys(range(10**6, 10**6 + IOMMUFDS_MAX), 2**20)
+        program="\udcff" * 1024,
+        name="\udcff" * 255,
+        devices=dict.fromkeys(range(10**6, 10**6 + IOMMUFDS_MAX), 2**20),
+        iommufd_objects=[("\udcff" * 63, 10**8)] * 16,
     )
     look = _survey._Look(Budget(), (), is_last=False)
     for count in counts:
@@ -762,9 +765,10 @@ def test_the_end_of_a_command_line_may_decide(
     alone: FakeKernel, monkeypatch: pytest.MonkeyPatch, whole: bool, locks: bool | None
 ) -> None:
     monkeypatch.setattr(_survey, "read_program", lambda _process: b"/usr/bin/qemu-kvm")
-    words = [b"qemu-kvm", b"-name", b"vm", b"-m", b"1G"]
+    words = [b"qemu-kvm", b"-name", b"vm", b"-m", b"1G", b"-object", b"iommufd,id=i0,fd=3"]
     monkeypatch.setattr(_survey, "read_arguments", lambda _process: Arguments(words, whole))
     (holder,) = survey().holders
+    assert (holder.viommu, holder.iommufd_objects) == (("none", [("i0", 3)]) if whole else (None, None))
     assert (holder.name, holder.memory_bytes, holder.locks_memory) == ("vm", 2**30 if whole else None, locks)
 
 

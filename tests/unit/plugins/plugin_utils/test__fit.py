@@ -373,7 +373,7 @@ def test_what_vdpa_says() -> None:
     answer = fit(idle(), who="vm", memlock="100M", accounting="none", devices=[BY_IOMMUFD, VDPA], **EXACT)
     assert answer["reason"].endswith("it is 28 MiB over its limit of 100 MiB and ends with -14 (Bad address).")
     # Neither the mode nor the capability would help.
-    assert answer["remedy"] == f"To make it fit: raise its limit (LimitMEMLOCK={128 * MIB} in its unit)."
+    assert answer["remedy"] == f"To make it fit: {in_unit(128 * MIB)}."
 
 
 def test_an_mdev_may_fail_later() -> None:
@@ -648,7 +648,7 @@ def test_nor_does_the_mode_tell_whether_root_has_the_capability(who: Any, accoun
     without = fit(idle(), **given, cap_ipc_lock=False)
     assert (without["fits"], without["accounting"]) == (False, accounting)
     # In the unit of a root without it, AmbientCapabilities= alone would give it nothing.
-    assert "(no CapabilityBoundingSet= in its unit that takes it away)" in without["remedy"]
+    assert "(no CapabilityBoundingSet= or PrivateUsers= in its unit that takes it away)" in without["remedy"]
     assert fit(idle(), **given, cap_ipc_lock="yes")["fits"] is True
     assert fit(idle(), **{**given, "accounting": "none"})["fits"] is True
     assert fit(idle(), **{**given, "memlock": "64M"})["fits"] is True
@@ -1051,7 +1051,7 @@ def test_locked_memory_is_asked_for() -> None:
     # What is too little for what it pins is too little whatever it locks.
     answer = fit(idle(), **{**given, "memlock": "63M"})
     assert answer["fits"] is False
-    assert answer["remedy"].startswith(f"To make it fit: raise its limit (LimitMEMLOCK={64 * MIB} in its unit); or ")
+    assert answer["remedy"].startswith(f"To make it fit: {in_unit(64 * MIB)}; or ")
     assert answer["remedy"].endswith(" That is for a VM that locks no memory itself.")
 
 
@@ -1276,6 +1276,90 @@ def test_a_vm_that_runs(fields: Row, given: Row, fits: bool | None) -> None:
         assert re.search(r"\(prlimit --pid 4242 --memlock=(\d+):\1\)", answer["remedy"])
 
 
+TWO_DEVICES: Row = {"vfio_devices": [{"backend": "iommufd", "as_it_runs": False}] * 2}
+JOINS: Row = {"devices": [BY_IOMMUFD], "overhead": "256K"}
+
+
+@pytest.mark.parametrize(
+    ("viommu", "given", "fits", "question"),
+    [
+        ("none", {}, True, None),
+        # They share an address space, and the next one may be behind the IOMMU.
+        (None, {}, None, "viommu"),
+        ("each", {}, None, "viommu"),
+        (None, {"memlock": 2 * PINNED}, True, None),
+        (None, {"memlock": 2 * PINNED - 1}, None, "viommu"),
+        (None, {"viommu": "none"}, True, None),
+        (None, {"viommu": "each"}, False, None),
+        # With a space for each so far, too, one may join one of them.
+        ("each", {"iommufds": 2}, False, None),
+        (None, {"iommufds": 2}, None, "viommu"),
+        # Whether QEMU 11 ends it for both backends depends on that, too.
+        ("none", {"devices": [LEGACY], "memlock": "1G"}, False, None),
+        (None, {"devices": [LEGACY], "memlock": "1G"}, None, "viommu"),
+    ],
+)
+def test_a_device_may_be_behind_an_iommu_that_others_bypass(
+    viommu: str | None, given: Row, fits: bool | None, question: str | None
+) -> None:
+    given = dict(given)
+    row = unit(**TWO_DEVICES, viommu=viommu, iommufds=iommufds(given.pop("iommufds", 1)))
+    data = info(processes=[row], users=[of_vm()], host=host(qemu=[emulator(False, version="11.0.0")]))
+    answer = grown(data, **{**JOINS, "memlock": 2 * PINNED - 1, **given})
+    assert answer["fits"] is fits
+    assert answer["question"] == (question and _fit_words._QUESTIONS_OF_RUNNING[question])
+
+
+def objects(**fds: int | None) -> list[Row]:
+    return [{"id": name, "fd": fd} for name, fd in fds.items()]
+
+
+# One that another program opened, set to process, with a device; and one in the mode user.
+I0, I1 = ({**iommufds(1)[0], "fd": fd, "rlimit_mode": mode} for fd, mode in ((3, "process"), (17, "user")))
+WHICH = _fit_words._QUESTIONS["which"]
+
+
+@pytest.mark.parametrize(
+    ("its", "commanded", "device", "fits", "question"),
+    [
+        ([I0], objects(i0=3, i1=None), {"iommufd": "i0"}, True, None),
+        ([I0], objects(i0=3, i1=None), {"iommufd": "i0", "mode": "process"}, True, None),
+        ([I0], objects(i0=3, i1=None), {"iommufd": 3}, True, None),
+        # QEMU opens this one with its first device.
+        ([I0], objects(i0=3, i1=None), {"iommufd": "i1", "mode": "user"}, False, None),
+        ([I0], objects(i0=3, i1=None), {"iommufd": "i1"}, False, None),
+        ([I0], objects(i0=3, i1=None), {"iommufd": "new", "mode": "user"}, False, None),
+        ([I0], objects(i0=3, i1=None), {}, None, WHICH),
+        ([I0], objects(i0=3), {}, True, None),
+        ([I0], objects(i0=3), {"iommufd": "other", "mode": "user"}, False, None),
+        # It joins what is there, whichever it gets.
+        ([I0, I1], objects(i0=3, i1=None), {}, True, None),
+        ([I0, {**I1, "ioases": []}], objects(i0=3, i1=None), {}, None, WHICH),
+        ([I0, I1], objects(i0=3, i1=None), {"mode": "process"}, True, None),
+        ([I0, I1], objects(i0=3, i1=None), {"iommufd": "i1"}, True, None),
+        ([I0, {**I1, "ioases": []}], objects(i0=3, i1=None), {"iommufd": "i1"}, False, None),
+        ([I0, {**I1, "ioases": []}], objects(i0=3, i1=None), {"iommufd": 17}, False, None),
+        # It may have been added since.
+        ([I0, I1], objects(i0=3), {"iommufd": "i1"}, None, WHICH),
+        ([I0, I1], objects(i0=3), {"iommufd": "17"}, True, None),
+        ([I1], objects(i0=None, i1=None), {"iommufd": "i0"}, None, WHICH),
+        # The command line could not be read.
+        ([I0], None, {"iommufd": "i0"}, None, WHICH),
+        ([I0], None, {}, None, WHICH),
+        ([I0], None, {"iommufd": "3"}, True, None),
+        ([I0, {**I0, "fd": 9, "same_as": 3}], objects(i0=3, i1=None), {"iommufd": "9"}, True, None),
+        ([I0], None, {"iommufd": "new", "mode": "user"}, False, None),
+    ],
+)
+def test_which_of_its_iommufds_a_device_gets(
+    its: list[Row], commanded: list[Row] | None, device: Row, fits: bool | None, question: str | None
+) -> None:
+    row = unit(iommufds=its, iommufd_objects=commanded, accounting=None, locked_bytes=PINNED, memlock_bytes=PINNED)
+    data = info(processes=[row], users=[of_vm(MIB)])
+    answer = grown(data, devices=[{**BY_IOMMUFD, **device}], overhead="256K", viommu="none")
+    assert (answer["fits"], answer["question"]) == (fits, question)
+
+
 @pytest.mark.parametrize(
     ("fields", "given", "charged", "needed"),
     [
@@ -1456,7 +1540,7 @@ def test_a_vm_that_runs_goes_by_its_names(name: str) -> None:
     [
         (
             {"grow": {"vm": "x", "memory": 1}},
-            "grow: no VM that runs is called 'x': give its domain, its unit, its name",
+            "grow: no VM that runs is called 'x': give its domain, its unit, its name or its pid. A VM without",
         ),
         ({"grow": {"vm": "twin", "memory": 1}}, "grow: 2 VMs are called 'twin' (pids 7, 8): give the pid of one."),
         ({"grow": {"vm": "vm1"}}, "grow: what is it to get? Give memory or devices, or live_update."),
@@ -1525,7 +1609,8 @@ CAPABILITY = (
     " execute that"
 )
 AMBIENT = (
-    "give the VMM CAP_IPC_LOCK (AmbientCapabilities=CAP_IPC_LOCK in its unit), and with it the right to pin all memory"
+    "give the VMM CAP_IPC_LOCK (AmbientCapabilities=CAP_IPC_LOCK in its system unit, and no CapabilityBoundingSet= or"
+    " PrivateUsers= in its unit that takes it away), and with it the right to pin all memory"
 )
 BY_LIBVIRT = (
     "have it charged for itself alone, which this host's libvirt does for devices with <driver name='vfio'"
@@ -1533,7 +1618,7 @@ BY_LIBVIRT = (
 )
 BY_OPTION = (
     "have it charged for itself alone, by setting rlimit_mode=process on its iommufd before its first device"
-    " (iommufd-exec, or virt.iommufd.iommufd_option)"
+    " (iommufd-exec, or virt.iommufd.iommufd_option if another program than QEMU opens it)"
 )
 BY_DOMAIN = "have it charged for itself alone (virt.iommufd.iommufd_domain, which needs libvirt 12.2 or later)"
 NEXT = ", for this VM only, since the next one takes still more"
@@ -1549,7 +1634,35 @@ def hard_limit(enough: int) -> str:
 
 
 def in_unit(enough: int) -> str:
-    return f"raise its limit (LimitMEMLOCK={enough} in its unit)"
+    return (
+        f"raise its limit (LimitMEMLOCK={enough} in its unit; for one that vm's own service manager starts, also in a"
+        " drop-in of user@1001.service, which is restarted then)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("who", "data", "end"),
+    [
+        ("vm", {"host": native(sessions=[session(GIB)])}, "in its unit)"),
+        ("vm", {"host": native(sessions=[session(None)])}, "in its unit)"),
+        ("vm", {"host": native(sessions=[session(64 * MIB - 1)])}, "in a drop-in of user@1001.service, which is"),
+        ("vm", {"host": native(sessions=None)}, "in its unit; for one that vm's own service manager starts, also in a"),
+        (
+            "vm",
+            {"processes": [unit(user_unit="a1.service")]},
+            "in its unit; for one, such as a1.service, that vm's own service manager starts, also in a drop-in of",
+        ),
+        ("nobody", {"users": []}, "in a drop-in of user@UID.service, which is"),
+        # Its manager is the system's.
+        ("root", {}, "in its unit)"),
+    ],
+)
+def test_a_limit_holds_whoever_starts_the_unit(who: str, data: Row, end: str) -> None:
+    """A user's service manager gives no more than its own hard limit, and says nothing."""
+    data = {"users": [of_vm()], **data}
+    answer = fit(idle(**data), who=who, memlock="1M", accounting="process", cap_ipc_lock=False, **EXACT)
+    assert f"(LimitMEMLOCK={64 * MIB} " in answer["remedy"]
+    assert end in answer["remedy"].partition(" or give")[0]
 
 
 def of_manager(enough: int) -> str:
