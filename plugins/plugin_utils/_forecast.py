@@ -239,8 +239,10 @@ def _told(case: Case | None, its: Definition, reason: str = "") -> Row:
         "prerequisites": answer["prerequisites"],
     }
     if its.unread and told["starts"] is None and case.running is None:
+        # Without a device that is known, there is nothing to be said of what it pins.
+        known = answer["reason"] if case.steps[0].devices else ""
         told.update(
-            reason=f"Not all of its definition was understood: {first_of(its.unread)} {answer['reason']}".strip(),
+            reason=f"Not all of its definition was understood: {first_of(its.unread)} {known}".strip(),
             question=f"What does its definition say there? {its.unread[0]}",
         )
     return told

@@ -506,6 +506,8 @@ def test_what_was_not_understood_is_told_and_asked() -> None:
     told = memlock_forecast(of(defined(**nothing, unread=["/etc/libvirt/qemu/x.xml is no XML."])))["vms"][0]
     assert (told["now"]["starts"], told["running"], told["user"]) == (None, None, None)
     assert "/etc/libvirt/qemu/x.xml is no XML." in told["now"]["question"]
+    # What it has is not known, so nothing is said of what it pins.
+    assert told["now"]["reason"] == "Not all of its definition was understood: /etc/libvirt/qemu/x.xml is no XML."
 
 
 def test_who_each_runs_as() -> None:
