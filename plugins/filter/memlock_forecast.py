@@ -26,10 +26,10 @@ description:
     that runs is gone then, such as by M(virt.iommufd.iommufd_option). So what counts is the definition of the VM.
   - Each VM is judged as P(virt.iommufd.memlock_fit#filter) judges it. This filter reckons what the others of its user
     have charged by then.
-  - In which order VMs start at boot is not known, except for units that start one after another (C(After=)). A VM
-    would start if it fits when all others of its user that may start before it do so. It would not if it does not fit
-    even when none of them does but those that are certain to. Otherwise it is V(null), and the summary tells how many
-    would not start at least and at most.
+  - In which order VMs start at boot is not known, except for units that systemd waits for
+    (RV(virt.iommufd.iommufd_info#module:defined[].order)). A VM would start if it fits when all others of its user that
+    may start before it do so. It would not if it does not fit even when none of them does but those that are certain
+    to. Otherwise it is V(null), and the summary tells how many would not start at least and at most.
 options:
   _input:
     description:
@@ -69,8 +69,6 @@ options:
 notes:
   - What a question says to give is a parameter of P(virt.iommufd.memlock_fit#filter), which then tells of that one VM.
   - The mode of an iommufd that somebody else opens and passes to a VM (C(fdgroup), C(fd)) is not known beforehand.
-  - A unit that starts after another one is taken to start once that has pinned its memory. That is so where systemd
-    waits for it, as with C(Type=notify) or C(Type=forking). With C(Type=simple) both may pin side by side.
   - It considers the limits and RV(_value.vms[].now.prerequisites), and not whether the host has the memory and the
     devices. Which of them only this boot has is not known, such as a module that was loaded by hand.
 seealso:

@@ -25,6 +25,9 @@ _LEVELS_MAX = 16
 _BOOT = "default.target"
 _STARTED_BY = ("WantedBy", "RequiredBy", "RequisiteOf", "BoundBy", "UpheldBy")
 _MAY_BE_STARTED_BY = ("TriggeredBy", "OnSuccessOf", "OnFailureOf")
+# Whom systemd waits for until it is in the background, which QEMU is once it has its devices. Of the other types, the
+# next unit starts as it may still pin.
+_WAITED_FOR = "forking"
 
 
 def find_defined_units(run: Run, running: Mapping[str, Sequence[int]]) -> tuple[list[Row], list[str]]:
@@ -41,6 +44,7 @@ def find_defined_units(run: Run, running: Mapping[str, Sequence[int]]) -> tuple[
         msgs.append(f"Of {len(names)} units that may start a VM, only {_UNITS_MAX} were looked at.")
     rows = []
     after = {}
+    waited_for = set()
     for name in names[:_UNITS_MAX]:
         try:
             shown = read_all_of(run, name)
@@ -51,6 +55,7 @@ def find_defined_units(run: Run, running: Mapping[str, Sequence[int]]) -> tuple[
         if row is not None:
             rows.append(row)
             after[name] = shown.get("After") or []
+            waited_for |= {name} if shown.get("Type") == _WAITED_FOR else set()
     try:
         at_boot = find_started_at_boot(run, list(after)) if rows else {}
     except IommufdError as exc:
@@ -58,7 +63,7 @@ def find_defined_units(run: Run, running: Mapping[str, Sequence[int]]) -> tuple[
         at_boot = {}
     for row in rows:
         row["autostart"] = at_boot.get(row["name"])
-        row["order"] = sorted(set(after[row["name"]]) & after.keys() - {row["name"]})
+        row["order"] = sorted(set(after[row["name"]]) & waited_for - {row["name"]})
     return rows, msgs
 
 

@@ -1204,7 +1204,8 @@ defined:
       sample: []
     order:
       description:
-        - The units in RV(defined) that it starts after, if they start, too. Empty for a domain.
+        - The units in RV(defined) that have pinned their memory before it starts, if they start, too. systemd starts it
+          after them (C(After=)), and waits until they are in the background (C(Type=forking)). Empty for a domain.
       type: list
       elements: str
       sample: []

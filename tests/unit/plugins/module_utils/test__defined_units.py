@@ -42,6 +42,7 @@ class Systemd:
             unit = words[4].rpartition("/")[2].replace("_2e", ".").replace("_40", "@")
             shown = self.services[unit]
             values = {"Id": unit, "After": shown.get("After", []), "FragmentPath": f"/etc/systemd/system/{unit}"}
+            values["Type"] = shown.get("Type", "simple")
             if "words" in shown:
                 values["ExecStartEx"] = [[shown["words"][0], shown["words"], [], 0]]
             return 0, json.dumps({"type": "a{sv}", "data": [{key: {"data": v} for key, v in values.items()}]}), ""
@@ -67,8 +68,10 @@ class Systemd:
 
 def test_units_that_start_vms() -> None:
     systemd = Systemd(
-        b={"words": WORDS, "WantedBy": "multi-user.target", "After": ["a.service", "sysinit.target"]},
-        a={"words": WORDS},
+        b={"words": WORDS, "WantedBy": "multi-user.target", "After": ["a.service", "ready.service", "sysinit.target"]},
+        a={"words": WORDS, "Type": "forking"},
+        # It may still pin as the next one starts.
+        ready={"words": WORDS, "Type": "notify"},
         plain={"words": [QEMU, "-m", "1G"], "WantedBy": "multi-user.target"},
         sshd={"words": ["/usr/sbin/sshd", "-D"]},
     )
@@ -77,6 +80,7 @@ def test_units_that_start_vms() -> None:
     assert [(row["name"], row["autostart"], row["order"]) for row in rows] == [
         ("a.service", False, []),
         ("b.service", True, ["a.service"]),
+        ("ready.service", False, []),
     ]
     # The words of one that is none are not asked for. A template starts nothing.
     assert not [words for words in systemd.asked if "sshd" in str(words[4:]) and words[0] == "busctl"]
