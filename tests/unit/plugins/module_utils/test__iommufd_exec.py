@@ -215,17 +215,18 @@ def test_each_named_iommufd_is_one_that_is_set(
 ) -> None:
     opened: list[int] = []
     real = _iommufd_exec.open_device
-    monkeypatch.setattr(_iommufd_exec, "open_device", lambda: opened.append(real()) or opened[-1])
-    set_modes: list[int] = []
-    change = _iommufd_exec.change
-    monkeypatch.setattr(
-        _iommufd_exec, "change", lambda iommufd, *rest: set_modes.append(iommufd._fd) or change(iommufd, *rest)
-    )
+
+    def opens() -> int:
+        kernel.mode = 0
+        opened.append(real())
+        return opened[-1]
+
+    monkeypatch.setattr(_iommufd_exec, "open_device", opens)
     with pytest.raises(Executed) as executed:
         run(monkeypatch, more=("{iommufd:b}", "{iommufd:b}", "{iommufd:c}"))
     try:
         assert len(opened) == 3
-        assert set_modes == opened
+        assert kernel.calls.count((0, 1)) == 3
         assert executed.value.words[3:] == [str(opened[each]) for each in (1, 1, 2)]
     finally:
         for fd in opened:
@@ -253,7 +254,12 @@ GETS_IT = ("-device", "vfio-pci,id=a,fd={01:00.0},iommufd=iommufd0")
 def test_a_device_is_opened_before_root_is_given_up(pci: Path, task: FakeTask, monkeypatch: pytest.MonkeyPatch) -> None:
     uids: list[Any] = []
     real = _iommufd_exec.open_vfio
-    monkeypatch.setattr(_iommufd_exec, "open_vfio", lambda address: uids.append(task.uids) or real(address))
+
+    def opens(address: str) -> int:
+        uids.append(task.uids)
+        return real(address)
+
+    monkeypatch.setattr(_iommufd_exec, "open_vfio", opens)
     with pytest.raises(Executed) as executed:
         run(monkeypatch, *DEVICE, "--user", "vm", more=GETS_IT)
     assert uids == [(0, 0, 0)]
@@ -343,7 +349,12 @@ def test_a_device_that_is_in_use_is_refused_with_its_user(
 ) -> None:
     looked: list[set[str]] = []
     (pci / "iommu_group").symlink_to("../../kernel/iommu_groups/7")
-    monkeypatch.setattr(_iommufd_exec, "_holders", lambda paths: looked.append(paths) or iter([123]))
+
+    def holders(paths: set[str]) -> list[int]:
+        looked.append(paths)
+        return [123]
+
+    monkeypatch.setattr(_iommufd_exec, "_holders", holders)
     assert run(monkeypatch, *DEVICE, more=GETS_IT) == NOT_OPENED
     assert "is in use: process 123 has it, or its group, open" in capfd.readouterr().err
     assert looked == [{"/dev/null", "/dev/vfio/7"}]
@@ -371,7 +382,7 @@ def test_the_environment_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(signal, "signal", lambda number, action: None)
     given = {b"HOME": b"/root", b"A": b"b", b"XDG_RUNTIME_DIR": b"/run/user/0"}
     monkeypatch.setattr(_iommufd_exec, "given_environment", lambda: dict(given))
-    _iommufd_exec.execute(["qemu"], [], user)  # type: ignore[func-returns-value]
+    _iommufd_exec.execute(["qemu"], [], user)
     own = {b"HOME": b"/home/vm", b"USER": b"vm", b"LOGNAME": b"vm", b"SHELL": b"/bin/zsh", b"A": b"b"}
     runtime = {b"XDG_RUNTIME_DIR": os.fsencode(tmp_path / "run")} if there else {}
     assert executed == [{**own, **runtime}]
