@@ -313,9 +313,13 @@ def test_a_user_has_the_devices_and_no_node(closed: None) -> None:
 def test_a_device_that_is_in_use() -> None:
     first = address(DEVICES[0])
     words = ("true", "{iommufd}", f"{{{first}}}")
-    with subprocess.Popen(["sleep", "60"], stdin=os.open(DEVICES[0], os.O_RDWR)) as process:
+    with open(DEVICES[0], "rb+", buffering=0) as node:
+        process = subprocess.Popen(["sleep", "60"], stdin=node)
+    try:
         done = launch("--device", first, command=words)
+    finally:
         process.kill()
+        process.wait()
     assert done.returncode == 122
     assert f"{first} ({DEVICES[0]}) is in use: process {process.pid} has it" in done.stderr
 
