@@ -21,9 +21,11 @@ import re
 import resource
 import signal
 import stat
+import struct
 import sys
 import termios
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple, NoReturn
 
 from ._capabilities import CAP_IPC_LOCK, capability_names, parse_file_capabilities, read_xattr
@@ -56,6 +58,8 @@ PCI_DEVICES = "/sys/bus/pci/devices"
 _DEV = "/dev"
 # Below that, each in the one before.
 _NODES = ("vfio", "devices")
+# VFIO_DEVICE_BIND_IOMMUFD, with argsz, flags, iommufd and out_devid, as linux/vfio.h has it.
+_BIND_IOMMUFD = 0x3B76
 
 # Exit codes: away from those of VMMs, which begin at 0, and from systemd's own, from 200. The last two are the shell's.
 USAGE = 121
@@ -358,15 +362,33 @@ def open_vfio(address: str) -> int:
             NOT_OPENED,
             f"{address} ({path}) cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)}): {hint}",
         ) from exc
-    # The kernel opens it for several, and lets but the first one use it.
-    for pid in _holders({path, f"{_DEV}/vfio/{_link_name(address, 'iommu_group')}"}):
+    # The kernel opens it for several, and binds it for one. Names in /proc are whatever a user's own mounts make them.
+    pids = [str(pid) for pid in islice(_holders({path, f"{_DEV}/vfio/{_link_name(address, 'iommu_group')}"}), 3)]
+    if pids and not can_bind(name, number):
         os.close(fd)
         raise Refusal(
             NOT_OPENED,
-            f"{address} ({path}) is in use: process {pid} has it, or its group, open. End that one, or take another"
-            " device.",
+            f"{address} ({path}) is in use, probably by process {' or '.join(pids)}, which has it, or its group, open."
+            " End that one, or take another device.",
         )
     return fd
+
+
+def can_bind(name: str, number: int) -> bool:
+    """Whether the device with that node can be bound by one more, which resets it. Raises OSError, and Refusal."""
+    fd = _open_node(name, number)
+    try:
+        iommufd = open_device()
+        try:
+            fcntl.ioctl(fd, _BIND_IOMMUFD, struct.pack("=IIiI", 16, 0, iommufd, 0))
+        except OSError as exc:
+            # By its node, or by its group. What else there may be, the command will tell.
+            return exc.errno not in (errno.EINVAL, errno.EBUSY)
+        finally:
+            os.close(iommufd)
+    finally:
+        os.close(fd)
+    return True
 
 
 def _link_name(address: str, link: str) -> str:
@@ -449,12 +471,17 @@ def _holders(paths: set[str]) -> Iterator[int]:
     for pid in (int(each) for each in os.listdir("/proc") if each.isdigit()):
         if pid == os.getpid():
             continue
-        # One that ends meanwhile has nothing any more.
-        with contextlib.suppress(OSError):
-            folder = f"/proc/{pid}/fd"
-            # A link's text only: what it leads to may be on a file system that answers nobody.
-            if any(os.readlink(f"{folder}/{each}") in paths for each in os.listdir(folder)):
-                yield pid
+        # A link's text only: what it leads to may be on a file system that answers nobody.
+        if not paths.isdisjoint(_descriptors(f"/proc/{pid}/fd")):
+            yield pid
+
+
+def _descriptors(folder: str) -> Iterator[str]:
+    """What the descriptors of a process are called. One that ends meanwhile has nothing any more."""
+    with contextlib.suppress(OSError):
+        for each in os.listdir(folder):
+            with contextlib.suppress(OSError):
+                yield os.readlink(f"{folder}/{each}")
 
 
 def find_unprivileged(name: str) -> User:

@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import grp
 import json
 import os
 import pty
 import pwd
 import signal
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -313,15 +315,20 @@ def test_a_user_has_the_devices_and_no_node(closed: None) -> None:
 def test_a_device_that_is_in_use() -> None:
     first = address(DEVICES[0])
     words = ("true", "{iommufd}", f"{{{first}}}")
-    with open(DEVICES[0], "rb+", buffering=0) as node:
+    with open(DEVICES[0], "rb+", buffering=0) as node, open("/dev/iommu", "rb+", buffering=0) as iommufd:
         process = subprocess.Popen(["sleep", "60"], stdin=node)
-    try:
-        done = launch("--device", first, command=words)
-    finally:
-        process.kill()
-        process.wait()
+        try:
+            # Open, and not yet bound.
+            assert launch("--device", first, command=words).returncode == 0
+            # VFIO_DEVICE_BIND_IOMMUFD
+            fcntl.ioctl(node, 0x3B76, struct.pack("=IIiI", 16, 0, iommufd.fileno(), 0))
+            node.close()
+            done = launch("--device", first, command=words)
+        finally:
+            process.kill()
+            process.wait()
     assert done.returncode == 122
-    assert f"{first} ({DEVICES[0]}) is in use: process {process.pid} has it" in done.stderr
+    assert f"{first} ({DEVICES[0]}) is in use, probably by process {process.pid}, which has it" in done.stderr
 
 
 def test_a_device_that_is_not_bound_to_vfio() -> None:

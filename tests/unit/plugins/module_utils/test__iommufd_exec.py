@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import pwd
@@ -344,8 +345,9 @@ def test_a_device_that_the_kernel_does_not_open(
     assert re.search(words, capfd.readouterr().err)
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBUSY, errno.EPERM, 0])
 def test_a_device_that_is_in_use_is_refused_with_its_user(
-    pci: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    pci: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
 ) -> None:
     looked: list[set[str]] = []
     (pci / "iommu_group").symlink_to("../../kernel/iommu_groups/7")
@@ -355,8 +357,23 @@ def test_a_device_that_is_in_use_is_refused_with_its_user(
         return [123]
 
     monkeypatch.setattr(_iommufd_exec, "_holders", holders)
+    bind = fcntl.ioctl
+
+    def ioctl(fd: int, request: int, argument: Any) -> int:
+        if request != 0x3B76:
+            return bind(fd, request, argument)
+        if number:
+            raise OSError(number, os.strerror(number))
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    if number not in (errno.EINVAL, errno.EBUSY):
+        # A name may be another file's, and what is open need not be bound.
+        with pytest.raises(Executed):
+            run(monkeypatch, *DEVICE, more=GETS_IT)
+        return
     assert run(monkeypatch, *DEVICE, more=GETS_IT) == NOT_OPENED
-    assert "is in use: process 123 has it, or its group, open" in capfd.readouterr().err
+    assert "is in use, probably by process 123, which has it, or its group, open" in capfd.readouterr().err
     assert looked == [{"/dev/null", "/dev/vfio/7"}]
 
 
