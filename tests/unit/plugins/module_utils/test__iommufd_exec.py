@@ -359,7 +359,7 @@ def test_a_device_that_is_in_use_is_refused_with_its_user(
     monkeypatch.setattr(_iommufd_exec, "_holders", holders)
     bind = fcntl.ioctl
 
-    def ioctl(fd: int, request: int, argument: Any) -> int:
+    def ioctl(fd: int, request: int, argument: Any) -> Any:
         if request != 0x3B76:
             return bind(fd, request, argument)
         if number:
