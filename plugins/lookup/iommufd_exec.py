@@ -14,8 +14,8 @@ author:
   - The virt.iommufd contributors (@virt-iommufd)
 description:
   - C(iommufd-exec) opens an iommufd and sets it, so that the kernel charges what is pinned through it to the process
-    alone. Then it gives up root, and becomes the VMM of its command line. It is for hosts where a systemd unit starts a
-    VMM without libvirt.
+    alone. With C(--device) it opens VFIO devices, too. Then it gives up root, and becomes the VMM of its command line,
+    which gets the descriptors. It is for hosts where a systemd unit starts a VMM without libvirt.
   - The lookup packs it into a file on the controller, and returns the path of the file. Ansible removes the file when
     it ends. The content depends only on the version of this collection, so a copy of it changes a host only once.
   - The role C(virt.iommufd.iommufd_host) installs it with C(iommufd_host_launcher).

@@ -199,10 +199,13 @@ class _Command(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """What a unit's command comes to. None is what its unit says; `bounding` has the numbers of capabilities."""
+    """What a unit's command comes to. None is what its unit says; `bounding` has the numbers of capabilities.
+
+    `given`: as Commandline has it.
+    """
 
     command: _Command
-    modes: Mapping[str, str] = MappingProxyType({})
+    given: Mapping[str, str] = MappingProxyType({})
     user: str | None = None
     memlock: int | None = None
     bounding: frozenset[int] | None = None
@@ -260,16 +263,18 @@ def _launch(commands: Sequence[_Command], shown: Mapping[str, Any]) -> _Launch:
 
 def _launched(command: _Command) -> _Launch:
     # It has many imports, and is on few hosts.
-    from ._iommufd_exec import PLACEHOLDER, parse
+    from ._iommufd_exec import is_iommufd, parse, placeholders
 
     options = list(takewhile(lambda word: word != "--", command.arguments))
     if any(word.startswith("-h") or word == "--help" for word in options):
         raise IommufdError(f"{_LAUNCHER} is asked for help")
     request = parse(command.arguments)
     program, *arguments = request.command
-    modes = {PLACEHOLDER: request.rlimit_mode}
+    given = {
+        text: request.rlimit_mode if is_iommufd(name) else name for text, name in placeholders(request.command).items()
+    }
     inner = _Command(program, arguments, command.flags)
-    return _Launch(inner, modes, request.user, request.memlock, request.bounding)
+    return _Launch(inner, given, request.user, request.memlock, request.bounding)
 
 
 def _expand(command: _Command, shown: Mapping[str, Any]) -> _Command:
@@ -321,7 +326,7 @@ def _no_file(_path: bytes) -> None:
 
 def _take_emulator(row: Row, launch: _Launch) -> bool:
     arguments = launch.command.arguments
-    found = Commandline(arguments, launch.modes)
+    found = Commandline(arguments, launch.given)
     row["hugepages"] = found.hugepages
     row["unread"] += [f"The command line does not tell {each}." for each in found.unread]
     if len(found.devices) > _DEVICES_MAX:

@@ -422,11 +422,12 @@ def _commandline(root: Element) -> Commandline:
 class Commandline:
     """What arguments of QEMU's say of devices. `unread`: what may say more. `places`: as in Defined, of its devices.
 
-    `modes`: those of the iommufds that it is given, by what stands for their descriptors.
+    `given`: the modes of the iommufds and the addresses of the devices that it is given, by what stands for their
+    descriptors.
     """
 
     def __init__(
-        self, arguments: list[str], modes: Mapping[str, str] = MappingProxyType({}), unread: Sequence[str] = ()
+        self, arguments: list[str], given: Mapping[str, str] = MappingProxyType({}), unread: Sequence[str] = ()
     ) -> None:
         self.devices: list[Device] = []
         self.places: list[str | None] = []
@@ -434,7 +435,7 @@ class Commandline:
         self.hugepages: bool | None = False
         self.viommu = self.may_nest = False
         self._locks: set[bool] = set()
-        self._modes = modes
+        self._given = given
         self.iommufds: dict[str, str | None] = {}
         for option, value in self._options(arguments):
             if option == "object":
@@ -457,7 +458,7 @@ class Commandline:
         kind = str(found.get("qom-type"))
         if kind == "iommufd":
             # Without a descriptor QEMU opens it, with the first device, and nobody has the time to set its mode.
-            self.iommufds[str(found.get("id"))] = self._modes.get(str(found["fd"])) if "fd" in found else USER
+            self.iommufds[str(found.get("id"))] = self._given.get(str(found["fd"])) if "fd" in found else USER
         elif kind.startswith("memory-backend-"):
             huge = str(found.get("hugetlb", "off")).lower() not in _OFF
             self._in_huge_pages(True if huge else str(found["mem-path"]) if "mem-path" in found else False)
@@ -499,7 +500,8 @@ class Commandline:
                 device = Device(LEGACY, CONTAINER, None, mdev)
             else:
                 device = Device(IOMMUFD, shown_text(str(named)), self.iommufds.get(str(named)), mdev)
-            self._add(device, place=_pci_address(str(found.get("host", ""))))
+            host = self._given.get(str(found["fd"])) if "fd" in found else found.get("host")
+            self._add(device, place=_pci_address(str(host or "")))
         self._add(Device(VDPA), driver.startswith("vhost-vdpa-device"))
         self._add_viommu("iommu" in driver or "smmu" in driver, found)
 

@@ -17,11 +17,15 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import resource
 import signal
+import stat
+import struct
 import sys
 import termios
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple, NoReturn
 
 from ._capabilities import CAP_IPC_LOCK, capability_names, parse_file_capabilities, read_xattr
@@ -45,10 +49,21 @@ __all__ = ("main",)
 
 NAME = "iommufd-exec"
 PLACEHOLDER = "{iommufd}"
+_ADDRESS = r"(?:[0-9a-fA-F]{4,8}:)?[0-9a-fA-F]{2}:[01][0-9a-fA-F]\.[0-7]"
+_PLACEHOLDERS = re.compile(rf"\{{(iommufd(?::[^{{}}]*)?|{_ADDRESS})\}}")
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_IOMMUFD_NAME = re.compile(r"iommufd(?::[\w.-]+)?", re.ASCII)
+
+PCI_DEVICES = "/sys/bus/pci/devices"
+_DEV = "/dev"
+# Below that, each in the one before.
+_NODES = ("vfio", "devices")
+# VFIO_DEVICE_BIND_IOMMUFD, with argsz, flags, iommufd and out_devid, as linux/vfio.h has it.
+_BIND_IOMMUFD = 0x3B76
 
 # Exit codes: away from those of VMMs, which begin at 0, and from systemd's own, from 200. The last two are the shell's.
 USAGE = 121
-NO_IOMMUFD = 122
+NOT_OPENED = 122
 NOT_SET = 123
 NOT_BECOME = 125
 NOT_EXECUTABLE = 126
@@ -59,18 +74,21 @@ Opens {DEVICE}, has the kernel charge what is pinned through it to the process a
 COMMAND, which is given the descriptor. It is meant for a systemd unit's ExecStart=, in front of a VMM that takes a
 descriptor, such as QEMU:
 
-  {NAME} --user vm --memlock 66G -- qemu-system-x86_64 -m 64G \\
-      -object iommufd,id=iommufd0,fd={PLACEHOLDER} -device vfio-pci,host=0000:01:00.0,iommufd=iommufd0
+  {NAME} --user vm --memlock 66G --device 0000:01:00.0 -- qemu-system-x86_64 -m 64G \\
+      -object iommufd,id=iommufd0,fd={PLACEHOLDER} \\
+      -device vfio-pci,id=vfio0,fd={{0000:01:00.0}},iommufd=iommufd0
 
 Everything behind the first -- is COMMAND and its arguments. They are passed on as they are, by no shell; only
-{PLACEHOLDER} in an argument becomes the number of the descriptor. It has to occur. COMMAND is looked for in PATH.
+{PLACEHOLDER} in an argument becomes the number of the descriptor, and {{ADDRESS}} that of a --device. {PLACEHOLDER} has
+to occur, or {{iommufd:NAME}}: each NAME is an iommufd of its own. COMMAND is looked for in PATH.
 """
 
 _EPILOG = f"""\
 what COMMAND gets:
-  The descriptor, which is the only one that is opened for it, and all that {NAME} was given itself: environment,
-  folder, descriptors, process id. Nothing of {NAME} stays behind. SIGPIPE and SIGXFSZ have their defaults. With --user
-  it has neither the controlling terminal nor the session keyring of its caller.
+  The descriptors that its arguments name, which are the only ones that are opened for it, and all that {NAME} was
+  given itself: environment, folder, descriptors, process id. Nothing of {NAME} stays behind. SIGPIPE and SIGXFSZ have
+  their defaults. With --user it has neither the controlling terminal nor the session keyring of its caller, and HOME,
+  USER, LOGNAME and SHELL are the user's. So is XDG_RUNTIME_DIR, if there is /run/user/UID; if not, it is removed.
 
 how it is accounted:
   One line on standard error tells. With rlimit_mode=process the kernel charges the process for itself, and checks its
@@ -84,11 +102,12 @@ what it takes:
   {DEVICE}, so Linux 6.2 with CONFIG_IOMMUFD, and its module loaded. CAP_SYS_RESOURCE for the mode, and to raise a hard
   limit. CAP_SETPCAP for --bounding. CAP_SETUID and CAP_SETGID for --user, unless the user and groups are that user's
   already, as in a unit with User= and AmbientCapabilities=CAP_SYS_RESOURCE: then it only gives up the capabilities.
-  USER has to be able to open the VFIO devices.
+  For --device, Linux 6.6 with CONFIG_VFIO_DEVICE_CDEV, and nodes that the caller can open, as root can. USER has to be
+  able to open a VFIO device that COMMAND opens by itself.
 
 exit codes, if COMMAND is not started:
   {USAGE}  the arguments are wrong
-  {NO_IOMMUFD}  there is no {DEVICE}, or it cannot be opened, or it is something else
+  {NOT_OPENED}  {DEVICE} or a --device is not there, or in use, or cannot be opened, or is something else
   {NOT_SET}  the rlimit mode could not be set, and --strict was given or the kernel's answer has no known meaning
   {NOT_BECOME}  USER, the limit or the bounding set could not be had, or something unforeseen happened
   {NOT_EXECUTABLE}  COMMAND was found but could not be executed
@@ -113,7 +132,8 @@ class Refusal(IommufdError):
 class Request(NamedTuple):
     """What the arguments ask for. None is "leave it as it is".
 
-    `memlock` is in bytes, or resource.RLIM_INFINITY; `bounding` has the numbers of the capabilities that may stay.
+    `memlock` is in bytes, or resource.RLIM_INFINITY; `bounding` has the numbers of the capabilities that may stay;
+    `devices` the PCI addresses of those that are opened for the command, as the kernel writes them.
     """
 
     command: tuple[str, ...]
@@ -122,6 +142,7 @@ class Request(NamedTuple):
     memlock: int | None = None
     bounding: frozenset[int] | None = None
     strict: bool = False
+    devices: tuple[str, ...] = ()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -170,8 +191,65 @@ def make_parser() -> argparse.ArgumentParser:
         help="drop all other capabilities from the bounding set: names with commas in between, or none"
         " (default: leave it)",
     )
+    made.add_argument(
+        "--device",
+        metavar="ADDRESS",
+        action="append",
+        default=[],
+        help="open this PCI device of VFIO, such as 0000:01:00.0, for {ADDRESS} in an argument; again for another",
+    )
     made.add_argument("--strict", action="store_true", help="do not start COMMAND where the mode cannot be set")
     return made
+
+
+def pci_address(text: str) -> str | None:
+    """A PCI address as the kernel writes it, with its domain; None where the text is none."""
+    if not re.fullmatch(_ADDRESS, text):
+        return None
+    domain, bus, rest = f"0:{text}".lower().split(":")[-3:]
+    return f"{int(domain, 16):04x}:{bus}:{rest}"
+
+
+def _device(text: str) -> str:
+    address = pci_address(text)
+    if address is None:
+        raise Refusal(USAGE, f"--device: {text!r} is not a PCI address, such as 0000:01:00.0. lspci -D lists them.")
+    return address
+
+
+def placeholders(command: Sequence[str]) -> dict[str, str]:
+    """What each placeholder in a command's arguments stands for, in their order: an iommufd's name, or an address."""
+    found = (each for word in command[1:] for each in _PLACEHOLDERS.finditer(word))
+    return {each[0]: pci_address(each[1]) or each[1] for each in found}
+
+
+def is_iommufd(name: str) -> bool:
+    """Whether a placeholder stands for an iommufd."""
+    return pci_address(name) is None
+
+
+def _check_placeholders(command: Sequence[str], devices: Sequence[str]) -> None:
+    """Raises Refusal where a placeholder stands for nothing, or nothing stands for what is opened."""
+    found = placeholders(command)
+    if not any(is_iommufd(name) for name in found.values()):
+        raise Refusal(
+            USAGE,
+            f"No argument of {command[0]} has {PLACEHOLDER} in it, so it would not get the descriptor and open one of"
+            f" its own. QEMU takes it as -object iommufd,id=iommufd0,fd={PLACEHOLDER}.",
+        )
+    for text, name in found.items():
+        if is_iommufd(name):
+            if not _IOMMUFD_NAME.fullmatch(name):
+                raise Refusal(USAGE, f"{text} names no iommufd: a NAME has letters, digits, and any of _ . - in it.")
+        elif name not in devices:
+            raise Refusal(USAGE, f"{text} is not opened: give --device {name}, too.")
+    for each in devices:
+        if each not in found.values():
+            raise Refusal(
+                USAGE,
+                f"No argument of {command[0]} has {{{each}}} in it, so it would not get --device {each}. QEMU takes it"
+                f" as -device vfio-pci,id=vfio0,fd={{{each}}},iommufd=iommufd0.",
+            )
 
 
 def parse(arguments: Sequence[str]) -> Request:
@@ -181,12 +259,8 @@ def parse(arguments: Sequence[str]) -> Request:
     command = tuple(arguments[end + 1 :])
     if not command:
         raise Refusal(USAGE, f"There is no COMMAND: it stands behind --. See {NAME} --help.")
-    if not any(PLACEHOLDER in word for word in command[1:]):
-        raise Refusal(
-            USAGE,
-            f"No argument of {command[0]} has {PLACEHOLDER} in it, so it would not get the descriptor and open one of"
-            f" its own. QEMU takes it as -object iommufd,id=iommufd0,fd={PLACEHOLDER}.",
-        )
+    devices = tuple(dict.fromkeys(_device(each) for each in given.device))
+    _check_placeholders(command, devices)
     try:
         memlock = None if given.memlock is None else _memlock(given.memlock)
     except IommufdError as exc:
@@ -195,12 +269,13 @@ def parse(arguments: Sequence[str]) -> Request:
         bounding = None if given.bounding is None else _bounding(given.bounding)
     except IommufdError as exc:
         raise Refusal(USAGE, f"--bounding: {exc}") from exc
-    return Request(command, given.rlimit_mode, given.user, memlock, bounding, given.strict)
+    return Request(command, given.rlimit_mode, given.user, memlock, bounding, given.strict, devices)
 
 
-def fill(command: Sequence[str], fd: int) -> list[str]:
-    """The command as it is executed: with the descriptor's number where an argument asks for it."""
-    return [command[0], *(word.replace(PLACEHOLDER, str(fd)) for word in command[1:])]
+def fill(command: Sequence[str], fds: Mapping[str, int]) -> list[str]:
+    """The command as it is executed: with a descriptor's number where an argument asks for it. `fds`: by name."""
+    names = placeholders(command)
+    return [command[0], *(_PLACEHOLDERS.sub(lambda found: str(fds[names[found[0]]]), word) for word in command[1:])]
 
 
 def obstacle(result: Result, request: Request) -> str:
@@ -259,13 +334,154 @@ def open_device() -> int:
             hint = " Or does the unit have PrivateDevices=?"
         elif isinstance(exc, AccessRefused):
             hint = " A unit needs DeviceAllow=, too."
-        raise Refusal(NO_IOMMUFD, f"{exc}{hint}") from exc
+        raise Refusal(NOT_OPENED, f"{exc}{hint}") from exc
+    return _above_standard(fd)
+
+
+def _above_standard(fd: int) -> int:
     if fd > 2:
         return fd
     # Started without standard streams. A VMM would take it for one of them.
     moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
     os.close(fd)
     return moved
+
+
+def open_vfio(address: str) -> int:
+    """The device of VFIO at a PCI address: a descriptor as that of open_device. Raises Refusal."""
+    name, number = find_vfio(address)
+    path = "/".join((_DEV, *_NODES, name))
+    try:
+        fd = _above_standard(_open_node(name, number))
+    except OSError as exc:
+        hint = {
+            errno.ENOENT: "its node is missing. Or does the unit have PrivateDevices=?",
+            errno.EBUSY: "another process uses it. End that one, or take another device.",
+        }.get(exc.errno or 0, "see to its owner and mode, and that a unit has DeviceAllow= for it.")
+        raise Refusal(
+            NOT_OPENED,
+            f"{address} ({path}) cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)}): {hint}",
+        ) from exc
+    # The kernel opens it for several, and binds it for one. Names in /proc are whatever a user's own mounts make them.
+    pids = [str(pid) for pid in islice(_holders({path, f"{_DEV}/vfio/{_link_name(address, 'iommu_group')}"}), 3)]
+    if pids and not can_bind(name, number):
+        os.close(fd)
+        raise Refusal(
+            NOT_OPENED,
+            f"{address} ({path}) is in use, probably by process {' or '.join(pids)}, which has it, or its group, open."
+            " End that one, or take another device.",
+        )
+    return fd
+
+
+def can_bind(name: str, number: int) -> bool:
+    """Whether the device with that node can be bound by one more, which resets it. Raises OSError, and Refusal."""
+    fd = _open_node(name, number)
+    try:
+        iommufd = open_device()
+        try:
+            fcntl.ioctl(fd, _BIND_IOMMUFD, struct.pack("=IIiI", 16, 0, iommufd, 0))
+        except OSError as exc:
+            # By its node, or by its group. What else there may be, the command will tell.
+            return exc.errno not in (errno.EINVAL, errno.EBUSY)
+        finally:
+            os.close(iommufd)
+    finally:
+        os.close(fd)
+    return True
+
+
+def _link_name(address: str, link: str) -> str:
+    """What a link of a PCI device leads to, "" where there is none."""
+    with contextlib.suppress(OSError):
+        return os.path.basename(os.readlink(f"{PCI_DEVICES}/{address}/{link}"))
+    return ""
+
+
+def find_vfio(address: str) -> tuple[str, int]:
+    """The name and the number of the node that VFIO has for a PCI device. Raises Refusal."""
+    folder = f"{PCI_DEVICES}/{address}"
+    if not os.path.isdir(folder):
+        raise Refusal(NOT_OPENED, f"This host has no PCI device {address}: lspci -D lists those that it has.")
+    driver = _link_name(address, "driver")
+    names: list[str] = []
+    with contextlib.suppress(FileNotFoundError):
+        names = os.listdir(f"{folder}/vfio-dev")
+    if not names and "vfio" not in driver:
+        bound = f"bound to the driver {driver}" if driver else "bound to no driver"
+        raise Refusal(
+            NOT_OPENED,
+            f"{address} is {bound}, and not to VFIO's: bind it (driverctl set-override {address} vfio-pci), once"
+            " nothing on the host uses it.",
+        )
+    try:
+        with open(f"{folder}/vfio-dev/{names[0]}/dev", encoding="ascii") as stream:
+            major, minor = stream.read().split(":")
+    except (IndexError, FileNotFoundError) as exc:
+        raise Refusal(
+            NOT_OPENED,
+            f"{address} is bound to {driver or 'VFIO'}, and has no node of its own: that takes Linux 6.6 with"
+            " CONFIG_VFIO_DEVICE_CDEV. On this kernel a VMM can have it only by the group, without --device.",
+        ) from exc
+    return names[0], os.makedev(int(major), int(minor))
+
+
+def _open_node(name: str, number: int) -> int:
+    """The node of that name and device number, close-on-exec. Raises OSError, and Refusal where it is another one.
+
+    On the way there is nothing that anybody but root can write.
+    """
+    folder = os.open("/", _FOLDER)
+    try:
+        for each in (_DEV, *_NODES):
+            inner = os.open(each, _FOLDER, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+            status = os.fstat(folder)
+            if status.st_uid != 0 or status.st_mode & 0o022:
+                raise Refusal(
+                    NOT_OPENED,
+                    f"{_DEV}/{'/'.join(_NODES)} is not root's alone: nothing is opened there. See to the owner"
+                    f" and the mode of {each}.",
+                )
+        # To open a node that is another one may do something already.
+        _check_node(os.stat(name, dir_fd=folder, follow_symlinks=False), name, number)
+        fd = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=folder)
+    finally:
+        os.close(folder)
+    try:
+        _check_node(os.fstat(fd), name, number)
+    except Refusal:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_node(status: os.stat_result, name: str, number: int) -> None:
+    if not stat.S_ISCHR(status.st_mode) or status.st_rdev != number:
+        raise Refusal(
+            NOT_OPENED,
+            f"{_DEV}/{'/'.join(_NODES)}/{name} is not the device that sysfs has there, but something else: it is not"
+            " given to anything.",
+        )
+
+
+def _holders(paths: set[str]) -> Iterator[int]:
+    """The other processes that have any of these open, as far as this one may see."""
+    for pid in (int(each) for each in os.listdir("/proc") if each.isdigit()):
+        if pid == os.getpid():
+            continue
+        # A link's text only: what it leads to may be on a file system that answers nobody.
+        if not paths.isdisjoint(_descriptors(f"/proc/{pid}/fd")):
+            yield pid
+
+
+def _descriptors(folder: str) -> Iterator[str]:
+    """What the descriptors of a process are called. One that ends meanwhile has nothing any more."""
+    with contextlib.suppress(OSError):
+        for each in os.listdir(folder):
+            with contextlib.suppress(OSError):
+                yield os.readlink(f"{folder}/{each}")
 
 
 def find_unprivileged(name: str) -> User:
@@ -398,14 +614,29 @@ def given_environment() -> dict[bytes, bytes]:
     return given
 
 
-def execute(command: Sequence[str], fd: int) -> NoReturn:
-    """Becomes the command, which gets the descriptor. Raises Refusal."""
-    os.set_inheritable(fd, True)
+def environment_of(user: User) -> dict[bytes, bytes]:
+    """The variables that are a user's."""
+    found = {"HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": user.shell}
+    with contextlib.suppress(OSError):
+        status = os.lstat(user.runtime_folder)
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == user.uid:
+            found["XDG_RUNTIME_DIR"] = user.runtime_folder
+    return {os.fsencode(name): os.fsencode(value) for name, value in found.items()}
+
+
+def execute(command: Sequence[str], fds: Iterable[int], user: User | None = None) -> NoReturn:
+    """Becomes the command, which gets the descriptors, and the environment of the user. Raises Refusal."""
+    for fd in fds:
+        os.set_inheritable(fd, True)
+    environment = given_environment()
+    if user is not None:
+        environment.pop(b"XDG_RUNTIME_DIR", None)
+        environment.update(environment_of(user))
     # Python ignores these, which a program that it becomes would, too.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     try:
-        os.execvpe(command[0], list(command), given_environment())
+        os.execvpe(command[0], list(command), environment)
     except OSError as exc:
         code = NOT_FOUND if exc.errno in (errno.ENOENT, errno.ENOTDIR) else NOT_EXECUTABLE
         raise Refusal(code, f"{command[0]} cannot be executed ({error_text(exc.errno)}).") from exc
@@ -416,9 +647,14 @@ def execute(command: Sequence[str], fd: int) -> NoReturn:
 def launch(request: Request) -> NoReturn:
     """Does what is asked for and becomes the command. Raises Refusal, and then the process is of no more use."""
     user = None if request.user is None else find_unprivileged(request.user)
-    fd = open_device()
-    result = change(IommuFd(fd), RLIMIT_MODE, RLIMIT_MODE.number(request.rlimit_mode))
-    warning = obstacle(result, request)
+    fds: dict[str, int] = {}
+    for name in filter(is_iommufd, placeholders(request.command).values()):
+        if name not in fds:
+            fds[name] = open_device()
+            result = change(IommuFd(fds[name]), RLIMIT_MODE, RLIMIT_MODE.number(request.rlimit_mode))
+            warning = obstacle(result, request)
+    for address in request.devices:
+        fds[address] = open_vfio(address)
     if request.memlock is not None:
         limit_memlock(request.memlock)
     if request.bounding is not None:
@@ -435,7 +671,7 @@ def launch(request: Request) -> NoReturn:
         say(f"warning: {lifted(request.command[0], program)}")
     # A kernel without the option charges the user.
     say(verdict(result.after or 0, limit, unlimited=has_it or gets_it))
-    execute(fill(request.command, fd), fd)
+    execute(fill(request.command, fds), fds.values(), user)
 
 
 def main() -> int:
@@ -447,7 +683,7 @@ def main() -> int:
         return exc.code
     except IommufdError as exc:
         say(str(exc))
-        return NO_IOMMUFD
+        return NOT_OPENED
     except Exception as exc:
         # A traceback's exit code would be taken for the command's.
         say(f"Nothing was started, for a reason that was not foreseen: {exc!r}.")

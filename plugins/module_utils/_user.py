@@ -32,6 +32,7 @@ class User(NamedTuple):
     uid: int
     gid: int
     home: str
+    shell: str = "/bin/sh"
 
     @property
     def runtime_folder(self) -> str:
@@ -45,7 +46,7 @@ def find_user(name: str) -> User:
         found = pwd.getpwnam(name)
     except (KeyError, ValueError) as exc:
         raise IommufdError(f"This host has no user {name!r}: give the name of one that it has.") from exc
-    return User(found.pw_name, found.pw_uid, found.pw_gid, found.pw_dir)
+    return User(found.pw_name, found.pw_uid, found.pw_gid, found.pw_dir, found.pw_shell or "/bin/sh")
 
 
 def groups_of(user: User) -> set[int]:

@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import grp
 import json
 import os
 import pty
 import pwd
 import signal
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._programs import EXEC, zipapp
-from ansible_collections.virt.iommufd.tests.kernel.harness import CAPABILITIES, MIB, VM, as_user
+from ansible_collections.virt.iommufd.tests.kernel.harness import CAPABILITIES, DEVICES, MIB, VM, as_user
 
 pytestmark = pytest.mark.once
 
@@ -278,6 +280,82 @@ def test_the_environment_and_other_descriptors_are_the_callers() -> None:
         "A": "b",
     }
     assert told["links"][str(read)].startswith("pipe:")
+
+
+def address(node: str) -> str:
+    """Where a device of VFIO is on its bus."""
+    return Path(f"/sys/class/vfio-dev/{Path(node).name}/device").resolve().name
+
+
+@pytest.fixture
+def closed() -> Iterator[None]:
+    """Nodes that only root can open."""
+    modes = {each: os.stat(each).st_mode & 0o777 for each in ("/dev/iommu", *DEVICES)}
+    for each in modes:
+        os.chmod(each, 0o600)
+    yield
+    for each, mode in modes.items():
+        os.chmod(each, mode)
+
+
+def test_a_user_has_the_devices_and_no_node(closed: None) -> None:
+    first, second = (address(each) for each in DEVICES[:2])
+    short = second.partition(":")[2]
+    words = ("/usr/bin/python3", "-I", "-c", COMMAND, "{iommufd}", "{iommufd:b}", f"{{{first}}}", f"{{{short}}}")
+    done = launch("--user", "vm", "--device", first, "--device", short, command=words)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(SEEN.read_text())
+    assert told["status"]["Uid"].split() == [str(VM)] * 4
+    links = {name: link for name, link in told["links"].items() if name not in ("0", "1", "2")}
+    fds = [told["fd"], *told["words"]]
+    assert [links.pop(fd) for fd in fds] == ["/dev/iommu", "/dev/iommu", *DEVICES[:2]]
+    assert links == {}
+
+
+def test_a_device_that_is_in_use() -> None:
+    first = address(DEVICES[0])
+    words = ("true", "{iommufd}", f"{{{first}}}")
+    with open(DEVICES[0], "rb+", buffering=0) as node, open("/dev/iommu", "rb+", buffering=0) as iommufd:
+        process = subprocess.Popen(["sleep", "60"], stdin=node)
+        try:
+            # Open, and not yet bound.
+            assert launch("--device", first, command=words).returncode == 0
+            # VFIO_DEVICE_BIND_IOMMUFD
+            fcntl.ioctl(node, 0x3B76, struct.pack("=IIiI", 16, 0, iommufd.fileno(), 0))
+            node.close()
+            done = launch("--device", first, command=words)
+        finally:
+            process.kill()
+            process.wait()
+    assert done.returncode == 122
+    assert f"{first} ({DEVICES[0]}) is in use, probably by process {process.pid}, which has it" in done.stderr
+
+
+def test_a_device_that_is_not_bound_to_vfio() -> None:
+    other = next(each.name for each in Path("/sys/bus/pci/devices").iterdir() if not (each / "vfio-dev").exists())
+    done = launch("--device", other, command=("true", "{iommufd}", f"{{{other}}}"))
+    assert done.returncode == 122
+    assert f"{other} is bound to " in done.stderr
+    assert f"driverctl set-override {other} vfio-pci" in done.stderr
+
+
+def test_a_device_below_a_folder_that_is_not_roots() -> None:
+    first = address(DEVICES[0])
+    prefix = shell("mount -t tmpfs -o mode=777 none /dev/vfio/devices")
+    done = launch("--device", first, prefix=prefix, command=("true", "{iommufd}", f"{{{first}}}"))
+    assert done.returncode == 122
+    assert "/dev/vfio/devices is not root's alone" in done.stderr
+
+
+def test_the_environment_is_the_users() -> None:
+    given = {"PATH": os.defpath, "A": "b", "HOME": "/root", "XDG_RUNTIME_DIR": "/run/user/0"}
+    environment = seen("--user", "vm", env=given)["environment"]
+    user = pwd.getpwnam("vm")
+    folder = Path(f"/run/user/{VM}")
+    expected = {"HOME": user.pw_dir, "USER": "vm", "LOGNAME": "vm", "SHELL": user.pw_shell or "/bin/sh"}
+    expected.update({"XDG_RUNTIME_DIR": str(folder)} if folder.exists() else {})
+    environment.pop("LC_CTYPE", None)
+    assert environment == {"PATH": os.defpath, "A": "b", **expected}
 
 
 # Whether it has a controlling terminal, and which session keyring (KEYCTL_GET_KEYRING_ID of KEY_SPEC_SESSION_KEYRING).

@@ -284,6 +284,18 @@ def test_the_launcher_in_front() -> None:
     assert [each["accounting"] for each in row["devices"]] == [USER]
     assert (row["user"], row["memlock_bytes"], row["memlock_unlimited"]) == ("root", None, True)
     assert row["cap_ipc_lock"] is False
+    # Each iommufd by its name, and a device that it opens.
+    objects = ("-object", "iommufd,id=a,fd={iommufd:a}", "-object", "iommufd,id=i,fd={iommufd}")
+    devices = ("-device", "vfio-pci,id=v,fd={01:00.0},iommufd=a", "-device", "vfio-pci,host=02:00.0,iommufd=i")
+    row = unit((launcher[0], "--device", "0000:01:00.0", "--", *BASIC, *objects, *devices))
+    assert [(each["space"], each["accounting"], each["address"]) for each in row["devices"]] == [
+        ("a", PROCESS, "0000:01:00.0"),
+        ("i", PROCESS, "0000:02:00.0"),
+    ]
+    assert row["unread"] == []
+    # A device from elsewhere is at a place that nobody knows.
+    row = unit((launcher[0], "--", *BASIC, *objects, "-device", "vfio-pci,id=v,fd=9,iommufd=a"))
+    assert [(each["accounting"], each["address"]) for each in row["devices"]] == [(PROCESS, None)]
     # From elsewhere, nobody knows which mode it has.
     row = unit((*BASIC, "-object", "iommufd,id=i,fd=9", "-device", "vfio-pci,host=01:00.0,iommufd=i"))
     assert [each["accounting"] for each in row["devices"]] == [None]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import pwd
@@ -33,10 +34,10 @@ from ansible_collections.virt.iommufd.plugins.module_utils._iommufd import (
     UNSUPPORTED,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._iommufd_exec import (
-    NO_IOMMUFD,
     NOT_BECOME,
     NOT_EXECUTABLE,
     NOT_FOUND,
+    NOT_OPENED,
     NOT_SET,
     USAGE,
     Refusal,
@@ -48,6 +49,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._iommufd_exec import 
     parse,
     verdict,
 )
+from ansible_collections.virt.iommufd.plugins.module_utils._user import User
 from ansible_collections.virt.iommufd.tests.unit.fake_kernel import FakeKernel
 from ansible_collections.virt.iommufd.tests.unit.fake_task import (
     ALL,
@@ -80,11 +82,13 @@ GROUPS = [36, 1001]
         (["--memlock", "infinity"], {"memlock": INFINITY}),
         (["--memlock", "unlimited"], {"memlock": INFINITY}),
         (["--bounding", "none"], {"bounding": frozenset()}),
+        (["--device", "01:00.0", "--device=0000:01:00.0"], {"devices": ("0000:01:00.0",)}),
         (["--bounding", "CAP_NET_ADMIN,ipc_lock"], {"bounding": frozenset({12, IPC_LOCK})}),
     ],
 )
 def test_what_the_arguments_ask_for(options: list[str], expected: dict[str, Any]) -> None:
-    assert parse([*options, "--", *COMMAND]) == Request(tuple(COMMAND), **expected)
+    command = [*COMMAND, "-device", "vfio-pci,fd={01:00.0},iommufd=iommufd0"] if "devices" in expected else COMMAND
+    assert parse([*options, "--", *command]) == Request(tuple(command), **expected)
 
 
 def test_the_first_separator_is_ours_and_the_others_are_the_commands() -> None:
@@ -108,6 +112,12 @@ def test_the_first_separator_is_ours_and_the_others_are_the_commands() -> None:
         (["--memlock=-1", "--", *COMMAND], "--memlock: '-1' is not a size"),
         (["--memlock", "9E", "--", *COMMAND], "--memlock: '9E' is too large"),
         (["--bounding", "net_admin,all", "--", *COMMAND], "--bounding: 'all' is not a capability"),
+        (["--device", "vfio0", "--", *COMMAND], "--device: 'vfio0' is not a PCI address"),
+        (["--device", "01:00.0", "--", *COMMAND], r"has \{0000:01:00.0\} in it, so it would not get --device"),
+        (["--", *COMMAND, "fd={01:00.0}"], r"\{01:00.0\} is not opened: give --device 0000:01:00.0, too"),
+        (["--device", "01:00.0", "--", "a", "{01:00.0}"], r"No argument of a has \{iommufd\} in it"),
+        (["--", *COMMAND, "{iommufd:}"], r"\{iommufd:\} names no iommufd"),
+        (["--", *COMMAND, "{iommufd:a b}"], r"\{iommufd:a b\} names no iommufd"),
         (["--bounding", "", "--", *COMMAND], "--bounding: '' is not a capability"),
     ],
 )
@@ -118,8 +128,10 @@ def test_wrong_arguments(arguments: list[str], words: str) -> None:
 
 
 def test_only_the_placeholder_in_an_argument_is_filled_in() -> None:
-    words = ["{iommufd}", "fd={iommufd},again={iommufd}", "{IOMMUFD}", "{ iommufd }", "$HOME %s {}", "\udcff"]
-    assert fill(words, 3) == ["{iommufd}", "fd=3,again=3", "{IOMMUFD}", "{ iommufd }", "$HOME %s {}", "\udcff"]
+    others = ["{IOMMUFD}", "{ iommufd }", "$HOME %s {}", "{1:0.0}", "\udcff"]
+    words = ["{iommufd}", "fd={iommufd},again={iommufd}", "{iommufd:b}{0A:00.1}", "{0000:0a:00.1}", *others]
+    fds = {"iommufd": 3, "iommufd:b": 4, "0000:0a:00.1": 5}
+    assert fill(words, fds) == ["{iommufd}", "fd=3,again=3", "45", "5", *others]
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -171,9 +183,9 @@ def task(null_is_iommufd: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> FakeTa
     return fake
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, *options: str, more: tuple[str, ...] = ()) -> int:
     """The exit code of the launcher with these options and COMMAND. Raises Executed where it becomes COMMAND."""
-    monkeypatch.setattr(sys, "argv", ["iommufd-exec", *options, "--", *COMMAND])
+    monkeypatch.setattr(sys, "argv", ["iommufd-exec", *options, "--", *COMMAND, *more])
     return _iommufd_exec.main()
 
 
@@ -197,6 +209,203 @@ def test_a_user_who_has_nothing_but_the_descriptor(
         assert stat.S_ISCHR(os.fstat(fd).st_mode)
     finally:
         os.close(fd)
+
+
+def test_each_named_iommufd_is_one_that_is_set(
+    task: FakeTask, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    real = _iommufd_exec.open_device
+
+    def opens() -> int:
+        kernel.mode = 0
+        opened.append(real())
+        return opened[-1]
+
+    monkeypatch.setattr(_iommufd_exec, "open_device", opens)
+    with pytest.raises(Executed) as executed:
+        run(monkeypatch, more=("{iommufd:b}", "{iommufd:b}", "{iommufd:c}"))
+    try:
+        assert len(opened) == 3
+        assert kernel.calls.count((0, 1)) == 3
+        assert executed.value.words[3:] == [str(opened[each]) for each in (1, 1, 2)]
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+@pytest.fixture
+def pci(task: FakeTask, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """What sysfs has of 0000:01:00.0, whose node of VFIO is /dev/null, which nobody else has open."""
+    folder = tmp_path / "0000:01:00.0"
+    (folder / "vfio-dev" / "null").mkdir(parents=True)
+    status = os.stat(os.devnull).st_rdev
+    (folder / "vfio-dev" / "null" / "dev").write_text(f"{os.major(status)}:{os.minor(status)}\n")
+    (folder / "driver").symlink_to("../../../bus/pci/drivers/vfio-pci")
+    monkeypatch.setattr(_iommufd_exec, "PCI_DEVICES", str(tmp_path))
+    monkeypatch.setattr(_iommufd_exec, "_NODES", ())
+    monkeypatch.setattr(_iommufd_exec, "_holders", lambda paths: iter(()))
+    return folder
+
+
+DEVICE = ("--device", "01:00.0")
+GETS_IT = ("-device", "vfio-pci,id=a,fd={01:00.0},iommufd=iommufd0")
+
+
+def test_a_device_is_opened_before_root_is_given_up(pci: Path, task: FakeTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    uids: list[Any] = []
+    real = _iommufd_exec.open_vfio
+
+    def opens(address: str) -> int:
+        uids.append(task.uids)
+        return real(address)
+
+    monkeypatch.setattr(_iommufd_exec, "open_vfio", opens)
+    with pytest.raises(Executed) as executed:
+        run(monkeypatch, *DEVICE, "--user", "vm", more=GETS_IT)
+    assert uids == [(0, 0, 0)]
+    assert task.uids == (1001,) * 3
+    fd = int(re.fullmatch(r"vfio-pci,id=a,fd=(\d+),iommufd=iommufd0", executed.value.words[4])[1])  # type: ignore[index]
+    iommufd = int(executed.value.words[2].rpartition("=")[2])
+    try:
+        assert fd > 2
+        assert fd != iommufd
+        assert os.get_inheritable(fd)
+        assert os.fstat(fd).st_rdev == os.stat(os.devnull).st_rdev
+    finally:
+        os.close(fd)
+        os.close(iommufd)
+
+
+def unbound(pci: Path) -> None:
+    (pci / "vfio-dev" / "null" / "dev").unlink()
+    (pci / "vfio-dev" / "null").rmdir()
+    (pci / "vfio-dev").rmdir()
+    (pci / "driver").unlink()
+
+
+def bound_to_another(pci: Path) -> None:
+    unbound(pci)
+    (pci / "driver").symlink_to("../drivers/nvme")
+
+
+def without_a_class(pci: Path) -> None:
+    unbound(pci)
+    (pci / "driver").symlink_to("../drivers/vfio-pci")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda pci: pci.rename(pci.with_name("gone")), "This host has no PCI device 0000:01:00.0"),
+        (unbound, "bound to no driver, and not to VFIO's.*driverctl set-override 0000:01:00.0 vfio-pci"),
+        (bound_to_another, "bound to the driver nvme, and not to VFIO's.*driverctl set-override"),
+        (without_a_class, "bound to vfio-pci, and has no node of its own.*CONFIG_VFIO_DEVICE_CDEV"),
+        (lambda pci: (pci / "vfio-dev" / "null" / "dev").unlink(), "no node of its own.*CONFIG_VFIO_DEVICE_CDEV"),
+        (lambda pci: (pci / "vfio-dev" / "null" / "dev").write_text("1:5\n"), "/null is not the device that sysfs has"),
+        (lambda pci: (pci / "vfio-dev" / "null").rename(pci / "vfio-dev" / "gone-0"), r"ENOENT.*PrivateDevices="),
+    ],
+)
+def test_what_is_wrong_with_a_device(
+    pci: Path,
+    task: FakeTask,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    spoil: Any,
+    words: str,
+) -> None:
+    spoil(pci)
+    assert run(monkeypatch, *DEVICE, "--user", "vm", more=GETS_IT) == NOT_OPENED
+    assert re.search(words, capfd.readouterr().err)
+    assert task.uids == (0, 0, 0)
+
+
+def test_a_device_is_not_opened_where_somebody_else_can_write(
+    pci: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_iommufd_exec, "_DEV", str(pci))
+    pci.chmod(0o777)
+    (pci / "null").symlink_to(os.devnull)
+    assert run(monkeypatch, *DEVICE, more=GETS_IT) == NOT_OPENED
+    assert "is not root's alone: nothing is opened there" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.EBUSY, "EBUSY.*another process uses it"), (errno.EACCES, "EACCES.*owner and mode.*DeviceAllow=")],
+)
+def test_a_device_that_the_kernel_does_not_open(
+    pci: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int, words: str
+) -> None:
+    def refused(_name: str, _number: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(_iommufd_exec, "_open_node", refused)
+    assert run(monkeypatch, *DEVICE, more=GETS_IT) == NOT_OPENED
+    assert re.search(words, capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBUSY, errno.EPERM, 0])
+def test_a_device_that_is_in_use_is_refused_with_its_user(
+    pci: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
+) -> None:
+    looked: list[set[str]] = []
+    (pci / "iommu_group").symlink_to("../../kernel/iommu_groups/7")
+
+    def holders(paths: set[str]) -> list[int]:
+        looked.append(paths)
+        return [123]
+
+    monkeypatch.setattr(_iommufd_exec, "_holders", holders)
+    bind = fcntl.ioctl
+
+    def ioctl(fd: int, request: int, argument: Any) -> Any:
+        if request != 0x3B76:
+            return bind(fd, request, argument)
+        if number:
+            raise OSError(number, os.strerror(number))
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    if number not in (errno.EINVAL, errno.EBUSY):
+        # A name may be another file's, and what is open need not be bound.
+        with pytest.raises(Executed):
+            run(monkeypatch, *DEVICE, more=GETS_IT)
+        return
+    assert run(monkeypatch, *DEVICE, more=GETS_IT) == NOT_OPENED
+    assert "is in use, probably by process 123, which has it, or its group, open" in capfd.readouterr().err
+    assert looked == [{"/dev/null", "/dev/vfio/7"}]
+
+
+def test_who_holds_a_node(tmp_path: Path) -> None:
+    path = tmp_path / "node"
+    path.touch()
+    with path.open():
+        # This process does not count.
+        assert list(_iommufd_exec._holders({str(path)})) == []
+        with path.open("w") as out, subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=out) as process:
+            assert list(_iommufd_exec._holders({str(path)})) == [process.pid]
+            process.communicate()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_environment_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool) -> None:
+    user = User("vm", os.getuid(), 1001, "/home/vm", "/bin/zsh")
+    monkeypatch.setattr(User, "runtime_folder", str(tmp_path / "run"))
+    if there:
+        (tmp_path / "run").mkdir()
+    executed: list[dict[bytes, bytes]] = []
+    monkeypatch.setattr(os, "execvpe", lambda _file, _words, environment: executed.append(environment))
+    monkeypatch.setattr(signal, "signal", lambda number, action: None)
+    given = {b"HOME": b"/root", b"A": b"b", b"XDG_RUNTIME_DIR": b"/run/user/0"}
+    monkeypatch.setattr(_iommufd_exec, "given_environment", lambda: dict(given))
+    _iommufd_exec.execute(["qemu"], [], user)
+    own = {b"HOME": b"/home/vm", b"USER": b"vm", b"LOGNAME": b"vm", b"SHELL": b"/bin/zsh", b"A": b"b"}
+    runtime = {b"XDG_RUNTIME_DIR": os.fsencode(tmp_path / "run")} if there else {}
+    assert executed == [{**own, **runtime}]
+    # A folder of somebody else's is not the user's.
+    stranger = user._replace(uid=os.getuid() + 1)
+    assert b"XDG_RUNTIME_DIR" not in _iommufd_exec.environment_of(stranger)
 
 
 def test_without_options_nothing_else_is_changed(
@@ -296,20 +505,20 @@ def test_a_host_without_the_device(
 ) -> None:
     for module in (_device, _iommufd_exec):
         monkeypatch.setattr(module, "DEVICE", str(tmp_path / "iommu"))
-    assert run(monkeypatch) == NO_IOMMUFD
+    assert run(monkeypatch) == NOT_OPENED
     said = capfd.readouterr().err
     assert "There is no" in said
     assert said.endswith(" Or does the unit have PrivateDevices=?\n")
     # Where the kernel has none, no unit can help it.
     with monkeypatch.context() as patch:
         patch.setattr(_device, "misc_rdev", lambda: None)
-        assert run(patch) == NO_IOMMUFD
+        assert run(patch) == NOT_OPENED
     said = capfd.readouterr().err
     assert "This kernel has no iommufd" in said
     assert "PrivateDevices" not in said
     # A link leads wherever its owner wants.
     (tmp_path / "iommu").symlink_to(os.devnull)
-    assert run(monkeypatch) == NO_IOMMUFD
+    assert run(monkeypatch) == NOT_OPENED
     assert "cannot be opened by uid 0 (ELOOP" in capfd.readouterr().err
 
 
@@ -323,7 +532,7 @@ def test_another_file_is_sent_nothing(
     for path in ("/dev/zero", str(tmp_path / "iommu")):
         (tmp_path / "iommu").write_bytes(b"")
         monkeypatch.setattr(_device, "DEVICE", path)
-        assert run(monkeypatch) == NO_IOMMUFD
+        assert run(monkeypatch) == NOT_OPENED
         assert "is not the kernel's iommufd but something else" in capfd.readouterr().err
     assert kernel.calls == []
 
@@ -335,7 +544,7 @@ def test_a_sandbox_that_hides_the_devices_number(
         raise HostLacks("The device number is not to be had.") from FileNotFoundError(2, "No", "/proc/misc")
 
     monkeypatch.setattr(_device, "misc_rdev", hidden)
-    assert run(monkeypatch) == NO_IOMMUFD
+    assert run(monkeypatch) == NOT_OPENED
     assert capfd.readouterr().err.endswith("is not to be had.\n")
 
 
@@ -351,7 +560,7 @@ def test_a_word_that_no_program_can_be_given(monkeypatch: pytest.MonkeyPatch) ->
     # The tests' own process goes on, and a program to which one of them writes may end before.
     monkeypatch.setattr(signal, "signal", lambda number, action: None)
     with pytest.raises(Refusal, match="embedded null byte") as raised:
-        _iommufd_exec.execute(["/bin/true", "a\0b"], os.open(os.devnull, os.O_RDWR))
+        _iommufd_exec.execute(["/bin/true", "a\0b"], [os.open(os.devnull, os.O_RDWR)])
     assert raised.value.code == NOT_EXECUTABLE
 
 
@@ -470,7 +679,7 @@ script = '''
 import json, os, sys
 print(json.dumps([[os.fsencode(word).hex() for word in sys.argv[1:]], sorted(os.listdir("/proc/self/fd"))]))
 '''
-_iommufd_exec.execute([sys.executable, "-I", "-c", script, "$HOME", "", "a b", os.fsdecode(b"\\xff\\xfe"), "'"], fd)
+_iommufd_exec.execute([sys.executable, "-I", "-c", script, "$HOME", "", "a b", os.fsdecode(b"\\xff\\xfe"), "'"], [fd])
 """
 
 
@@ -483,7 +692,7 @@ def test_a_real_program_gets_its_arguments_and_the_descriptor_and_nothing_else()
 
 def test_a_real_program_does_not_ignore_the_signals_that_python_does() -> None:
     grep = '["grep", "^SigIgn:", "/proc/self/status"]'
-    found = apart(f"_iommufd_exec.execute({grep}, os.open(os.devnull, os.O_RDWR))")
+    found = apart(f"_iommufd_exec.execute({grep}, [os.open(os.devnull, os.O_RDWR)])")
     ignored = int(found.split()[1], 16)
     assert not ignored >> signal.SIGPIPE - 1 & 1
     assert not ignored >> signal.SIGXFSZ - 1 & 1
@@ -510,7 +719,7 @@ def test_help_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     page = (ROOT / "docs" / "iommufd-exec.8").read_text(encoding="utf-8").replace("\\-", "-")
     options = {word for action in _iommufd_exec.make_parser()._actions for word in action.option_strings}
-    codes = {str(code) for code in (USAGE, NO_IOMMUFD, NOT_SET, NOT_BECOME, NOT_EXECUTABLE, NOT_FOUND)}
+    codes = {str(code) for code in (USAGE, NOT_OPENED, NOT_SET, NOT_BECOME, NOT_EXECUTABLE, NOT_FOUND)}
     for word in options | codes | {"CAP_SYS_RESOURCE", "CAP_SETPCAP", "CAP_SETUID", "CAP_SETGID", "SIGPIPE"}:
         assert word in shown
         assert word in page

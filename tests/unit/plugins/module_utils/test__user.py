@@ -28,7 +28,7 @@ VM = User("vm", 1001, 1002, "/home/vm")
 
 def test_find_user() -> None:
     found = pwd.getpwuid(0)
-    assert find_user(found.pw_name) == User(found.pw_name, 0, found.pw_gid, found.pw_dir)
+    assert find_user(found.pw_name) == User(found.pw_name, 0, found.pw_gid, found.pw_dir, found.pw_shell)
 
 
 @pytest.mark.parametrize("name", ["nobody-of-this-name", "", "a\0b"])
