@@ -239,6 +239,11 @@ def unit_row(name: str, shown: Mapping[str, Any], pids: Sequence[int]) -> Row | 
     if not pids:
         row["pid"] = shown.get("MainPID") or None
     _take_settings(row, launch, shown)
+    if shown.get("NeedDaemonReload"):
+        unread.append(
+            f"The files of {name} have changed since systemd read them, and count after a reboot: run systemctl"
+            " daemon-reload."
+        )
     return row
 
 

@@ -271,6 +271,15 @@ def test_a_unit_with_everything() -> None:
     }
 
 
+def test_files_that_systemd_has_not_read() -> None:
+    """What it has of them is not what counts after a reboot."""
+    assert unit((*BASIC, *OWN), NeedDaemonReload=False)["unread"] == []
+    assert unit((*BASIC, *OWN), NeedDaemonReload=True)["unread"] == [
+        "The files of vm1.service have changed since systemd read them, and count after a reboot: run systemctl"
+        " daemon-reload."
+    ]
+
+
 def test_the_launcher_in_front() -> None:
     given = ("-object", "iommufd,id=i,fd={iommufd}", "-device", "vfio-pci,host=01:00.0,iommufd=i")
     launcher = ("/usr/local/sbin/iommufd-exec", "--user", "nobody", "--memlock", "66G")
