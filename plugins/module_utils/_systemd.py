@@ -105,7 +105,8 @@ def find_services(run: Run) -> dict[str, str]:
     names = (line.split()[0] for line in listed.splitlines() if line.strip())
     # A template is none. Those that were made of one are loaded, where they are enabled.
     plain = [name for name in names if is_unit_name(name, "service") and "@." not in name][:_SERVICES_MAX]
-    words = ("systemctl", "show", "--no-pager", "--property=Id,ExecStart", "--", "*.service")
+    # Those that do not run match a pattern with --all alone.
+    words = ("systemctl", "show", "--no-pager", "--all", "--property=Id,ExecStart", "--", "*.service")
     return parse_services(must_run(run, *words, *plain))
 
 

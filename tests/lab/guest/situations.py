@@ -150,7 +150,8 @@ def define(each: dict[str, Any], templates: dict[str, str]) -> None:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(content)
     if "unit" in each:
-        Path("/etc/systemd/system", each["unit"]).write_text(text)
+        # NAME@INSTANCE.service is made of a template.
+        Path("/etc/systemd/system", re.sub("@[^.]+", "@", each["unit"])).write_text(text)
         shell(["systemctl daemon-reload", *([f"systemctl --quiet enable {each['unit']}"] if "boot" in each else [])])
         return
     libvirt = Libvirt(each.get("user"))

@@ -47,10 +47,14 @@ class Systemd:
                 values["ExecStartEx"] = [[shown["words"][0], shown["words"], [], 0]]
             return 0, json.dumps({"type": "a{sv}", "data": [{key: {"data": v} for key, v in values.items()}]}), ""
         if words[1] == "list-unit-files":
-            return 0, "".join(f"{name} enabled enabled\n" for name in [*self.services, "vm@.service"]), ""
+            # One that was made of a template is not among them.
+            files = [each for each in self.services if "@" not in each]
+            return 0, "".join(f"{name} enabled enabled\n" for name in [*files, "vm@.service"]), ""
         names = words[words.index("--") + 1 :]
         if "--property=Id,ExecStart" in words:
             assert names[0] == "*.service"
+            # What does not run matches a pattern with --all alone.
+            names += [each for each in self.services if "@" in each and "--all" in words]
             return (
                 0,
                 "\n".join(
@@ -85,6 +89,12 @@ def test_units_that_start_vms() -> None:
     # The words of one that is none are not asked for. A template starts nothing.
     assert not [words for words in systemd.asked if "sshd" in str(words[4:]) and words[0] == "busctl"]
     assert not [words for words in systemd.asked if "vm@.service" in words]
+
+
+def test_what_was_made_of_a_template_and_does_not_run() -> None:
+    rows, msgs = find_defined_units(Systemd(**{"vm@a": {"words": WORDS, "WantedBy": "multi-user.target"}}), {})
+    assert msgs == []
+    assert [(row["name"], row["autostart"]) for row in rows] == [("vm@a.service", True)]
 
 
 def test_a_unit_whose_process_has_devices() -> None:
