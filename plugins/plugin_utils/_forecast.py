@@ -206,6 +206,15 @@ class _Host:
         except IommufdError as exc:
             return None, str(exc)
 
+    def strays(self, its: Iterable[Definition]) -> dict[int | None, list[Row]]:
+        """By user, the processes that are charged to it, and that are in no definition. They may be started at boot."""
+        defined = {each.pid for each in its}
+        found: dict[int | None, list[Row]] = {}
+        for pid, row in self.rows.items():
+            if pid not in defined and _at_most_charged(row):
+                found.setdefault(row["uid"], []).append(row)
+        return found
+
     def without(self, owner: Owner, pid: int | None) -> Owner:
         """The user without what is charged to it for a process."""
         row = None if pid is None else self.rows.get(pid)
@@ -218,6 +227,17 @@ class _Host:
             return owner
         charged, unsure = _own_charge(row)
         return owner._replace(charged=max(owner.charged - charged, 0), unsure=max(owner.unsure - unsure, 0))
+
+
+def _at_most_charged(row: Mapping[str, Any]) -> int:
+    """What its user is charged for a process, at most."""
+    return sum(_own_charge(row))
+
+
+def _of_strays(user: str | None, rows: list[Row]) -> str:
+    """What is to be asked about processes that run, and that nothing is known to start."""
+    names = ", ".join(f"{row['name']} ({row['pid']})" for row in rows[:3]) + (", ..." if rows[3:] else "")
+    return f"Does {names} of user {user} start at boot, too? It runs, and is in no definition that was read."
 
 
 def _told(case: Case | None, its: Definition, reason: str = "") -> Row:
@@ -316,12 +336,14 @@ def _together(kind: str, host: _Host, its: list[Definition], chosen: list[bool])
     def others(owner: Owner) -> Owner:
         """The user without what is charged for any of them."""
         if kind == REBOOT:
-            return owner._replace(charged=0, unsure=0, hidden=owner.name is None, partly=False, left_behind=False)
+            unsure = sum(_at_most_charged(row) for row in strays.get(owner.uid, ()))
+            return owner._replace(charged=0, unsure=unsure, hidden=owner.name is None, partly=False, left_behind=False)
         for pid in sorted(pids):
             owner = host.without(owner, pid)
         return owner
 
     others = lru_cache(maxsize=None)(others)
+    strays = host.strays(its)
     there = [each for each, is_ in zip(its, chosen) if is_]
     vms = [_alone(host, each, kind, others) for each in there]
     order = before_each([(each.its.name, each.its.after if kind == REBOOT else ()) for each in vms])
@@ -331,6 +353,8 @@ def _together(kind: str, host: _Host, its: list[Definition], chosen: list[bool])
         if case is not None and _by_others(vm, case):
             each["question"] = f"Which VMs of user {case.owner.name} start first? That is not known."
             each["reason"] += " It depends on which of them start first."
+        elif kind == REBOOT and case is not None and case.told.question == "held_user" and case.owner.uid in strays:
+            each["question"] = _of_strays(case.owner.name, strays[case.owner.uid])
         if case is not None:
             each["prerequisites"] = [*each["prerequisites"], *_needs_too(kind, vm, case)]
     summary = _counted(kind, told, *_failing(vms, outcomes))

@@ -498,6 +498,23 @@ def test_what_only_this_boot_has() -> None:
     assert told[1]["reboot"]["prerequisites"] == []
 
 
+def test_what_runs_and_is_in_no_definition_may_be_there_after_a_reboot() -> None:
+    """As a unit of the user's own service manager."""
+    stray = process(pid=7, name="au.service", user="vm", uid=1001, accounting="user")
+    sums = [user(user="vm", uid=1001, charged_bytes=PINNED)]
+    wide, tight = units(64, limit=66), units(64, limit=65)
+    alone, short = (memlock_forecast(of(*rows, processes=[stray], users=sums)) for rows in (wide, tight))
+    assert short["vms"][0]["reboot"]["starts"] is None
+    assert short["vms"][0]["reboot"]["question"] == (
+        "Does au.service (7) of user vm start at boot, too? It runs, and is in no definition that was read."
+    )
+    assert alone["vms"][0]["reboot"]["starts"] is True
+    assert memlock_forecast(of(*tight))["vms"][0]["reboot"]["starts"] is True
+    # What is defined is reckoned by its definition.
+    known = of(*tight, defined_unit(name="au.service", pid=7, autostart=False), processes=[stray], users=sums)
+    assert memlock_forecast(known)["vms"][0]["reboot"]["starts"] is True
+
+
 def test_what_was_not_understood_is_told_and_asked() -> None:
     told = memlock_forecast(of(defined_unit(unread=SCRIPT)))["vms"][0]
     assert told["now"]["reason"].startswith(f"Not all of its definition was understood: {SCRIPT[0]} The VM pins ")
