@@ -92,9 +92,9 @@ _BY_MANAGER = (
     " --user, or virt.iommufd.iommufd_domain): one that is started from a login has the limit of the login."
 )
 FILE_BACKED = (
-    "For a live update, the VM's memory must be that of a file (memory-backend-memfd or memory-backend-file, with"
-    " share=on), and nothing of a device's own may be mapped (where QEMU 11 does, vfio-pci with x-no-mmap=on does not):"
-    " the kernel moves no other to another process."
+    "A live update takes Linux 6.14, QEMU 10.1 and KVM. The VM's memory must be that of a file (memory-backend-memfd or"
+    " memory-backend-file, with share=on), and nothing of a device's own may be mapped (where QEMU 11"
+    " does, vfio-pci with x-no-mmap=on does not): the kernel moves no other to another process."
 )
 
 # Beside those of the model, what may have to be asked: the size of a page, whether libvirt would start the domain,

@@ -153,9 +153,10 @@ def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | 
     accounting = Accounting(None, vm.capable, f"{_name(row)} runs as {owner.name}, as process {row['pid']}.")
     needs = prerequisites(info, grow.devices)
     if asked.live_update:
-        also = is_short(row, told.enough) and limit.span.least >= told.enough
-        how = prlimit(row, told.enough)
-        needs = [*needs, FILE_BACKED, *([f"The process that runs needs such a limit, too ({how})."] if also else [])]
+        needs = [*needs, FILE_BACKED]
+        if limit.span.least >= told.enough and is_short(row, told.enough):
+            how = prlimit(row, told.enough)
+            needs.append(f"The process that runs needs a limit of {told.enough} bytes, too ({how}).")
     said = " ".join(pins)
     rest = (said, told, by_qemu.ends, needs, row, by_qemu, doubt, once)
     return Case(info, asked, owner, starter, limit, accounting, tuple(steps), *rest)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..module_utils._accounting import MLOCK, MM_LOCKED, MM_PINNED, NOTHING, PROCESS, UNLIMITED, USER, demand
+from ..module_utils._accounting import IOMMUFD, MLOCK, MM_LOCKED, MM_PINNED, NOTHING, PROCESS, UNLIMITED, USER, demand
 from ..module_utils._size import human_size
-from ._fit_case import GROUP, PAGE, ROOM, SIGHT, STARTS, WHICH, Case, at_best, kernels, may_charge_user
+from ._fit_case import GROUP, PAGE, ROOM, SIGHT, STARTS, WHICH, Case, at_best, judge, kernels, may_charge_user
 from ._fit_host import SYSTEM
 from ._fit_qemu import QEMU
 from ._host_info import kib_with_room
@@ -21,6 +21,11 @@ __all__ = ("question_of", "reason_of")
 _AS_ROOT = "Run virt.iommufd.iommufd_info as root (become: true) on the host itself, with host in gather_subset."
 
 _ERRORS = {"ENOMEM": "-12 (Cannot allocate memory)", "EFAULT": "-14 (Bad address)"}
+# QEMU tells neither error nor memory then.
+_NOT_TAKEN_OVER = (
+    "cannot be taken over: the new process ends (QEMU 11: Unknown section or instance 'iommufd'), and the VM may be"
+    " lost"
+)
 
 # Where all was seen, and no file tells.
 _BY_WHAT = "By io_uring they are, by vDPA or RDMA they are not."
@@ -202,7 +207,7 @@ def _outcome(case: Case) -> list[str]:
         ends = _ERRORS.get(told.error or "", "-12 or -14")
         over = human_size(best.enough - (best.limit or 0))
         comma = "," if "," in limit else ""
-        outcome = f"ends with {ends}"
+        outcome = _NOT_TAKEN_OVER if _fails_in_live_update(case) else f"ends with {ends}"
         if told.counter == MM_LOCKED and any(vm.locked.least for vm in case.steps):
             # At its start it locks more once it has pinned.
             either = "" if told.way == MLOCK else f" with {ends}, or"
@@ -216,6 +221,15 @@ def _outcome(case: Case) -> list[str]:
     if not case.asked.told_of_locks and case.running is None:
         words.append("It is taken to lock no memory itself (mem-lock=on), of which locked or domain_xml would tell.")
     return [*words, _margin(case, case.limit.span.least)] if may_charge_user(case) else words
+
+
+def _fails_in_live_update(case: Case) -> bool:
+    """Whether that is what fails, and not what comes before or after it. It was tried with iommufd alone."""
+    first = case.steps[0]
+    if not case.asked.live_update or any(each.backend != IOMMUFD for each in first.devices):
+        return False
+    # It is all that a new VM does after its start, and the first that one does that runs.
+    return judge(case.info, (first,)).fits is (case.running is None)
 
 
 def _margin(case: Case, limit: int) -> str:

@@ -37,7 +37,8 @@ PINNED = MEMORY + FIRMWARE
 NEEDED = {"user": 2 * PINNED, "process": PINNED}
 SHARED = ["-m", "64", "-object", "memory-backend-memfd,id=memory,size=64M,share=on"]
 SHARED += ["-machine", "memory-backend=memory,aux-ram-share=on"]
-LOST = "load of migration failed: Invalid argument: Unknown section or instance 'iommufd' 0."
+UNKNOWN = "Unknown section or instance 'iommufd'"
+LOST = f"load of migration failed: Invalid argument: {UNKNOWN} 0."
 REFUSED = "some memory regions do not support IOMMU_IOAS_CHANGE_PROCESS\n"
 
 
@@ -188,6 +189,7 @@ def test_with_less_for_the_new_one(accounting: str, folder: Path) -> None:
     with runs(folder, accounting, "-S") as old:
         answer = foretold(look(), old, memlock=short)
         assert (answer["fits"], answer["charged"] + answer["needed"]) == (False, short + 1)
+        assert UNKNOWN in answer["reason"]
         with takes_over(folder, accounting, old, "-S", limit=short) as new:
             assert new.process.wait(PATIENCE) == 1
             assert LOST in new.said

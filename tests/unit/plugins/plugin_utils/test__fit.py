@@ -1931,7 +1931,7 @@ def test_a_kernel_without_iommufd() -> None:
 def test_a_live_update_needs_a_file() -> None:
     answer = fit(idle(), who="vm", memlock="128M", accounting="user", live_update=True, **EXACT)
     assert answer["fits"] is True
-    assert answer["prerequisites"][0].startswith("For a live update, the VM's memory must be that of a file")
+    assert "The VM's memory must be that of a file" in answer["prerequisites"][0]
     assert fit(idle(), who="vm", memlock="127M", accounting="user", live_update="yes", **EXACT)["fits"] is False
     assert fit(idle(), who="vm", memlock="64M", accounting="process", live_update=True, **EXACT)["fits"] is True
 
@@ -1968,6 +1968,34 @@ def test_both_processes_of_a_live_update_need_the_limit(
     assert re.findall(r"give the process that takes it over a limit of (\d+) bytes", said) == (
         [str(new)] if new else []
     )
+
+
+@pytest.mark.parametrize(
+    ("memlock", "given", "starts"),
+    [("127M", {}, True), ("63M", {}, False), ("127M", {"devices": [LEGACY]}, None)],
+)
+def test_a_new_vm_that_would_start_cannot_be_taken_over(memlock: str, given: Row, starts: bool | None) -> None:
+    """Its start has other words than its update. With VFIO's own container none was tried."""
+    answer = fit(idle(), who="vm", memlock=memlock, accounting="user", live_update=True, **{**EXACT, **given})
+    assert ("cannot be taken over" in answer["reason"]) is (starts is True)
+    assert ("ends with -12" in answer["reason"]) is (starts is False)
+
+
+@pytest.mark.parametrize(
+    ("grow", "memlock", "taken_over"),
+    [
+        ({}, 2 * PINNED - 1, False),
+        ({"memory": "1G"}, 2 * PINNED - 1, False),
+        # It is taken over, and then cannot get more.
+        ({"memory": "1G"}, 2 * PINNED, True),
+    ],
+)
+def test_what_is_said_of_a_live_update_that_fails(grow: Row, memlock: int, taken_over: bool) -> None:
+    """QEMU says nothing of memory then."""
+    answer = grown(info(processes=[unit()], users=[of_vm(PINNED)]), live_update=True, memlock=memlock, **grow)
+    assert answer["fits"] is False
+    assert ("Unknown section or instance 'iommufd'" in answer["reason"]) is not taken_over
+    assert ("ends with -12" in answer["reason"]) is taken_over
 
 
 def test_what_other_versions_do_not_tell_is_not_known() -> None:

@@ -486,9 +486,15 @@ def test_which_would_survive_a_live_update() -> None:
     one, row = running("a", 7, pinned_bytes=60 * GIB)
     data = of(one, processes=[row], users=[of_vm(charged=60 * GIB)])
     told = memlock_forecast(data, live_update=True)
-    assert told["vms"][0]["live_update"]["starts"] is False
+    answer = told["vms"][0]["live_update"]
+    assert (answer["starts"], answer["charged_bytes"], answer["needed_bytes"]) == (False, 60 * GIB, 60 * GIB)
+    assert "the new process ends" in answer["reason"]
+    assert f"a limit of {120 * GIB} bytes, and the one that runs, too (prlimit --pid 7" in answer["remedy"]
     assert told["live_update"]["summary"] == "1 of 1 VM would not survive a live update"
     assert memlock_forecast(data, live_update="no")["live_update"] is None
+    for enough, survives in ((120 * GIB - 1, False), (120 * GIB, True)):
+        data = of(one, processes=[{**row, "memlock_bytes": enough}], users=[of_vm(charged=60 * GIB)])
+        assert memlock_forecast(data, live_update=True)["vms"][0]["live_update"]["starts"] is survives
 
 
 def test_what_only_this_boot_has() -> None:
