@@ -62,6 +62,10 @@ _OF_THIS_BOOT = (
     "What only this boot has is not known: see that its devices and the module iommufd are there after a reboot, too"
     " (/etc/modules-load.d, driverctl)."
 )
+_BY_DAEMON = (
+    "libvirt starts it once its daemon runs: see that {} itself starts at boot (systemctl is-enabled), and not its"
+    " socket alone, which waits until somebody asks."
+)
 _BY_LEGACY = (
     "This host's libvirt is not known to know iommufd='yes' in a <driver>. One that does not has the devices by the"
     " legacy container as before: have libvirt 12.1 or later, or name the iommufd in <qemu:commandline>."
@@ -365,7 +369,9 @@ def _together(kind: str, host: _Host, its: list[Definition], chosen: list[bool])
 def _needs_too(kind: str, vm: _Vm, case: Case) -> list[str]:
     """What a VM must have beside what one must that starts now."""
     if kind == REBOOT:
-        return [_OF_THIS_BOOT] if case.steps[0].devices else []
+        daemon = (case.info["host"].get("libvirt") or {}).get("unit") or "libvirtd.service"
+        by_daemon = [_BY_DAEMON.format(daemon)] if (vm.its.kind, vm.its.manager) == ("domain", SYSTEM) else []
+        return [*by_daemon, *([_OF_THIS_BOOT] if case.steps[0].devices else [])]
     by_libvirt = vm.asked is not None and vm.asked.starter != OTHER and vm.asked != vm.its.asked
     return [_BY_LEGACY] if by_libvirt and knows_iommufd(case.info) is not True else []
 
