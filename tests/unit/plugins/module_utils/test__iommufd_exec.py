@@ -395,11 +395,17 @@ def test_the_environment_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     if there:
         (tmp_path / "run").mkdir()
     executed: list[dict[bytes, bytes]] = []
-    monkeypatch.setattr(os, "execvpe", lambda _file, _words, environment: executed.append(environment))
+
+    def execute(file: str, words: list[str], environment: dict[bytes, bytes]) -> None:
+        executed.append(environment)
+        raise Executed(file, words)
+
+    monkeypatch.setattr(os, "execvpe", execute)
     monkeypatch.setattr(signal, "signal", lambda number, action: None)
     given = {b"HOME": b"/root", b"A": b"b", b"XDG_RUNTIME_DIR": b"/run/user/0"}
     monkeypatch.setattr(_iommufd_exec, "given_environment", lambda: dict(given))
-    _iommufd_exec.execute(["qemu"], [], user)
+    with pytest.raises(Executed):
+        _iommufd_exec.execute(["qemu"], [], user)
     own = {b"HOME": b"/home/vm", b"USER": b"vm", b"LOGNAME": b"vm", b"SHELL": b"/bin/zsh", b"A": b"b"}
     runtime = {b"XDG_RUNTIME_DIR": os.fsencode(tmp_path / "run")} if there else {}
     assert executed == [{**own, **runtime}]
