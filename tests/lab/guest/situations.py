@@ -130,8 +130,10 @@ class Libvirt:
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         said = [line for line in lines if re.search("qemu-system-x86_64: | is not an instance of type ", line)]
         found = {"name": name, "started": done.returncode == 0, "output": "\n".join([*said, done.stderr.strip()])}
-        pid = self.pid(name)
-        if done.returncode == 0 and pid is not None:
+        if done.returncode == 0:
+            pid = self.pid(name)
+            if pid is None:
+                raise ValueError(f"libvirt has started {name}, and has no process of it")
             found.update(look(pid))
             self.ask("destroy", name)
             wait_for_end(pid)
@@ -175,8 +177,7 @@ def of_unit(name: str) -> int | None:
 
 def try_unit(name: str) -> dict[str, Any]:
     """Starts a unit and stops it: what became of it, and, if it failed, what it said."""
-    began = ["date", "+%s.%N"]
-    since = subprocess.run(began, text=True, stdout=subprocess.PIPE, check=True).stdout.strip()
+    since = time.time()
     started = subprocess.run(["systemctl", "start", name], capture_output=True, check=False).returncode == 0
     pid = of_unit(name)
     found: dict[str, Any] = {"name": name, "started": started, "output": ""}
@@ -184,7 +185,7 @@ def try_unit(name: str) -> dict[str, Any]:
         found.update(look(pid))
     if not started:
         subprocess.run(["journalctl", "--sync"], check=True)
-        said = ["journalctl", "--output=cat", f"--since=@{since}", f"--unit={name}"]
+        said = ["journalctl", "--output=cat", f"--since=@{since:.6f}", f"--unit={name}"]
         found["output"] = subprocess.run(said, text=True, stdout=subprocess.PIPE, check=True).stdout
     shell([f"systemctl stop {name}", f"systemctl reset-failed {name} || true"])
     return found
