@@ -9,6 +9,8 @@ It is also the program `iommufd-host-grant`, which a unit runs when a package up
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 import time
 from functools import partial
@@ -28,9 +30,9 @@ _PROGRAM = "iommufd-host-grant"
 
 # A local file is there in no time.
 _PATIENCE = 30
-# What happens while the program runs does not start it again, so it looks several times, so many seconds apart.
-_LOOKS = 3
+# How often it looks, and for how long at most: its unit's timer comes back to what goes on for longer.
 _PAUSE = 1
+_LONGEST = 300
 
 
 def attribute_for_grant(xattr: bytes | None) -> bytes | None:
@@ -89,25 +91,45 @@ def main(arguments: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("paths", metavar="PATH", nargs="+", help="an executable; symbolic links are followed")
-    paths = parser.parse_args(arguments).paths
-    failures: list[str] = []
-    for look in range(_LOOKS):
-        time.sleep(_PAUSE if look else 0)
-        failures = _grant_each(paths)
+    parser.add_argument(
+        "--until-quiet",
+        metavar="SECONDS",
+        type=float,
+        default=0.0,
+        help="look again until nothing has happened to the executables for so long, but for five minutes at most",
+    )
+    asked = parser.parse_args(arguments)
+    # systemd forgets what happens to a path while it runs what the path has started. A package manager touches a file
+    # when it prepares for another, and again when it puts that in place: the first must not hide the second.
+    end = time.monotonic() + _LONGEST
+    failures, age = _grant_each(asked.paths)
+    while age < asked.until_quiet and time.monotonic() < end:
+        time.sleep(_PAUSE)
+        failures, age = _grant_each(asked.paths)
     for each in failures:
         # It is a program of its own, and no module.
         sys.stderr.write(f"{_PROGRAM}: {each}\n")
     return 1 if failures else 0
 
 
-def _grant_each(paths: list[str]) -> list[str]:
-    """Looks at each path once, and gives what was refused."""
-    failures = []
+def _grant_each(paths: list[str]) -> tuple[list[str], float]:
+    """Gives it to each path; what was refused, and for how many seconds nothing has happened to any of the files."""
+    failures, ages = [], [math.inf]
     for path in paths:
         try:
             if grant_patiently(path):
                 sys.stdout.write(f"{_PROGRAM}: {shown_path(path)} has got CAP_IPC_LOCK.\n")
                 sys.stdout.flush()
+            ages.append(in_child(None, partial(_age, path), _PATIENCE))
         except IommufdError as exc:
             failures.append(str(exc))
-    return failures
+    return failures, min(ages)
+
+
+def _age(path: str) -> float:
+    """For how many seconds nothing has happened to a file: not to its links, nor its attributes. Endless without."""
+    try:
+        # A clock that was set back must not make it wait for the time that a file was changed at.
+        return abs(time.time() - os.stat(path).st_ctime)
+    except OSError:
+        return math.inf

@@ -107,7 +107,7 @@ def grant_files(emulators: Mapping[str, str]) -> list[Row]:
         "[Service]",
         "Type=oneshot",
         "# It fails where an emulator was left as it is, and says why; one that is gone needs nothing.",
-        f"ExecStart={_GRANT_PROGRAM} {' '.join(emulators)}",
+        f"ExecStart={_GRANT_PROGRAM} --until-quiet=30 {' '.join(emulators)}",
         "TimeoutStartSec=10min",
         "# It finds files that root may read, and gives them a capability.",
         "CapabilityBoundingSet=CAP_DAC_READ_SEARCH CAP_SETFCAP",

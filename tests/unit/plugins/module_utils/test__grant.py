@@ -139,23 +139,43 @@ def test_it_does_not_wait_for_ever(emulator: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_program(emulator: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It looks three times, since what happens meanwhile does not start it again."""
+    """It looks until the file is left alone: systemd forgets what happens to it meanwhile."""
     looks = []
 
-    def look(paths: list[str]) -> list[str]:
+    def look(paths: list[str]) -> tuple[list[str], float]:
         looks.append(time.monotonic())
-        if len(looks) == 2:
-            os.removexattr(emulator, XATTR)
+        # As a package manager does: it makes a link first, and puts the new file in place later.
+        if len(looks) == 1:
+            os.link(emulator, f"{emulator}.dpkg-tmp")
+        if len(looks) == 3:
+            replacement = emulator.with_name("emulator.dpkg-new")
+            replacement.write_bytes(b"")
+            replacement.chmod(0o755)
+            replacement.rename(emulator)
         return look_once(paths)
 
     look_once = _grant._grant_each
     monkeypatch.setattr(_grant, "_grant_each", look)
-    assert main([str(emulator), f"{emulator}.gone"]) == 0
-    assert len(looks) == 3
-    assert looks[2] - looks[0] > 0.02
+    assert main(["--until-quiet=0.3", str(emulator), f"{emulator}.gone"]) == 0
+    assert len(looks) > 3
+    assert looks[-1] - looks[2] > 0.2
     said = f"iommufd-host-grant: {emulator} has got CAP_IPC_LOCK.\n"
     assert capsys.readouterr() == (said * 2, "")
     assert xattr(emulator) == plain(IPC_LOCK)
+
+
+def test_it_looks_once_where_nobody_waits(emulator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_grant, "_PAUSE", 60)
+    assert main([str(emulator)]) == 0
+    # Nor where there is nothing, or nothing has happened for longer.
+    assert main(["--until-quiet=30", f"{emulator}.gone"]) == 0
+    monkeypatch.setattr(time, "time", lambda: emulator.stat().st_ctime + 31)
+    assert main(["--until-quiet=30", str(emulator)]) == 0
+
+
+def test_it_does_not_look_for_ever(emulator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_grant, "_LONGEST", 0.1)
+    assert main(["--until-quiet=1e9", str(emulator)]) == 0
 
 
 def test_one_that_is_refused_does_not_keep_the_others_from_it(emulator: Path, tmp_path: Path) -> None:

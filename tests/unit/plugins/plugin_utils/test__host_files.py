@@ -138,7 +138,7 @@ StartLimitIntervalSec=0
 [Service]
 Type=oneshot
 # It fails where an emulator was left as it is, and says why; one that is gone needs nothing.
-ExecStart=/usr/local/libexec/iommufd-host-grant {emulators}
+ExecStart=/usr/local/libexec/iommufd-host-grant --until-quiet=30 {emulators}
 TimeoutStartSec=10min
 # It finds files that root may read, and gives them a capability.
 CapabilityBoundingSet=CAP_DAC_READ_SEARCH CAP_SETFCAP

@@ -440,7 +440,7 @@ def test_the_launcher_is_a_file_of_the_plan_where_it_is_asked_for() -> None:
 def test_what_grants_again_is_a_program_of_our_own() -> None:
     made = plan(OLD)
     assert {"path": PROGRAM, "program": "iommufd-host-grant"} in made["wanted"]["files"]
-    assert f"ExecStart={PROGRAM} {QEMU}" in content(made, GRANT_FILES[1])
+    assert f"ExecStart={PROGRAM} --until-quiet=30 {QEMU}" in content(made, GRANT_FILES[1])
     assert f"PathChanged={QEMU}" in content(made, GRANT_FILES[2])
     assert PROGRAM not in paths(plan(NEW))
 
@@ -448,7 +448,7 @@ def test_what_grants_again_is_a_program_of_our_own() -> None:
 def test_an_emulator_behind_a_link_is_watched_at_both_ends() -> None:
     made = plan(OLD, emulator("/usr/bin/kvm", real_path=QEMU), emulators=["/usr/bin/kvm"])
     assert made["wanted"]["capabilities"] == ["/usr/bin/kvm"]
-    assert f"ExecStart={PROGRAM} /usr/bin/kvm" in content(made, GRANT_FILES[1])
+    assert f"ExecStart={PROGRAM} --until-quiet=30 /usr/bin/kvm" in content(made, GRANT_FILES[1])
     lines = content(made, GRANT_FILES[2])
     assert [line for line in lines if line.startswith("PathChanged=")] == [
         "PathChanged=/usr/bin/kvm",
