@@ -57,6 +57,11 @@ def note(session: nox.Session, core: str) -> None:
     (RESULTS / f"{session.name}.note").write_text(text, encoding="utf-8")
 
 
+def minor(core: str) -> str:
+    """The series of an ansible-core: 2.16 of 2.16.19."""
+    return ".".join(core.split(".")[:2])
+
+
 def lab(guest: str, others: list[str]) -> None:
     """Make a session that makes what a guest of the lab is booted from, for the scenarios that need the guest.
 
@@ -78,17 +83,27 @@ def lab(guest: str, others: list[str]) -> None:
         session.run("python", "tests/lab", "build", guest, external=True)
 
 
-def molecule(scenario: str, guests: list[str]) -> None:
-    """Make a session that runs a Molecule scenario, in guests of the lab of its own, with the Ansible of .venv."""
+def molecule(scenario: str, guests: list[str], core: str = "", python: str = "") -> None:
+    """Make a session that runs a Molecule scenario, in guests of the lab of its own.
 
-    @nox.session(name=f"molecule-{scenario}", python=False, requires=[f"lab-{guest}" for guest in guests])
+    Its Ansible is that of .venv, or another ansible-core, on a Python of its own. Molecule itself, which does not know
+    the oldest any more, is always .venv's: it runs what is first on PATH.
+    """
+    name = f"molecule-{scenario}{core and f'-{minor(core)}'}"
+
+    @nox.session(name=name, python=python or False, requires=[f"lab-{guest}" for guest in guests])
     def run(session: nox.Session) -> None:
-        note(session, importlib.metadata.version("ansible-core"))
+        if core:
+            session.install(f"ansible-core=={core}", "-c", f"{REQUIREMENTS}/constraints.txt")
+        found = str(session.run("ansible-playbook", "--version", silent=True, external=not core)).split()[2].strip("]")
+        if found != (core or importlib.metadata.version("ansible-core")):
+            session.error(f"It would run with ansible-core {found}.")
+        note(session, found)
         log = RESULTS / f"{session.name}.log"
         own = {
-            "LAB_INSTANCE": f"{os.environ.get('LAB_INSTANCE', '')}.{scenario}",
+            "LAB_INSTANCE": f"{os.environ.get('LAB_INSTANCE', '')}.{name.removeprefix('molecule-')}",
             # Its default is the same for every checkout in a folder of this name.
-            "MOLECULE_EPHEMERAL_DIRECTORY": str(ROOT / ".nox" / "molecule" / scenario),
+            "MOLECULE_EPHEMERAL_DIRECTORY": str(ROOT / ".nox" / "molecule" / name.removeprefix("molecule-")),
         }
         # From the collection's root: anywhere else Molecule misses its configuration and passes with nothing done.
         session.run(
@@ -109,6 +124,10 @@ for number, guest in enumerate(LAB_GUESTS):
     lab(guest, LAB_GUESTS[:number])
 for scenario, guests in sorted(SCENARIOS.items(), key=lambda each: -len(each[1])):
     molecule(scenario, guests)
+# The module and the role, with the oldest ansible-core and the newest that a Python of this machine runs.
+for python, core in (choice for choices in (OLDEST_CORE, NEWEST_CORE) if (choice := first(choices, PYTHONS))):
+    for scenario in ("default", "fallback"):
+        molecule(scenario, SCENARIOS[scenario], core, python)
 
 
 def sanity(session: nox.Session, core: str) -> None:
@@ -203,7 +222,7 @@ def units(session: nox.Session) -> None:
 def untrusted(core: str, version: str) -> None:
     """Make a session that shows, with one ansible-core, that no text that others choose is run or fools a terminal."""
 
-    @nox.session(name=f"untrusted-{'.'.join(core.split('.')[:2])}", python=version)
+    @nox.session(name=f"untrusted-{minor(core)}", python=version)
     def run(session: nox.Session) -> None:
         session.install(f"ansible-core=={core}", "-r", f"{REQUIREMENTS}/units.txt")
         note(session, core)
