@@ -474,7 +474,7 @@ def test_a_caller_who_is_worse_off(
 ) -> None:
     status = changed(own_status(), bounding=own[0], no_new_privs=own[1])
     monkeypatch.setattr(_vmm_trial, "own_status", lambda: status)
-    expect: Any = contextlib.nullcontext() if able else pytest.raises(IommufdError, match=r"^This caller runs with")
+    expect: Any = contextlib.nullcontext() if able else pytest.raises(Interrupted, match=r"^This caller runs with")
     with expect:
         check_able(Conditions("libvirtd.service", *under, initial=True))
 
