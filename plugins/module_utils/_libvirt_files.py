@@ -14,6 +14,7 @@ import glob
 import os
 import pwd
 import re
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -82,12 +83,16 @@ class VmUser(NamedTuple):
 
 
 class LibvirtFiles(NamedTuple):
-    """What was read. `emulators` are those of the defined domains for this host's architecture; `msgs` tell why not."""
+    """What was read. `emulators` are those of the defined domains for this host's architecture; `msgs` tell why not.
+
+    `outdated`: qemu.conf has changed since the daemon was started, which reads it only then; None where none runs.
+    """
 
     abilities: Abilities = Abilities()
     user: VmUser = VmUser()
     emulators: tuple[str, ...] = ()
     msgs: tuple[str, ...] = ()
+    outdated: bool | None = None
 
 
 NOTHING_READ = LibvirtFiles()
@@ -105,8 +110,8 @@ def read_libvirt_files(libraries: Sequence[str], started: float | None) -> Libvi
         return NOTHING_READ._replace(msgs=(msg,))
     except IommufdError as exc:
         return NOTHING_READ._replace(msgs=(f"libvirt's files could not be read: {exc}",))
-    abilities, user, emulators, msgs = given
-    return LibvirtFiles(Abilities(*abilities), VmUser(*user), tuple(emulators), tuple(msgs))
+    abilities, user, emulators, msgs, outdated = given
+    return LibvirtFiles(Abilities(*abilities), VmUser(*user), tuple(emulators), tuple(msgs), outdated)
 
 
 def takes_iommufd(libraries: Sequence[str]) -> bool | None:
@@ -145,7 +150,16 @@ def _read(libraries: Sequence[str], started: float | None) -> list[Any]:
     msgs: list[str] = []
     abilities = _abilities_of(libraries, msgs)
     user = _find_user(started, msgs)
-    return [abilities, user, _defined_emulators(os.uname().machine, msgs), msgs]
+    return [abilities, user, _defined_emulators(os.uname().machine, msgs), msgs, _is_outdated(started)]
+
+
+def _is_outdated(started: float | None) -> bool | None:
+    """Whether qemu.conf has changed since the daemon was started; None where none runs, or there is no such file."""
+    if started is not None:
+        with contextlib.suppress(OSError):
+            # Not the time that a copy or an archive gives it. What is yet to come is by a clock that was wrong.
+            return started + _SLACK < os.stat(_CONF).st_ctime <= time.time()
+    return None
 
 
 def _abilities_of(libraries: Sequence[str], msgs: list[str]) -> Abilities:

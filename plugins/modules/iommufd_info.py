@@ -443,6 +443,12 @@ host:
           description: The daemon's process; V(null) where it does not run. It may run only when somebody needs it.
           type: int
           sample: null
+        outdated:
+          description:
+            - Whether C(/etc/libvirt/qemu.conf) has changed since the daemon was started, which reads it only then.
+            - V(null) where the daemon does not run, or there is no such file.
+          type: bool
+          sample: false
         cap_sys_resource:
           description:
             - Whether the daemon has CAP_SYS_RESOURCE, which it needs to set the mode, and may use it. If the daemon
@@ -1453,6 +1459,7 @@ def libvirt_row(unseen: Unseen, libvirt: Libvirt, slow: bool) -> Row:
         "version": _libvirt.version_text(libvirt.version),
         "unit": libvirt.unit,
         "pid": libvirt.pid,
+        "outdated": libvirt.files.outdated,
         "cap_sys_resource": libvirt.may,
         "drop_in": list(libvirt.drop_in),
         "passes_cap_ipc_lock": libvirt.passes,

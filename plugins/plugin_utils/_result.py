@@ -283,7 +283,8 @@ def _restart(info: Row, applied: Row, pending: list[Row]) -> Row:
     """What reads anew only when it starts what was changed. Where a unit does not run, systemd leaves it alone."""
     changes = [*applied["put_back"], *applied["made"]]
     libvirt = info["host"]["libvirt"]
-    stale = bool(libvirt["pid"]) and any(each["kind"] == "block" for each in changes)
+    # Also what an earlier run has changed, or somebody else.
+    stale = bool(libvirt["pid"]) and (libvirt["outdated"] or any(each["kind"] == "block" for each in changes))
     rewritten = [each for each in applied["made"] if each.get("content")]
     units = _dropped_in([*applied["put_back"], *rewritten])
     units += [each["dropped_in"] for each in pending if each["dropped_in"]]

@@ -10,6 +10,7 @@ import glob
 import os
 import resource
 import subprocess
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -121,6 +122,18 @@ def test_the_user_of_libvirts_domains(unit: str) -> None:
         systemctl("stop", unit)
         user_of_the_daemon(unit)
     assert libvirt()["uid"] == usual
+
+
+def test_whether_the_daemon_has_read_its_configuration(unit: str) -> None:
+    assert libvirt()["outdated"] is None
+    systemctl("start", unit)
+    assert libvirt()["outdated"] is False
+    # Within a second it might have been before the start.
+    time.sleep(1.5)
+    CONF.touch()
+    assert libvirt()["outdated"] is True
+    systemctl("restart", unit)
+    assert libvirt()["outdated"] is False
 
 
 def known_by(answered: Answer) -> list[str]:

@@ -126,6 +126,7 @@ def info(module: str = "loaded") -> Row:
             # One of the two that there are; systemd gives the name.
             "unit": "libvirtd.service",
             "pid": 812,
+            "outdated": True,
             "cap_sys_resource": True,
             "drop_in": ["*"],
             "memlock_bytes": 67108864,

@@ -236,6 +236,25 @@ def test_all_that_is_read(host: Path) -> None:
     assert "definitions of libvirt's domains cannot be read (ENOENT" in read_libvirt_files([], None).msgs[0]
 
 
+def test_whether_the_daemon_has_read_its_configuration(host: Path) -> None:
+    conf = host / "etc/libvirt/qemu.conf"
+    assert read_libvirt_files([], 0).outdated is None
+    conf.write_text("")
+    # A copy may have the time of what it is a copy of.
+    os.utime(conf, (0, 0))
+    changed = conf.stat().st_ctime
+    times = (changed - 60, changed + 0.5, changed + 60, None)
+    assert [read_libvirt_files([], started).outdated for started in times] == [True, False, False, None]
+
+
+def test_a_change_yet_to_come(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock was wrong, and nothing is known of the order."""
+    conf = host / "etc/libvirt/qemu.conf"
+    conf.write_text("")
+    monkeypatch.setattr(_libvirt_files.time, "time", lambda: conf.stat().st_ctime - 5)
+    assert _libvirt_files._is_outdated(conf.stat().st_ctime - 60) is False
+
+
 def test_files_that_nobody_answers_for(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # It waits for somebody who writes.
     os.mkfifo(host / "fifo")

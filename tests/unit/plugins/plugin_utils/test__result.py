@@ -85,6 +85,7 @@ def info(*processes: Row, capable: bool = False, libvirt: int | None = 812) -> R
         "libvirt": {
             "unit": "libvirtd.service",
             "pid": libvirt,
+            "outdated": libvirt and False,
             "reason": "It may not.",
             "drop_in": ["A=b"],
             "supports_iommufd": True,
@@ -387,6 +388,19 @@ def test_daemons_to_restart() -> None:
         found = host_result(plan("observe"), info(libvirt=None), known, check())
         assert (found["restart"]["daemons"], found["todo"]) == ([], [])
     assert host_result(plan("observe"), info(), applied(DROPPED, TAKEN), check())["restart"]["daemons"] == []
+
+
+def test_a_daemon_that_an_earlier_run_has_left_to_be_restarted() -> None:
+    """Until it was."""
+    looked = info()
+    looked["host"]["libvirt"]["outdated"] = True
+    found = host_result(plan("observe"), looked, applied(), check())
+    assert found["restart"]["daemons"] == ["libvirtd.service"]
+    assert found["todo"][0].startswith("Restart libvirtd.service, which reads qemu.conf only when it starts")
+    found = host_result(plan("observe"), looked, applied(), check(), restarts=True)
+    assert (found["restart"]["daemons"], found["todo"]) == (["libvirtd.service"], [])
+    found = host_result(plan("observe"), info(), applied(), check())
+    assert (found["restart"]["daemons"], found["todo"]) == ([], [])
 
 
 def test_a_daemon_that_sets_the_mode_and_may_not() -> None:
