@@ -28,8 +28,8 @@ options:
   config:
     description:
       - The inputs of the role, by their names without C(iommufd_host_).
-      - Also C(architecture), as C(uname -m) tells it, C(apparmor), whether AppArmor is enabled, and C(libvirt_user),
-        the user of the system libvirt's VMs.
+      - Also C(architecture), as C(uname -m) tells it, C(apparmor), whether AppArmor is enabled, and C(libvirt_user), a
+        guess at the user of the system libvirt's VMs.
     type: dict
     required: true
   check:
@@ -71,7 +71,7 @@ _value:
       description: The strategy that is taken, V(native), V(cap_ipc_lock), V(memlock) or V(observe).
       type: str
     certain:
-      description: Whether nothing had to be guessed for that choice.
+      description: Whether nothing had to be guessed for that choice, and for what it grants.
       type: bool
     why:
       description: Why that strategy.

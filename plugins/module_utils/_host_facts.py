@@ -70,7 +70,15 @@ _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 _MOUNTINFO = "/proc/self/mountinfo"
 # A local file is there in no time.
 _PATIENCE = 10
-_EMULATORS = ("/usr/bin/qemu-system-*", "/usr/libexec/qemu-kvm")
+# libvirt takes those of the daemon's PATH, which systemd sets, by their names: see virQEMUCapsFindBinaryForArch().
+_EMULATORS = (
+    "/usr/local/sbin/qemu-system-*",
+    "/usr/local/bin/qemu-system-*",
+    "/usr/bin/qemu-system-*",
+    "/usr/libexec/qemu-kvm",
+    # NixOS, where nothing is in /usr/bin.
+    "/run/libvirt/nix-emulators/qemu-*",
+)
 _KUBELET = "/var/lib/kubelet"
 # How many programs of processes are looked at, and of how many processes each.
 _RUNNING_MAX = 32

@@ -57,6 +57,10 @@ _CONF = "/etc/libvirt/qemu.conf"
 _FOLDER = "/var/lib/libvirt/qemu"
 # What is in /var/cache/libvirt names emulators, too, but the emulators' user can put anything there.
 _DEFINITIONS = "/etc/libvirt/qemu/*.xml"
+# What libvirt has recorded of the domains that run, which may be defined nowhere. It is root's, too.
+_RECORDS = "/run/libvirt/qemu/*.xml"
+# Whom distributions give libvirt's VMs to, unless qemu.conf names another one: QEMU_USER, with which libvirt is built.
+_USUAL_USERS = ("libvirt-qemu", "qemu")
 
 _TOKEN = re.compile(
     rb"#[^\r\n]*"
@@ -228,11 +232,21 @@ def _find_user(started: float | None, msgs: list[str]) -> VmUser:
         msgs.append(unread)
         return VmUser()
     if setting is None:
-        return VmUser()
+        return _usual_owner()
     user = parse_user(setting)
     if user.uid is None:
         msgs.append(f"{_CONF} has user {user.name}, whom this host does not know.")
     return user
+
+
+def _usual_owner() -> VmUser:
+    """Whom libvirt's folder belongs to since the daemon's last run, if it is one whom nobody has to name."""
+    with contextlib.suppress(OSError):
+        uid = os.stat(_FOLDER).st_uid
+        name = user_name(uid)
+        if name in _USUAL_USERS:
+            return VmUser(name, uid)
+    return VmUser()
 
 
 def _owner(since: float) -> int | None:
@@ -285,20 +299,27 @@ def parse_user(setting: str) -> VmUser:
 
 
 def _defined_emulators(machine: str, msgs: list[str]) -> list[str]:
-    """The emulators of the domains that are defined, for guests of this architecture."""
+    """The emulators of the domains that are defined or run, for guests of this architecture."""
     found: dict[str, None] = {}
     try:
         # Where the folder may not be read, there seem to be no files.
         if os.path.isdir(os.path.dirname(_DEFINITIONS)):
             os.scandir(os.path.dirname(_DEFINITIONS)).close()
         for path in sorted(glob.glob(_DEFINITIONS))[:_DEFINITIONS_MAX]:
-            with open(path, "rb") as stream:
-                emulator = parse_emulator(stream.read(_DEFINITION_MAX), machine)
-            if emulator is not None:
-                found[emulator] = None
+            found.update(_emulator_in(path, machine))
+        for path in sorted(glob.glob(_RECORDS))[:_DEFINITIONS_MAX]:
+            # The domain may have ended since.
+            with contextlib.suppress(FileNotFoundError):
+                found.update(_emulator_in(path, machine))
     except OSError as exc:
         msgs.append(f"The definitions of libvirt's domains cannot be read ({error_text(exc.errno)}).")
     return list(found)
+
+
+def _emulator_in(path: str, machine: str) -> dict[str, None]:
+    with open(path, "rb") as stream:
+        emulator = parse_emulator(stream.read(_DEFINITION_MAX), machine)
+    return {} if emulator is None else {emulator: None}
 
 
 def parse_emulator(definition: bytes, machine: str) -> str | None:

@@ -348,8 +348,10 @@ host:
           sample: root
     qemu:
       description:
-        - The emulators C(/usr/bin/qemu-system-*) and C(/usr/libexec/qemu-kvm), and those of O(emulators).
-        - Also those of the system libvirt's defined domains for the host's architecture, which takes root to read.
+        - The emulators C(qemu-system-*) in C(/usr/bin), C(/usr/local/bin) and C(/usr/local/sbin), those in
+          C(/run/libvirt/nix-emulators), C(/usr/libexec/qemu-kvm), and those of O(emulators).
+        - Also those of the system libvirt's domains for the host's architecture, defined or running, which takes root
+          to read.
         - Also those that RV(processes) execute, by C(/proc/PID/exe), where the host has the same file at that path, and
           its name has C(qemu) in it.
       type: list

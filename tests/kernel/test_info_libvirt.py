@@ -10,6 +10,7 @@ import glob
 import os
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -134,6 +135,32 @@ def test_whether_the_daemon_has_read_its_configuration(unit: str) -> None:
     assert libvirt()["outdated"] is True
     systemctl("restart", unit)
     assert libvirt()["outdated"] is False
+
+
+def test_a_libvirt_in_a_container(unit: str, tmp_path: Path) -> None:
+    """Its daemon is seen, but has another file system than the host, as a container's has."""
+    program = "import os, time; os.chroot(os.environ['ROOT']); time.sleep(600)"
+    code = f"open('/proc/self/comm', 'w').write('libvirtd'); {program}"
+    with subprocess.Popen([sys.executable, "-c", code], env={"ROOT": str(tmp_path)}) as daemon:
+        try:
+            root = Path(f"/proc/{daemon.pid}/root")
+            while not os.path.samefile(root, tmp_path):
+                time.sleep(0.1)
+            found = libvirt()
+            assert (found["unit"], found["sets_rlimit_mode"], found["uid"]) == (None, None, None)
+            assert found["reason"].startswith("libvirt runs in no unit of this host, perhaps in a container")
+            # That of the host itself goes before it while it runs.
+            systemctl("start", unit)
+            assert libvirt()["unit"] == unit
+            systemctl("stop", unit)
+        finally:
+            daemon.kill()
+    assert libvirt()["unit"] == unit
+    drop_in(unit, "ExecStart=\nExecStart=/usr/bin/sleep infinity\nType=exec")
+    systemctl("start", unit)
+    found = libvirt()
+    assert (found["unit"], found["sets_rlimit_mode"]) == (None, None)
+    assert found["reason"].startswith(f"{unit} runs something that has libvirt elsewhere")
 
 
 def known_by(answered: Answer) -> list[str]:

@@ -190,6 +190,7 @@ def check(ok: bool | None, obstacles: bool = False) -> Row:
     }
     unit = {
         "name": UNIT,
+        "main": UNIT,
         "present": True,
         "outdated": False,
         "user": "*",

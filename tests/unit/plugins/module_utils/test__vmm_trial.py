@@ -618,7 +618,6 @@ def test_there_is_no_virsh(emulator: Program, monkeypatch: pytest.MonkeyPatch) -
 
 
 def unit(program: Program, **settings: str) -> Unit:
-    flags = {"private_users": False, "outdated": False}
     limit = Limit(*_limits())
     return Unit(
         "vm.service",
@@ -627,10 +626,10 @@ def unit(program: Program, **settings: str) -> Unit:
         program=program,
         bounding=0,
         ambient=0,
+        private_users=False,
+        outdated=False,
         memlock=limit,
         settings=settings,
-        helpers=(),
-        **flags,
     )
 
 
