@@ -87,6 +87,14 @@ _value:
       description: The units that start VMs, by their full names.
       type: list
       elements: str
+    other_units:
+      description: The units, beside those that were named, of running VMs that have CAP_IPC_LOCK.
+      type: list
+      elements: str
+    bare_units:
+      description: The units that were checked and would not get CAP_IPC_LOCK if they were started now.
+      type: list
+      elements: str
     memlock_users:
       description: The users whose limit is raised.
       type: list

@@ -189,6 +189,9 @@ units:
     ambient_ipc_lock:
       description: Whether CAP_IPC_LOCK is one of its ambient capabilities.
       type: bool
+    file_ipc_lock:
+      description: Whether the file of its program gives CAP_IPC_LOCK.
+      type: bool
     obstacles:
       description: What would void CAP_IPC_LOCK of the service, or keep it from starting; each a sentence.
       type: list
@@ -422,6 +425,7 @@ def check_unit(task: CheckTask, unit: Unit) -> Row:
         "outdated": unit.outdated,
         "user": unit.user,
         "ambient_ipc_lock": _vmm_look.has_ipc_lock(unit.ambient),
+        "file_ipc_lock": bool(program and program.capabilities and program.capabilities.lifts_memlock),
         "obstacles": _vmm_look.unit_obstacles(unit),
         "replica": tried,
     }

@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
+from ..module_utils._iommufd import NONE
 from ._host_files import apparmor_file, drop_in, grant_files, launcher, limits_file, modules_file, udev_rules
 from ._host_info import daemon_is_barred, has_iommufd, has_libvirt, is_elsewhere, own_emulators
 from ._plan_errors import (
@@ -95,7 +97,12 @@ def _plan(host: Row, processes: list[Row], config: Row, check: Row | None) -> Ro
     libvirt = host["libvirt"]
     usual = config["emulators"] or _usual_emulators(host["qemu"], libvirt, config)
     known = config["emulators"] or _known_emulators(host["qemu"], usual, check)
-    units = _main_names([unit_name(name) for name in config["units"]], check)
+    named = [unit_name(name) for name in config["units"]]
+    units = _main_names(named, check)
+    bare = []
+    if check is not None:
+        bare = [each["main"] for each in check["units"] if each["present"] and not _gets_ipc_lock(each)]
+        check = {**check, "units": [each for each in check["units"] if each["name"] in named]}
     wrong = input_errors(config)
     user, guessed = _user(config, libvirt, check, processes, known)
     config = {**config, "user": user}
@@ -130,6 +137,8 @@ def _plan(host: Row, processes: list[Row], config: Row, check: Row | None) -> Ro
         # Where units alone start VMs, nothing depends on the host's own.
         "emulators": emulators if granted or not units or has_libvirt(libvirt) else config["emulators"],
         "units_of_vms": units,
+        "other_units": _other_units(processes, named),
+        "bare_units": bare,
         "memlock_users": config["memlock_users"] if choice.strategy == "memlock" else [],
         "grants": grants,
         "files_of_grants": [each["path"] for each in _files_of_grants(grants)],
@@ -148,6 +157,16 @@ def _main_names(units: list[str], check: Row | None) -> list[str]:
     """Units by the names that systemd has them under, which their processes are known by, too; each once."""
     main = {each["name"]: each["main"] for each in check["units"]} if check else {}
     return list(dict.fromkeys(main.get(name, name) for name in units))
+
+
+def _gets_ipc_lock(unit: Row) -> bool:
+    return bool(unit["ambient_ipc_lock"] or unit["file_ipc_lock"])
+
+
+def _other_units(processes: list[Row], named: list[str]) -> list[str]:
+    """The units, beside those that are named, of VMs that have CAP_IPC_LOCK, maybe from an earlier run."""
+    having = {str(each["unit"]) for each in processes if each["accounting"] == NONE and each["user"] != "root"}
+    return sorted(each for each in having - {*named} if re.fullmatch(r"(?!-)[A-Za-z0-9:_.\\@-]{1,240}\.service", each))
 
 
 def _usual_emulators(qemu: list[Row], libvirt: Row, config: Row) -> list[str]:

@@ -195,6 +195,7 @@ def check(ok: bool | None, obstacles: bool = False) -> Row:
         "outdated": False,
         "user": "*",
         "ambient_ipc_lock": False,
+        "file_ipc_lock": False,
         "obstacles": [],
         "replica": {**capability, **limits, "user": "*"},
     }
@@ -227,6 +228,7 @@ def applied() -> Row:
         "changed": True,
         "put_back": put_back,
         "made": made,
+        "stranded": ["*"],
         "recorded": [{"kind": "file", "path": "*"}],
         "remembered": [{"kind": "file", "path": "*", "before": {"mode": "*"}}],
         "each": {"capabilities": {"real_path": "?", "ipc_lock": True, "ours": True}},

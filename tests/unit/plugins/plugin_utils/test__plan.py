@@ -78,7 +78,17 @@ def emulator(path: str = QEMU, **fields: Any) -> Row:
 
 
 def unit(name: str, **fields: Any) -> Row:
-    return {"name": name, "main": name, "present": True, "user": "vm", "outdated": False, "obstacles": [], **fields}
+    return {
+        "name": name,
+        "main": name,
+        "ambient_ipc_lock": False,
+        "file_ipc_lock": False,
+        "present": True,
+        "user": "vm",
+        "outdated": False,
+        "obstacles": [],
+        **fields,
+    }
 
 
 def check(*rows: Row) -> Row:
@@ -233,7 +243,7 @@ def test_what_is_not_known_is_asked_for(libvirt: Row, config: Row) -> None:
     assert "iommufd_host_emulators" in error
 
 
-VMS = [{"user": "vm", "domain_uri": "qemu:///system", "emulator": "/usr/bin/q"}]
+VMS = [{"user": "vm", "unit": None, "accounting": "user", "domain_uri": "qemu:///system", "emulator": "/usr/bin/q"}]
 GUESS: Row = {"user": "", "libvirt_user": "libvirt-qemu"}
 
 
@@ -383,6 +393,19 @@ def test_a_unit_by_another_of_its_names() -> None:
     assert made["units_of_vms"] == ["vm1.service", "vm@.service"]
     assert [each["grantee"] for each in made["grants"]][1:] == ["vm1.service", "vm@.service"]
     assert made["files_of_grants"][0] == DROP_IN_FILE
+
+
+def test_units_that_an_earlier_run_had_granted_to() -> None:
+    """They are looked at, and nothing else is made of them."""
+    vm = {"user": "vm", "accounting": "none", "domain_uri": None, "emulator": "/usr/bin/q"}
+    names = ["old.service", "vm1.service", "x.scope", "-H.service", "a b.service", None]
+    processes = [{**vm, "unit": name} for name in names]
+    processes += [{**vm, "unit": "a.service", "accounting": "user"}, {**vm, "unit": "b.service", "user": "root"}]
+    rows = [unit("old.service", obstacles=["No."], outdated=True), unit("gone.service", present=False)]
+    rows += [unit("vm1.service", ambient_ipc_lock=True), unit("c.service", file_ipc_lock=True)]
+    made = plan(OLD, *rows, host={"processes": processes}, units=["vm1"])
+    assert (made["other_units"], made["bare_units"], made["errors"]) == (["old.service"], ["old.service"], [])
+    assert (made["units_of_vms"], made["wanted"]["reload"]) == (["vm1.service"], False)
 
 
 def test_what_stands_against_a_grant_only() -> None:
