@@ -89,7 +89,8 @@ class VmUser(NamedTuple):
 class LibvirtFiles(NamedTuple):
     """What was read. `emulators` are those of the defined domains for this host's architecture; `msgs` tell why not.
 
-    `outdated`: qemu.conf has changed since the daemon was started, which reads it only then; None where none runs.
+    `running` are the emulators of domains that run, which may be defined nowhere. `outdated`: qemu.conf has changed
+    since the daemon was started, which reads it only then; None where none runs.
     """
 
     abilities: Abilities = Abilities()
@@ -97,6 +98,7 @@ class LibvirtFiles(NamedTuple):
     emulators: tuple[str, ...] = ()
     msgs: tuple[str, ...] = ()
     outdated: bool | None = None
+    running: tuple[str, ...] = ()
 
 
 NOTHING_READ = LibvirtFiles()
@@ -114,8 +116,8 @@ def read_libvirt_files(libraries: Sequence[str], started: float | None) -> Libvi
         return NOTHING_READ._replace(msgs=(msg,))
     except IommufdError as exc:
         return NOTHING_READ._replace(msgs=(f"libvirt's files could not be read: {exc}",))
-    abilities, user, emulators, msgs, outdated = given
-    return LibvirtFiles(Abilities(*abilities), VmUser(*user), tuple(emulators), tuple(msgs), outdated)
+    abilities, user, emulators, msgs, outdated, running = given
+    return LibvirtFiles(Abilities(*abilities), VmUser(*user), tuple(emulators), tuple(msgs), outdated, tuple(running))
 
 
 def takes_iommufd(libraries: Sequence[str]) -> bool | None:
@@ -154,7 +156,9 @@ def _read(libraries: Sequence[str], started: float | None) -> list[Any]:
     msgs: list[str] = []
     abilities = _abilities_of(libraries, msgs)
     user = _find_user(started, msgs)
-    return [abilities, user, _defined_emulators(os.uname().machine, msgs), msgs, _is_outdated(started)]
+    machine = os.uname().machine
+    defined = _defined_emulators(machine, msgs)
+    return [abilities, user, defined, msgs, _is_outdated(started), _running_emulators(machine, msgs)]
 
 
 def _is_outdated(started: float | None) -> bool | None:
@@ -299,7 +303,7 @@ def parse_user(setting: str) -> VmUser:
 
 
 def _defined_emulators(machine: str, msgs: list[str]) -> list[str]:
-    """The emulators of the domains that are defined or run, for guests of this architecture."""
+    """The emulators of the domains that are defined, for guests of this architecture."""
     found: dict[str, None] = {}
     try:
         # Where the folder may not be read, there seem to be no files.
@@ -307,12 +311,23 @@ def _defined_emulators(machine: str, msgs: list[str]) -> list[str]:
             os.scandir(os.path.dirname(_DEFINITIONS)).close()
         for path in sorted(glob.glob(_DEFINITIONS))[:_DEFINITIONS_MAX]:
             found.update(_emulator_in(path, machine))
-        for path in sorted(glob.glob(_RECORDS))[:_DEFINITIONS_MAX]:
-            # The domain may have ended since.
-            with contextlib.suppress(FileNotFoundError):
-                found.update(_emulator_in(path, machine))
     except OSError as exc:
         msgs.append(f"The definitions of libvirt's domains cannot be read ({error_text(exc.errno)}).")
+    return list(found)
+
+
+def _running_emulators(machine: str, msgs: list[str]) -> list[str]:
+    """The same of the domains that run."""
+    found: dict[str, None] = {}
+    for path in sorted(glob.glob(_RECORDS))[:_DEFINITIONS_MAX]:
+        try:
+            found.update(_emulator_in(path, machine))
+        except FileNotFoundError:
+            # The domain has ended since.
+            continue
+        except OSError as exc:
+            msgs.append(f"What libvirt has recorded of running domains cannot be read ({error_text(exc.errno)}).")
+            break
     return list(found)
 
 

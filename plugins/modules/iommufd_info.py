@@ -363,14 +363,15 @@ host:
           sample: /usr/bin/qemu-system-x86_64
         present:
           description:
-            - Whether the path is an executable file. Only a path from O(emulators) or from a domain's definition can be
+            - Whether the path is an executable file. Only a path from O(emulators) or from libvirt's domains can be
               missing.
           type: bool
           sample: true
         known_by:
           description:
             - How it was found, one or more of V(place), which is a usual place, V(option), which is O(emulators),
-              V(definition), which is that of a domain, and V(process), which executes it.
+              V(definition), which is that of a domain, V(record), which is libvirt's of a domain that runs, and
+              V(process), which executes it.
             - Whoever may hold an iommufd decides which emulator a process executes. So V(process) alone is no reason
               to trust it.
           type: list
@@ -1332,7 +1333,8 @@ def host_row(
     running = _host_facts.find_running(executed)
     if running.more:
         unseen.note("emulators", f"Of what processes execute, only {len(running.programs)} programs were looked at.")
-    emulators = _host_facts.find_emulators(paths, libvirt.files.emulators, running.programs)
+    files = libvirt.files
+    emulators = _host_facts.find_emulators(paths, files.emulators, running.programs, files.running)
     checks = readiness(
         module,
         device["present"],

@@ -95,8 +95,8 @@ def host_plan(info: object, config: object, check: object = None) -> Row:
 
 def _plan(host: Row, processes: list[Row], config: Row, check: Row | None) -> Row:
     libvirt = host["libvirt"]
-    usual = config["emulators"] or _usual_emulators(host["qemu"], libvirt, config)
-    known = config["emulators"] or _known_emulators(host["qemu"], usual, check)
+    usual = config["emulators"] or _seen(own_emulators(host["qemu"], config["architecture"]), host)
+    known = config["emulators"] or _known_emulators(host, usual, check)
     named = [unit_name(name) for name in config["units"]]
     units = _main_names(named, check)
     bare = []
@@ -106,13 +106,14 @@ def _plan(host: Row, processes: list[Row], config: Row, check: Row | None) -> Ro
     wrong = input_errors(config)
     user, guessed = _user(config, libvirt, check, processes, known)
     config = {**config, "user": user}
-    choice = choose(config, libvirt, known)
+    choice = choose(config, libvirt, known or _missing(host["qemu"]))
     chosen = choice.strategy
     access = _access(config, libvirt, guessed)
     granted = known if choice.strategy == "cap_ipc_lock" and _are_granted(config, libvirt) else []
     emulators = granted or usual
-    if guessed and granted:
-        choice = choice._replace(certain=False, why=f"{choice.why} {guessed}")
+    if granted:
+        unsure = " ".join(filter(None, (guessed, "" if config["emulators"] else _left_out(host["qemu"], granted))))
+        choice = choice._replace(certain=choice.certain and not unsure, why=f"{choice.why} {unsure}".strip())
     errors = (
         wrong
         or privilege_errors(host["caller"])
@@ -169,16 +170,32 @@ def _other_units(processes: list[Row], named: list[str]) -> list[str]:
     return sorted(each for each in having - {*named} if re.fullmatch(r"(?!-)[A-Za-z0-9:_.\\@-]{1,240}\.service", each))
 
 
-def _usual_emulators(qemu: list[Row], libvirt: Row, config: Row) -> list[str]:
-    """This host's own emulators, which are not those of a libvirt that is elsewhere."""
-    return [] if is_elsewhere(libvirt) else own_emulators(qemu, config["architecture"])
+def _seen(emulators: list[str], host: Row) -> list[str]:
+    """Those of the emulators that are libvirt's. Where it is elsewhere, it has others, which need none of this host's.
+
+    But what has the capability already may have it from an earlier run, which had seen more, and keeps it.
+    """
+    having = [each["path"] for each in host["qemu"] if each["cap_ipc_lock"]]
+    return [path for path in emulators if not is_elsewhere(host["libvirt"]) or path in having]
 
 
-def _known_emulators(qemu: list[Row], usual: list[str], check: Row | None) -> list[str]:
+def _missing(qemu: list[Row]) -> list[str]:
+    """The emulators of defined domains that are not there. They may be replaced just now, and nothing is taken back."""
+    return [each["path"] for each in qemu if "definition" in each["known_by"] and not each["present"]]
+
+
+def _left_out(qemu: list[Row], granted: list[str]) -> str:
+    """That domains run in emulators which get nothing: once they end, the next run would take it back again."""
+    others = [each["path"] for each in qemu if "record" in each["known_by"] and each["path"] not in granted]
+    if not others:
+        return ""
+    return f"A domain that is defined nowhere runs in {', '.join(others)}: name it in iommufd_host_emulators, too."
+
+
+def _known_emulators(host: Row, usual: list[str], check: Row | None) -> list[str]:
     """The host's own emulators, and those that libvirt's domains have. A script that leads to one of them is none."""
-    # There are none of a libvirt that is elsewhere.
-    defined = [each["path"] for each in qemu if each["present"] and "definition" in each["known_by"]]
-    found = list(dict.fromkeys([*usual, *defined]))
+    defined = [each["path"] for each in host["qemu"] if each["present"] and "definition" in each["known_by"]]
+    found = list(dict.fromkeys([*usual, *_seen(defined, host)]))
     looked = {each["path"]: each for each in check["emulators"]} if check else {}
     scripts = [path for path in found if path in looked and _is_script(looked[path])]
     return [path for path in found if path not in scripts] or found
@@ -256,7 +273,10 @@ def _choose_by_host(config: Row, libvirt: Row, emulators: list[str]) -> Choice:
     if sets:
         why = "But that is of no use to the units and emulators that were named."
     elif is_elsewhere(libvirt):
-        why = "So CAP_IPC_LOCK is granted to what was named, and to nothing else."
+        why = (
+            "So CAP_IPC_LOCK is granted to what was named, and stays where it is, but nothing else gets it: name in"
+            " iommufd_host_emulators, or in iommufd_host_units, what starts the VMs of this host."
+        )
     elif sets is None:
         why = "So CAP_IPC_LOCK is granted to be on the safe side, and may be more than is needed."
     elif there and not emulators and not daemon_is_barred(libvirt):
@@ -269,8 +289,8 @@ def _choose_by_host(config: Row, libvirt: Row, emulators: list[str]) -> Choice:
 
 def _are_granted(config: Row, libvirt: Row) -> bool:
     """Whether emulators get CAP_IPC_LOCK: those that were named; or where libvirt may start VMs without the mode."""
-    if config["emulators"] or is_elsewhere(libvirt):
-        return bool(config["emulators"])
+    if config["emulators"]:
+        return True
     libvirts = has_libvirt(libvirt) and not libvirt["sets_rlimit_mode"] and not daemon_is_barred(libvirt)
     return not config["units"] or libvirts
 

@@ -170,16 +170,24 @@ def known_by(answered: Answer) -> list[str]:
     return ways
 
 
-def test_the_emulators_of_defined_domains(tmp_path: Path) -> None:
-    """As libvirt itself writes a definition."""
+def test_the_emulators_of_domains(tmp_path: Path) -> None:
+    """As libvirt itself writes a definition, and a record."""
     assert known_by(look("host")) == ["place"]
     path = tmp_path / "domain.xml"
     path.write_text(DOMAIN)
     virsh("define", str(path))
     try:
         assert known_by(look("host")) == ["place", "definition"]
-    finally:
+        virsh("start", "--paused", NAME)
+        assert known_by(look("host")) == ["place", "definition", "record"]
+        # It has no definition any more, and runs on.
         virsh("undefine", NAME)
+        assert known_by(look("host")) == ["place", "record"]
+        virsh("destroy", NAME)
+        assert known_by(look("host")) == ["place"]
+    finally:
+        for words in (["undefine"], ["destroy"]):
+            subprocess.run(["virsh", "--connect=qemu:///system", *words, NAME], capture_output=True, check=False)
 
 
 @pytest.mark.parametrize(

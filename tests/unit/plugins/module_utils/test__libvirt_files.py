@@ -242,7 +242,7 @@ def test_all_that_is_read(host: Path) -> None:
     (host / "run/libvirt/qemu/e.xml").write_text(record)
     (host / "run/libvirt/qemu/f.xml").symlink_to("nowhere")
     found = read_libvirt_files([], None)
-    assert (found.emulators, found.msgs) == ((*emulators, "/opt/r"), ())
+    assert (found.emulators, found.running, found.msgs) == (emulators, ("/opt/r",), ())
     (host / "etc/libvirt/qemu/d.xml").symlink_to("nowhere")
     assert "definitions of libvirt's domains cannot be read (ENOENT" in read_libvirt_files([], None).msgs[0]
 

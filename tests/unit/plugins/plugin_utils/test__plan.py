@@ -534,6 +534,33 @@ def test_emulators_that_libvirt_knows_of() -> None:
     assert host_plan(info(NEW, qemu=rows), {"architecture": "x86_64"})["errors"] == []
 
 
+def test_an_emulator_that_is_not_always_known() -> None:
+    """A run that sees less takes nothing from what an earlier one has granted."""
+    rows: list[Row] = [{"path": QEMU, "present": True, "writer": None, "cap_ipc_lock": True}]
+    for libvirt in (CONTAINER, NO_LIBRARY):
+        made = plan(libvirt, host={"qemu": rows})
+        assert (made["strategy"], made["certain"], made["wanted"]["capabilities"]) == ("cap_ipc_lock", False, [QEMU])
+        assert "stays where it is, but nothing else gets it: name in iommufd_host_emulators" in made["why"]
+        rows.append(
+            {"path": "/opt/q", "present": True, "writer": None, "cap_ipc_lock": False, "known_by": ["definition"]}
+        )
+        assert plan(libvirt, host={"qemu": rows})["wanted"]["capabilities"] == [QEMU]
+        rows.pop()
+    # One that is just being replaced.
+    gone = {"path": QEMU, "present": False, "writer": None, "cap_ipc_lock": None, "known_by": ["definition"]}
+    (error,) = plan(OLD, host={"qemu": [gone]})["errors"]
+    assert "no emulator for its own architecture" in error
+    assert plan(NEW, host={"qemu": [gone]})["errors"] == []
+    # That of a domain that is defined nowhere is not known any more once that ends.
+    rows.append({"path": "/opt/q", "present": True, "writer": None, "cap_ipc_lock": False, "known_by": ["record"]})
+    made = plan(OLD, host={"qemu": rows})
+    assert (made["strategy"], made["certain"], made["wanted"]["capabilities"]) == ("cap_ipc_lock", False, [QEMU])
+    assert "A domain that is defined nowhere runs in /opt/q: name it in iommufd_host_emulators, too." in made["why"]
+    rows[1]["known_by"] = ["definition", "record"]
+    made = plan(OLD, emulator("/opt/q"), host={"qemu": rows})
+    assert (made["certain"], made["wanted"]["capabilities"]) == (True, [QEMU, "/opt/q"])
+
+
 def test_a_script_in_front_of_an_emulator() -> None:
     script = "/usr/local/bin/qemu-system-x86_64"
     rows = [{"path": path, "present": True, "writer": None, "cap_ipc_lock": False} for path in (script, QEMU)]
