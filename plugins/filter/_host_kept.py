@@ -20,8 +20,9 @@ author:
   - The virt.iommufd contributors (@virt-iommufd)
 description:
   - Do not use this filter. Only the role C(virt.iommufd.iommufd_host) uses it, and it changes as the role needs.
-  - Where something is not as it should be, all grants go. Where that is only not known, those go that the same run has
-    made, and what was in force before stays, because a user of the host can see to it that nothing is known.
+  - What the same run has granted goes. What an earlier run has granted and proven stays, since what has failed now may
+    have another cause, and a user of the host can see to it that nothing is known.
+  - Of that, the grants of emulators and units go that could not be started with them.
 options:
   _input:
     description: The plan, as P(virt.iommufd._host_plan#filter) returned it.
@@ -31,9 +32,9 @@ options:
     description: What M(virt.iommufd.iommufd_host_apply) returned for the plan.
     type: dict
     required: true
-  failed:
-    description: Whether something is known not to be as it should be.
-    type: bool
+  check:
+    description: What M(virt.iommufd.iommufd_vmm_check) returned once the plan was carried out.
+    type: dict
     required: true
 """
 

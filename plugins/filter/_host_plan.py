@@ -28,8 +28,8 @@ options:
   config:
     description:
       - The inputs of the role, by their names without C(iommufd_host_).
-      - Also C(architecture), as C(uname -m) tells it, C(apparmor), whether AppArmor is enabled, and C(libvirt_user),
-        the user of the system libvirt's VMs.
+      - Also C(architecture), as C(uname -m) tells it, C(apparmor), whether AppArmor is enabled, and C(libvirt_user), a
+        guess at the user of the system libvirt's VMs.
     type: dict
     required: true
   check:
@@ -71,7 +71,7 @@ _value:
       description: The strategy that is taken, V(native), V(cap_ipc_lock), V(memlock) or V(observe).
       type: str
     certain:
-      description: Whether nothing had to be guessed for that choice.
+      description: Whether nothing had to be guessed for that choice, and for what it grants.
       type: bool
     why:
       description: Why that strategy.
@@ -85,6 +85,14 @@ _value:
       elements: str
     units_of_vms:
       description: The units that start VMs, by their full names.
+      type: list
+      elements: str
+    other_units:
+      description: The units, beside those that were named, of running VMs that have CAP_IPC_LOCK.
+      type: list
+      elements: str
+    bare_units:
+      description: The units that were checked and would not get CAP_IPC_LOCK if they were started now.
       type: list
       elements: str
     memlock_users:

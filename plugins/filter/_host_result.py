@@ -68,7 +68,7 @@ _value:
       description: The strategy that is taken, V(native), V(cap_ipc_lock), V(memlock) or V(observe).
       type: str
     certain:
-      description: Whether nothing had to be guessed for that choice.
+      description: Whether nothing had to be guessed for that choice, and for what it grants.
       type: bool
     why:
       description: Why that strategy.

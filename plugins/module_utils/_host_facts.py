@@ -70,17 +70,27 @@ _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 _MOUNTINFO = "/proc/self/mountinfo"
 # A local file is there in no time.
 _PATIENCE = 10
-_EMULATORS = ("/usr/bin/qemu-system-*", "/usr/libexec/qemu-kvm")
+# libvirt takes those of the daemon's PATH, which systemd sets, by their names: see virQEMUCapsFindBinaryForArch().
+_EMULATORS = (
+    "/usr/local/sbin/qemu-system-*",
+    "/usr/local/bin/qemu-system-*",
+    "/usr/bin/qemu-system-*",
+    "/usr/libexec/qemu-kvm",
+    # NixOS, where nothing is in /usr/bin.
+    "/run/libvirt/nix-emulators/qemu-*",
+)
 _KUBELET = "/var/lib/kubelet"
 # How many programs of processes are looked at, and of how many processes each.
 _RUNNING_MAX = 32
 _PIDS_MAX = 3
 
-# How an emulator is known: at a usual place, by an option of the task, from a process, from a domain's definition.
+# How an emulator is known: at a usual place, by an option of the task, from a process, from a domain's definition, from
+# what libvirt has recorded of a domain that runs.
 PLACE = "place"
 OPTION = "option"
 PROCESS = "process"
 DEFINITION = "definition"
+RECORD = "record"
 
 
 class Node(NamedTuple):
@@ -372,16 +382,19 @@ def find_running(executed: Mapping[int, str]) -> Running:
 
 
 def find_emulators(
-    given: Sequence[str], defined: Sequence[str] = (), running: Mapping[str, Sequence[int]] = MappingProxyType({})
+    given: Sequence[str],
+    defined: Sequence[str] = (),
+    running: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    recorded: Sequence[str] = (),
 ) -> list[Emulator]:
-    """The emulators at the usual places, those given, defined for domains, and running, each file once.
+    """The emulators at the usual places, those given, defined for domains, recorded, and running, each file once.
 
     `running` is as `find_running` gives it. Nothing is executed. It is done in a child, since a path may lead to a
     mount whose server does not answer for ever.
     """
     usual = sorted(path for pattern in _EMULATORS for path in glob.glob(pattern))
     left = [_Hint(path, PLACE) for path in usual] + [_Hint(path, OPTION) for path in given]
-    left += [_Hint(path, DEFINITION) for path in defined]
+    left += [_Hint(path, DEFINITION) for path in defined] + [_Hint(path, RECORD) for path in recorded]
     left += [_Hint(path, PROCESS, tuple(pids)) for path, pids in running.items()]
     found: dict[str, Emulator] = {}
     while left:

@@ -18,13 +18,14 @@ from functools import partial
 from typing import Callable, NamedTuple
 
 from ._capabilities import CAP_IPC_LOCK, CAP_SYS_RESOURCE, capability_names
-from ._errors import IommufdError, ProcessGone
+from ._errors import HostLacks, IommufdError, ProcessGone
 from ._foreign import parse_xml
 from ._libvirt_files import NOTHING_READ, LibvirtFiles, read_libvirt_files
 from ._names import user_name
 from ._process import Process, parse_status, read_file
 from ._process_facts import Limit, in_initial_namespace, in_initial_user_namespace, read_memlock, started_at
 from ._selinux import Verdict, context_of, context_of_service, lets_use
+from ._syscalls import file_id
 from ._systemd import Run, show_units
 
 __all__ = (
@@ -32,7 +33,7 @@ __all__ = (
     "Libvirt",
     "Session",
     "daemon_unit_of",
-    "find_session_daemons",
+    "find_daemons",
     "installed_libraries",
     "library_version",
     "look_at_libvirt",
@@ -201,17 +202,48 @@ def look_at_libvirt(run: Run) -> Libvirt:
     managers = [each for each in shown if _MANAGER.fullmatch(each.get("Id", ""))]
     units = [daemon_unit_of(each) for each in shown if each not in managers]
     unit = _choose(units)
-    if unit is None:
+    daemons = find_daemons()
+    msg = _elsewhere(unit, daemons.pop(0, []))
+    if msg:
+        # Its files are not those of this host.
+        found = Libvirt(None, installed, None, None, None, (msg,))
+    elif unit is None:
         # In a chroot it says nothing and succeeds.
         msg = "" if units and all(each.name for each in units) else "systemd tells nothing of libvirt's daemon."
-        if os.path.exists(_DRIVER_PID):
-            msg = f"libvirt runs in no unit of this host, perhaps in a container: there is {_DRIVER_PID}."
         found = _by_files(Libvirt(installed, installed, None, None, None, (msg,) if msg else ()), libraries)
     else:
         found = _by_unit(run, unit, libraries)._replace(drop_in=unit.drop_in)
     # Where there is no libvirt, whatever is called so is something else.
-    daemons = find_session_daemons() if libraries or unit is not None else {}
-    return found._replace(sessions=tuple(_sessions(managers, daemons)))
+    return found._replace(sessions=tuple(_sessions(managers, daemons if libraries or unit is not None else {})))
+
+
+def _elsewhere(unit: DaemonUnit | None, pids: list[int]) -> str:
+    """That libvirt runs where neither this host's units nor its files tell of it; empty where that is not seen.
+
+    `pids` are what seem to be daemons of root's. One that is asked for just now may have been started since.
+    """
+    if unit is not None and unit.pid:
+        # Until it is active it may yet be about to become the daemon.
+        kept = unit.active and (_has_other_root(unit.pid) or not _has_libvirt(unit.pid))
+        return f"{unit.name} runs something that has libvirt elsewhere, perhaps in a container." if kept else ""
+    others = [pid for pid in pids if unit is None or _has_other_root(pid)]
+    sign = f"process {others[0]}" if others else _DRIVER_PID if unit is None and os.path.exists(_DRIVER_PID) else ""
+    return f"libvirt runs in no unit of this host, perhaps in a container: there is {sign}." if sign else ""
+
+
+def _has_other_root(pid: int) -> bool:
+    """Whether a process has another file system than this one, as in a container or an image, as far as that shows."""
+    with contextlib.suppress(OSError, HostLacks):
+        return file_id(f"/proc/{pid}/root") != file_id("/")
+    return False
+
+
+def _has_libvirt(pid: int) -> bool:
+    """Whether a process has loaded libvirt's library, as its daemon has; also where that is hidden."""
+    with contextlib.suppress(IommufdError), Process.hold(pid) as process:
+        maps = process.read("maps")
+        return not maps or b"/libvirt.so.0" in maps
+    return True
 
 
 def _by_unit(run: Run, unit: DaemonUnit, libraries: list[str]) -> Libvirt:
@@ -297,7 +329,7 @@ def mapped_libraries(pid: int, maps: bytes) -> list[str]:
 
 
 def _sessions(managers: list[dict[str, str]], daemons: dict[int, list[int]]) -> list[Session]:
-    """The users whose service managers run, or a libvirt of their own: see daemon_unit_of and find_session_daemons.
+    """The users whose service managers run, or a libvirt of their own: see daemon_unit_of and find_daemons.
 
     What a service manager has started has its hard limit, or a lower one, and may raise its soft one up to that. What
     was started from a login, and not by the service manager, has that of the login.
@@ -337,8 +369,8 @@ def _memlock_of(pid: int, uid: int | None = None) -> Limit | None:
         return None
 
 
-def find_session_daemons() -> dict[int, list[int]]:
-    """What seem to be the daemons of users' own libvirts, by user: what is called so, on the host itself.
+def find_daemons() -> dict[int, list[int]]:
+    """What seem to be libvirt's daemons, by user: what is called so. Root's may be in a container, no other's is.
 
     Anybody may call a process so, to the harm of what is told of himself alone: of each user, only some are told.
     """
@@ -351,8 +383,7 @@ def find_session_daemons() -> dict[int, list[int]]:
             uid = parse_status(read_file(f"/proc/{name}/status", in_one=True)).uid
             # A container has a libvirt of its own, and may have any number of users.
             contained = any(in_initial_namespace(kind, name) is False for kind in ("pid", "user"))
-            # Root's is the system's.
-            if uid and not contained and len(found.get(uid, ())) <= _DAEMONS_OF_USER:
+            if not (uid and contained) and len(found.get(uid, ())) <= _DAEMONS_OF_USER:
                 found.setdefault(uid, []).append(int(name))
     return found
 

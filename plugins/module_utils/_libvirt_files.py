@@ -14,6 +14,7 @@ import glob
 import os
 import pwd
 import re
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -56,6 +57,10 @@ _CONF = "/etc/libvirt/qemu.conf"
 _FOLDER = "/var/lib/libvirt/qemu"
 # What is in /var/cache/libvirt names emulators, too, but the emulators' user can put anything there.
 _DEFINITIONS = "/etc/libvirt/qemu/*.xml"
+# What libvirt has recorded of the domains that run, which may be defined nowhere. It is root's, too.
+_RECORDS = "/run/libvirt/qemu/*.xml"
+# Whom distributions give libvirt's VMs to, unless qemu.conf names another one: QEMU_USER, with which libvirt is built.
+_USUAL_USERS = ("libvirt-qemu", "qemu")
 
 _TOKEN = re.compile(
     rb"#[^\r\n]*"
@@ -82,12 +87,18 @@ class VmUser(NamedTuple):
 
 
 class LibvirtFiles(NamedTuple):
-    """What was read. `emulators` are those of the defined domains for this host's architecture; `msgs` tell why not."""
+    """What was read. `emulators` are those of the defined domains for this host's architecture; `msgs` tell why not.
+
+    `running` are the emulators of domains that run, which may be defined nowhere. `outdated`: qemu.conf has changed
+    since the daemon was started, which reads it only then; None where none runs.
+    """
 
     abilities: Abilities = Abilities()
     user: VmUser = VmUser()
     emulators: tuple[str, ...] = ()
     msgs: tuple[str, ...] = ()
+    outdated: bool | None = None
+    running: tuple[str, ...] = ()
 
 
 NOTHING_READ = LibvirtFiles()
@@ -105,8 +116,8 @@ def read_libvirt_files(libraries: Sequence[str], started: float | None) -> Libvi
         return NOTHING_READ._replace(msgs=(msg,))
     except IommufdError as exc:
         return NOTHING_READ._replace(msgs=(f"libvirt's files could not be read: {exc}",))
-    abilities, user, emulators, msgs = given
-    return LibvirtFiles(Abilities(*abilities), VmUser(*user), tuple(emulators), tuple(msgs))
+    abilities, user, emulators, msgs, outdated, running = given
+    return LibvirtFiles(Abilities(*abilities), VmUser(*user), tuple(emulators), tuple(msgs), outdated, tuple(running))
 
 
 def takes_iommufd(libraries: Sequence[str]) -> bool | None:
@@ -145,7 +156,18 @@ def _read(libraries: Sequence[str], started: float | None) -> list[Any]:
     msgs: list[str] = []
     abilities = _abilities_of(libraries, msgs)
     user = _find_user(started, msgs)
-    return [abilities, user, _defined_emulators(os.uname().machine, msgs), msgs]
+    machine = os.uname().machine
+    defined = _defined_emulators(machine, msgs)
+    return [abilities, user, defined, msgs, _is_outdated(started), _running_emulators(machine, msgs)]
+
+
+def _is_outdated(started: float | None) -> bool | None:
+    """Whether qemu.conf has changed since the daemon was started; None where none runs, or there is no such file."""
+    if started is not None:
+        with contextlib.suppress(OSError):
+            # Not the time that a copy or an archive gives it. What is yet to come is by a clock that was wrong.
+            return started + _SLACK < os.stat(_CONF).st_ctime <= time.time()
+    return None
 
 
 def _abilities_of(libraries: Sequence[str], msgs: list[str]) -> Abilities:
@@ -214,11 +236,21 @@ def _find_user(started: float | None, msgs: list[str]) -> VmUser:
         msgs.append(unread)
         return VmUser()
     if setting is None:
-        return VmUser()
+        return _usual_owner()
     user = parse_user(setting)
     if user.uid is None:
         msgs.append(f"{_CONF} has user {user.name}, whom this host does not know.")
     return user
+
+
+def _usual_owner() -> VmUser:
+    """Whom libvirt's folder belongs to since the daemon's last run, if it is one whom nobody has to name."""
+    with contextlib.suppress(OSError):
+        uid = os.stat(_FOLDER).st_uid
+        name = user_name(uid)
+        if name in _USUAL_USERS:
+            return VmUser(name, uid)
+    return VmUser()
 
 
 def _owner(since: float) -> int | None:
@@ -278,13 +310,31 @@ def _defined_emulators(machine: str, msgs: list[str]) -> list[str]:
         if os.path.isdir(os.path.dirname(_DEFINITIONS)):
             os.scandir(os.path.dirname(_DEFINITIONS)).close()
         for path in sorted(glob.glob(_DEFINITIONS))[:_DEFINITIONS_MAX]:
-            with open(path, "rb") as stream:
-                emulator = parse_emulator(stream.read(_DEFINITION_MAX), machine)
-            if emulator is not None:
-                found[emulator] = None
+            found.update(_emulator_in(path, machine))
     except OSError as exc:
         msgs.append(f"The definitions of libvirt's domains cannot be read ({error_text(exc.errno)}).")
     return list(found)
+
+
+def _running_emulators(machine: str, msgs: list[str]) -> list[str]:
+    """The same of the domains that run."""
+    found: dict[str, None] = {}
+    for path in sorted(glob.glob(_RECORDS))[:_DEFINITIONS_MAX]:
+        try:
+            found.update(_emulator_in(path, machine))
+        except FileNotFoundError:
+            # The domain has ended since.
+            continue
+        except OSError as exc:
+            msgs.append(f"What libvirt has recorded of running domains cannot be read ({error_text(exc.errno)}).")
+            break
+    return list(found)
+
+
+def _emulator_in(path: str, machine: str) -> dict[str, None]:
+    with open(path, "rb") as stream:
+        emulator = parse_emulator(stream.read(_DEFINITION_MAX), machine)
+    return {} if emulator is None else {emulator: None}
 
 
 def parse_emulator(definition: bytes, machine: str) -> str | None:

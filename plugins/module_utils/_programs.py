@@ -6,9 +6,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import io
 import os
+import re
 import zipfile
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -16,13 +20,23 @@ __all__ = (
     "EXEC",
     "GRANT",
     "INTERPRETER",
+    "LAUNCHER",
     "PROGRAMS",
+    "find_services_with",
     "zipapp",
 )
 
 EXEC = "iommufd-exec"
 GRANT = "iommufd-host-grant"
 PROGRAMS = (EXEC, GRANT)
+
+# Where the role puts the first of them.
+LAUNCHER = f"/usr/local/bin/{EXEC}"
+
+# See systemd.unit(5).
+_UNIT_FILES = ("/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system")
+_UNIT_FILE_MAX = 2**18
+_PATIENCE = 10
 
 # Isolated from the environment and from whatever is in the folder, and without what is installed beside Python itself.
 INTERPRETER = "/usr/bin/python3 -IS"
@@ -93,3 +107,27 @@ def _source(module: ModuleType) -> bytes:
     loader: Any = module.__spec__ and module.__spec__.loader
     source: bytes = loader.get_data(module.__file__)
     return source
+
+
+def find_services_with(program: str) -> list[str]:
+    """The services whose files start that program, by their names; none where these were not read in time."""
+    # The controller has these names, too, and need not be Linux.
+    from ._child import NoAnswer, in_child
+
+    try:
+        found: list[str] = in_child(None, partial(_services_with, program), _PATIENCE)
+    except NoAnswer:
+        return []
+    return found
+
+
+def _services_with(program: str) -> list[str]:
+    # See systemd.service(5) for what may be in front.
+    command = re.compile(rb"^Exec[A-Za-z]+ *= *[-@:+!|]*%s(?:\s|$)" % re.escape(os.fsencode(program)), re.MULTILINE)
+    found = set()
+    for folder in _UNIT_FILES:
+        for path in (*glob.glob(f"{folder}/*.service"), *glob.glob(f"{folder}/*.service.d/*.conf")):
+            with contextlib.suppress(OSError), open(path, "rb") as stream:
+                if command.search(stream.read(_UNIT_FILE_MAX)):
+                    found.add(re.sub(r"^.*/([^/]+\.service)(?:\.d/[^/]+)?$", r"\1", path))
+    return sorted(found)

@@ -53,6 +53,7 @@ _NUMBERS = {name: number for number, name in enumerate(capability_names(2**64 - 
 _ELF_TYPES = (2, 3)
 
 _UNIT_PROPERTIES = (
+    "Id",
     "LoadState",
     "ExecStart",
     "User",
@@ -69,8 +70,16 @@ _UNIT_PROPERTIES = (
     "LimitMEMLOCKSoft",
 )
 
+# What may be named after the instance of a template, beside the program.
+_OF_INSTANCE = ("User", "Group", "SupplementaryGroups")
+
 # What a unit runs beside its program.
 _HELPERS = ("ExecCondition", "ExecStartPre", "ExecStartPost", "ExecReload", "ExecStop", "ExecStopPost")
+
+_OF_NONE = (
+    "What {name} runs, or as whom, is named after its instance, and none of its instances runs now. Name instances in"
+    " iommufd_host_units, such as {instance}."
+)
 
 # What systemd calls unlimited, in newer and in older releases.
 _INFINITY = ("infinity", "18446744073709551615")
@@ -295,9 +304,11 @@ def _written(writer: Writer) -> str:
 class Unit(NamedTuple):
     """What systemd says of a service, and of the program that it starts.
 
-    `name` is what was asked for. `user` is None where systemd makes one up or has no such unit, and `program` where
-    the unit starts none. `outdated`: its files have changed since systemd read them. `settings` are systemd's
-    properties as it shows them. `helpers` are the other programs that it runs, with the same capabilities.
+    `name` is what was asked for, `main` the name that systemd has it under. `user` is None where systemd
+    makes one up or has no such unit, and `program` where the unit starts none. `outdated`: its files have
+    changed since systemd read them. `settings` are systemd's properties as it shows them. `helpers` are the other
+    programs that it runs, with the same capabilities. `unknown`: why it is not known what it runs, or as whom: that is
+    named after an instance. What is not known then is None.
     """
 
     name: str
@@ -311,6 +322,8 @@ class Unit(NamedTuple):
     memlock: Limit
     settings: dict[str, str]
     helpers: tuple[Program, ...] = ()
+    main: str = ""
+    unknown: str = ""
 
     @property
     def present(self) -> bool:
@@ -328,10 +341,18 @@ def instance_of(name: str) -> str:
 def look_at_unit(run: Run, name: str) -> Unit:
     """Asks systemd for a service, which starts nothing. Raises IommufdError where it does not answer."""
     shown = _show(run, instance_of(name))
-    paths = _paths_in(shown.get("ExecStart", ""))
+    main = shown.get("Id", "").replace(f"@{REPLICA}.", "@.")
+    main = main if is_unit_name(main, "service") else name
+    unknown = ""
+    if any(REPLICA in each for each in (*_paths_in(shown.get("ExecStart", "")), *map(shown.get, _OF_INSTANCE)) if each):
+        # An instance that there is tells for all of them.
+        loaded = _loaded_instance(run, main)
+        shown = _show(run, loaded) if loaded else shown
+        unknown = "" if loaded else _OF_NONE.format(name=name, instance=main.replace("@.", "@1."))
+    paths = [path for path in _paths_in(shown.get("ExecStart", "")) if REPLICA not in path]
     helpers = [*paths[1:], *(path for name in _HELPERS for path in _paths_in(shown.get(name, "")))]
     load_state = shown.get("LoadState", "")
-    nobody = load_state != "loaded" or shown.get("DynamicUser") == "yes"
+    nobody = load_state != "loaded" or shown.get("DynamicUser") == "yes" or REPLICA in shown.get("User", "")
     hard = _size_in(shown.get("LimitMEMLOCK", ""))
     soft = _size_in(shown["LimitMEMLOCKSoft"]) if "LimitMEMLOCKSoft" in shown else hard
     return Unit(
@@ -346,7 +367,17 @@ def look_at_unit(run: Run, name: str) -> Unit:
         memlock=Limit(soft, hard),
         settings=shown,
         helpers=tuple(_look_for_writer(path) for path in dict.fromkeys(helpers) if path not in paths[:1]),
+        main=main,
+        unknown=unknown,
     )
+
+
+def _loaded_instance(run: Run, template: str) -> str | None:
+    """An instance of a template that systemd has at work; None where there is none."""
+    # It takes the name for a pattern.
+    pattern = template.replace("\\", "\\\\").replace("@.", "@*.")
+    names = show_units(run, [pattern], ("Id",))[0].get("Id", "").split()
+    return next((name for name in names if is_unit_name(name, "service")), None)
 
 
 def _look_for_writer(path: str) -> Program:
@@ -389,7 +420,7 @@ def unit_obstacles(unit: Unit) -> list[str]:
     if not unit.present:
         return [f"systemd cannot start {unit.name}: its unit is {unit.load_state}."]
     if unit.program is None:
-        return [f"{unit.name} starts no program."]
+        return [unit.unknown or f"{unit.name} starts no program."]
     found = []
     program = unit.program
     if not program.present:

@@ -199,15 +199,15 @@ def start_emulator(program: Program, under: Conditions, user: User) -> ProcessSe
 
 
 def check_able(under: Conditions) -> None:
-    """Raises IommufdError where this process itself runs under conditions that are worse than those to be tried."""
+    """Raises Interrupted where this process itself runs under conditions that are worse than those to be tried."""
     own = own_status()
     if has_ipc_lock(under.bounding) and not has_ipc_lock(own.bounding):
-        raise IommufdError(
+        raise Interrupted(
             f"This caller runs with a bounding set without CAP_IPC_LOCK, so it cannot try what {under.read_from} would"
             " do. Run the task on the host itself, outside of any container."
         )
     if own.no_new_privs and not under.no_new_privs:
-        raise IommufdError(
+        raise Interrupted(
             f"This caller runs with NoNewPrivileges, so it cannot try what {under.read_from} would do. Run the task"
             " without."
         )

@@ -183,8 +183,14 @@ capabilities:
   returned: on success
   type: dict
   sample: {/usr/bin/kvm: {real_path: /usr/bin/qemu-system-x86_64, ipc_lock: true, ours: true}}
+stranded:
+  description: Services whose files start C(/usr/local/bin/iommufd-exec), where that is not there.
+  returned: on success
+  type: list
+  elements: str
 """
 
+import os
 from typing import NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
@@ -195,7 +201,7 @@ from ..module_utils._command import run_command
 from ..module_utils._errors import IommufdError, error_text, shown_path
 from ..module_utils._module import Row, finish
 from ..module_utils._names import group_name, owner_name
-from ..module_utils._programs import PROGRAMS, zipapp
+from ..module_utils._programs import LAUNCHER, PROGRAMS, find_services_with, zipapp
 from ..module_utils._record import CAPABILITY, FILE, NODE, Item, Record, check_caller, lock_record
 from ..module_utils._states import FileState, NodeState
 from ..module_utils._steps import Grant, RemoveFile, Step, StepFailed, WriteFile, make_steps, note_due
@@ -370,6 +376,13 @@ def keep(record: Record, changed: bool) -> None:
         raise IommufdError(f"The record {record.path} cannot be written ({error_text(exc.errno)}).") from exc
 
 
+def stranded(wanted: Wanted, back: list[Row]) -> list[str]:
+    """The services that start the launcher, where that is not there, or in check mode would not be."""
+    gone = any(each["path"] == LAUNCHER and each["gone"] for each in back)
+    there = LAUNCHER in wanted.files or (os.path.exists(LAUNCHER) and not gone)
+    return [] if there else [shown_path(name) for name in find_services_with(LAUNCHER)]
+
+
 def run(params: Row, check_mode: bool, result: Row) -> None:
     """Does what the task asks for, and fills in the return value. Raises IommufdError."""
     result.update(put_back=[], made=[])
@@ -381,6 +394,7 @@ def run(params: Row, check_mode: bool, result: Row) -> None:
         record = Record.load(path)
         try:
             make_wanted(record, wanted, check_mode, run_command, result)
+            result["stranded"] = stranded(wanted, result["put_back"])
         finally:
             result["changed"] = bool(result["put_back"] or result["made"])
             result["remembered"] = [item_row(item) for item in record.items]

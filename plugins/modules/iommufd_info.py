@@ -348,8 +348,10 @@ host:
           sample: root
     qemu:
       description:
-        - The emulators C(/usr/bin/qemu-system-*) and C(/usr/libexec/qemu-kvm), and those of O(emulators).
-        - Also those of the system libvirt's defined domains for the host's architecture, which takes root to read.
+        - The emulators C(qemu-system-*) in C(/usr/bin), C(/usr/local/bin) and C(/usr/local/sbin), those in
+          C(/run/libvirt/nix-emulators), C(/usr/libexec/qemu-kvm), and those of O(emulators).
+        - Also those of the system libvirt's domains for the host's architecture, defined or running, which takes root
+          to read.
         - Also those that RV(processes) execute, by C(/proc/PID/exe), where the host has the same file at that path, and
           its name has C(qemu) in it.
       type: list
@@ -361,14 +363,15 @@ host:
           sample: /usr/bin/qemu-system-x86_64
         present:
           description:
-            - Whether the path is an executable file. Only a path from O(emulators) or from a domain's definition can be
+            - Whether the path is an executable file. Only a path from O(emulators) or from libvirt's domains can be
               missing.
           type: bool
           sample: true
         known_by:
           description:
             - How it was found, one or more of V(place), which is a usual place, V(option), which is O(emulators),
-              V(definition), which is that of a domain, and V(process), which executes it.
+              V(definition), which is that of a domain, V(record), which is libvirt's of a domain that runs, and
+              V(process), which executes it.
             - Whoever may hold an iommufd decides which emulator a process executes. So V(process) alone is no reason
               to trust it.
           type: list
@@ -443,6 +446,12 @@ host:
           description: The daemon's process; V(null) where it does not run. It may run only when somebody needs it.
           type: int
           sample: null
+        outdated:
+          description:
+            - Whether C(/etc/libvirt/qemu.conf) has changed since the daemon was started, which reads it only then.
+            - V(null) where the daemon does not run, or there is no such file.
+          type: bool
+          sample: false
         cap_sys_resource:
           description:
             - Whether the daemon has CAP_SYS_RESOURCE, which it needs to set the mode, and may use it. If the daemon
@@ -1324,7 +1333,8 @@ def host_row(
     running = _host_facts.find_running(executed)
     if running.more:
         unseen.note("emulators", f"Of what processes execute, only {len(running.programs)} programs were looked at.")
-    emulators = _host_facts.find_emulators(paths, libvirt.files.emulators, running.programs)
+    files = libvirt.files
+    emulators = _host_facts.find_emulators(paths, files.emulators, running.programs, files.running)
     checks = readiness(
         module,
         device["present"],
@@ -1453,6 +1463,7 @@ def libvirt_row(unseen: Unseen, libvirt: Libvirt, slow: bool) -> Row:
         "version": _libvirt.version_text(libvirt.version),
         "unit": libvirt.unit,
         "pid": libvirt.pid,
+        "outdated": libvirt.files.outdated,
         "cap_sys_resource": libvirt.may,
         "drop_in": list(libvirt.drop_in),
         "passes_cap_ipc_lock": libvirt.passes,

@@ -172,6 +172,9 @@ units:
     name:
       description: The name as given.
       type: str
+    main:
+      description: The name that systemd has it under, which is another one where RV(units[].name) is an alias.
+      type: str
     present:
       description: Whether systemd has it.
       type: bool
@@ -179,10 +182,15 @@ units:
       description: Whether its files have changed since systemd read them.
       type: bool
     user:
-      description: Its user. V(null) where systemd makes one up for each start, or has no such unit.
+      description:
+        - Its user. V(null) where systemd makes one up for each start, or has no such unit.
+        - If the user of a template is named after the instance, it is that of one that runs, and V(null) without one.
       type: str
     ambient_ipc_lock:
       description: Whether CAP_IPC_LOCK is one of its ambient capabilities.
+      type: bool
+    file_ipc_lock:
+      description: Whether the file of its program gives CAP_IPC_LOCK.
       type: bool
     obstacles:
       description: What would void CAP_IPC_LOCK of the service, or keep it from starting; each a sentence.
@@ -291,6 +299,13 @@ UNTRIED = {"attempted": False, "ok": None, "inconclusive": False}
 STARTED = {"user": None, "effective": None, "memlock_bytes": None, "memlock_unlimited": False}
 
 
+def _user_of_vms(name: str) -> User:
+    try:
+        return find_user(name)
+    except IommufdError as exc:
+        raise IommufdError(f"{exc} Name in iommufd_host_user the user that VMs run as here.") from exc
+
+
 class CheckTask:
     """What was asked for. `user` is None where none is given."""
 
@@ -303,7 +318,7 @@ class CheckTask:
         if as_user and not params["user"]:
             raise IommufdError(f"{as_user[0]} takes user: the name of the user that emulators run as on this host.")
         # One that is not there is told of at once, not when something is to be started.
-        self.user: User | None = find_user(params["user"]) if params["user"] else None
+        self.user: User | None = _user_of_vms(params["user"]) if params["user"] else None
         starts = [name for name in ("trial", "start", "try_iommufd", "users") if params[name]]
         if starts and not check_mode and os.geteuid() != 0:
             raise AccessRefused(
@@ -398,14 +413,21 @@ def check_unit(task: CheckTask, unit: Unit) -> Row:
 
         return seen_row(_vmm_replica.start_replica(run_command, unit))
 
+    if unit.unknown and unit.program is not None:
+        # Nobody has its user.
+        tried: Row = {**STARTED, **UNTRIED, "msg": unit.unknown}
+    else:
+        tried = task.attempt("start", STARTED, replica)
     return {
         "name": unit.name,
+        "main": unit.main,
         "present": unit.present,
         "outdated": unit.outdated,
         "user": unit.user,
         "ambient_ipc_lock": _vmm_look.has_ipc_lock(unit.ambient),
+        "file_ipc_lock": bool(program and program.capabilities and program.capabilities.lifts_memlock),
         "obstacles": _vmm_look.unit_obstacles(unit),
-        "replica": task.attempt("start", STARTED, replica),
+        "replica": tried,
     }
 
 

@@ -10,10 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..module_utils._programs import EXEC, GRANT
+from ..module_utils._programs import EXEC, GRANT, LAUNCHER
 
 __all__ = (
-    "LAUNCHER",
     "apparmor_file",
     "drop_in",
     "grant_files",
@@ -25,8 +24,6 @@ __all__ = (
 )
 
 Row = dict[str, Any]
-
-LAUNCHER = "/usr/local/bin/iommufd-exec"
 
 _MODULES_FILE = "/etc/modules-load.d/iommufd_host.conf"
 _UDEV_FILE = "/etc/udev/rules.d/80-iommufd_host.rules"

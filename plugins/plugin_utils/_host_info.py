@@ -21,6 +21,7 @@ __all__ = (
     "daemon_is_barred",
     "has_iommufd",
     "has_libvirt",
+    "is_elsewhere",
     "its_hard_limit",
     "kib_with_room",
     "own_emulators",
@@ -59,6 +60,12 @@ def has_iommufd(host: Mapping[str, Any]) -> bool:
 def has_libvirt(libvirt: Mapping[str, Any]) -> bool:
     """Whether there is, or may be, a system libvirt. Without one, it is known that none sets the mode."""
     return libvirt.get("unit") is not None or libvirt.get("sets_rlimit_mode") is not False
+
+
+def is_elsewhere(libvirt: Mapping[str, Any]) -> bool:
+    """Whether there may be a libvirt of which this host has neither a unit nor a library, as in a container."""
+    untold = libvirt["version"] is None and libvirt["supports_iommufd"] is None
+    return libvirt["sets_rlimit_mode"] is None and (libvirt["unit"] is None or untold)
 
 
 def as_it_runs(vfio_devices: Iterable[Mapping[str, Any]]) -> list[bool]:

@@ -6,44 +6,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ..module_utils._errors import IommufdError
-from ._host_files import grant_files
+from ._host_files import grant_files, unit_with_drop_in
 
 __all__ = ("host_kept",)
 
 Row = dict[str, Any]
 
 
-def kept(plan: Mapping[str, Any], applied: Mapping[str, Any], failed: bool) -> Row:
+def kept(plan: Mapping[str, Any], applied: Mapping[str, Any], check: Mapping[str, Any]) -> Row:
     """What stays, as the filter's RETURN describes it."""
     wanted = plan["wanted"]
     new = {(each["kind"], each["path"]) for each in applied["recorded"]}
+    broken = _not_started(check)
     there = applied["capabilities"]
     capabilities = [
         path
         for path in wanted["capabilities"]
         # What others have granted is not ours to keep or to take.
-        if not failed and there[path]["ours"] and ("capability", there[path]["real_path"]) not in new
+        if path not in broken and there[path]["ours"] and ("capability", there[path]["real_path"]) not in new
     ]
     of_grants = plan["files_of_grants"]
-    of_emulators = {row["path"] for row in grant_files({})}
+    gone = {path for path in of_grants if ("file", path) in new or unit_with_drop_in(path) in broken}
+    gone.update(row["path"] for row in grant_files({}))
     before = {each["path"]: each["before"] for each in applied["made"] if each["path"] in of_grants}
-    files = [
-        _as_before(row, before.get(row["path"]))
-        for row in wanted["files"]
-        if row["path"] not in of_emulators and _stays(row["path"], of_grants, new, failed)
-    ]
+    files = [_as_before(row, before.get(row["path"])) for row in wanted["files"] if row["path"] not in gone]
     if capabilities:
         files += grant_files({path: there[path]["real_path"] for path in capabilities})
     return {**wanted, "files": files, "capabilities": capabilities, "units": wanted["units"] if capabilities else []}
 
 
-def _stays(path: str, of_grants: Sequence[str], new: set[tuple[str, str]], failed: bool) -> bool:
-    """Whether a file stays: what is no grant does, and a grant that is no failure and was there before the run."""
-    return path not in of_grants or not (failed or ("file", path) in new)
+def _not_started(check: Mapping[str, Any]) -> set[str]:
+    """The emulators and units that are there and cannot be started: their grant may be why, so it does harm.
+
+    One that runs without its grant is none: what was proven before may be in force again once the cause is gone.
+    """
+    # A module that has failed may have come to none.
+    tried = [(each["path"], each["present"], each["started"]) for each in check.get("emulators", [])]
+    tried += [(each["name"], each["present"], each["replica"]) for each in check.get("units", [])]
+    return {name for name, present, each in tried if present and each["ok"] is False and each["effective"] is None}
 
 
 def _as_before(row: Row, content: str | None) -> Row:
@@ -51,11 +55,11 @@ def _as_before(row: Row, content: str | None) -> Row:
     return row if content is None else {**row, "content": content}
 
 
-def host_kept(plan: Any, applied: Any, failed: Any) -> Row:
+def host_kept(plan: Any, applied: Any, check: Any) -> Row:
     """What stays, as the filter _host_kept returns it. Raises IommufdError where it is not given what it takes."""
-    if not isinstance(plan, Mapping) or not isinstance(applied, Mapping) or not isinstance(failed, bool):
-        raise IommufdError("It takes a plan of _host_plan, what iommufd_host_apply returned for it, and failed.")
+    if not all(isinstance(each, Mapping) for each in (plan, applied, check)):
+        raise IommufdError("It takes a plan of _host_plan, and what the two modules of its options returned.")
     try:
-        return kept(plan, applied, failed)
+        return kept(plan, applied, check)
     except KeyError as exc:
         raise IommufdError(f"There is no {exc} in its input.") from exc

@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
+from ..module_utils._iommufd import NONE
 from ._host_files import apparmor_file, drop_in, grant_files, launcher, limits_file, modules_file, udev_rules
-from ._host_info import daemon_is_barred, has_iommufd, has_libvirt, own_emulators
+from ._host_info import daemon_is_barred, has_iommufd, has_libvirt, is_elsewhere, own_emulators
 from ._plan_errors import (
     check_errors,
     input_errors,
@@ -86,26 +88,37 @@ def host_plan(info: object, config: object, check: object = None) -> Row:
     try:
         # The modules give printable texts. A host that is not to be trusted gives what it likes. What is made of that
         # may have lines: files do.
-        return _plan(harmless(info["host"]), {**_DEFAULTS, **config}, harmless(check))
+        return _plan(harmless(info["host"]), harmless(info["processes"]), {**_DEFAULTS, **config}, harmless(check))
     except KeyError as exc:
         raise IommufdError(f"There is no {exc} in its input.") from exc
 
 
-def _plan(host: Row, config: Row, check: Row | None) -> Row:
+def _plan(host: Row, processes: list[Row], config: Row, check: Row | None) -> Row:
     libvirt = host["libvirt"]
-    emulators = config["emulators"] or own_emulators(host["qemu"], config["architecture"])
-    units = [unit_name(name) for name in config["units"]]
+    usual = config["emulators"] or _seen(own_emulators(host["qemu"], config["architecture"]), host)
+    known = config["emulators"] or _known_emulators(host, usual, check)
+    named = [unit_name(name) for name in config["units"]]
+    units = _main_names(named, check)
+    bare = []
+    if check is not None:
+        bare = [each["main"] for each in check["units"] if each["present"] and not _gets_ipc_lock(each)]
+        check = {**check, "units": [each for each in check["units"] if each["name"] in named]}
     wrong = input_errors(config)
-    config = {**config, "user": _user(config, libvirt, check)}
-    choice = choose(config, libvirt)
+    user, guessed = _user(config, libvirt, check, processes, known)
+    config = {**config, "user": user}
+    choice = choose(config, libvirt, known or _missing(host["qemu"]))
     chosen = choice.strategy
-    access = _access(config, libvirt)
-    granted = emulators if choice.strategy == "cap_ipc_lock" and _are_granted(config, libvirt) else []
+    access = _access(config, libvirt, guessed)
+    granted = known if choice.strategy == "cap_ipc_lock" and _are_granted(config, libvirt) else []
+    emulators = granted or usual
+    if granted:
+        unsure = " ".join(filter(None, (guessed, "" if config["emulators"] else _left_out(host["qemu"], granted))))
+        choice = choice._replace(certain=choice.certain and not unsure, why=f"{choice.why} {unsure}".strip())
     errors = (
         wrong
         or privilege_errors(host["caller"])
         or support_errors(host)
-        or strategy_errors(choice.strategy, config, libvirt, emulators) + writer_errors(host, emulators) + access.errors
+        or strategy_errors(choice.strategy, config, libvirt, granted) + writer_errors(host, emulators) + access.errors
         or ([] if check is None else check_errors(check, config["emulators"] or granted, units, choice.strategy))
     )
     if config["state"] == "present" and not has_iommufd(host):
@@ -125,6 +138,8 @@ def _plan(host: Row, config: Row, check: Row | None) -> Row:
         # Where units alone start VMs, nothing depends on the host's own.
         "emulators": emulators if granted or not units or has_libvirt(libvirt) else config["emulators"],
         "units_of_vms": units,
+        "other_units": _other_units(processes, named),
+        "bare_units": bare,
         "memlock_users": config["memlock_users"] if choice.strategy == "memlock" else [],
         "grants": grants,
         "files_of_grants": [each["path"] for each in _files_of_grants(grants)],
@@ -139,29 +154,97 @@ def unit_name(name: str) -> str:
     return name if name.endswith(".service") else f"{name}.service"
 
 
-def _user(config: Row, libvirt: Row, check: Row | None) -> str:
-    """The user that VMs run as: the one that is given, else libvirt's, else that of the first unit that has one.
+def _main_names(units: list[str], check: Row | None) -> list[str]:
+    """Units by the names that systemd has them under, which their processes are known by, too; each once."""
+    main = {each["name"]: each["main"] for each in check["units"]} if check else {}
+    return list(dict.fromkeys(main.get(name, name) for name in units))
 
-    libvirt's is the one that it shows to have, else the one that it has on hosts of this distribution.
+
+def _gets_ipc_lock(unit: Row) -> bool:
+    return bool(unit["ambient_ipc_lock"] or unit["file_ipc_lock"])
+
+
+def _other_units(processes: list[Row], named: list[str]) -> list[str]:
+    """The units, beside those that are named, of VMs that have CAP_IPC_LOCK, maybe from an earlier run."""
+    having = {str(each["unit"]) for each in processes if each["accounting"] == NONE and each["user"] != "root"}
+    return sorted(each for each in having - {*named} if re.fullmatch(r"(?!-)[A-Za-z0-9:_.\\@-]{1,240}\.service", each))
+
+
+def _seen(emulators: list[str], host: Row) -> list[str]:
+    """Those of the emulators that are libvirt's. Where it is elsewhere, it has others, which need none of this host's.
+
+    But what has the capability already may have it from an earlier run, which had seen more, and keeps it.
     """
-    if config["user"] or has_libvirt(libvirt):
-        shown = libvirt["user"] if libvirt["uid"] is not None and is_name(libvirt["user"] or "") else ""
-        return str(config["user"] or shown or config["libvirt_user"])
-    users = [each["user"] for each in check["units"] if each["user"]] if check else []
-    return users[0] if users else "root"
+    having = [each["path"] for each in host["qemu"] if each["cap_ipc_lock"]]
+    return [path for path in emulators if not is_elsewhere(host["libvirt"]) or path in having]
 
 
-def choose(config: Row, libvirt: Row) -> Choice:
+def _missing(qemu: list[Row]) -> list[str]:
+    """The emulators of defined domains that are not there. They may be replaced just now, and nothing is taken back."""
+    return [each["path"] for each in qemu if "definition" in each["known_by"] and not each["present"]]
+
+
+def _left_out(qemu: list[Row], granted: list[str]) -> str:
+    """That domains run in emulators which get nothing: once they end, the next run would take it back again."""
+    others = [each["path"] for each in qemu if "record" in each["known_by"] and each["path"] not in granted]
+    if not others:
+        return ""
+    return f"A domain that is defined nowhere runs in {', '.join(others)}: name it in iommufd_host_emulators, too."
+
+
+def _known_emulators(host: Row, usual: list[str], check: Row | None) -> list[str]:
+    """The host's own emulators, and those that libvirt's domains have. A script that leads to one of them is none."""
+    defined = [each["path"] for each in host["qemu"] if each["present"] and "definition" in each["known_by"]]
+    found = list(dict.fromkeys([*usual, *_seen(defined, host)]))
+    looked = {each["path"]: each for each in check["emulators"]} if check else {}
+    scripts = [path for path in found if path in looked and _is_script(looked[path])]
+    return [path for path in found if path not in scripts] or found
+
+
+def _is_script(emulator: Row) -> bool:
+    return emulator["present"] and not emulator["writer"] and not emulator["is_emulator"]
+
+
+def _user(config: Row, libvirt: Row, check: Row | None, processes: list[Row], emulators: list[str]) -> tuple[str, str]:
+    """The user that VMs run as; and that this is a guess, as a sentence with the way out, empty where it is none.
+
+    It is the one that is given; else whom libvirt shows to have, or its VMs run as; else that of the first unit that
+    has one, or of the VMs that run.
+    """
+    if config["user"]:
+        return str(config["user"]), ""
+    if has_libvirt(libvirt):
+        shown = [libvirt["user"]] if libvirt["uid"] is not None else _users(processes, domain_uri=["qemu:///system"])
+        guess = "root" if is_elsewhere(libvirt) else config["libvirt_user"]
+    else:
+        shown = [each["user"] for each in check["units"] if each["user"]] if check else []
+        shown = shown[:1] or ([] if config["units"] else _users(processes, emulator=emulators))
+        guess = "root"
+    # It is also a group's, in a file of udev's.
+    if len(shown) == 1 and shown[0] and (is_name(shown[0]) or not has_libvirt(libvirt)):
+        return shown[0], ""
+    # A unit tells itself as whom it runs.
+    units_alone = config["units"] and not config["emulators"] and not has_libvirt(libvirt)
+    why = f"That VMs run as {guess} is a guess: name in iommufd_host_user the user that they run as here."
+    return guess, "" if units_alone else why
+
+
+def _users(processes: list[Row], **fields: list[str]) -> list[str]:
+    """The users of the VMs that have one of these values in each field, each user once."""
+    return list(dict.fromkeys(each["user"] for each in processes if all(each[key] in fields[key] for key in fields)))
+
+
+def choose(config: Row, libvirt: Row, emulators: list[str]) -> Choice:
     """The strategy that is asked for, or the one that suits the host."""
     if config["state"] == "absent":
         return Choice("observe", True, "iommufd_host_state is absent.")
     if config["strategy"] != "auto":
         certain = config["strategy"] != "native" or libvirt["sets_rlimit_mode"] is not None
         return Choice(config["strategy"], certain, f"It was asked for.{'' if certain else ' ' + libvirt['reason']}")
-    return _choose_by_host(config, libvirt)
+    return _choose_by_host(config, libvirt, emulators)
 
 
-def _choose_by_host(config: Row, libvirt: Row) -> Choice:
+def _choose_by_host(config: Row, libvirt: Row, emulators: list[str]) -> Choice:
     reason, sets, there = libvirt["reason"], libvirt["sets_rlimit_mode"], has_libvirt(libvirt)
     named = bool(config["units"] or config["emulators"])
     if sets and not named:
@@ -180,10 +263,25 @@ def _choose_by_host(config: Row, libvirt: Row) -> Choice:
     if daemon_is_barred(libvirt) and not named:
         # No capability of the emulator's would help. What would is said as an error.
         return Choice("native", True, reason)
+    if not named and not emulators:
+        return Choice(
+            "observe",
+            False,
+            f"{reason} Which emulators its VMs have is not known, and nothing is granted to a guess: name them in"
+            " iommufd_host_emulators, or in iommufd_host_units what starts the VMs of this host.",
+        )
     if sets:
         why = "But that is of no use to the units and emulators that were named."
+    elif is_elsewhere(libvirt):
+        why = (
+            "So CAP_IPC_LOCK is granted to what was named, and stays where it is, but nothing else gets it: name in"
+            " iommufd_host_emulators, or in iommufd_host_units, what starts the VMs of this host."
+        )
     elif sets is None:
         why = "So CAP_IPC_LOCK is granted to be on the safe side, and may be more than is needed."
+    elif there and not emulators and not daemon_is_barred(libvirt):
+        why = "Which emulators its VMs have is not known, so these get nothing: name them in iommufd_host_emulators."
+        return Choice("cap_ipc_lock", False, f"{reason} {why}")
     else:
         why = ""
     return Choice("cap_ipc_lock", sets is not None, f"{reason} {why}".strip())
@@ -191,12 +289,14 @@ def _choose_by_host(config: Row, libvirt: Row) -> Choice:
 
 def _are_granted(config: Row, libvirt: Row) -> bool:
     """Whether emulators get CAP_IPC_LOCK: those that were named; or where libvirt may start VMs without the mode."""
+    if config["emulators"]:
+        return True
     libvirts = has_libvirt(libvirt) and not libvirt["sets_rlimit_mode"] and not daemon_is_barred(libvirt)
-    return bool(config["emulators"]) or not config["units"] or libvirts
+    return not config["units"] or libvirts
 
 
-def _access(config: Row, libvirt: Row) -> Access:
-    """Whether QEMU is to be let at the device nodes."""
+def _access(config: Row, libvirt: Row, guessed: str) -> Access:
+    """Whether QEMU is to be let at the device nodes. `guessed`: who its user is would be a guess."""
     if not config["qemu_access"]:
         return Access(False, [], [])
     if libvirt["unit"] is None:
@@ -206,6 +306,8 @@ def _access(config: Row, libvirt: Row) -> Access:
         # For such devices, QEMU opens no node by itself.
         said = f"Nothing: libvirt {libvirt['version']} opens the device nodes itself and passes them to QEMU."
         return Access(False, [said], [])
+    if guessed and not config["device_group"]:
+        return Access(False, [], [f"iommufd_host_qemu_access is for the user that VMs run as. {guessed}"])
     steps = [
         f"udev gives the device nodes to group {config['device_group'] or config['user']}",
         f"cgroup_device_acl in {_QEMU_CONF} has the device nodes",

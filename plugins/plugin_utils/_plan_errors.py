@@ -122,9 +122,8 @@ def check_errors(check: Mapping[str, Any], emulators: list[str], units: list[str
     ]
     for unit in check["units"]:
         if not unit["present"]:
-            errors.append(
-                f"systemd knows no unit {unit['name']}: name in iommufd_host_units what starts the VMs of this host."
-            )
+            why = " ".join(unit["obstacles"]) or f"systemd has no unit {unit['name']}."
+            errors.append(f"{why} Name in iommufd_host_units what starts the VMs of this host.")
         elif strategy == "cap_ipc_lock":
             errors += unit["obstacles"]
     return errors
@@ -149,8 +148,8 @@ def strategy_errors(
         return [f"The strategy native is not to be had: {libvirt['reason']} Set iommufd_host_strategy to auto."]
     if strategy == "cap_ipc_lock" and not config["units"] and not emulators:
         return [
-            "There is nothing to grant CAP_IPC_LOCK to: this host has no emulator for its own architecture. Name some"
-            " in iommufd_host_emulators, or units in iommufd_host_units."
+            "There is nothing to grant CAP_IPC_LOCK to: this host has no emulator for its own architecture, or libvirt"
+            " runs elsewhere. Name some in iommufd_host_emulators, or units in iommufd_host_units."
         ]
     if strategy != "memlock":
         return []

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
 from ..module_utils._iommufd import NONE, USER
-from ._host_files import LAUNCHER, unit_with_drop_in
+from ..module_utils._programs import LAUNCHER
+from ._host_files import unit_with_drop_in
 from ._host_info import daemon_cure, daemon_is_barred
 
 __all__ = ("host_result",)
@@ -75,7 +76,7 @@ def _result(plan: Any, info: Any, applied: Any, check: Any, restarts: bool) -> R
             *todo,
             *_todo_for_barred(plan, info["host"]["libvirt"]),
             *([] if restarts else _todo_for_daemons(restart["daemons"])),
-            *_todo_for_launcher(applied["put_back"]),
+            *_todo_for_launcher(applied["put_back"], applied["stranded"]),
             *(_todo_for_found(found) if plan["chosen"] == "native" else []),
         ],
         "put_back": [each["text"] for each in applied["put_back"]],
@@ -93,7 +94,12 @@ def _todo_for_daemons(daemons: list[str]) -> list[str]:
     ]
 
 
-def _todo_for_launcher(put_back: list[Row]) -> list[str]:
+def _todo_for_launcher(put_back: list[Row], stranded: list[str]) -> list[str]:
+    if stranded:
+        return [
+            f"{LAUNCHER} is not there, so these do not start any more: {', '.join(stranded)}. Set iommufd_host_launcher"
+            " to true for this host and run the role again, or change their commands."
+        ]
     if not any(each["path"] == LAUNCHER and each["gone"] for each in put_back):
         return []
     return [
@@ -210,7 +216,7 @@ def _pending(plan: Row, info: Row, put_back: list[Row]) -> list[Row]:
     rows = []
     ours = [grant["grantee"] for grant in plan["grants"] if grant["means"] == "drop-in"]
     for process in info["processes"]:
-        why = _old(plan, process, put_back)
+        why = _old(plan, process, info["host"]["qemu"], put_back)
         if why:
             name = process["domain"] or process["name"] or process["unit"] or process["comm"]
             in_unit = (process["unit"] or "").endswith(".service")
@@ -233,17 +239,32 @@ def _is_of(unit: str | None, name: str) -> bool:
     return unit is not None and bool(re.fullmatch(re.escape(prefix) + r"@[A-Za-z0-9:_.\\@-]+\.service", unit))
 
 
-def _old(plan: Row, process: Row, put_back: list[Row]) -> str:
+def _old(plan: Row, process: Row, qemu: list[Row], put_back: list[Row]) -> str:
     """Why a VM is not yet as the strategy has it; empty where it is, or the strategy has nothing for it."""
     if plan["strategy"] == "memlock" and _is_short(process, plan["grants"]):
         return f"It runs with a limit of {process['memlock_bytes']} bytes"
     if process["accounting"] == USER and _is_cured(plan, process):
         return "It is charged to its user together with that user's other VMs"
-    taken = [{"grantee": each, "means": "file capability"} for each in _taken_from(put_back)]
-    taken += [{"grantee": each, "means": "drop-in"} for each in _dropped_in(put_back)]
-    if process["accounting"] == NONE and not plan["grants"] and _would_have(process, taken):
-        return "It keeps CAP_IPC_LOCK, which was taken back, until it ends"
+    if (
+        process["accounting"] == NONE
+        and not _would_have(process, plan["grants"])
+        and _has_lost(process, plan, qemu, put_back)
+    ):
+        return "It keeps CAP_IPC_LOCK, which it would not get now, until it ends"
     return ""
+
+
+def _has_lost(process: Row, plan: Row, qemu: list[Row], put_back: list[Row]) -> bool:
+    """Whether a process that has CAP_IPC_LOCK has it from what is no more; by an earlier run, too."""
+    files, units = _taken_from(put_back), _dropped_in(put_back)
+    gives = {each["path"]: each["cap_ipc_lock"] for each in qemu}.get(process["emulator"], False)
+    if gives is False:
+        units += plan["bare_units"]
+        # What libvirt starts has it from its file, and from nothing else.
+        files += [process["emulator"]] if process["domain"] is not None and process["emulator"] else []
+    taken = [{"grantee": each, "means": "file capability", "privilege": "cap_ipc_lock"} for each in files]
+    taken += [{"grantee": each, "means": "drop-in", "privilege": "cap_ipc_lock"} for each in units]
+    return _would_have(process, taken)
 
 
 def _is_short(process: Row, grants: list[Row]) -> bool:
@@ -271,6 +292,8 @@ def _would_have(process: Row, grants: list[Row]) -> bool:
         # It has the capability by itself.
         return False
     for grant in grants:
+        if grant["privilege"] != "cap_ipc_lock":
+            continue
         if grant["means"] == "drop-in" and _is_of(process["unit"], grant["grantee"]):
             return True
         # The kernel keeps 15 characters of a name.
@@ -283,7 +306,8 @@ def _restart(info: Row, applied: Row, pending: list[Row]) -> Row:
     """What reads anew only when it starts what was changed. Where a unit does not run, systemd leaves it alone."""
     changes = [*applied["put_back"], *applied["made"]]
     libvirt = info["host"]["libvirt"]
-    stale = bool(libvirt["pid"]) and any(each["kind"] == "block" for each in changes)
+    # Also what an earlier run has changed, or somebody else.
+    stale = bool(libvirt["pid"]) and (libvirt["outdated"] or any(each["kind"] == "block" for each in changes))
     rewritten = [each for each in applied["made"] if each.get("content")]
     units = _dropped_in([*applied["put_back"], *rewritten])
     units += [each["dropped_in"] for each in pending if each["dropped_in"]]

@@ -10,6 +10,8 @@ import glob
 import os
 import resource
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -123,6 +125,44 @@ def test_the_user_of_libvirts_domains(unit: str) -> None:
     assert libvirt()["uid"] == usual
 
 
+def test_whether_the_daemon_has_read_its_configuration(unit: str) -> None:
+    assert libvirt()["outdated"] is None
+    systemctl("start", unit)
+    assert libvirt()["outdated"] is False
+    # Within a second it might have been before the start.
+    time.sleep(1.5)
+    CONF.touch()
+    assert libvirt()["outdated"] is True
+    systemctl("restart", unit)
+    assert libvirt()["outdated"] is False
+
+
+def test_a_libvirt_in_a_container(unit: str, tmp_path: Path) -> None:
+    """Its daemon is seen, but has another file system than the host, as a container's has."""
+    program = "import os, time; os.chroot(os.environ['ROOT']); time.sleep(600)"
+    code = f"open('/proc/self/comm', 'w').write('libvirtd'); {program}"
+    with subprocess.Popen([sys.executable, "-c", code], env={"ROOT": str(tmp_path)}) as daemon:
+        try:
+            root = Path(f"/proc/{daemon.pid}/root")
+            while not os.path.samefile(root, tmp_path):
+                time.sleep(0.1)
+            found = libvirt()
+            assert (found["unit"], found["sets_rlimit_mode"], found["uid"]) == (None, None, None)
+            assert found["reason"].startswith("libvirt runs in no unit of this host, perhaps in a container")
+            # That of the host itself goes before it while it runs.
+            systemctl("start", unit)
+            assert libvirt()["unit"] == unit
+            systemctl("stop", unit)
+        finally:
+            daemon.kill()
+    assert libvirt()["unit"] == unit
+    drop_in(unit, "ExecStart=\nExecStart=/usr/bin/sleep infinity\nType=exec")
+    systemctl("start", unit)
+    found = libvirt()
+    assert (found["unit"], found["sets_rlimit_mode"]) == (None, None)
+    assert found["reason"].startswith(f"{unit} runs something that has libvirt elsewhere")
+
+
 def known_by(answered: Answer) -> list[str]:
     """How the usual emulator is known."""
     [row] = [each for each in answered["host"]["qemu"] if each["path"] == QEMU]
@@ -130,16 +170,24 @@ def known_by(answered: Answer) -> list[str]:
     return ways
 
 
-def test_the_emulators_of_defined_domains(tmp_path: Path) -> None:
-    """As libvirt itself writes a definition."""
+def test_the_emulators_of_domains(tmp_path: Path) -> None:
+    """As libvirt itself writes a definition, and a record."""
     assert known_by(look("host")) == ["place"]
     path = tmp_path / "domain.xml"
     path.write_text(DOMAIN)
     virsh("define", str(path))
     try:
         assert known_by(look("host")) == ["place", "definition"]
-    finally:
+        virsh("start", "--paused", NAME)
+        assert known_by(look("host")) == ["place", "definition", "record"]
+        # It has no definition any more, and runs on.
         virsh("undefine", NAME)
+        assert known_by(look("host")) == ["place", "record"]
+        virsh("destroy", NAME)
+        assert known_by(look("host")) == ["place"]
+    finally:
+        for words in (["undefine"], ["destroy"]):
+            subprocess.run(["virsh", "--connect=qemu:///system", *words, NAME], capture_output=True, check=False)
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,8 @@ def test_a_caller_who_is_worse_off_than_libvirt(qemu: Path, how: list[str], word
     assert row["conditions_of"].startswith(LIBVIRT)
     assert row["obstacles"] == []
     for what in (row["trial"], row["started"]):
-        assert what["ok"] is False
+        # It knows nothing of how it would be there.
+        assert (what["ok"], what["inconclusive"]) == (None, True)
         assert words in what["msg"]
 
 
@@ -524,6 +525,42 @@ def test_units_that_do_not_start() -> None:
     assert no_program["replica"]["effective"] == NOTHING
     assert _vmm_look.instance_of(template["name"]) == template["name"].replace("@", "@iommufd-host-check")
     assert template["replica"]["ok"]
+
+
+def test_a_template_whose_user_is_its_instance() -> None:
+    """One that runs tells, and nobody else can."""
+    services = Services(**{"own@": AMBIENT.replace("vm", "%i") + SLEEP})
+    name = services.path("own@").name
+    instance = name.replace("@", "@vm")
+    try:
+        (before,) = check(units=[name], start=True)["units"]
+        command("systemctl", "start", instance)
+        (after,) = check(units=[name], start=True)["units"]
+    finally:
+        command("systemctl", "stop", instance)
+        services.remove()
+    assert (before["user"], before["obstacles"], before["replica"]["attempted"]) == (None, [], False)
+    assert (
+        f"none of its instances runs now. Name instances in iommufd_host_units, such as {name.replace('@', '@1')}"
+        in (before["replica"]["msg"])
+    )
+    assert (after["user"], after["replica"]["user"], after["replica"]["ok"]) == ("vm", "vm", True)
+
+
+def test_a_unit_by_its_alias() -> None:
+    services = Services(**{"main": AMBIENT + SLEEP, "main@": AMBIENT + SLEEP})
+    links = [services.path(name) for name in ("alias", "alias@")]
+    try:
+        for link in links:
+            link.symlink_to(link.with_name(link.name.replace("alias", "main")))
+        command("systemctl", "daemon-reload")
+        rows = check(units=[link.name for link in links], start=True)["units"]
+    finally:
+        for link in links:
+            link.unlink()
+        services.remove()
+    assert [row["main"] for row in rows] == [services.path(name).name for name in ("main", "main@")]
+    assert [row["replica"]["ok"] for row in rows] == [True, True]
 
 
 @pytest.mark.once

@@ -126,6 +126,7 @@ def info(module: str = "loaded") -> Row:
             # One of the two that there are; systemd gives the name.
             "unit": "libvirtd.service",
             "pid": 812,
+            "outdated": True,
             "cap_sys_resource": True,
             "drop_in": ["*"],
             "memlock_bytes": 67108864,
@@ -189,10 +190,12 @@ def check(ok: bool | None, obstacles: bool = False) -> Row:
     }
     unit = {
         "name": UNIT,
+        "main": UNIT,
         "present": True,
         "outdated": False,
         "user": "*",
         "ambient_ipc_lock": False,
+        "file_ipc_lock": False,
         "obstacles": [],
         "replica": {**capability, **limits, "user": "*"},
     }
@@ -225,6 +228,7 @@ def applied() -> Row:
         "changed": True,
         "put_back": put_back,
         "made": made,
+        "stranded": ["*"],
         "recorded": [{"kind": "file", "path": "*"}],
         "remembered": [{"kind": "file", "path": "*", "before": {"mode": "*"}}],
         "each": {"capabilities": {"real_path": "?", "ipc_lock": True, "ours": True}},

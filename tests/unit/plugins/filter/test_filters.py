@@ -66,7 +66,7 @@ def test_what_filters_are_given() -> None:
     assert message("_host_plan", {}, config={}, check={}) == missing.format("_host_plan", "host")
     rest: dict[str, Any] = {"info": {}, "applied": {}, "check": {}, "restarts": True}
     assert message("_host_result", {}, **rest) == missing.format("_host_result", "state")
-    assert message("_host_kept", {}, applied={}, failed=False) == missing.format("_host_kept", "wanted")
+    assert message("_host_kept", {}, applied={}, check={}) == missing.format("_host_kept", "wanted")
     assert message("audit_report", []).startswith("audit_report: The input is not a dictionary: ")
     assert message("memlock_forecast", {}).startswith("memlock_forecast: The input is not what ")
     assert message("memlock_fit", {}, memory="64M", user="vm").startswith("memlock_fit: The input is not what ")

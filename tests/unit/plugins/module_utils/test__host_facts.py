@@ -293,8 +293,8 @@ def test_emulators_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         try:
             executed = {runs.pid: path, os.getpid(): "/usr/bin/python3"}
             assert _host_facts.find_running(executed) == Running({path: (runs.pid,)})
-            found = _host_facts.find_emulators([], [path], {path: [1, runs.pid]})
-            assert found == [Emulator(path, True, known_by=("definition", "process"))]
+            found = _host_facts.find_emulators([], [path], {path: [1, runs.pid]}, [path])
+            assert found == [Emulator(path, True, known_by=("definition", "record", "process"))]
             for name, pid in (("my-qemu", runs.pid), ("no-qemu", runs.pid), ("qemu", os.getpid()), ("qemu", 2**31 - 1)):
                 assert _host_facts.find_emulators([], [], {f"{tmp_path}/{name}": [pid]}) == []
             os.unlink(path)

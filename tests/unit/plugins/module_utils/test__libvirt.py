@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     Libvirt,
     Session,
     daemon_unit_of,
-    find_session_daemons,
+    find_daemons,
     library_version,
     look_at_libvirt,
     mapped_libraries,
@@ -27,7 +28,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     sets_rlimit_mode,
     starts_domains,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._libvirt_files import Abilities, LibvirtFiles
+from ansible_collections.virt.iommufd.plugins.module_utils._libvirt_files import NOTHING_READ, Abilities, LibvirtFiles
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Limit, read_memlock
 from ansible_collections.virt.iommufd.plugins.module_utils._selinux import Verdict
@@ -222,6 +223,81 @@ def test_one_library_of_several(prefixes: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(asked[-1][0]) == 2
 
 
+@pytest.mark.parametrize(
+    ("units", "daemons", "other_root", "maps", "words"),
+    [
+        # Root's own, as by hand, or in a container whose processes are seen.
+        (
+            [],
+            {0: [41, 42]},
+            (),
+            b"",
+            "libvirt runs in no unit of this host, perhaps in a container: there is process 41.",
+        ),
+        ([unit("virtqemud.service")], {0: [41, 42]}, (42,), b"", "perhaps in a container: there is process 42."),
+        # It has just been started by its socket, or users have their own.
+        ([unit("virtqemud.service")], {0: [41]}, (), b"", ""),
+        ([], {7: [41]}, (41,), b"", ""),
+        # The unit has a container, or starts one.
+        (
+            [unit("a.service", MainPID="40", ActiveState="active")],
+            {},
+            (40,),
+            b"/libvirt.so.0",
+            "a.service runs something",
+        ),
+        ([unit("a.service", MainPID="40", ActiveState="active")], {}, (), b"/libc.so.6\n", "a.service runs something"),
+        ([unit("a.service", MainPID="40", ActiveState="activating")], {}, (40,), b"/libc.so.6\n", ""),
+        ([unit("a.service", MainPID="40", ActiveState="active")], {0: [41]}, (41,), b"/libvirt.so.0.12", ""),
+    ],
+)
+def test_a_libvirt_that_is_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+    prefixes: Path,
+    units: list[str],
+    daemons: dict[int, list[int]],
+    other_root: tuple[int, ...],
+    maps: bytes,
+    words: str,
+) -> None:
+    """Neither the library nor the configuration of this host tell of it."""
+    read_by(monkeypatch)
+    process = SimpleNamespace(read=lambda _name: maps)
+    monkeypatch.setattr(_libvirt, "find_daemons", lambda: daemons)
+    monkeypatch.setattr(_libvirt, "_has_other_root", lambda pid: pid in other_root)
+    monkeypatch.setattr(
+        _libvirt, "_by_unit", lambda _run, unit, _libraries: Libvirt((1, 2, 3), None, unit.name, 1, True)
+    )
+    monkeypatch.setattr(_libvirt, "_sessions", lambda _managers, _daemons: [])
+    monkeypatch.setattr(_libvirt, "Process", SimpleNamespace(hold=lambda _pid: contextlib.nullcontext(process)))
+    found = look_at_libvirt(answer(*(units or [unit("virtqemud.service", LoadState="not-found")])))
+    if not words:
+        assert "container" not in " ".join(found.msgs)
+        return
+    assert words in found.msgs[0]
+    assert (found.unit, found.version, found.files) == (None, None, NOTHING_READ)
+    assert sets_rlimit_mode(found, None) == (None, found.msgs[0])
+
+
+def test_a_process_in_another_root(tmp_path: Path) -> None:
+    assert not _libvirt._has_other_root(os.getpid())
+    assert not _libvirt._has_other_root(2**31 - 1)
+    if os.getuid():
+        return
+    pid = os.fork()
+    if not pid:
+        os.chroot(tmp_path)
+        while True:
+            signal.pause()
+    try:
+        deadline = time.monotonic() + 30
+        while not _libvirt._has_other_root(pid):
+            assert time.monotonic() < deadline
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
 def test_a_host_without_libvirt_has_none_of_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_libvirt, "_PREFIXES", ())
     monkeypatch.setattr(_libvirt, "read_libvirt_files", pytest.fail)
@@ -269,7 +345,7 @@ def of_daemons(monkeypatch: pytest.MonkeyPatch, daemons: dict[int, Limit | None]
 
     read_by(monkeypatch)
     monkeypatch.setattr(_libvirt, "user_name", lambda _uid: None)
-    monkeypatch.setattr(_libvirt, "find_session_daemons", lambda: {uid: list(daemons)})
+    monkeypatch.setattr(_libvirt, "find_daemons", lambda: {uid: list(daemons)})
     monkeypatch.setattr(_libvirt, "read_memlock", memlock)
     monkeypatch.setattr(_libvirt, "Process", SimpleNamespace(hold=hold))
     return look_at_libvirt(answer(unit("virtqemud.service"), unit("user@7.service", MainPID="1"))).sessions
@@ -339,23 +415,23 @@ def named() -> Iterator[Callable[[str, int], int]]:
 def test_who_seems_to_be_a_daemon_of_a_users_own(
     named: Callable[[str, int], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the name and the user. It is not looked for where there is no libvirt."""
+    """By the name and the user. It is none where there is no libvirt."""
     uid = os.getuid() or 4711
     contained: list[tuple[str, str]] = []
     monkeypatch.setattr(_libvirt, "in_initial_namespace", lambda kind, pid: (kind, pid) not in contained)
     pids = [named(name, uid) for name in ("virtqemud", "libvirtd", "virtqemud-x", "qemu-kvm")]
-    assert [each for each in find_session_daemons().get(uid, []) if each in pids] == pids[:2]
+    assert [each for each in find_daemons().get(uid, []) if each in pids] == pids[:2]
     if not os.getuid():
-        assert named("libvirtd", 0) not in [pid for some in find_session_daemons().values() for pid in some]
+        assert named("libvirtd", 0) in find_daemons()[0]
     # What a container has is of no concern to the host.
     for kind in ("pid", "user"):
         contained[:] = [(kind, str(pids[0]))]
-        assert pids[0] not in find_session_daemons().get(uid, [])
-        assert pids[1] in find_session_daemons()[uid]
+        assert pids[0] not in find_daemons().get(uid, [])
+        assert pids[1] in find_daemons()[uid]
     pids += [named("virtqemud", uid) for _each in range(9)]
-    assert len(find_session_daemons()[uid]) == 9
+    assert len(find_daemons()[uid]) == 9
     monkeypatch.setattr(_libvirt, "_PREFIXES", ())
-    monkeypatch.setattr(_libvirt, "find_session_daemons", pytest.fail)
+    monkeypatch.setattr(_libvirt, "find_daemons", lambda: {uid: pids})
     assert look_at_libvirt(answer(unit("virtqemud.service", LoadState="not-found"))).sessions == ()
 
 

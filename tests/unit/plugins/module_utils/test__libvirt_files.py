@@ -33,7 +33,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stands in for the root of a file system that has a libvirt."""
     # The folder of the test belongs to whoever runs it.
     monkeypatch.setattr(_paths, "_TRUSTED", (0, os.getuid()))
-    for name in ("_CONF", "_FOLDER", "_DEFINITIONS"):
+    for name in ("_CONF", "_FOLDER", "_DEFINITIONS", "_RECORDS"):
         monkeypatch.setattr(_libvirt_files, name, f"{tmp_path}{getattr(_libvirt_files, name)}")
     (tmp_path / "etc/libvirt/qemu").mkdir(parents=True)
     (tmp_path / "var/lib/libvirt/qemu").mkdir(parents=True)
@@ -178,6 +178,10 @@ def test_what_the_daemon_has_not_seen_since(host: Path, monkeypatch: pytest.Monk
     assert _libvirt_files._find_user(None, msgs) == last
     os.utime(conf, (0, status.st_ctime + 1))
     assert _libvirt_files._find_user(None, msgs) == NOBODY
+    # Nobody has to name one whom distributions give their VMs to.
+    with monkeypatch.context() as built:
+        built.setattr(_libvirt_files, "_USUAL_USERS", (ME.name,))
+        assert _libvirt_files._find_user(None, msgs) == ME
     # One that runs gives it to its user as soon as it has started.
     assert _libvirt_files._find_user(status.st_ctime - 60, msgs) == ME
     assert _libvirt_files._find_user(status.st_ctime + 60, msgs) == NOBODY
@@ -232,8 +236,34 @@ def test_all_that_is_read(host: Path) -> None:
     found = read_libvirt_files([library(host / "l", OFFERS, SETS)], None)
     emulators = ("/opt/q", "/usr/local/sbin/qemu")
     assert found == LibvirtFiles(Abilities(True, True), VmUser(None, 4000000001), emulators, ())
+    # A domain that runs may be defined nowhere, and may have ended since.
+    (host / "run/libvirt/qemu").mkdir(parents=True)
+    record = "<domstatus>\n" + "".join(f"  {line}\n" for line in DOMAIN.format(MACHINE, "/opt/r").splitlines())
+    (host / "run/libvirt/qemu/e.xml").write_text(record)
+    (host / "run/libvirt/qemu/f.xml").symlink_to("nowhere")
+    found = read_libvirt_files([], None)
+    assert (found.emulators, found.running, found.msgs) == (emulators, ("/opt/r",), ())
     (host / "etc/libvirt/qemu/d.xml").symlink_to("nowhere")
     assert "definitions of libvirt's domains cannot be read (ENOENT" in read_libvirt_files([], None).msgs[0]
+
+
+def test_whether_the_daemon_has_read_its_configuration(host: Path) -> None:
+    conf = host / "etc/libvirt/qemu.conf"
+    assert read_libvirt_files([], 0).outdated is None
+    conf.write_text("")
+    # A copy may have the time of what it is a copy of.
+    os.utime(conf, (0, 0))
+    changed = conf.stat().st_ctime
+    times = (changed - 60, changed + 0.5, changed + 60, None)
+    assert [read_libvirt_files([], started).outdated for started in times] == [True, False, False, None]
+
+
+def test_a_change_yet_to_come(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock was wrong, and nothing is known of the order."""
+    conf = host / "etc/libvirt/qemu.conf"
+    conf.write_text("")
+    monkeypatch.setattr("time.time", lambda: conf.stat().st_ctime - 5)
+    assert _libvirt_files._is_outdated(conf.stat().st_ctime - 60) is False
 
 
 def test_files_that_nobody_answers_for(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _errors
-from ansible_collections.virt.iommufd.plugins.module_utils._programs import EXEC, GRANT, INTERPRETER, PROGRAMS, zipapp
+from ansible_collections.virt.iommufd.plugins.module_utils import _errors, _programs
+from ansible_collections.virt.iommufd.plugins.module_utils._programs import (
+    EXEC,
+    GRANT,
+    INTERPRETER,
+    LAUNCHER,
+    PROGRAMS,
+    find_services_with,
+    zipapp,
+)
 
 EACH = pytest.mark.parametrize("program", PROGRAMS)
 MODULE_UTILS = "ansible_collections/virt/iommufd/plugins/module_utils"
@@ -138,3 +146,22 @@ def test_what_may_not_be_granted(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"iommufd-host-grant: {tmp_path}/emulator cannot be trusted: ")
     assert run(GRANT, tmp_path).returncode == 2
+
+
+def test_the_services_that_start_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_programs, "_UNIT_FILES", (str(tmp_path / "none"), str(tmp_path)))
+    (tmp_path / "vm@.service.d").mkdir()
+    for name, text in {
+        "a.service": f"[Service]\nExecStart={LAUNCHER} --user vm -- qemu\n",
+        "b.service": f"ExecStartPre = -+{LAUNCHER}\n",
+        "vm@.service.d/x.conf": f"ExecStart=\nExecStart={LAUNCHER} \\\n  -- qemu\n",
+        # Others, a comment, and what is none.
+        "c.service": f"ExecStart={LAUNCHER}-old --user vm\n#ExecStart={LAUNCHER} a\nDescription={LAUNCHER}\n",
+        "d.socket": f"ExecStart={LAUNCHER}\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "e.service").symlink_to("/nowhere")
+    assert find_services_with(LAUNCHER) == ["a.service", "b.service", "vm@.service"]
+    os.mkfifo(tmp_path / "f.service")
+    monkeypatch.setattr(_programs, "_PATIENCE", 0.3)
+    assert find_services_with(LAUNCHER) == []

@@ -295,6 +295,66 @@ def test_a_service() -> None:
     assert found.memlock == Limit(4194304, 8388608)
 
 
+REPLICATED = "iommufd-host-check"
+
+
+@pytest.mark.parametrize(
+    ("properties", "user", "program"),
+    [
+        ({"User": REPLICATED}, None, SHELL),
+        ({"SupplementaryGroups": f"kvm {REPLICATED}"}, "root", SHELL),
+        ({}, "root", None),
+    ],
+)
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_template_whose_instance_says_what_runs(
+    properties: dict[str, str], user: str | None, program: str | None, runs: bool
+) -> None:
+    """An instance that runs tells; where none does, nobody knows."""
+    command = EXEC.format(program or f"/opt/{REPLICATED}/vmm", f"-name {REPLICATED}")
+    asked = []
+
+    def systemd(words: list[str]) -> tuple[int, str, str]:
+        asked.append(words[-1])
+        if words[-1] == r"vm\\x2da@*.service":
+            return 0, "Id=vm\\x2da@alice.service\n\nId=vm\\x2da@bob.service\n" if runs else "\n", ""
+        if words[-1] == r"vm\x2da@alice.service":
+            return 0, shown(Id=words[-1], ExecStart=EXEC.format(SHELL, ""), User="alice"), ""
+        return 0, shown(Id=words[-1], ExecStart=command, **properties), ""
+
+    found = look_at_unit(systemd, r"vm\x2da@.service")
+    assert (found.main, found.present) == (r"vm\x2da@.service", True)
+    assert asked[0] == rf"vm\x2da@{REPLICATED}.service"
+    assert len(asked) == 2 + runs
+    if runs:
+        assert (found.user, found.program, found.unknown) == ("alice", look_at_program(SHELL), "")
+        assert unit_obstacles(found) == []
+        return
+    assert (found.user, found.program) == (user, program and look_at_program(program))
+    assert found.unknown.endswith(r"Name instances in iommufd_host_units, such as vm\x2da@1.service.")
+    assert unit_obstacles(found) == ([] if program else [found.unknown])
+
+
+def test_only_the_arguments_are_named_after_the_instance() -> None:
+    text = shown(ExecStart=EXEC.format(SHELL, f"-name {REPLICATED}"), User="vm")
+    found = look_at_unit(answering(text), "vm@.service")
+    assert (found.user, found.unknown) == ("vm", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "main", "shows"),
+    [
+        ("a.service", "vm.service", "vm.service"),
+        ("a@.service", f"vm@{REPLICATED}.service", "vm@.service"),
+        ("a.service", "vm@1.service", "vm@1.service"),
+        ("a.service", "../vm.service", "a.service"),
+        ("a.service", "", "a.service"),
+    ],
+)
+def test_the_name_that_systemd_has_a_unit_under(name: str, main: str, shows: str) -> None:
+    assert look_at_unit(answering(shown(Id=main)), name).main == shows
+
+
 def test_another_service() -> None:
     text = shown(
         DynamicUser="yes",

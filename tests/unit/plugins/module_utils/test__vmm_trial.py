@@ -474,7 +474,7 @@ def test_a_caller_who_is_worse_off(
 ) -> None:
     status = changed(own_status(), bounding=own[0], no_new_privs=own[1])
     monkeypatch.setattr(_vmm_trial, "own_status", lambda: status)
-    expect: Any = contextlib.nullcontext() if able else pytest.raises(IommufdError, match=r"^This caller runs with")
+    expect: Any = contextlib.nullcontext() if able else pytest.raises(Interrupted, match=r"^This caller runs with")
     with expect:
         check_able(Conditions("libvirtd.service", *under, initial=True))
 
@@ -618,7 +618,6 @@ def test_there_is_no_virsh(emulator: Program, monkeypatch: pytest.MonkeyPatch) -
 
 
 def unit(program: Program, **settings: str) -> Unit:
-    flags = {"private_users": False, "outdated": False}
     limit = Limit(*_limits())
     return Unit(
         "vm.service",
@@ -627,10 +626,10 @@ def unit(program: Program, **settings: str) -> Unit:
         program=program,
         bounding=0,
         ambient=0,
+        private_users=False,
+        outdated=False,
         memlock=limit,
         settings=settings,
-        helpers=(),
-        **flags,
     )
 
 

@@ -522,6 +522,27 @@ def test_no_more_is_shown_of_a_file_with_a_block_than_the_block(host: Host) -> N
     assert Path(conf).read_bytes() == b'vnc_password = "secret"\n'
 
 
+def test_who_has_lost_the_launcher(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told for as long as they start it and it is not there, whichever run has removed it."""
+    path = str(host.root / "bin/exec")
+    monkeypatch.setattr(iommufd_host_apply, "LAUNCHER", path)
+    monkeypatch.setattr(iommufd_host_apply, "find_services_with", {path: ["vm@.service"]}.__getitem__)
+    wanted = {"files": [{"path": path, "program": EXEC}]}
+    lost = ["vm@.service"]
+    for options, check_mode, stranded in (
+        ({}, False, lost),
+        (wanted, True, []),
+        (wanted, False, []),
+        ({}, True, lost),
+        ({}, False, lost),
+        ({}, False, lost),
+    ):
+        assert host.run(_ansible_check_mode=check_mode, **options)["stranded"] == stranded
+    # Somebody else's is as good.
+    host.file("bin/exec", b"", 0o755)
+    assert host.run()["stranded"] == []
+
+
 def test_what_is_listed_twice(host: Host) -> None:
     path, qemu = str(host.root / "f"), host.file("qemu", b"", 0o755)
     host.systemd.add("u.timer", "disabled", "inactive")

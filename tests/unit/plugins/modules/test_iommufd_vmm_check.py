@@ -91,6 +91,17 @@ def test_what_is_only_looked_at(run: Run, tmp_path: Path) -> None:
     assert unit["replica"]["msg"] == "It was not asked for."
 
 
+def test_a_template_that_nobody_knows_the_user_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is neither a failure nor unproven: it was not tried."""
+    text = "LoadState=loaded\nUser=iommufd-host-check\n"
+    found = _vmm_look.look_at_unit(lambda _words: (0, text, ""), "vm@.service")
+    found = found._replace(program=_vmm_look.look_at_program(SHELL))
+    monkeypatch.setattr(_vmm_look, "look_at_unit", lambda _run, _name: found)
+    (unit,) = run(units=["vm@.service"], start=True)["units"]
+    assert (unit["user"], unit["replica"]["attempted"], unit["replica"]["ok"]) == (None, False, None)
+    assert unit["replica"]["msg"].startswith("What vm@.service runs, or as whom, is named after its instance")
+
+
 def test_check_mode_starts_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(*_words: object) -> None:
         raise AssertionError("this starts something")

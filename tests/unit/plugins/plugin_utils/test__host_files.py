@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils._programs import LAUNCHER
 from ansible_collections.virt.iommufd.plugins.plugin_utils import _host_files
 
 Row = dict[str, Any]
@@ -54,7 +55,7 @@ def test_apparmor() -> None:
 
 def test_the_launcher() -> None:
     assert _host_files.launcher() == {"path": "/usr/local/bin/iommufd-exec", "program": "iommufd-exec"}
-    assert _host_files.LAUNCHER == "/usr/local/bin/iommufd-exec"
+    assert LAUNCHER == "/usr/local/bin/iommufd-exec"
 
 
 @pytest.mark.parametrize(

@@ -68,23 +68,63 @@ def applied(*new: tuple[str, str], others: str = "", written: tuple[Row, ...] = 
     }
 
 
+def started(path: str, ok: bool | None, effective: str | None, present: bool = True) -> Row:
+    return {"path": path, "present": present, "started": {"ok": ok, "effective": effective}}
+
+
+def replica(name: str, ok: bool | None, effective: str | None, present: bool = True) -> Row:
+    return {"name": name, "present": present, "replica": {"ok": ok, "effective": effective}}
+
+
+def check(*rows: Row) -> Row:
+    """What iommufd_vmm_check returned."""
+    return {"emulators": [row for row in rows if "path" in row], "units": [row for row in rows if "name" in row]}
+
+
+WITHOUT = "0000000000000000"
+
+
 def restored(*files: Row) -> list[Row]:
     return [{"path": each["path"], "content": before(each["path"])} for each in files]
 
 
-def test_what_has_failed_leaves_no_grant() -> None:
+def test_what_does_not_start_with_its_grant_loses_it() -> None:
+    """The grant may be why, and every start of a VM would fail."""
     made = plan(DROP_IN, LIMITS, emulators=(QEMU,))
-    found = host_kept(made, applied(), failed=True)
-    # The rest is no grant, and stays as it is wanted.
-    assert found == {**made["wanted"], "files": [MODULES, LAUNCHER], "capabilities": [], "units": []}
+    found = host_kept(made, applied(), check(started(QEMU, False, None), replica("vm1.service", False, None)))
+    # The rest is no grant of theirs, and stays as it is wanted.
+    files = [MODULES, LAUNCHER, *restored(LIMITS)]
+    assert found == {**made["wanted"], "files": files, "capabilities": [], "units": []}
     assert found.keys() == documented_fields("_host_plan")["wanted"]["contains"].keys()
     assert found["nodes"] == ["/dev/iommu"]
     assert [each["path"] for each in found["blocks"]] == ["/etc/libvirt/qemu.conf"]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        # It runs without the capability, or nothing is known.
+        started(QEMU, False, WITHOUT),
+        started(QEMU, None, None),
+        replica("vm1.service", False, WITHOUT),
+        replica("vm1.service", None, None),
+        # It is being replaced, perhaps.
+        started(QEMU, False, None, present=False),
+        replica("vm1.service", False, None, present=False),
+        # One that nothing was granted to.
+        started(OTHER, False, None),
+        replica("vm2.service", False, None),
+    ],
+)
+def test_what_an_earlier_run_has_granted_and_proven_stays(row: Row) -> None:
+    found = host_kept(plan(DROP_IN, LIMITS, emulators=(QEMU,)), applied(), check(row))
+    assert found["files"] == [MODULES, LAUNCHER, *restored(DROP_IN, LIMITS), *of_emulators(QEMU)]
+    assert (found["capabilities"], found["units"]) == ([QEMU], UNITS)
+
+
 def test_what_was_in_force_before_stays() -> None:
     made = plan(DROP_IN, LIMITS, emulators=(QEMU,))
-    found = host_kept(made, applied(), failed=False)
+    found = host_kept(made, applied(), {})
     files = [MODULES, LAUNCHER, *restored(DROP_IN, LIMITS), *of_emulators(QEMU)]
     assert found == {**made["wanted"], "files": files}
     assert (found["capabilities"], found["units"]) == ([QEMU], UNITS)
@@ -94,7 +134,7 @@ def test_what_was_in_force_before_stays() -> None:
 
 def test_what_this_run_has_granted_goes() -> None:
     new = [("capability", QEMU), ("file", DROP_IN["path"]), ("file", WATCH["path"]), ("unit", UNITS[0])]
-    found = host_kept(plan(DROP_IN, LIMITS, emulators=(KVM,)), applied(*new), failed=False)
+    found = host_kept(plan(DROP_IN, LIMITS, emulators=(KVM,)), applied(*new), {})
     assert (found["capabilities"], found["units"]) == ([], [])
     assert found["files"] == [MODULES, LAUNCHER, *restored(LIMITS)]
 
@@ -102,7 +142,7 @@ def test_what_this_run_has_granted_goes() -> None:
 def test_one_of_two_emulators_is_new() -> None:
     """What gives the capability back must forget the one, and may be new itself."""
     new = [("capability", OTHER), ("file", of_emulators()[0]["path"]), ("unit", UNITS[1])]
-    found = host_kept(plan(emulators=(KVM, OTHER)), applied(*new), failed=False)
+    found = host_kept(plan(emulators=(KVM, OTHER)), applied(*new), {})
     assert (found["capabilities"], found["units"]) == ([KVM], UNITS)
     assert found["files"] == [MODULES, LAUNCHER, *of_emulators(KVM)]
     # It goes on watching the file behind a link.
@@ -112,7 +152,7 @@ def test_one_of_two_emulators_is_new() -> None:
 
 
 def test_what_others_have_granted_is_not_ours_to_keep() -> None:
-    found = host_kept(plan(emulators=(QEMU,)), applied(others=QEMU), failed=False)
+    found = host_kept(plan(emulators=(QEMU,)), applied(others=QEMU), {})
     assert (found["files"], found["capabilities"], found["units"]) == ([MODULES, LAUNCHER], [], [])
 
 
@@ -121,16 +161,16 @@ def test_a_file_that_held_no_text() -> None:
     known = applied()
     (row,) = [each for each in known["made"] if each["path"] == LIMITS["path"]]
     row["before"] = None
-    assert host_kept(plan(LIMITS), known, failed=False)["files"] == [MODULES, LAUNCHER, LIMITS]
+    assert host_kept(plan(LIMITS), known, {})["files"] == [MODULES, LAUNCHER, LIMITS]
 
 
 def test_a_file_that_the_run_did_not_write() -> None:
     """It is as it was wanted already."""
-    found = host_kept(plan(DROP_IN, LIMITS), applied(written=(LIMITS,)), failed=False)
+    found = host_kept(plan(DROP_IN, LIMITS), applied(written=(LIMITS,)), {})
     assert found["files"] == [MODULES, LAUNCHER, DROP_IN, *restored(LIMITS)]
 
 
-@pytest.mark.parametrize("arguments", [(None, {}, False), ({}, None, False), ({}, {}, None), ({}, {}, False)])
+@pytest.mark.parametrize("arguments", [(None, {}, {}), ({}, None, {}), ({}, {}, None), ({}, {}, {})])
 def test_other_input(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(IommufdError, match=r"^(It takes|There is no) "):
         host_kept(*arguments)

@@ -31,7 +31,10 @@ def libvirt(unit: str | None, version: str | None, sets: bool | None, reason: st
 
 OLD = libvirt("libvirtd.service", "11.3.0", False, "libvirt 11.3.0 does not.")
 NEW = libvirt("virtqemud.service", "12.8.0", True, "libvirt 12.8.0 does.")
-UNSURE = libvirt("virtqemud.service", None, None, "It cannot be told.")
+UNSURE = libvirt("virtqemud.service", "12.8.0", None, "It cannot be told.")
+# Of one in a container, or whose unit starts a container, there is nothing here.
+CONTAINER = libvirt(None, None, None, "It runs in a container.")
+NO_LIBRARY = libvirt("virtqemud.service", None, None, "Its library is not here.")
 NO_LIBVIRT = libvirt(None, None, False, "There is no system libvirt.", cap_sys_resource=None)
 # It sets the mode and may not.
 BARRED = libvirt(
@@ -66,7 +69,7 @@ def info(libvirt: Row, **host: Any) -> Row:
     }
     found = {**fields, **host}
     found["qemu"] = [{"known_by": ["place"], **row} for row in found["qemu"]]
-    return {"host": found}
+    return {"host": found, "processes": host.get("processes", [])}
 
 
 def emulator(path: str = QEMU, **fields: Any) -> Row:
@@ -75,7 +78,17 @@ def emulator(path: str = QEMU, **fields: Any) -> Row:
 
 
 def unit(name: str, **fields: Any) -> Row:
-    return {"name": name, "present": True, "user": "vm", "outdated": False, "obstacles": [], **fields}
+    return {
+        "name": name,
+        "main": name,
+        "ambient_ipc_lock": False,
+        "file_ipc_lock": False,
+        "present": True,
+        "user": "vm",
+        "outdated": False,
+        "obstacles": [],
+        **fields,
+    }
 
 
 def check(*rows: Row) -> Row:
@@ -170,6 +183,17 @@ NOTHING: Row = {
         (UNSURE, {"units": ["vm1"]}, "cap_ipc_lock", False, [FILE, DROP_IN]),
         (UNSURE, {"fallback": "observe"}, "observe", False, []),
         (UNSURE, {"strategy": "native"}, "native", False, []),
+        # Nothing is granted to a guess.
+        (CONTAINER, {}, "observe", False, []),
+        (CONTAINER, {"fallback": "observe"}, "observe", False, []),
+        (CONTAINER, {"units": ["vm1"]}, "cap_ipc_lock", False, [DROP_IN]),
+        (CONTAINER, {"emulators": [QEMU]}, "cap_ipc_lock", False, [FILE]),
+        (CONTAINER, {"strategy": "native"}, "native", False, []),
+        (NO_LIBRARY, {}, "observe", False, []),
+        (NO_LIBRARY, {"emulators": [QEMU]}, "cap_ipc_lock", False, [FILE]),
+        (OLD, {"architecture": "vax"}, "observe", False, []),
+        (OLD, {"architecture": "vax", "units": ["vm1"]}, "cap_ipc_lock", False, [DROP_IN]),
+        (BARRED, {"architecture": "vax", "units": ["vm1"]}, "cap_ipc_lock", True, [DROP_IN]),
         (NO_LIBVIRT, {"units": ["vm1"]}, "cap_ipc_lock", True, [DROP_IN]),
         (NO_LIBVIRT, {"emulators": [QEMU]}, "cap_ipc_lock", True, [FILE]),
         (NO_LIBVIRT, {}, "observe", False, []),
@@ -202,6 +226,66 @@ def test_strategies(libvirt: Row, config: Row, strategy: str, certain: bool, gra
     documented = documented_fields("_host_plan")
     assert made.keys() == documented.keys()
     assert wanted.keys() == documented["wanted"]["contains"].keys()
+
+
+@pytest.mark.parametrize(
+    ("libvirt", "config"),
+    [(CONTAINER, {}), (NO_LIBRARY, {}), (CONTAINER, {"launcher": True}), (OLD, {"architecture": "v"})],
+)
+def test_what_is_not_known_is_asked_for(libvirt: Row, config: Row) -> None:
+    made = plan(libvirt, **config)
+    assert (made["strategy"], made["certain"], made["emulators"]) == ("observe", False, [])
+    assert made["why"].startswith(libvirt["reason"])
+    assert "iommufd_host_emulators" in made["why"]
+    assert "iommufd_host_units" in made["why"]
+    # Where it is asked for, it is an error.
+    (error,) = plan(libvirt, **config, strategy="cap_ipc_lock")["errors"]
+    assert "iommufd_host_emulators" in error
+
+
+VMS = [{"user": "vm", "unit": None, "accounting": "user", "domain_uri": "qemu:///system", "emulator": "/usr/bin/q"}]
+GUESS: Row = {"user": "", "libvirt_user": "libvirt-qemu"}
+
+
+@pytest.mark.parametrize(
+    ("libvirt", "config", "processes", "user", "certain"),
+    [
+        (OLD, GUESS, [], "libvirt-qemu", False),
+        (OLD, {"user": "alice"}, VMS, "alice", True),
+        ({**OLD, "user": "alice", "uid": 7}, GUESS, VMS, "alice", True),
+        # As its VMs run, and no session's.
+        (OLD, GUESS, VMS * 2, "vm", True),
+        (
+            OLD,
+            GUESS,
+            [{**VMS[0], "domain_uri": "qemu:///session"}, {**VMS[0], "domain_uri": None}],
+            "libvirt-qemu",
+            False,
+        ),
+        (OLD, GUESS, [*VMS, {**VMS[0], "user": "alice"}], "libvirt-qemu", False),
+        (OLD, GUESS, [{**VMS[0], "user": None}], "libvirt-qemu", False),
+        # Nothing is granted to whom it is started as.
+        (NEW, GUESS, [], "libvirt-qemu", True),
+        (OLD, {**GUESS, "fallback": "observe"}, [], "libvirt-qemu", True),
+        (NO_LIBVIRT, {"user": "", "units": ["vm1"]}, [], "vm", True),
+        (NO_LIBVIRT, {"user": "", "emulators": ["/usr/bin/q"]}, [], "root", False),
+        (NO_LIBVIRT, {"user": "", "emulators": ["/usr/bin/q"]}, VMS, "vm", True),
+        (NO_LIBVIRT, {"user": "", "emulators": [QEMU]}, VMS, "root", False),
+    ],
+)
+def test_a_guess_is_not_certain(libvirt: Row, config: Row, processes: list[Row], user: str, certain: bool) -> None:
+    """It would be verified as somebody whom nothing is granted to."""
+    made = plan(libvirt, host={"processes": processes}, **config)
+    assert (made["user"], made["certain"]) == (user, certain)
+    guess = f"That VMs run as {user} is a guess: name in iommufd_host_user the user that they run as here."
+    assert (guess in made["why"]) is not certain
+
+
+def test_devices_are_not_opened_to_a_guess() -> None:
+    (error,) = plan(OLD, qemu_access=True, **GUESS)["errors"]
+    assert "name in iommufd_host_user" in error
+    assert plan(OLD, qemu_access=True, device_group="kvm", **GUESS)["errors"] == []
+    assert plan(OLD, qemu_access=True, host={"processes": VMS}, **GUESS)["wanted"]["group"] == "vm"
 
 
 def test_what_is_wanted_are_the_options_of_the_module() -> None:
@@ -285,12 +369,43 @@ def test_what_cannot_be_asked_for(config: Row, words: str) -> None:
             {"strategy": "memlock", "memlock": "1G", "memlock_users": ["bob"]},
             "This host has no user 'bob'",
         ),
-        (unit("vm1.service", present=False), {"units": ["vm1"]}, "systemd knows no unit vm1.service"),
+        (
+            unit("vm1.service", present=False),
+            {"units": ["vm1"]},
+            "systemd has no unit vm1.service. Name in iommufd_host_u",
+        ),
+        (
+            unit("vm1.service", present=False, obstacles=["It is masked."]),
+            {"units": ["vm1"]},
+            "It is masked. Name in iomm",
+        ),
         (unit("vm1.service", obstacles=["It would not work."]), {"units": ["vm1"]}, "It would not work."),
     ],
 )
 def test_what_stands_against_a_grant(row: Row, config: Row, words: str) -> None:
     assert words in " ".join(plan(OLD, row, **config)["errors"])
+
+
+def test_a_unit_by_another_of_its_names() -> None:
+    """Its processes are known by the one that systemd has it under, and so is its drop-in."""
+    rows = [unit("alias.service", main="vm1.service"), unit("a@.service", main="vm@.service")]
+    made = plan(OLD, *rows, units=["alias", "a@", "vm1"], emulators=[])
+    assert made["units_of_vms"] == ["vm1.service", "vm@.service"]
+    assert [each["grantee"] for each in made["grants"]][1:] == ["vm1.service", "vm@.service"]
+    assert made["files_of_grants"][0] == DROP_IN_FILE
+
+
+def test_units_that_an_earlier_run_had_granted_to() -> None:
+    """They are looked at, and nothing else is made of them."""
+    vm = {"user": "vm", "accounting": "none", "domain_uri": None, "emulator": "/usr/bin/q"}
+    names = ["old.service", "vm1.service", "x.scope", "-H.service", "a b.service", None]
+    processes = [{**vm, "unit": name} for name in names]
+    processes += [{**vm, "unit": "a.service", "accounting": "user"}, {**vm, "unit": "b.service", "user": "root"}]
+    rows = [unit("old.service", obstacles=["No."], outdated=True), unit("gone.service", present=False)]
+    rows += [unit("vm1.service", ambient_ipc_lock=True), unit("c.service", file_ipc_lock=True)]
+    made = plan(OLD, *rows, host={"processes": processes}, units=["vm1"])
+    assert (made["other_units"], made["bare_units"], made["errors"]) == (["old.service"], ["old.service"], [])
+    assert (made["units_of_vms"], made["wanted"]["reload"]) == (["vm1.service"], False)
 
 
 def test_what_stands_against_a_grant_only() -> None:
@@ -395,7 +510,7 @@ def test_systemd_reads_again_what_it_has_not_read() -> None:
 
 
 def test_emulators_that_libvirt_knows_of() -> None:
-    """Those of defined domains, where none is at a usual place. What somebody merely executes does not count."""
+    """Those of its domains beside the usual ones. What somebody merely executes does not count."""
     rows: list[Row] = [
         {"path": "/usr/local/sbin/qemu", "present": True, "known_by": ["definition", "process"]},
         {"path": "/home/vm/qemu-system-x86_64", "present": True, "known_by": ["process"]},
@@ -404,10 +519,56 @@ def test_emulators_that_libvirt_knows_of() -> None:
     rows = [{**row, "writer": None, "cap_ipc_lock": False} for row in rows]
     assert host_plan(info(OLD, qemu=rows), {"architecture": "x86_64"})["emulators"] == ["/usr/local/sbin/qemu"]
     rows.append({"path": QEMU, "present": True, "writer": None, "cap_ipc_lock": False})
-    assert host_plan(info(OLD, qemu=rows), {"architecture": "x86_64"})["emulators"] == [QEMU]
+    both = [QEMU, "/usr/local/sbin/qemu"]
+    assert host_plan(info(OLD, qemu=rows), {"architecture": "x86_64"})["emulators"] == both
+    # Nothing is granted to those that are defined where libvirt needs nothing.
+    assert host_plan(info(NEW, qemu=rows), {"architecture": "x86_64"})["emulators"] == [QEMU]
     # The one that is to be trusted was named to the module as well.
     rows[-1]["known_by"] = ["option"]
-    assert host_plan(info(OLD, qemu=rows), {"architecture": "x86_64"})["emulators"] == [QEMU]
+    named = {"architecture": "x86_64", "emulators": [QEMU]}
+    assert host_plan(info(OLD, qemu=rows), named)["emulators"] == [QEMU]
+    # Whom somebody else could make what he likes is told of, unless nothing is granted.
+    rows[0]["writer"] = {"place": "/usr/local/sbin", "who": "group staff"}
+    (error,) = host_plan(info(OLD, qemu=rows), {"architecture": "x86_64"})["errors"]
+    assert error.startswith("The emulator /usr/local/sbin/qemu cannot be trusted")
+    assert host_plan(info(NEW, qemu=rows), {"architecture": "x86_64"})["errors"] == []
+
+
+def test_an_emulator_that_is_not_always_known() -> None:
+    """A run that sees less takes nothing from what an earlier one has granted."""
+    rows: list[Row] = [{"path": QEMU, "present": True, "writer": None, "cap_ipc_lock": True}]
+    for libvirt in (CONTAINER, NO_LIBRARY):
+        made = plan(libvirt, host={"qemu": rows})
+        assert (made["strategy"], made["certain"], made["wanted"]["capabilities"]) == ("cap_ipc_lock", False, [QEMU])
+        assert "stays where it is, but nothing else gets it: name in iommufd_host_emulators" in made["why"]
+        rows.append(
+            {"path": "/opt/q", "present": True, "writer": None, "cap_ipc_lock": False, "known_by": ["definition"]}
+        )
+        assert plan(libvirt, host={"qemu": rows})["wanted"]["capabilities"] == [QEMU]
+        rows.pop()
+    # One that is just being replaced.
+    gone = {"path": QEMU, "present": False, "writer": None, "cap_ipc_lock": None, "known_by": ["definition"]}
+    (error,) = plan(OLD, host={"qemu": [gone]})["errors"]
+    assert "no emulator for its own architecture" in error
+    assert plan(NEW, host={"qemu": [gone]})["errors"] == []
+    # That of a domain that is defined nowhere is not known any more once that ends.
+    rows.append({"path": "/opt/q", "present": True, "writer": None, "cap_ipc_lock": False, "known_by": ["record"]})
+    made = plan(OLD, host={"qemu": rows})
+    assert (made["strategy"], made["certain"], made["wanted"]["capabilities"]) == ("cap_ipc_lock", False, [QEMU])
+    assert "A domain that is defined nowhere runs in /opt/q: name it in iommufd_host_emulators, too." in made["why"]
+    rows[1]["known_by"] = ["definition", "record"]
+    made = plan(OLD, emulator("/opt/q"), host={"qemu": rows})
+    assert (made["certain"], made["wanted"]["capabilities"]) == (True, [QEMU, "/opt/q"])
+
+
+def test_a_script_in_front_of_an_emulator() -> None:
+    script = "/usr/local/bin/qemu-system-x86_64"
+    rows = [{"path": path, "present": True, "writer": None, "cap_ipc_lock": False} for path in (script, QEMU)]
+    row = emulator(script, is_emulator=False)
+    made = plan(OLD, row, host={"qemu": rows})
+    assert (made["wanted"]["capabilities"], made["errors"]) == ([QEMU], [])
+    assert "is not an emulator" in plan(OLD, row, host={"qemu": rows[:1]})["errors"][0]
+    assert "is not an emulator" in plan(OLD, row, host={"qemu": rows}, emulators=[script, QEMU])["errors"][0]
 
 
 def test_an_emulator_of_another_name() -> None:

@@ -57,6 +57,7 @@ def plan(strategy: str, *grants: Row) -> Row:
         "why": "So it is.",
         "user": "libvirt-qemu",
         "access": [],
+        "bare_units": [],
         "grants": list(grants),
         "wanted": {"capabilities": [grant["grantee"] for grant in grants if grant["means"] == "file capability"]},
     }
@@ -71,6 +72,7 @@ def process(**fields: Any) -> Row:
         "name": "guest1",
         "domain": "vm1",
         "unit": "machine-qemu.scope",
+        "emulator": QEMU,
         "accounting": "user",
         "memlock_bytes": 2**20,
         "memlock_unlimited": False,
@@ -85,6 +87,7 @@ def info(*processes: Row, capable: bool = False, libvirt: int | None = 812) -> R
         "libvirt": {
             "unit": "libvirtd.service",
             "pid": libvirt,
+            "outdated": libvirt and False,
             "reason": "It may not.",
             "drop_in": ["A=b"],
             "supports_iommufd": True,
@@ -98,7 +101,8 @@ def info(*processes: Row, capable: bool = False, libvirt: int | None = 812) -> R
 def applied(*put_back: Row, made: tuple[Row, ...] = (), ours: bool | None = None) -> Row:
     """What iommufd_host_apply returned; `ours`: whose capability the emulator has, None where it was not asked for."""
     there = {QEMU: {"real_path": QEMU, "ipc_lock": True, "ours": ours, "other": []}}
-    return {"put_back": list(put_back), "made": list(made), "capabilities": {} if ours is None else there}
+    capabilities = {} if ours is None else there
+    return {"put_back": list(put_back), "made": list(made), "capabilities": capabilities, "stranded": []}
 
 
 def started(has: bool, /, **fields: Any) -> Row:
@@ -227,6 +231,10 @@ def test_a_mode_that_is_not_known() -> None:
     assert (found["failed"], len(found["unproven"])) == ([], 1)
 
 
+LARGE = {**RAISED, "value": 2**20}
+BY_UNIT = process(accounting="none", domain=None, unit="vm1.service", comm="vmm")
+
+
 @pytest.mark.parametrize(
     ("made", "held", "put_back", "todo"),
     [
@@ -261,11 +269,20 @@ def test_a_mode_that_is_not_known() -> None:
         (plan("memlock", USERS), process(user="alice", unit=None, domain=None), [], "end it and start it again"),
         (plan("memlock", RAISED), process(unit="other.service"), [], ""),
         (plan("observe"), process(accounting="none"), [TAKEN], "keeps CAP_IPC_LOCK"),
-        (plan("observe"), process(accounting="none", comm="pinner"), [TAKEN], ""),
+        (plan("observe"), process(accounting="none", comm="pinner", domain=None), [TAKEN], ""),
         (plan("observe"), process(accounting="none", unit="vm1.service"), [DROPPED], "keeps CAP_IPC_LOCK"),
-        (plan("observe"), process(accounting="none", unit="vm2.service"), [DROPPED], ""),
+        (plan("observe"), process(accounting="none", unit="vm2.service", domain=None), [DROPPED], ""),
         (plan("observe"), process(accounting="none", user="root"), [TAKEN], ""),
-        (plan("observe"), process(accounting="none"), [], ""),
+        # By an earlier run.
+        (plan("observe"), process(accounting="none"), [], "keeps CAP_IPC_LOCK"),
+        (plan("observe"), process(accounting="none", emulator=None), [], ""),
+        (plan("observe"), process(accounting="none", domain=None), [], ""),
+        (plan("observe"), process(accounting="none", user="root"), [], ""),
+        (plan("cap_ipc_lock", DROP_IN), process(accounting="none"), [], "keeps CAP_IPC_LOCK"),
+        ({**plan("observe"), "bare_units": ["vm1.service"]}, BY_UNIT, [], "keeps CAP_IPC_LOCK"),
+        ({**plan("memlock", LARGE), "bare_units": ["vm1.service"]}, BY_UNIT, [], "keeps CAP_IPC_LOCK"),
+        ({**plan("cap_ipc_lock", DROP_IN), "bare_units": ["vm1.service"]}, BY_UNIT, [], ""),
+        ({**plan("observe"), "bare_units": ["vm2.service"]}, BY_UNIT, [], ""),
     ],
 )
 def test_what_still_runs_as_before(made: Row, held: Row, put_back: list[Row], todo: str) -> None:
@@ -277,6 +294,13 @@ def test_what_still_runs_as_before(made: Row, held: Row, put_back: list[Row], to
         assert (row["pid"], row["accounting"]) == (4242, held["accounting"])
         assert f"(pid 4242): {row['todo']}" in found["todo"][0]
     assert found["put_back"] == [each["text"] for each in put_back]
+
+
+def test_what_has_the_capability_as_it_would_get_it() -> None:
+    assert (
+        host_result(plan("observe"), info(process(accounting="none"), capable=True), applied(), check())["pending"]
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -348,6 +372,11 @@ def test_what_goes_with_the_launcher() -> None:
     gone = removed("/usr/local/bin/iommufd-exec")
     (todo,) = host_result(plan("observe"), info(), applied(gone), check())["todo"]
     assert "does not start any more" in todo
+    # What cannot start is told of by later runs, too.
+    known = {**applied(), "stranded": ["a.service", "vm@.service"]}
+    (todo,) = host_result(plan("observe"), info(), known, check())["todo"]
+    assert "so these do not start any more: a.service, vm@.service. Set iommufd_host_launcher to true" in todo
+    assert host_result(plan("observe"), info(), {**known, "put_back": [gone]}, check())["todo"] == [todo]
     # Somebody else's file that was there before is there again.
     back = {**gone, "text": "/usr/local/bin/iommufd-exec is what it was.", "gone": False}
     assert host_result(plan("observe"), info(), applied(back), check())["todo"] == []
@@ -387,6 +416,19 @@ def test_daemons_to_restart() -> None:
         found = host_result(plan("observe"), info(libvirt=None), known, check())
         assert (found["restart"]["daemons"], found["todo"]) == ([], [])
     assert host_result(plan("observe"), info(), applied(DROPPED, TAKEN), check())["restart"]["daemons"] == []
+
+
+def test_a_daemon_that_an_earlier_run_has_left_to_be_restarted() -> None:
+    """Until it was."""
+    looked = info()
+    looked["host"]["libvirt"]["outdated"] = True
+    found = host_result(plan("observe"), looked, applied(), check())
+    assert found["restart"]["daemons"] == ["libvirtd.service"]
+    assert found["todo"][0].startswith("Restart libvirtd.service, which reads qemu.conf only when it starts")
+    found = host_result(plan("observe"), looked, applied(), check(), restarts=True)
+    assert (found["restart"]["daemons"], found["todo"]) == (["libvirtd.service"], [])
+    found = host_result(plan("observe"), info(), applied(), check())
+    assert (found["restart"]["daemons"], found["todo"]) == ([], [])
 
 
 def test_a_daemon_that_sets_the_mode_and_may_not() -> None:
