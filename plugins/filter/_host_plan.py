@@ -29,7 +29,7 @@ options:
     description:
       - The inputs of the role, by their names without C(iommufd_host_).
       - Also C(architecture), as C(uname -m) tells it, C(apparmor), whether AppArmor is enabled, and C(libvirt_user),
-        the user of the system libvirt's VMs.
+        the user of the system libvirt's VMs, and C(restarted), whether libvirt's daemon has just been restarted.
     type: dict
     required: true
   check:
@@ -144,6 +144,10 @@ _value:
       description: What is done to let QEMU open the device nodes by itself, or why nothing is.
       type: list
       elements: str
+    mends_daemon:
+      description:
+        - Whether libvirt's daemon, which may not set the rlimit mode, may by what is wanted once it is started again.
+      type: bool
 """
 
 
