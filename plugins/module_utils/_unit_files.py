@@ -92,10 +92,8 @@ def find_lack(lines: Iterable[Line]) -> Lack:
         elif key == _AMBIENT:
             had, ambient = ambient & _IT, _merged(ambient, value, 0)
             _note(taking[key], line, has=ambient & _IT, alone=not had)
-        elif key == "SecureBits" and value and "noroot" not in value.split():
-            # It adds others.
-            continue
         else:
+            # Also of SecureBits=, whatever systemd.exec(5) says: seen with systemd 257 and 262.
             last[key] = line
     values = {key: line.text.partition("=")[2] for key, line in last.items()}
     # To root, the kernel gives the bounding set.
@@ -125,6 +123,7 @@ def _merged(now: int, value: str, initial: int) -> int:
     """A set of capabilities once a line with that value was read."""
     inverted = value.startswith("~")
     mask = capability_mask(word.strip("\"'").lower() for word in value[inverted:].split())
+    # That a set is again what it was at first counts up to systemd 257, and not in 262, which merges then.
     if not mask or now == initial:
         return _ALL & ~mask if inverted else mask
     return now & ~mask if inverted else now | mask
