@@ -188,8 +188,8 @@ class Libvirt(NamedTuple):
     daemon has CAP_SYS_RESOURCE and may use it, `why` what SELinux has to do with that, and `drop_in` the settings that
     would have its unit give it. `memlock` is the daemon's limit on locked memory, or what its unit would give it.
     `passes` is whether an emulator that it starts gets CAP_IPC_LOCK where its file gives that. `taken_by` are the lines
-    of the unit's files that take CAP_SYS_RESOURCE away, were there no drop-in of the role's; `outdated`: systemd has
-    not read those files since they were changed. `has` is whether the daemon that runs has the capability, whatever
+    of the unit's files that take CAP_SYS_RESOURCE away, were there no drop-in of the role's; `unit_outdated`: systemd
+    has not read those files since they were changed. `has` is whether the daemon that runs has the capability, whatever
     SELinux leaves of it.
     """
 
@@ -206,7 +206,7 @@ class Libvirt(NamedTuple):
     sessions: tuple[Session, ...] = ()
     passes: bool | None = None
     taken_by: tuple[Line, ...] | None = ()
-    outdated: bool = False
+    unit_outdated: bool = False
     has: bool | None = None
 
     @property
@@ -236,7 +236,9 @@ def look_at_libvirt(run: Run) -> Libvirt:
     else:
         drop_in, taken_by, msgs = _lack_of(unit)
         found = _by_unit(run, unit, libraries)
-        found = found._replace(drop_in=drop_in, taken_by=taken_by, outdated=unit.outdated, msgs=(*found.msgs, *msgs))
+        found = found._replace(
+            drop_in=drop_in, taken_by=taken_by, unit_outdated=unit.outdated, msgs=(*found.msgs, *msgs)
+        )
     # Where there is no libvirt, whatever is called so is something else.
     daemons = find_session_daemons() if libraries or unit is not None else {}
     return found._replace(sessions=tuple(_sessions(managers, daemons)))
@@ -500,7 +502,7 @@ def _why_it_lacks(libvirt: Libvirt) -> str:
     """Why a daemon lacks the capability, and what to do where it is not the unit's files that take it away."""
     if libvirt.drop_in:
         return f" {_shown_lines(libvirt)} the capability away." if libvirt.taken_by else ""
-    if libvirt.outdated:
+    if libvirt.unit_outdated:
         return (
             " Its unit's files would give it the capability now: run systemctl daemon-reload, and restart the daemon."
         )

@@ -482,7 +482,7 @@ host:
               description: What it says. What is continued on further lines is joined.
               type: str
               sample: CapabilityBoundingSet=~CAP_SYS_RESOURCE
-        outdated:
+        unit_outdated:
           description: Whether systemd has not read the unit's files since they were changed.
           type: bool
           sample: false
@@ -1488,7 +1488,7 @@ def libvirt_row(unseen: Unseen, libvirt: Libvirt, slow: bool) -> Row:
         "cap_sys_resource": libvirt.may,
         "drop_in": list(libvirt.drop_in),
         "taken_by": None if libvirt.taken_by is None else [each._asdict() for each in libvirt.taken_by],
-        "outdated": libvirt.outdated,
+        "unit_outdated": libvirt.unit_outdated,
         "needs_restart": libvirt.needs_restart,
         "passes_cap_ipc_lock": libvirt.passes,
         **limit_row("memlock", memlock),

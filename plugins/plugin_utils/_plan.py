@@ -285,6 +285,6 @@ def _wanted(grants: list[Row], config: Row, opens: bool, host: Row, check: Row |
         "mode": mode,
         "blocks": [{"path": _QEMU_CONF, "devices": devices}] if opens else [],
         "units": list(_GRANT_UNITS) if granted else [],
-        "reload": bool(mends and libvirt["outdated"])
+        "reload": bool(mends and libvirt["unit_outdated"])
         or (any(unit["outdated"] for unit in check["units"]) if check else False),
     }

@@ -148,7 +148,7 @@ def mends_daemon(config: Mapping[str, Any], libvirt: Mapping[str, Any]) -> bool:
     """
     if not config["libvirt_unit"] or config["restarted"] or not daemon_is_barred(libvirt):
         return False
-    return bool(given_back(libvirt) if libvirt["drop_in"] else libvirt["needs_restart"] or libvirt["outdated"])
+    return bool(given_back(libvirt) if libvirt["drop_in"] else libvirt["needs_restart"] or libvirt["unit_outdated"])
 
 
 def daemon_errors(config: Mapping[str, Any], libvirt: Mapping[str, Any]) -> list[str]:

@@ -187,7 +187,7 @@ HARD = "CapabilityBoundingSet=~CAP_SYS_RESOURCE"
 
 def old_and_new(found: Answer) -> tuple[object, ...]:
     """Whether the daemon has CAP_SYS_RESOURCE, whether its files would lack it, and what is known of their age."""
-    return found["cap_sys_resource"], bool(found["drop_in"]), found["outdated"], found["needs_restart"]
+    return found["cap_sys_resource"], bool(found["drop_in"]), found["unit_outdated"], found["needs_restart"]
 
 
 def test_a_daemon_that_runs_with_old_settings(unit: str) -> None:

@@ -129,7 +129,7 @@ def info(module: str = "loaded") -> Row:
             "cap_sys_resource": True,
             "drop_in": ["*"],
             "taken_by": [{"path": "*", "line": 1, "text": "*"}],
-            "outdated": False,
+            "unit_outdated": False,
             "needs_restart": False,
             "memlock_bytes": 67108864,
             "memlock_unlimited": False,

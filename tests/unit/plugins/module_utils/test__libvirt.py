@@ -207,7 +207,7 @@ def test_a_daemon_that_runs_with_old_settings(
     properties = {"CapabilityBoundingSet": shown, "NeedDaemonReload": outdated, "MainPID": pid_of(True)}
     found = look_at_files(monkeypatch, tmp_path, files, has, **properties)
     assert (found.may, bool(found.drop_in), found.needs_restart) == (has, lacks, needs_restart)
-    assert found.outdated == (outdated == "yes")
+    assert found.unit_outdated == (outdated == "yes")
     assert re.search(reason, sets_rlimit_mode(found._replace(**KNOWN), None)[1])
 
 
@@ -228,7 +228,7 @@ def test_lines_that_are_not_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_a_unit_that_lacks_nothing_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_libvirt, "read_lines", pytest.fail)
     found = look_at_libvirt(answer(unit("libvirtd.service", DropInPaths="/a/10.conf")))
-    assert (found.drop_in, found.taken_by, found.outdated, found.needs_restart) == ((), (), False, False)
+    assert (found.drop_in, found.taken_by, found.unit_outdated, found.needs_restart) == ((), (), False, False)
 
 
 def test_the_context_that_a_unit_sets() -> None:

@@ -26,7 +26,7 @@ def libvirt(unit: str | None, version: str | None, sets: bool | None, reason: st
     found = {"unit": unit, "version": version, "sets_rlimit_mode": sets, "reason": reason}
     found |= {"user": None, "uid": None}
     abilities: Row = {"supports_iommufd": sets, "starts_iommufd_domains": sets, "cap_sys_resource": True, "drop_in": []}
-    unit_files = {"taken_by": [], "outdated": False, "needs_restart": False}
+    unit_files = {"taken_by": [], "unit_outdated": False, "needs_restart": False}
     return {**found, **abilities, **unit_files, **fields}
 
 
@@ -299,7 +299,7 @@ def test_a_daemon_that_has_to_be_restarted() -> None:
     made = plan(mended, libvirt_unit=True)
     assert (made["errors"], made["mends_daemon"], made["wanted"]["reload"]) == ([], True, False)
     # systemd has not read that yet.
-    unread = {**mended, "needs_restart": False, "outdated": True}
+    unread = {**mended, "needs_restart": False, "unit_outdated": True}
     made = plan(unread, libvirt_unit=True)
     assert (made["errors"], made["mends_daemon"], made["wanted"]["reload"]) == ([], True, True)
     # It has been restarted, and lacks it all the same: it runs in a container, say.
