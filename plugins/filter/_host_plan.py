@@ -28,8 +28,8 @@ options:
   config:
     description:
       - The inputs of the role, by their names without C(iommufd_host_).
-      - Also C(architecture), as C(uname -m) tells it, C(apparmor), whether AppArmor is enabled, and C(libvirt_user), a
-        guess at the user of the system libvirt's VMs.
+      - Also C(architecture), as C(uname -m) tells it, C(apparmor), whether AppArmor is enabled, C(libvirt_user), a guess
+        at the user of the system libvirt's VMs, and C(restarted), whether libvirt's daemon has just been restarted.
     type: dict
     required: true
   check:
@@ -152,6 +152,10 @@ _value:
       description: What is done to let QEMU open the device nodes by itself, or why nothing is.
       type: list
       elements: str
+    mends_daemon:
+      description:
+        - Whether libvirt's daemon, which may not set the rlimit mode, may by what is wanted once it is started again.
+      type: bool
 """
 
 

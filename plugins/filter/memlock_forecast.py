@@ -24,6 +24,8 @@ description:
   - B(Now) is beside the VMs that run. Of one that runs, it is whether that would start again.
   - B(After a reboot), all VMs start that start at boot, and nothing is charged before. What somebody has set of a VM
     that runs is gone then, such as by M(virt.iommufd.iommufd_option). So what counts is the definition of the VM.
+    libvirt's daemon has CAP_SYS_RESOURCE as the files of its unit say
+    (RV(virt.iommufd.iommufd_info#module:host.libvirt.drop_in)).
   - Each VM is judged as P(virt.iommufd.memlock_fit#filter) judges it. This filter reckons what the others of its user
     have charged by then.
   - In which order VMs start at boot is not known, except for units that systemd waits for

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ __all__ = (
     "CAP_SYS_RESOURCE",
     "XATTR",
     "FileCapabilities",
+    "capability_mask",
     "capability_names",
     "parse_file_capabilities",
     "read_xattr",
@@ -68,6 +70,12 @@ def capability_names(mask: int) -> tuple[str, ...]:
     """The names of the capabilities in a set, in the kernel's order. One that has no name here is given by number."""
     numbers = (number for number in range(mask.bit_length()) if mask >> number & 1)
     return tuple(_NAMES[number] if number < len(_NAMES) else f"cap_{number}" for number in numbers)
+
+
+def capability_mask(names: Iterable[str]) -> int:
+    """The set of the capabilities of these names or numbers, as far as there are such."""
+    numbers = {**{str(number): number for number in range(63)}, **{name: place for place, name in enumerate(_NAMES)}}
+    return sum({1 << numbers[name] for name in names if name in numbers})
 
 
 class FileCapabilities(NamedTuple):

@@ -14,7 +14,9 @@ import contextlib
 import glob
 import os
 import re
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Callable, NamedTuple
 
 from ._capabilities import CAP_IPC_LOCK, CAP_SYS_RESOURCE, capability_names
@@ -27,8 +29,10 @@ from ._process_facts import Limit, in_initial_namespace, in_initial_user_namespa
 from ._selinux import Verdict, context_of, context_of_service, lets_use
 from ._syscalls import file_id
 from ._systemd import Run, show_units
+from ._unit_files import DROP_IN, Line, find_lack, missing_settings, read_lines
 
 __all__ = (
+    "PROPERTIES",
     "DaemonUnit",
     "Libvirt",
     "Session",
@@ -53,7 +57,7 @@ _SETS_SINCE = (12, 1, 0)
 _DAEMONS = ("virtqemud", "libvirtd")
 # How many daemons of a user are looked at. There may be one for each runtime folder.
 _DAEMONS_OF_USER = 8
-_PROPERTIES = (
+PROPERTIES = (
     "Id",
     "LoadState",
     "ActiveState",
@@ -63,9 +67,13 @@ _PROPERTIES = (
     "AmbientCapabilities",
     "NoNewPrivileges",
     "PrivateUsers",
+    "SecureBits",
     "SELinuxContext",
     "LimitMEMLOCK",
     "LimitMEMLOCKSoft",
+    "FragmentPath",
+    "DropInPaths",
+    "NeedDaemonReload",
 )
 # The service managers of users, which start libvirt's daemons of users.
 _MANAGERS = "user@*.service"
@@ -102,6 +110,7 @@ class DaemonUnit(NamedTuple):
     `drop_in` has the settings that would give it that; none where it would have it already. `memlock` is its limit on
     locked memory, None where that is not said. `context` is the SELinux context that it sets for what it starts; it may
     be empty. `passes`: whether what it starts gets CAP_IPC_LOCK where a file gives that, None where that is not said.
+    `shown` is all of what systemd says.
     """
 
     name: str
@@ -114,22 +123,27 @@ class DaemonUnit(NamedTuple):
     memlock: Limit | None = None
     context: str = ""
     passes: bool | None = None
+    shown: Mapping[str, str] = MappingProxyType({})
+
+    @property
+    def outdated(self) -> bool:
+        """Whether its files have changed since systemd read them."""
+        return self.shown.get("NeedDaemonReload") == "yes"
 
 
 def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
     """A unit by what systemd shows of it."""
     pid = shown.get("MainPID", "0")
     bounding, ambient = shown.get("CapabilityBoundingSet"), shown.get("AmbientCapabilities")
-    # Root gets all of the bounding set; anybody else what is ambient.
-    is_root = shown.get("User", "") in ("", "root", "0")
+    # Root gets all of the bounding set; anybody else what is ambient, and so does root with SECBIT_NOROOT.
+    bits = shown.get("SecureBits", "0")
+    noroot = int(bits) & 1 if re.fullmatch("[0-9]{1,9}", bits) else "noroot" in bits.split()
+    is_root = shown.get("User", "") in ("", "root", "0") and not noroot
     given = bounding if is_root else ambient
     initial = shown.get("PrivateUsers", "no") == "no"
-    lacks = {
-        # systemd joins it with what is there; where nothing is, there is nothing that is lacking.
-        "CapabilityBoundingSet=CAP_SYS_RESOURCE": bounding is not None and CAP_SYS_RESOURCE not in bounding.split(),
-        "AmbientCapabilities=CAP_SYS_RESOURCE": not is_root and CAP_SYS_RESOURCE not in (ambient or "").split(),
-        "PrivateUsers=no": not initial,
-    }
+    taken = bounding is not None and CAP_SYS_RESOURCE not in bounding.split()
+    by_ambient = not is_root and CAP_SYS_RESOURCE not in (ambient or "").split()
+    drop_in = missing_settings(taken, by_ambient, not initial)
     says = shown.get("NoNewPrivileges"), bounding
     return DaemonUnit(
         name=shown.get("Id", ""),
@@ -137,12 +151,13 @@ def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
         active=shown.get("ActiveState") == "active",
         pid=int(pid) if re.fullmatch(r"[0-9]{1,10}", pid) else 0,
         initial=initial,
-        may=None if given is None else initial and CAP_SYS_RESOURCE in given.split(),
-        drop_in=tuple(setting for setting, lacking in lacks.items() if lacking),
+        may=None if given is None else not drop_in,
+        drop_in=drop_in,
         memlock=_limit_of(shown),
         # With a minus, a context that cannot be had is no failure.
         context=shown.get("SELinuxContext", "").lstrip("-"),
         passes=None if None in says else says[0] == "no" and CAP_IPC_LOCK in (bounding or "").split() and initial,
+        shown=shown,
     )
 
 
@@ -173,7 +188,10 @@ class Libvirt(NamedTuple):
     and `msgs` tell why; `pid` is None where it does not run, and `unit` where there is none. `may` is whether the
     daemon has CAP_SYS_RESOURCE and may use it, `why` what SELinux has to do with that, and `drop_in` the settings that
     would have its unit give it. `memlock` is the daemon's limit on locked memory, or what its unit would give it.
-    `passes` is whether an emulator that it starts gets CAP_IPC_LOCK where its file gives that.
+    `passes` is whether an emulator that it starts gets CAP_IPC_LOCK where its file gives that. `taken_by` are the lines
+    of the unit's files that take CAP_SYS_RESOURCE away, were there no drop-in of the role's; `unit_outdated`: systemd
+    has not read those files since they were changed. `has` is whether the daemon that runs has the capability, whatever
+    SELinux leaves of it.
     """
 
     version: Version | None
@@ -188,6 +206,14 @@ class Libvirt(NamedTuple):
     files: LibvirtFiles = NOTHING_READ
     sessions: tuple[Session, ...] = ()
     passes: bool | None = None
+    taken_by: tuple[Line, ...] | None = ()
+    unit_outdated: bool = False
+    has: bool | None = None
+
+    @property
+    def needs_restart(self) -> bool:
+        """Whether its daemon runs with CAP_SYS_RESOURCE and the unit's files take it away, or the other way round."""
+        return self.pid is not None and self.has is not None and self.has == bool(self.drop_in)
 
 
 def look_at_libvirt(run: Run) -> Libvirt:
@@ -196,7 +222,7 @@ def look_at_libvirt(run: Run) -> Libvirt:
     installed = _version_of(libraries)
     services = [f"{daemon}.{kind}" for daemon in _DAEMONS for kind in ("service", "socket")]
     try:
-        shown = show_units(run, [*services, _MANAGERS], _PROPERTIES)
+        shown = show_units(run, [*services, _MANAGERS], PROPERTIES)
     except IommufdError as exc:
         return _by_files(Libvirt(installed, installed, None, None, None, (str(exc),)), libraries)
     managers = [each for each in shown if _MANAGER.fullmatch(each.get("Id", ""))]
@@ -212,7 +238,11 @@ def look_at_libvirt(run: Run) -> Libvirt:
         msg = "" if units and all(each.name for each in units) else "systemd tells nothing of libvirt's daemon."
         found = _by_files(Libvirt(installed, installed, None, None, None, (msg,) if msg else ()), libraries)
     else:
-        found = _by_unit(run, unit, libraries)._replace(drop_in=unit.drop_in)
+        drop_in, taken_by, msgs = _lack_of(unit)
+        found = _by_unit(run, unit, libraries)
+        found = found._replace(
+            drop_in=drop_in, taken_by=taken_by, unit_outdated=unit.outdated, msgs=(*found.msgs, *msgs)
+        )
     # Where there is no libvirt, whatever is called so is something else.
     return found._replace(sessions=tuple(_sessions(managers, daemons if libraries or unit is not None else {})))
 
@@ -246,6 +276,25 @@ def _has_libvirt(pid: int) -> bool:
     return True
 
 
+def _lack_of(unit: DaemonUnit) -> tuple[tuple[str, ...], tuple[Line, ...] | None, tuple[str, ...]]:
+    """What a unit's files lack; the lines that take it away, None where they are not known; and why they are not."""
+    # What systemd shows is the sum of its lines, but for what it has not read, and for what the role gives back.
+    if not (unit.drop_in or unit.outdated or DROP_IN in unit.shown.get("DropInPaths", "")):
+        return (), (), ()
+    try:
+        lines = read_lines(unit.shown)
+    except IommufdError as exc:
+        return unit.drop_in, None, (f"Which lines take CAP_SYS_RESOURCE from {unit.name} is not known: {exc}",)
+    drop_in = find_lack(lines).settings
+    if drop_in != unit.drop_in and not unit.outdated:
+        msg = (
+            f"Which lines take CAP_SYS_RESOURCE from {unit.name} is not known: systemd reads its files in another way."
+        )
+        return unit.drop_in, None, (msg,)
+    others = [line for line in lines if os.path.basename(line.path) != DROP_IN]
+    return drop_in, find_lack(others).lines, ()
+
+
 def _by_unit(run: Run, unit: DaemonUnit, libraries: list[str]) -> Libvirt:
     """What can be told of a libvirt whose daemon is in a unit."""
     if not unit.pid:
@@ -272,7 +321,7 @@ def _by_unit(run: Run, unit: DaemonUnit, libraries: list[str]) -> Libvirt:
                 # It runs all the same.
                 msgs = (f"The version that the running daemon has mapped: {exc}",)
             found = Libvirt(running, installed, unit.name, unit.pid, may, msgs, why, memlock=read_memlock(daemon))
-            found = _by_files(found._replace(passes=passes), used, started_at(daemon.start_ticks))
+            found = _by_files(found._replace(passes=passes, has=has), used, started_at(daemon.start_ticks))
             # It ends by itself where it has nothing to do. What was found by its id since may be another one's.
             daemon.check_alive()
             return found
@@ -473,11 +522,35 @@ def _does(libvirt: Libvirt, offers: bool | None) -> tuple[bool | None, str]:
         return (
             False,
             f"cannot set per-process accounting: {who} without CAP_SYS_RESOURCE in the initial user namespace. So it"
-            f" starts no domain whose devices have iommufd='yes'.{'' if libvirt.drop_in else _GIVEN}",
+            f" starts no domain whose devices have iommufd='yes'.{_why_it_lacks(libvirt)}",
         )
     older = libvirt.version and libvirt.version < _SETS_SINCE
     as_all = f"though {since} was the first release that did" if older else f"as all since {since}"
-    return True, f"sets per-process accounting, {as_all}, and {who} with CAP_SYS_RESOURCE."
+    return True, f"sets per-process accounting, {as_all}, and {who} with CAP_SYS_RESOURCE.{_will_lack(libvirt)}"
+
+
+def _why_it_lacks(libvirt: Libvirt) -> str:
+    """Why a daemon lacks the capability, and what to do where it is not the unit's files that take it away."""
+    if libvirt.drop_in:
+        return f" {_shown_lines(libvirt)} the capability away." if libvirt.taken_by else ""
+    if libvirt.unit_outdated:
+        return (
+            " Its unit's files would give it the capability now: run systemctl daemon-reload, and restart the daemon."
+        )
+    return _GIVEN
+
+
+def _will_lack(libvirt: Libvirt) -> str:
+    if not libvirt.drop_in:
+        return ""
+    return f" At a later start it will lack that: {_shown_lines(libvirt)} the capability away."
+
+
+def _shown_lines(libvirt: Libvirt) -> str:
+    """The lines that take the capability away, as the beginning of a sentence."""
+    lines = libvirt.taken_by or ()
+    shown = " and ".join(f"'{line}'" for line in lines) or f"{libvirt.unit}"
+    return f"{shown} take{'' if len(lines) > 1 else 's'}"
 
 
 def starts_domains(libvirt: Libvirt, offers: bool | None) -> bool | None:

@@ -464,11 +464,43 @@ host:
           description:
             - The settings that a drop-in of RV(host.libvirt.unit) has to hold in its section C([Service]) so that the
               daemon gets CAP_SYS_RESOURCE.
-            - Empty where the unit gives it already, or there is no unit. If the daemon lacks it all the same, it was
-              started before the unit was changed, or SELinux denies its use.
+            - Empty where the unit's files give it already, or there is no unit. If the daemon lacks it all the same, it
+              was started before they were changed, or SELinux denies its use.
           type: list
           elements: str
           sample: []
+        taken_by:
+          description:
+            - The lines of the unit's files that take CAP_SYS_RESOURCE away, and that no later line makes up for. Each
+              of them alone would take it. They may be of C(CapabilityBoundingSet=), C(User=), C(DynamicUser=),
+              C(SecureBits=), C(AmbientCapabilities=) and C(PrivateUsers=).
+            - What the role P(virt.iommufd.iommufd_host#role) gives back in C(zz-iommufd_host.conf) does not count here.
+            - V(null) where the files could not be read, or systemd reads them in another way.
+          type: list
+          elements: dict
+          contains:
+            path:
+              description: The file.
+              type: str
+              sample: /etc/systemd/system/libvirtd.service.d/10-hard.conf
+            line:
+              description: The number of the line.
+              type: int
+              sample: 3
+            text:
+              description: What it says. What is continued on further lines is joined.
+              type: str
+              sample: CapabilityBoundingSet=~CAP_SYS_RESOURCE
+        unit_outdated:
+          description: Whether systemd has not read the unit's files since they were changed.
+          type: bool
+          sample: false
+        needs_restart:
+          description:
+            - Whether the daemon that runs has CAP_SYS_RESOURCE, and the unit's files take it away; or lacks it, and
+              they give it.
+          type: bool
+          sample: false
         passes_cap_ipc_lock:
           description:
             - Whether an emulator that the daemon starts gets CAP_IPC_LOCK where its file gives it that. It does not
@@ -1466,6 +1498,9 @@ def libvirt_row(unseen: Unseen, libvirt: Libvirt, slow: bool) -> Row:
         "outdated": libvirt.files.outdated,
         "cap_sys_resource": libvirt.may,
         "drop_in": list(libvirt.drop_in),
+        "taken_by": None if libvirt.taken_by is None else [each._asdict() for each in libvirt.taken_by],
+        "unit_outdated": libvirt.unit_outdated,
+        "needs_restart": libvirt.needs_restart,
         "passes_cap_ipc_lock": libvirt.passes,
         **limit_row("memlock", memlock),
         **limit_row("memlock_hard", memlock),

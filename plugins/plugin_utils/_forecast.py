@@ -22,6 +22,7 @@ from ._fit_defined import Definition, definitions, moved
 from ._fit_host import OTHER, SYSTEM, capability_of, knows_iommufd
 from ._fit_input import Asked, Info, Owner, asked_of, checked
 from ._fit_running import running_vm
+from ._host_info import daemon_is_barred
 from ._order import at_least_fail, at_most_fail, before_each
 
 __all__ = ("KINDS", "memlock_forecast")
@@ -123,7 +124,8 @@ def _forecast(info: Info, move_to: Any, grow: Any, live_update: Any) -> Row:
     answers[NOW] = now = _now(host, its)
     counts[NOW] = _counted(NOW, now)
     at_boot = [each.autostart is not False for each in its]
-    answers[REBOOT], counts[REBOOT] = _together(REBOOT, host, its, at_boot)
+    booted = _booted(info)
+    answers[REBOOT], counts[REBOOT] = _together(REBOOT, host if booted is info else _Host(booted), its, at_boot)
     if move_to is not None:
         there = [each.pid is not None or boots for each, boots in zip(its, at_boot)]
         answers[MOVED], counts[MOVED] = _together(MOVED, host, its, there)
@@ -172,6 +174,18 @@ def _with_names(info: Info, its: Iterable[Definition]) -> Info:
     names = {(each.uid, each.user) for each in its if each.uid is not None and each.user is not None}
     users = [*(narrowed.get("users") or ()), *({"uid": uid, "user": name} for uid, name in sorted(names))]
     return {**info, "narrowed": {**narrowed, "users": users}}
+
+
+def _booted(info: Info) -> Info:
+    """The input with libvirt's daemon as the files of its unit start it, where it runs with other settings."""
+    libvirt = info["host"].get("libvirt") or {}
+    if not libvirt.get("needs_restart"):
+        return info
+    # What SELinux leaves of what it will have is not known.
+    may = False if libvirt["cap_sys_resource"] else None
+    sets = libvirt["sets_rlimit_mode"] or daemon_is_barred(libvirt)
+    told = {"sets_rlimit_mode": may, "starts_iommufd_domains": may} if sets else {}
+    return {**info, "host": {**info["host"], "libvirt": {**libvirt, "cap_sys_resource": may, **told}}}
 
 
 def _user(info: Info, definition: Definition) -> str | None:

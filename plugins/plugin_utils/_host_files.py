@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from os.path import basename
 from typing import Any
 
 from ..module_utils._programs import EXEC, GRANT, LAUNCHER
+from ..module_utils._unit_files import DROP_IN
 
 __all__ = (
     "apparmor_file",
+    "daemon_drop_in",
     "drop_in",
     "grant_files",
+    "is_of_daemon",
     "launcher",
     "limits_file",
     "modules_file",
@@ -73,6 +77,16 @@ def drop_in(grant: Mapping[str, Any]) -> Row:
     limit = "infinity" if grant["value"] is None else grant["value"]
     setting = "AmbientCapabilities=CAP_IPC_LOCK" if grant["privilege"] == "cap_ipc_lock" else f"LimitMEMLOCK={limit}"
     return _file(f"{_UNITS}/{grant['grantee']}.d/{_DROP_IN}", ["[Service]", setting])
+
+
+def daemon_drop_in(unit: str, settings: Iterable[str]) -> Row:
+    """What gives libvirt's daemon CAP_SYS_RESOURCE back. Nothing that takes it away may be read after it."""
+    return _file(f"{_UNITS}/{unit}.d/{DROP_IN}", ["[Service]", *settings])
+
+
+def is_of_daemon(path: str) -> bool:
+    """Whether a file is that."""
+    return basename(path) == DROP_IN
 
 
 def unit_with_drop_in(path: str) -> str | None:

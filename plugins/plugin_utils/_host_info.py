@@ -11,6 +11,7 @@ from os.path import basename
 from typing import Any
 
 from ..module_utils._size import human_size
+from ..module_utils._unit_files import missing_settings
 
 __all__ = (
     "OF_EMULATOR",
@@ -19,6 +20,8 @@ __all__ = (
     "capability_for",
     "daemon_cure",
     "daemon_is_barred",
+    "daemon_takers",
+    "given_back",
     "has_iommufd",
     "has_libvirt",
     "is_elsewhere",
@@ -84,6 +87,19 @@ def daemon_cure(libvirt: Mapping[str, Any]) -> str:
     if not libvirt["drop_in"]:
         return str(libvirt["reason"])
     return f"{libvirt['reason']} Give {capability_for(libvirt['unit'], libvirt['drop_in'])}."
+
+
+def given_back(libvirt: Mapping[str, Any]) -> tuple[str, ...]:
+    """The settings of a drop-in that make up for what others of the files of the daemon's unit take away."""
+    keys = {each["text"].partition("=")[0] for each in libvirt["taken_by"] or ()}
+    bounding, private = "CapabilityBoundingSet" in keys, "PrivateUsers" in keys
+    return missing_settings(bounding, bool(keys - {"CapabilityBoundingSet", "PrivateUsers"}), private)
+
+
+def daemon_takers(libvirt: Mapping[str, Any]) -> str:
+    """What takes CAP_SYS_RESOURCE from the daemon."""
+    lines = [f"'{each['path']}:{each['line']}: {each['text']}'" for each in libvirt["taken_by"] or ()]
+    return " and ".join(lines) or f"a file of {libvirt['unit']}"
 
 
 def capability_for(unit: str, settings: Sequence[str]) -> str:

@@ -13,13 +13,24 @@ from typing import Any, NamedTuple
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
 from ..module_utils._iommufd import NONE
-from ._host_files import apparmor_file, drop_in, grant_files, launcher, limits_file, modules_file, udev_rules
-from ._host_info import daemon_is_barred, has_iommufd, has_libvirt, is_elsewhere, own_emulators
+from ._host_files import (
+    apparmor_file,
+    daemon_drop_in,
+    drop_in,
+    grant_files,
+    launcher,
+    limits_file,
+    modules_file,
+    udev_rules,
+)
+from ._host_info import daemon_is_barred, given_back, has_iommufd, has_libvirt, is_elsewhere, own_emulators
 from ._plan_errors import (
     check_errors,
+    daemon_errors,
     input_errors,
     is_name,
     memlock_bytes,
+    mends_daemon,
     privilege_errors,
     strategy_errors,
     support_errors,
@@ -53,6 +64,8 @@ _DEFAULTS: Row = {
     "device_mode": "",
     "qemu_access": False,
     "launcher": False,
+    "libvirt_unit": False,
+    "restarted": False,
     "architecture": "",
     "apparmor": False,
 }
@@ -119,6 +132,7 @@ def _plan(host: Row, processes: list[Row], config: Row, check: Row | None) -> Ro
         or privilege_errors(host["caller"])
         or support_errors(host)
         or strategy_errors(choice.strategy, config, libvirt, granted) + writer_errors(host, emulators) + access.errors
+        or daemon_errors(config, libvirt)
         or ([] if check is None else check_errors(check, config["emulators"] or granted, units, choice.strategy))
     )
     if config["state"] == "present" and not has_iommufd(host):
@@ -146,6 +160,7 @@ def _plan(host: Row, processes: list[Row], config: Row, check: Row | None) -> Ro
         "wanted": wanted,
         "untried": [path for path in wanted["capabilities"] if path not in have],
         "access": access.said,
+        "mends_daemon": mends_daemon(config, libvirt),
     }
 
 
@@ -357,6 +372,10 @@ def _wanted(grants: list[Row], config: Row, opens: bool, host: Row, check: Row |
     files += [launcher()] if config["launcher"] else []
     files += [apparmor_file()] if opens and config["apparmor"] else []
     files += _files_of_grants(grants)
+    libvirt = host["libvirt"]
+    mends = config["libvirt_unit"] and bool(libvirt["supports_iommufd"])
+    given = given_back(libvirt) if mends else ()
+    files += [daemon_drop_in(libvirt["unit"], given)] if given else []
     real = {each["path"]: each["real_path"] for each in check["emulators"]} if check else {}
     files += grant_files({path: real.get(path, path) for path in granted}) if granted else []
     return {
@@ -368,5 +387,6 @@ def _wanted(grants: list[Row], config: Row, opens: bool, host: Row, check: Row |
         "mode": mode,
         "blocks": [{"path": _QEMU_CONF, "devices": devices}] if opens else [],
         "units": list(_GRANT_UNITS) if granted else [],
-        "reload": any(unit["outdated"] for unit in check["units"]) if check else False,
+        "reload": bool(mends and libvirt["unit_outdated"])
+        or (any(unit["outdated"] for unit in check["units"]) if check else False),
     }

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from os.path import basename
 from typing import Any
 
 from ..module_utils._errors import IommufdError
 from ..module_utils._size import parse_size
-from ._host_info import daemon_cure, daemon_is_barred, has_iommufd
+from ..module_utils._unit_files import DROP_IN
+from ._host_info import daemon_cure, daemon_is_barred, given_back, has_iommufd
 
 __all__ = (
     "check_errors",
+    "daemon_errors",
     "input_errors",
     "is_name",
     "memlock_bytes",
+    "mends_daemon",
     "privilege_errors",
     "strategy_errors",
     "support_errors",
@@ -30,6 +34,8 @@ _NO_IOMMUFD = (
     " Ubuntu 26.04 have it. Boot a kernel that has it: Linux 6.2 or later, and 6.6 with CONFIG_VFIO_DEVICE_CDEV for"
     " devices of VFIO. Or set iommufd_host_required to false, to have this reported instead."
 )
+
+_ITSELF = " Or set iommufd_host_libvirt_unit to true, and the role writes such a drop-in itself."
 
 
 def memlock_bytes(value: object) -> int | None:
@@ -134,15 +140,48 @@ def support_errors(host: Mapping[str, Any]) -> list[str]:
     return [] if has_iommufd(host) else [_NO_IOMMUFD.format(kernel=host["kernel"])]
 
 
+def mends_daemon(config: Mapping[str, Any], libvirt: Mapping[str, Any]) -> bool:
+    """Whether a daemon that may not set the mode may set it by what the role does, and once it is started again.
+
+    `restarted` of the config: it has just been.
+    """
+    if not config["libvirt_unit"] or config["restarted"] or not daemon_is_barred(libvirt):
+        return False
+    return bool(given_back(libvirt) if libvirt["drop_in"] else libvirt["needs_restart"] or libvirt["unit_outdated"])
+
+
+def daemon_errors(config: Mapping[str, Any], libvirt: Mapping[str, Any]) -> list[str]:
+    """What keeps the role from giving libvirt's daemon back what its unit's files take away, where it is to do that."""
+    if not config["libvirt_unit"] or not libvirt["supports_iommufd"]:
+        return []
+    unit, lines = libvirt["unit"], libvirt["taken_by"]
+    if lines is None:
+        return [
+            f"iommufd_host_libvirt_unit is not to be had: which lines of its files take CAP_SYS_RESOURCE from {unit} is"
+            " not known, and so not what gives it back. host.libvirt and host.limits_of_view of iommufd_info tell more."
+        ]
+    return [
+        f"'{each['path']}:{each['line']}: {each['text']}' would take away what the role gives {unit} in {DROP_IN},"
+        f" since it is read later: give {each['path']} a name that sorts before {DROP_IN}."
+        for each in lines
+        # What is not in a drop-in is read first. Who the daemon runs as may stand anywhere.
+        if "service.d/" in each["path"]
+        if basename(each["path"]) > DROP_IN and not each["text"].startswith(("User=", "DynamicUser=", "SecureBits="))
+    ]
+
+
 def strategy_errors(
     strategy: str, config: Mapping[str, Any], libvirt: Mapping[str, Any], emulators: list[str]
 ) -> list[str]:
     """What keeps the strategy from being carried out."""
     if strategy == "native" and daemon_is_barred(libvirt):
+        if mends_daemon(config, libvirt):
+            return []
+        itself = "" if config["libvirt_unit"] or not libvirt["drop_in"] else _ITSELF
         return [
-            f"{daemon_cure(libvirt)} CAP_IPC_LOCK of the emulator would be of no use, since libvirt itself fails. Then"
-            " run the role again. If libvirt is to start no such domain, set iommufd_host_strategy to observe, or"
-            " name in iommufd_host_units what starts the VMs of this host."
+            f"{daemon_cure(libvirt)}{itself} CAP_IPC_LOCK of the emulator would be of no use, since libvirt itself"
+            " fails. Then run the role again. If libvirt is to start no such domain, set iommufd_host_strategy to"
+            " observe, or name in iommufd_host_units what starts the VMs of this host."
         ]
     if strategy == "native" and libvirt["sets_rlimit_mode"] is False:
         return [f"The strategy native is not to be had: {libvirt['reason']} Set iommufd_host_strategy to auto."]

@@ -15,8 +15,8 @@ from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
 from ..module_utils._iommufd import NONE, USER
 from ..module_utils._programs import LAUNCHER
-from ._host_files import unit_with_drop_in
-from ._host_info import daemon_cure, daemon_is_barred
+from ._host_files import is_of_daemon, unit_with_drop_in
+from ._host_info import daemon_cure, daemon_is_barred, daemon_takers
 
 __all__ = ("host_result",)
 
@@ -62,7 +62,8 @@ def _result(plan: Any, info: Any, applied: Any, check: Any, restarts: bool) -> R
     unproven = [each for each in verified if each.counts and each.unproven]
     found = _found(plan, info, applied, check)
     pending = _pending(plan, info, applied["put_back"])
-    restart = _restart(info, applied, pending)
+    libvirt = info["host"]["libvirt"]
+    restart = _restart(plan, libvirt, applied, pending)
     todo = [f"{each['name']} (pid {each['pid']}): {each['todo']}" for each in pending]
     return {
         **{key: plan[key] for key in _OF_PLAN},
@@ -74,8 +75,8 @@ def _result(plan: Any, info: Any, applied: Any, check: Any, restarts: bool) -> R
         "pending": pending,
         "todo": [
             *todo,
-            *_todo_for_barred(plan, info["host"]["libvirt"]),
-            *([] if restarts else _todo_for_daemons(restart["daemons"])),
+            *_todo_for_daemon(plan, libvirt, restarts),
+            *([] if restarts or not _has_new_block(libvirt, applied) else _todo_for_daemons(restart["daemons"])),
             *_todo_for_launcher(applied["put_back"], applied["stranded"]),
             *(_todo_for_found(found) if plan["chosen"] == "native" else []),
         ],
@@ -84,8 +85,21 @@ def _result(plan: Any, info: Any, applied: Any, check: Any, restarts: bool) -> R
     }
 
 
-def _todo_for_barred(plan: Row, libvirt: Row) -> list[str]:
-    return [daemon_cure(libvirt)] if plan["state"] == "present" and daemon_is_barred(libvirt) else []
+def _todo_for_daemon(plan: Row, libvirt: Row, restarts: bool) -> list[str]:
+    """What is left to do so that libvirt's daemon runs as its unit has it, and may set the mode."""
+    unit, there = libvirt["unit"], plan["state"] == "present"
+    if plan["mends_daemon"]:
+        # Where it does not run, or the role may restart it, nothing is left to do.
+        left = bool(libvirt["pid"]) and not restarts
+        return [f"Restart {unit}, which starts no domain with iommufd before; VMs go on running meanwhile."] * left
+    if there and daemon_is_barred(libvirt):
+        return [daemon_cure(libvirt)]
+    if not libvirt["supports_iommufd"] or not libvirt["needs_restart"] or not libvirt["cap_sys_resource"]:
+        return []
+    still = f"{unit} still runs with CAP_SYS_RESOURCE, which {daemon_takers(libvirt)} takes from it at its next start."
+    if there:
+        return [f"{still} From then on it starts no domain with iommufd, unless iommufd_host_libvirt_unit is true."]
+    return [f"{still} Restart it; VMs go on running meanwhile."]
 
 
 def _todo_for_daemons(daemons: list[str]) -> list[str]:
@@ -302,12 +316,18 @@ def _would_have(process: Row, grants: list[Row]) -> bool:
     return False
 
 
-def _restart(info: Row, applied: Row, pending: list[Row]) -> Row:
+def _has_new_block(libvirt: Row, applied: Row) -> bool:
+    """Whether what libvirt's daemon reads only when it starts was changed: now, by an earlier run, or somebody else."""
+    changes = (*applied["put_back"], *applied["made"])
+    return bool(libvirt["outdated"]) or any(each["kind"] == "block" for each in changes)
+
+
+def _restart(plan: Row, libvirt: Row, applied: Row, pending: list[Row]) -> Row:
     """What reads anew only when it starts what was changed. Where a unit does not run, systemd leaves it alone."""
-    changes = [*applied["put_back"], *applied["made"]]
-    libvirt = info["host"]["libvirt"]
-    # Also what an earlier run has changed, or somebody else.
-    stale = bool(libvirt["pid"]) and (libvirt["outdated"] or any(each["kind"] == "block" for each in changes))
+    # What the role has given the daemon by its unit, and takes away again.
+    taken = any(is_of_daemon(each["path"]) for each in applied["put_back"]) and libvirt["taken_by"] != []
+    taken = taken and libvirt["cap_sys_resource"] is not False
+    stale = bool(libvirt["pid"]) and (_has_new_block(libvirt, applied) or plan["mends_daemon"] or taken)
     rewritten = [each for each in applied["made"] if each.get("content")]
     units = _dropped_in([*applied["put_back"], *rewritten])
     units += [each["dropped_in"] for each in pending if each["dropped_in"]]

@@ -410,6 +410,7 @@ def test_the_daemon_of_libvirt() -> None:
             found = libvirt()
             assert found["pid"] is None
             check_libvirt(found, may=not setting)
+            assert found["taken_by"] == [{"path": str(drop_in), "line": 2, "text": setting}] * bool(setting)
             if setting != "PrivateUsers=yes":
                 systemctl("start", unit)
                 found = libvirt()

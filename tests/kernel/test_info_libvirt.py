@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils._command import run_command
+from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import PROPERTIES, daemon_unit_of
+from ansible_collections.virt.iommufd.plugins.module_utils._systemd import show_units
+from ansible_collections.virt.iommufd.plugins.module_utils._unit_files import find_lack, read_lines
 from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, MIB, VM, Answer, mount_privately
 from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, look_within, status_of
 from ansible_collections.virt.iommufd.tests.kernel.test_domains import knows_iommufd, virsh
@@ -223,6 +228,106 @@ def test_the_limit_of_libvirts_daemon(unit: str) -> None:
     found = libvirt()
     assert (found["memlock_bytes"], found["memlock_unlimited"]) == (None, True)
     assert (found["memlock_hard_bytes"], found["memlock_hard_unlimited"]) == (None, True)
+
+
+HARD = "CapabilityBoundingSet=~CAP_SYS_RESOURCE"
+
+
+def old_and_new(found: Answer) -> tuple[object, ...]:
+    """Whether the daemon has CAP_SYS_RESOURCE, whether its files would lack it, and what is known of their age."""
+    return found["cap_sys_resource"], bool(found["drop_in"]), found["unit_outdated"], found["needs_restart"]
+
+
+def test_a_daemon_that_runs_with_old_settings(unit: str) -> None:
+    folder = Path(f"/run/systemd/system/{unit}.d")
+    hard, ours = folder / "kernel-test.conf", folder / "zz-iommufd_host.conf"
+    taken_by = [{"path": str(hard), "line": 3, "text": HARD}]
+    systemctl("start", unit)
+    try:
+        # Nobody has told systemd.
+        folder.mkdir(exist_ok=True)
+        hard.write_text(f"[Service]\n# Hardened.\n{HARD}\n")
+        found = libvirt()
+        assert (old_and_new(found), found["taken_by"]) == ((True, True, True, True), taken_by)
+        systemctl("daemon-reload")
+        assert old_and_new(libvirt()) == (True, True, False, True)
+        systemctl("restart", unit)
+        found = libvirt()
+        assert (old_and_new(found), found["taken_by"]) == ((False, True, False, False), taken_by)
+        # What it needs, as the role writes it.
+        ours.write_text("\n".join(["[Service]", *found["drop_in"], ""]))
+        systemctl("daemon-reload")
+        found = libvirt()
+        assert (old_and_new(found), found["taken_by"]) == ((False, False, False, True), taken_by)
+        systemctl("restart", unit)
+        found = libvirt()
+        assert (old_and_new(found), found["taken_by"]) == ((True, False, False, False), taken_by)
+        # It takes nothing from a unit that has everything.
+        hard.unlink()
+        systemctl("daemon-reload")
+        systemctl("restart", unit)
+        found = libvirt()
+        assert (old_and_new(found), found["taken_by"]) == ((True, False, False, False), [])
+        assert status_of(found["pid"])["CapBnd"] == status_of(1)["CapBnd"]
+    finally:
+        ours.unlink(missing_ok=True)
+
+
+# What a drop-in says, and then another.
+SETTINGS = (
+    ["CapabilityBoundingSet=~CAP_KILL"],
+    [HARD],
+    ["CapabilityBoundingSet=~ cap_sys_resource no_such"],
+    ["CapabilityBoundingSet=~24"],
+    ["CapabilityBoundingSet=CAP_KILL"],
+    ["CapabilityBoundingSet="],
+    ["CapabilityBoundingSet=~CAP_SYS_RESOURCE", "CapabilityBoundingSet=~"],
+    ["CapabilityBoundingSet=~CAP_KILL", "CapabilityBoundingSet=CAP_CHOWN"],
+    ["CapabilityBoundingSet=CAP_KILL", "CapabilityBoundingSet=CAP_SYS_RESOURCE"],
+    ['CapabilityBoundingSet="~CAP_KILL"'],
+    ["CapabilityBoundingSet=~CAP_KILL \\", "# CapabilityBoundingSet=", " CAP_SYS_RESOURCE"],
+    ["CapabilityBoundingSet=~CAP_KILL \\\\", "CAP_SYS_RESOURCE"],
+    ["User=vm"],
+    ["User=vm", "User="],
+    ["User=vm", "AmbientCapabilities=CAP_SYS_RESOURCE"],
+    ["User=vm", "AmbientCapabilities=CAP_SYS_RESOURCE", "AmbientCapabilities="],
+    ["DynamicUser=yes"],
+    ["SecureBits=noroot"],
+    ["SecureBits=noroot", "SecureBits=keep-caps"],
+    ["SecureBits=noroot", "SecureBits="],
+    ["SecureBits=noroot", "AmbientCapabilities=CAP_SYS_RESOURCE"],
+    ["PrivateUsers=yes"],
+    ["PrivateUsers=yes", "PrivateUsers=no"],
+)
+
+
+def test_settings_are_understood_as_systemd_does() -> None:
+    """Also once they are followed by what would give the capability back."""
+    names = [f"kernel-test-{number}.service" for number in range(len(SETTINGS))]
+    folder = Path("/run/systemd/system")
+    paths = {name: folder / f"{name}.d" for name in names}
+    try:
+        for name, lines in zip(names, SETTINGS):
+            (folder / name).write_text("[Service]\nType=oneshot\nExecStart=grep -q . /proc/self/status\n")
+            paths[name].mkdir()
+            (paths[name] / "10.conf").write_text("\n".join(["[Service]", *lines, ""]))
+        systemctl("daemon-reload")
+        lacks = []
+        for unit, lines in zip(map(daemon_unit_of, show_units(run_command, names, PROPERTIES)), SETTINGS):
+            lack = find_lack(read_lines(unit.shown))
+            assert (lack.settings, bool(lack.lines)) == (unit.drop_in, bool(unit.drop_in)), lines
+            lacks.append(lack)
+            (paths[unit.name] / "zz.conf").write_text("\n".join(["[Service]", *lack.settings, ""]))
+        # Each answer is among them.
+        assert len({lack.settings for lack in lacks}) == 4
+        systemctl("daemon-reload")
+        for unit, lines in zip(map(daemon_unit_of, show_units(run_command, names, PROPERTIES)), SETTINGS):
+            assert (unit.drop_in, find_lack(read_lines(unit.shown))) == ((), ((), ())), lines
+    finally:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(paths[name], ignore_errors=True)
+        systemctl("daemon-reload")
 
 
 def test_the_limits_of_sessions(unit: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -59,7 +60,8 @@ def test_the_version_is_in_the_librarys_name(text: bytes, version: tuple[int, in
     assert library_version(text) == version
 
 
-BOUNDING, AMBIENT = "CapabilityBoundingSet=CAP_SYS_RESOURCE", "AmbientCapabilities=CAP_SYS_RESOURCE"
+BOTH = ("CapabilityBoundingSet=~CAP_SYS_RESOURCE", "CapabilityBoundingSet=CAP_SYS_RESOURCE")
+AMBIENT = "AmbientCapabilities=CAP_SYS_RESOURCE"
 
 
 @pytest.mark.parametrize(
@@ -67,12 +69,17 @@ BOUNDING, AMBIENT = "CapabilityBoundingSet=CAP_SYS_RESOURCE", "AmbientCapabiliti
     [
         ({}, True, ()),
         ({"User": "root"}, True, ()),
-        ({"CapabilityBoundingSet": "cap_chown"}, False, (BOUNDING,)),
+        ({"CapabilityBoundingSet": "cap_chown"}, False, BOTH),
         ({"User": "libvirt"}, False, (AMBIENT,)),
-        ({"User": "libvirt", "CapabilityBoundingSet": ""}, False, (BOUNDING, AMBIENT)),
+        ({"User": "libvirt", "CapabilityBoundingSet": ""}, False, (*BOTH, AMBIENT)),
         ({"User": "libvirt", "AmbientCapabilities": "cap_sys_resource"}, True, ()),
+        # SECBIT_NOROOT, as systemd shows it, and may show it once.
+        ({"SecureBits": "1"}, False, (AMBIENT,)),
+        ({"SecureBits": "keep-caps noroot"}, False, (AMBIENT,)),
+        ({"SecureBits": "2"}, True, ()),
+        ({"SecureBits": "1", "AmbientCapabilities": "cap_sys_resource"}, True, ()),
         ({"PrivateUsers": "yes"}, False, ("PrivateUsers=no",)),
-        ({"PrivateUsers": "yes", "CapabilityBoundingSet": ""}, False, (BOUNDING, "PrivateUsers=no")),
+        ({"PrivateUsers": "yes", "CapabilityBoundingSet": ""}, False, (*BOTH, "PrivateUsers=no")),
     ],
 )
 def test_what_a_unit_would_run_with(properties: dict[str, str], may: bool, cure: tuple[str, ...]) -> None:
@@ -113,6 +120,116 @@ def test_whether_what_a_unit_starts_gets_what_its_file_gives(properties: dict[st
     (shown,) = parse_units(unit("virtqemud.service", **properties))
     assert daemon_unit_of(shown).passes is passes
     assert look_at_libvirt(answer(unit("virtqemud.service", **properties))).passes is passes
+
+
+HARD = "CapabilityBoundingSet=~CAP_SYS_RESOURCE"
+# The reason of a libvirt that may not.
+MAY_NOT = "cannot set per-process accounting"
+
+
+@pytest.mark.parametrize("runs", [False, True])
+@pytest.mark.parametrize(
+    ("files", "shown", "has", "lacks", "takes", "reason"),
+    [
+        # Taken away, given back by the role, and given back by somebody else.
+        ({"10.conf": HARD}, "", False, True, True, f"{MAY_NOT}: .*10.conf:2: {HARD}' takes the capability away."),
+        ({"10.conf": HARD, "zz-iommufd_host.conf": "\n".join(BOTH)}, ALL, True, False, True, "CAP_SYS_RESOURCE."),
+        ({"10.conf": HARD, "20.conf": "\n".join(BOTH)}, ALL, True, False, False, "CAP_SYS_RESOURCE."),
+        # The role gives it back, and somebody takes it away after that.
+        (
+            {"10.conf": HARD, "zz-iommufd_host.conf": "\n".join(BOTH), "zzz.conf": HARD},
+            "",
+            False,
+            True,
+            True,
+            f"{MAY_NOT}: .*10.conf:2: {HARD}' and '.*/zzz.conf:2: {HARD}' take the capability away.",
+        ),
+    ],
+)
+def test_what_the_files_of_its_unit_take(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    runs: bool,
+    files: dict[str, str],
+    shown: str,
+    has: bool,
+    lacks: bool,
+    takes: bool,
+    reason: str,
+) -> None:
+    found = look_at_files(monkeypatch, tmp_path, files, runs and has, CapabilityBoundingSet=shown, MainPID=pid_of(runs))
+    assert (found.may, bool(found.drop_in), bool(found.taken_by)) == (has, lacks, takes)
+    assert re.search(reason, sets_rlimit_mode(found._replace(**KNOWN), None)[1])
+    assert not found.needs_restart
+
+
+# What libvirt's own files tell of a libvirt that sets the mode.
+KNOWN: dict[str, Any] = {"version": (12, 8, 0), "installed": (12, 8, 0), "files": LibvirtFiles(Abilities(True, True))}
+
+
+def pid_of(runs: bool) -> str:
+    return str(os.getpid()) if runs else "0"
+
+
+def look_at_files(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, files: dict[str, str], has: bool, **properties: str
+) -> Libvirt:
+    """Looks at a unit with these drop-ins, whose daemon, if it runs, has the capability or not."""
+    monkeypatch.setattr(_libvirt, "capability_names", lambda _mask: ("cap_sys_resource",) if has else ())
+    monkeypatch.setattr(_libvirt, "in_initial_user_namespace", lambda _process: True)
+    monkeypatch.setattr(_libvirt, "lets_use", lambda _capability, _context: Verdict(True, ""))
+    for name, text in files.items():
+        (folder / name).write_text(f"[Service]\n{text}\n", "utf-8")
+    paths = " ".join(str(folder / name) for name in sorted(files))
+    return look_at_libvirt(answer(unit("libvirtd.service", DropInPaths=paths, **properties)))
+
+
+@pytest.mark.parametrize(
+    ("files", "shown", "outdated", "has", "lacks", "needs_restart", "reason"),
+    [
+        # Its unit was mended, and systemd has read that, or not; or was hardened since the daemon was started.
+        ({}, ALL, "no", False, False, True, "Its unit would give it the capability: restart the daemon"),
+        ({"10.conf": ""}, "", "yes", False, False, True, "run systemctl daemon-reload, and restart the daemon."),
+        ({"10.conf": HARD}, "", "no", True, True, True, f"At a later start it will lack that: .*10.conf:2: {HARD}'"),
+        ({"10.conf": HARD}, ALL, "yes", True, True, True, f"At a later start it will lack that: .*10.conf:2: {HARD}'"),
+    ],
+)
+def test_a_daemon_that_runs_with_old_settings(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    files: dict[str, str],
+    shown: str,
+    outdated: str,
+    has: bool,
+    lacks: bool,
+    needs_restart: bool,
+    reason: str,
+) -> None:
+    properties = {"CapabilityBoundingSet": shown, "NeedDaemonReload": outdated, "MainPID": pid_of(True)}
+    found = look_at_files(monkeypatch, tmp_path, files, has, **properties)
+    assert (found.may, bool(found.drop_in), found.needs_restart) == (has, lacks, needs_restart)
+    assert found.unit_outdated == (outdated == "yes")
+    assert re.search(reason, sets_rlimit_mode(found._replace(**KNOWN), None)[1])
+
+
+@pytest.mark.parametrize("files", [{"10.conf": ""}, {"10.conf": "CapabilityBoundingSet=~CAP_KILL"}])
+def test_lines_that_are_not_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, str]) -> None:
+    """systemd shows something else than its files say, or they cannot be read."""
+    found = look_at_files(monkeypatch, tmp_path, files, False, CapabilityBoundingSet="")
+    assert (found.drop_in, found.taken_by) == (BOTH, None)
+    assert "systemd reads its files in another way" in found.msgs[-1]
+    (tmp_path / "10.conf").unlink()
+    (tmp_path / "10.conf").mkdir()
+    found = look_at_files(monkeypatch, tmp_path, {}, False, CapabilityBoundingSet="", FragmentPath=str(tmp_path))
+    assert (found.drop_in, found.taken_by) == (BOTH, None)
+    assert "cannot be read (EISDIR" in found.msgs[-1]
+    assert sets_rlimit_mode(found._replace(**KNOWN), None)[1].endswith("iommufd='yes'.")
+
+
+def test_a_unit_that_lacks_nothing_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_libvirt, "read_lines", pytest.fail)
+    found = look_at_libvirt(answer(unit("libvirtd.service", DropInPaths="/a/10.conf")))
+    assert (found.drop_in, found.taken_by, found.unit_outdated, found.needs_restart) == ((), (), False, False)
 
 
 def test_the_context_that_a_unit_sets() -> None:
@@ -599,7 +716,7 @@ def libvirt(version: Any = (12, 8, 0), can: bool | None = True, **other: Any) ->
             "virtqemud.service, which does not run now, would run with CAP_SYS_RESOURCE",
         ),
         (
-            libvirt(may=False, drop_in=(BOUNDING,)),
+            libvirt(may=False, drop_in=BOTH),
             None,
             False,
             False,

@@ -69,6 +69,7 @@ def by_commandline(limit: int | None, **fields: Any) -> Row:
 
 OLDER: Row = {"host": host()}
 BARRED: Row = {"host": native(cap_sys_resource=False, starts_iommufd_domains=False)}
+MENDED: Row = {"host": native(cap_sys_resource=False, starts_iommufd_domains=False, needs_restart=True)}
 GRANTED: Row = {"host": host(qemu=[emulator(True)])}
 HIDDEN: Row = {"host": native()}
 HIDDEN["host"]["limits_of_view"] = unseen("processes")
@@ -175,6 +176,9 @@ CASES: list[tuple[str, list[Row], Row, list[Any], list[Any]]] = [
         [None],
     ),
     ("a daemon that may not", [defined()], BARRED, [False], [False]),
+    # It was started before its unit was hardened, or mended.
+    ("a daemon that will not", [defined()], {"host": native(needs_restart=True)}, [True], [False]),
+    ("a daemon that may then", [defined()], MENDED, [False], [None]),
     ("it may start others", [defined(devices=[by_container()], libvirt_counts=0)], BARRED, [False], [False]),
     ("a libvirt that is older", [defined()], OLDER, [True], [True]),
     ("a QEMU with the capability", [by_commandline(1), by_commandline(1)], GRANTED, [None] * 2, [None] * 2),

@@ -26,7 +26,8 @@ def libvirt(unit: str | None, version: str | None, sets: bool | None, reason: st
     found = {"unit": unit, "version": version, "sets_rlimit_mode": sets, "reason": reason}
     found |= {"user": None, "uid": None}
     abilities: Row = {"supports_iommufd": sets, "starts_iommufd_domains": sets, "cap_sys_resource": True, "drop_in": []}
-    return {**found, **abilities, **fields}
+    unit_files = {"taken_by": [], "unit_outdated": False, "needs_restart": False}
+    return {**found, **abilities, **unit_files, **fields}
 
 
 OLD = libvirt("libvirtd.service", "11.3.0", False, "libvirt 11.3.0 does not.")
@@ -44,7 +45,8 @@ BARRED = libvirt(
     "libvirt 12.8.0 may not.",
     supports_iommufd=True,
     cap_sys_resource=False,
-    drop_in=["CapabilityBoundingSet=CAP_SYS_RESOURCE"],
+    drop_in=["CapabilityBoundingSet=~CAP_SYS_RESOURCE", "CapabilityBoundingSet=CAP_SYS_RESOURCE"],
+    taken_by=[{"path": "/a/10.conf", "line": 2, "text": "CapabilityBoundingSet=~CAP_SYS_RESOURCE"}],
 )
 ROOT = {
     "uid": 0,
@@ -304,15 +306,126 @@ def test_a_daemon_that_sets_the_mode_and_may_not(config: Row) -> None:
     (error,) = made["errors"]
     assert error.startswith(
         "libvirt 12.8.0 may not. Give virtqemud.service CAP_SYS_RESOURCE: put the lines '[Service]',"
-        " 'CapabilityBoundingSet=CAP_SYS_RESOURCE' into /etc/systemd/system/virtqemud.service.d/zz-sys-resource.conf"
+        " 'CapabilityBoundingSet=~CAP_SYS_RESOURCE', 'CapabilityBoundingSet=CAP_SYS_RESOURCE' into"
+        " /etc/systemd/system/virtqemud.service.d/zz-sys-resource.conf"
     )
-    for word in ("daemon-reload", "restart virtqemud.service", "CAP_IPC_LOCK", "iommufd_host_strategy to observe"):
+    for word in (
+        "daemon-reload",
+        "restart virtqemud.service",
+        "Or set iommufd_host_libvirt_unit to true",
+        "CAP_IPC_LOCK",
+        "iommufd_host_strategy to observe",
+    ):
         assert word in error
     assert (made["chosen"], made["grants"], made["wanted"]) == ("native", [], NOTHING)
     # Where the unit lacks nothing, the reason says what does.
     (error,) = plan({**BARRED, "drop_in": [], "reason": "SELinux denies it. Allow it."}, **config)["errors"]
     assert error.startswith("SELinux denies it. Allow it. CAP_IPC_LOCK of the emulator would be of no use")
     assert plan(BARRED, state="absent", **config)["errors"] == []
+
+
+LIBVIRTS_DROP_IN = "/etc/systemd/system/virtqemud.service.d/zz-iommufd_host.conf"
+# The daemon of BARRED once the role has written its drop-in, before it is started again and after that.
+WRITTEN = {**BARRED, "drop_in": [], "needs_restart": True}
+MENDED = {**NEW, "taken_by": BARRED["taken_by"]}
+
+
+@pytest.mark.parametrize(
+    ("libvirt", "config", "mends"),
+    [
+        (BARRED, {}, True),
+        (BARRED, {"strategy": "observe"}, True),
+        (BARRED, {"units": ["vm1"]}, True),
+        (WRITTEN, {}, True),
+        # A second run does not take for granted what the first has given.
+        (MENDED, {}, False),
+        # It was hardened since it was started.
+        ({**MENDED, "drop_in": BARRED["drop_in"], "needs_restart": True}, {}, False),
+    ],
+)
+def test_what_was_taken_from_the_daemon_is_given_back(libvirt: Row, config: Row, mends: bool) -> None:
+    made = plan(libvirt, libvirt_unit=True, **config)
+    assert (made["errors"], made["mends_daemon"], made["grants"][1:]) == ([], mends, [])
+    assert content(made, LIBVIRTS_DROP_IN) == ["[Service]", *BARRED["drop_in"]]
+    assert LIBVIRTS_DROP_IN not in made["files_of_grants"]
+    assert LIBVIRTS_DROP_IN not in paths(plan(MENDED, **config))
+    assert LIBVIRTS_DROP_IN not in paths(plan(libvirt, state="absent", libvirt_unit=False))
+
+
+@pytest.mark.parametrize(
+    ("texts", "lines"),
+    [
+        (["User=libvirt"], ["AmbientCapabilities=CAP_SYS_RESOURCE"]),
+        (["SecureBits=noroot"], ["AmbientCapabilities=CAP_SYS_RESOURCE"]),
+        (["PrivateUsers=yes"], ["PrivateUsers=no"]),
+        (["CapabilityBoundingSet=", "PrivateUsers=yes"], [*BARRED["drop_in"], "PrivateUsers=no"]),
+    ],
+)
+def test_what_is_missing_is_given_back_and_nothing_else(texts: list[str], lines: list[str]) -> None:
+    taken = [{"path": "/a/zzz.conf", "line": number, "text": text} for number, text in enumerate(texts)]
+    assert content(plan({**BARRED, "taken_by": taken}, libvirt_unit=True), LIBVIRTS_DROP_IN) == ["[Service]", *lines]
+
+
+@pytest.mark.parametrize(
+    "libvirt",
+    [NEW, OLD, NO_LIBVIRT, UNSURE, {**OLD, "taken_by": BARRED["taken_by"], "cap_sys_resource": False}],
+)
+def test_where_nothing_lacks_nothing_is_given(libvirt: Row) -> None:
+    made = plan(libvirt, libvirt_unit=True)
+    assert (made["errors"], made["mends_daemon"], made["wanted"]["reload"]) == ([], False, False)
+    assert LIBVIRTS_DROP_IN not in paths(made)
+
+
+def test_a_daemon_that_has_to_be_restarted() -> None:
+    """Its unit would give it the capability: that is no failure where the role may do something about it."""
+    mended = {**WRITTEN, "taken_by": []}
+    assert plan(mended)["errors"]
+    made = plan(mended, libvirt_unit=True)
+    assert (made["errors"], made["mends_daemon"], made["wanted"]["reload"]) == ([], True, False)
+    # systemd has not read that yet.
+    unread = {**mended, "needs_restart": False, "unit_outdated": True}
+    made = plan(unread, libvirt_unit=True)
+    assert (made["errors"], made["mends_daemon"], made["wanted"]["reload"]) == ([], True, True)
+    # It has been restarted, and lacks it all the same: it runs in a container, say.
+    (error,) = plan(mended, libvirt_unit=True, restarted=True)["errors"]
+    assert error.startswith("libvirt 12.8.0 may not. CAP_IPC_LOCK of the emulator would be of no use")
+
+
+def test_what_no_drop_in_cures() -> None:
+    """SELinux's policy denies it, whether or not the unit gives it."""
+    denied = {**BARRED, "drop_in": [], "reason": "SELinux denies it. Allow it."}
+    for libvirt in (denied, {**denied, "taken_by": []}):
+        (error,) = plan(libvirt, libvirt_unit=True)["errors"]
+        assert error.startswith("SELinux denies it. Allow it. CAP_IPC_LOCK of the emulator would be of no use")
+        assert "iommufd_host_libvirt_unit" not in error
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "late"),
+    [
+        ("/etc/systemd/system/virtqemud.service.d/zzz.conf", "CapabilityBoundingSet=~CAP_SYS_RESOURCE", True),
+        ("/run/systemd/system/service.d/zzz.conf", "PrivateUsers=yes", True),
+        ("/etc/systemd/system/virtqemud.service.d/zz-a.conf", "PrivateUsers=yes", False),
+        # It is read first, and whoever the daemon runs as, it gets what is ambient.
+        ("/etc/systemd/system/zzz.service", "PrivateUsers=yes", False),
+        ("/etc/systemd/system/virtqemud.service.d/zzz.conf", "User=libvirt", False),
+    ],
+)
+def test_what_is_read_after_the_drop_in_of_the_role(path: str, text: str, late: bool) -> None:
+    for libvirt in (BARRED, MENDED):
+        made = plan({**libvirt, "taken_by": [{"path": path, "line": 7, "text": text}]}, libvirt_unit=True)
+        errors = [f"'{path}:7: {text}' would take away what the role gives virtqemud.service in zz-iommufd_host.conf"]
+        assert [each.partition(", since")[0] for each in made["errors"]] == (errors if late else [])
+
+
+def test_lines_that_are_not_known() -> None:
+    (error,) = plan({**BARRED, "taken_by": None}, libvirt_unit=True)["errors"]
+    assert "Give virtqemud.service CAP_SYS_RESOURCE: put the lines" in error
+    assert "iommufd_host_libvirt_unit" not in error
+    # What an earlier run has given may be all that it has.
+    (error,) = plan({**NEW, "taken_by": None}, libvirt_unit=True)["errors"]
+    assert "which lines of its files take CAP_SYS_RESOURCE from virtqemud.service is not known" in error
+    assert plan({**NEW, "taken_by": None})["errors"] == []
 
 
 def test_a_limit_for_units_and_users() -> None:

@@ -58,6 +58,7 @@ def plan(strategy: str, *grants: Row) -> Row:
         "user": "libvirt-qemu",
         "access": [],
         "bare_units": [],
+        "mends_daemon": False,
         "grants": list(grants),
         "wanted": {"capabilities": [grant["grantee"] for grant in grants if grant["means"] == "file capability"]},
     }
@@ -90,6 +91,8 @@ def info(*processes: Row, capable: bool = False, libvirt: int | None = 812) -> R
             "outdated": libvirt and False,
             "reason": "It may not.",
             "drop_in": ["A=b"],
+            "taken_by": [{"path": "/a/10.conf", "line": 2, "text": "A=b"}],
+            "needs_restart": False,
             "supports_iommufd": True,
             "starts_iommufd_domains": True,
             "cap_sys_resource": True,
@@ -438,6 +441,51 @@ def test_a_daemon_that_sets_the_mode_and_may_not() -> None:
     (todo,) = host_result(plan("observe"), looked, applied(), check())["todo"]
     assert todo.startswith("It may not. Give libvirtd.service CAP_SYS_RESOURCE: put the lines '[Service]', 'A=b' into")
     assert host_result({**plan("observe"), "state": "absent"}, looked, applied(), check())["todo"] == []
+    # Whatever else it is restarted for.
+    known = applied(made=(block("It is there."),))
+    assert host_result(plan("observe"), looked, known, check(), restarts=True)["todo"] == [todo]
+
+
+LIBVIRTS_DROP_IN = "/etc/systemd/system/libvirtd.service.d/zz-iommufd_host.conf"
+STILL = "libvirtd.service still runs with CAP_SYS_RESOURCE, which '/a/10.conf:2: A=b' takes from it at its next start."
+
+
+def test_a_daemon_that_gets_its_capability_back() -> None:
+    made = {**plan("native"), "mends_daemon": True}
+    looked = info()
+    looked["host"]["libvirt"] |= {"starts_iommufd_domains": False, "cap_sys_resource": False}
+    # Also where an earlier run has written its drop-in.
+    for known in (applied(), applied(made=(written(LIBVIRTS_DROP_IN),))):
+        found = host_result(made, looked, known, check())
+        (todo,) = found["todo"]
+        assert todo.startswith("Restart libvirtd.service, which starts no domain with iommufd before")
+        assert found["restart"] == {"daemons": ["libvirtd.service"], "units": []}
+        assert host_result(made, looked, known, check(), restarts=True)["todo"] == []
+        # One that does not run has it when it starts.
+        looked["host"]["libvirt"]["pid"] = None
+        found = host_result(made, looked, known, check())
+        assert (found["restart"]["daemons"], found["todo"]) == ([], [])
+        looked["host"]["libvirt"]["pid"] = 7
+
+
+def test_a_daemon_whose_capability_is_taken_back() -> None:
+    known = applied(removed(LIBVIRTS_DROP_IN))
+    looked = info()
+    assert host_result(plan("native"), looked, known, check())["restart"]["daemons"] == ["libvirtd.service"]
+    # Looked at after that, and in later runs.
+    looked["host"]["libvirt"]["needs_restart"] = True
+    for each in (known, applied()):
+        found = host_result(plan("native"), looked, each, check())
+        (todo,) = found["todo"]
+        assert todo.startswith(f"{STILL} From then on it starts no domain with iommufd, unless")
+        found = host_result({**plan("observe"), "state": "absent"}, looked, each, check())
+        assert found["todo"] == [f"{STILL} Restart it; VMs go on running meanwhile."]
+    # It has nothing that could be taken by a restart.
+    nothing: list[Row] = [{"taken_by": []}, {"cap_sys_resource": False}, {"pid": None}]
+    for fields in nothing:
+        looked = info()
+        looked["host"]["libvirt"] |= fields
+        assert host_result(plan("native"), looked, known, check())["restart"]["daemons"] == []
 
 
 def test_the_documented_fields() -> None:
