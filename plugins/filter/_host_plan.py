@@ -144,6 +144,10 @@ _value:
       description: What is done to let QEMU open the device nodes by itself, or why nothing is.
       type: list
       elements: str
+    policy:
+      description: What SELinux is to allow the VMs of libvirt, V(ipc_lock) and V(opens).
+      type: list
+      elements: str
 """
 
 

@@ -11,13 +11,24 @@ from typing import Any, NamedTuple
 
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
-from ._host_files import apparmor_file, drop_in, grant_files, launcher, limits_file, modules_file, udev_rules
+from ..module_utils._policy import POLICY_FILE
+from ._host_files import (
+    apparmor_file,
+    drop_in,
+    grant_files,
+    launcher,
+    limits_file,
+    modules_file,
+    policy_file,
+    udev_rules,
+)
 from ._host_info import daemon_is_barred, has_iommufd, has_libvirt, own_emulators
 from ._plan_errors import (
     check_errors,
     input_errors,
     is_name,
     memlock_bytes,
+    policy_errors,
     privilege_errors,
     strategy_errors,
     support_errors,
@@ -99,19 +110,25 @@ def _plan(host: Row, config: Row, check: Row | None) -> Row:
     config = {**config, "user": _user(config, libvirt, check)}
     choice = choose(config, libvirt)
     chosen = choice.strategy
-    access = _access(config, libvirt)
+    selinux = check["selinux"] if check and has_libvirt(libvirt) else None
+    access = _access(config, libvirt, selinux)
     granted = emulators if choice.strategy == "cap_ipc_lock" and _are_granted(config, libvirt) else []
+    # Its policy may let no VM of libvirt's use the capability, or open a node.
+    policy = selinux if selinux and selinux["domains"] and (granted or access.opens) else None
     errors = (
         wrong
         or privilege_errors(host["caller"])
         or support_errors(host)
         or strategy_errors(choice.strategy, config, libvirt, emulators) + writer_errors(host, emulators) + access.errors
         or ([] if check is None else check_errors(check, config["emulators"] or granted, units, choice.strategy))
+        or policy_errors(policy, access.opens)
     )
     if config["state"] == "present" and not has_iommufd(host):
         choice = choice._replace(strategy="observe", why=" ".join(errors))
     grants = [] if errors else _grants(choice.strategy, granted, units, config)
     wanted = _NOTHING if errors else _wanted(grants, config, access.opens, host, check)
+    if policy and not errors:
+        wanted = {**wanted, "files": [*wanted["files"], policy_file(policy, access.opens)]}
     have = [each["path"] for each in host["qemu"] if each["cap_ipc_lock"]]
     return {
         "state": config["state"],
@@ -131,6 +148,7 @@ def _plan(host: Row, config: Row, check: Row | None) -> Row:
         "wanted": wanted,
         "untried": [path for path in wanted["capabilities"] if path not in have],
         "access": access.said,
+        "policy": [*(["ipc_lock"] if granted else []), *(["opens"] if access.opens else [])] if policy else [],
     }
 
 
@@ -195,7 +213,7 @@ def _are_granted(config: Row, libvirt: Row) -> bool:
     return bool(config["emulators"]) or not config["units"] or libvirts
 
 
-def _access(config: Row, libvirt: Row) -> Access:
+def _access(config: Row, libvirt: Row, selinux: Row | None) -> Access:
     """Whether QEMU is to be let at the device nodes."""
     if not config["qemu_access"]:
         return Access(False, [], [])
@@ -212,6 +230,8 @@ def _access(config: Row, libvirt: Row) -> Access:
     ]
     if config["apparmor"]:
         steps.append(f"AppArmor lets QEMU open them: {apparmor_file()['path']}")
+    if selinux and selinux["domains"]:
+        steps.append(f"SELinux lets QEMU open them: {POLICY_FILE}")
     return Access(True, steps, [])
 
 
