@@ -28,8 +28,9 @@ options:
   config:
     description:
       - The inputs of the role, by their names without C(iommufd_host_).
-      - Also C(architecture), as C(uname -m) tells it, C(apparmor), whether AppArmor is enabled, C(libvirt_user), a guess
-        at the user of the system libvirt's VMs, and C(restarted), whether libvirt's daemon has just been restarted.
+      - Also C(architecture), as C(uname -m) tells it, C(apparmor), whether AppArmor is enabled, C(libvirt_user), a
+        guess at the user of the system libvirt's VMs, and C(restarted), whether libvirt's daemon has just been
+        restarted.
     type: dict
     required: true
   check:
@@ -156,6 +157,10 @@ _value:
       description:
         - Whether libvirt's daemon, which may not set the rlimit mode, may by what is wanted once it is started again.
       type: bool
+    policy:
+      description: What SELinux is to allow the VMs of libvirt, V(ipc_lock) and V(opens).
+      type: list
+      elements: str
 """
 
 

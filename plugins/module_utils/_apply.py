@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ._grant import attribute_for_grant
-from ._record import BLOCK, CAPABILITY, FILE, MODULE, NODE, RELABEL, RESTART, SYSTEMD, UDEV, UNIT
+from ._policy import POLICY_FILE
+from ._record import BLOCK, CAPABILITY, FILE, MODULE, NODE, RELABEL, RESTART, SELINUX, SYSTEMD, UDEV, UNIT
 from ._states import BEGIN, END, FileState, NodeState, setting_of, split_block
 from ._steps import (
     EnableUnit,
@@ -81,6 +82,7 @@ def steps_on(wanted: Wanted, view: View, due: Iterable[tuple[str, str]] = ()) ->
     runs = [step for name in wanted.units for step in _run(name, view.units[name], files, due)]
     told = [UDEV] if _nodes_without_rule(wanted, view) else []
     told += [SYSTEMD] if wanted.reload or units else []
+    told += [SELINUX] if POLICY_FILE in wanted.files and not view.loaded else []
     reload = reload_for(files, *told)
     follow = Step(NODE, "device nodes", FollowRules(wanted.nodes))
     rules = [follow for step in reload if wanted.nodes and _tells(step, UDEV)]

@@ -19,6 +19,7 @@ __all__ = (
     "CAP_IPC_LOCK",
     "CAP_SYS_PTRACE",
     "CAP_SYS_RESOURCE",
+    "IPC_LOCK",
     "XATTR",
     "FileCapabilities",
     "capability_mask",
@@ -62,7 +63,8 @@ _FORMS = {_OLD: "<3I", _PLAIN: "<5I", _WITH_ROOT_UID: "<6I"}
 _NO_ROOT_UID: dict[int, tuple[int, ...]] = {_OLD: (0,), _PLAIN: (0,), _WITH_ROOT_UID: ()}
 _EFFECTIVE = 0x1
 
-_IPC_LOCK = 1 << _NAMES.index(CAP_IPC_LOCK)
+# Its bit in a set.
+IPC_LOCK = 1 << _NAMES.index(CAP_IPC_LOCK)
 
 
 @cache
@@ -172,12 +174,12 @@ def with_ipc_lock(xattr: bytes | None) -> bytes:
             f"Its capabilities ({given}) are for the user namespace of uid {sets.root_uid} only, and CAP_IPC_LOCK,"
             " which has to be for the initial one, would give them there too."
         )
-    others = ", ".join(capability_names((sets.permitted | sets.inheritable) & ~_IPC_LOCK))
+    others = ", ".join(capability_names((sets.permitted | sets.inheritable) & ~IPC_LOCK))
     if others and not sets.effective:
         raise IommufdError(
             f"It has {others} that are not effective, and CAP_IPC_LOCK, which has to be, would make them effective too."
         )
-    return _pack(_Sets(sets.permitted | _IPC_LOCK, sets.inheritable, True, 0))
+    return _pack(_Sets(sets.permitted | IPC_LOCK, sets.inheritable, True, 0))
 
 
 def without_ipc_lock(xattr: bytes) -> bytes | None:
@@ -186,5 +188,5 @@ def without_ipc_lock(xattr: bytes) -> bytes | None:
     Raises IommufdError where the form is not known.
     """
     sets = _unpack(xattr)
-    left = sets._replace(permitted=sets.permitted & ~_IPC_LOCK, inheritable=sets.inheritable & ~_IPC_LOCK)
+    left = sets._replace(permitted=sets.permitted & ~IPC_LOCK, inheritable=sets.inheritable & ~IPC_LOCK)
     return _pack(left) if left.permitted or left.inheritable else None

@@ -32,6 +32,7 @@ __all__ = (
     "RELABEL",
     "RELOAD",
     "RESTART",
+    "SELINUX",
     "SYSTEMD",
     "UDEV",
     "UNIT",
@@ -56,6 +57,7 @@ _VERSION = 1
 # Who may have to be told of a file that was changed.
 SYSTEMD = "systemd"
 UDEV = "udev"
+SELINUX = "selinux"
 
 # What is still to be done once a change is made, and cannot be seen of the host afterwards: to have one of these read
 # its files, to start a unit anew, to give a file its label.

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Private to this collection: whether SELinux lets a process use a capability that /proc/PID/status shows.
+"""Private to this collection: whether SELinux lets a process use what it has: a capability, or a device node.
 
 The policy that is in force is asked, by selinuxfs (security/selinux/selinuxfs.c). Nothing is tried.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -18,7 +19,7 @@ from ._child import in_child
 from ._errors import IommufdError, error_text, shown_path
 from ._paths import walk
 
-__all__ = ("Verdict", "context_of", "context_of_service", "lets_use")
+__all__ = ("Verdict", "context_of", "context_of_service", "is_enabled", "lets_open", "lets_use")
 
 _SELINUXFS = "/sys/fs/selinux"
 _XATTR = "security.selinux"
@@ -44,29 +45,47 @@ def lets_use(capability: str, context: Callable[[], str]) -> Verdict:
     called where SELinux is in force; it may raise OSError and IommufdError. See cred_has_capability() in
     security/selinux/hooks.c.
     """
+    return _lets((capability[len("cap_") :],), "capability", context)
+
+
+def lets_open(node: str, context: str) -> Verdict:
+    """Whether a process of that context may open a character device, and use it as a VMM does, as far as SELinux goes.
+
+    Only root can write the node's folder.
+    """
+    return _lets(("open", "read", "write", "ioctl", "map"), "chr_file", lambda: context, node)
+
+
+def _lets(permissions: Sequence[str], kind: str, context: Callable[[], str], node: str | None = None) -> Verdict:
+    """Whether a process has these permissions for itself, or for a node."""
     try:
         if not _enforces():
             return Verdict(True)
     except OSError as exc:
         return Verdict(None, f"Whether SELinux is in force cannot be read ({error_text(exc.errno)})")
-    permission = capability[len("cap_") :]
+    what = ", ".join(permissions)
     try:
         who = context()
-        bit = 1 << (_number(f"capability/perms/{permission}") - 1)
-        allowed, *_others, flags = _ask("access", who, who, _number("capability/index")).split()
-        if int(allowed, 16) & bit or int(flags, 16) & _PERMISSIVE:
+        target = who if node is None else _text(os.getxattr(node, _XATTR))
+        allowed, *_others, flags = _ask("access", who, target, _number(f"{kind}/index")).split()
+        denied = [each for each in permissions if not int(allowed, 16) >> (_number(f"{kind}/perms/{each}") - 1) & 1]
+        if not denied or int(flags, 16) & _PERMISSIVE:
             return Verdict(True)
     except OSError as exc:
         return Verdict(
-            None, f"SELinux is in force, and its policy cannot be asked for {permission} ({error_text(exc.errno)})"
+            None, f"SELinux is in force, and its policy cannot be asked for {what} ({error_text(exc.errno)})"
         )
     except IommufdError as exc:
         return Verdict(None, f"SELinux is in force, and the context is not known: {str(exc).rstrip('.')}")
     except ValueError:
-        return Verdict(
-            None, f"SELinux is in force, and its answer for {permission} is of a form that is not known here"
-        )
-    return Verdict(False, f"SELinux's policy denies {permission} to {who}")
+        return Verdict(None, f"SELinux is in force, and its answer for {what} is of a form that is not known here")
+    where = "" if node is None else f" on {node}, which is {target}"
+    return Verdict(False, f"SELinux's policy denies {', '.join(denied)} to {who}{where}")
+
+
+def is_enabled() -> bool:
+    """Whether SELinux is there, in force or not."""
+    return os.path.exists(f"{_SELINUXFS}/enforce")
 
 
 def context_of(pid: int) -> str:

@@ -16,8 +16,9 @@ from typing import NamedTuple, Protocol
 from ._capabilities import parse_file_capabilities
 from ._errors import IommufdError, error_text, shown_path
 from ._grant import grant_patiently
+from ._policy import POLICY_FILE, follow_policy_file
 from ._programs import INTERPRETER
-from ._record import RELABEL, RELOAD, RESTART, SYSTEMD, UDEV, Item, Record
+from ._record import RELABEL, RELOAD, RESTART, SELINUX, SYSTEMD, UDEV, Item, Record
 from ._states import (
     FileState,
     NodeState,
@@ -56,7 +57,7 @@ __all__ = (
 )
 
 # Where a changed file has to be told to somebody, and to whom.
-_TOLD = {"/etc/systemd/system/": SYSTEMD, "/etc/udev/rules.d/": UDEV}
+_TOLD = {"/etc/systemd/system/": SYSTEMD, "/etc/udev/rules.d/": UDEV, POLICY_FILE: SELINUX}
 
 # Where these have a socket, a folder or a file while they run.
 _SYSTEMD_RUNS = "/run/systemd/system"
@@ -248,7 +249,7 @@ class RunUnit:
 
 @dataclass(frozen=True)
 class Reload:
-    """Has systemd and udev read their files again. One that does not run needs no telling."""
+    """Has systemd, udev and SELinux's policy read their files again. One that does not run needs no telling."""
 
     whom: tuple[str, ...]
 
@@ -261,6 +262,8 @@ class Reload:
             reload_units(run)
         if UDEV in self.whom and os.path.exists(_UDEV_RUNS):
             must_run(run, "udevadm", "control", "--reload")
+        if SELINUX in self.whom:
+            follow_policy_file(run)
 
 
 class Step(NamedTuple):
@@ -290,13 +293,14 @@ class StepFailed(IommufdError):
 
 
 def reload_for(steps: list[Step], *more: str) -> list[Step]:
-    """The step that tells systemd and udev of the files that the steps change, and of what is due for another reason.
+    """The steps that tell those who read the files that the steps change, and those that are due for another reason.
 
     None, where nobody has to be told.
     """
     told = {whom for step in steps if step.says for place, whom in _TOLD.items() if step.path.startswith(place)}
-    whom = tuple(sorted({*told, *more}))
-    return [Step("", "systemd and udev", Reload(whom))] if whom else []
+    whom = {*told, *more}
+    of = {"systemd and udev": whom - {SELINUX}, "SELinux's policy": whom & {SELINUX}}
+    return [Step("", name, Reload(tuple(sorted(each)))) for name, each in of.items() if each]
 
 
 def note_due(record: Record, steps: list[Step]) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ._accounting import LEGACY, VDPA
 from ._borrow import IOMMUFDS_MAX, Swapped, borrow_iommufd
-from ._capabilities import CAP_IPC_LOCK, capability_names
+from ._capabilities import CAP_IPC_LOCK, IPC_LOCK, capability_names
 from ._change import can_be_set, change, explain
 from ._charges import Account, way_of
 from ._child import ask_child, in_child
@@ -49,6 +49,7 @@ from ._process_facts import (
     started_at,
 )
 from ._qemu import Guest, guest_name, is_session_domain, look_at_guest
+from ._selinux import context_of, lets_use
 from ._sharing import Descriptor, Owner, Sharing, compare
 from ._tables import CONTAINERS, LARGE, TOO_MANY, TOO_MANY_HOLDERS, Budget, Tables, who_pays
 
@@ -715,15 +716,16 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
     # What comes last may decide.
     if whole:
         guest = look_at_guest(program or b"".join(arguments[:1]), arguments, partial(_read_config, process))
+    status, initial = _what_counts(process)
     return Holder(
         pid=process.pid,
         comm=process.comm,
         user=process.user,
         start_ticks=process.start_ticks,
-        status=process.status,
+        status=status,
         memlock=read_memlock(process),
         units=read_units(process),
-        initial=in_initial_user_namespace(process),
+        initial=initial,
         program=None if program is None else os.fsdecode(program),
         name=None if name is None else _shortened(os.fsdecode(name)),
         memory_bytes=guest.memory,
@@ -740,6 +742,22 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
         viommu=guest.viommu,
         iommufd_objects=None if guest.iommufds is None else [(os.fsdecode(name), fd) for name, fd in guest.iommufds],
     )
+
+
+def _what_counts(process: Process) -> tuple[Status, bool | None]:
+    """Its status, without CAP_IPC_LOCK in effect where SELinux denies its use; and whether what it has counts.
+
+    That is whether it is in the initial user namespace, None where this is not known, or what SELinux says is not.
+    """
+    status, initial = process.status, in_initial_user_namespace(process)
+    others = status.effective & ~IPC_LOCK
+    if others != status.effective:
+        allowed = lets_use(CAP_IPC_LOCK, partial(context_of, process.pid)).allowed
+        # It may be another's pid by now.
+        process.check_alive()
+        if allowed is not True:
+            return (status, None) if allowed is None else (status._replace(effective=others), initial)
+    return status, initial
 
 
 def _read_config(process: Process, path: bytes) -> bytes | None:

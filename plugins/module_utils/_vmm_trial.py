@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import IO, Callable, NamedTuple, Union
 
-from ._capabilities import with_ipc_lock, write_xattr
+from ._capabilities import CAP_IPC_LOCK, with_ipc_lock, write_xattr
 from ._child import Interrupted, NoAnswer, close_all_but, end, in_child, isolate, spawn
 from ._command import COMMAND_SECONDS, start_command
 from ._device import new_iommufd
@@ -38,6 +38,7 @@ from ._errors import HostLacks, IommufdError, error_text, printable
 from ._iommufd import PROCESS, RLIMIT_MODE, IommuFd
 from ._process import Process, Status, parse_status
 from ._process_facts import Limit, in_initial_user_namespace, own_status, read_memlock
+from ._selinux import Verdict, context_of, lets_use
 from ._syscalls import PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, prctl
 from ._user import User, forbid_core, impersonate
 from ._vmm_look import (
@@ -98,21 +99,28 @@ Executable = Union[str, int]
 
 
 class ProcessSeen(NamedTuple):
-    """What /proc said of a process that was started. `initial`: whether it was in the initial user namespace."""
+    """What /proc said of a process that was started. `initial`: whether it was in the initial user namespace.
+
+    `policy`: whether SELinux lets it use CAP_IPC_LOCK.
+    """
 
     user: str | None
     status: Status
     memlock: Limit
     initial: bool | None
+    policy: Verdict = Verdict(True)
 
     @property
     def lifts_memlock(self) -> bool:
         """Whether it has CAP_IPC_LOCK where that lifts the host's limits."""
-        return has_ipc_lock(self.status.effective) and self.initial is not False
+        usable = self.initial is not False and self.policy.allowed is not False
+        return has_ipc_lock(self.status.effective) and usable
 
 
 def _see(process: Process) -> ProcessSeen:
-    return ProcessSeen(process.user, process.status, read_memlock(process), in_initial_user_namespace(process))
+    policy = lets_use(CAP_IPC_LOCK, partial(context_of, process.pid))
+    initial = in_initial_user_namespace(process)
+    return ProcessSeen(process.user, process.status, read_memlock(process), initial, policy)
 
 
 def see_in_child(hold: contextlib.AbstractContextManager[Process]) -> ProcessSeen:
@@ -122,8 +130,8 @@ def see_in_child(hold: contextlib.AbstractContextManager[Process]) -> ProcessSee
         with hold as process:
             return _see(process)
 
-    user, status, memlock, initial = in_child(None, look, _LOOK_SECONDS)
-    return ProcessSeen(user, Status(*status), Limit(*memlock), initial)
+    user, status, memlock, initial, policy = in_child(None, look, _LOOK_SECONDS)
+    return ProcessSeen(user, Status(*status), Limit(*memlock), initial, Verdict(*policy))
 
 
 def try_copy(program: Program, under: Conditions, user: User) -> Status:

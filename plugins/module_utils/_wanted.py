@@ -19,6 +19,7 @@ from typing import Any, Callable, NamedTuple
 from ._child import NoAnswer, in_child
 from ._errors import IommufdError, error_text, shown_path
 from ._paths import walk
+from ._policy import POLICY_FILE, is_loaded
 from ._record import BLOCK, CAPABILITY, FILE, KINDS, NODE, UNIT, Item
 from ._states import (
     FileState,
@@ -137,7 +138,7 @@ class View:
     what the kernel makes of them, and `devices` what they lead to. `matches` are the nodes that a listed path or
     pattern stands for now. `missing` are the folders on the way to a file that are not there, `unfinished` the files of
     which a run that was cut off has left a new one. `modules` are those of the kernel that are there, loaded or built
-    in. `gid` is that of the listed group.
+    in. `gid` is that of the listed group. `loaded`: whether SELinux's policy has our module, where that matters.
     """
 
     files: dict[str, FileState | None] = field(default_factory=dict)
@@ -152,6 +153,7 @@ class View:
     units: dict[str, UnitState] = field(default_factory=dict)
     modules: frozenset[str] = frozenset()
     gid: int | None = None
+    loaded: bool = False
 
 
 def look_at_host(items: list[Item], wanted: Wanted, run: Run) -> View:
@@ -177,6 +179,7 @@ def look_at_host(items: list[Item], wanted: Wanted, run: Run) -> View:
     _view_executables(view, wanted.capabilities, remembered[CAPABILITY])
     for path in (*wanted.nodes, *remembered[NODE]):
         _view_nodes(view, path)
+    view.loaded = POLICY_FILE in files and is_loaded(run)
     view.units.update(ask_states(run, list(dict.fromkeys([*wanted.units, *remembered[UNIT]]))))
     return view
 

@@ -96,7 +96,8 @@ attributes:
       - Of a file with a block, the diff shows the block alone.
 requirements:
   - Python 3.9 or later with C(ctypes) on the host; Debian's package C(python3) has it, C(python3-minimal) has not.
-  - For O(units), systemd. For O(nodes), udev. For O(modules), C(modprobe).
+  - For O(units), systemd. For O(nodes), udev. For O(modules), C(modprobe). For a module of SELinux's policy among
+    O(files), C(semodule) and C(restorecon).
 notes:
   - B(Privilege.) It takes root.
   - B(Others' folders.) A path is refused where somebody else than root can write a folder or link on the way, or what
@@ -201,6 +202,7 @@ from ..module_utils._command import run_command
 from ..module_utils._errors import IommufdError, error_text, shown_path
 from ..module_utils._module import Row, finish
 from ..module_utils._names import group_name, owner_name
+from ..module_utils._policy import SEMODULE
 from ..module_utils._programs import LAUNCHER, PROGRAMS, find_services_with, zipapp
 from ..module_utils._record import CAPABILITY, FILE, NODE, Item, Record, check_caller, lock_record
 from ..module_utils._states import FileState, NodeState
@@ -208,6 +210,9 @@ from ..module_utils._steps import Grant, RemoveFile, Step, StepFailed, WriteFile
 from ..module_utils._systemd import Run
 from ..module_utils._undo import new_items, steps_back
 from ..module_utils._wanted import View, Wanted, WantedFile, check_path, look_at_host
+
+# It compiles the whole policy: ten seconds on most hosts.
+POLICY_SECONDS = 600
 
 # What is longer is no file that a role writes, and nobody compares it.
 CONTENT_MAX = 2**16
@@ -383,6 +388,11 @@ def stranded(wanted: Wanted, back: list[Row]) -> list[str]:
     return [] if there else [shown_path(name) for name in find_services_with(LAUNCHER)]
 
 
+def run_patiently(words: list[str]) -> tuple[int, str, str]:
+    """Runs a command, with the time that it may take."""
+    return run_command(words, POLICY_SECONDS) if words[0] == SEMODULE else run_command(words)
+
+
 def run(params: Row, check_mode: bool, result: Row) -> None:
     """Does what the task asks for, and fills in the return value. Raises IommufdError."""
     result.update(put_back=[], made=[])
@@ -393,7 +403,7 @@ def run(params: Row, check_mode: bool, result: Row) -> None:
     with lock_record(path):
         record = Record.load(path)
         try:
-            make_wanted(record, wanted, check_mode, run_command, result)
+            make_wanted(record, wanted, check_mode, run_patiently, result)
             result["stranded"] = stranded(wanted, result["put_back"])
         finally:
             result["changed"] = bool(result["put_back"] or result["made"])

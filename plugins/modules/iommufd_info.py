@@ -670,7 +670,9 @@ processes:
       type: str
       sample: null
     initial_user_namespace:
-      description: Whether it is in the initial user namespace; V(null) where this caller may not look.
+      description:
+        - Whether it is in the initial user namespace; V(null) where this caller may not look.
+        - Also V(null) where it is not known whether SELinux lets it use the CAP_IPC_LOCK that it has.
       type: bool
       sample: true
     memory_bytes:
@@ -771,7 +773,7 @@ processes:
       type: dict
       contains:
         effective:
-          description: Those in its effective set.
+          description: Those in its effective set, without CAP_IPC_LOCK where SELinux does not let it use that.
           type: list
           elements: str
           sample: []

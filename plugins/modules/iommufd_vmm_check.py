@@ -78,6 +78,34 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+selinux:
+  description: What SELinux's policy has for the VMs of the system libvirt. V(null) on a host without SELinux.
+  returned: always
+  type: dict
+  contains:
+    domains:
+      description: The contexts in which libvirt may run them. None where the policy knows of no libvirt.
+      type: list
+      elements: dict
+      contains:
+        context:
+          description: The context, without the categories of a VM.
+          type: str
+        ipc_lock:
+          description: With O(start), whether such a VM may use CAP_IPC_LOCK, in the form of RV(try_iommufd).
+          type: dict
+        opens:
+          description: The same of whether it may open C(/dev/iommu).
+          type: dict
+    labels:
+      description: What the policy wants for nodes of these paths. Empty where that is not known.
+      type: dict
+    sysfs:
+      description: The label of C(/sys).
+      type: str
+    msg:
+      description: Why less is known; empty otherwise.
+      type: str
 emulators:
   description: The emulators, in the order of O(emulators).
   returned: always
@@ -283,12 +311,16 @@ from typing import Callable, NoReturn
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils import _vmm_look, _vmm_trial
+from ..module_utils._capabilities import CAP_IPC_LOCK
 from ..module_utils._child import Interrupted, insist
 from ..module_utils._command import run_command
+from ..module_utils._device import DEVICE
 from ..module_utils._errors import AccessRefused, IommufdError, shown_path
 from ..module_utils._iommufd import PROCESS
 from ..module_utils._module import Row, finish, memlock_row
+from ..module_utils._policy import look_at_policy
 from ..module_utils._process import Status
+from ..module_utils._selinux import Verdict, lets_open, lets_use
 from ..module_utils._user import User, find_user
 from ..module_utils._vmm_look import Conditions, Program, Unit
 
@@ -352,16 +384,16 @@ def effective(status: Status) -> str:
 
 
 def seen_row(seen: _vmm_trial.ProcessSeen) -> Row:
-    """What was started."""
+    """What was started. Raises Interrupted where it is not known whether it may use what it has."""
     void = _vmm_look.has_ipc_lock(seen.status.effective) and not seen.lifts_memlock
+    policy = verdict_row(seen.policy) if _vmm_look.has_ipc_lock(seen.status.effective) else {"msg": ""}
+    elsewhere = "It has CAP_IPC_LOCK in a user namespace of its own, which lifts no limit of the host's."
     return {
         "ok": seen.lifts_memlock,
         "user": seen.user,
         "effective": effective(seen.status),
         **memlock_row(seen.memlock.soft),
-        "msg": "It has CAP_IPC_LOCK in a user namespace of its own, which lifts no limit of the host's."
-        if void
-        else "",
+        "msg": policy["msg"] or (elsewhere if void else ""),
     }
 
 
@@ -455,6 +487,33 @@ def check_iommufd(task: CheckTask) -> Row:
     return task.attempt("try_iommufd", {"mode": None}, try_iommufd)
 
 
+def check_selinux(task: CheckTask) -> Row | None:
+    """SELinux's policy."""
+    policy = look_at_policy(run_command)
+    if policy is None:
+        return None
+
+    def judged(ask: Callable[[], Verdict]) -> Row:
+        return task.attempt("start", {}, lambda: verdict_row(ask()))
+
+    domains = [
+        {
+            "context": context,
+            "ipc_lock": judged(partial(lets_use, CAP_IPC_LOCK, partial(str, context))),
+            "opens": judged(partial(lets_open, DEVICE, context)),
+        }
+        for context in policy.contexts
+    ]
+    return {"domains": domains, "labels": policy.labels, "sysfs": policy.sysfs, "msg": policy.msg}
+
+
+def verdict_row(verdict: Verdict) -> Row:
+    """What SELinux allows. Raises Interrupted where that is not known."""
+    if verdict.allowed is None:
+        raise Interrupted(f"{verdict.why}.")
+    return {"ok": verdict.allowed, "msg": f"{verdict.why}." if verdict.why else ""}
+
+
 def run(params: Row, check_mode: bool, result: Row) -> None:
     """Looks at all that was asked for, and tries it. Raises IommufdError where the task asks for what cannot be."""
     task = CheckTask(params, check_mode)
@@ -466,6 +525,7 @@ def run(params: Row, check_mode: bool, result: Row) -> None:
     result["units"] = [check_unit(task, each) for each in units]
     result["users"] = [check_user(task, each) for each in params["users"]]
     result["try_iommufd"] = check_iommufd(task)
+    result["selinux"] = check_selinux(task)
 
 
 def main() -> NoReturn:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from os.path import basename
 from typing import Any
 
+from ..module_utils._device import DEVICE
+from ..module_utils._policy import CONTAINER, NO_NODE, POLICY_FILE, VFIO_DEVICE
 from ..module_utils._programs import EXEC, GRANT, LAUNCHER
 from ..module_utils._unit_files import DROP_IN
 
@@ -23,6 +25,8 @@ __all__ = (
     "launcher",
     "limits_file",
     "modules_file",
+    "policy_file",
+    "type_of",
     "udev_rules",
     "unit_with_drop_in",
 )
@@ -40,7 +44,7 @@ _GRANT_PROGRAM = "/usr/local/libexec/iommufd-host-grant"
 # Only what is the name of a service reaches systemctl, which takes some others for patterns.
 _DROP_IN_PATH = re.compile(rf"{re.escape(_UNITS)}/([A-Za-z0-9:_.\\@-]+\.service)\.d/{re.escape(_DROP_IN)}")
 
-_OURS = "# Put here by the Ansible role virt.iommufd.iommufd_host, which takes it away again."
+_OURS = "Put here by the Ansible role virt.iommufd.iommufd_host, which takes it away again."
 
 
 def modules_file(modules: Iterable[str]) -> Row:
@@ -65,6 +69,41 @@ def apparmor_file() -> Row:
         "/sys/devices/**/vfio-dev/vfio[0-9]*/dev r,",
     ]
     return _file(_APPARMOR_FILE, lines)
+
+
+def policy_file(selinux: Mapping[str, Any], opens: bool) -> Row:
+    """What SELinux's policy has to allow a QEMU of libvirt's that has CAP_IPC_LOCK, and, if it opens its nodes, those.
+
+    What a policy knows no type for is left out, also by one that comes later: no upgrade of it fails on this.
+    """
+    labels = selinux["labels"]
+    vfio = type_of(labels[CONTAINER])
+    known = (vfio, type_of(labels[NO_NODE]))
+    # A node that has only what any node has gets the label of VFIO's. These patterns are nobody else's, so they are in
+    # conflict with no other rule; and one for the very path goes before them.
+    patterns = {DEVICE: "/dev/(iommu)", VFIO_DEVICE: "/dev/vfio/devices/(vfio)[0-9]+"}
+    ours = [patterns[path] for path in patterns if type_of(labels[path]) in known] if opens else []
+    nodes = dict.fromkeys(vfio if type_of(labels[path]) in known else type_of(labels[path]) for path in patterns)
+    lines = []
+    if ours:
+        user, role = labels[CONTAINER].split(":")[:2]
+        lines = ["(optional iommufd_host_labels"]
+        lines += [f'  (filecon "{each}" char ({user} {role} {vfio} ((s0) (s0))))' for each in ours] + [")"]
+    for domain in dict.fromkeys(type_of(each["context"]) for each in selinux["domains"]):
+        lines += [f"(optional iommufd_host_{domain}", f"  (allow {domain} self (capability (ipc_lock)))"]
+        if opens:
+            sysfs = type_of(selinux["sysfs"])
+            lines += [f"  (allow {domain} {node} (chr_file (getattr ioctl map open read write)))" for node in nodes]
+            # There it finds the node of a device.
+            lines += [f"  (allow {domain} {sysfs} (lnk_file (getattr read)))"]
+            lines += [f"  (allow {domain} {sysfs} (file (getattr open read)))"]
+        lines += [")"]
+    return _file(POLICY_FILE, lines, comment=";")
+
+
+def type_of(label: str) -> str:
+    """The type in a context of SELinux's."""
+    return label.split(":")[2]
 
 
 def launcher() -> Row:
@@ -158,5 +197,5 @@ def grant_files(emulators: Mapping[str, str]) -> list[Row]:
     return [program, *(_file(f"{_UNITS}/{GRANT}.{kind}", lines) for kind, lines in kinds.items())]
 
 
-def _file(path: str, lines: Iterable[str]) -> Row:
-    return {"path": path, "content": "".join(f"{line}\n" for line in (_OURS, *lines))}
+def _file(path: str, lines: Iterable[str], comment: str = "#") -> Row:
+    return {"path": path, "content": "".join(f"{line}\n" for line in (f"{comment} {_OURS}", *lines))}

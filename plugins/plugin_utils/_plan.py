@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
 from ..module_utils._iommufd import NONE
+from ..module_utils._policy import POLICY_FILE
 from ._host_files import (
     apparmor_file,
     daemon_drop_in,
@@ -21,6 +22,7 @@ from ._host_files import (
     launcher,
     limits_file,
     modules_file,
+    policy_file,
     udev_rules,
 )
 from ._host_info import daemon_is_barred, given_back, has_iommufd, has_libvirt, is_elsewhere, own_emulators
@@ -31,6 +33,7 @@ from ._plan_errors import (
     is_name,
     memlock_bytes,
     mends_daemon,
+    policy_errors,
     privilege_errors,
     strategy_errors,
     support_errors,
@@ -121,12 +124,15 @@ def _plan(host: Row, processes: list[Row], config: Row, check: Row | None) -> Ro
     config = {**config, "user": user}
     choice = choose(config, libvirt, known or _missing(host["qemu"]))
     chosen = choice.strategy
-    access = _access(config, libvirt, guessed)
+    selinux = check["selinux"] if check and has_libvirt(libvirt) else None
+    access = _access(config, libvirt, guessed, selinux)
     granted = known if choice.strategy == "cap_ipc_lock" and _are_granted(config, libvirt) else []
     emulators = granted or usual
     if granted:
         unsure = " ".join(filter(None, (guessed, "" if config["emulators"] else _left_out(host["qemu"], granted))))
         choice = choice._replace(certain=choice.certain and not unsure, why=f"{choice.why} {unsure}".strip())
+    # Its policy may let no VM of libvirt's use the capability, or open a node.
+    policy = selinux if selinux and selinux["domains"] and (granted or access.opens) else None
     errors = (
         wrong
         or privilege_errors(host["caller"])
@@ -134,11 +140,14 @@ def _plan(host: Row, processes: list[Row], config: Row, check: Row | None) -> Ro
         or strategy_errors(choice.strategy, config, libvirt, granted) + writer_errors(host, emulators) + access.errors
         or daemon_errors(config, libvirt)
         or ([] if check is None else check_errors(check, config["emulators"] or granted, units, choice.strategy))
+        or policy_errors(policy, access.opens)
     )
     if config["state"] == "present" and not has_iommufd(host):
         choice = choice._replace(strategy="observe", why=" ".join(errors))
     grants = [] if errors else _grants(choice.strategy, granted, units, config)
     wanted = _NOTHING if errors else _wanted(grants, config, access.opens, host, check)
+    if policy and not errors:
+        wanted = {**wanted, "files": [*wanted["files"], policy_file(policy, access.opens)]}
     have = [each["path"] for each in host["qemu"] if each["cap_ipc_lock"]]
     return {
         "state": config["state"],
@@ -161,6 +170,7 @@ def _plan(host: Row, processes: list[Row], config: Row, check: Row | None) -> Ro
         "untried": [path for path in wanted["capabilities"] if path not in have],
         "access": access.said,
         "mends_daemon": mends_daemon(config, libvirt),
+        "policy": [*(["ipc_lock"] if granted else []), *(["opens"] if access.opens else [])] if policy else [],
     }
 
 
@@ -310,7 +320,7 @@ def _are_granted(config: Row, libvirt: Row) -> bool:
     return not config["units"] or libvirts
 
 
-def _access(config: Row, libvirt: Row, guessed: str) -> Access:
+def _access(config: Row, libvirt: Row, guessed: str, selinux: Row | None) -> Access:
     """Whether QEMU is to be let at the device nodes. `guessed`: who its user is would be a guess."""
     if not config["qemu_access"]:
         return Access(False, [], [])
@@ -329,6 +339,8 @@ def _access(config: Row, libvirt: Row, guessed: str) -> Access:
     ]
     if config["apparmor"]:
         steps.append(f"AppArmor lets QEMU open them: {apparmor_file()['path']}")
+    if selinux and selinux["domains"]:
+        steps.append(f"SELinux lets QEMU open them: {POLICY_FILE}")
     return Access(True, steps, [])
 
 

@@ -12,8 +12,10 @@ from os.path import basename
 from typing import Any
 
 from ..module_utils._errors import IommufdError
+from ..module_utils._policy import CONTAINER, NO_NODE
 from ..module_utils._size import parse_size
 from ..module_utils._unit_files import DROP_IN
+from ._host_files import type_of
 from ._host_info import daemon_cure, daemon_is_barred, given_back, has_iommufd
 
 __all__ = (
@@ -23,6 +25,7 @@ __all__ = (
     "is_name",
     "memlock_bytes",
     "mends_daemon",
+    "policy_errors",
     "privilege_errors",
     "strategy_errors",
     "support_errors",
@@ -133,6 +136,25 @@ def check_errors(check: Mapping[str, Any], emulators: list[str], units: list[str
         elif strategy == "cap_ipc_lock":
             errors += unit["obstacles"]
     return errors
+
+
+def policy_errors(selinux: Mapping[str, Any] | None, opens: bool) -> list[str]:
+    """What keeps SELinux's policy from letting a QEMU of libvirt's use CAP_IPC_LOCK, and open its nodes."""
+    if not selinux or not selinux["domains"]:
+        return []
+    labels = selinux["labels"]
+    if selinux["msg"]:
+        return [f"{selinux['msg']} The role takes semodule, matchpathcon and restorecon there: install them."]
+    contexts = [*labels.values(), selinux["sysfs"], *(each["context"] for each in selinux["domains"])]
+    odd = [each for each in contexts if not re.fullmatch(r"\w+:\w+:\w+(:s0)?", each, re.ASCII)]
+    if odd:
+        return [f"The policy of SELinux has a label of a form that is not known here: {odd[0]!r}."]
+    if opens and type_of(labels[CONTAINER]) == type_of(labels[NO_NODE]):
+        return [
+            f"SELinux's policy has no type for VFIO's nodes: {CONTAINER} would be {labels[CONTAINER]}, as any node."
+            " QEMU is not let at all that has this: leave iommufd_host_qemu_access out, or add a type to the policy."
+        ]
+    return []
 
 
 def support_errors(host: Mapping[str, Any]) -> list[str]:

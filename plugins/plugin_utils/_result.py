@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import harmless
 from ..module_utils._iommufd import NONE, USER
+from ..module_utils._policy import POLICY_FILE
 from ..module_utils._programs import LAUNCHER
-from ._host_files import is_of_daemon, unit_with_drop_in
+from ._host_files import is_of_daemon, type_of, unit_with_drop_in
 from ._host_info import daemon_cure, daemon_is_barred, daemon_takers
 
 __all__ = ("host_result",)
@@ -78,6 +79,7 @@ def _result(plan: Any, info: Any, applied: Any, check: Any, restarts: bool) -> R
             *_todo_for_daemon(plan, libvirt, restarts),
             *([] if restarts or not _has_new_block(libvirt, applied) else _todo_for_daemons(restart["daemons"])),
             *_todo_for_launcher(applied["put_back"], applied["stranded"]),
+            *_todo_for_policy(applied["put_back"]),
             *(_todo_for_found(found) if plan["chosen"] == "native" else []),
         ],
         "put_back": [each["text"] for each in applied["put_back"]],
@@ -119,6 +121,16 @@ def _todo_for_launcher(put_back: list[Row], stranded: list[str]) -> list[str]:
     return [
         "iommufd-exec is gone, so a unit that has it in ExecStart= does not start any more. Where one has, set"
         " iommufd_host_launcher to true for this host and run the role again."
+    ]
+
+
+def _todo_for_policy(put_back: list[Row]) -> list[str]:
+    if not any(each["path"] == POLICY_FILE and each["gone"] for each in put_back):
+        return []
+    # It is asked at each use of what is open.
+    return [
+        "The role's module of SELinux's policy is gone, and what it allowed is refused to VMs that run, too: shut off"
+        " each domain that has opened its device nodes by itself, or that needs CAP_IPC_LOCK."
     ]
 
 
@@ -180,6 +192,7 @@ def _verified(plan: Row, check: Row) -> list[Tried]:
     return [
         _mode(plan["user"] or "root", check["try_iommufd"]),
         *(_emulator(each, plan["user"], each["path"] in granted) for each in check["emulators"]),
+        *(_policy(each, name) for each in (check["selinux"] or {"domains": []})["domains"] for name in plan["policy"]),
         *(tried for each in check["units"] for tried in _unit(each, granted.get(each["name"]))),
         *(
             _limit(f"A session of {each['user']}", each, granted[each["user"]]["value"])
@@ -198,6 +211,12 @@ def _emulator(emulator: Row, user: str, wanted: bool) -> Tried:
     started = emulator["started"]
     who = f"{emulator['path']}, started as {started['user'] or user},"
     return _capability(who, started, wanted, f"{started['how']} start, CapEff {started['effective']}")
+
+
+def _policy(domain: Row, name: str) -> Tried:
+    what = {"ipc_lock": "use CAP_IPC_LOCK", "opens": "open /dev/iommu"}[name]
+    told = "the policy in force"
+    return _tried(f"SELinux lets {type_of(domain['context'])} {what}", domain[name], domain[name]["ok"], told)
 
 
 def _unit(unit: Row, grant: Row | None) -> list[Tried]:

@@ -33,7 +33,7 @@ XML = """\
 <domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{name}</name>
   <memory unit='MiB'>{memory_mib}</memory>
-  <memtune><hard_limit unit='MiB'>{limit_mib}</hard_limit></memtune>
+  {limit}
   <vcpu>1</vcpu>
   <os><type arch='x86_64' machine='q35'>hvm</type></os>
   <devices>
@@ -42,6 +42,7 @@ XML = """\
   {commandline}
 </domain>
 """
+LIMIT = "<memtune><hard_limit unit='MiB'>{0}</hard_limit></memtune>"
 # libvirt opens the device and the iommufd, and hands them over. It can from 12.1 on.
 HOSTDEV = """\
 <hostdev mode='subsystem' type='pci' managed='no'>
@@ -62,13 +63,16 @@ COMMANDLINE = """\
 
 @dataclass(frozen=True)
 class Domain:
-    """A domain. `device` of VFIO, such as vfio0, `opened_by` emulator or libvirt; the limit on what it may lock."""
+    """A domain. `device` of VFIO, such as vfio0, `opened_by` emulator or libvirt; the limit on what it may lock.
+
+    With no limit of its own, None, it has that of libvirt's daemon.
+    """
 
     name: str
     device: str
     opened_by: str = "emulator"
     memory_mib: int = 64
-    limit_mib: int = 100
+    limit_mib: int | None = 100
 
     def xml(self) -> str:
         address = Path(f"/sys/class/vfio-dev/{self.device}/device").resolve().name
@@ -77,7 +81,8 @@ class Domain:
             devices = HOSTDEV.format(*address.replace(".", ":").split(":"))
         else:
             commandline = COMMANDLINE.format(address)
-        return XML.format(**vars(self), devices=devices, commandline=commandline)
+        limit = LIMIT.format(self.limit_mib) if self.limit_mib else ""
+        return XML.format(**vars(self), limit=limit, devices=devices, commandline=commandline)
 
 
 def start(domain: Domain) -> dict[str, Any]:

@@ -40,6 +40,9 @@ OWN_WILL = (
     "/var/lib/libvirt/qemu",
     "/var/lib/libvirt/network",
     "/var/lib/libvirt/dnsmasq/*",
+    # what semodule makes the policy from: it counts what was done, and keeps what it compiles. What comes of that, in
+    # /etc/selinux, is compared
+    "/var/lib/selinux",
     # systemd's own: a seed, the clock. No timer but ours leaves a stamp in a guest
     "/var/lib/systemd/random-seed",
     "/var/lib/systemd/timesync",

@@ -351,6 +351,17 @@ def test_the_diff_of_a_unit() -> None:
     assert (anew.before, anew.after) == ("", "")
 
 
+@pytest.mark.parametrize(("loaded", "written"), [(True, True), (False, True), (False, False), (True, False)])
+def test_the_policy_has_what_its_file_says(loaded: bool, written: bool) -> None:
+    """Also where somebody has removed the module."""
+    path = "/usr/local/share/iommufd_host.cil"
+    view = View(
+        files={path: None if written else FileState(FILE.content, FILE.mode, 0, 0)}, missing={path: []}, loaded=loaded
+    )
+    told = [each for each in effects(Wanted(files={path: FILE}), view) if isinstance(each, Reload)]
+    assert told == ([] if loaded and not written else [Reload(("selinux",))])
+
+
 @pytest.mark.parametrize("reload", [True, False])
 def test_systemd_reads_its_files_again_where_it_is_asked_to(reload: bool) -> None:
     """To read them changes nothing."""

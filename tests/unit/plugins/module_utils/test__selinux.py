@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _selinux
-from ansible_collections.virt.iommufd.plugins.module_utils._selinux import context_of_service, lets_use
+from ansible_collections.virt.iommufd.plugins.module_utils._selinux import (
+    context_of_service,
+    is_enabled,
+    lets_open,
+    lets_use,
+)
 
 DAEMON = "system_u:system_r:virtd_t:s0"
 # The policy's number of sys_resource among the permissions of a capability, and the bit of that number
@@ -70,6 +75,49 @@ def test_what_may_not_be_asked_is_not_known(selinuxfs: Path) -> None:
     )
     # The policy has no such permission.
     assert lets_use("cap_of_tomorrow", lambda: DAEMON).allowed is None
+
+
+@pytest.mark.parametrize(
+    ("allowed", "flags", "verdict", "denied"),
+    [
+        (0b11111, 0, True, ""),
+        (0b10011, 0, False, "SELinux's policy denies write, ioctl to "),
+        # Its domain is permissive.
+        (0, 1, True, ""),
+    ],
+)
+def test_whether_a_node_may_be_opened(
+    selinuxfs: Path, monkeypatch: pytest.MonkeyPatch, allowed: int, flags: int, verdict: bool, denied: str
+) -> None:
+    kind = selinuxfs / "class/chr_file"
+    (kind / "perms").mkdir(parents=True)
+    (kind / "index").write_text("11")
+    for number, name in enumerate(["open", "read", "write", "ioctl", "map"], 1):
+        (kind / "perms" / name).write_text(str(number))
+    asked = []
+
+    def ask(*question: object) -> bytes:
+        asked.append(question)
+        return f"{allowed:x} ffffffff 0 ffffffff 7 {flags}".encode()
+
+    monkeypatch.setattr(_selinux, "_ask", ask)
+    monkeypatch.setattr(os, "getxattr", lambda _path, _name: b"system_u:object_r:device_t:s0\0")
+    told = lets_open("/dev/iommu", "system_u:system_r:svirt_t:s0")
+    assert told.allowed is verdict
+    assert told.why.startswith(denied)
+    assert not denied or told.why.endswith("svirt_t:s0 on /dev/iommu, which is system_u:object_r:device_t:s0")
+    assert asked == [("access", "system_u:system_r:svirt_t:s0", "system_u:object_r:device_t:s0", 11)]
+
+
+def test_a_node_that_is_not_there_is_not_known(selinuxfs: Path) -> None:
+    assert lets_open("/dev/iommufd_host-no-such-node", DAEMON).allowed is None
+
+
+def test_whether_it_is_there(selinuxfs: Path) -> None:
+    (selinuxfs / "enforce").write_text("0")
+    assert is_enabled()
+    (selinuxfs / "enforce").unlink()
+    assert not is_enabled()
 
 
 @pytest.mark.parametrize("enforce", ["0", None])

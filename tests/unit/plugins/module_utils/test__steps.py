@@ -264,6 +264,13 @@ def test_who_is_to_be_told_of_files(steps: list[Step], more: tuple[str, ...], wh
     assert reload_for(steps, *more) == ([Step("", "systemd and udev", Reload(whom))] if whom else [])
 
 
+def test_the_policy_of_selinux_is_told_last() -> None:
+    steps = [step("/usr/local/share/iommufd_host.cil"), step("/etc/udev/rules.d/a.rules")]
+    told = [Step("", "systemd and udev", Reload(("udev",))), Step("", "SELinux's policy", Reload(("selinux",)))]
+    assert reload_for(steps) == told
+    assert reload_for([], "selinux") == told[1:]
+
+
 @pytest.fixture
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
     """One that remembers three files, in its file."""

@@ -20,6 +20,7 @@ import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils import _child, _iommufd, _survey, _tables
 from ansible_collections.virt.iommufd.plugins.module_utils._accounting import IOMMUFD_USER, LEGACY, VDPA
 from ansible_collections.virt.iommufd.plugins.module_utils._borrow import IOMMUFDS_MAX, Swapped
+from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import IPC_LOCK
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted, NoAnswer
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
     AccessRefused,
@@ -30,6 +31,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._errors import (
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Descriptors, Process, parse_stat, read_file
 from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Arguments
+from ansible_collections.virt.iommufd.plugins.module_utils._selinux import Verdict
 from ansible_collections.virt.iommufd.plugins.module_utils._sharing import Descriptor, Owner, Sharing
 from ansible_collections.virt.iommufd.plugins.module_utils._survey import HeldIommufd, Holder, survey
 from ansible_collections.virt.iommufd.plugins.module_utils._tables import LARGE, TOO_MANY_HOLDERS, Budget, Tables
@@ -507,6 +509,31 @@ def test_what_comes_out_of_a_child_is_what_went_in(alone: FakeKernel) -> None:
     assert holder.iommufds
     bare = holder._replace(iommufds=None, devices={}, units=(None, None))
     assert Holder.from_json(json.loads(json.dumps(bare.to_json()))) == bare
+
+
+@pytest.mark.parametrize(
+    ("allowed", "ipc_lock", "capable"), [(True, True, True), (False, False, False), (None, True, None)]
+)
+def test_a_capability_counts_where_selinux_lets_it(
+    held: Process, monkeypatch: pytest.MonkeyPatch, allowed: bool | None, ipc_lock: bool, capable: bool | None
+) -> None:
+    both = IPC_LOCK | 1
+    asked: list[str] = []
+
+    def ask(name: str, _context: object) -> Verdict:
+        asked.append(name)
+        return Verdict(allowed)
+
+    monkeypatch.setattr(_survey, "in_initial_user_namespace", lambda _process: True)
+    monkeypatch.setattr(_survey, "lets_use", ask)
+    holder = _survey._holder(held._replace(status=held.status._replace(effective=both)), {}, [], more=False)
+    account = holder.account(())
+    assert (account.ipc_lock, account.capable) == (ipc_lock, capable)
+    assert holder.status.effective == (both if ipc_lock else 1)
+    # What it has not is asked of nobody.
+    bare = held._replace(status=held.status._replace(effective=1))
+    assert _survey._holder(bare, {}, [], more=False).initial is True
+    assert asked == ["cap_ipc_lock"]
 
 
 def test_one_that_swaps_is_told_and_counts_as_unknown(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:

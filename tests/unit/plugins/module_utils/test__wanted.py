@@ -186,6 +186,19 @@ def test_nobody_is_asked_for_nothing() -> None:
     assert look_at_host([], Wanted(), run) == View()
 
 
+def test_the_policy_is_asked_where_its_file_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = f"{tmp_path}/ours.cil"
+    monkeypatch.setattr(_wanted, "POLICY_FILE", path)
+    monkeypatch.setattr(_wanted, "is_loaded", lambda _run: True)
+
+    def run(words: list[str]) -> tuple[int, str, str]:
+        return pytest.fail(f"asked {words}")
+
+    assert look_at_host([], Wanted(files={path: ANY_FILE}), run).loaded
+    assert look_at_host([Item(FILE, path, None)], Wanted(), run).loaded
+    assert not look_at_host([], Wanted(files={f"{tmp_path}/other": ANY_FILE}), run).loaded
+
+
 def test_it_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path may lead to a mount whose server is gone."""
 

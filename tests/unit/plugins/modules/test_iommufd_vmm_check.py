@@ -14,7 +14,9 @@ import yaml
 from ansible_collections.virt.iommufd.plugins.module_utils import _vmm_domain, _vmm_look, _vmm_replica, _vmm_trial
 from ansible_collections.virt.iommufd.plugins.module_utils._child import Interrupted
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import HostLacks, IommufdError
+from ansible_collections.virt.iommufd.plugins.module_utils._policy import VmPolicy
 from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Limit, own_status
+from ansible_collections.virt.iommufd.plugins.module_utils._selinux import Verdict
 from ansible_collections.virt.iommufd.plugins.module_utils._vmm_trial import ProcessSeen
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run as run_module
@@ -62,9 +64,17 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     return run_as_root
 
 
-def seen(effective: int = IPC_LOCK, initial: bool = True, limit: int | None = 4096) -> ProcessSeen:
+def seen(
+    effective: int = IPC_LOCK, initial: bool = True, limit: int | None = 4096, policy: Verdict | None = None
+) -> ProcessSeen:
     status = own_status()._replace(effective=effective)
-    return ProcessSeen("vm", status, Limit(limit, limit), initial)
+    return ProcessSeen("vm", status, Limit(limit, limit), initial, policy or Verdict(True))
+
+
+ASKED = ("cap_ipc_lock", "system_u:system_r:svirt_t:s0")
+OPENED = ("/dev/iommu", "system_u:system_r:svirt_t:s0")
+DENIED = Verdict(False, "SELinux's policy denies ipc_lock to svirt_t")
+UNKNOWN = Verdict(None, "SELinux is in force, and its policy cannot be asked")
 
 
 def test_nothing_is_asked_for(run: Run) -> None:
@@ -125,6 +135,9 @@ def test_check_mode_starts_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         (seen(), {"ok": True, "effective": "0000000000004000", "memlock_bytes": 4096, "memlock_unlimited": False}),
         (seen(0, limit=None), {"ok": False, "effective": "0" * 16, "memlock_bytes": None, "memlock_unlimited": True}),
         (seen(initial=False), {"ok": False, "effective": "0000000000004000"}),
+        (seen(policy=DENIED), {"ok": False, "effective": "0000000000004000", "msg": f"{DENIED.why}."}),
+        # It has nothing that the policy could deny.
+        (seen(0, policy=DENIED), {"ok": False, "effective": "0" * 16, "msg": ""}),
     ],
 )
 def test_what_was_started(run: Run, monkeypatch: pytest.MonkeyPatch, was: ProcessSeen, row: dict[str, Any]) -> None:
@@ -136,7 +149,38 @@ def test_what_was_started(run: Run, monkeypatch: pytest.MonkeyPatch, was: Proces
         assert {key: started[key] for key in row} == row
         assert started["attempted"]
         assert started["user"] == "vm"
-        assert bool(started["msg"]) == (was.initial is False)
+        assert bool(started["msg"]) == (was.initial is False or bool(row.get("msg")))
+
+
+def test_a_policy_that_does_not_tell(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_vmm_trial, "start_emulator", lambda *_words: seen(policy=UNKNOWN))
+    (emulator,) = run(start=True, user=MYSELF, emulators=[SHELL])["emulators"]
+    started = emulator["started"]
+    assert (started["ok"], started["inconclusive"], started["msg"]) == (None, True, f"{UNKNOWN.why}.")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "row"),
+    [
+        (Verdict(True), {"attempted": True, "ok": True, "inconclusive": False, "msg": ""}),
+        (DENIED, {"attempted": True, "ok": False, "inconclusive": False, "msg": f"{DENIED.why}."}),
+        (UNKNOWN, {"attempted": True, "ok": None, "inconclusive": True, "msg": f"{UNKNOWN.why}."}),
+    ],
+)
+def test_what_selinux_allows(run: Run, monkeypatch: pytest.MonkeyPatch, verdict: Verdict, row: dict[str, Any]) -> None:
+    context = "system_u:system_r:svirt_t:s0"
+    policy = VmPolicy([context], {"/dev/iommu": "system_u:object_r:device_t:s0"}, "system_u:object_r:sysfs_t:s0")
+    monkeypatch.setattr(iommufd_vmm_check, "look_at_policy", lambda _run: policy)
+    monkeypatch.setattr(iommufd_vmm_check, "lets_use", lambda name, of: verdict if (name, of()) == ASKED else None)
+    monkeypatch.setattr(iommufd_vmm_check, "lets_open", lambda *asked: verdict if asked == OPENED else None)
+    told = run(start=True)["selinux"]
+    assert told["domains"] == [{"context": context, "ipc_lock": row, "opens": row}]
+    assert (told["labels"], told["sysfs"], told["msg"]) == (policy.labels, policy.sysfs, "")
+    # Without a start nothing is asked, and in check mode neither.
+    for options, msg in (({}, "It was not asked for."), ({"_ansible_check_mode": True, "start": True}, "Not run in")):
+        (domain,) = run(**options)["selinux"]["domains"]
+        assert domain["opens"]["msg"].startswith(msg)
+        assert (domain["ipc_lock"]["attempted"], domain["ipc_lock"]["ok"]) == (False, None)
 
 
 @pytest.mark.parametrize(

@@ -93,20 +93,21 @@ def unit(name: str, **fields: Any) -> Row:
     }
 
 
-def check(*rows: Row) -> Row:
+def check(*rows: Row, selinux: Row | None = None) -> Row:
     """What iommufd_vmm_check returned."""
     kinds = {"emulators": "path", "units": "name", "users": "user"}
-    return {kind: [row for row in rows if next(iter(row)) == key] for kind, key in kinds.items()}
+    found: Row = {kind: [row for row in rows if next(iter(row)) == key] for kind, key in kinds.items()}
+    return {**found, "selinux": selinux}
 
 
-def plan(libvirt: Row, *rows: Row, host: Row | None = None, **config: Any) -> Row:
+def plan(libvirt: Row, *rows: Row, host: Row | None = None, selinux: Row | None = None, **config: Any) -> Row:
     """The plan for a host with that libvirt. Units that are asked for are there, unless they are in `rows`."""
     config = {"architecture": "x86_64", "user": "libvirt-qemu", **config}
     named = {row.get("path", row.get("name")) for row in rows}
     units = [_plan.unit_name(name) for name in config.get("units", [])]
     others = [emulator(path) for path in [QEMU, *config.get("emulators", [])] if path not in named]
     others += [unit(name) for name in units if name not in named]
-    return host_plan(info(libvirt, **(host or {})), config, check(*rows, *others))
+    return host_plan(info(libvirt, **(host or {})), config, check(*rows, *others, selinux=selinux))
 
 
 def paths(made: Row) -> list[str]:
@@ -556,6 +557,118 @@ def test_a_kernel_without_iommufd() -> None:
 def test_a_kernel_with_iommufd(module: str | None, present: bool) -> None:
     made = plan(OLD, host={"module": module, "device": {"path": "/dev/iommu", "present": present}})
     assert (made["supported"], made["errors"]) == (True, [])
+
+
+VFIO, GENERIC = "system_u:object_r:vfio_device_t:s0", "system_u:object_r:device_t:s0"
+POLICY_FILE = "/usr/local/share/iommufd_host.cil"
+
+
+def policy(*types: str, iommu: str = GENERIC, device: str = VFIO, container: str = VFIO, msg: str = "") -> Row:
+    """What iommufd_vmm_check tells of SELinux: by default as Debian's policy has it."""
+    names = ["/dev/iommu", "/dev/vfio/devices/vfio0", "/dev/vfio/vfio", "/dev/iommufd_host-no-such-node"]
+    return {
+        "domains": [{"context": f"system_u:system_r:{each}:s0"} for each in types],
+        "labels": {} if msg else dict(zip(names, (iommu, device, container, GENERIC))),
+        "sysfs": "" if msg else "system_u:object_r:sysfs_t:s0",
+        "msg": msg,
+    }
+
+
+def module_of(made: Row) -> list[str]:
+    """The lines of the module of SELinux's policy, without the first; none where there is none."""
+    found = [each["content"].splitlines() for each in made["wanted"]["files"] if each["path"] == POLICY_FILE]
+    assert [lines[0] for lines in found] == len(found) * [
+        "; Put here by the Ansible role virt.iommufd.iommufd_host, which takes it away again."
+    ]
+    return [line for lines in found for line in lines[1:]]
+
+
+LOCKS = ["(optional iommufd_host_svirt_t", "  (allow svirt_t self (capability (ipc_lock)))"]
+SYSFS = [
+    "  (allow svirt_t sysfs_t (lnk_file (getattr read)))",
+    "  (allow svirt_t sysfs_t (file (getattr open read)))",
+]
+
+
+def test_the_capability_where_there_is_selinux() -> None:
+    made = plan(OLD, selinux=policy("svirt_t"))
+    assert (made["errors"], made["policy"]) == ([], ["ipc_lock"])
+    assert module_of(made) == [*LOCKS, ")"]
+    # Nobody gets the capability by that.
+    assert POLICY_FILE not in made["files_of_grants"]
+
+
+@pytest.mark.parametrize(
+    ("iommu", "device", "labels", "types"),
+    [
+        # Debian's policy, and the same with the module that we have added.
+        (GENERIC, VFIO, ["/dev/(iommu)", "/dev/vfio/devices/(vfio)[0-9]+"], ["vfio_device_t"]),
+        (VFIO, VFIO, ["/dev/(iommu)", "/dev/vfio/devices/(vfio)[0-9]+"], ["vfio_device_t"]),
+        # Fedora's.
+        (
+            "system_u:object_r:iommu_device_t:s0",
+            GENERIC,
+            ["/dev/vfio/devices/(vfio)[0-9]+"],
+            ["iommu_device_t", "vfio_device_t"],
+        ),
+        ("system_u:object_r:iommu_device_t:s0", "system_u:object_r:cdev_t:s0", [], ["iommu_device_t", "cdev_t"]),
+    ],
+)
+def test_the_nodes_where_there_is_selinux(iommu: str, device: str, labels: list[str], types: list[str]) -> None:
+    """Nothing is allowed for the type that any node has."""
+    made = plan(OLD, selinux=policy("svirt_t", iommu=iommu, device=device), qemu_access=True)
+    assert (made["errors"], made["policy"]) == ([], ["ipc_lock", "opens"])
+    labelled = [f'  (filecon "{each}" char (system_u object_r vfio_device_t ((s0) (s0))))' for each in labels]
+    allowed = [f"  (allow svirt_t {each} (chr_file (getattr ioctl map open read write)))" for each in types]
+    assert module_of(made) == [
+        *(["(optional iommufd_host_labels", *labelled, ")"] if labels else []),
+        *[*LOCKS, *allowed, *SYSFS, ")"],
+    ]
+    assert made["access"][-1] == f"SELinux lets QEMU open them: {POLICY_FILE}"
+
+
+def test_each_type_of_libvirts_has_its_part() -> None:
+    """So that one that the policy knows no more takes nothing from the other."""
+    made = plan(OLD, selinux=policy("svirt_t", "svirt_tcg_t", "svirt_t"))
+    assert [each for each in module_of(made) if "optional" in each] == [
+        "(optional iommufd_host_svirt_t",
+        "(optional iommufd_host_svirt_tcg_t",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("libvirt", "selinux", "config"),
+    [
+        (OLD, policy(), {"qemu_access": True}),
+        (OLD, None, {"qemu_access": True}),
+        (OLD, policy("svirt_t"), {"strategy": "observe"}),
+        (NEW, policy("svirt_t"), {"qemu_access": True}),
+        (NO_LIBVIRT, policy("svirt_t"), {"units": ["vm1"]}),
+        # What is wrong there matters to nobody.
+        (NEW, policy("svirt_t", msg="There is no semodule."), {}),
+    ],
+)
+def test_a_host_that_needs_no_module(libvirt: Row, selinux: Row | None, config: Row) -> None:
+    made = plan(libvirt, selinux=selinux, **config)
+    assert (made["errors"], module_of(made), made["policy"]) == ([], [], [])
+
+
+@pytest.mark.parametrize(
+    ("selinux", "error"),
+    [
+        (policy("svirt_t", msg="There is no semodule."), "There is no semodule. The role takes semodule"),
+        (policy("svirt_t", container=GENERIC), "SELinux's policy has no type for VFIO's nodes"),
+        (policy("svirt_t", iommu="u:r:t_t) (allow:s0"), "has a label of a form that is not known here: 'u:r:t_t) (al"),
+        (policy("svirt_t) (allow"), "has a label of a form that is not known here: 'system_u:system_r:svirt_t) (al"),
+        (policy("svirt_t", iommu="u:r:t_t:s0-s1:c0"), "has a label of a form that is not known here"),
+        (policy("svirt_t", iommu="<<none>>"), "has a label of a form that is not known here"),
+    ],
+)
+def test_a_policy_that_is_not_added_to(selinux: Row, error: str) -> None:
+    made = plan(OLD, selinux=selinux, qemu_access=True)
+    (told,) = made["errors"]
+    assert error in told
+    assert made["wanted"]["files"] == []
 
 
 def test_access_for_an_older_libvirt() -> None:

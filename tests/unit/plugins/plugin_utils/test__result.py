@@ -59,6 +59,7 @@ def plan(strategy: str, *grants: Row) -> Row:
         "access": [],
         "bare_units": [],
         "mends_daemon": False,
+        "policy": [],
         "grants": list(grants),
         "wanted": {"capabilities": [grant["grantee"] for grant in grants if grant["means"] == "file capability"]},
     }
@@ -142,6 +143,7 @@ def check(*rows: Row, try_iommufd: bool | None = True) -> Row:
         "emulators": [row for row in rows if "path" in row],
         "units": [row for row in rows if "name" in row],
         "users": [row for row in rows if "present" in row],
+        "selinux": None,
         "try_iommufd": {
             "attempted": try_iommufd is not None,
             "inconclusive": False,
@@ -225,6 +227,50 @@ def test_what_is_not_known(made: Row, row: Row, unproven: str) -> None:
     assert found["unproven"] == expected
     assert found["verified"][-1]["ok"] is None
     assert found["verified"][-1]["evidence"] == "It was ended by signal 9."
+
+
+@pytest.mark.parametrize(
+    ("fields", "ok", "evidence", "failed", "unproven"),
+    [
+        ({"ok": True, "msg": ""}, True, "the policy in force", [], []),
+        (
+            {"ok": False, "msg": "Denied."},
+            False,
+            "Denied.",
+            [
+                "SELinux lets svirt_t use CAP_IPC_LOCK: no (Denied.).",
+                "SELinux lets svirt_t open /dev/iommu: no (Denied.).",
+            ],
+            [],
+        ),
+        (
+            {"ok": None, "inconclusive": True, "msg": "It is."},
+            None,
+            "It is.",
+            [],
+            [
+                "SELinux lets svirt_t use CAP_IPC_LOCK: that is not known (It is.).",
+                "SELinux lets svirt_t open /dev/iommu: that is not known (It is.).",
+            ],
+        ),
+        ({"ok": None, "attempted": False, "msg": "Not run."}, None, "Not run.", [], []),
+    ],
+)
+def test_what_selinux_allows(
+    fields: Row, ok: bool | None, evidence: str, failed: list[str], unproven: list[str]
+) -> None:
+    row = {"attempted": True, "inconclusive": False, **fields}
+    domains = [{"context": "system_u:system_r:svirt_t:s0", "ipc_lock": row, "opens": row}]
+    checked = {**check(), "selinux": {"domains": domains}}
+    found = host_result({**plan("observe"), "policy": ["ipc_lock", "opens"]}, info(), applied(), checked)
+    told = [
+        (each["ok"], each["evidence"]) for each in found["verified"] if each["what"].startswith("SELinux lets svirt_t ")
+    ]
+    assert told == [(ok, evidence)] * 2
+    assert (found["failed"], found["unproven"]) == (failed, unproven)
+    # What the role does not want of it, it does not tell.
+    found = host_result(plan("observe"), info(), applied(), checked)
+    assert [each for each in found["verified"] if "SELinux" in each["what"]] == []
 
 
 def test_a_mode_that_is_not_known() -> None:
@@ -383,6 +429,12 @@ def test_what_goes_with_the_launcher() -> None:
     # Somebody else's file that was there before is there again.
     back = {**gone, "text": "/usr/local/bin/iommufd-exec is what it was.", "gone": False}
     assert host_result(plan("observe"), info(), applied(back), check())["todo"] == []
+
+
+def test_what_goes_with_the_module_of_the_policy() -> None:
+    gone = removed("/usr/local/share/iommufd_host.cil")
+    (todo,) = host_result(plan("observe"), info(), applied(gone), check())["todo"]
+    assert "refused to VMs that run, too: shut off each domain" in todo
 
 
 def test_what_others_have_granted() -> None:
