@@ -92,6 +92,7 @@ what COMMAND gets:
   given itself: environment, folder, descriptors, process id. Nothing of {NAME} stays behind. SIGPIPE and SIGXFSZ have
   their defaults. With --user it has neither the controlling terminal nor the session keyring of its caller, and HOME,
   USER, LOGNAME and SHELL are the user's. So is XDG_RUNTIME_DIR, if there is /run/user/UID; if not, it is removed.
+  DBUS_SESSION_BUS_ADDRESS is removed.
 
 how it is accounted:
   One line on standard error tells. With rlimit_mode=process the kernel charges the process for itself, and checks its
