@@ -252,12 +252,13 @@ def ask(verb: str, unit: str) -> dict[str, Any]:
 
 
 def contain(unit: str) -> dict[str, Any]:
-    """Starts a unit whose main process is not its VMM, and waits until that has pinned memory, or the unit ended."""
+    """Starts a unit whose main process is not its VMM, and waits until that has pinned its memory, or it ended."""
     found, vmm, deadline = ask("start", unit), None, time.monotonic() + 120
     active = ["systemctl", "is-active", "--quiet", unit]
     while vmm is None and time.monotonic() < deadline and subprocess.run(active, check=False).returncode == 0:
         time.sleep(0.5)
-        vmm = next((pid for pid in processes(unit) if pinned(pid)), None)
+        # One that is about to fail may have pinned something smaller.
+        vmm = next((pid for pid in processes(unit) if (pinned(pid) or 0) >= Vm.memory_mib * 2**20), None)
     log = (FOLDER / f"{unit}.log").read_text()
     return {**found, "done": vmm is not None, "output": log, **(look(vmm) if vmm else {})}
 
