@@ -267,8 +267,10 @@ def account_notes(account: Account, of_user: Total, largest_limit: int | None) -
 
 
 def _side_by_side(account: Account) -> list[str]:
-    """What comes of several ways in one process, or would come of them with another mode of its iommufd."""
+    """What a capability does not lift, and what comes of several ways in one process, also with another mode."""
     notes = []
+    if account.ipc_lock and account.capable is False and account.limit is not None:
+        notes.append("It has CAP_IPC_LOCK in a user namespace of its own, as in a container. There it lifts no limit.")
     if _has(account, LEGACY, IOMMUFD_PROCESS) and not account.capable:
         notes.append(
             "It holds a legacy container, too. What it pins by that and what it pins by its iommufd are both added to"

@@ -54,6 +54,9 @@ _PLACEHOLDERS = re.compile(rf"\{{(iommufd(?::[^{{}}]*)?|{_ADDRESS})\}}")
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _IOMMUFD_NAME = re.compile(r"iommufd(?::[\w.-]+)?", re.ASCII)
 
+# What names the session of the caller, where another user has no business. Libraries find the user's own bus there.
+_OF_A_SESSION = (b"XDG_RUNTIME_DIR", b"DBUS_SESSION_BUS_ADDRESS")
+
 PCI_DEVICES = "/sys/bus/pci/devices"
 _DEV = "/dev"
 # Below that, each in the one before.
@@ -89,6 +92,7 @@ what COMMAND gets:
   given itself: environment, folder, descriptors, process id. Nothing of {NAME} stays behind. SIGPIPE and SIGXFSZ have
   their defaults. With --user it has neither the controlling terminal nor the session keyring of its caller, and HOME,
   USER, LOGNAME and SHELL are the user's. So is XDG_RUNTIME_DIR, if there is /run/user/UID; if not, it is removed.
+  DBUS_SESSION_BUS_ADDRESS is removed.
 
 how it is accounted:
   One line on standard error tells. With rlimit_mode=process the kernel charges the process for itself, and checks its
@@ -350,7 +354,7 @@ def _above_standard(fd: int) -> int:
 def open_vfio(address: str) -> int:
     """The device of VFIO at a PCI address: a descriptor as that of open_device. Raises Refusal."""
     name, number = find_vfio(address)
-    path = "/".join((_DEV, *_NODES, name))
+    path = _path(name)
     try:
         fd = _above_standard(_open_node(name, number))
     except OSError as exc:
@@ -362,16 +366,35 @@ def open_vfio(address: str) -> int:
             NOT_OPENED,
             f"{address} ({path}) cannot be opened by uid {os.geteuid()} ({error_text(exc.errno)}): {hint}",
         ) from exc
+    group = _link_name(address, "iommu_group")
+    others = {each: _link_name(each, "driver") for each in _devices_of(address) if each != address}
+    nodes = {path, f"{_DEV}/vfio/{group}", *(_path(node) for each in others for node in _nodes(each))}
     # The kernel opens it for several, and binds it for one. Names in /proc are whatever a user's own mounts make them.
-    pids = [str(pid) for pid in islice(_holders({path, f"{_DEV}/vfio/{_link_name(address, 'iommu_group')}"}), 3)]
-    if pids and not can_bind(name, number):
+    pids = [str(pid) for pid in islice(_holders(nodes), 3)]
+    foreign = [f"{each} (driver {driver})" for each, driver in others.items() if not _leaves_alone(driver)]
+    if (pids or foreign) and not can_bind(name, number):
         os.close(fd)
-        raise Refusal(
-            NOT_OPENED,
-            f"{address} ({path}) is in use, probably by process {' or '.join(pids)}, which has it, or its group, open."
-            " End that one, or take another device.",
-        )
+        raise Refusal(NOT_OPENED, f"{address} ({path}) {_in_use(group, foreign, pids)}")
     return fd
+
+
+def _leaves_alone(driver: str) -> bool:
+    """Whether a device of that driver, "" for none, leaves its IOMMU group to VFIO (driver_managed_dma in Linux)."""
+    return not driver or "vfio" in driver or driver in ("pcieport", "pci-stub")
+
+
+def _in_use(group: str, foreign: Sequence[str], pids: Sequence[str]) -> str:
+    """Why a device cannot be bound, and what to do."""
+    if foreign:
+        return (
+            f"is in IOMMU group {group} with {', '.join(foreign)}, and the kernel gives a device to a VM only where no"
+            " device of its group has another driver than VFIO's: bind these to vfio-pci, too, or unbind them, once"
+            " nothing on the host uses them. Or take another device."
+        )
+    return (
+        f"is in use, probably by process {' or '.join(pids)}, which has it, or another device of its IOMMU group"
+        f" {group}, open. End that one, or take another device."
+    )
 
 
 def can_bind(name: str, number: int) -> bool:
@@ -382,8 +405,8 @@ def can_bind(name: str, number: int) -> bool:
         try:
             fcntl.ioctl(fd, _BIND_IOMMUFD, struct.pack("=IIiI", 16, 0, iommufd, 0))
         except OSError as exc:
-            # By its node, or by its group. What else there may be, the command will tell.
-            return exc.errno not in (errno.EINVAL, errno.EBUSY)
+            # By its node, by its group's, or because its group is another's. What else there is, the command will tell.
+            return exc.errno not in (errno.EINVAL, errno.EBUSY, errno.EPERM)
         finally:
             os.close(iommufd)
     finally:
@@ -398,15 +421,35 @@ def _link_name(address: str, link: str) -> str:
     return ""
 
 
+def _path(node: str) -> str:
+    """Where a node of VFIO is."""
+    return "/".join((_DEV, *_NODES, node))
+
+
+def _devices_of(address: str) -> list[str]:
+    """The devices of a PCI device's IOMMU group, which a VM has all or none of."""
+    return _names(f"{address}/iommu_group/devices")
+
+
+def _nodes(address: str) -> list[str]:
+    """The nodes of VFIO that a PCI device has: one, where it is bound and the kernel has them."""
+    return _names(f"{address}/vfio-dev")
+
+
+def _names(folder: str) -> list[str]:
+    """What is in a folder of a PCI device. Nothing is, where there is no such folder."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(os.listdir(f"{PCI_DEVICES}/{folder}"))
+    return []
+
+
 def find_vfio(address: str) -> tuple[str, int]:
     """The name and the number of the node that VFIO has for a PCI device. Raises Refusal."""
     folder = f"{PCI_DEVICES}/{address}"
     if not os.path.isdir(folder):
         raise Refusal(NOT_OPENED, f"This host has no PCI device {address}: lspci -D lists those that it has.")
     driver = _link_name(address, "driver")
-    names: list[str] = []
-    with contextlib.suppress(FileNotFoundError):
-        names = os.listdir(f"{folder}/vfio-dev")
+    names = _nodes(address)
     if not names and "vfio" not in driver:
         bound = f"bound to the driver {driver}" if driver else "bound to no driver"
         raise Refusal(
@@ -630,7 +673,8 @@ def execute(command: Sequence[str], fds: Iterable[int], user: User | None = None
         os.set_inheritable(fd, True)
     environment = given_environment()
     if user is not None:
-        environment.pop(b"XDG_RUNTIME_DIR", None)
+        for name in _OF_A_SESSION:
+            environment.pop(name, None)
         environment.update(environment_of(user))
     # Python ignores these, which a program that it becomes would, too.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):

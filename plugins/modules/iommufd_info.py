@@ -1005,7 +1005,8 @@ processes:
       sample: 37486592
     notes:
       description:
-        - What contradicts these values or makes them uncertain, and what process accounting would break, in sentences.
+        - What contradicts these values or makes them uncertain, what process accounting would break, and whether it has
+          a CAP_IPC_LOCK that lifts no limit, in sentences.
       type: list
       elements: str
       sample: []

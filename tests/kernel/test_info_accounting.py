@@ -157,6 +157,7 @@ def test_every_capability_of_a_user_namespace(start: Start, mode: str) -> None:
     assert row["capabilities"]["effective"] == ["cap_ipc_lock", "cap_sys_resource"]
     assert row["initial_user_namespace"] is False
     assert (row["uid"], row["accounting"], row["headroom_bytes"]) == (VM, mode, 16 * SIZE)
+    assert ["There it lifts no limit" in note for note in row["notes"]] == [True]
     has_headroom(vmm, 16 * SIZE)
 
 

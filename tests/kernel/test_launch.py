@@ -13,6 +13,7 @@ import json
 import os
 import pty
 import pwd
+import re
 import signal
 import struct
 import subprocess
@@ -339,6 +340,33 @@ def test_a_device_that_is_not_bound_to_vfio() -> None:
     assert f"driverctl set-override {other} vfio-pci" in done.stderr
 
 
+@pytest.fixture
+def shared() -> Iterator[str]:
+    """A device of VFIO in a group with devices of other drivers: one of the machine's own."""
+    folder = Path("/sys/bus/pci/devices/0000:00:1f.3")
+    assert len(list((folder / "iommu_group" / "devices").iterdir())) > 1
+    driver = (folder / "driver").resolve().name
+
+    def bind_to(override: str) -> None:
+        (folder / "driver" / "unbind").write_text(folder.name)
+        (folder / "driver_override").write_text(f"{override}\n")
+        Path("/sys/bus/pci/drivers_probe").write_text(folder.name)
+        subprocess.run(["udevadm", "settle"], check=True)
+
+    bind_to("vfio-pci")
+    yield folder.name
+    bind_to("")
+    assert (folder / "driver").resolve().name == driver
+
+
+@pytest.mark.host
+def test_a_device_whose_group_has_devices_of_other_drivers(shared: str) -> None:
+    done = launch("--device", shared, command=("true", "{iommufd}", f"{{{shared}}}"))
+    assert done.returncode == 122
+    assert re.search(rf"{shared} .* is in IOMMU group \d+ with .*0000:00:1f\.2 \(driver ahci\)", done.stderr)
+    assert "bind these to vfio-pci, too" in done.stderr
+
+
 def test_a_device_below_a_folder_that_is_not_roots() -> None:
     first = address(DEVICES[0])
     prefix = shell("mount -t tmpfs -o mode=777 none /dev/vfio/devices")
@@ -349,6 +377,7 @@ def test_a_device_below_a_folder_that_is_not_roots() -> None:
 
 def test_the_environment_is_the_users() -> None:
     given = {"PATH": os.defpath, "A": "b", "HOME": "/root", "XDG_RUNTIME_DIR": "/run/user/0"}
+    given["DBUS_SESSION_BUS_ADDRESS"] = "unix:path=/run/user/0/bus"
     environment = seen("--user", "vm", env=given)["environment"]
     user = pwd.getpwnam("vm")
     folder = Path(f"/run/user/{VM}")

@@ -27,6 +27,8 @@ from progress import LabError, Progress, environment, run
 _HERE = Path(__file__).parent
 _OVERLAY = _HERE / "root" / "overlay"
 _CUSTOMIZE = (_HERE / "root" / "customize.sh",)
+# Where Podman is.
+_PODMAN = (_HERE / "root" / "podman.sh",)
 # Where SELinux is to be in force: these after it, and the labels that the policy in the new file system has for paths.
 _SELINUX = (_HERE / "root" / "selinux.sh", _HERE / "root" / "selinux.cil")
 _CONTEXTS = "etc/selinux/default/contexts/files/file_contexts"
@@ -96,7 +98,7 @@ def _overlay() -> dict[str, bytes]:
 
 
 def _scripts(root: Root) -> tuple[Path, ...]:
-    return (*_CUSTOMIZE, *(_SELINUX if root.selinux else ()))
+    return (*_CUSTOMIZE, *(_PODMAN if "podman" in root.packages else ()), *(_SELINUX if root.selinux else ()))
 
 
 def _write_overlay(root: Root, archive: Path) -> None:

@@ -160,7 +160,8 @@ _ARM64 = ("linux-source-6.12", "gcc-14-aarch64-linux-gnu")
 KERNEL_ARM64 = Kernel("arm64", TRIXIE, _ARM64, "legacy", ARM64, "arm64")
 KERNEL_ARM64_16K = Kernel("arm64-16k", TRIXIE, _ARM64, "legacy", ARM64, "arm64-16k")
 
-ROOT_TRIXIE = Root("trixie", TRIXIE, _PACKAGES, AMD64)
+# VMs in containers, also those of users.
+ROOT_TRIXIE = Root("trixie", TRIXIE, (*_PACKAGES, "podman", "uidmap"), AMD64)
 ROOT_SID = Root("sid", SID, _PACKAGES, AMD64)
 # What programs of its own do while they are installed is emulated, so it is kept small.
 ROOT_ARM64 = Root("arm64", TRIXIE, _SYSTEM, ARM64)

@@ -9,6 +9,7 @@
     vmm try < VMS     starts and ends one after the other, beside those that run
     vmm plug NAME WHAT [LIMIT]    gives one that runs WHAT by its monitor, and before that a limit, as prlimit takes it
     vmm units VERB UNIT...    has systemctl start, restart or show what the host's own units run, one after the other
+    vmm contain UNIT...    has systemctl start the host's own units whose VMM is in a container, one after the other
 
 WHAT is how many MiB of memory, or a device of VFIO, which it gets by an iommufd of its own. VMS is a JSON list of
 objects with the fields of the class Vm. Printed is a JSON list of what became of each, in the words of QEMU and of
@@ -250,6 +251,26 @@ def ask(verb: str, unit: str) -> dict[str, Any]:
     return {**found, "started": pid != 0, **(look(pid) if pid else {})}
 
 
+def contain(unit: str) -> dict[str, Any]:
+    """Starts a unit whose main process is not its VMM, and waits until that has pinned its memory, or it ended."""
+    found, vmm, deadline = ask("start", unit), None, time.monotonic() + 120
+    active = ["systemctl", "is-active", "--quiet", unit]
+    while vmm is None and time.monotonic() < deadline and subprocess.run(active, check=False).returncode == 0:
+        time.sleep(0.5)
+        # One that is about to fail may have pinned something smaller.
+        vmm = next((pid for pid in processes(unit) if (pinned(pid) or 0) >= Vm.memory_mib * 2**20), None)
+    log = (FOLDER / f"{unit}.log").read_text()
+    return {**found, "done": vmm is not None, "output": log, **(look(vmm) if vmm else {})}
+
+
+def processes(unit: str) -> list[int]:
+    """The processes of a unit. One that has ended has none."""
+    group = ["systemctl", "show", "--property=ControlGroup", "--value", unit]
+    name = subprocess.run(group, capture_output=True, text=True, check=True).stdout.strip()
+    listed = Path(f"/sys/fs/cgroup{name}/cgroup.procs")
+    return [int(pid) for pid in listed.read_text().split()] if name and listed.exists() else []
+
+
 def look(pid: int) -> dict[str, Any]:
     """What /proc tells of a process."""
     process = Path(f"/proc/{pid}")
@@ -291,6 +312,9 @@ def main() -> None:
     answers = []
     if command == "units":
         print(json.dumps([ask(sys.argv[2], unit) for unit in sys.argv[3:]]))
+        return
+    if command == "contain":
+        print(json.dumps([contain(unit) for unit in sys.argv[2:]]))
         return
     if command == "plug":
         print(json.dumps(plug(*sys.argv[2:])))

@@ -345,18 +345,23 @@ def test_a_device_that_the_kernel_does_not_open(
     assert re.search(words, capfd.readouterr().err)
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBUSY, errno.EPERM, 0])
-def test_a_device_that_is_in_use_is_refused_with_its_user(
-    pci: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
-) -> None:
-    looked: list[set[str]] = []
-    (pci / "iommu_group").symlink_to("../../kernel/iommu_groups/7")
+@pytest.fixture
+def group(pci: Path, tmp_path: Path) -> Path:
+    """The IOMMU group of that device, 7, with another one of VFIO's and a bridge. What is put there is in it, too."""
+    found = tmp_path / "iommu_groups" / "7" / "devices"
+    (pci / "iommu_group").symlink_to(found.parent)
+    (tmp_path / "0000:01:00.1" / "vfio-dev" / "vfio9").mkdir(parents=True)
+    (tmp_path / "0000:00:1c.0").mkdir()
+    found.mkdir(parents=True)
+    for name, driver in (("0000:01:00.0", ""), ("0000:01:00.1", "vfio-pci"), ("0000:00:1c.0", "pcieport")):
+        (found / name).symlink_to(tmp_path / name)
+        if driver:
+            (tmp_path / name / "driver").symlink_to(f"../drivers/{driver}")
+    return found
 
-    def holders(paths: set[str]) -> list[int]:
-        looked.append(paths)
-        return [123]
 
-    monkeypatch.setattr(_iommufd_exec, "_holders", holders)
+def binds(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """What the kernel answers to the ioctl that binds a device."""
     bind = fcntl.ioctl
 
     def ioctl(fd: int, request: int, argument: Any) -> Any:
@@ -367,14 +372,50 @@ def test_a_device_that_is_in_use_is_refused_with_its_user(
         return 0
 
     monkeypatch.setattr(fcntl, "ioctl", ioctl)
-    if number not in (errno.EINVAL, errno.EBUSY):
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBUSY, errno.EPERM, errno.EIO, 0])
+def test_a_device_that_is_in_use_is_refused_with_its_user(
+    group: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
+) -> None:
+    looked: list[set[str]] = []
+
+    def holders(paths: set[str]) -> list[int]:
+        looked.append(paths)
+        return [123]
+
+    monkeypatch.setattr(_iommufd_exec, "_holders", holders)
+    binds(monkeypatch, number)
+    if number not in (errno.EINVAL, errno.EBUSY, errno.EPERM):
         # A name may be another file's, and what is open need not be bound.
         with pytest.raises(Executed):
             run(monkeypatch, *DEVICE, more=GETS_IT)
         return
     assert run(monkeypatch, *DEVICE, more=GETS_IT) == NOT_OPENED
-    assert "is in use, probably by process 123, which has it, or its group, open" in capfd.readouterr().err
-    assert looked == [{"/dev/null", "/dev/vfio/7"}]
+    said = capfd.readouterr().err
+    assert "is in use, probably by process 123, which has it, or another device of its IOMMU group 7, open" in said
+    assert looked == [{"/dev/null", "/dev/vfio/7", "/dev/vfio9"}]
+
+
+@pytest.mark.parametrize(("driver", "number"), [("ahci", errno.EPERM), ("ahci", 0), ("", errno.EPERM)])
+def test_a_device_whose_group_is_not_vfios_alone(
+    group: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], driver: str, number: int
+) -> None:
+    other = group.parents[2] / "0000:01:00.2"
+    other.mkdir()
+    (group / other.name).symlink_to(other)
+    if driver:
+        (other / "driver").symlink_to(f"../drivers/{driver}")
+    binds(monkeypatch, number)
+    if not (driver and number):
+        # What the kernel lets a VM have is given, and without a reason nothing is tried.
+        with pytest.raises(Executed):
+            run(monkeypatch, *DEVICE, more=GETS_IT)
+        return
+    assert run(monkeypatch, *DEVICE, more=GETS_IT) == NOT_OPENED
+    said = capfd.readouterr().err
+    assert "is in IOMMU group 7 with 0000:01:00.2 (driver ahci), and the kernel gives" in said
+    assert "bind these to vfio-pci, too" in said
 
 
 def test_who_holds_a_node(tmp_path: Path) -> None:
@@ -403,6 +444,7 @@ def test_the_environment_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(os, "execvpe", execute)
     monkeypatch.setattr(signal, "signal", lambda number, action: None)
     given = {b"HOME": b"/root", b"A": b"b", b"XDG_RUNTIME_DIR": b"/run/user/0"}
+    given[b"DBUS_SESSION_BUS_ADDRESS"] = b"unix:path=/run/user/0/bus"
     monkeypatch.setattr(_iommufd_exec, "given_environment", lambda: dict(given))
     with pytest.raises(Executed):
         _iommufd_exec.execute(["qemu"], [], user)
