@@ -88,7 +88,8 @@ notes:
     C(/etc/libvirt/qemu) and C(/run/libvirt/qemu), which takes root. It reads those of the users in O(users) as these
     users, C(~/.config/libvirt/qemu) and C(/run/user/UID/libvirt/qemu/run). It follows no symbolic link to a definition,
     and reads at most 4096 definitions of each libvirt, 524288 bytes each and 33554432 together. It asks systemd by
-    C(systemctl) and C(busctl) about its services, and reads no file that such a service names. What a
+    C(systemctl) and C(busctl) about its services, and has C(systemd-analyze) read systemd's own configuration. It reads
+    no file that a service names. What a
     C(/bin/sh) does, and variables from a file, are not understood.
   - B(Nothing is woken.) The module starts no service, asks none but systemd's manager, loads no kernel module and runs
     no emulator. It opens no device but C(/dev/iommu) and C(/dev/vfio/vfio), and these only if the kernel has them
@@ -1202,6 +1203,20 @@ defined:
       type: list
       elements: str
       sample: []
+    unread_at_boot:
+      description:
+        - What else of it is not known after a reboot, in sentences. systemd has not read its files since they changed,
+          or gives it a default limit (C(DefaultLimitMEMLOCK=)) that may be another one then.
+      type: list
+      elements: str
+      sample: []
+    changed:
+      description:
+        - Whether systemd has not read the files of the unit since they changed. Then all of it may be otherwise after a
+          reboot.
+        - V(null) for a domain.
+      type: bool
+      sample: null
     order:
       description:
         - The units in RV(defined) that have pinned their memory before it starts, if they start, too. systemd starts it
@@ -1782,7 +1797,7 @@ def defined_rows(unseen: Unseen, uids: set[int] | None, running: dict[str, list[
     """The VMs that are defined. `running`: as `vmm_units` has it."""
     # Few tasks ask for it.
     from ..module_utils import _libvirt
-    from ..module_utils._defined_units import find_defined_units
+    from ..module_utils._defined_units import find_defined_units, note_limits_at_boot
     from ..module_utils._definitions import find_domains
 
     users = []
@@ -1797,6 +1812,7 @@ def defined_rows(unseen: Unseen, uids: set[int] | None, running: dict[str, list[
     for msg in (*msgs, *more):
         unseen.note("defined", msg)
     rows = domains + units
+    note_limits_at_boot(run_command, rows)
     if uids is None:
         return rows
     usual = None

@@ -54,7 +54,8 @@ class Definition(NamedTuple):
     """A VM that is defined. `asked`: as memlock_fit would be asked about it; None where too much is in it for that.
 
     `autostart`: whether it starts at boot, None if unknown. `pid`: of its running VMM. `after`: the units that it
-    starts after. `unread`: what of its definition was not understood, in sentences.
+    starts after. `unread`: what of its definition was not understood, in sentences, and `unread_at_boot`: what else may
+    be otherwise after a reboot; `changed`: all of it.
     """
 
     name: str
@@ -66,6 +67,8 @@ class Definition(NamedTuple):
     pid: int | None
     after: tuple[str, ...]
     unread: tuple[str, ...]
+    unread_at_boot: tuple[str, ...]
+    changed: bool
     asked: Asked | None
 
 
@@ -103,6 +106,8 @@ def _definition(place: str, row: Any, emulators: Mapping[str, Mapping[str, Any]]
         pid=found.pid,
         after=found.order,
         unread=(*found.unread, *([reason] if reason else [])),
+        unread_at_boot=found.unread_at_boot,
+        changed=found.changed,
         asked=asked,
     )
 
@@ -134,6 +139,8 @@ class _Fields:
         self.capable = member(row, "cap_ipc_lock", _flag)
         self.order: tuple[str, ...] = member(row, "order", _order)
         self.unread = member(row, "unread", texts(TEXTS_MAX))
+        self.unread_at_boot = member(row, "unread_at_boot", texts(TEXTS_MAX))
+        self.changed = bool(member(row, "changed", _flag))
 
     @property
     def owner(self) -> int | str | None:

@@ -58,6 +58,8 @@ _NONE = {
     LIVE_UPDATE: "No VM runs",
 }
 
+_THERE = "What does its definition say there?"
+_THEN = "What will count after a reboot?"
 _OF_THIS_BOOT = (
     "What only this boot has is not known: see that its devices and the module iommufd are there after a reboot, too"
     " (/etc/modules-load.d, driverctl)."
@@ -123,7 +125,7 @@ def _forecast(info: Info, move_to: Any, grow: Any, live_update: Any) -> Row:
     answers[NOW] = now = _now(host, its)
     counts[NOW] = _counted(NOW, now)
     at_boot = [each.autostart is not False for each in its]
-    answers[REBOOT], counts[REBOOT] = _together(REBOOT, host, its, at_boot)
+    answers[REBOOT], counts[REBOOT] = _together(REBOOT, host, list(map(_at_boot, its)), at_boot)
     if move_to is not None:
         there = [each.pid is not None or boots for each, boots in zip(its, at_boot)]
         answers[MOVED], counts[MOVED] = _together(MOVED, host, its, there)
@@ -145,6 +147,13 @@ def _forecast(info: Info, move_to: Any, grow: Any, live_update: Any) -> Row:
         for index, each in enumerate(its)
     ]
     return {"vms": vms, **counts}
+
+
+def _at_boot(its: Definition) -> Definition:
+    """The same after a reboot, with what is not known of it then."""
+    # One that is another one by then may have another user.
+    asked = its.asked._replace(user=None) if its.changed and its.asked else its.asked
+    return its._replace(unread=(*its.unread, *its.unread_at_boot), asked=asked)
 
 
 def _asked_of(**given: Any) -> Asked:
@@ -267,7 +276,7 @@ def _told(case: Case | None, its: Definition, reason: str = "") -> Row:
         known = answer["reason"] if case.steps[0].devices else ""
         told.update(
             reason=f"Not all of its definition was understood: {first_of(its.unread)} {known}".strip(),
-            question=f"What does its definition say there? {its.unread[0]}",
+            question=f"{_THEN if its.unread[0] in its.unread_at_boot else _THERE} {its.unread[0]}",
         )
     return told
 

@@ -195,6 +195,16 @@ CASES: list[tuple[str, list[Row], Row, list[Any], list[Any]]] = [
     ("a unit without a limit", units(90, 90, memlock_unlimited=True), {}, [True] * 2, [True] * 2),
     ("one whose limit is not known", [defined_unit(memlock_bytes=None)], {}, [None], [None]),
     ("a script that is not read", [defined_unit(unread=SCRIPT)], {}, [None], [None]),
+    ("what systemd has not read", [defined_unit(unread_at_boot=SCRIPT)], {}, [True], [None]),
+    ("what others may have", [*units(60), defined_unit(unread_at_boot=SCRIPT)], {}, [True, True], [None, None]),
+    ("its user is known", [*units(60), defined(unread_at_boot=SCRIPT)], {}, [True, True], [True, None]),
+    (
+        "whose user may be another one by then",
+        [*units(60), defined_unit(user="x", uid=7, unread_at_boot=SCRIPT, changed=True)],
+        {},
+        [True, True],
+        [None, None],
+    ),
     ("which others may depend on", [*units(60), defined_unit(unread=SCRIPT)], {}, [True, None], [None, None]),
     ("others of another user do not", [*units(60), defined(unread=SCRIPT)], {}, [True, None], [True, None]),
     (
@@ -529,7 +539,10 @@ def test_what_was_not_understood_is_told_and_asked() -> None:
     told = memlock_forecast(of(defined_unit(unread=SCRIPT)))["vms"][0]
     assert told["now"]["reason"].startswith(f"Not all of its definition was understood: {SCRIPT[0]} The VM pins ")
     assert told["now"]["question"] == f"What does its definition say there? {SCRIPT[0]}"
-    nothing = {name: None for name in defined() if name not in ("kind", "name", "path", "unread")}
+    told = memlock_forecast(of(defined_unit(unread_at_boot=SCRIPT)))["vms"][0]
+    assert told["reboot"]["question"] == f"What will count after a reboot? {SCRIPT[0]}"
+    kept = ("kind", "name", "path", "unread", "unread_at_boot")
+    nothing = {name: None for name in defined() if name not in kept}
     told = memlock_forecast(of(defined(**nothing, unread=["/etc/libvirt/qemu/x.xml is no XML."])))["vms"][0]
     assert (told["now"]["starts"], told["running"], told["user"]) == (None, None, None)
     assert "/etc/libvirt/qemu/x.xml is no XML." in told["now"]["question"]
