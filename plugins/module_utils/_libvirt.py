@@ -20,7 +20,7 @@ from typing import Callable, NamedTuple
 from ._capabilities import CAP_IPC_LOCK, CAP_SYS_RESOURCE, capability_names
 from ._errors import IommufdError, ProcessGone
 from ._foreign import parse_xml
-from ._libvirt_files import NOTHING_READ, LibvirtFiles, read_libvirt_files
+from ._libvirt_files import NOTHING_READ, LibvirtFiles, VmUser, read_libvirt_files
 from ._names import user_name
 from ._process import Process, parse_status, read_file
 from ._process_facts import Limit, in_initial_namespace, in_initial_user_namespace, read_memlock, started_at
@@ -65,6 +65,7 @@ _PROPERTIES = (
     "SELinuxContext",
     "LimitMEMLOCK",
     "LimitMEMLOCKSoft",
+    "NeedDaemonReload",
 )
 # The service managers of users, which start libvirt's daemons of users.
 _MANAGERS = "user@*.service"
@@ -101,6 +102,7 @@ class DaemonUnit(NamedTuple):
     `drop_in` has the settings that would give it that; none where it would have it already. `memlock` is its limit on
     locked memory, None where that is not said. `context` is the SELinux context that it sets for what it starts; it may
     be empty. `passes`: whether what it starts gets CAP_IPC_LOCK where a file gives that, None where that is not said.
+    `changed`: whether systemd has not read its files since they changed.
     """
 
     name: str
@@ -113,6 +115,7 @@ class DaemonUnit(NamedTuple):
     memlock: Limit | None = None
     context: str = ""
     passes: bool | None = None
+    changed: bool = False
 
 
 def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
@@ -142,6 +145,7 @@ def daemon_unit_of(shown: dict[str, str]) -> DaemonUnit:
         # With a minus, a context that cannot be had is no failure.
         context=shown.get("SELinuxContext", "").lstrip("-"),
         passes=None if None in says else says[0] == "no" and CAP_IPC_LOCK in (bounding or "").split() and initial,
+        changed=shown.get("NeedDaemonReload") == "yes",
     )
 
 
@@ -172,7 +176,8 @@ class Libvirt(NamedTuple):
     and `msgs` tell why; `pid` is None where it does not run, and `unit` where there is none. `may` is whether the
     daemon has CAP_SYS_RESOURCE and may use it, `why` what SELinux has to do with that, and `drop_in` the settings that
     would have its unit give it. `memlock` is the daemon's limit on locked memory, or what its unit would give it.
-    `passes` is whether an emulator that it starts gets CAP_IPC_LOCK where its file gives that.
+    `passes` is whether an emulator that it starts gets CAP_IPC_LOCK where its file gives that. `at_boot` is the same
+    with a daemon that has started anew; None where that is no other.
     """
 
     version: Version | None
@@ -187,6 +192,7 @@ class Libvirt(NamedTuple):
     files: LibvirtFiles = NOTHING_READ
     sessions: tuple[Session, ...] = ()
     passes: bool | None = None
+    at_boot: Libvirt | None = None
 
 
 def look_at_libvirt(run: Run) -> Libvirt:
@@ -209,6 +215,8 @@ def look_at_libvirt(run: Run) -> Libvirt:
         found = _by_files(Libvirt(installed, installed, None, None, None, (msg,) if msg else ()), libraries)
     else:
         found = _by_unit(run, unit, libraries)._replace(drop_in=unit.drop_in)
+        if found.pid or unit.changed:
+            found = found._replace(at_boot=_anew(run, unit, libraries, found.files.next_user))
     # Where there is no libvirt, whatever is called so is something else.
     daemons = find_session_daemons() if libraries or unit is not None else {}
     return found._replace(sessions=tuple(_sessions(managers, daemons)))
@@ -262,6 +270,13 @@ def _by_rest(run: Run, unit: DaemonUnit, libraries: list[str]) -> Libvirt:
     version = _version_of(libraries)
     found = Libvirt(version, version, unit.name, None, may, msgs, why, memlock=unit.memlock, passes=unit.passes)
     return _by_files(found, libraries)
+
+
+def _anew(run: Run, unit: DaemonUnit, libraries: list[str], user: VmUser) -> Libvirt:
+    """What can be told of a libvirt whose daemon starts anew."""
+    found = _by_rest(run, unit, libraries)
+    found = found._replace(drop_in=unit.drop_in, files=found.files._replace(user=user))
+    return found._replace(may=None, why="", memlock=None, passes=None) if unit.changed else found
 
 
 def _by_files(libvirt: Libvirt, libraries: list[str], started: float | None = None) -> Libvirt:
@@ -431,7 +446,7 @@ def _does(libvirt: Libvirt, offers: bool | None) -> tuple[bool | None, str]:
             "sets per-process accounting if its daemon has CAP_SYS_RESOURCE and may use it, which cannot be told."
             f"{f' {libvirt.why}.' if libvirt.why else ''}",
         )
-    who = "its daemon runs" if libvirt.pid else f"{libvirt.unit}, which does not run now, would run"
+    who = "its daemon runs" if libvirt.pid else f"{libvirt.unit}, when it starts, would run"
     if not libvirt.may and libvirt.why:
         return (
             False,

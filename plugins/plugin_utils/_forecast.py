@@ -125,7 +125,7 @@ def _forecast(info: Info, move_to: Any, grow: Any, live_update: Any) -> Row:
     answers[NOW] = now = _now(host, its)
     counts[NOW] = _counted(NOW, now)
     at_boot = [each.autostart is not False for each in its]
-    answers[REBOOT], counts[REBOOT] = _together(REBOOT, host, list(map(_at_boot, its)), at_boot)
+    answers[REBOOT], counts[REBOOT] = _together(REBOOT, _rebooted(host), list(map(_at_boot, its)), at_boot)
     if move_to is not None:
         there = [each.pid is not None or boots for each, boots in zip(its, at_boot)]
         answers[MOVED], counts[MOVED] = _together(MOVED, host, its, there)
@@ -240,6 +240,16 @@ class _Host:
             return owner
         charged, unsure = _own_charge(row)
         return owner._replace(charged=max(owner.charged - charged, 0), unsure=max(owner.unsure - unsure, 0))
+
+
+def _rebooted(host: _Host) -> _Host:
+    """The host with a libvirt whose daemon has started anew."""
+    libvirt = host.info["host"].get("libvirt") or {}
+    then = libvirt.get("at_boot")
+    # Why it is so is told in other words.
+    if not then or all(libvirt[name] == then[name] for name in then if name != "reason"):
+        return host
+    return _Host({**host.info, "host": {**host.info["host"], "libvirt": {**libvirt, **then}}})
 
 
 def _at_most_charged(row: Mapping[str, Any]) -> int:

@@ -32,6 +32,7 @@ from ansible_collections.virt.iommufd.tests.unit.fit_rows import (
     idle,
     info,
     iommufds,
+    libvirt,
     native,
     of_vm,
     older,
@@ -548,6 +549,39 @@ def test_what_was_not_understood_is_told_and_asked() -> None:
     assert "/etc/libvirt/qemu/x.xml is no XML." in told["now"]["question"]
     # What it has is not known, so nothing is said of what it pins.
     assert told["now"]["reason"] == "Not all of its definition was understood: /etc/libvirt/qemu/x.xml is no XML."
+
+
+@pytest.mark.parametrize(
+    ("then", "reboot"),
+    [
+        ({}, [True, True]),
+        # Its domains are charged to the unit's user by then.
+        ({"user": "vm", "uid": 1001}, [None, None]),
+        ({"user": "other", "uid": 7}, [True, True]),
+        # They may be anybody's.
+        ({"user": None, "uid": None}, [None, None]),
+        ({"user": "no-such", "uid": None}, [None, None]),
+    ],
+)
+def test_a_daemon_of_libvirt_that_has_started_anew_runs_domains_as_another_user(then: Row, reboot: list[Any]) -> None:
+    data = of(*units(60), by_commandline(70, autostart=True))
+    data["host"]["libvirt"]["at_boot"] = {**libvirt(**then)}
+    assert starts(data, "now") == [True, True]
+    assert starts(data) == reboot
+
+
+def test_a_daemon_of_libvirt_that_has_started_anew_may_do_otherwise() -> None:
+    """It may be another version, or may have other rights."""
+    domains = [defined(name="a"), defined(name="b", hard_limit_bytes=66 * GIB)]
+    data = of(*domains, host=host(libvirt=older(supports_iommufd=True, at_boot=libvirt(reason="It is newer."))))
+    assert (starts(data, "now"), starts(data)) == ([True, True], [True, True])
+    told = memlock_forecast(data)["vms"][0]
+    assert (told["now"]["accounting"], told["reboot"]["accounting"]) == ("user", "process")
+    assert "It is newer." in told["reboot"]["reason"]
+    data = of(*domains, host=native(at_boot=libvirt(cap_sys_resource=False)))
+    assert (starts(data, "now"), starts(data)) == ([True, True], [False, False])
+    data = of(*domains, host=native(at_boot=libvirt(cap_sys_resource=None, sets_rlimit_mode=None)))
+    assert (starts(data, "now"), starts(data)) == ([True, True], [None, None])
 
 
 def test_who_each_runs_as() -> None:
