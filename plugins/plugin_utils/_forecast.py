@@ -18,7 +18,7 @@ from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import first_of, harmless
 from ._fit import BROKEN, answer_of
 from ._fit_case import Case, kernels, may_charge_user, new_vm, user_of
-from ._fit_defined import Definition, definitions, moved
+from ._fit_defined import Definition, definitions, moved, told_of
 from ._fit_host import OTHER, SYSTEM, capability_of, knows_iommufd
 from ._fit_input import Asked, Info, Owner, asked_of, checked
 from ._fit_running import running_vm
@@ -58,8 +58,6 @@ _NONE = {
     LIVE_UPDATE: "No VM runs",
 }
 
-_THERE = "What does its definition say there?"
-_THEN = "What will count after a reboot?"
 _OF_THIS_BOOT = (
     "What only this boot has is not known: see that its devices and the module iommufd are there after a reboot, too"
     " (/etc/modules-load.d, driverctl)."
@@ -93,11 +91,13 @@ class _Vm(NamedTuple):
         return None if self.case is None else self.case.owner.uid
 
 
-def memlock_forecast(info: Any, move_to: Any = None, grow: Any = None, live_update: Any = False) -> Row:
+def memlock_forecast(
+    info: Any, move_to: Any = None, grow: Any = None, live_update: Any = False, known: Any = None
+) -> Row:
     """The answer, as the filter of that name returns it. Raises IommufdError where it is not given what it takes."""
     try:
         # The module gives printable texts. A host that is not to be trusted gives what it likes.
-        return dict(harmless(_forecast(_copied(checked(info)), move_to, grow, live_update)))
+        return dict(harmless(_forecast(_copied(checked(info)), move_to, grow, live_update, known)))
     except BROKEN as exc:
         raise IommufdError(
             "The input is not what this version of virt.iommufd.iommufd_info returns: give what the task"
@@ -112,12 +112,12 @@ def _copied(value: Any) -> Any:
     return [_copied(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def _forecast(info: Info, move_to: Any, grow: Any, live_update: Any) -> Row:
+def _forecast(info: Info, move_to: Any, grow: Any, live_update: Any, known: Any) -> Row:
     if move_to not in (None, "iommufd"):
         raise IommufdError(f"move_to: {move_to!r:.60} is unknown: give iommufd.")
     growth = _grows(grow)
     update = _asked_of(grow={"vm": ""}, live_update=live_update)
-    its = definitions(info)
+    its = _with_known(definitions(info), {} if known is None else known)
     info = _with_names(info, its)
     host = _Host(info)
     answers: dict[str, list[Row | None] | None] = dict.fromkeys(KINDS)
@@ -147,6 +147,24 @@ def _forecast(info: Info, move_to: Any, grow: Any, live_update: Any) -> Row:
         for index, each in enumerate(its)
     ]
     return {"vms": vms, **counts}
+
+
+def _with_known(its: list[Definition], known: Any) -> list[Definition]:
+    """The VMs with what the task tells of some of them."""
+    if not isinstance(known, Mapping):
+        raise IommufdError(f"known: {known!r:.60} is no dictionary: give what is known of a VM by its name.")
+    names = [each.name for each in its]
+    for name in known:
+        if names.count(name) != 1:
+            raise IommufdError(f"known: {names.count(name)} VMs are defined as {name!r:.60}: give the name of one.")
+    return [_told_of(each, known[each.name]) if each.name in known else each for each in its]
+
+
+def _told_of(its: Definition, given: Any) -> Definition:
+    try:
+        return told_of(its, given)
+    except IommufdError as exc:
+        raise IommufdError(f"known: {its.name}: {exc}") from exc
 
 
 def _at_boot(its: Definition) -> Definition:
@@ -286,9 +304,16 @@ def _told(case: Case | None, its: Definition, reason: str = "") -> Row:
         known = answer["reason"] if case.steps[0].devices else ""
         told.update(
             reason=f"Not all of its definition was understood: {first_of(its.unread)} {known}".strip(),
-            question=f"{_THEN if its.unread[0] in its.unread_at_boot else _THERE} {its.unread[0]}",
+            question=_question(its),
         )
     return told
+
+
+def _question(its: Definition) -> str:
+    """What is to be asked of what was not read."""
+    if its.unread[0] in its.unread_at_boot:
+        return f"What will count after a reboot? {its.unread[0]}"
+    return f"What does its definition say there? {its.unread[0]} Give it in known, as memlock_fit takes it."
 
 
 def _unknown(reason: str, question: str) -> Row:
