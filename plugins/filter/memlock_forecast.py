@@ -68,8 +68,18 @@ options:
         process with the same limit, as in O(virt.iommufd.memlock_fit#filter:live_update).
     type: bool
     default: false
+  known:
+    description:
+      - What you know of VMs, by their names in C(defined), and which goes before what their definitions say. It is what
+        a question says to give, as P(virt.iommufd.memlock_fit#filter) takes it, one or more of C(memory), C(user),
+        C(memlock), C(vfio_devices), C(viommu), C(accounting), C(overhead), C(locked), C(devices) and C(cap_ipc_lock).
+      - Of a VM whose definition was not understood, it tells all that this may be about. So give what its one VMM has
+        in the end, whatever starts that, and always C(devices) or C(vfio_devices).
+      - Devices of a domain are libvirt's (C(<hostdev>)), except those in an C(iommufd) with a name.
+      - It does not tell of RV(_value.vms[].grown) and RV(_value.vms[].live_update), which are about VMs as they run.
+        Of these, ask P(virt.iommufd.memlock_fit#filter).
+    type: dict
 notes:
-  - What a question says to give is a parameter of P(virt.iommufd.memlock_fit#filter), which then tells of that one VM.
   - The mode of an iommufd that somebody else opens and passes to a VM (C(fdgroup), C(fd)) is not known beforehand.
   - It considers the limits and RV(_value.vms[].now.prerequisites), and not whether the host has the memory and the
     devices. Which of them only this boot has is not known, such as a module that was loaded by hand.
@@ -108,6 +118,13 @@ EXAMPLES = r"""
     msg: "{{ forecast.vms | selectattr('moved') | rejectattr('moved.starts') | map(attribute='moved.remedy') }}"
   vars:
     forecast: "{{ info | virt.iommufd.memlock_forecast(move_to='iommufd') }}"
+
+- name: Report what comes back where it is known how much vm1 pins beyond its memory, and locks
+  ansible.builtin.debug:
+    msg: "{{ (info | virt.iommufd.memlock_forecast(known=known)).reboot.summary }}"
+  vars:
+    known:
+      vm1: {overhead: 256M, locked: 0}
 
 - name: Report whether each VM that runs could get 64 MiB more
   ansible.builtin.debug:

@@ -37,7 +37,7 @@ _KEYS = (
     *("kind", "name", "manager", "path", "user", "uid", "autostart", "transient", "pid"),
     *("memory_bytes", "memory_max_bytes", "elastic_bytes", "of_devices_bytes", "hugepages", "devices", "viommu"),
     *("libvirt_counts", "hard_limit_bytes", "libvirt_locks", "locks_memory", "fdgroup", "emulator"),
-    *("memlock_bytes", "memlock_unlimited", "cap_ipc_lock", "unread", "order"),
+    *("memlock_bytes", "memlock_unlimited", "cap_ipc_lock", "unread", "unread_at_boot", "changed", "order"),
 )
 _DEVICES_MAX = 1024
 
@@ -82,7 +82,8 @@ class Definition(NamedTuple):
 
 def _blank(kind: str, name: str, manager: str, path: str | None) -> Row:
     row: Row = dict.fromkeys(_KEYS)
-    return {**row, "kind": kind, "name": shown_text(name), "manager": manager, "path": path, "unread": [], "order": []}
+    lists: Row = {"unread": [], "unread_at_boot": [], "order": []}
+    return {**row, "kind": kind, "name": shown_text(name), "manager": manager, "path": path, **lists}
 
 
 def domain_row(definition: Definition, passing: Collection[str] | None) -> Row:
@@ -222,6 +223,12 @@ def unit_row(name: str, shown: Mapping[str, Any], pids: Sequence[int]) -> Row | 
     if not commands and not pids:
         return None
     row.update(transient=False, elastic_bytes=0, libvirt_locks=False)
+    row["changed"] = bool(shown.get("NeedDaemonReload"))
+    if row["changed"]:
+        row["unread_at_boot"] = [
+            f"The files of {name} have changed since systemd read them, and count after a reboot: run systemctl"
+            " daemon-reload."
+        ]
     if len(pids) > 1:
         unread.append(f"{name} has several VMMs.")
     row["pid"] = pids[0] if len(pids) == 1 else None
@@ -239,11 +246,6 @@ def unit_row(name: str, shown: Mapping[str, Any], pids: Sequence[int]) -> Row | 
     if not pids:
         row["pid"] = shown.get("MainPID") or None
     _take_settings(row, launch, shown)
-    if shown.get("NeedDaemonReload"):
-        unread.append(
-            f"The files of {name} have changed since systemd read them, and count after a reboot: run systemctl"
-            " daemon-reload."
-        )
     return row
 
 

@@ -10,14 +10,15 @@ VMM once more each, since only D-Bus keeps the words of a command apart.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from ._defined_rows import may_start_vmm, unit_row
 from ._errors import IommufdError
-from ._module import Row
-from ._systemd import Run, find_services, read_all_of, show_units
+from ._module import Row, memlock_row
+from ._systemd import Run, find_services, read_all_of, read_configuration, read_manager, show_units
 
-__all__ = ("find_defined_units",)
+__all__ = ("find_defined_units", "note_limits_at_boot")
 
 _UNITS_MAX = 1024
 # A chain of units that start each other at boot is short.
@@ -28,6 +29,13 @@ _MAY_BE_STARTED_BY = ("TriggeredBy", "OnSuccessOf", "OnFailureOf")
 # Whom systemd waits for until it is in the background, which QEMU is once it has its devices. Of the other types, the
 # next unit starts as it may still pin.
 _WAITED_FOR = "forking"
+
+# The soft and the hard limit that units have without one of their own.
+_DEFAULTS = ("DefaultLimitMEMLOCKSoft", "DefaultLimitMEMLOCK")
+# What that is where no file says anything: DEFAULT_RLIMIT_MEMLOCK in systemd's src/shared/rlimit-util.h, and the
+# kernel's own.
+_BUILT_IN = "8M"
+_DEFAULT = re.compile(r"^[ \t]*DefaultLimitMEMLOCK[ \t]*=(.*)$", re.MULTILINE)
 
 
 def find_defined_units(run: Run, running: Mapping[str, Sequence[int]]) -> tuple[list[Row], list[str]]:
@@ -101,3 +109,67 @@ def _reached(by: Mapping[str, set[str]], first: set[str]) -> set[str]:
     while more := {name for name, starters in by.items() if starters & found} - found:
         found |= more
     return found
+
+
+def note_limits_at_boot(run: Run, rows: Iterable[Row]) -> None:
+    """Adds to VMs that are defined why the limit that systemd gives them may be another one after a reboot."""
+    units = [row for row in rows if row["kind"] == "unit"]
+    sessions = [row for row in rows if row["manager"] == "session"]
+    if not units and not sessions:
+        return
+    loaded, why = _changed_default(run)
+    for row in units if why else ():
+        of_row = {key: row[key] for key in ("memlock_bytes", "memlock_unlimited")}
+        # What it has by its own words may be the same.
+        if loaded in (None, of_row):
+            row["unread_at_boot"].append(
+                f"{row['name']} has systemd's default limit on locked memory, which may be another one after a reboot:"
+                f" {why}. Set LimitMEMLOCK= in it."
+            )
+    why = why or (sessions and _set_for_users(run)) or ""
+    for row in sessions if why else ():
+        row["unread_at_boot"].append(
+            f"The limit on locked memory of user {row['user']}'s libvirt may be another one after a reboot: {why}."
+        )
+
+
+def _changed_default(run: Run) -> tuple[Row | None, str]:
+    """The soft limit that systemd gives to units without one of their own, and why it may give another one, else ""."""
+    loaded = None
+    try:
+        shown = read_manager(run, *_DEFAULTS)
+        limits = [parse_limit(shown.get(name, "")) for name in _DEFAULTS]
+        loaded = memlock_row(limits[0])
+        soft, hard = parse_default(read_configuration(run, "system.conf"))
+    except IommufdError as exc:
+        return loaded, str(exc).rstrip(".")
+    if limits == [soft, hard]:
+        return loaded, ""
+    return loaded, "systemd has not read DefaultLimitMEMLOCK= as its files have it now; systemctl daemon-reexec does"
+
+
+def _set_for_users(run: Run) -> str:
+    """Why the service manager of a user may give to what it starts another limit than its own, else ""."""
+    try:
+        limits = _DEFAULT.findall(read_configuration(run, "user.conf"))
+    except IommufdError as exc:
+        return str(exc).rstrip(".")
+    return "DefaultLimitMEMLOCK= in systemd's user.conf counts then" if limits else ""
+
+
+def parse_default(text: str) -> tuple[int | None, int | None]:
+    """The soft and the hard DefaultLimitMEMLOCK= of systemd's files, the last of which counts; None is none.
+
+    Raises IommufdError where it is not understood.
+    """
+    said = _DEFAULT.findall(text)[-1:]
+    soft, colon, hard = ("".join(said).strip() or _BUILT_IN).partition(":")
+    return parse_limit(soft), parse_limit(hard if colon else soft)
+
+
+def parse_limit(text: str) -> int | None:
+    """A limit as systemd takes and shows it, None for none. Raises IommufdError."""
+    found = re.fullmatch(r"([0-9]{1,20})([KMGTPE]?)B?", text)
+    if found is None and text != "infinity":
+        raise IommufdError(f"{text!r:.60} is no limit that is understood")
+    return None if found is None else int(found[1]) * 1024 ** " KMGTPE".index(found[2] or " ")

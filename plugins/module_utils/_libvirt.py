@@ -191,7 +191,7 @@ class Libvirt(NamedTuple):
     `passes` is whether an emulator that it starts gets CAP_IPC_LOCK where its file gives that. `taken_by` are the lines
     of the unit's files that take CAP_SYS_RESOURCE away, were there no drop-in of the role's; `unit_outdated`: systemd
     has not read those files since they were changed. `has` is whether the daemon that runs has the capability, whatever
-    SELinux leaves of it.
+    SELinux leaves of it. `at_boot` is the same with a daemon that has started anew; None where that is no other.
     """
 
     version: Version | None
@@ -209,6 +209,7 @@ class Libvirt(NamedTuple):
     taken_by: tuple[Line, ...] | None = ()
     unit_outdated: bool = False
     has: bool | None = None
+    at_boot: Libvirt | None = None
 
     @property
     def needs_restart(self) -> bool:
@@ -243,6 +244,8 @@ def look_at_libvirt(run: Run) -> Libvirt:
         found = found._replace(
             drop_in=drop_in, taken_by=taken_by, unit_outdated=unit.outdated, msgs=(*found.msgs, *msgs)
         )
+        if found.pid or unit.outdated:
+            found = found._replace(at_boot=_anew(run, unit, libraries, found))
     # Where there is no libvirt, whatever is called so is something else.
     return found._replace(sessions=tuple(_sessions(managers, daemons if libraries or unit is not None else {})))
 
@@ -343,6 +346,13 @@ def _by_rest(run: Run, unit: DaemonUnit, libraries: list[str]) -> Libvirt:
     version = _version_of(libraries)
     found = Libvirt(version, version, unit.name, None, may, msgs, why, memlock=unit.memlock, passes=unit.passes)
     return _by_files(found, libraries)
+
+
+def _anew(run: Run, unit: DaemonUnit, libraries: list[str], now: Libvirt) -> Libvirt:
+    """What can be told of a libvirt whose daemon starts anew. `now` is what is told of the one that there is."""
+    found = _by_rest(run, unit, libraries)
+    found = found._replace(drop_in=now.drop_in, files=found.files._replace(user=now.files.next_user))
+    return found._replace(may=None, why="", memlock=None, passes=None) if unit.outdated else found
 
 
 def _by_files(libvirt: Libvirt, libraries: list[str], started: float | None = None) -> Libvirt:
@@ -511,7 +521,7 @@ def _does(libvirt: Libvirt, offers: bool | None) -> tuple[bool | None, str]:
             "sets per-process accounting if its daemon has CAP_SYS_RESOURCE and may use it, which cannot be told."
             f"{f' {libvirt.why}.' if libvirt.why else ''}",
         )
-    who = "its daemon runs" if libvirt.pid else f"{libvirt.unit}, which does not run now, would run"
+    who = "its daemon runs" if libvirt.pid else f"{libvirt.unit}, when it starts, would run"
     if not libvirt.may and libvirt.why:
         return (
             False,

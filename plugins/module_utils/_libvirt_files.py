@@ -89,12 +89,14 @@ class VmUser(NamedTuple):
 class LibvirtFiles(NamedTuple):
     """What was read. `emulators` are those of the defined domains for this host's architecture; `msgs` tell why not.
 
+    `user` is who VMs run as that are started now, and `next_user` who those do once the daemon has started anew.
     `running` are the emulators of domains that run, which may be defined nowhere. `outdated`: qemu.conf has changed
     since the daemon was started, which reads it only then; None where none runs.
     """
 
     abilities: Abilities = Abilities()
     user: VmUser = VmUser()
+    next_user: VmUser = VmUser()
     emulators: tuple[str, ...] = ()
     msgs: tuple[str, ...] = ()
     outdated: bool | None = None
@@ -116,8 +118,9 @@ def read_libvirt_files(libraries: Sequence[str], started: float | None) -> Libvi
         return NOTHING_READ._replace(msgs=(msg,))
     except IommufdError as exc:
         return NOTHING_READ._replace(msgs=(f"libvirt's files could not be read: {exc}",))
-    abilities, user, emulators, msgs, outdated, running = given
-    return LibvirtFiles(Abilities(*abilities), VmUser(*user), tuple(emulators), tuple(msgs), outdated, tuple(running))
+    abilities, user, next_user, emulators, msgs, outdated, running = given
+    users = VmUser(*user), VmUser(*next_user)
+    return LibvirtFiles(Abilities(*abilities), *users, tuple(emulators), tuple(msgs), outdated, tuple(running))
 
 
 def takes_iommufd(libraries: Sequence[str]) -> bool | None:
@@ -155,10 +158,10 @@ def _schema_takes(path: str) -> bool:
 def _read(libraries: Sequence[str], started: float | None) -> list[Any]:
     msgs: list[str] = []
     abilities = _abilities_of(libraries, msgs)
-    user = _find_user(started, msgs)
+    users = _find_users(started, msgs)
     machine = os.uname().machine
     defined = _defined_emulators(machine, msgs)
-    return [abilities, user, defined, msgs, _is_outdated(started), _running_emulators(machine, msgs)]
+    return [abilities, *users, defined, msgs, _is_outdated(started), _running_emulators(machine, msgs)]
 
 
 def _is_outdated(started: float | None) -> bool | None:
@@ -211,32 +214,49 @@ def _holds(path: str, texts: Sequence[bytes]) -> list[bool]:
     return [any(text in each for each in around) for text in texts]
 
 
-def _find_user(started: float | None, msgs: list[str]) -> VmUser:
-    """Who VMs run as that are started now. What a daemon that runs has read is seen in what it has made its user's."""
-    runs = started is not None
+def _find_users(started: float | None, msgs: list[str]) -> tuple[VmUser, VmUser]:
+    """Who VMs run as that are started now, and once the daemon has started anew.
+
+    What a daemon that runs has read is seen in what it has made its user's.
+    """
     setting = None
-    changed = 0.0
-    unread = ""
+    changed = touched = 0.0
     try:
-        setting, changed = _read_setting()
+        setting, changed, touched = _read_setting()
     except (IommufdError, OSError) as exc:
         why = error_text(exc.errno) if isinstance(exc, OSError) else str(exc).rstrip(".")
-        unread = f"The user of libvirt's VMs may stand in {_CONF}, which cannot be read ({why})."
-    owner = _owner(changed if started is None else started - _SLACK)
-    # As root's, the folder may just have been made by a package.
-    if owner is not None and (runs or (owner and not unread and setting is None)):
-        user = VmUser(user_name(owner), owner)
-        if setting is not None and parse_user(setting).uid != owner:
-            msgs.append(
-                f"{_CONF} has user {printable(os.fsencode(setting))}, and the daemon took {user.name or user.uid}"
-                " when it started: it has to be restarted to read that file again."
-            )
-        return user
-    if unread:
-        msgs.append(unread)
-        return VmUser()
+        owner = None if started is None else _owner(started - _SLACK)
+        if owner is None:
+            msgs.append(f"The user of libvirt's VMs may stand in {_CONF}, which cannot be read ({why}).")
+        return _of_owner(owner), VmUser()
+    if started is None:
+        # As root's, the folder may just have been made by a package.
+        last = _owner(changed)
+        user = _configured(setting, msgs) if setting is not None else _of_owner(last) if last else _usual_owner()
+        return user, user
+    has_read = touched < started - _SLACK
+    owner = _owner(started - _SLACK)
+    if owner is None:
+        user = _usual_owner() if setting is None else _configured(setting, msgs)
+        return user if has_read else VmUser(), user
+    user = _of_owner(owner)
     if setting is None:
-        return _usual_owner()
+        return user, user if has_read else VmUser()
+    next_user = parse_user(setting)
+    if next_user.uid == owner:
+        return user, user
+    msgs.append(
+        f"{_CONF} has user {printable(os.fsencode(setting))}, and the daemon took {user.name or user.uid}"
+        " when it started: it has to be restarted to read that file again."
+    )
+    return user, next_user
+
+
+def _of_owner(owner: int | None) -> VmUser:
+    return VmUser() if owner is None else VmUser(user_name(owner), owner)
+
+
+def _configured(setting: str, msgs: list[str]) -> VmUser:
     user = parse_user(setting)
     if user.uid is None:
         msgs.append(f"{_CONF} has user {user.name}, whom this host does not know.")
@@ -263,13 +283,21 @@ def _owner(since: float) -> int | None:
     return None
 
 
-def _read_setting() -> tuple[str | None, float]:
-    """The user that qemu.conf names, None without, and when it was changed. Raises OSError and IommufdError."""
+def _read_setting() -> tuple[str | None, float, float]:
+    """The user that qemu.conf names, None without, when it was written, and when it may have become what it is.
+
+    Raises OSError and IommufdError.
+    """
     with walk(_CONF, follow=True) as place:
         if place.found is None:
-            return None, 0.0
+            return None, 0.0, os.fstat(place.folder).st_mtime
         with open(reopen(place.found), "rb") as stream:
-            return parse_setting(stream.read(_CONF_MAX), b"user"), os.fstat(stream.fileno()).st_mtime
+            text, status = stream.read(_CONF_MAX + 1), os.fstat(stream.fileno())
+        if len(text) > _CONF_MAX:
+            raise IommufdError(f"it is too large: {_CONF_MAX} bytes at most are read")
+        # A link may lead elsewhere since.
+        touched = max(status.st_mtime, status.st_ctime, os.lstat(_CONF).st_ctime)
+        return parse_setting(text, b"user"), status.st_mtime, touched
 
 
 def parse_setting(text: bytes, name: bytes) -> str | None:

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Private to this collection: systemd, asked and told. No other file runs systemctl, systemd-run or journalctl.
+"""Private to this collection: systemd, asked and told. No other file runs its commands, such as systemctl.
 
 `run` is what runs a command and gives its exit code, output and errors: `_command.run_command`, with its time limit, or
 the same as another user. `user` is the service manager of whoever `run` runs it as, and not the system's.
@@ -27,7 +27,9 @@ __all__ = (
     "parse_services",
     "parse_units",
     "read_all_of",
+    "read_configuration",
     "read_journal",
+    "read_manager",
     "reload_units",
     "run_service",
     "show_units",
@@ -136,6 +138,19 @@ def read_all_of(run: Run, name: str) -> dict[str, Any]:
         return {key: value["data"] for key, value in answer["data"][0].items()}
     except (AttributeError, IndexError, KeyError, TypeError) as exc:
         raise IommufdError(f"busctl tells of {name} in words that are not understood.") from exc
+
+
+def read_manager(run: Run, *properties: str) -> dict[str, str]:
+    """What systemd shows of itself, as it has read its files. Raises CommandFailed and HostLacks."""
+    return _properties(must_run(run, "systemctl", "show", "--no-pager", f"--property={','.join(properties)}"))
+
+
+def read_configuration(run: Run, name: str) -> str:
+    """What stands in those files now, in /etc/systemd and elsewhere, in the order in which systemd would read them.
+
+    `name` is that of the first, and of the folder of the others. Raises CommandFailed and HostLacks.
+    """
+    return must_run(run, "systemd-analyze", "--no-pager", "cat-config", f"systemd/{name}")
 
 
 class UnitState(NamedTuple):

@@ -88,7 +88,8 @@ notes:
     C(/etc/libvirt/qemu) and C(/run/libvirt/qemu), which takes root. It reads those of the users in O(users) as these
     users, C(~/.config/libvirt/qemu) and C(/run/user/UID/libvirt/qemu/run). It follows no symbolic link to a definition,
     and reads at most 4096 definitions of each libvirt, 524288 bytes each and 33554432 together. It asks systemd by
-    C(systemctl) and C(busctl) about its services, and reads no file that such a service names. What a
+    C(systemctl) and C(busctl) about its services, and has C(systemd-analyze) read systemd's own configuration. It reads
+    no file that a service names. What a
     C(/bin/sh) does, and variables from a file, are not understood.
   - B(Nothing is woken.) The module starts no service, asks none but systemd's manager, loads no kernel module and runs
     no emulator. It opens no device but C(/dev/iommu) and C(/dev/vfio/vfio), and these only if the kernel has them
@@ -608,6 +609,64 @@ host:
           type: str
           sample: >-
             libvirt 12.8.0 sets per-process accounting, as all since 12.1.0, and its daemon runs with CAP_SYS_RESOURCE.
+        at_boot:
+          description:
+            - What is so once the daemon has started anew, as after a reboot. C(/etc/libvirt/qemu.conf), the library or
+              the unit may have changed since it started.
+            - V(null) where the daemon does not run. Then it is as above, unless systemd has not read the unit's files
+              since they changed.
+          type: dict
+          contains:
+            user:
+              description: As RV(host.libvirt.user); V(null) where it is unknown.
+              type: str
+              sample: libvirt-qemu
+            uid:
+              description: As RV(host.libvirt.uid); V(null) where it is unknown.
+              type: int
+              sample: 64055
+            memlock_bytes:
+              description: As RV(host.libvirt.memlock_bytes); V(null) where it is unlimited or unknown.
+              type: int
+              sample: 67108864
+            memlock_unlimited:
+              description: As RV(host.libvirt.memlock_unlimited); V(null) where it is unknown.
+              type: bool
+              sample: false
+            memlock_hard_bytes:
+              description: As RV(host.libvirt.memlock_hard_bytes); V(null) where it is unlimited or unknown.
+              type: int
+              sample: 67108864
+            memlock_hard_unlimited:
+              description: As RV(host.libvirt.memlock_hard_unlimited); V(null) where it is unknown.
+              type: bool
+              sample: false
+            cap_sys_resource:
+              description: As RV(host.libvirt.cap_sys_resource); V(null) where it is unknown.
+              type: bool
+              sample: true
+            passes_cap_ipc_lock:
+              description: As RV(host.libvirt.passes_cap_ipc_lock); V(null) where it is unknown.
+              type: bool
+              sample: true
+            supports_iommufd:
+              description: As RV(host.libvirt.supports_iommufd); V(null) where it is unknown.
+              type: bool
+              sample: true
+            starts_iommufd_domains:
+              description: As RV(host.libvirt.starts_iommufd_domains); V(null) where it is unknown.
+              type: bool
+              sample: true
+            sets_rlimit_mode:
+              description: As RV(host.libvirt.sets_rlimit_mode); V(null) where it is unknown.
+              type: bool
+              sample: true
+            reason:
+              description: As RV(host.libvirt.reason).
+              type: str
+              sample: >-
+                libvirt 12.8.0 sets per-process accounting, as all since 12.1.0, and virtqemud.service, when it starts,
+                would run with CAP_SYS_RESOURCE.
 processes:
   description:
     - The processes that hold an iommufd, a legacy container, a device or group of VFIO, or a vDPA device, in the order
@@ -1246,6 +1305,20 @@ defined:
       type: list
       elements: str
       sample: []
+    unread_at_boot:
+      description:
+        - What else of it is not known after a reboot, in sentences. systemd has not read its files since they changed,
+          or gives it a default limit (C(DefaultLimitMEMLOCK=)) that may be another one then.
+      type: list
+      elements: str
+      sample: []
+    changed:
+      description:
+        - Whether systemd has not read the files of the unit since they changed. Then all of it may be otherwise after a
+          reboot.
+        - V(null) for a domain.
+      type: bool
+      sample: null
     order:
       description:
         - The units in RV(defined) that have pinned their memory before it starts, if they start, too. systemd starts it
@@ -1326,6 +1399,13 @@ from ..module_utils._user import find_user
 
 if TYPE_CHECKING:
     from ..module_utils._libvirt import Libvirt
+
+# What of libvirt may be otherwise once its daemon has started anew.
+AT_BOOT = (
+    *("user", "uid", "memlock_bytes", "memlock_unlimited", "memlock_hard_bytes", "memlock_hard_unlimited"),
+    *("cap_sys_resource", "passes_cap_ipc_lock", "supports_iommufd", "starts_iommufd_domains"),
+    *("sets_rlimit_mode", "reason"),
+)
 
 # How long a command may take that is not systemd's.
 SECONDS = 30
@@ -1492,6 +1572,21 @@ def libvirt_row(unseen: Unseen, libvirt: Libvirt, slow: bool) -> Row:
         offers = None if code else _libvirt.offers_iommufd(output)
         if offers is None:
             unseen.note("libvirt", f"virsh domcapabilities gives none: {said(code, output, errors)}")
+    row = libvirt_row_of(libvirt, offers)
+    sessions = [session_row(*each) for each in libvirt.sessions]
+    at_boot = libvirt.at_boot
+    if at_boot is None:
+        return {**row, "sessions": sessions, "at_boot": None}
+    # What it has offered may have been another version.
+    then = libvirt_row_of(at_boot, offers if at_boot.version == libvirt.version else None)
+    return {**row, "sessions": sessions, "at_boot": {key: then[key] for key in AT_BOOT}}
+
+
+def libvirt_row_of(libvirt: Libvirt, offers: bool | None) -> Row:
+    """What a libvirt is and does. `offers`: whether it offers iommufd, as far as that was asked."""
+    # As above.
+    from ..module_utils import _libvirt
+
     sets, reason = _libvirt.sets_rlimit_mode(libvirt, offers)
     memlock = libvirt.memlock
     return {
@@ -1509,7 +1604,6 @@ def libvirt_row(unseen: Unseen, libvirt: Libvirt, slow: bool) -> Row:
         **limit_row("memlock_hard", memlock),
         "user": libvirt.files.user.name,
         "uid": libvirt.files.user.uid,
-        "sessions": [session_row(*each) for each in libvirt.sessions],
         "supports_iommufd": libvirt.files.abilities.offers,
         "domain_capabilities_iommufd": offers,
         "sets_rlimit_mode": sets,
@@ -1831,7 +1925,7 @@ def defined_rows(unseen: Unseen, uids: set[int] | None, running: dict[str, list[
     """The VMs that are defined. `running`: as `vmm_units` has it."""
     # Few tasks ask for it.
     from ..module_utils import _libvirt
-    from ..module_utils._defined_units import find_defined_units
+    from ..module_utils._defined_units import find_defined_units, note_limits_at_boot
     from ..module_utils._definitions import find_domains
 
     users = []
@@ -1846,13 +1940,15 @@ def defined_rows(unseen: Unseen, uids: set[int] | None, running: dict[str, list[
     for msg in (*msgs, *more):
         unseen.note("defined", msg)
     rows = domains + units
+    note_limits_at_boot(run_command, rows)
     if uids is None:
         return rows
-    usual = None
+    usual: set[int | None] = set()
     if any(each["uid"] is None and each["kind"] == "domain" for each in rows):
-        usual = _libvirt.look_at_libvirt(run_command).files.user.uid
-    of = [usual if each["uid"] is None and each["kind"] == "domain" else each["uid"] for each in rows]
-    return [row for row, uid in zip(rows, of) if uid is None or uid in uids]
+        files = _libvirt.look_at_libvirt(run_command).files
+        usual = {files.user.uid, files.next_user.uid}
+    of = [usual if each["uid"] is None and each["kind"] == "domain" else {each["uid"]} for each in rows]
+    return [row for row, its in zip(rows, of) if its & {None, *uids}]
 
 
 def run(params: Row, _check_mode: bool, result: Row) -> None:

@@ -31,10 +31,10 @@ from ..module_utils._foreign import boolean, member, number, one_of, or_none, te
 from ..module_utils._qemu import RAM_UNIT
 from ..module_utils._size import SIZE_MAX, whole
 from ._fit_host import OTHER, SESSION, SYSTEM
-from ._fit_input import AUTO, EVERYTHING, THE_IOMMUFD, Asked, Info, asked_of, bounded
+from ._fit_input import AUTO, EVERYTHING, NONE, THE_IOMMUFD, Asked, Info, asked_of, bounded
 from ._fit_xml import CONTAINER, LIBVIRTS, Defined
 
-__all__ = ("Definition", "definitions", "moved")
+__all__ = ("Definition", "definitions", "moved", "told_of")
 
 DOMAIN = "domain"
 UNIT = "unit"
@@ -54,7 +54,8 @@ class Definition(NamedTuple):
     """A VM that is defined. `asked`: as memlock_fit would be asked about it; None where too much is in it for that.
 
     `autostart`: whether it starts at boot, None if unknown. `pid`: of its running VMM. `after`: the units that it
-    starts after. `unread`: what of its definition was not understood, in sentences.
+    starts after. `unread`: what of its definition was not understood, in sentences, and `unread_at_boot`: what else may
+    be otherwise after a reboot; `changed`: all of it.
     """
 
     name: str
@@ -66,6 +67,8 @@ class Definition(NamedTuple):
     pid: int | None
     after: tuple[str, ...]
     unread: tuple[str, ...]
+    unread_at_boot: tuple[str, ...]
+    changed: bool
     asked: Asked | None
 
 
@@ -103,6 +106,8 @@ def _definition(place: str, row: Any, emulators: Mapping[str, Mapping[str, Any]]
         pid=found.pid,
         after=found.order,
         unread=(*found.unread, *([reason] if reason else [])),
+        unread_at_boot=found.unread_at_boot,
+        changed=found.changed,
         asked=asked,
     )
 
@@ -134,6 +139,8 @@ class _Fields:
         self.capable = member(row, "cap_ipc_lock", _flag)
         self.order: tuple[str, ...] = member(row, "order", _order)
         self.unread = member(row, "unread", texts(TEXTS_MAX))
+        self.unread_at_boot = member(row, "unread_at_boot", texts(TEXTS_MAX))
+        self.changed = bool(member(row, "changed", _flag))
 
     @property
     def owner(self) -> int | str | None:
@@ -234,3 +241,54 @@ def moved(asked: Asked) -> Asked:
     )
     domain = asked.domain and asked.domain._replace(devices=devices)
     return asked._replace(devices=devices, domain=domain)
+
+
+# What may be told of a VM beside its definition, by the names that memlock_fit has for it, and what that is here.
+_OF_DEVICES = ("devices", "counted")
+_TOLD = {
+    "memory": ("memory",),
+    "user": ("user",),
+    "memlock": ("limit",),
+    "vfio_devices": _OF_DEVICES,
+    "viommu": ("viommu",),
+    "accounting": ("accounting",),
+    "overhead": ("overhead",),
+    "locked": ("libvirt_locks", "locked", "told_of_locks"),
+    "devices": _OF_DEVICES,
+    "cap_ipc_lock": ("capable",),
+}
+
+
+def told_of(its: Definition, given: Any) -> Definition:
+    """The VM with what is told of it, which goes before what its definition says."""
+    if not isinstance(given, Mapping) or not given or not given.keys() <= _TOLD.keys():
+        raise IommufdError(f"{given!r:.60} is nothing to be told of a VM: give one or more of {', '.join(_TOLD)}.")
+    if its.asked is None:
+        raise IommufdError(f"nothing helps there: {its.unread[0]}")
+    if its.unread and not its.asked.devices and not {"devices", "vfio_devices"} & given.keys():
+        raise IommufdError(f"give devices, too, or vfio_devices: {its.unread[0]}")
+    asked = _with_told(its.asked, given)
+    user, uid = (str(given["user"]), None) if "user" in given else (its.user, its.uid)
+    # Of one whose files have changed, all of it may be otherwise.
+    then = its.unread_at_boot if its.changed or "memlock" not in given else ()
+    return its._replace(unread=(), unread_at_boot=then, asked=asked, user=user, uid=uid)
+
+
+def _with_told(asked: Asked, given: Mapping[str, Any]) -> Asked:
+    viommu = given.get("viommu", asked.viommu)
+    fixed = {"memory": 1, "memlock": "libvirt", "vfio_devices": 1, "accounting": AUTO, "live_update": False}
+    names = ("user", "overhead", "locked", "devices", "domain_xml", "grow", "cap_ipc_lock")
+    told = asked_of(**{**dict.fromkeys(names), **fixed, **given, "viommu": viommu})
+    new = asked._replace(**{field: getattr(told, field) for name in given for field in _TOLD[name]})
+    if asked.domain is not None and new.devices is told.devices:
+        # Without a name, it is libvirt that opens it. Others it does not see.
+        libvirts = [each.holder == THE_IOMMUFD for each in new.devices if each.backend == IOMMUFD]
+        devices = tuple(each._replace(holder=LIBVIRTS) if each.holder == THE_IOMMUFD else each for each in new.devices)
+        counted = told.counted if all(libvirts) and viommu is not None else None
+        new = new._replace(devices=devices, counted=counted, domain=asked.domain._replace(devices=devices))
+    if asked.starter != OTHER or told.accounting == AUTO:
+        return new
+    if told.accounting == NONE:
+        return new._replace(capable=True)
+    modes = {IOMMUFD: told.accounting}
+    return new._replace(devices=tuple(each._replace(mode=each.mode or modes.get(each.backend)) for each in new.devices))

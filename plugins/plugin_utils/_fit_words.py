@@ -12,7 +12,7 @@ from typing import Any
 from ..module_utils._accounting import IOMMUFD, MLOCK, MM_LOCKED, MM_PINNED, NOTHING, PROCESS, UNLIMITED, USER, demand
 from ..module_utils._size import human_size
 from ._fit_case import GROUP, PAGE, ROOM, SIGHT, STARTS, WHICH, Case, at_best, judge, kernels, may_charge_user
-from ._fit_host import SYSTEM
+from ._fit_host import OTHER, SYSTEM
 from ._fit_qemu import QEMU
 from ._host_info import kib_with_room
 
@@ -104,6 +104,8 @@ def question_of(case: Case) -> str | None:
 
 def _of_user(case: Case, enough: str) -> str:
     """What is to be asked of what a user is charged."""
+    if case.owner.name is None and case.starter == OTHER:
+        return "Which user will the VMM run as? Give user."
     if case.owner.name is None:
         return "Which user does libvirt run its VMs as? Give user."
     if case.owner.hidden:

@@ -18,11 +18,10 @@ from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import first_of, harmless
 from ._fit import BROKEN, answer_of
 from ._fit_case import Case, kernels, may_charge_user, new_vm, user_of
-from ._fit_defined import Definition, definitions, moved
+from ._fit_defined import Definition, definitions, moved, told_of
 from ._fit_host import OTHER, SYSTEM, capability_of, knows_iommufd
 from ._fit_input import Asked, Info, Owner, asked_of, checked
 from ._fit_running import running_vm
-from ._host_info import daemon_is_barred
 from ._order import at_least_fail, at_most_fail, before_each
 
 __all__ = ("KINDS", "memlock_forecast")
@@ -92,11 +91,13 @@ class _Vm(NamedTuple):
         return None if self.case is None else self.case.owner.uid
 
 
-def memlock_forecast(info: Any, move_to: Any = None, grow: Any = None, live_update: Any = False) -> Row:
+def memlock_forecast(
+    info: Any, move_to: Any = None, grow: Any = None, live_update: Any = False, known: Any = None
+) -> Row:
     """The answer, as the filter of that name returns it. Raises IommufdError where it is not given what it takes."""
     try:
         # The module gives printable texts. A host that is not to be trusted gives what it likes.
-        return dict(harmless(_forecast(_copied(checked(info)), move_to, grow, live_update)))
+        return dict(harmless(_forecast(_copied(checked(info)), move_to, grow, live_update, known)))
     except BROKEN as exc:
         raise IommufdError(
             "The input is not what this version of virt.iommufd.iommufd_info returns: give what the task"
@@ -111,12 +112,12 @@ def _copied(value: Any) -> Any:
     return [_copied(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def _forecast(info: Info, move_to: Any, grow: Any, live_update: Any) -> Row:
+def _forecast(info: Info, move_to: Any, grow: Any, live_update: Any, known: Any) -> Row:
     if move_to not in (None, "iommufd"):
         raise IommufdError(f"move_to: {move_to!r:.60} is unknown: give iommufd.")
     growth = _grows(grow)
     update = _asked_of(grow={"vm": ""}, live_update=live_update)
-    its = definitions(info)
+    its = _with_known(definitions(info), {} if known is None else known)
     info = _with_names(info, its)
     host = _Host(info)
     answers: dict[str, list[Row | None] | None] = dict.fromkeys(KINDS)
@@ -124,8 +125,7 @@ def _forecast(info: Info, move_to: Any, grow: Any, live_update: Any) -> Row:
     answers[NOW] = now = _now(host, its)
     counts[NOW] = _counted(NOW, now)
     at_boot = [each.autostart is not False for each in its]
-    booted = _booted(info)
-    answers[REBOOT], counts[REBOOT] = _together(REBOOT, host if booted is info else _Host(booted), its, at_boot)
+    answers[REBOOT], counts[REBOOT] = _together(REBOOT, _rebooted(host), list(map(_at_boot, its)), at_boot)
     if move_to is not None:
         there = [each.pid is not None or boots for each, boots in zip(its, at_boot)]
         answers[MOVED], counts[MOVED] = _together(MOVED, host, its, there)
@@ -147,6 +147,31 @@ def _forecast(info: Info, move_to: Any, grow: Any, live_update: Any) -> Row:
         for index, each in enumerate(its)
     ]
     return {"vms": vms, **counts}
+
+
+def _with_known(its: list[Definition], known: Any) -> list[Definition]:
+    """The VMs with what the task tells of some of them."""
+    if not isinstance(known, Mapping):
+        raise IommufdError(f"known: {known!r:.60} is no dictionary: give what is known of a VM by its name.")
+    names = [each.name for each in its]
+    for name in known:
+        if names.count(name) != 1:
+            raise IommufdError(f"known: {names.count(name)} VMs are defined as {name!r:.60}: give the name of one.")
+    return [_told_of(each, known[each.name]) if each.name in known else each for each in its]
+
+
+def _told_of(its: Definition, given: Any) -> Definition:
+    try:
+        return told_of(its, given)
+    except IommufdError as exc:
+        raise IommufdError(f"known: {its.name}: {exc}") from exc
+
+
+def _at_boot(its: Definition) -> Definition:
+    """The same after a reboot, with what is not known of it then."""
+    # One that is another one by then may have another user.
+    asked = its.asked._replace(user=None) if its.changed and its.asked else its.asked
+    return its._replace(unread=(*its.unread, *its.unread_at_boot), asked=asked)
 
 
 def _asked_of(**given: Any) -> Asked:
@@ -174,18 +199,6 @@ def _with_names(info: Info, its: Iterable[Definition]) -> Info:
     names = {(each.uid, each.user) for each in its if each.uid is not None and each.user is not None}
     users = [*(narrowed.get("users") or ()), *({"uid": uid, "user": name} for uid, name in sorted(names))]
     return {**info, "narrowed": {**narrowed, "users": users}}
-
-
-def _booted(info: Info) -> Info:
-    """The input with libvirt's daemon as the files of its unit start it, where it runs with other settings."""
-    libvirt = info["host"].get("libvirt") or {}
-    if not libvirt.get("needs_restart"):
-        return info
-    # What SELinux leaves of what it will have is not known.
-    may = False if libvirt["cap_sys_resource"] else None
-    sets = libvirt["sets_rlimit_mode"] or daemon_is_barred(libvirt)
-    told = {"sets_rlimit_mode": may, "starts_iommufd_domains": may} if sets else {}
-    return {**info, "host": {**info["host"], "libvirt": {**libvirt, "cap_sys_resource": may, **told}}}
 
 
 def _user(info: Info, definition: Definition) -> str | None:
@@ -247,6 +260,16 @@ class _Host:
         return owner._replace(charged=max(owner.charged - charged, 0), unsure=max(owner.unsure - unsure, 0))
 
 
+def _rebooted(host: _Host) -> _Host:
+    """The host with a libvirt whose daemon has started anew."""
+    libvirt = host.info["host"].get("libvirt") or {}
+    then = libvirt.get("at_boot")
+    # Why it is so is told in other words.
+    if not then or all(libvirt[name] == then[name] for name in then if name != "reason"):
+        return host
+    return _Host({**host.info, "host": {**host.info["host"], "libvirt": {**libvirt, **then}}})
+
+
 def _at_most_charged(row: Mapping[str, Any]) -> int:
     """What its user is charged for a process, at most."""
     return sum(_own_charge(row))
@@ -281,9 +304,16 @@ def _told(case: Case | None, its: Definition, reason: str = "") -> Row:
         known = answer["reason"] if case.steps[0].devices else ""
         told.update(
             reason=f"Not all of its definition was understood: {first_of(its.unread)} {known}".strip(),
-            question=f"What does its definition say there? {its.unread[0]}",
+            question=_question(its),
         )
     return told
+
+
+def _question(its: Definition) -> str:
+    """What is to be asked of what was not read."""
+    if its.unread[0] in its.unread_at_boot:
+        return f"What will count after a reboot? {its.unread[0]}"
+    return f"What does its definition say there? {its.unread[0]} Give it in known, as memlock_fit takes it."
 
 
 def _unknown(reason: str, question: str) -> Row:

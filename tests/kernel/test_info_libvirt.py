@@ -116,6 +116,7 @@ def test_the_user_of_libvirts_domains(unit: str) -> None:
         CONF.write_text("user = 'alice'\n")
         answered = look("host")
         assert answered["host"]["libvirt"]["uid"] == VM
+        assert answered["host"]["libvirt"]["at_boot"]["uid"] == ALICE
         assert "qemu.conf has user alice, and the daemon took vm when it started" in limits(answered)["libvirt"]
         systemctl("stop", unit)
         assert libvirt()["uid"] == ALICE

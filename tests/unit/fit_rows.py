@@ -189,6 +189,8 @@ def defined(**fields: Any) -> Row:
         "cap_ipc_lock": None,
         "order": [],
         "unread": [],
+        "unread_at_boot": [],
+        "changed": None,
         **fields,
     }
 

@@ -94,6 +94,8 @@ def test_a_domain_with_everything() -> None:
         "memlock_unlimited": None,
         "cap_ipc_lock": None,
         "unread": [],
+        "unread_at_boot": [],
+        "changed": None,
         "order": [],
     }
     assert "secret" not in str(row)
@@ -196,7 +198,7 @@ def test_what_is_no_definition(text: str | bytes, words: str) -> None:
     assert why.startswith(f"{PATH} cannot be read: ")
     assert words in why
     assert {key for key, value in row.items() if value is not None} == {
-        *("kind", "name", "manager", "path", "unread", "order")
+        *("kind", "name", "manager", "path", "unread", "unread_at_boot", "order")
     }
 
 
@@ -267,17 +269,24 @@ def test_a_unit_with_everything() -> None:
         "memlock_unlimited": False,
         "cap_ipc_lock": None,
         "unread": [],
+        "unread_at_boot": [],
+        "changed": False,
         "order": [],
     }
 
 
 def test_files_that_systemd_has_not_read() -> None:
-    """What it has of them is not what counts after a reboot."""
-    assert unit((*BASIC, *OWN), NeedDaemonReload=False)["unread"] == []
-    assert unit((*BASIC, *OWN), NeedDaemonReload=True)["unread"] == [
-        "The files of vm1.service have changed since systemd read them, and count after a reboot: run systemctl"
-        " daemon-reload."
-    ]
+    """What it has of them is not what counts after a reboot, and counts until then."""
+    row = unit((*BASIC, *OWN), NeedDaemonReload=False)
+    assert (row["unread_at_boot"], row["changed"]) == ([], False)
+    for words in ((*BASIC, *OWN), ("/usr/local/bin/vm",)):
+        row = unit(words, pids=(7,), NeedDaemonReload=True)
+        assert (row["unread"] == []) == (words[0] == BASIC[0])
+        assert row["changed"] is True
+        assert row["unread_at_boot"] == [
+            "The files of vm1.service have changed since systemd read them, and count after a reboot: run systemctl"
+            " daemon-reload."
+        ]
 
 
 def test_the_launcher_in_front() -> None:

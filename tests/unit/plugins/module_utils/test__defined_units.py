@@ -14,6 +14,7 @@ import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._defined_units import (
     find_defined_units,
     find_started_at_boot,
+    note_limits_at_boot,
 )
 
 QEMU = "/usr/bin/qemu-system-x86_64"
@@ -161,3 +162,91 @@ def test_systemd_that_does_not_answer() -> None:
     assert msg == "Which units start at boot cannot be told: systemd cannot be asked for default.target: no."
     systemd.refused = {"show": (0, "", ""), "list-unit-files": (0, "", "")}
     assert find_defined_units(systemd, {}) == ([], ["systemd tells nothing of its units."])
+
+
+class Manager:
+    """A service manager that has read one limit, and its files as they are now."""
+
+    def __init__(self, hard: str, system: str = "", soft: str = "", user: str = "") -> None:
+        self.shown = f"DefaultLimitMEMLOCKSoft={soft or hard}\nDefaultLimitMEMLOCK={hard}\n"
+        self.files = {"systemd/system.conf": system, "systemd/user.conf": user}
+        self.asked: list[str] = []
+
+    def __call__(self, words: list[str]) -> Answer:
+        self.asked.append(words[-1])
+        if words[0] == "systemctl":
+            return 0, self.shown, ""
+        assert words[:3] == ["systemd-analyze", "--no-pager", "cat-config"]
+        text = self.files[words[3]]
+        return (1, "", "no such file") if text == "broken" else (0, text, "")
+
+
+def at_boot(manager: Manager, limit: int | None = 2**23, kind: str = "unit", of: str = "system") -> list[str]:
+    """What is not known after a reboot of a VM with this limit."""
+    row: dict[str, Any] = {"kind": kind, "name": "vm.service", "manager": of, "user": "vm", "unread_at_boot": []}
+    row.update(memlock_bytes=limit, memlock_unlimited=limit is None)
+    note_limits_at_boot(manager, [row])
+    found: list[str] = row["unread_at_boot"]
+    return found
+
+
+GIB_2 = "# /etc/systemd/system.conf\n[Manager]\n#DefaultLimitMEMLOCK=\nDefaultLimitMEMLOCK=2G\n"
+OTHER = "another one after a reboot: systemd has not read DefaultLimitMEMLOCK= as its files have it now"
+
+
+@pytest.mark.parametrize(
+    ("manager", "limit", "why"),
+    [
+        (Manager("8388608"), 2**23, ""),
+        (Manager("8388608", "[Manager]\n#DefaultLimitMEMLOCK=1G\n"), 2**23, ""),
+        # It was changed, or taken away.
+        (Manager("8388608", GIB_2), 2**23, OTHER),
+        (Manager("2147483648"), 2**31, OTHER),
+        (Manager("2147483648", GIB_2), 2**31, ""),
+        # One with a limit of its own has that then, too.
+        (Manager("8388608", GIB_2), 2**24, ""),
+        (Manager("8388608", GIB_2), None, ""),
+        (Manager("infinity", GIB_2), None, OTHER),
+        # The last one counts, and an empty one is none.
+        (Manager("8388608", GIB_2 + "\n DefaultLimitMEMLOCK = 8M"), 2**23, ""),
+        (Manager("8388608", GIB_2 + "DefaultLimitMEMLOCK=\n"), 2**23, ""),
+        (Manager("infinity", GIB_2 + "DefaultLimitMEMLOCK=infinity\n"), None, ""),
+        (Manager("2147483648", "DefaultLimitMEMLOCK=8388608:2G\n", soft="8388608"), 2**23, ""),
+        (Manager("4294967296", "DefaultLimitMEMLOCK=8M:2G\n", soft="8388608"), 2**23, OTHER),
+        # What is not understood, or not told, may be anything.
+        (Manager("8388608", "DefaultLimitMEMLOCK=8 M\n"), 2**23, "'8 M' is no limit that is understood"),
+        (Manager("8388608", "DefaultLimitMEMLOCK=\\\n8M\n"), 2**23, "is no limit that is understood"),
+        (Manager("8388608", "broken"), 2**23, "'systemd-analyze --no-pager cat-config systemd/system.conf' failed"),
+        (Manager("8388608", "broken"), 2**24, ""),
+        (Manager("what"), 2**24, "'what' is no limit that is understood"),
+    ],
+)
+def test_a_default_limit_that_systemd_has_not_read(manager: Manager, limit: int | None, why: str) -> None:
+    found = at_boot(manager, limit)
+    assert bool(found) == bool(why)
+    assert why in "".join(found)
+    assert all(each.startswith("vm.service has systemd's default limit") for each in found)
+    assert all(each.endswith(". Set LimitMEMLOCK= in it.") for each in found)
+
+
+@pytest.mark.parametrize(
+    ("manager", "why"),
+    [
+        (Manager("8388608"), ""),
+        (Manager("8388608", GIB_2), OTHER),
+        (Manager("8388608", user=GIB_2), "DefaultLimitMEMLOCK= in systemd's user.conf counts then"),
+        (Manager("8388608", user="broken"), "systemd/user.conf' failed: no such file"),
+    ],
+)
+def test_the_default_limit_of_a_users_libvirt(manager: Manager, why: str) -> None:
+    found = at_boot(manager, kind="domain", of="session")
+    assert bool(found) == bool(why)
+    assert why in "".join(found)
+
+
+def test_systemd_is_asked_for_its_defaults_only_where_they_may_count() -> None:
+    manager = Manager("8388608")
+    assert at_boot(manager, kind="domain") == []
+    assert manager.asked == []
+    assert at_boot(manager) == []
+    assert manager.asked[1:] == ["systemd/system.conf"]

@@ -29,7 +29,12 @@ from ansible_collections.virt.iommufd.plugins.module_utils._libvirt import (
     sets_rlimit_mode,
     starts_domains,
 )
-from ansible_collections.virt.iommufd.plugins.module_utils._libvirt_files import NOTHING_READ, Abilities, LibvirtFiles
+from ansible_collections.virt.iommufd.plugins.module_utils._libvirt_files import (
+    NOTHING_READ,
+    Abilities,
+    LibvirtFiles,
+    VmUser,
+)
 from ansible_collections.virt.iommufd.plugins.module_utils._process import Process
 from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Limit, read_memlock
 from ansible_collections.virt.iommufd.plugins.module_utils._selinux import Verdict
@@ -271,7 +276,8 @@ def test_a_running_daemon_is_looked_at_itself(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(_libvirt, "started_at", lambda _ticks: 7.5)
         asked = read_by(monkeypatch)
         look_at_libvirt(answer(running))
-        assert [started for _libraries, started in asked] == [7.5]
+        # What one that starts anew would be is told by what is on disk.
+        assert [started for _libraries, started in asked] == [7.5, None]
 
 
 MAPS = b"""\
@@ -279,6 +285,35 @@ MAPS = b"""\
 00400000-7f0000003000 r-xp 00000000 fe:00 2    /usr/lib/x86_64-linux-gnu/libvirt.so.0.12008.0%s
 7f0000004000-7f0000005000 r-xp 00000000 fe:00 3    /usr/lib/x86_64-linux-gnu/libvirt-qemu.so.0.12008.0
 """
+
+
+def test_a_daemon_that_starts_anew(prefixes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has what is on disk by then, what its unit gives it, and the user that qemu.conf names."""
+    library = os.path.realpath(prefixes / "usr/lib/x86/libvirt.so.0")
+
+    def read(libraries: Sequence[str], started: float | None) -> LibvirtFiles:
+        sets = list(libraries) == [library]
+        assert (started is None) is sets
+        return LibvirtFiles(Abilities(sets, sets), VmUser("vm", 7), VmUser("root", 0))
+
+    monkeypatch.setattr(_libvirt, "read_libvirt_files", read)
+    monkeypatch.setattr(_libvirt, "mapped_libraries", lambda pid, _maps: [f"/proc/{pid}/map_files/1-2"])
+    unit_ = unit("virtqemud.service", MainPID=str(os.getpid()), CapabilityBoundingSet="cap_kill", LimitMEMLOCK="7")
+    found = look_at_libvirt(answer(unit_))
+    then = found.at_boot
+    assert then is not None
+    assert (found.files.abilities.sets, found.files.user.name) == (False, "vm")
+    assert (then.version, then.pid, then.may, then.files.abilities.sets) == ((12, 8, 0), None, False, True)
+    assert (then.files.user, then.memlock) == (VmUser("root", 0), Limit(8388608, 7))
+    # Nothing of the unit counts that systemd has not read.
+    changed = look_at_libvirt(answer(f"{unit_}NeedDaemonReload=yes\n")).at_boot
+    assert changed is not None
+    assert (changed.may, changed.memlock, changed.passes, changed.files.user.uid) == (None, None, None, 0)
+    # One that does not run is like that already.
+    monkeypatch.setattr(_libvirt, "read_libvirt_files", lambda *_args: LibvirtFiles())
+    assert look_at_libvirt(answer(unit("virtqemud.service"))).at_boot is None
+    waits = look_at_libvirt(answer(unit("virtqemud.service", NeedDaemonReload="yes")))
+    assert waits.at_boot is not None
 
 
 @pytest.mark.parametrize("gone", [b"", b" (deleted)"])
@@ -713,7 +748,7 @@ def libvirt(version: Any = (12, 8, 0), can: bool | None = True, **other: Any) ->
             None,
             True,
             True,
-            "virtqemud.service, which does not run now, would run with CAP_SYS_RESOURCE",
+            "virtqemud.service, when it starts, would run with CAP_SYS_RESOURCE",
         ),
         (
             libvirt(may=False, drop_in=BOTH),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import time
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,7 @@ def test_who_vms_run_as(
     (host / "etc/libvirt/qemu.conf").write_text(conf)
     monkeypatch.setattr(_libvirt_files, "_owner", lambda _since: owner)
     msgs: list[str] = []
-    assert _libvirt_files._find_user(7.5 if runs else None, msgs) == user
+    assert _libvirt_files._find_users(7.5 if runs else None, msgs)[0] == user
     assert words in "".join(msgs)
     assert bool(msgs) == bool(words)
 
@@ -175,21 +176,82 @@ def test_what_the_daemon_has_not_seen_since(host: Path, monkeypatch: pytest.Monk
     os.utime(conf, (0, 0))
     status = (host / "var/lib/libvirt/qemu").stat()
     last = ME if ME.uid else NOBODY
-    assert _libvirt_files._find_user(None, msgs) == last
+    assert _libvirt_files._find_users(None, msgs)[0] == last
     os.utime(conf, (0, status.st_ctime + 1))
-    assert _libvirt_files._find_user(None, msgs) == NOBODY
+    assert _libvirt_files._find_users(None, msgs)[0] == NOBODY
     # Nobody has to name one whom distributions give their VMs to.
     with monkeypatch.context() as built:
         built.setattr(_libvirt_files, "_USUAL_USERS", (ME.name,))
-        assert _libvirt_files._find_user(None, msgs) == ME
+        assert _libvirt_files._find_users(None, msgs) == (ME, ME)
     # One that runs gives it to its user as soon as it has started.
-    assert _libvirt_files._find_user(status.st_ctime - 60, msgs) == ME
-    assert _libvirt_files._find_user(status.st_ctime + 60, msgs) == NOBODY
+    assert _libvirt_files._find_users(status.st_ctime - 60, msgs)[0] == ME
+    assert _libvirt_files._find_users(status.st_ctime + 60, msgs)[0] == NOBODY
     conf.unlink()
-    assert _libvirt_files._find_user(None, msgs) == last
+    assert _libvirt_files._find_users(None, msgs)[0] == last
     monkeypatch.setattr(_libvirt_files, "_FOLDER", "/nowhere")
-    assert _libvirt_files._find_user(status.st_ctime, msgs) == NOBODY
+    assert _libvirt_files._find_users(status.st_ctime, msgs)[0] == NOBODY
     assert msgs == []
+
+
+DAEMON = VmUser(None, 64055)
+SEVEN = VmUser(pwd.getpwuid(7).pw_name, 7)
+
+
+@pytest.mark.parametrize(
+    ("conf", "owner", "has_read", "now", "then"),
+    [
+        ("", 64055, True, DAEMON, DAEMON),
+        # Another one may have stood there.
+        ("", 64055, False, DAEMON, NOBODY),
+        (None, 64055, True, DAEMON, DAEMON),
+        (None, 64055, False, DAEMON, NOBODY),
+        ("user = '+7'", 64055, True, DAEMON, SEVEN),
+        ("user = '+7'", 64055, False, DAEMON, SEVEN),
+        ("user = '+64055'", 64055, False, DAEMON, DAEMON),
+        ("user = 'no-such'", 64055, False, DAEMON, VmUser("no-such", None)),
+        ("user = 7", 64055, True, DAEMON, NOBODY),
+        ("#" * 2**20 + "\nuser = '+7'", 64055, True, DAEMON, NOBODY),
+        # What it has read is not known, unless it stood there before.
+        ("user = '+7'", None, True, SEVEN, SEVEN),
+        ("user = '+7'", None, False, NOBODY, SEVEN),
+        ("", None, True, NOBODY, NOBODY),
+    ],
+)
+def test_who_vms_run_as_once_the_daemon_has_started_anew(
+    host: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    conf: str | None,
+    owner: int | None,
+    has_read: bool,
+    now: VmUser,
+    then: VmUser,
+) -> None:
+    if conf is not None:
+        (host / "etc/libvirt/qemu.conf").write_text(conf)
+    monkeypatch.setattr(_libvirt_files, "_owner", lambda _since: owner)
+    assert _libvirt_files._find_users(time.time() + (60 if has_read else 0), []) == (now, then)
+
+
+def test_a_file_that_was_put_in_its_place_has_not_been_read(host: Path) -> None:
+    """Its content is older than the daemon. So is a link that leads elsewhere since."""
+    conf, other = host / "etc/libvirt/qemu.conf", host / "etc/libvirt/other"
+    started = (host / "var/lib/libvirt/qemu").stat().st_ctime
+    for name in ("moved", "linked"):
+        other.write_text("")
+        os.utime(other, (0, 0))
+        if name == "moved":
+            other.rename(conf)
+        else:
+            conf.unlink()
+            conf.symlink_to(other)
+        assert _libvirt_files._find_users(started, []) == (ME, NOBODY)
+
+
+def test_a_qemu_conf_that_is_too_long_is_not_cut(host: Path) -> None:
+    (host / "etc/libvirt/qemu.conf").write_text("user = '+7'\n" + "#" * 2**20)
+    msgs: list[str] = []
+    assert _libvirt_files._find_users(None, msgs) == (NOBODY, NOBODY)
+    assert msgs[0].endswith("which cannot be read (it is too large: 1048576 bytes at most are read).")
 
 
 def test_a_qemu_conf_of_somebody_else_is_not_believed(host: Path) -> None:
@@ -197,7 +259,7 @@ def test_a_qemu_conf_of_somebody_else_is_not_believed(host: Path) -> None:
     conf.write_text('user = "root"')
     conf.chmod(0o666)
     msgs: list[str] = []
-    assert _libvirt_files._find_user(None, msgs) == NOBODY
+    assert _libvirt_files._find_users(None, msgs)[0] == NOBODY
     assert f"{conf} can be written by everybody" in msgs[0]
 
 
@@ -235,7 +297,8 @@ def test_all_that_is_read(host: Path) -> None:
     (host / "etc/libvirt/qemu.conf").write_text('user = "+4000000001"')
     found = read_libvirt_files([library(host / "l", OFFERS, SETS)], None)
     emulators = ("/opt/q", "/usr/local/sbin/qemu")
-    assert found == LibvirtFiles(Abilities(True, True), VmUser(None, 4000000001), emulators, ())
+    its = VmUser(None, 4000000001)
+    assert found == LibvirtFiles(Abilities(True, True), its, its, emulators, ())
     # A domain that runs may be defined nowhere, and may have ended since.
     (host / "run/libvirt/qemu").mkdir(parents=True)
     record = "<domstatus>\n" + "".join(f"  {line}\n" for line in DOMAIN.format(MACHINE, "/opt/r").splitlines())

@@ -25,7 +25,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils import (
     _libvirt,
 )
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
-from ansible_collections.virt.iommufd.plugins.module_utils._libvirt_files import NOTHING_READ, VmUser
+from ansible_collections.virt.iommufd.plugins.module_utils._libvirt_files import NOTHING_READ, Abilities, VmUser
 from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import Limit
 from ansible_collections.virt.iommufd.plugins.module_utils._running import DomainRecord
 from ansible_collections.virt.iommufd.plugins.module_utils._sharing import Sharing
@@ -91,12 +91,15 @@ def definitions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(_definitions, "find_domains", find_domains)
     monkeypatch.setattr(_defined_units, "find_defined_units", find_units)
+    monkeypatch.setattr(
+        _defined_units, "note_limits_at_boot", lambda _run, rows: [each.update(unread_at_boot=["?"]) for each in rows]
+    )
     return asked
 
 
 def test_vms_that_are_defined(run: Run, alone: FakeKernel, definitions: list[Any]) -> None:
     answer = run(gather_subset=["defined"])
-    assert len(answer["defined"]) == 5
+    assert [each["unread_at_boot"] for each in answer["defined"]] == [["?"]] * 5
     assert set(answer["host"]) == {"limits_of_view"}
     assert "processes" not in answer
     # Nobody's own libvirt is looked at unless that is asked for.
@@ -108,12 +111,15 @@ def test_vms_that_are_defined(run: Run, alone: FakeKernel, definitions: list[Any
 
 
 @pytest.mark.parametrize(
-    ("usual", "names"),
+    ("usual", "then", "names"),
     [
-        (0, ["usual", "of-root", "root.service", "unknown.service"]),
-        (7, ["of-root", "root.service", "unknown.service"]),
+        (0, 0, ["usual", "of-root", "root.service", "unknown.service"]),
+        (7, 7, ["of-root", "root.service", "unknown.service"]),
+        # It is this one's after a reboot.
+        (7, 0, ["usual", "of-root", "root.service", "unknown.service"]),
         # Whose it is cannot be told, so it may be this one's.
-        (None, ["usual", "of-root", "root.service", "unknown.service"]),
+        (None, 7, ["usual", "of-root", "root.service", "unknown.service"]),
+        (7, None, ["usual", "of-root", "root.service", "unknown.service"]),
     ],
 )
 def test_vms_of_some_users(
@@ -122,9 +128,10 @@ def test_vms_of_some_users(
     definitions: list[Any],
     monkeypatch: pytest.MonkeyPatch,
     usual: int | None,
+    then: int | None,
     names: list[str],
 ) -> None:
-    files = NOTHING_READ._replace(user=VmUser(None, usual))
+    files = NOTHING_READ._replace(user=VmUser(None, usual), next_user=VmUser(None, then))
     libvirt = _libvirt.Libvirt(None, None, None, None, None, files=files)
     monkeypatch.setattr(_libvirt, "look_at_libvirt", lambda _run: libvirt)
     answer = run(gather_subset=["defined"], users=["root", "nobody", "4294967294"])
@@ -261,6 +268,20 @@ def test_limits_that_libvirt_may_raise_to(known: bool) -> None:
     hard = {"memlock_hard_bytes": None, "memlock_hard_unlimited": True if known else None}
     alone, beside = ({"uid": 7, "user": "vm", "pid": None, **hard}, {"uid": 8, "user": None, "pid": 9, **hard})
     assert row["sessions"] == [alone, beside]
+
+
+def test_what_libvirt_is_once_its_daemon_has_started_anew() -> None:
+    def row(found: _libvirt.Libvirt) -> Any:
+        return iommufd_info.libvirt_row(iommufd_info.Unseen(), found, False)
+
+    now = _libvirt.Libvirt((12, 0, 0), (12, 8, 0), "virtqemud.service", 7, True, files=NOTHING_READ)
+    assert row(now)["at_boot"] is None
+    files = NOTHING_READ._replace(abilities=Abilities(True, True), user=VmUser("vm", 1001))
+    then = row(now._replace(at_boot=now._replace(version=(12, 8, 0), pid=None, may=False, files=files)))["at_boot"]
+    assert tuple(then) == iommufd_info.AT_BOOT
+    assert (then["user"], then["uid"], then["cap_sys_resource"], then["memlock_bytes"]) == ("vm", 1001, False, None)
+    assert (then["supports_iommufd"], then["sets_rlimit_mode"]) == (True, False)
+    assert "virtqemud.service, when it starts, would run without CAP_SYS_RESOURCE" in then["reason"]
 
 
 def test_what_is_not_seen(run: Run, alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:

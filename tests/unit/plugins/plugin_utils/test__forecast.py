@@ -32,6 +32,7 @@ from ansible_collections.virt.iommufd.tests.unit.fit_rows import (
     idle,
     info,
     iommufds,
+    libvirt,
     native,
     of_vm,
     older,
@@ -69,7 +70,8 @@ def by_commandline(limit: int | None, **fields: Any) -> Row:
 
 OLDER: Row = {"host": host()}
 BARRED: Row = {"host": native(cap_sys_resource=False, starts_iommufd_domains=False)}
-MENDED: Row = {"host": native(cap_sys_resource=False, starts_iommufd_domains=False, needs_restart=True)}
+BARS: Row = libvirt(cap_sys_resource=False, sets_rlimit_mode=False, starts_iommufd_domains=False)
+MAY: Row = libvirt(cap_sys_resource=None, sets_rlimit_mode=None, starts_iommufd_domains=None)
 GRANTED: Row = {"host": host(qemu=[emulator(True)])}
 HIDDEN: Row = {"host": native()}
 HIDDEN["host"]["limits_of_view"] = unseen("processes")
@@ -177,8 +179,8 @@ CASES: list[tuple[str, list[Row], Row, list[Any], list[Any]]] = [
     ),
     ("a daemon that may not", [defined()], BARRED, [False], [False]),
     # It was started before its unit was hardened, or mended.
-    ("a daemon that will not", [defined()], {"host": native(needs_restart=True)}, [True], [False]),
-    ("a daemon that may then", [defined()], MENDED, [False], [None]),
+    ("a daemon that will not", [defined()], {"host": native(at_boot=BARS)}, [True], [False]),
+    ("a daemon that may then", [defined()], {"host": host(libvirt={**BARS, "at_boot": MAY})}, [False], [None]),
     ("it may start others", [defined(devices=[by_container()], libvirt_counts=0)], BARRED, [False], [False]),
     ("a libvirt that is older", [defined()], OLDER, [True], [True]),
     ("a QEMU with the capability", [by_commandline(1), by_commandline(1)], GRANTED, [None] * 2, [None] * 2),
@@ -199,6 +201,16 @@ CASES: list[tuple[str, list[Row], Row, list[Any], list[Any]]] = [
     ("a unit without a limit", units(90, 90, memlock_unlimited=True), {}, [True] * 2, [True] * 2),
     ("one whose limit is not known", [defined_unit(memlock_bytes=None)], {}, [None], [None]),
     ("a script that is not read", [defined_unit(unread=SCRIPT)], {}, [None], [None]),
+    ("what systemd has not read", [defined_unit(unread_at_boot=SCRIPT)], {}, [True], [None]),
+    ("what others may have", [*units(60), defined_unit(unread_at_boot=SCRIPT)], {}, [True, True], [None, None]),
+    ("its user is known", [*units(60), defined(unread_at_boot=SCRIPT)], {}, [True, True], [True, None]),
+    (
+        "whose user may be another one by then",
+        [*units(60), defined_unit(user="x", uid=7, unread_at_boot=SCRIPT, changed=True)],
+        {},
+        [True, True],
+        [None, None],
+    ),
     ("which others may depend on", [*units(60), defined_unit(unread=SCRIPT)], {}, [True, None], [None, None]),
     ("others of another user do not", [*units(60), defined(unread=SCRIPT)], {}, [True, None], [True, None]),
     (
@@ -532,13 +544,158 @@ def test_what_runs_and_is_in_no_definition_may_be_there_after_a_reboot() -> None
 def test_what_was_not_understood_is_told_and_asked() -> None:
     told = memlock_forecast(of(defined_unit(unread=SCRIPT)))["vms"][0]
     assert told["now"]["reason"].startswith(f"Not all of its definition was understood: {SCRIPT[0]} The VM pins ")
-    assert told["now"]["question"] == f"What does its definition say there? {SCRIPT[0]}"
-    nothing = {name: None for name in defined() if name not in ("kind", "name", "path", "unread")}
+    assert told["now"]["question"] == (
+        f"What does its definition say there? {SCRIPT[0]} Give it in known, as memlock_fit takes it."
+    )
+    told = memlock_forecast(of(defined_unit(unread_at_boot=SCRIPT)))["vms"][0]
+    assert told["reboot"]["question"] == f"What will count after a reboot? {SCRIPT[0]}"
+    kept = ("kind", "name", "path", "unread", "unread_at_boot")
+    nothing = {name: None for name in defined() if name not in kept}
     told = memlock_forecast(of(defined(**nothing, unread=["/etc/libvirt/qemu/x.xml is no XML."])))["vms"][0]
     assert (told["now"]["starts"], told["running"], told["user"]) == (None, None, None)
     assert "/etc/libvirt/qemu/x.xml is no XML." in told["now"]["question"]
     # What it has is not known, so nothing is said of what it pins.
     assert told["now"]["reason"] == "Not all of its definition was understood: /etc/libvirt/qemu/x.xml is no XML."
+
+
+@pytest.mark.parametrize(
+    ("then", "reboot"),
+    [
+        ({}, [True, True]),
+        # Its domains are charged to the unit's user by then.
+        ({"user": "vm", "uid": 1001}, [None, None]),
+        ({"user": "other", "uid": 7}, [True, True]),
+        # They may be anybody's.
+        ({"user": None, "uid": None}, [None, None]),
+        ({"user": "no-such", "uid": None}, [None, None]),
+    ],
+)
+def test_a_daemon_of_libvirt_that_has_started_anew_runs_domains_as_another_user(then: Row, reboot: list[Any]) -> None:
+    data = of(*units(60), by_commandline(70, autostart=True))
+    data["host"]["libvirt"]["at_boot"] = {**libvirt(**then)}
+    assert starts(data, "now") == [True, True]
+    assert starts(data) == reboot
+
+
+def test_a_daemon_of_libvirt_that_has_started_anew_may_do_otherwise() -> None:
+    """It may be another version, or may have other rights."""
+    domains = [defined(name="a"), defined(name="b", hard_limit_bytes=66 * GIB)]
+    data = of(*domains, host=host(libvirt=older(supports_iommufd=True, at_boot=libvirt(reason="It is newer."))))
+    assert (starts(data, "now"), starts(data)) == ([True, True], [True, True])
+    told = memlock_forecast(data)["vms"][0]
+    assert (told["now"]["accounting"], told["reboot"]["accounting"]) == ("user", "process")
+    assert "It is newer." in told["reboot"]["reason"]
+    data = of(*domains, host=native(at_boot=libvirt(cap_sys_resource=False)))
+    assert (starts(data, "now"), starts(data)) == ([True, True], [False, False])
+    data = of(*domains, host=native(at_boot=libvirt(cap_sys_resource=None, sets_rlimit_mode=None)))
+    assert (starts(data, "now"), starts(data)) == ([True, True], [None, None])
+
+
+NOT_READ: Row = {
+    "unread": SCRIPT,
+    **dict.fromkeys(("memory_bytes", "devices", "viommu", "user", "uid", "memlock_bytes", "memlock_unlimited")),
+    **dict.fromkeys(("of_devices_bytes", "locks_memory", "cap_ipc_lock", "emulator")),
+}
+ALL: Row = {
+    "memory": "64G",
+    "user": "vm",
+    "memlock": "66G",
+    "overhead": "1G",
+    "locked": 0,
+    "vfio_devices": 1,
+    "viommu": "none",
+    "accounting": "user",
+    "cap_ipc_lock": False,
+}
+
+
+def told(row: Row, given: Row, kind: str = "now", **fields: Any) -> Row:
+    """What is told of a VM of which this is known."""
+    fields = {"users": [user(uid=1001, user="vm", charged_bytes=0)], **fields}
+    answer: Row = memlock_forecast(of(row, **fields), known={row["name"]: given})["vms"][0]
+    return {**answer[kind], "of": answer["user"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, True),
+        ({"memlock": "64G"}, False),
+        ({"memlock": "unlimited"}, True),
+        ({"vfio_devices": 2, "viommu": "each"}, False),
+        ({"accounting": "none", "cap_ipc_lock": None}, True),
+        ({"accounting": "none", "memlock": "1G", "cap_ipc_lock": None}, True),
+        ({"vfio_devices": None, "devices": [{"backend": "iommufd", "mode": "process"}], "accounting": None}, True),
+        ({"vfio_devices": None, "devices": [{"backend": "legacy"}], "accounting": None}, True),
+        ({"locked": "3G", "memlock": "140G"}, True),
+        ({"locked": "70G"}, False),
+    ],
+)
+def test_what_is_known_of_a_unit_settles_what_its_definition_does_not_tell(given: Row, expected: bool) -> None:
+    """As it does for memlock_fit."""
+    all_ = {name: value for name, value in {**ALL, **given}.items() if value is not None}
+    row = defined_unit(**NOT_READ)
+    for kind in ("now", "reboot"):
+        answer = told(row, all_, kind)
+        assert (answer["starts"], answer["question"], answer["of"]) == (expected, None, "vm")
+    fit = memlock_fit(of(users=[user(uid=1001, user="vm", charged_bytes=0)]), **all_)
+    assert fit["fits"] is expected
+    assert (answer["needed_bytes"], answer["limit_bytes"]) == (fit["needed"], fit["limit"])
+
+
+@pytest.mark.parametrize(
+    ("name", "question"),
+    [
+        ("memory", "How much memory has the VM?"),
+        ("user", "Which user will the VMM run as? Give user."),
+        ("memlock", "Which RLIMIT_MEMLOCK will the VMM have?"),
+        ("overhead", "How much does the VM pin beyond its memory?"),
+        ("locked", "How much memory does the VMM lock itself"),
+        ("viommu", "Has the VM an IOMMU of its own"),
+        ("accounting", "Which mode has its iommufd?"),
+        ("cap_ipc_lock", "Has the VMM CAP_IPC_LOCK?"),
+    ],
+)
+def test_what_is_left_out_is_asked_for(name: str, question: str) -> None:
+    """Nothing that neither the definition nor the task tells is taken for granted."""
+    charged = user(uid=1001, user="vm", charged_bytes=4 * GIB if name in ("user", "accounting", "cap_ipc_lock") else 0)
+    more = {"vfio_devices": 2} if name == "viommu" else {}
+    known = {key: value for key, value in {**ALL, **more}.items() if key != name}
+    answer = told(defined_unit(**NOT_READ), known, users=[charged])
+    assert answer["starts"] is None
+    assert answer["question"].startswith(question)
+    without = {key: value for key, value in known.items() if key != "vfio_devices"}
+    with pytest.raises(IommufdError, match=r"known: vm1\.service: give devices, too, or vfio_devices: "):
+        told(defined_unit(**NOT_READ), without)
+
+
+def test_what_is_known_of_a_domain() -> None:
+    """Its devices are libvirt's, unless they have a name, and its limit is what it was."""
+    unread = {"unread": ["An interface may pass a device through."], "devices": None, "libvirt_counts": None}
+    answer = told(defined(**unread), {"vfio_devices": 1})
+    assert (answer["starts"], answer["accounting"]) == (True, "process")
+    named = {"devices": [{"backend": "iommufd", "iommufd": "i0"}]}
+    assert told(defined(**unread), named)["question"].startswith("Which RLIMIT_MEMLOCK will the VMM have?")
+    answer = told(defined(**unread), {**named, "memlock": "60G"})
+    assert (answer["starts"], answer["accounting"]) == (False, "user")
+    # Its control group has no room.
+    tight = defined(**unread, hard_limit_bytes=64 * GIB + 2 * MIB)
+    assert told(tight, {"vfio_devices": 1, "overhead": "1M"})["starts"] is None
+    passed = defined(**unread, fdgroup="vm")
+    assert "Who gives libvirt the iommufd" in told(passed, {"vfio_devices": 1})["reason"]
+    # Several are counted by what they are behind.
+    behind = defined(**unread, viommu=None)
+    assert told(behind, {"vfio_devices": 2, "locked": 0})["starts"] is None
+    assert told(behind, {"vfio_devices": 2, "viommu": "none"})["starts"] is True
+
+
+def test_what_is_known_of_a_limit_after_a_reboot() -> None:
+    row = defined_unit(unread_at_boot=SCRIPT)
+    assert told(row, {"memlock": "66G"}, "reboot")["starts"] is True
+    assert told(row, {"memlock": "60G"}, "reboot")["starts"] is False
+    assert told(row, {"overhead": 0}, "reboot")["starts"] is None
+    # All of it may be otherwise then.
+    assert told({**row, "changed": True}, {"memlock": "66G"}, "reboot")["starts"] is None
 
 
 def test_who_each_runs_as() -> None:
@@ -627,6 +784,12 @@ def test_the_documented_answer() -> None:
         ({"grow": {"memory": "much"}}, "grow.memory: "),
         ({"grow": {"devices": "x"}}, "grow.devices: give a list"),
         ({"live_update": "perhaps"}, "live_update: 'perhaps' is not a boolean: give true or false."),
+        ({"known": 1}, "known: 1 is no dictionary: give what is known of a VM by its name."),
+        ({"known": {"vm2": {"memory": 1}}}, "known: 0 VMs are defined as 'vm2': give the name of one."),
+        ({"known": {"vm1": {"grow": 1}}}, "known: vm1: {'grow': 1} is nothing to be told of a VM: give one or more of"),
+        ({"known": {"vm1": {}}}, "known: vm1: {} is nothing to be told of a VM: give one or more of memory, user"),
+        ({"known": {"vm1": [1]}}, "known: vm1: [1] is nothing to be told of a VM: give one or more of memory, user"),
+        ({"known": {"vm1": {"memory": "x"}}}, "known: vm1: memory: 'x' is not a size"),
     ],
 )
 def test_a_wrong_parameter_is_named(given: Row, expected: str) -> None:
