@@ -13,7 +13,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..module_utils._accounting import IOMMUFD, LEGACY, PROCESS, UNKNOWN, UNLIMITED, USER, Device, Span, exactly
+from ..module_utils._accounting import (
+    IOMMUFD,
+    LEGACY,
+    PROCESS,
+    UNKNOWN,
+    UNLIMITED,
+    USER,
+    VDPA,
+    Device,
+    Span,
+    exactly,
+)
 from ..module_utils._domain_xml import counted_limit
 from ..module_utils._size import human_size
 from ._fit_input import AUTO, NONE, Asked, Owner
@@ -37,6 +48,7 @@ __all__ = (
     "is_root",
     "knows_iommufd",
     "limit_of",
+    "own_charge",
     "prerequisites",
     "raised",
     "reckoning",
@@ -426,6 +438,21 @@ def capability_of(row: Mapping[str, Any]) -> bool | None:
         return False
     initial: bool | None = None if effective is None else row["initial_user_namespace"]
     return initial
+
+
+def own_charge(row: Mapping[str, Any]) -> tuple[int, int]:
+    """What of its user's charged_bytes and uncertain_bytes is a process's own, as _charges.total() adds them up."""
+    if row.get("holder") is True:
+        return 0, 0
+    pinned, locked, backends = row["pinned_bytes"], row["locked_bytes"], row.get("backends") or ()
+    modes = {each["rlimit_mode"] for each in row.get("iommufds") or ()}
+    if row["accounting"] == USER and VDPA not in backends:
+        return pinned, 0
+    split = modes == {USER, PROCESS} and list(backends) == ["iommufd"] and row.get("locks_memory") is False
+    if split and capability_of(row) is False and locked <= pinned:
+        return pinned - locked, 0
+    uncertain = row["accounting"] in (None, USER) or list(backends) == [LEGACY]
+    return 0, pinned if uncertain else 0
 
 
 def has_contained(info: Info, owner: Owner) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from ..module_utils._accounting import IOMMUFD, MLOCK, MM_LOCKED, MM_PINNED, NOTHING, PROCESS, UNLIMITED, USER, demand
 from ..module_utils._size import human_size
 from ._fit_case import GROUP, PAGE, ROOM, SIGHT, STARTS, WHICH, Case, at_best, judge, kernels, may_charge_user
-from ._fit_host import OTHER, SYSTEM
+from ._fit_host import OTHER, SYSTEM, capability_of, own_charge
 from ._fit_qemu import QEMU
 from ._host_info import kib_with_room
 
@@ -29,6 +29,7 @@ _NOT_TAKEN_OVER = (
 
 # Where all was seen, and no file tells.
 _BY_WHAT = "By io_uring they are, by vDPA or RDMA they are not."
+_SINCE = "What it pinned before it became that user (-run-with user=) is not, and what it has pinned since may be."
 _BY_MODES = " By an iommufd in the mode user they are, by one in the mode process they are not."
 
 # The same of a VM that runs, whose capability and iommufds are read, and not given.
@@ -117,10 +118,22 @@ def _of_user(case: Case, enough: str) -> str:
         )
     if case.owner.uid is None:
         return f"Which uid has {case.owner.name}? Give user as a number, or users of iommufd_info with that name."
+    how = _AS_ROOT if case.owner.partly else _BY_WHAT + _of_both_modes(case)
+    own = own_charge(case.running)[1] if case.running is not None else 0
+    whose = "processes of it" if own else "other processes of it"
+    if case.running is not None and own >= case.owner.unsure:
+        whose = f"{case.running['comm']} ({case.running['pid']}) itself"
+        how = _SINCE if _has_changed_user(case.running) else how
     return (
-        f"Are the {human_size(case.owner.unsure)} charged to {case.owner.name} that other processes of it have"
-        f" pinned? {_AS_ROOT if case.owner.partly else _BY_WHAT + _of_both_modes(case)}{enough}"
+        f"Are the {human_size(case.owner.unsure)} charged to {case.owner.name} that {whose}"
+        f" {'has' if whose.endswith('self') else 'have'} pinned? {how}{enough}"
     )
+
+
+def _has_changed_user(row: Mapping[str, Any]) -> bool:
+    """Whether a process has become its user after it was started, which alone makes it unknown who is charged then."""
+    modes = {each["rlimit_mode"] for each in row.get("iommufds") or ()}
+    return row["accounting"] is None and modes in ({USER}, {PROCESS}) and capability_of(row) is False
 
 
 def _has_room(case: Case) -> str:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-from ..module_utils._accounting import LEGACY, NOTHING, PROCESS, UNLIMITED, USER, VDPA, Span, demand
+from ..module_utils._accounting import NOTHING, UNLIMITED, USER, Span, demand
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import first_of, harmless
 from ._fit import BROKEN, answer_of
 from ._fit_case import Case, kernels, may_charge_user, new_vm, user_of
 from ._fit_defined import Definition, definitions, moved, told_of
-from ._fit_host import OTHER, SYSTEM, capability_of, knows_iommufd
+from ._fit_host import OTHER, SYSTEM, knows_iommufd, own_charge
 from ._fit_input import Asked, Info, Owner, asked_of, checked
 from ._fit_running import running_vm
 from ._order import at_least_fail, at_most_fail, before_each
@@ -256,7 +256,7 @@ class _Host:
             return owner._replace(charged=0, unsure=owner.charged + owner.unsure, partly=True)
         if row["uid"] != owner.uid:
             return owner
-        charged, unsure = _own_charge(row)
+        charged, unsure = own_charge(row)
         return owner._replace(charged=max(owner.charged - charged, 0), unsure=max(owner.unsure - unsure, 0))
 
 
@@ -272,7 +272,7 @@ def _rebooted(host: _Host) -> _Host:
 
 def _at_most_charged(row: Mapping[str, Any]) -> int:
     """What its user is charged for a process, at most."""
-    return sum(_own_charge(row))
+    return sum(own_charge(row))
 
 
 def _of_strays(user: str | None, rows: list[Row]) -> str:
@@ -342,21 +342,6 @@ def _now(host: _Host, its: list[Definition]) -> list[Row | None]:
     """Whether each would start, beside those that run; of one that runs, whether it would start again."""
     cases = ((each, *host.case(each.asked, partial(host.without, pid=each.pid))) for each in its)
     return [_told(case, each, reason) for each, case, reason in cases]
-
-
-def _own_charge(row: Mapping[str, Any]) -> tuple[int, int]:
-    """What of its user's charged_bytes and uncertain_bytes is a process's own, as _charges.total() adds them up."""
-    if row.get("holder") is True:
-        return 0, 0
-    pinned, locked, backends = row["pinned_bytes"], row["locked_bytes"], row.get("backends") or ()
-    modes = {each["rlimit_mode"] for each in row.get("iommufds") or ()}
-    if row["accounting"] == USER and VDPA not in backends:
-        return pinned, 0
-    split = modes == {USER, PROCESS} and list(backends) == ["iommufd"] and row.get("locks_memory") is False
-    if split and capability_of(row) is False and locked <= pinned:
-        return pinned - locked, 0
-    uncertain = row["accounting"] in (None, USER) or list(backends) == [LEGACY]
-    return 0, pinned if uncertain else 0
 
 
 def _running(host: _Host, its: list[Definition], asked: Asked) -> list[Row | None]:

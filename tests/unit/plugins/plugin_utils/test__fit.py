@@ -2325,6 +2325,21 @@ def test_root_is_sent_to_look_only_where_something_was_not_seen(view: list[Row],
     assert question.endswith(" A limit of 117440512 bytes suffices whatever it is.")
 
 
+def test_what_a_vm_that_became_its_user_has_pinned_itself_is_not_that_of_others() -> None:
+    """With -run-with user=, nobody knows by its files what it has pinned since."""
+    row = unit(accounting=None)
+    question = grown(info(processes=[row], users=[of_vm(0, PINNED)]), memory="80M", overhead=0)["question"]
+    assert question.startswith("Are the 64.2 MiB charged to vm that qemu-system-x86 (4242) itself has pinned? ")
+    assert "before it became that user (-run-with user=) is not, and what it has pinned since may be. A" in question
+    # Others have pinned, too.
+    question = grown(info(processes=[row], users=[of_vm(0, PINNED + MIB)]), memory="80M", overhead=0)["question"]
+    assert question.startswith("Are the 65.2 MiB charged to vm that processes of it have pinned? ")
+    # One by the legacy container has pinned it by something else.
+    row = unit(accounting="process", iommufds=[], backends=["legacy"], vfio_devices=[], legacy_containers=[{"fd": 3}])
+    question = grown(info(processes=[row], users=[of_vm(0, PINNED)]), memory="80M", overhead=0)["question"]
+    assert "-run-with" not in (question or "")
+
+
 def test_a_vm_with_iommufds_of_both_modes_is_told_of_where_it_decides() -> None:
     both = [*iommufds(1), {**iommufds(1, 1, mode="process")[1]}]
     given = {"who": "vm", "memlock": "100M", "accounting": "user", **EXACT}
