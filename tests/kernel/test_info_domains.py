@@ -128,9 +128,9 @@ def test_a_domain_of_the_system(system_domain: int | None) -> None:
 
 
 def test_the_emulator_of_a_domain_of_the_system(system_domain: int | None) -> None:
-    """It is known by the process, too, where it is that of a process that is reported."""
+    """It is known by libvirt's record and by the process, too, where a domain runs and its process is reported."""
     [row] = [each for each in look("host processes")["host"]["qemu"] if each["path"] == "/usr/bin/qemu-system-x86_64"]
-    assert row["known_by"] == ["place"] + ["process"] * (system_domain is not None)
+    assert row["known_by"] == ["place"] + ["record", "process"] * (system_domain is not None)
 
 
 def test_the_name_of_a_domain_of_the_system(system_domain: int | None) -> None:
