@@ -731,7 +731,8 @@ processes:
     initial_user_namespace:
       description:
         - Whether it is in the initial user namespace; V(null) where this caller may not look.
-        - Also V(null) where it is not known whether SELinux lets it use the CAP_IPC_LOCK that it has.
+        - Also V(null) where it is not known whether SELinux lets it use the CAP_IPC_LOCK that it has, or a profile of
+          AppArmor. Those that libvirt makes for its domains let them.
       type: bool
       sample: true
     memory_bytes:

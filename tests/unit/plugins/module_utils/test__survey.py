@@ -536,6 +536,36 @@ def test_a_capability_counts_where_selinux_lets_it(
     assert asked == ["cap_ipc_lock"]
 
 
+@pytest.mark.parametrize(
+    ("profile", "initial"),
+    [
+        (None, True),
+        ("unconfined", True),
+        ("vm (complain)", True),
+        ("libvirt-1b4e28ba-2fa1-11d2-883f-0016d3cca427 (enforce)", True),
+        # Whether it has `capability ipc_lock` cannot be asked.
+        ("vm (enforce)", None),
+        ("libvirt-vm (enforce)", None),
+        ("libvirt-1b4e28ba-2fa1-11d2-883f-0016d3cca427//&vm (enforce)", None),
+        ("vm (kill)", None),
+        ("a//&b (mixed)", None),
+    ],
+)
+def test_a_capability_may_be_void_by_a_profile_of_apparmor(
+    held: Process, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, profile: str | None, initial: bool | None
+) -> None:
+    text = tmp_path / "current"
+    if profile is not None:
+        text.write_text(f"{profile}\n")
+    monkeypatch.setattr(_survey, "_PROFILE", str(text))
+    monkeypatch.setattr(_survey, "in_initial_user_namespace", lambda _process: True)
+    monkeypatch.setattr(_survey, "lets_use", lambda *_given: Verdict(True))
+    holder = _survey._holder(held._replace(status=held.status._replace(effective=IPC_LOCK)), {}, [], more=False)
+    assert (holder.initial, holder.account(()).capable) == (initial, initial)
+    bare = held._replace(status=held.status._replace(effective=1))
+    assert _survey._holder(bare, {}, [], more=False).initial is True
+
+
 def test_one_that_swaps_is_told_and_counts_as_unknown(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
 
