@@ -847,6 +847,13 @@ processes:
           type: list
           elements: str
           sample: [cap_ipc_lock, cap_sys_resource]
+        ambient:
+          description:
+            - Those in its ambient set. A service manager gives such ones. A capability that is in effect and not in it
+              came from the executed file, unless the process is root's.
+          type: list
+          elements: str
+          sample: []
     no_new_privs:
       description: Whether file capabilities are ignored when it executes a program.
       type: bool
@@ -1709,6 +1716,7 @@ def process_row(
             "effective": those_that_matter(status.effective),
             "permitted": those_that_matter(status.permitted),
             "bounding": those_that_matter(status.bounding),
+            "ambient": those_that_matter(status.ambient),
         },
         "no_new_privs": status.no_new_privs,
         "backends": host_names.backends(holder),
