@@ -328,7 +328,7 @@ class Survey:
         def is_in_use(holder: Holder, fd: int) -> bool:
             others = self.sharing.shared_with(holder.pid, fd)
             # A VM that starts has pinned nothing yet, as has one whose devices pin as it runs.
-            its_own = others == [] and holder.memory_bytes is not None and self._iommufds_of(holder) < 2
+            its_own = others == [] and holder.memory_bytes is not None and self._spaces_of(holder) < 2
             # Nor has one that a process was to take over, which has ended with the charge.
             its_own = its_own and not holder.updatable
             return its_own or any(self._accounts_for_all(rows[each]) for each in (holder.pid, *(others or ())))
@@ -341,14 +341,19 @@ class Survey:
         all_ = (each for holder in self.holders for each in holder.descriptors())
         return self.sharing.count(each for each in all_ if each.kind == _IOMMUFD)
 
-    def _iommufds_of(self, holder: Holder) -> int:
-        """How many different iommufds a process has in which there is something."""
-        used = [each.fd for each in holder.iommufds or () if not each.is_empty]
-        return sum(self.sharing.same_as(holder.pid, fd) is None for fd in used)
+    def _spaces_of(self, holder: Holder) -> int:
+        """How many different iommufds a process has in which there is something, each with a space that it may pin in.
+
+        Without an IOMMU in its guest, QEMU pins in every one of its spaces. One that it does not may be another's.
+        """
+        used = [each for each in holder.iommufds or () if not each.is_empty]
+        different = [each for each in used if self.sharing.same_as(holder.pid, each.fd) is None]
+        spaces = sum(len(each.ioases) for each in different) if holder.viommu == "none" else 0
+        return max(len(different), spaces)
 
     def _accounts_for_all(self, holder: Holder) -> bool:
         """Whether it has pinned what there may be behind all of them. It may have been given one beside its own."""
-        pinned, count, memory = holder.status.pinned_bytes, self._iommufds_of(holder), holder.memory_bytes or 0
+        pinned, count, memory = holder.status.pinned_bytes, self._spaces_of(holder), holder.memory_bytes or 0
         # After a live update that has failed, it may have pinned some of it anew.
         least = count * memory if count > 1 else memory // 2 if holder.updatable else 0
         return pinned > 0 and pinned >= least

@@ -396,7 +396,7 @@ def _found(info: Info, asked: Asked, owner: Owner, starter: str | None) -> Accou
 
 
 def _have_it_of_files(info: Info, owner: Owner) -> bool:
-    """Whether a running VM of the user's has CAP_IPC_LOCK of its file: what a unit gives is ambient, and root has all."""
+    """Whether a running VM of the user's has CAP_IPC_LOCK of its file: a unit's is ambient, and root has all."""
     rows = (row for row in info["processes"] if row["uid"] == owner.uid and row.get("holder") is not True)
     return not is_root(owner) and any(
         capability_of(row) and "cap_ipc_lock" not in row["capabilities"]["ambient"] for row in rows

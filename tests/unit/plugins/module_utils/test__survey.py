@@ -228,6 +228,7 @@ def test_an_iommufd_with_an_ioas_decides(alone: FakeKernel) -> None:
 
 KEPT, PER_PROCESS = HeldIommufd(4, "user", False, [(2, True)]), HeldIommufd(4, "process", False, [(2, True)])
 EMPTY = HeldIommufd(4, "user", True, [])
+TWO_SPACES: dict[str, Any] = {"iommufds": [KEPT._replace(ioases=[(2, True), (3, True)])], "viommu": "none"}
 VFIO, OTHER = 4712, 4713
 # A VM of 64 MiB, which has pinned that
 RUNS: dict[str, Any] = {"pinned_bytes": 2**26, "memory_bytes": 2**26}
@@ -263,6 +264,10 @@ def holders_of(holder: Holder, *rows: dict[str, Any]) -> list[Holder]:
         pytest.param([{**RUNS, "updatable": True, "pinned_bytes": 2**20}], [], {1}, id="and has pinned a little since"),
         pytest.param([{**RUNS, "updatable": True}], [], set(), id="a VM that could be taken over"),
         pytest.param([{}, RUNS], [[(1, 4), (2, 4)]], set(), id="a VM that runs has it, too"),
+        # Two VMs had one iommufd, and one of them has ended.
+        pytest.param([{**RUNS, **TWO_SPACES}], [], {1}, id="an address space that is not its own"),
+        pytest.param([{**RUNS, **TWO_SPACES, "viommu": None}], [], set(), id="or that its guest uses"),
+        pytest.param([{**RUNS, **TWO_SPACES, "pinned_bytes": 2**27}], [], set(), id="two that are its own"),
         pytest.param([{}, RUNS], [], {1}, id="a VM that runs has another"),
         pytest.param([{}, {"memory_bytes": 2**26}], [[(1, 4), (2, 4)]], {1, 2}, id="a VM that starts has it"),
         # A VM that was given it beside its own, with what its launcher had open

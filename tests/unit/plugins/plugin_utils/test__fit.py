@@ -1207,6 +1207,8 @@ GROWTH = [
     ({"iommufds": iommufds(1, 1)}, {"memory": "20M"}, False),
     ({"iommufds": [*iommufds(1), {**iommufds(1, 1)[1], "same_as": 30}]}, {"memory": "20M"}, True),
     ({"iommufds": [*iommufds(1), {**iommufds(1, 1)[1], "shared_with": None}]}, {"memory": "1M"}, None),
+    # Another VM has the same one, and which spaces are whose is not known.
+    ({"iommufds": [{**iommufds(1)[0], "shared_with": [9]}]}, {"memory": "1M"}, None),
     ({"iommufds": iommufds(0)}, {"memory": "64M"}, True),
     ({"iommufds": None}, {"memory": "1M"}, None),
     # There may be more than was found.
