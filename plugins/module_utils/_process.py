@@ -62,6 +62,7 @@ _STATUS_FIELDS = (
     b"CapEff",
     b"CapPrm",
     b"CapBnd",
+    b"CapAmb",
     b"NoNewPrivs",
 )
 
@@ -164,6 +165,7 @@ class Status(NamedTuple):
     permitted: int
     bounding: int
     no_new_privs: bool
+    ambient: int = 0
 
 
 def parse_status(text: bytes) -> Status:
@@ -189,6 +191,7 @@ def parse_status(text: bytes) -> Status:
             permitted=int(fields[b"CapPrm"], 16),
             bounding=int(fields[b"CapBnd"], 16),
             no_new_privs=fields.get(b"NoNewPrivs") == b"1",
+            ambient=int(fields.get(b"CapAmb", b"0"), 16),
         )
     except (KeyError, ValueError) as exc:
         raise IommufdError(f"/proc/PID/status cannot be read: {printable(text[:200])!r}.") from exc

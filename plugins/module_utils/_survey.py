@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import re
 import stat
 import struct
 import time
@@ -85,6 +86,11 @@ _IOMMUFD = -1
 _QUEUE = -2
 
 # How /proc/PID/fd shows a queue of faults or events. See drivers/iommu/iommufd/eventq.c.
+# How a process is confined, as security/apparmor/procattr.c shows it. In the modes that do not end so, a profile denies
+# nothing. Those that libvirt makes for its domains have `capability ipc_lock`.
+_PROFILE = "/proc/{}/attr/apparmor/current"
+_ENFORCED = (b" (enforce)", b" (kill)", b" (mixed)")
+_OF_LIBVIRT = re.compile(rb"libvirt-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12} \(enforce\)")
 _NAME_OF_QUEUES = "anon_inode:[iommufd-"
 
 # An index in a list of processes, which child and parent share.
@@ -322,7 +328,7 @@ class Survey:
         def is_in_use(holder: Holder, fd: int) -> bool:
             others = self.sharing.shared_with(holder.pid, fd)
             # A VM that starts has pinned nothing yet, as has one whose devices pin as it runs.
-            its_own = others == [] and holder.memory_bytes is not None and self._iommufds_of(holder) < 2
+            its_own = others == [] and holder.memory_bytes is not None and self._spaces_of(holder) < 2
             # Nor has one that a process was to take over, which has ended with the charge.
             its_own = its_own and not holder.updatable
             return its_own or any(self._accounts_for_all(rows[each]) for each in (holder.pid, *(others or ())))
@@ -335,14 +341,19 @@ class Survey:
         all_ = (each for holder in self.holders for each in holder.descriptors())
         return self.sharing.count(each for each in all_ if each.kind == _IOMMUFD)
 
-    def _iommufds_of(self, holder: Holder) -> int:
-        """How many different iommufds a process has in which there is something."""
-        used = [each.fd for each in holder.iommufds or () if not each.is_empty]
-        return sum(self.sharing.same_as(holder.pid, fd) is None for fd in used)
+    def _spaces_of(self, holder: Holder) -> int:
+        """How many different iommufds a process has in which there is something, each with a space that it may pin in.
+
+        Without an IOMMU in its guest, QEMU pins in every one of its spaces. One that it does not may be another's.
+        """
+        used = [each for each in holder.iommufds or () if not each.is_empty]
+        different = [each for each in used if self.sharing.same_as(holder.pid, each.fd) is None]
+        spaces = sum(len(each.ioases) for each in different) if holder.viommu == "none" else 0
+        return max(len(different), spaces)
 
     def _accounts_for_all(self, holder: Holder) -> bool:
         """Whether it has pinned what there may be behind all of them. It may have been given one beside its own."""
-        pinned, count, memory = holder.status.pinned_bytes, self._iommufds_of(holder), holder.memory_bytes or 0
+        pinned, count, memory = holder.status.pinned_bytes, self._spaces_of(holder), holder.memory_bytes or 0
         # After a live update that has failed, it may have pinned some of it anew.
         least = count * memory if count > 1 else memory // 2 if holder.updatable else 0
         return pinned > 0 and pinned >= least
@@ -747,17 +758,32 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
 def _what_counts(process: Process) -> tuple[Status, bool | None]:
     """Its status, without CAP_IPC_LOCK in effect where SELinux denies its use; and whether what it has counts.
 
-    That is whether it is in the initial user namespace, None where this is not known, or what SELinux says is not.
+    That is whether it is in the initial user namespace, None where this is not known, or what SELinux or AppArmor says
+    is not.
     """
     status, initial = process.status, in_initial_user_namespace(process)
     others = status.effective & ~IPC_LOCK
     if others != status.effective:
         allowed = lets_use(CAP_IPC_LOCK, partial(context_of, process.pid)).allowed
+        confined = _may_lack_by_apparmor(process.pid)
         # It may be another's pid by now.
         process.check_alive()
-        if allowed is not True:
-            return (status, None) if allowed is None else (status._replace(effective=others), initial)
+        if allowed is False:
+            return status._replace(effective=others), initial
+        if allowed is None or confined:
+            return status, None
     return status, initial
+
+
+def _may_lack_by_apparmor(pid: int) -> bool:
+    """Whether a profile of AppArmor may deny a process the use of CAP_IPC_LOCK, which the kernel tells nobody."""
+    try:
+        with open(_PROFILE.format(pid), "rb") as stream:
+            profile = stream.read().rstrip(b"\0\n")
+    except OSError:
+        # There is no AppArmor, or one before Linux 5.8, or the process has ended.
+        return False
+    return profile.endswith(_ENFORCED) and not _OF_LIBVIRT.fullmatch(profile)
 
 
 def _read_config(process: Process, path: bytes) -> bytes | None:

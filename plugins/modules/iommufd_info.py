@@ -731,7 +731,8 @@ processes:
     initial_user_namespace:
       description:
         - Whether it is in the initial user namespace; V(null) where this caller may not look.
-        - Also V(null) where it is not known whether SELinux lets it use the CAP_IPC_LOCK that it has.
+        - Also V(null) where it is not known whether SELinux lets it use the CAP_IPC_LOCK that it has, or a profile of
+          AppArmor. Those that libvirt makes for its domains let them.
       type: bool
       sample: true
     memory_bytes:
@@ -846,6 +847,13 @@ processes:
           type: list
           elements: str
           sample: [cap_ipc_lock, cap_sys_resource]
+        ambient:
+          description:
+            - Those in its ambient set. A service manager gives such ones. A capability that is in effect and not in it
+              came from the executed file, unless the process is root's.
+          type: list
+          elements: str
+          sample: []
     no_new_privs:
       description: Whether file capabilities are ignored when it executes a program.
       type: bool
@@ -998,7 +1006,7 @@ processes:
           containers and its vDPA devices; what several descriptors share counts once.
         - V(null) where that is unknown, as with RV(processes[].iommufds[].truncated). So it is where so much is pinned
           that RV(processes[].memory_bytes) could be in one more. Either memory was plugged in then, or there is an IOAS
-          that was not found.
+          that was not found. And so it is where another VM has the same iommufd or legacy container.
       type: int
       sample: 1
     accounting:
@@ -1375,7 +1383,6 @@ from ..module_utils._capabilities import (
     capability_names,
 )
 from ..module_utils._charges import (
-    Account,
     Check,
     Total,
     account_notes,
@@ -1671,10 +1678,14 @@ def note_keepers(accounts: Accounts, unseen: Unseen) -> None:
         )
 
 
-def process_row(
-    holder: Holder, account: Account, of_user: Total, largest_limit: int | None, sharing: Sharing, host_names: Names
-) -> Row:
+def process_row(holder: Holder, accounts: Accounts, host_names: Names) -> Row:
     """A process that holds what memory is pinned by."""
+    account, sharing = accounts.of[holder.pid], accounts.seen.sharing
+    of_user, largest_limit = accounts.totals[holder.status.uid], accounts.largest[holder.status.uid]
+    # Which of the address spaces in what several VMs have are its own is not known.
+    fds = (*(each.fd for each in holder.iommufds or ()), *holder.containers())
+    others = {pid for fd in fds for pid in sharing.shared_with(holder.pid, fd) or ()}
+    shared = any(accounts.of[pid].holder is not True for pid in others)
     domain, uri = host_names.domain(holder)
     status = holder.status
     checked = checks(account, of_user)
@@ -1708,6 +1719,7 @@ def process_row(
             "effective": those_that_matter(status.effective),
             "permitted": those_that_matter(status.permitted),
             "bounding": those_that_matter(status.bounding),
+            "ambient": those_that_matter(status.ambient),
         },
         "no_new_privs": status.no_new_privs,
         "backends": host_names.backends(holder),
@@ -1716,7 +1728,7 @@ def process_row(
         "legacy_containers": container_rows(holder, sharing),
         "vfio_devices": host_names.vfio_devices(holder),
         "vdpa_devices": host_names.vdpa_devices(holder),
-        "address_spaces": host_names.address_spaces(holder, sharing),
+        "address_spaces": None if shared else host_names.address_spaces(holder, sharing),
         "accounting": accounting(account),
         "counters": [counter_row(each) for each in checked],
         "counter": check and check.counter,
@@ -1893,8 +1905,7 @@ def process_and_user_rows(
     for holder in seen.holders:
         uid = holder.status.uid
         if (pids is None or holder.pid in pids) and (uids is None or uid in uids):
-            of_user, largest = totals[uid], accounts.largest[uid]
-            processes.append(process_row(holder, accounts.of[holder.pid], of_user, largest, seen.sharing, host_names))
+            processes.append(process_row(holder, accounts, host_names))
     # In a user namespace, the kernel shows all users that it has no number for there as this one.
     nobody = None if in_initial_namespace("user") else _host_facts.read_overflow_uid()
     if nobody in totals:

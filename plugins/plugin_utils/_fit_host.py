@@ -386,13 +386,21 @@ def _found(info: Info, asked: Asked, owner: Owner, starter: str | None) -> Accou
     if by_file != {False} and found.capable is False:
         said = {frozenset(): NOT_KNOWN, frozenset({True}): WITHHELD}.get(frozenset(by_file), SOME)
         found = found._replace(capable=None, why=f"{said} {found.why}".strip())
-    if by_file == {False} and found.capable and starter == SESSION:
+    if by_file == {False} and found.capable and (starter == SESSION or _have_it_of_files(info, owner)):
         # Only its file gives it to a domain. An upgrade may have taken it from the file since.
         found = found._replace(capable=None, why=f"{found.why} The host's emulators do not have it any more.")
     if owner.uid is None and starter != SYSTEM and any(capability_of(row) is not False for row in info["processes"]):
         # One of these may be the user's.
         found = found._replace(capable=None)
     return found
+
+
+def _have_it_of_files(info: Info, owner: Owner) -> bool:
+    """Whether a running VM of the user's has CAP_IPC_LOCK of its file: a unit's is ambient, and root has all."""
+    rows = (row for row in info["processes"] if row["uid"] == owner.uid and row.get("holder") is not True)
+    return not is_root(owner) and any(
+        capability_of(row) and "cap_ipc_lock" not in row["capabilities"]["ambient"] for row in rows
+    )
 
 
 def _passes(info: Info, asked: Asked, owner: Owner) -> bool:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from ..module_utils._accounting import (
@@ -89,7 +89,7 @@ def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | 
     owner = owner_of(info, row["uid"])
     starter = SYSTEM if row.get("domain_uri") == "qemu:///system" else OTHER
     limit = _its_limit(asked, row, starter)
-    held = _held(row)
+    held = _held(row, {each["pid"] for each in info["processes"] if each.get("holder") is True})
     memory = asked.memory if asked.memory is not None else _memory(row, held or ())
     vm = Vm(
         memory=NOTHING,
@@ -248,13 +248,19 @@ def _its_limit(asked: Asked, row: Mapping[str, Any], starter: str) -> Limit:
     return Limit(exactly(now), f"its limit of {human_size(now)}")
 
 
-def _held(row: Mapping[str, Any]) -> tuple[Device, ...] | None:
-    """A device for each address space of a process, None where they were not seen."""
+def _held(row: Mapping[str, Any], holders: Container[int]) -> tuple[Device, ...] | None:
+    """A device for each address space of a process, None where they were not seen.
+
+    `holders` have what VMs have, and are none.
+    """
     iommufds, legacy, vdpa = (row.get(name) for name in ("iommufds", "legacy_containers", "vdpa_devices"))
     if iommufds is None or legacy is None or vdpa is None:
         return None
     # Whether two are the same is not always known.
     if any(len(rows) > 1 and any(each.get("shared_with") is None for each in rows) for rows in (iommufds, legacy)):
+        return None
+    # Of those in what several VMs have, some are another's.
+    if any(pid not in holders for each in (*iommufds, *legacy) for pid in each.get("shared_with") or ()):
         return None
     # There may be more address spaces than were found.
     if any(each.get("truncated") for each in iommufds):

@@ -57,7 +57,7 @@ def process(**fields: Any) -> Row:
         "memlock_unlimited": False,
         "memory_max_bytes": None,
         "memory_max_unlimited": True,
-        "capabilities": {"effective": []},
+        "capabilities": {"effective": [], "ambient": []},
         "iommufds": iommufds(1),
         "legacy_containers": [],
         "vdpa_devices": [],

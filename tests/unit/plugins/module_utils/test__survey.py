@@ -228,6 +228,7 @@ def test_an_iommufd_with_an_ioas_decides(alone: FakeKernel) -> None:
 
 KEPT, PER_PROCESS = HeldIommufd(4, "user", False, [(2, True)]), HeldIommufd(4, "process", False, [(2, True)])
 EMPTY = HeldIommufd(4, "user", True, [])
+TWO_SPACES: dict[str, Any] = {"iommufds": [KEPT._replace(ioases=[(2, True), (3, True)])], "viommu": "none"}
 VFIO, OTHER = 4712, 4713
 # A VM of 64 MiB, which has pinned that
 RUNS: dict[str, Any] = {"pinned_bytes": 2**26, "memory_bytes": 2**26}
@@ -263,6 +264,10 @@ def holders_of(holder: Holder, *rows: dict[str, Any]) -> list[Holder]:
         pytest.param([{**RUNS, "updatable": True, "pinned_bytes": 2**20}], [], {1}, id="and has pinned a little since"),
         pytest.param([{**RUNS, "updatable": True}], [], set(), id="a VM that could be taken over"),
         pytest.param([{}, RUNS], [[(1, 4), (2, 4)]], set(), id="a VM that runs has it, too"),
+        # Two VMs had one iommufd, and one of them has ended.
+        pytest.param([{**RUNS, **TWO_SPACES}], [], {1}, id="an address space that is not its own"),
+        pytest.param([{**RUNS, **TWO_SPACES, "viommu": None}], [], set(), id="or that its guest uses"),
+        pytest.param([{**RUNS, **TWO_SPACES, "pinned_bytes": 2**27}], [], set(), id="two that are its own"),
         pytest.param([{}, RUNS], [], {1}, id="a VM that runs has another"),
         pytest.param([{}, {"memory_bytes": 2**26}], [[(1, 4), (2, 4)]], {1, 2}, id="a VM that starts has it"),
         # A VM that was given it beside its own, with what its launcher had open
@@ -534,6 +539,36 @@ def test_a_capability_counts_where_selinux_lets_it(
     bare = held._replace(status=held.status._replace(effective=1))
     assert _survey._holder(bare, {}, [], more=False).initial is True
     assert asked == ["cap_ipc_lock"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "initial"),
+    [
+        (None, True),
+        ("unconfined", True),
+        ("vm (complain)", True),
+        ("libvirt-1b4e28ba-2fa1-11d2-883f-0016d3cca427 (enforce)", True),
+        # Whether it has `capability ipc_lock` cannot be asked.
+        ("vm (enforce)", None),
+        ("libvirt-vm (enforce)", None),
+        ("libvirt-1b4e28ba-2fa1-11d2-883f-0016d3cca427//&vm (enforce)", None),
+        ("vm (kill)", None),
+        ("a//&b (mixed)", None),
+    ],
+)
+def test_a_capability_may_be_void_by_a_profile_of_apparmor(
+    held: Process, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, profile: str | None, initial: bool | None
+) -> None:
+    text = tmp_path / "current"
+    if profile is not None:
+        text.write_text(f"{profile}\n")
+    monkeypatch.setattr(_survey, "_PROFILE", str(text))
+    monkeypatch.setattr(_survey, "in_initial_user_namespace", lambda _process: True)
+    monkeypatch.setattr(_survey, "lets_use", lambda *_given: Verdict(True))
+    holder = _survey._holder(held._replace(status=held.status._replace(effective=IPC_LOCK)), {}, [], more=False)
+    assert (holder.initial, holder.account(()).capable) == (initial, initial)
+    bare = held._replace(status=held.status._replace(effective=1))
+    assert _survey._holder(bare, {}, [], more=False).initial is True
 
 
 def test_one_that_swaps_is_told_and_counts_as_unknown(alone: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:

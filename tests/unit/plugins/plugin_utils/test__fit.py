@@ -452,7 +452,8 @@ def test_a_running_vm_of_another_kind_is_no_proof() -> None:
     assert fit(info(processes=[unit()]), **given, overhead="16M")["fits"] is False
 
 
-CAPABLE: Row = {"capabilities": {"effective": ["cap_ipc_lock"]}}
+CAPABLE: Row = {"capabilities": {"effective": ["cap_ipc_lock"], "ambient": ["cap_ipc_lock"]}}
+OF_A_FILE: Row = {"capabilities": {"effective": ["cap_ipc_lock"], "ambient": []}}
 SHOWS_NOTHING = "No running VM of vm shows its accounting, which is per user unless somebody sets it."
 SOME, NOT_KNOWN, WITHHELD = _fit_host.SOME, _fit_host.NOT_KNOWN, _fit_host.WITHHELD
 
@@ -736,6 +737,19 @@ def test_auto_sees_the_capability_of_running_vms(
     answer = fit(info(processes=running, users=[]), who=who, memlock="8M", devices=devices, **EXACT)
     assert (answer["fits"], answer["accounting"]) == (fits, accounting)
     assert (answer["question"] or "").startswith("Has the VMM CAP_IPC_LOCK?" if fits is None else "")
+
+
+@pytest.mark.parametrize("devices", [[LEGACY], [BY_IOMMUFD]])
+@pytest.mark.parametrize("others", [[], [unit(**CAPABLE, accounting="none", pid=9)]])
+def test_a_vm_that_runs_may_have_a_capability_that_its_file_has_lost(devices: list[Row], others: list[Row]) -> None:
+    """As after an upgrade of the emulator: the next one gets no capability. That of a unit is another one."""
+    data = info(processes=[unit(**OF_A_FILE, accounting="none"), *others], users=[])
+    answer = fit(data, who="vm", memlock="8M", devices=devices, **EXACT)
+    assert (answer["fits"], answer["accounting"]) == (None, None)
+    assert answer["question"].startswith("Has the VMM CAP_IPC_LOCK?")
+    assert "The host's emulators do not have it any more." in answer["reason"]
+    granted = {**data, "host": host(qemu=[emulator(True)])}
+    assert fit(granted, who="vm", memlock="8M", devices=devices, **EXACT)["fits"]
 
 
 @pytest.mark.parametrize("devices", [[LEGACY], [BY_IOMMUFD]])
@@ -1193,6 +1207,8 @@ GROWTH = [
     ({"iommufds": iommufds(1, 1)}, {"memory": "20M"}, False),
     ({"iommufds": [*iommufds(1), {**iommufds(1, 1)[1], "same_as": 30}]}, {"memory": "20M"}, True),
     ({"iommufds": [*iommufds(1), {**iommufds(1, 1)[1], "shared_with": None}]}, {"memory": "1M"}, None),
+    # Another VM has the same one, and which spaces are whose is not known.
+    ({"iommufds": [{**iommufds(1)[0], "shared_with": [9]}]}, {"memory": "1M"}, None),
     ({"iommufds": iommufds(0)}, {"memory": "64M"}, True),
     ({"iommufds": None}, {"memory": "1M"}, None),
     # There may be more than was found.
