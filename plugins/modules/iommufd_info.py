@@ -1240,7 +1240,7 @@ defined:
         accounting:
           description:
             - How its iommufd will be accounted, V(user) or V(process), as far as the definition decides it. With
-              C(iommufd-exec), it is what that will set if it may.
+              C(iommufd-exec), it is what that will set; V(user) where its unit keeps it from that.
             - V(null) where it does not, as for a domain's, which libvirt may set.
           type: str
           sample: null
@@ -1299,6 +1299,18 @@ defined:
         - Whether the settings of the unit give it CAP_IPC_LOCK, or withhold it.
         - V(null) where the file of its VMM decides, or it is unknown, and for a domain.
       type: bool
+      sample: null
+    launcher_lacks:
+      description:
+        - The capabilities that C(iommufd-exec) in front of its VMM takes for what it is asked to do, and that the unit
+          does not give it. Without CAP_SYS_RESOURCE it starts the VMM in the mode V(user), unless it has C(--strict).
+        - V(null) without C(iommufd-exec).
+      type: list
+      elements: str
+      sample: null
+    launcher_ends:
+      description: Why C(iommufd-exec) ends without starting the VMM; V(null) where nothing is known of that.
+      type: str
       sample: null
     unread:
       description: What of its definition could not be read or understood, in sentences; empty where all was.

@@ -256,7 +256,7 @@ def new_vm(info: Info, asked: Asked, owner: Owner | None = None) -> Case:
     doubt = STARTS if refused is None else "locked" if locks else ROOM if tight else None
     told = doubted(judge(info, steps), by_qemu.question or doubt)
     no_iommufd = any(each.backend == IOMMUFD for each in asked.devices) and info["host"].get("module") == "absent"
-    refused = refused or limit.refused or ("This host's kernel has no iommufd." if no_iommufd else "")
+    refused = refused or limit.refused or asked.ends or ("This host's kernel has no iommufd." if no_iommufd else "")
     needs = [*needs, *([refused] if refused and refused not in needs else [])]
     refused = refused or by_qemu.ends
     needs += [FILE_BACKED] if asked.live_update else []

@@ -137,6 +137,8 @@ class _Fields:
         self.memlock = member(row, "memlock_bytes", or_none(number))
         self.unlimited = member(row, "memlock_unlimited", _flag)
         self.capable = member(row, "cap_ipc_lock", _flag)
+        self.lacks = member(row, "launcher_lacks", or_none(texts(TEXTS_MAX))) or ()
+        self.ends = member(row, "launcher_ends", _name) or ""
         self.order: tuple[str, ...] = member(row, "order", _order)
         self.unread = member(row, "unread", texts(TEXTS_MAX))
         self.unread_at_boot = member(row, "unread_at_boot", texts(TEXTS_MAX))
@@ -227,6 +229,8 @@ def _of_unit(row: _Fields, emulators: Mapping[str, Mapping[str, Any]]) -> Asked:
         starter=OTHER,
         emulator=row.emulator,
         of_devices=row.of_devices,
+        lacks=row.lacks,
+        ends=row.ends,
     )
 
 

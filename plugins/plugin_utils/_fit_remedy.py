@@ -44,6 +44,8 @@ def remedy_of(case: Case) -> str | None:
         return None
     if case.refused and case.starter == SYSTEM and case.refused != case.clash.ends:
         return _for_the_daemon(case)
+    if case.refused and case.refused == case.asked.ends:
+        return f"To have it started: {_for_the_launcher(case)}." if case.asked.lacks else None
     if case.clash != Clash() and case.refused == case.clash.ends:
         # Nothing helps beside it.
         cures = [_one_iommufd(case)]
@@ -255,9 +257,20 @@ def _how_to_set(case: Case) -> str | None:
         )
     if case.starter == SESSION:
         return "have it charged for itself alone (virt.iommufd.iommufd_domain, which needs libvirt 12.2 or later)"
+    if case.asked.lacks:
+        return f"have it charged for itself alone: {_for_the_launcher(case)}"
     return (
         "have it charged for itself alone, by setting rlimit_mode=process on its iommufd before its first device"
         " (iommufd-exec, or virt.iommufd.iommufd_option if another program than QEMU opens it)"
+    )
+
+
+def _for_the_launcher(case: Case) -> str:
+    """What lets iommufd-exec do what it is asked for."""
+    names = [each.upper() for each in case.asked.lacks]
+    return (
+        f"give iommufd-exec {' and '.join(names)} (AmbientCapabilities={' '.join(names)} in its unit, where that has"
+        " User=, and no CapabilityBoundingSet= or PrivateUsers= in it that takes them away)"
     )
 
 

@@ -187,6 +187,8 @@ def defined(**fields: Any) -> Row:
         "memlock_bytes": None,
         "memlock_unlimited": None,
         "cap_ipc_lock": None,
+        "launcher_lacks": None,
+        "launcher_ends": None,
         "order": [],
         "unread": [],
         "unread_at_boot": [],

@@ -93,6 +93,8 @@ def test_a_domain_with_everything() -> None:
         "memlock_bytes": None,
         "memlock_unlimited": None,
         "cap_ipc_lock": None,
+        "launcher_lacks": None,
+        "launcher_ends": None,
         "unread": [],
         "unread_at_boot": [],
         "changed": None,
@@ -268,6 +270,8 @@ def test_a_unit_with_everything() -> None:
         "memlock_bytes": 2**33,
         "memlock_unlimited": False,
         "cap_ipc_lock": None,
+        "launcher_lacks": None,
+        "launcher_ends": None,
         "unread": [],
         "unread_at_boot": [],
         "changed": False,
@@ -317,6 +321,84 @@ def test_the_launcher_in_front() -> None:
     # From elsewhere, nobody knows which mode it has.
     row = unit((*BASIC, "-object", "iommufd,id=i,fd=9", "-device", "vfio-pci,host=01:00.0,iommufd=i"))
     assert [each["accounting"] for each in row["devices"]] == [None]
+
+
+ALL_BUT = {name: (2**41 - 1) & ~(1 << bit) for name, bit in (("resource", 24), ("setuid", 7), ("setpcap", 8))}
+RESOURCE, SETIDS = 1 << 24, 1 << 6 | 1 << 7
+AS_NOBODY: dict[str, Any] = {"User": "nobody", "AmbientCapabilities": RESOURCE}
+
+
+@pytest.mark.parametrize(
+    ("options", "flags", "other", "expected"),
+    [
+        ("", (), {}, (PROCESS, [], None)),
+        ("", (), {"User": "nobody"}, (USER, ["cap_sys_resource"], None)),
+        ("", (), {"User": "nobody", "NoNewPrivileges": True}, (USER, ["cap_sys_resource"], None)),
+        ("", (), AS_NOBODY, (PROCESS, [], None)),
+        ("", (), {**AS_NOBODY, "NoNewPrivileges": True}, (PROCESS, [], None)),
+        ("", (), {"CapabilityBoundingSet": ALL_BUT["resource"]}, (USER, ["cap_sys_resource"], None)),
+        ("", (), {**AS_NOBODY, "PrivateUsers": True}, (USER, ["cap_sys_resource"], None)),
+        ("", (), {"PrivateUsersEx": "identity"}, (USER, ["cap_sys_resource"], None)),
+        ("", (), {"DynamicUser": True}, (USER, ["cap_sys_resource"], None)),
+        ("", ("no-setuid",), {"User": "nobody"}, (PROCESS, [], None)),
+        ("", ("no-setuid",), {"DynamicUser": True}, (PROCESS, [], None)),
+        ("", ("privileged",), {"PrivateUsers": True, "CapabilityBoundingSet": 0}, (PROCESS, [], None)),
+        ("--rlimit-mode user", (), {"User": "nobody"}, (USER, [], None)),
+        ("--strict", (), {"User": "nobody"}, (USER, ["cap_sys_resource"], "rlimit_mode=process, as --strict demands")),
+        ("--strict --rlimit-mode user", (), {"User": "nobody"}, (USER, [], None)),
+        # A limit that is no more than the hard one takes nothing.
+        ("--memlock 1G", (), {"User": "nobody", "LimitMEMLOCK": GIB}, (USER, ["cap_sys_resource"], None)),
+        ("--memlock 2G", (), {"User": "nobody", "LimitMEMLOCK": GIB}, (USER, ["cap_sys_resource"], "--memlock")),
+        ("--memlock 2G", (), {**AS_NOBODY, "LimitMEMLOCK": GIB}, (PROCESS, [], None)),
+        ("--memlock infinity", (), {"User": "nobody", "LimitMEMLOCK": GIB}, (USER, ["cap_sys_resource"], "--memlock")),
+        ("--memlock infinity", (), {"User": "nobody", "LimitMEMLOCK": 2**64 - 1}, (USER, ["cap_sys_resource"], None)),
+        # To become another user takes something, too, and to become one that it is takes nothing.
+        ("--user nobody", (), AS_NOBODY, (PROCESS, [], None)),
+        ("--user nobody", (), {"CapabilityBoundingSet": ALL_BUT["setuid"]}, (PROCESS, ["cap_setuid"], "user nobody")),
+        (
+            "--user nobody",
+            (),
+            {"User": "daemon", "AmbientCapabilities": RESOURCE},
+            (PROCESS, ["cap_setgid", "cap_setuid"], "user nobody"),
+        ),
+        ("--user nobody", (), {"User": "daemon", "AmbientCapabilities": RESOURCE | SETIDS}, (PROCESS, [], None)),
+        ("--user nobody", (), {**AS_NOBODY, "Group": "kvm"}, (PROCESS, ["cap_setgid", "cap_setuid"], "user nobody")),
+        ("--user root", (), {}, (PROCESS, [], "--user root would give up nothing")),
+        (
+            "--bounding none",
+            (),
+            {"CapabilityBoundingSet": ALL_BUT["setpcap"]},
+            (PROCESS, ["cap_setpcap"], "--bounding"),
+        ),
+        ("--bounding sys_resource", (), {"CapabilityBoundingSet": RESOURCE}, (PROCESS, [], None)),
+    ],
+)
+def test_what_a_unit_keeps_the_launcher_from(
+    options: str, flags: tuple[str, ...], other: dict[str, Any], expected: tuple[str, list[str], str | None]
+) -> None:
+    given = ("-object", "iommufd,id=i,fd={iommufd}", "-device", "vfio-pci,host=01:00.0,iommufd=i")
+    row = unit(("/usr/bin/iommufd-exec", *options.split(), "--", *BASIC, *given), flags, **other)
+    mode, lacks, ends = expected
+    assert ([each["accounting"] for each in row["devices"]], row["launcher_lacks"]) == ([mode], lacks)
+    assert row["launcher_ends"] == ends if ends is None else ends in row["launcher_ends"]
+    assert all("DynamicUser" in each for each in row["unread"])
+
+
+@pytest.mark.parametrize(
+    ("options", "other"),
+    [
+        ("", {"CapabilityBoundingSet": None}),
+        ("", {"SecureBits": 1}),
+        ("--memlock 2G", {"SecureBits": 1}),
+        ("--user nobody", {"PrivateUsers": True}),
+    ],
+)
+def test_it_is_not_known_what_the_launcher_may(options: str, other: dict[str, Any]) -> None:
+    given = ("-object", "iommufd,id=i,fd={iommufd}", "-device", "vfio-pci,host=01:00.0,iommufd=i")
+    row = unit(("/usr/bin/iommufd-exec", *options.split(), "--", *BASIC, *given), **other)
+    assert row["launcher_ends"] is None
+    assert all(each.startswith("Whether iommufd-exec has CAP_") for each in row["unread"])
+    assert row["unread"]
 
 
 @pytest.mark.parametrize(

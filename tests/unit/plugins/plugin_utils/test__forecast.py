@@ -266,6 +266,29 @@ def test_which_would_start(rows: list[Row], fields: Row, now: list[Any], reboot:
         assert told["reason"] or not rows[0]["devices"]
 
 
+def test_a_launcher_that_its_unit_keeps_from_something() -> None:
+    """Without the capability it leaves the mode as it is, which counts beside others, or it ends."""
+    lacks: Row = {"launcher_lacks": ["cap_sys_resource"]}
+    data = of(defined_unit(**lacks), users=[of_vm(charged=10 * GIB)])
+    [told] = [each["now"] for each in memlock_forecast(data)["vms"]]
+    assert (told["starts"], told["counter"]) == (False, "user")
+    assert (
+        "iommufd-exec has no CAP_SYS_RESOURCE from its unit, and leaves its iommufd in the mode user." in told["reason"]
+    )
+    assert "give iommufd-exec CAP_SYS_RESOURCE (AmbientCapabilities=CAP_SYS_RESOURCE in its unit" in told["remedy"]
+    why = "iommufd-exec ends without starting it."
+    for row in (defined_unit(launcher_ends=why, **lacks), defined_unit(launcher_ends=why, unread=SCRIPT, **lacks)):
+        [told] = [each["reboot"] for each in memlock_forecast(of(row))["vms"]]
+        assert told["starts"] is False
+        assert told["reason"].startswith(why)
+        assert told["remedy"].startswith("To have it started: give iommufd-exec CAP_SYS_RESOURCE (Ambient")
+    # Where it is for another reason, no capability helps.
+    [told] = [each["now"] for each in memlock_forecast(of(defined_unit(launcher_lacks=[], launcher_ends=why)))["vms"]]
+    assert (told["starts"], told["remedy"]) == (False, None)
+    # What it does not start charges nobody.
+    assert starts(of(defined_unit(launcher_ends=why, **lacks), *units(60))) == [False, True]
+
+
 def summary(*rows: Row, kind: str = "reboot", **fields: Any) -> Row:
     """What one kind comes to."""
     counts: Row = memlock_forecast(of(*rows, **fields))[kind]
