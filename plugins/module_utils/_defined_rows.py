@@ -30,7 +30,7 @@ from ._names import user_name
 from ._qemu import look_at_guest
 from ._user import User
 
-__all__ = ("Definition", "domain_row", "may_start_vmm", "unit_row")
+__all__ = ("Definition", "domain_row", "masked_row", "may_start_vmm", "unit_row")
 
 # All that a row has, in its order.
 _KEYS = (
@@ -191,8 +191,13 @@ class _Command(NamedTuple):
     def starts_vmm(self) -> bool:
         """Whether it is a VMM or a launcher, or has words that name one and may have to do with devices."""
         words = " ".join([self.program, *self.arguments])
-        about = "$" in words or "-readconfig" in words or _PASSED.search(words) is not None
-        return self.is_vmm or self.name == _LAUNCHER or (about and _NAMED.search(words) is not None)
+        return self.is_vmm or self.name == _LAUNCHER or (self.is_about_devices and _NAMED.search(words) is not None)
+
+    @property
+    def is_about_devices(self) -> bool:
+        """Whether it has words that may have to do with devices."""
+        words = " ".join([self.program, *self.arguments])
+        return "$" in words or "-readconfig" in words or _PASSED.search(words) is not None
 
     @property
     def is_vmm(self) -> bool:
@@ -231,6 +236,14 @@ def unit_row(name: str, shown: Mapping[str, Any], pids: Sequence[int]) -> Row | 
             f"The files of {name} have changed since systemd read them, and count after a reboot: run systemctl"
             " daemon-reload."
         ]
+    files = [shown.get("FragmentPath") or "", *(shown.get("DropInPaths") or [])]
+    of_this_boot = [shown_text(each) for each in files if each.startswith("/run/")]
+    if of_this_boot:
+        row["changed"] = True
+        row["unread_at_boot"].append(
+            f"What {', '.join(of_this_boot)} says in {name} is gone after a reboot, unless something makes it anew:"
+            " have it in /etc/systemd/system."
+        )
     if len(pids) > 1:
         unread.append(f"{name} has several VMMs.")
     row["pid"] = pids[0] if len(pids) == 1 else None
@@ -249,6 +262,29 @@ def unit_row(name: str, shown: Mapping[str, Any], pids: Sequence[int]) -> Row | 
         row["pid"] = shown.get("MainPID") or None
     _take_settings(row, launch, shown)
     return row
+
+
+def masked_row(name: str, path: str, text: str) -> Row | None:
+    """A unit that is masked until the next reboot, None where its file does not look as if it started a VMM that pins.
+
+    `text` is what stands in that file.
+    """
+    lines = re.findall(r"^[ \t]*ExecStart[ \t]*=[-@:+!|\s]*(\S.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    commands = [_Command(*_first(line)) for line in lines]
+    if not any(each.starts_vmm and each.is_about_devices for each in commands):
+        return None
+    row = _blank("unit", name, "system", shown_text(path))
+    row.update(transient=False, elastic_bytes=0, libvirt_locks=False, changed=True)
+    row["unread"] = [
+        f"{row['name']} is masked until the next reboot (systemctl mask --runtime), and starts a VMM by {row['path']}"
+        " then: run systemctl unmask --runtime, and look again."
+    ]
+    return row
+
+
+def _first(line: str) -> tuple[str, list[str]]:
+    program, *words = (each.strip("\"'") for each in line.split())
+    return program, words
 
 
 def _commands(shown: Mapping[str, Any]) -> Iterator[_Command]:
@@ -464,6 +500,12 @@ def _take_settings(row: Row, launch: _Launch, shown: Mapping[str, Any]) -> None:
     elif user.uid is None:
         row["unread"].append(f"{row['name']} has user {user.name}, whom this host does not know.")
     row.update(user=user.name, uid=user.uid)
+    sets_limit = launch.memlock is not None and CAP_SYS_RESOURCE not in row["launcher_lacks"]
+    if shown.get("PAMName") and not _is_as_root(launch.command.flags) and not sets_limit:
+        row["unread"].append(
+            f"{row['name']} has a session of PAM (PAMName=), which may set another limit on locked memory than the unit"
+            " (pam_limits)."
+        )
     soft = shown.get("LimitMEMLOCKSoft", shown.get("LimitMEMLOCK"))
     if launch.memlock is not None:
         row.update(memlock_row(None if launch.memlock == resource.RLIM_INFINITY else launch.memlock))

@@ -10,11 +10,14 @@ VMM once more each, since only D-Bus keeps the words of a command apart.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
-from ._defined_rows import may_start_vmm, unit_row
-from ._errors import IommufdError
+from ._child import in_child
+from ._defined_rows import masked_row, may_start_vmm, unit_row
+from ._errors import IommufdError, error_text
 from ._module import Row, memlock_row
 from ._systemd import Run, find_services, read_all_of, read_configuration, read_manager, show_units
 
@@ -29,6 +32,16 @@ _MAY_BE_STARTED_BY = ("TriggeredBy", "OnSuccessOf", "OnFailureOf")
 # Whom systemd waits for until it is in the background, which QEMU is once it has its devices. Of the other types, the
 # next unit starts as it may still pin.
 _WAITED_FOR = "forking"
+
+# Where systemd looks for units, without what generators make: what a reboot leaves, and what it empties.
+_LASTING = (
+    *("/etc/systemd/system.control", "/etc/systemd/system"),
+    *("/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"),
+)
+_OF_THIS_BOOT = ("/run/systemd/system.control", "/run/systemd/transient", "/run/systemd/system")
+_NULL = "/dev/null"
+_UNIT_MAX = 2**20
+_PATIENCE = 10
 
 # The soft and the hard limit that units have without one of their own.
 _DEFAULTS = ("DefaultLimitMEMLOCKSoft", "DefaultLimitMEMLOCK")
@@ -56,6 +69,7 @@ def find_defined_units(run: Run, running: Mapping[str, Sequence[int]]) -> tuple[
     for name in names[:_UNITS_MAX]:
         try:
             shown = read_all_of(run, name)
+            shown["DropInPaths"] = [*(shown.get("DropInPaths") or []), *_hiding(name)]
             row = unit_row(name, shown, running.get(name, ()))
         except IommufdError as exc:
             msgs.append(f"What {name} starts cannot be told: {exc}")
@@ -64,15 +78,23 @@ def find_defined_units(run: Run, running: Mapping[str, Sequence[int]]) -> tuple[
             rows.append(row)
             after[name] = shown.get("After") or []
             waited_for |= {name} if shown.get("Type") == _WAITED_FOR else set()
+    for row in rows:
+        row["order"] = sorted(set(after[row["name"]]) & waited_for - {row["name"]})
     try:
-        at_boot = find_started_at_boot(run, list(after)) if rows else {}
+        rows += list(_masked({row["name"] for row in rows}))
+        _note_autostart(run, rows)
     except IommufdError as exc:
         msgs.append(f"Which units start at boot cannot be told: {exc}")
-        at_boot = {}
-    for row in rows:
-        row["autostart"] = at_boot.get(row["name"])
-        row["order"] = sorted(set(after[row["name"]]) & waited_for - {row["name"]})
     return rows, msgs
+
+
+def _note_autostart(run: Run, rows: Sequence[Row]) -> None:
+    """Adds to units whether they start at boot. Raises IommufdError."""
+    at_boot = find_started_at_boot(run, [row["name"] for row in rows]) if rows else {}
+    for row in rows:
+        # Where a reboot takes its file away, what wants it may find nothing.
+        gone = (row["path"] or "").startswith("/run/")
+        row["autostart"] = None if gone and at_boot[row["name"]] else at_boot[row["name"]]
 
 
 def find_started_at_boot(run: Run, names: Iterable[str]) -> dict[str, bool | None]:
@@ -81,6 +103,7 @@ def find_started_at_boot(run: Run, names: Iterable[str]) -> dict[str, bool | Non
     None is what cannot be told: that of a unit which a timer, a path, a socket or a device may start.
     """
     [boot] = show_units(run, [_BOOT], ("Id",))
+    of_this_boot, lasting = set(_links(_OF_THIS_BOOT)), set(_links(_LASTING))
     wanted: dict[str, set[str]] = {}
     triggered: dict[str, set[str]] = {}
     left = set(names)
@@ -88,11 +111,18 @@ def find_started_at_boot(run: Run, names: Iterable[str]) -> dict[str, bool | Non
         if not left:
             break
         asked = sorted(left)
-        properties = ("Id", *_STARTED_BY, *_MAY_BE_STARTED_BY)
+        properties = ("Id", "Names", *_STARTED_BY, *_MAY_BE_STARTED_BY)
         for name, shown in zip(asked, show_units(run, asked, properties)):
             wanted[name] = {each for key in _STARTED_BY for each in shown.get(key, "").split()}
             triggered[name] = {each for key in _MAY_BE_STARTED_BY for each in shown.get(key, "").split()}
             triggered[name] |= {each for each in wanted[name] if each.endswith(".device")}
+            names_ = {name, *shown.get("Names", "").split()}
+            kept = {by for by, each in lasting if each in names_}
+            gone = {by for by, each in of_this_boot if each in names_} - kept
+            # What has the link may go by another name.
+            unsure = wanted[name] - kept if gone - wanted[name] else set()
+            wanted[name] -= gone | unsure
+            triggered[name] |= unsure - gone
         left = {each for some in (*wanted.values(), *triggered.values()) for each in some}
         left = {each for each in left - wanted.keys() if not each.endswith(".device")}
     certain = _reached(wanted, {_BOOT, boot.get("Id", _BOOT)})
@@ -101,6 +131,58 @@ def find_started_at_boot(run: Run, names: Iterable[str]) -> dict[str, bool | Non
         {*certain, *(each for some in triggered.values() for each in some if each.endswith(".device")), *left},
     )
     return {name: True if name in certain else None if name in perhaps else False for name in names}
+
+
+def _links(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The links by which units start others, each by the names of both."""
+    for folder in folders:
+        for each in _listed(folder):
+            by, _dot, kind = each.rpartition(".")
+            if kind in ("wants", "requires", "upholds"):
+                yield from ((by, name) for name in _listed(f"{folder}/{each}"))
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        # Few hosts have all of them. All can be read by anybody.
+        return []
+
+
+def _is_masked(path: str) -> bool:
+    try:
+        return os.readlink(path) == _NULL
+    except OSError:
+        return False
+
+
+def _hiding(name: str) -> list[str]:
+    """The drop-ins of a unit that hide others until a reboot, which systemd does not name."""
+    folders = [f"{folder}/{name}.d" for folder in _OF_THIS_BOOT]
+    return [path for folder in folders for path in (f"{folder}/{each}" for each in _listed(folder)) if _is_masked(path)]
+
+
+def _masked(known: Collection[str]) -> Iterator[Row]:
+    """The units that are masked until the next reboot, without those that are known. Raises IommufdError."""
+    for name in _listed(_OF_THIS_BOOT[-1]):
+        if not name.endswith(".service") or name in known or not _is_masked(f"{_OF_THIS_BOOT[-1]}/{name}"):
+            continue
+        # What was made of a template has no file of its own.
+        template = re.sub(r"@.*(?=\.service$)", "@", name)
+        paths = [f"{folder}/{each}" for each in (name, template) for folder in _LASTING]
+        path = next(filter(os.path.isfile, paths), None)
+        row = path and masked_row(name, path, in_child(None, partial(_text, path), _PATIENCE))
+        if row:
+            yield row
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            return stream.read(_UNIT_MAX)
+    except OSError as exc:
+        raise IommufdError(f"{path} cannot be read ({error_text(exc.errno)}).") from exc
 
 
 def _reached(by: Mapping[str, set[str]], first: set[str]) -> set[str]:

@@ -1320,14 +1320,15 @@ defined:
     unread_at_boot:
       description:
         - What else of it is not known after a reboot, in sentences. systemd has not read its files since they changed,
-          or gives it a default limit (C(DefaultLimitMEMLOCK=)) that may be another one then.
+          or gives it a default limit (C(DefaultLimitMEMLOCK=)) that may be another one then. Or some of its files are
+          in C(/run), as of C(systemctl edit --runtime), and gone then.
       type: list
       elements: str
       sample: []
     changed:
       description:
-        - Whether systemd has not read the files of the unit since they changed. Then all of it may be otherwise after a
-          reboot.
+        - Whether all of it may be otherwise after a reboot, since systemd has not read the files of the unit since they
+          changed, or some of them are in C(/run).
         - V(null) for a domain.
       type: bool
       sample: null

@@ -16,6 +16,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._accounting import EA
 from ansible_collections.virt.iommufd.plugins.module_utils._defined_rows import (
     Definition,
     domain_row,
+    masked_row,
     may_start_vmm,
     unit_row,
 )
@@ -227,6 +228,9 @@ SETTINGS: dict[str, Any] = {
 IPC_LOCK = 1 << 14
 NOBODY = pwd.getpwnam("nobody")
 BASIC = (QEMU, "-m", "8G")
+ALL_BUT = {name: (2**41 - 1) & ~(1 << bit) for name, bit in (("resource", 24), ("setuid", 7), ("setpcap", 8))}
+RESOURCE, SETIDS = 1 << 24, 1 << 6 | 1 << 7
+AS_NOBODY: dict[str, Any] = {"User": "nobody", "AmbientCapabilities": RESOURCE}
 OWN = ("-object", "iommufd,id=i", "-device", "vfio-pci,host=0000:01:00.0,iommufd=i")
 
 
@@ -293,6 +297,72 @@ def test_files_that_systemd_has_not_read() -> None:
         ]
 
 
+@pytest.mark.parametrize(
+    ("other", "gone"),
+    [
+        ({}, ""),
+        ({"DropInPaths": ["/etc/systemd/system/vm1.service.d/a.conf"]}, ""),
+        ({"DropInPaths": ["/etc/a.conf", "/run/systemd/system/vm1.service.d/b.conf"]}, "vm1.service.d/b.conf says"),
+        ({"DropInPaths": ["/run/systemd/system.control/vm1.service.d/50-a.conf"]}, "system.control/vm1.service.d/50-a"),
+        ({"DropInPaths": ["/run/systemd/generator/vm1.service.d/a.conf"]}, "systemd/generator/vm1.service.d/a.conf"),
+        ({"FragmentPath": "/run/systemd/transient/vm1.service"}, "What /run/systemd/transient/vm1.service says in vm1"),
+    ],
+)
+def test_what_a_reboot_empties(other: dict[str, Any], gone: str) -> None:
+    row = unit((*BASIC, *OWN), **other)
+    assert row["unread"] == []
+    assert (len(row["unread_at_boot"]), row["changed"]) == ((1, True) if gone else (0, False))
+    assert gone in "".join(row["unread_at_boot"])
+
+
+@pytest.mark.parametrize(
+    ("words", "flags", "other", "is_known"),
+    [
+        ("", (), {"User": "nobody"}, False),
+        # Without a user it is root's session.
+        ("", (), {}, False),
+        ("", ("no-setuid",), {"User": "nobody"}, True),
+        ("", ("privileged",), {"User": "nobody"}, True),
+        ("iommufd-exec --memlock 1G --", (), AS_NOBODY, True),
+        ("iommufd-exec --memlock 1G --", (), {"User": "nobody", "LimitMEMLOCK": GIB}, False),
+        ("iommufd-exec --", (), AS_NOBODY, False),
+    ],
+)
+def test_pam_may_set_another_limit(words: str, flags: tuple[str, ...], other: dict[str, Any], is_known: bool) -> None:
+    given = ("-object", "iommufd,id=i,fd={iommufd}", "-device", "vfio-pci,host=01:00.0,iommufd=i")
+    row = unit((*words.split(), *BASIC, *given), flags, PAMName="login", **other)
+    assert (row["unread"] == []) is is_known
+    assert is_known or "vm1.service has a session of PAM (PAMName=)" in row["unread"][0]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_vmm"),
+    [
+        (f"[Service]\nExecStart={QEMU} -m 1G -device vfio-pci,host=01:00.0\n", True),
+        (f"[Service]\nExecStart = -+{QEMU} -m 1G \\\n  -device vfio-pci,host=01:00.0\n", True),
+        (
+            f"ExecStartPre=/bin/true\nExecStart=/usr/bin/iommufd-exec -- {QEMU} -object iommufd,id=i,fd={{iommufd}}\n",
+            True,
+        ),
+        (f"ExecStart={QEMU} $OPTIONS\n", True),
+        (f"ExecStart=/bin/sh -c 'exec {QEMU} -device vfio-pci,host=01:00.0'\n", True),
+        (f"ExecStart={QEMU} -m 1G\n", False),
+        ("ExecStart=/usr/bin/qemu-ga --method=vfio\n", False),
+        (f"#ExecStart={QEMU} -m 1G -device vfio-pci,host=01:00.0\nExecStart=\n", False),
+        ("", False),
+    ],
+)
+def test_a_unit_that_is_masked_until_the_next_reboot(text: str, is_vmm: bool) -> None:
+    row = masked_row("vm1.service", "/usr/lib/systemd/system/vm1.service", text)
+    assert (row is not None) is is_vmm
+    if row is not None:
+        assert (row["name"], row["devices"], row["user"], row["changed"]) == ("vm1.service", None, None, True)
+        assert row["unread"] == [
+            "vm1.service is masked until the next reboot (systemctl mask --runtime), and starts a VMM by"
+            " /usr/lib/systemd/system/vm1.service then: run systemctl unmask --runtime, and look again."
+        ]
+
+
 def test_the_launcher_in_front() -> None:
     given = ("-object", "iommufd,id=i,fd={iommufd}", "-device", "vfio-pci,host=01:00.0,iommufd=i")
     launcher = ("/usr/local/sbin/iommufd-exec", "--user", "nobody", "--memlock", "66G")
@@ -321,11 +391,6 @@ def test_the_launcher_in_front() -> None:
     # From elsewhere, nobody knows which mode it has.
     row = unit((*BASIC, "-object", "iommufd,id=i,fd=9", "-device", "vfio-pci,host=01:00.0,iommufd=i"))
     assert [each["accounting"] for each in row["devices"]] == [None]
-
-
-ALL_BUT = {name: (2**41 - 1) & ~(1 << bit) for name, bit in (("resource", 24), ("setuid", 7), ("setpcap", 8))}
-RESOURCE, SETIDS = 1 << 24, 1 << 6 | 1 << 7
-AS_NOBODY: dict[str, Any] = {"User": "nobody", "AmbientCapabilities": RESOURCE}
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _defined_units
 from ansible_collections.virt.iommufd.plugins.module_utils._defined_units import (
     find_defined_units,
     find_started_at_boot,
@@ -43,6 +45,7 @@ class Systemd:
             unit = words[4].rpartition("/")[2].replace("_2e", ".").replace("_40", "@")
             shown = self.services[unit]
             values = {"Id": unit, "After": shown.get("After", []), "FragmentPath": f"/etc/systemd/system/{unit}"}
+            values.update({key: shown[key] for key in ("FragmentPath",) if key in shown})
             values["Type"] = shown.get("Type", "simple")
             if "words" in shown:
                 values["ExecStartEx"] = [[shown["words"][0], shown["words"], [], 0]]
@@ -162,6 +165,98 @@ def test_systemd_that_does_not_answer() -> None:
     assert msg == "Which units start at boot cannot be told: systemd cannot be asked for default.target: no."
     systemd.refused = {"show": (0, "", ""), "list-unit-files": (0, "", "")}
     assert find_defined_units(systemd, {}) == ([], ["systemd tells nothing of its units."])
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A folder of units that a reboot leaves, and one that it empties."""
+    lasting, run = tmp_path / "etc", tmp_path / "run"
+    lasting.mkdir()
+    run.mkdir()
+    monkeypatch.setattr(_defined_units, "_LASTING", (str(lasting),))
+    monkeypatch.setattr(_defined_units, "_OF_THIS_BOOT", (str(run),))
+    return lasting, run
+
+
+def link(folder: Path, by: str, name: str) -> None:
+    (folder / by).mkdir(exist_ok=True)
+    (folder / by / name).symlink_to("/x")
+
+
+AT_BOOT = {"WantedBy": "multi-user.target"}
+
+
+@pytest.mark.parametrize(
+    ("shown", "lasting", "of_this_boot", "expected"),
+    [
+        (AT_BOOT, [], ["multi-user.target.wants/vm.service"], False),
+        ({"RequiredBy": "multi-user.target"}, [], ["multi-user.target.requires/vm.service"], False),
+        (AT_BOOT, ["multi-user.target.wants/vm.service"], ["multi-user.target.wants/vm.service"], True),
+        # Another one is enough.
+        ({"WantedBy": "multi-user.target other.service"}, [], ["multi-user.target.wants/vm.service"], True),
+        ({"WantedBy": "rescue.target multi-user.target"}, [], ["rescue.target.wants/vm.service"], True),
+        ({"WantedBy": "other.service"}, [], ["multi-user.target.wants/other.service"], False),
+        ({**AT_BOOT, "Names": "vm.service alias.service"}, [], ["multi-user.target.wants/alias.service"], False),
+        (AT_BOOT, [], ["multi-user.target.wants/another.service"], True),
+        # By the name of an alias, it cannot be told which it is.
+        ({"WantedBy": "graphical.target"}, [], ["default.target.wants/vm.service"], None),
+        (AT_BOOT, ["multi-user.target.wants/vm.service"], ["default.target.wants/vm.service"], True),
+        ({**AT_BOOT, "TriggeredBy": "other.service"}, [], ["multi-user.target.wants/vm.service"], None),
+    ],
+)
+def test_what_is_enabled_until_the_next_reboot(
+    places: tuple[Path, Path], shown: dict[str, str], lasting: list[str], of_this_boot: list[str], expected: bool | None
+) -> None:
+    for folder, links in zip(places, (lasting, of_this_boot)):
+        for each in links:
+            link(folder, *each.split("/"))
+    systemd = Systemd(vm=shown, other=AT_BOOT)
+    assert find_started_at_boot(systemd, ["vm.service"]) == {"vm.service": expected}
+
+
+def test_units_that_are_masked_until_the_next_reboot(places: tuple[Path, Path]) -> None:
+    lasting, run = places
+    text = f"[Service]\nExecStart={' '.join(WORDS)}\n"
+    for name in ("a", "b", "known", "vm@"):
+        (lasting / f"{name}.service").write_text(text)
+    (lasting / "other.service").write_text("[Service]\nExecStart=/usr/bin/true\n")
+    (lasting / "gone.service").symlink_to("/dev/null")
+    for name in ("a", "known", "vm@1", "other", "gone", "nothing"):
+        (run / f"{name}.service").symlink_to("/dev/null")
+    # One that is another file is none that is masked.
+    (run / "b.service").write_text(text)
+    masked = {"a": AT_BOOT, "vm@1": {}, "other": {}, "gone": {}, "nothing": {}}
+    rows, msgs = find_defined_units(Systemd(known={"words": WORDS}, **masked), {})
+    assert msgs == []
+    assert [(row["name"], row["autostart"], bool(row["unread"])) for row in rows] == [
+        ("known.service", False, False),
+        ("a.service", True, True),
+        ("vm@1.service", False, True),
+    ]
+    assert rows[1]["path"] == str(lasting / "a.service")
+
+
+def test_a_drop_in_that_hides_another_one_until_the_next_reboot(
+    places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = places[1] / "vm.service.d"
+    folder.mkdir()
+    (folder / "limit.conf").symlink_to("/dev/null")
+    (folder / "other.conf").write_text("")
+    assert _defined_units._hiding("vm.service") == [f"{folder}/limit.conf"]
+    hiding = "/run/systemd/system/vm.service.d/limit.conf"
+    monkeypatch.setattr(_defined_units, "_hiding", lambda name: [hiding] if name == "vm.service" else [])
+    [row], msgs = find_defined_units(Systemd(vm={"words": WORDS}), {})
+    assert msgs == []
+    assert row["changed"] is True
+    assert hiding in row["unread_at_boot"][0]
+
+
+def test_a_unit_whose_file_a_reboot_takes_away() -> None:
+    for path, expected in (("/run/systemd/system/vm.service", None), ("/etc/systemd/system/vm.service", True)):
+        systemd = Systemd(vm={"words": WORDS, "FragmentPath": path, **AT_BOOT})
+        [row], msgs = find_defined_units(systemd, {})
+        assert (row["autostart"], bool(row["unread_at_boot"]), msgs) == (expected, expected is None, [])
 
 
 class Manager:
