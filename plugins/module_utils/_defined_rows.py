@@ -511,6 +511,8 @@ def _take_settings(row: Row, launch: _Launch, shown: Mapping[str, Any]) -> None:
         row.update(memlock_row(None if launch.memlock == resource.RLIM_INFINITY else launch.memlock))
     elif isinstance(soft, int):
         row.update(memlock_row(None if soft == _INFINITY else soft))
+    most = shown.get("MemoryMax", _INFINITY)
+    row["hard_limit_bytes"] = None if most == _INFINITY else most
     row["cap_ipc_lock"] = _cap_ipc_lock(launch, user, given, shown)
 
 

@@ -64,6 +64,7 @@ def find_defined_units(run: Run, running: Mapping[str, Sequence[int]]) -> tuple[
     if len(names) > _UNITS_MAX:
         msgs.append(f"Of {len(names)} units that may start a VM, only {_UNITS_MAX} were looked at.")
     rows = []
+    slices = {}
     after = {}
     waited_for = set()
     for name in names[:_UNITS_MAX]:
@@ -76,16 +77,39 @@ def find_defined_units(run: Run, running: Mapping[str, Sequence[int]]) -> tuple[
             continue
         if row is not None:
             rows.append(row)
+            slices[name] = list(_around(shown.get("Slice") or ""))
             after[name] = shown.get("After") or []
             waited_for |= {name} if shown.get("Type") == _WAITED_FOR else set()
     for row in rows:
         row["order"] = sorted(set(after[row["name"]]) & waited_for - {row["name"]})
     try:
         rows += list(_masked({row["name"] for row in rows}))
+        _note_slices(run, rows, slices)
         _note_autostart(run, rows)
     except IommufdError as exc:
         msgs.append(f"Which units start at boot cannot be told: {exc}")
     return rows, msgs
+
+
+def _around(name: str) -> Iterator[str]:
+    """A slice, and those that it is in, without the one of all: see systemd.slice(5)."""
+    stem = name.rpartition(".slice")[0]
+    while stem.strip("-"):
+        yield f"{stem}.slice"
+        stem = stem.rpartition("-")[0]
+
+
+def _note_slices(run: Run, rows: Iterable[Row], slices: Mapping[str, Sequence[str]]) -> None:
+    """Adds to units that they are in a slice whose memory is limited. Raises IommufdError."""
+    names = sorted({each for some in slices.values() for each in some})
+    shown = zip(names, show_units(run, names, ("Id", "MemoryMax"))) if names else ()
+    limited = {name for name, each in shown if each.get("MemoryMax", "infinity") != "infinity"}
+    for row in rows:
+        row["unread"] += [
+            f"{row['name']} is in {each}, which has MemoryMax=, and it is not known how much of that others in it use."
+            for each in slices.get(row["name"], ())
+            if each in limited
+        ]
 
 
 def _note_autostart(run: Run, rows: Sequence[Row]) -> None:

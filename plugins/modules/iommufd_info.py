@@ -1265,7 +1265,7 @@ defined:
       type: int
       sample: 1
     hard_limit_bytes:
-      description: The domain's C(<hard_limit>); V(null) without.
+      description: The domain's C(<hard_limit>), or C(MemoryMax=) of the unit; V(null) without.
       type: int
       sample: null
     libvirt_locks:

@@ -249,7 +249,7 @@ def new_vm(info: Info, asked: Asked, owner: Owner | None = None) -> Case:
     refused, needs = refusal(info, asked, starter), prerequisites(info, asked.devices)
     by_qemu = clash(candidates(info, asked), steps[0].devices, asked.viommu)
     once = _once(steps[0])
-    hard = asked.domain and asked.domain.hard_limit
+    hard = asked.domain.hard_limit if asked.domain else asked.group
     tight = hard is not None and hard < once + OF_EMULATOR
     # With CAP_IPC_LOCK it locks what it likes, which counts there all the same.
     locks = hard is not None and vm.capable and steps[0].locked.most >= UNLIMITED

@@ -229,6 +229,7 @@ def _of_unit(row: _Fields, emulators: Mapping[str, Mapping[str, Any]]) -> Asked:
         starter=OTHER,
         emulator=row.emulator,
         of_devices=row.of_devices,
+        group=row.hard_limit,
         lacks=row.lacks,
         ends=row.ends,
     )

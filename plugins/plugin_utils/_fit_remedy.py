@@ -16,6 +16,7 @@ from typing import Any
 from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER, Device, Span, exactly
 from ._fit_case import GROUP, ROOM, Case, may_charge_user, new_vm, settled
 from ._fit_host import (
+    OTHER,
     SESSION,
     SYSTEM,
     by_hostdev,
@@ -98,6 +99,11 @@ def _limit(case: Case) -> str | None:
     enough = case.told.enough
     if case.running is not None:
         return _limit_as_it_runs(case, case.running)
+    if case.doubt == ROOM and case.asked.starter == OTHER:
+        beside = settled(case._replace(doubt=None))
+        limit = None if beside.told.fits is True else _limit(beside)
+        known = beside.told.fits is True or limit
+        return ", and ".join(filter(None, [_room_of_unit(case.once), limit])) if known else None
     if case.doubt == ROOM:
         # That is what it is raised for.
         case, enough = case._replace(doubt=None), max(enough, case.once)
@@ -155,10 +161,15 @@ def _room(case: Case, row: Mapping[str, Any]) -> str:
     """How its control group gets room, which else ends a VM whose limit on locked memory is raised."""
     kib = kib_with_room(case.once)
     if case.starter != SYSTEM:
-        return f"let its control group use {kib} KiB (MemoryMax= of its unit or of its slices, whichever is less)"
+        return _room_of_unit(case.once)
     size = kib if case.once < UNLIMITED else "KIB"
     how = f"virsh memtune {shlex.quote(str(row['domain']))} --hard-limit {size} --live"
     return f"raise its <hard_limit>{', if it has one' if case.doubt == GROUP else ''} ({how})"
+
+
+def _room_of_unit(once: int) -> str:
+    least = kib_with_room(once)
+    return f"let its control group use {least} KiB (MemoryMax= of its unit or of its slices, whichever is less)"
 
 
 def _as_it_runs(case: Case, row: Mapping[str, Any]) -> str:

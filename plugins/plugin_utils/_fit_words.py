@@ -139,7 +139,8 @@ def _has_changed_user(row: Mapping[str, Any]) -> bool:
 def _has_room(case: Case) -> str:
     """What is to be asked of its control group."""
     # libvirt sets both limits as the VM starts.
-    least = max(case.once, case.told.enough if case.running is None and case.told.enough < UNLIMITED else 0)
+    both = case.running is None and case.told.enough < UNLIMITED and not _is_a_unit(case)
+    least = max(case.once, case.told.enough if both else 0)
     name = "MemoryMax=" if _is_a_unit(case) else "<hard_limit>"
     return (
         f"Does the emulator's own memory fit into what {name} leaves beside the guest's? Nothing tells that"
@@ -150,7 +151,7 @@ def _has_room(case: Case) -> str:
 
 def _is_a_unit(case: Case) -> bool:
     """Whether it is no domain that libvirt gives its limits."""
-    return case.running is not None and case.starter != SYSTEM
+    return case.asked.starter == OTHER or (case.running is not None and case.starter != SYSTEM)
 
 
 def _of_running(question: str, row: Mapping[str, Any]) -> str:

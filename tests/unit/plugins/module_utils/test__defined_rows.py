@@ -625,6 +625,8 @@ def test_who_a_unit_runs_as_and_with_what(flags: tuple[str, ...], other: dict[st
 def test_the_limit_of_a_unit() -> None:
     row = unit((*BASIC, *OWN), LimitMEMLOCKSoft=2**64 - 1)
     assert (row["memlock_bytes"], row["memlock_unlimited"]) == (None, True)
+    for most, expected in ((2**64 - 1, None), (GIB, GIB), (0, 0)):
+        assert unit((*BASIC, *OWN), MemoryMax=most)["hard_limit_bytes"] == expected
     bare = settings((*BASIC, *OWN))
     del bare["LimitMEMLOCKSoft"]
     row = unit_row("vm1.service", bare, ())

@@ -45,7 +45,7 @@ class Systemd:
             unit = words[4].rpartition("/")[2].replace("_2e", ".").replace("_40", "@")
             shown = self.services[unit]
             values = {"Id": unit, "After": shown.get("After", []), "FragmentPath": f"/etc/systemd/system/{unit}"}
-            values.update({key: shown[key] for key in ("FragmentPath",) if key in shown})
+            values.update({key: shown[key] for key in ("FragmentPath", "Slice") if key in shown})
             values["Type"] = shown.get("Type", "simple")
             if "words" in shown:
                 values["ExecStartEx"] = [[shown["words"][0], shown["words"], [], 0]]
@@ -165,6 +165,30 @@ def test_systemd_that_does_not_answer() -> None:
     assert msg == "Which units start at boot cannot be told: systemd cannot be asked for default.target: no."
     systemd.refused = {"show": (0, "", ""), "list-unit-files": (0, "", "")}
     assert find_defined_units(systemd, {}) == ([], ["systemd tells nothing of its units."])
+
+
+def test_a_slice_whose_memory_is_limited() -> None:
+    """Others in it use it, too."""
+    slices: dict[str, dict[str, str]] = {
+        "a-b.slice": {"MemoryMax": "infinity"},
+        "a.slice": {"MemoryMax": "1073741824"},
+        "system.slice": {"MemoryMax": "infinity"},
+    }
+    systemd = Systemd(
+        inner={"words": WORDS, "Slice": "a-b.slice"},
+        outer={"words": WORDS, "Slice": "a.slice"},
+        other={"words": WORDS, "Slice": "system.slice"},
+        root={"words": WORDS, "Slice": "-.slice"},
+    )
+    systemd.services.update(slices)
+    rows, msgs = find_defined_units(systemd, {})
+    assert msgs == []
+    why = "is in a.slice, which has MemoryMax=, and it is not known how much of that others in it use."
+    assert [row["unread"] for row in rows] == [[f"inner.service {why}"], [], [f"outer.service {why}"], []]
+    systemd.refused = {"a-b.slice": (1, "", "no")}
+    rows, [msg] = find_defined_units(systemd, {})
+    assert [row["autostart"] for row in rows] == [None] * 4
+    assert msg.startswith("Which units start at boot cannot be told: systemd cannot be asked for a-b.slice, a.slice")
 
 
 @pytest.fixture
