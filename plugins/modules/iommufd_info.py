@@ -827,6 +827,12 @@ processes:
       description: Whether no control group limits its memory; V(null) where that was not seen.
       type: bool
       sample: true
+    memory_max_shared:
+      description:
+        - Whether it is in a slice with such a limit that has others in it, too. What these use counts there as well.
+        - V(null) where that was not seen.
+      type: bool
+      sample: false
     capabilities:
       description: Those of its capabilities that matter to iommufd, CAP_IPC_LOCK and CAP_SYS_RESOURCE.
       type: dict
@@ -1717,6 +1723,7 @@ def process_row(
         **memlock_row(holder.memlock.soft),
         **memlock_row(holder.memlock.hard, "memlock_hard"),
         **limit_row("memory_max", holder.memory_max),
+        "memory_max_shared": holder.memory_shared,
         "capabilities": {
             "effective": those_that_matter(status.effective),
             "permitted": those_that_matter(status.permitted),

@@ -60,6 +60,7 @@ __all__ = (
     "GROUP",
     "PAGE",
     "ROOM",
+    "SHARED",
     "SIGHT",
     "STARTS",
     "WHICH",
@@ -98,14 +99,15 @@ FILE_BACKED = (
 )
 
 # Beside those of the model, what may have to be asked: the size of a page, whether libvirt would start the domain,
-# what a VM that runs holds, which iommufd a device gets, whether its control group has a limit, and whether that has
-# room for the emulator.
+# what a VM that runs holds, which iommufd a device gets, whether its control group has a limit, whether that has room
+# for the emulator, and what others use of it.
 PAGE = "page"
 STARTS = "starts"
 SIGHT = "sight"
 WHICH = "which"
 GROUP = "group"
 ROOM = "room"
+SHARED = "shared"
 
 
 class Case(NamedTuple):

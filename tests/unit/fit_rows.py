@@ -57,6 +57,7 @@ def process(**fields: Any) -> Row:
         "memlock_unlimited": False,
         "memory_max_bytes": None,
         "memory_max_unlimited": True,
+        "memory_max_shared": False,
         "capabilities": {"effective": []},
         "iommufds": iommufds(1),
         "legacy_containers": [],
