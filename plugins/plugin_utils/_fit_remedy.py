@@ -100,10 +100,7 @@ def _limit(case: Case) -> str | None:
     if case.running is not None:
         return _limit_as_it_runs(case, case.running)
     if case.doubt == ROOM and case.asked.starter == OTHER:
-        beside = settled(case._replace(doubt=None))
-        limit = None if beside.told.fits is True else _limit(beside)
-        known = beside.told.fits is True or limit
-        return ", and ".join(filter(None, [_room_of_unit(case.once), limit])) if known else None
+        return _both_of_a_unit(case)
     if case.doubt == ROOM:
         # That is what it is raised for.
         case, enough = case._replace(doubt=None), max(enough, case.once)
@@ -126,6 +123,15 @@ def _limit(case: Case) -> str | None:
     has_one = case.asked.domain is not None and case.asked.domain.hard_limit is not None
     how = its_hard_limit(enough) if case.starter == SYSTEM or has_one else _of_its_unit(case, enough)
     return f"raise its limit ({how}){next_one}"
+
+
+def _both_of_a_unit(case: Case) -> str | None:
+    """More memory for its control group, and a larger limit where that is too small, too."""
+    beside = settled(case._replace(doubt=None))
+    if beside.told.fits is True:
+        return _room_of_unit(case.once)
+    limit = _limit(beside)
+    return limit and f"{_room_of_unit(case.once)}, and {limit}"
 
 
 def _of_its_unit(case: Case, enough: int) -> str:
