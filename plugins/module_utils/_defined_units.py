@@ -18,8 +18,9 @@ from functools import partial
 from ._child import in_child
 from ._defined_rows import masked_row, may_start_vmm, unit_row
 from ._errors import IommufdError, error_text
+from ._foreign import shown_text
 from ._module import Row, memlock_row
-from ._systemd import Run, find_services, read_all_of, read_configuration, read_manager, show_units
+from ._systemd import Run, find_services, is_unit_name, read_all_of, read_configuration, read_manager, show_units
 
 __all__ = ("find_defined_units", "note_limits_at_boot")
 
@@ -39,6 +40,7 @@ _LASTING = (
     *("/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"),
 )
 _OF_THIS_BOOT = ("/run/systemd/system.control", "/run/systemd/transient", "/run/systemd/system")
+_DAEMONS = ("libvirtd.service", "virtqemud.service")
 _NULL = "/dev/null"
 _UNIT_MAX = 2**20
 _PATIENCE = 10
@@ -114,11 +116,13 @@ def _note_slices(run: Run, rows: Iterable[Row], slices: Mapping[str, Sequence[st
 
 def _note_autostart(run: Run, rows: Sequence[Row]) -> None:
     """Adds to units whether they start at boot. Raises IommufdError."""
-    at_boot = find_started_at_boot(run, [row["name"] for row in rows]) if rows else {}
+    # A template is none that systemd can tell of.
+    names = [row["name"] for row in rows if "@." not in row["name"]]
+    at_boot = find_started_at_boot(run, names) if names else {}
     for row in rows:
+        found = at_boot.get(row["name"])
         # Where a reboot takes its file away, what wants it may find nothing.
-        gone = (row["path"] or "").startswith("/run/")
-        row["autostart"] = None if gone and at_boot[row["name"]] else at_boot[row["name"]]
+        row["autostart"] = None if found and (row["path"] or "").startswith("/run/") else found
 
 
 def find_started_at_boot(run: Run, names: Iterable[str]) -> dict[str, bool | None]:
@@ -190,7 +194,7 @@ def _hiding(name: str) -> list[str]:
 def _masked(known: Collection[str]) -> Iterator[Row]:
     """The units that are masked until the next reboot, without those that are known. Raises IommufdError."""
     for name in _listed(_OF_THIS_BOOT[-1]):
-        if not name.endswith(".service") or name in known or not _is_masked(f"{_OF_THIS_BOOT[-1]}/{name}"):
+        if not is_unit_name(name, "service") or name in known or not _is_masked(f"{_OF_THIS_BOOT[-1]}/{name}"):
             continue
         # What was made of a template has no file of its own.
         template = re.sub(r"@.*(?=\.service$)", "@", name)
@@ -217,10 +221,16 @@ def _reached(by: Mapping[str, set[str]], first: set[str]) -> set[str]:
     return found
 
 
-def note_limits_at_boot(run: Run, rows: Iterable[Row]) -> None:
+def note_limits_at_boot(run: Run, rows: Sequence[Row]) -> None:
     """Adds to VMs that are defined why the limit that systemd gives them may be another one after a reboot."""
     units = [row for row in rows if row["kind"] == "unit"]
     sessions = [row for row in rows if row["manager"] == "session"]
+    gone = _of_this_boot(*_DAEMONS)
+    for row in rows:
+        of_daemon = gone and (row["kind"], row["manager"]) == ("domain", "system")
+        row["unread_at_boot"] += [f"libvirt's daemon may be given something else after a reboot: {gone}."] * bool(
+            of_daemon
+        )
     if not units and not sessions:
         return
     loaded, why = _changed_default(run)
@@ -233,10 +243,18 @@ def note_limits_at_boot(run: Run, rows: Iterable[Row]) -> None:
                 f" {why}. Set LimitMEMLOCK= in it."
             )
     why = why or (sessions and _set_for_users(run)) or ""
-    for row in sessions if why else ():
-        row["unread_at_boot"].append(
-            f"The limit on locked memory of user {row['user']}'s libvirt may be another one after a reboot: {why}."
-        )
+    for row in sessions:
+        its = why or _of_this_boot(f"user@{row['uid']}.service", "user@.service")
+        row["unread_at_boot"] += [
+            f"The limit on locked memory of user {row['user']}'s libvirt may be another one after a reboot: {its}."
+        ] * bool(its)
+
+
+def _of_this_boot(*names: str) -> str:
+    """Why units of these names may have other settings after a reboot, else ""."""
+    folders = [f"{folder}/{name}.d" for folder in _OF_THIS_BOOT for name in names]
+    found = [shown_text(f"{folder}/{each}") for folder in folders for each in _listed(folder)]
+    return f"{', '.join(found)} is gone then" if found else ""
 
 
 def _changed_default(run: Run) -> tuple[Row | None, str]:

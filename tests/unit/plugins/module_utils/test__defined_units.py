@@ -249,7 +249,7 @@ def test_units_that_are_masked_until_the_next_reboot(places: tuple[Path, Path]) 
         (run / f"{name}.service").symlink_to("/dev/null")
     # One that is another file is none that is masked.
     (run / "b.service").write_text(text)
-    masked = {"a": AT_BOOT, "vm@1": {}, "other": {}, "gone": {}, "nothing": {}}
+    masked: dict[str, Any] = {"a": AT_BOOT, "vm@1": {}, "other": {}, "gone": {}, "nothing": {}}
     rows, msgs = find_defined_units(Systemd(known={"words": WORDS}, **masked), {})
     assert msgs == []
     assert [(row["name"], row["autostart"], bool(row["unread"])) for row in rows] == [
@@ -258,6 +258,17 @@ def test_units_that_are_masked_until_the_next_reboot(places: tuple[Path, Path]) 
         ("vm@1.service", False, True),
     ]
     assert rows[1]["path"] == str(lasting / "a.service")
+    # Of a template, nobody knows what is made of it. What is no name is none of a unit.
+    (run / "vm@.service").symlink_to("/dev/null")
+    (run / "a b.service").symlink_to("/dev/null")
+    systemd = Systemd(**masked)
+    rows, msgs = find_defined_units(systemd, {})
+    assert msgs == []
+    assert [(row["name"], row["autostart"]) for row in rows if "@" in row["name"]] == [
+        ("vm@.service", None),
+        ("vm@1.service", False),
+    ]
+    assert not [words for words in systemd.asked if "vm@.service" in words]
 
 
 def test_a_drop_in_that_hides_another_one_until_the_next_reboot(
@@ -303,6 +314,7 @@ class Manager:
 def at_boot(manager: Manager, limit: int | None = 2**23, kind: str = "unit", of: str = "system") -> list[str]:
     """What is not known after a reboot of a VM with this limit."""
     row: dict[str, Any] = {"kind": kind, "name": "vm.service", "manager": of, "user": "vm", "unread_at_boot": []}
+    row.update(uid=1001)
     row.update(memlock_bytes=limit, memlock_unlimited=limit is None)
     note_limits_at_boot(manager, [row])
     found: list[str] = row["unread_at_boot"]
@@ -361,6 +373,26 @@ def test_the_default_limit_of_a_users_libvirt(manager: Manager, why: str) -> Non
     found = at_boot(manager, kind="domain", of="session")
     assert bool(found) == bool(why)
     assert why in "".join(found)
+
+
+@pytest.mark.parametrize("name", ["user@1001.service.d", "user@.service.d", "user@1002.service.d"])
+def test_the_limit_of_a_users_libvirt_that_a_reboot_takes_away(places: tuple[Path, Path], name: str) -> None:
+    (places[1] / name).mkdir()
+    (places[1] / name / "limit.conf").write_text("[Service]\nLimitMEMLOCK=2G\n")
+    found = at_boot(Manager("8388608"), kind="domain", of="session")
+    assert bool(found) == (name != "user@1002.service.d")
+    assert all(f"{name}/limit.conf is gone then." in each for each in found)
+    assert at_boot(Manager("8388608")) == []
+
+
+@pytest.mark.parametrize("name", ["libvirtd.service", "virtqemud.service"])
+def test_what_a_reboot_takes_away_from_libvirts_daemon(places: tuple[Path, Path], name: str) -> None:
+    (places[1] / f"{name}.d").mkdir()
+    (places[1] / f"{name}.d/a.conf").write_text("[Service]\nCapabilityBoundingSet=~CAP_SYS_RESOURCE\n")
+    assert at_boot(Manager("8388608")) == at_boot(Manager("8388608"), kind="domain", of="session") == []
+    [found] = at_boot(Manager("8388608"), kind="domain")
+    assert found.startswith("libvirt's daemon may be given something else after a reboot: /")
+    assert found.endswith(f"{name}.d/a.conf is gone then.")
 
 
 def test_systemd_is_asked_for_its_defaults_only_where_they_may_count() -> None:
