@@ -226,11 +226,9 @@ def note_limits_at_boot(run: Run, rows: Sequence[Row]) -> None:
     units = [row for row in rows if row["kind"] == "unit"]
     sessions = [row for row in rows if row["manager"] == "session"]
     gone = _of_this_boot(*_DAEMONS)
-    for row in rows:
-        of_daemon = gone and (row["kind"], row["manager"]) == ("domain", "system")
-        row["unread_at_boot"] += [f"libvirt's daemon may be given something else after a reboot: {gone}."] * bool(
-            of_daemon
-        )
+    for row in rows if gone else ():
+        if (row["kind"], row["manager"]) == ("domain", "system"):
+            row["unread_at_boot"].append(f"libvirt's daemon may be given something else after a reboot: {gone}.")
     if not units and not sessions:
         return
     loaded, why = _changed_default(run)

@@ -168,9 +168,8 @@ class _Group(NamedTuple):
 def _has_others(group: _Group) -> bool:
     try:
         below = [each for each in os.scandir(group.path) if each.is_dir() and each.name != group.inner]
-    except FileNotFoundError:
-        # It has just ended.
-        return False
+    except OSError:
+        return True
     return any(_may_have_any(each.path) for each in below)
 
 
