@@ -26,6 +26,10 @@ description:
     that runs is gone then, such as by M(virt.iommufd.iommufd_option). So what counts is the definition of the VM.
     libvirt's daemon has CAP_SYS_RESOURCE as the files of its unit say
     (RV(virt.iommufd.iommufd_info#module:host.libvirt.drop_in)).
+  - Of a unit it is taken into account what it keeps C(iommufd-exec) from
+    (RV(virt.iommufd.iommufd_info#module:defined[].launcher_lacks)), and its C(MemoryMax=), in which the emulator's own
+    memory counts, too. What it has in C(/run), as by C(systemctl --runtime), is gone after a reboot. Where C(PAMName=)
+    or a slice with C(MemoryMax=) may decide, it is V(null).
   - Each VM is judged as P(virt.iommufd.memlock_fit#filter) judges it. This filter reckons what the others of its user
     have charged by then.
   - In which order VMs start at boot is not known, except for units that systemd waits for

@@ -19,8 +19,8 @@ from itertools import takewhile
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ._accounting import EACH, IOMMUFD, LEGACY, NO_VIOMMU, VDPA, Device
-from ._capabilities import CAP_IPC_LOCK, capability_names
+from ._accounting import EACH, IOMMUFD, LEGACY, NO_VIOMMU, PROCESS, USER, VDPA, Device
+from ._capabilities import CAP_IPC_LOCK, CAP_SYS_RESOURCE, capability_names
 from ._domain_xml import CONTAINER, Commandline, Described, read_domain
 from ._errors import IommufdError
 from ._foreign import parse_xml, shown_text
@@ -30,14 +30,15 @@ from ._names import user_name
 from ._qemu import look_at_guest
 from ._user import User
 
-__all__ = ("Definition", "domain_row", "may_start_vmm", "unit_row")
+__all__ = ("Definition", "domain_row", "masked_row", "may_start_vmm", "unit_row")
 
 # All that a row has, in its order.
 _KEYS = (
     *("kind", "name", "manager", "path", "user", "uid", "autostart", "transient", "pid"),
     *("memory_bytes", "memory_max_bytes", "elastic_bytes", "of_devices_bytes", "hugepages", "devices", "viommu"),
     *("libvirt_counts", "hard_limit_bytes", "libvirt_locks", "locks_memory", "fdgroup", "emulator"),
-    *("memlock_bytes", "memlock_unlimited", "cap_ipc_lock", "unread", "unread_at_boot", "changed", "order"),
+    *("memlock_bytes", "memlock_unlimited", "cap_ipc_lock", "launcher_lacks", "launcher_ends"),
+    *("unread", "unread_at_boot", "changed", "order"),
 )
 _DEVICES_MAX = 1024
 
@@ -190,8 +191,13 @@ class _Command(NamedTuple):
     def starts_vmm(self) -> bool:
         """Whether it is a VMM or a launcher, or has words that name one and may have to do with devices."""
         words = " ".join([self.program, *self.arguments])
-        about = "$" in words or "-readconfig" in words or _PASSED.search(words) is not None
-        return self.is_vmm or self.name == _LAUNCHER or (about and _NAMED.search(words) is not None)
+        return self.is_vmm or self.name == _LAUNCHER or (self.is_about_devices and _NAMED.search(words) is not None)
+
+    @property
+    def is_about_devices(self) -> bool:
+        """Whether it has words that may have to do with devices."""
+        words = " ".join([self.program, *self.arguments])
+        return "$" in words or "-readconfig" in words or _PASSED.search(words) is not None
 
     @property
     def is_vmm(self) -> bool:
@@ -202,7 +208,7 @@ class _Command(NamedTuple):
 class _Launch(NamedTuple):
     """What a unit's command comes to. None is what its unit says; `bounding` has the numbers of capabilities.
 
-    `given`: as Commandline has it.
+    `given`: as Commandline has it. `strict`: whether nothing is started where the mode cannot be set.
     """
 
     command: _Command
@@ -210,6 +216,7 @@ class _Launch(NamedTuple):
     user: str | None = None
     memlock: int | None = None
     bounding: frozenset[int] | None = None
+    strict: bool = False
 
 
 def unit_row(name: str, shown: Mapping[str, Any], pids: Sequence[int]) -> Row | None:
@@ -229,11 +236,19 @@ def unit_row(name: str, shown: Mapping[str, Any], pids: Sequence[int]) -> Row | 
             f"The files of {name} have changed since systemd read them, and count after a reboot: run systemctl"
             " daemon-reload."
         ]
+    files = [shown.get("FragmentPath") or "", *(shown.get("DropInPaths") or [])]
+    of_this_boot = [shown_text(each) for each in files if each.startswith("/run/")]
+    if of_this_boot:
+        row["changed"] = True
+        row["unread_at_boot"].append(
+            f"What {', '.join(of_this_boot)} says in {name} is gone after a reboot, unless something makes it anew:"
+            " have it in /etc/systemd/system."
+        )
     if len(pids) > 1:
         unread.append(f"{name} has several VMMs.")
     row["pid"] = pids[0] if len(pids) == 1 else None
     try:
-        launch = _launch(commands, shown)
+        launch = _as_far_as_it_may(row, _launch(commands, shown), shown)
         pins = _take_command(row, launch)
     except IommufdError as exc:
         unread.append(f"What {name} starts is not understood: {str(exc).rstrip('.')}.")
@@ -247,6 +262,29 @@ def unit_row(name: str, shown: Mapping[str, Any], pids: Sequence[int]) -> Row | 
         row["pid"] = shown.get("MainPID") or None
     _take_settings(row, launch, shown)
     return row
+
+
+def masked_row(name: str, path: str, text: str) -> Row | None:
+    """A unit that is masked until the next reboot, None where its file does not look as if it started a VMM that pins.
+
+    `text` is what stands in that file.
+    """
+    lines = re.findall(r"^[ \t]*ExecStart[ \t]*=[-@:+!|\s]*(\S.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    commands = [_Command(*_first(line)) for line in lines]
+    if not any(each.starts_vmm and each.is_about_devices for each in commands):
+        return None
+    row = _blank("unit", name, "system", shown_text(path))
+    row.update(transient=False, elastic_bytes=0, libvirt_locks=False, changed=True)
+    row["unread"] = [
+        f"{row['name']} is masked until the next reboot (systemctl mask --runtime), and starts a VMM by {row['path']}"
+        " then: run systemctl unmask --runtime, and look again."
+    ]
+    return row
+
+
+def _first(line: str) -> tuple[str, list[str]]:
+    program, *words = (each.strip("\"'") for each in line.split())
+    return program, words
 
 
 def _commands(shown: Mapping[str, Any]) -> Iterator[_Command]:
@@ -281,7 +319,73 @@ def _launched(command: _Command) -> _Launch:
         text: request.rlimit_mode if is_iommufd(name) else name for text, name in placeholders(request.command).items()
     }
     inner = _Command(program, arguments, command.flags)
-    return _Launch(inner, given, request.user, request.memlock, request.bounding)
+    return _Launch(inner, given, request.user, request.memlock, request.bounding, request.strict)
+
+
+class _Step(NamedTuple):
+    """What a launcher does, the capabilities that it takes for that, and whether it ends without them."""
+
+    does: str
+    takes: tuple[str, ...]
+    ends: bool = True
+
+
+def _as_far_as_it_may(row: Row, launch: _Launch, shown: Mapping[str, Any]) -> _Launch:
+    """A launcher with the mode that it can set. What its unit keeps it from goes into the row."""
+    if not launch.given:
+        return launch
+    row["launcher_lacks"] = []
+    if launch.user is not None and _user(launch.user).uid == 0:
+        row["launcher_ends"] = f"{_LAUNCHER} ends without starting it, as --user {launch.user} would give up nothing."
+    for step in _steps(launch, shown):
+        found = {each: _launcher_has(each, launch.command.flags, shown) for each in step.takes}
+        names = " and ".join(each.upper() for each in step.takes)
+        if None in found.values():
+            row["unread"].append(f"Whether {_LAUNCHER} has {names}, which it takes to {step.does}, is not known.")
+        if False in found.values():
+            row["launcher_lacks"] += [each for each in step.takes if found[each] is False]
+            without = f"{_LAUNCHER} ends without starting it: its unit does not give it {names}, which it takes to"
+            row["launcher_ends"] = row["launcher_ends"] or (f"{without} {step.does}." if step.ends else None)
+    row["launcher_lacks"] = sorted(set(row["launcher_lacks"]))
+    if CAP_SYS_RESOURCE not in row["launcher_lacks"]:
+        return launch
+    return launch._replace(given={key: USER if each == PROCESS else each for key, each in launch.given.items()})
+
+
+def _steps(launch: _Launch, shown: Mapping[str, Any]) -> Iterator[_Step]:
+    """What a launcher is asked to do that takes a capability."""
+    if PROCESS in launch.given.values():
+        mode = "set rlimit_mode=process"
+        yield _Step(f"{mode}, as --strict demands" if launch.strict else mode, (CAP_SYS_RESOURCE,), launch.strict)
+    if launch.memlock is not None:
+        wanted = _INFINITY if launch.memlock == resource.RLIM_INFINITY else launch.memlock
+        if wanted > shown.get("LimitMEMLOCK", 0):
+            yield _Step("raise its hard limit to what --memlock says", (CAP_SYS_RESOURCE,))
+    kept = -1 if launch.bounding is None else sum(1 << number for number in launch.bounding)
+    if (shown.get("CapabilityBoundingSet") or 0) & ~kept:
+        yield _Step("drop what --bounding does not name", ("cap_setpcap",))
+    own = _user(_unit_user(launch.command.flags, shown))
+    groups = shown.get("Group") or shown.get("SupplementaryGroups") or shown.get("DynamicUser")
+    if launch.user is not None and (groups or own.uid is None or own != _user(launch.user)):
+        yield _Step(f"become user {shown_text(launch.user)} with that user's groups", ("cap_setuid", "cap_setgid"))
+
+
+def _launcher_has(name: str, flags: Collection[str], shown: Mapping[str, Any]) -> bool | None:
+    """Whether a launcher has a capability by its unit, CAP_SYS_RESOURCE in the initial user namespace."""
+    if "privileged" in flags:
+        return True
+    if _is_outside(shown):
+        # In its own namespace it may have the others.
+        return False if name == CAP_SYS_RESOURCE else None
+    bounding = shown.get("CapabilityBoundingSet")
+    if bounding is None or name not in capability_names(bounding):
+        return None if bounding is None else False
+    user = _unit_user(flags, shown)
+    if _user(user).uid == 0 and not (shown.get("DynamicUser") and not _is_as_root(flags)):
+        # securebits(7) could keep it from root.
+        return None if shown.get("SecureBits") else True
+    # It is a script, which no file gives a capability.
+    return name in capability_names(shown.get("AmbientCapabilities") or 0)
 
 
 def _expand(command: _Command, shown: Mapping[str, Any]) -> _Command:
@@ -388,23 +492,44 @@ def _values(arguments: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 def _take_settings(row: Row, launch: _Launch, shown: Mapping[str, Any]) -> None:
     """Takes over what a unit's settings say of the process."""
-    flags = launch.command.flags
-    # "!!" counts only on kernels without ambient capabilities.
-    as_root = bool({"privileged", "no-setuid"} & set(flags))
-    given = "" if as_root else str(shown.get("User") or "")
+    given = _unit_user(launch.command.flags, shown)
     user = _user(launch.user or given)
-    if shown.get("DynamicUser") and not as_root and launch.user is None:
+    if shown.get("DynamicUser") and not _is_as_root(launch.command.flags) and launch.user is None:
         user = VmUser()
         row["unread"].append(f"{row['name']} has a user that systemd makes up when it starts (DynamicUser=).")
     elif user.uid is None:
         row["unread"].append(f"{row['name']} has user {user.name}, whom this host does not know.")
     row.update(user=user.name, uid=user.uid)
+    sets_limit = launch.memlock is not None and CAP_SYS_RESOURCE not in row["launcher_lacks"]
+    if shown.get("PAMName") and not _is_as_root(launch.command.flags) and not sets_limit:
+        row["unread"].append(
+            f"{row['name']} has a session of PAM (PAMName=), which may set another limit on locked memory than the unit"
+            " (pam_limits)."
+        )
     soft = shown.get("LimitMEMLOCKSoft", shown.get("LimitMEMLOCK"))
     if launch.memlock is not None:
         row.update(memlock_row(None if launch.memlock == resource.RLIM_INFINITY else launch.memlock))
     elif isinstance(soft, int):
         row.update(memlock_row(None if soft == _INFINITY else soft))
+    most = shown.get("MemoryMax", _INFINITY)
+    row["hard_limit_bytes"] = None if most == _INFINITY else most
     row["cap_ipc_lock"] = _cap_ipc_lock(launch, user, given, shown)
+
+
+def _is_as_root(flags: Collection[str]) -> bool:
+    """Whether a command runs as root, whatever its unit's user is."""
+    # "!!" counts only on kernels without ambient capabilities.
+    return bool({"privileged", "no-setuid"} & set(flags))
+
+
+def _unit_user(flags: Collection[str], shown: Mapping[str, Any]) -> str:
+    """The user that systemd gives to a command, "" for root."""
+    return "" if _is_as_root(flags) else str(shown.get("User") or "")
+
+
+def _is_outside(shown: Mapping[str, Any]) -> bool:
+    """Whether a unit has a user namespace of its own."""
+    return bool(shown.get("PrivateUsers") or shown.get("PrivateUsersEx", "no") not in ("no", ""))
 
 
 def _user(name: str) -> VmUser:
@@ -424,9 +549,8 @@ def _cap_ipc_lock(launch: _Launch, user: VmUser, given: str, shown: Mapping[str,
     bounding = shown.get("CapabilityBoundingSet")
     if bounding is None or user.uid is None:
         return None
-    outside = shown.get("PrivateUsers") or shown.get("PrivateUsersEx", "no") not in ("no", "")
     dropped = launch.bounding is not None and not any(CAP_IPC_LOCK in capability_names(1 << n) for n in launch.bounding)
-    if outside or dropped or CAP_IPC_LOCK not in capability_names(bounding):
+    if _is_outside(shown) or dropped or CAP_IPC_LOCK not in capability_names(bounding):
         return False
     if user.uid == 0:
         # securebits(7) could keep it from root.

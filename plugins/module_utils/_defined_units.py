@@ -10,13 +10,17 @@ VMM once more each, since only D-Bus keeps the words of a command apart.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
-from ._defined_rows import may_start_vmm, unit_row
-from ._errors import IommufdError
+from ._child import in_child
+from ._defined_rows import masked_row, may_start_vmm, unit_row
+from ._errors import IommufdError, error_text
+from ._foreign import shown_text
 from ._module import Row, memlock_row
-from ._systemd import Run, find_services, read_all_of, read_configuration, read_manager, show_units
+from ._systemd import Run, find_services, is_unit_name, read_all_of, read_configuration, read_manager, show_units
 
 __all__ = ("find_defined_units", "note_limits_at_boot")
 
@@ -29,6 +33,17 @@ _MAY_BE_STARTED_BY = ("TriggeredBy", "OnSuccessOf", "OnFailureOf")
 # Whom systemd waits for until it is in the background, which QEMU is once it has its devices. Of the other types, the
 # next unit starts as it may still pin.
 _WAITED_FOR = "forking"
+
+# Where systemd looks for units, without what generators make: what a reboot leaves, and what it empties.
+_LASTING = (
+    *("/etc/systemd/system.control", "/etc/systemd/system"),
+    *("/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"),
+)
+_OF_THIS_BOOT = ("/run/systemd/system.control", "/run/systemd/transient", "/run/systemd/system")
+_DAEMONS = ("libvirtd.service", "virtqemud.service")
+_NULL = "/dev/null"
+_UNIT_MAX = 2**20
+_PATIENCE = 10
 
 # The soft and the hard limit that units have without one of their own.
 _DEFAULTS = ("DefaultLimitMEMLOCKSoft", "DefaultLimitMEMLOCK")
@@ -51,28 +66,63 @@ def find_defined_units(run: Run, running: Mapping[str, Sequence[int]]) -> tuple[
     if len(names) > _UNITS_MAX:
         msgs.append(f"Of {len(names)} units that may start a VM, only {_UNITS_MAX} were looked at.")
     rows = []
+    slices = {}
     after = {}
     waited_for = set()
     for name in names[:_UNITS_MAX]:
         try:
             shown = read_all_of(run, name)
+            shown["DropInPaths"] = [*(shown.get("DropInPaths") or []), *_hiding(name)]
             row = unit_row(name, shown, running.get(name, ()))
         except IommufdError as exc:
             msgs.append(f"What {name} starts cannot be told: {exc}")
             continue
         if row is not None:
             rows.append(row)
+            slices[name] = list(_around(shown.get("Slice") or ""))
             after[name] = shown.get("After") or []
             waited_for |= {name} if shown.get("Type") == _WAITED_FOR else set()
+    for row in rows:
+        row["order"] = sorted(set(after[row["name"]]) & waited_for - {row["name"]})
     try:
-        at_boot = find_started_at_boot(run, list(after)) if rows else {}
+        rows += list(_masked({row["name"] for row in rows}))
+        _note_slices(run, rows, slices)
+        _note_autostart(run, rows)
     except IommufdError as exc:
         msgs.append(f"Which units start at boot cannot be told: {exc}")
-        at_boot = {}
-    for row in rows:
-        row["autostart"] = at_boot.get(row["name"])
-        row["order"] = sorted(set(after[row["name"]]) & waited_for - {row["name"]})
     return rows, msgs
+
+
+def _around(name: str) -> Iterator[str]:
+    """A slice, and those that it is in, without the one of all: see systemd.slice(5)."""
+    stem = name.rpartition(".slice")[0]
+    while stem.strip("-"):
+        yield f"{stem}.slice"
+        stem = stem.rpartition("-")[0]
+
+
+def _note_slices(run: Run, rows: Iterable[Row], slices: Mapping[str, Sequence[str]]) -> None:
+    """Adds to units that they are in a slice whose memory is limited. Raises IommufdError."""
+    names = sorted({each for some in slices.values() for each in some})
+    shown = zip(names, show_units(run, names, ("Id", "MemoryMax"))) if names else ()
+    limited = {name for name, each in shown if each.get("MemoryMax", "infinity") != "infinity"}
+    for row in rows:
+        row["unread"] += [
+            f"{row['name']} is in {each}, which has MemoryMax=, and it is not known how much of that others in it use."
+            for each in slices.get(row["name"], ())
+            if each in limited
+        ]
+
+
+def _note_autostart(run: Run, rows: Sequence[Row]) -> None:
+    """Adds to units whether they start at boot. Raises IommufdError."""
+    # A template is none that systemd can tell of.
+    names = [row["name"] for row in rows if "@." not in row["name"]]
+    at_boot = find_started_at_boot(run, names) if names else {}
+    for row in rows:
+        found = at_boot.get(row["name"])
+        # Where a reboot takes its file away, what wants it may find nothing.
+        row["autostart"] = None if found and (row["path"] or "").startswith("/run/") else found
 
 
 def find_started_at_boot(run: Run, names: Iterable[str]) -> dict[str, bool | None]:
@@ -81,6 +131,7 @@ def find_started_at_boot(run: Run, names: Iterable[str]) -> dict[str, bool | Non
     None is what cannot be told: that of a unit which a timer, a path, a socket or a device may start.
     """
     [boot] = show_units(run, [_BOOT], ("Id",))
+    of_this_boot, lasting = set(_links(_OF_THIS_BOOT)), set(_links(_LASTING))
     wanted: dict[str, set[str]] = {}
     triggered: dict[str, set[str]] = {}
     left = set(names)
@@ -88,11 +139,18 @@ def find_started_at_boot(run: Run, names: Iterable[str]) -> dict[str, bool | Non
         if not left:
             break
         asked = sorted(left)
-        properties = ("Id", *_STARTED_BY, *_MAY_BE_STARTED_BY)
+        properties = ("Id", "Names", *_STARTED_BY, *_MAY_BE_STARTED_BY)
         for name, shown in zip(asked, show_units(run, asked, properties)):
             wanted[name] = {each for key in _STARTED_BY for each in shown.get(key, "").split()}
             triggered[name] = {each for key in _MAY_BE_STARTED_BY for each in shown.get(key, "").split()}
             triggered[name] |= {each for each in wanted[name] if each.endswith(".device")}
+            names_ = {name, *shown.get("Names", "").split()}
+            kept = {by for by, each in lasting if each in names_}
+            gone = {by for by, each in of_this_boot if each in names_} - kept
+            # What has the link may go by another name.
+            unsure = wanted[name] - kept if gone - wanted[name] else set()
+            wanted[name] -= gone | unsure
+            triggered[name] |= unsure - gone
         left = {each for some in (*wanted.values(), *triggered.values()) for each in some}
         left = {each for each in left - wanted.keys() if not each.endswith(".device")}
     certain = _reached(wanted, {_BOOT, boot.get("Id", _BOOT)})
@@ -103,6 +161,58 @@ def find_started_at_boot(run: Run, names: Iterable[str]) -> dict[str, bool | Non
     return {name: True if name in certain else None if name in perhaps else False for name in names}
 
 
+def _links(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The links by which units start others, each by the names of both."""
+    for folder in folders:
+        for each in _listed(folder):
+            by, _dot, kind = each.rpartition(".")
+            if kind in ("wants", "requires", "upholds"):
+                yield from ((by, name) for name in _listed(f"{folder}/{each}"))
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        # Few hosts have all of them. All can be read by anybody.
+        return []
+
+
+def _is_masked(path: str) -> bool:
+    try:
+        return os.readlink(path) == _NULL
+    except OSError:
+        return False
+
+
+def _hiding(name: str) -> list[str]:
+    """The drop-ins of a unit that hide others until a reboot, which systemd does not name."""
+    folders = [f"{folder}/{name}.d" for folder in _OF_THIS_BOOT]
+    return [path for folder in folders for path in (f"{folder}/{each}" for each in _listed(folder)) if _is_masked(path)]
+
+
+def _masked(known: Collection[str]) -> Iterator[Row]:
+    """The units that are masked until the next reboot, without those that are known. Raises IommufdError."""
+    for name in _listed(_OF_THIS_BOOT[-1]):
+        if not is_unit_name(name, "service") or name in known or not _is_masked(f"{_OF_THIS_BOOT[-1]}/{name}"):
+            continue
+        # What was made of a template has no file of its own.
+        template = re.sub(r"@.*(?=\.service$)", "@", name)
+        paths = [f"{folder}/{each}" for each in (name, template) for folder in _LASTING]
+        path = next(filter(os.path.isfile, paths), None)
+        row = path and masked_row(name, path, in_child(None, partial(_text, path), _PATIENCE))
+        if row:
+            yield row
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            return stream.read(_UNIT_MAX)
+    except OSError as exc:
+        raise IommufdError(f"{path} cannot be read ({error_text(exc.errno)}).") from exc
+
+
 def _reached(by: Mapping[str, set[str]], first: set[str]) -> set[str]:
     """All that is started by the first ones, or by what those start."""
     found = set(first)
@@ -111,10 +221,14 @@ def _reached(by: Mapping[str, set[str]], first: set[str]) -> set[str]:
     return found
 
 
-def note_limits_at_boot(run: Run, rows: Iterable[Row]) -> None:
+def note_limits_at_boot(run: Run, rows: Sequence[Row]) -> None:
     """Adds to VMs that are defined why the limit that systemd gives them may be another one after a reboot."""
     units = [row for row in rows if row["kind"] == "unit"]
     sessions = [row for row in rows if row["manager"] == "session"]
+    gone = _of_this_boot(*_DAEMONS)
+    for row in rows if gone else ():
+        if (row["kind"], row["manager"]) == ("domain", "system"):
+            row["unread_at_boot"].append(f"libvirt's daemon may be given something else after a reboot: {gone}.")
     if not units and not sessions:
         return
     loaded, why = _changed_default(run)
@@ -127,10 +241,18 @@ def note_limits_at_boot(run: Run, rows: Iterable[Row]) -> None:
                 f" {why}. Set LimitMEMLOCK= in it."
             )
     why = why or (sessions and _set_for_users(run)) or ""
-    for row in sessions if why else ():
-        row["unread_at_boot"].append(
-            f"The limit on locked memory of user {row['user']}'s libvirt may be another one after a reboot: {why}."
-        )
+    for row in sessions:
+        its = why or _of_this_boot(f"user@{row['uid']}.service", "user@.service")
+        row["unread_at_boot"] += [
+            f"The limit on locked memory of user {row['user']}'s libvirt may be another one after a reboot: {its}."
+        ] * bool(its)
+
+
+def _of_this_boot(*names: str) -> str:
+    """Why units of these names may have other settings after a reboot, else ""."""
+    folders = [f"{folder}/{name}.d" for folder in _OF_THIS_BOOT for name in names]
+    found = [shown_text(f"{folder}/{each}") for folder in folders for each in _listed(folder)]
+    return f"{', '.join(found)} is gone then" if found else ""
 
 
 def _changed_default(run: Run) -> tuple[Row | None, str]:

@@ -31,6 +31,7 @@ __all__ = (
     "read_memory_max",
     "read_program",
     "read_units",
+    "shares_memory_max",
     "started_at",
 )
 
@@ -141,6 +142,47 @@ def read_memory_max(process: Process) -> Limit | None:
 
     It is the limit of a group, and so of all processes in that. Raises ProcessGone or AccessRefused.
     """
+    found = _limited_groups(process)
+    least = None if found is None else min((each.limit for each in found), default=None)
+    return None if found is None else Limit(least, least)
+
+
+def shares_memory_max(process: Process) -> bool | None:
+    """Whether a process is in a slice with such a limit that has others in it, too; None where it was not seen.
+
+    Raises ProcessGone or AccessRefused.
+    """
+    found = _limited_groups(process)
+    slices = [each for each in found or () if each.path.endswith(b".slice")]
+    return None if found is None else any(map(_has_others, slices))
+
+
+class _Group(NamedTuple):
+    """A control group whose memory is limited. `inner`: the one below it that a process is in, else empty."""
+
+    path: bytes
+    inner: bytes
+    limit: int
+
+
+def _has_others(group: _Group) -> bool:
+    try:
+        below = [each for each in os.scandir(group.path) if each.is_dir() and each.name != group.inner]
+    except OSError:
+        return True
+    return any(_may_have_any(each.path) for each in below)
+
+
+def _may_have_any(group: bytes) -> bool:
+    """Whether there may be processes in a control group, or below it."""
+    try:
+        return b"populated 0" not in read_file(os.fsdecode(group + b"/cgroup.events"))
+    except OSError:
+        return True
+
+
+def _limited_groups(process: Process) -> list[_Group] | None:
+    """The control groups of a process whose memory is limited; None where they were not seen."""
     text = process.read("cgroup")
     found = re.search(rb"^[0-9]+:(?:[^:\n]*,)?memory(?:,[^:\n]*)?:(/.*)$", text, re.MULTILINE)
     folder, name = (_CGROUPS, b"memory.max") if found is None else (_CGROUPS + b"/memory", b"memory.limit_in_bytes")
@@ -149,19 +191,20 @@ def read_memory_max(process: Process) -> Limit | None:
     # It may be outside of what is mounted here.
     if b".." in parts or not os.path.exists(b"/".join([folder, *parts, b"cgroup.procs"])):
         return None
-    limits = []
+    groups = []
     for count in range(len(parts)):
         try:
-            limit = read_file(os.fsdecode(b"/".join([folder, *parts[: count + 1], name]))).strip()
+            group = b"/".join([folder, *parts[1 : count + 1]])
+            limit = read_file(os.fsdecode(group + b"/" + name)).strip()
         except FileNotFoundError:
             # The first of all groups has none, nor has one whose memory is not counted.
             continue
         except OSError:
             return None
         # In the first version of control groups, no limit is the largest number of whole pages.
-        limits += [int(limit)] if limit.isdigit() and int(limit) < 2**62 else []
-    least = min(limits, default=None)
-    return Limit(least, least)
+        if limit.isdigit() and int(limit) < 2**62:
+            groups.append(_Group(group, b"".join(parts[count + 1 : count + 2]), int(limit)))
+    return groups
 
 
 def read_units(process: Process) -> tuple[str | None, str | None]:

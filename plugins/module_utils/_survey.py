@@ -47,6 +47,7 @@ from ._process_facts import (
     read_memory_max,
     read_program,
     read_units,
+    shares_memory_max,
     started_at,
 )
 from ._qemu import Guest, guest_name, is_session_domain, look_at_guest
@@ -150,7 +151,8 @@ class Holder(NamedTuple):
     `viommu` and `iommufd_objects` are what its command line says, as Guest has it, and `program` the path of its
     program, None where that is unknown. Paths and names are decoded as file names are. `devices` are the device nodes
     that it has open, by descriptor: those that were asked for, and legacy containers. `more`: it has iommufds, or
-    descriptors, that were not looked at. `memory_max`: as read_memory_max has it.
+    descriptors, that were not looked at. `memory_max` and `memory_shared`: as read_memory_max and
+    shares_memory_max have it.
     """
 
     pid: int
@@ -176,6 +178,7 @@ class Holder(NamedTuple):
     updatable: bool = False
     viommu: str | None = None
     iommufd_objects: list[tuple[str, int | None]] | None = None
+    memory_shared: bool | None = None
 
     @property
     def started(self) -> float:
@@ -749,6 +752,7 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
         iommufds=iommufds,
         more=more,
         memory_max=read_memory_max(process),
+        memory_shared=shares_memory_max(process),
         updatable=guest.updatable,
         viommu=guest.viommu,
         iommufd_objects=None if guest.iommufds is None else [(os.fsdecode(name), fd) for name, fd in guest.iommufds],

@@ -828,6 +828,12 @@ processes:
       description: Whether no control group limits its memory; V(null) where that was not seen.
       type: bool
       sample: true
+    memory_max_shared:
+      description:
+        - Whether it is in a slice with such a limit that has others in it, too. What these use counts there as well.
+        - V(null) where that was not seen.
+      type: bool
+      sample: false
     capabilities:
       description: Those of its capabilities that matter to iommufd, CAP_IPC_LOCK and CAP_SYS_RESOURCE.
       type: dict
@@ -1248,7 +1254,7 @@ defined:
         accounting:
           description:
             - How its iommufd will be accounted, V(user) or V(process), as far as the definition decides it. With
-              C(iommufd-exec), it is what that will set if it may.
+              C(iommufd-exec), it is what that will set; V(user) where its unit keeps it from that.
             - V(null) where it does not, as for a domain's, which libvirt may set.
           type: str
           sample: null
@@ -1273,7 +1279,7 @@ defined:
       type: int
       sample: 1
     hard_limit_bytes:
-      description: The domain's C(<hard_limit>); V(null) without.
+      description: The domain's C(<hard_limit>), or C(MemoryMax=) of the unit; V(null) without.
       type: int
       sample: null
     libvirt_locks:
@@ -1308,6 +1314,18 @@ defined:
         - V(null) where the file of its VMM decides, or it is unknown, and for a domain.
       type: bool
       sample: null
+    launcher_lacks:
+      description:
+        - The capabilities that C(iommufd-exec) in front of its VMM takes for what it is asked to do, and that the unit
+          does not give it. Without CAP_SYS_RESOURCE it starts the VMM in the mode V(user), unless it has C(--strict).
+        - V(null) without C(iommufd-exec).
+      type: list
+      elements: str
+      sample: null
+    launcher_ends:
+      description: Why C(iommufd-exec) ends without starting the VMM; V(null) where nothing is known of that.
+      type: str
+      sample: null
     unread:
       description: What of its definition could not be read or understood, in sentences; empty where all was.
       type: list
@@ -1316,14 +1334,15 @@ defined:
     unread_at_boot:
       description:
         - What else of it is not known after a reboot, in sentences. systemd has not read its files since they changed,
-          or gives it a default limit (C(DefaultLimitMEMLOCK=)) that may be another one then.
+          or gives it a default limit (C(DefaultLimitMEMLOCK=)) that may be another one then. Or some of its files are
+          in C(/run), as of C(systemctl edit --runtime), and gone then.
       type: list
       elements: str
       sample: []
     changed:
       description:
-        - Whether systemd has not read the files of the unit since they changed. Then all of it may be otherwise after a
-          reboot.
+        - Whether all of it may be otherwise after a reboot, since systemd has not read the files of the unit since they
+          changed, or some of them are in C(/run).
         - V(null) for a domain.
       type: bool
       sample: null
@@ -1715,6 +1734,7 @@ def process_row(holder: Holder, accounts: Accounts, host_names: Names) -> Row:
         **memlock_row(holder.memlock.soft),
         **memlock_row(holder.memlock.hard, "memlock_hard"),
         **limit_row("memory_max", holder.memory_max),
+        "memory_max_shared": holder.memory_shared,
         "capabilities": {
             "effective": those_that_matter(status.effective),
             "permitted": those_that_matter(status.permitted),

@@ -60,6 +60,7 @@ __all__ = (
     "GROUP",
     "PAGE",
     "ROOM",
+    "SHARED",
     "SIGHT",
     "STARTS",
     "WHICH",
@@ -98,14 +99,15 @@ FILE_BACKED = (
 )
 
 # Beside those of the model, what may have to be asked: the size of a page, whether libvirt would start the domain,
-# what a VM that runs holds, which iommufd a device gets, whether its control group has a limit, and whether that has
-# room for the emulator.
+# what a VM that runs holds, which iommufd a device gets, whether its control group has a limit, whether that has room
+# for the emulator, and what others use of it.
 PAGE = "page"
 STARTS = "starts"
 SIGHT = "sight"
 WHICH = "which"
 GROUP = "group"
 ROOM = "room"
+SHARED = "shared"
 
 
 class Case(NamedTuple):
@@ -249,14 +251,14 @@ def new_vm(info: Info, asked: Asked, owner: Owner | None = None) -> Case:
     refused, needs = refusal(info, asked, starter), prerequisites(info, asked.devices)
     by_qemu = clash(candidates(info, asked), steps[0].devices, asked.viommu)
     once = _once(steps[0])
-    hard = asked.domain and asked.domain.hard_limit
+    hard = asked.domain.hard_limit if asked.domain else asked.group
     tight = hard is not None and hard < once + OF_EMULATOR
     # With CAP_IPC_LOCK it locks what it likes, which counts there all the same.
     locks = hard is not None and vm.capable and steps[0].locked.most >= UNLIMITED
     doubt = STARTS if refused is None else "locked" if locks else ROOM if tight else None
     told = doubted(judge(info, steps), by_qemu.question or doubt)
     no_iommufd = any(each.backend == IOMMUFD for each in asked.devices) and info["host"].get("module") == "absent"
-    refused = refused or limit.refused or ("This host's kernel has no iommufd." if no_iommufd else "")
+    refused = refused or limit.refused or asked.ends or ("This host's kernel has no iommufd." if no_iommufd else "")
     needs = [*needs, *([refused] if refused and refused not in needs else [])]
     refused = refused or by_qemu.ends
     needs += [FILE_BACKED] if asked.live_update else []

@@ -137,7 +137,9 @@ class _Fields:
         self.memlock = member(row, "memlock_bytes", or_none(number))
         self.unlimited = member(row, "memlock_unlimited", _flag)
         self.capable = member(row, "cap_ipc_lock", _flag)
-        self.order: tuple[str, ...] = member(row, "order", _order)
+        self.lacks = member(row, "launcher_lacks", _texts)
+        self.ends = member(row, "launcher_ends", _name) or ""
+        self.order: tuple[str, ...] = member(row, "order", _texts)
         self.unread = member(row, "unread", texts(TEXTS_MAX))
         self.unread_at_boot = member(row, "unread_at_boot", texts(TEXTS_MAX))
         self.changed = bool(member(row, "changed", _flag))
@@ -148,7 +150,7 @@ class _Fields:
         return self.user if self.uid is None else self.uid
 
 
-def _order(given: object) -> tuple[str, ...]:
+def _texts(given: object) -> tuple[str, ...]:
     return () if given is None else texts(TEXTS_MAX)(given)
 
 
@@ -227,6 +229,9 @@ def _of_unit(row: _Fields, emulators: Mapping[str, Mapping[str, Any]]) -> Asked:
         starter=OTHER,
         emulator=row.emulator,
         of_devices=row.of_devices,
+        group=row.hard_limit,
+        lacks=row.lacks,
+        ends=row.ends,
     )
 
 

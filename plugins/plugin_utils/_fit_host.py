@@ -356,6 +356,9 @@ def accounting_of(info: Info, asked: Asked, owner: Owner, starter: str | None) -
 def by_definition(asked: Asked, capable: bool | None) -> Accounting:
     """How a VM is accounted that is defined, whatever somebody has set of one that runs: that does not outlast it."""
     why = "" if capable is not None else "It is not known whether it gets CAP_IPC_LOCK."
+    if "cap_sys_resource" in asked.lacks and not asked.ends:
+        barred = "iommufd-exec has no CAP_SYS_RESOURCE from its unit, and leaves its iommufd in the mode user."
+        why = f"{barred} {why}".strip()
     if any(each.backend == IOMMUFD and each.mode is None for each in asked.devices):
         why = f"Its definition does not tell the mode of its iommufd. {why}".strip()
     return Accounting(None, capable, why)

@@ -112,7 +112,9 @@ class Asked(NamedTuple):
     XML. `grow`: the VM that this is about, if it runs already. `live_update`: whether that, or this one once it runs,
     is to be taken over by another process. `capable`: whether the VMM has CAP_IPC_LOCK. Of a VM that is defined on the
     host, which memlock_forecast asks about, `starter` is who starts it, and `emulator` the path of a unit's VMM.
-    `of_devices`: what emulated devices have of memory of their own, as in Defined.
+    `of_devices`: what emulated devices have of memory of their own, as in Defined. `group`: the limit of all memory
+    of a unit, None without. `lacks`: the capabilities that an iommufd-exec in front of it takes and has not, and
+    `ends`: why that does not start it, else "".
     """
 
     memory: int | None
@@ -133,6 +135,9 @@ class Asked(NamedTuple):
     starter: str | None = None
     emulator: str | None = None
     of_devices: int | None = 0
+    group: int | None = None
+    lacks: tuple[str, ...] = ()
+    ends: str = ""
 
 
 def checked(info: Any) -> Info:

@@ -16,6 +16,7 @@ from typing import Any
 from ..module_utils._accounting import IOMMUFD, LEGACY, NOTHING, PROCESS, UNLIMITED, USER, Device, Span, exactly
 from ._fit_case import GROUP, ROOM, Case, may_charge_user, new_vm, settled
 from ._fit_host import (
+    OTHER,
     SESSION,
     SYSTEM,
     by_hostdev,
@@ -44,6 +45,8 @@ def remedy_of(case: Case) -> str | None:
         return None
     if case.refused and case.starter == SYSTEM and case.refused != case.clash.ends:
         return _for_the_daemon(case)
+    if case.refused and case.refused == case.asked.ends:
+        return f"To have it started: {_for_the_launcher(case)}." if case.asked.lacks else None
     if case.clash != Clash() and case.refused == case.clash.ends:
         # Nothing helps beside it.
         cures = [_one_iommufd(case)]
@@ -96,6 +99,8 @@ def _limit(case: Case) -> str | None:
     enough = case.told.enough
     if case.running is not None:
         return _limit_as_it_runs(case, case.running)
+    if case.doubt == ROOM and case.asked.starter == OTHER:
+        return _both_of_a_unit(case)
     if case.doubt == ROOM:
         # That is what it is raised for.
         case, enough = case._replace(doubt=None), max(enough, case.once)
@@ -118,6 +123,15 @@ def _limit(case: Case) -> str | None:
     has_one = case.asked.domain is not None and case.asked.domain.hard_limit is not None
     how = its_hard_limit(enough) if case.starter == SYSTEM or has_one else _of_its_unit(case, enough)
     return f"raise its limit ({how}){next_one}"
+
+
+def _both_of_a_unit(case: Case) -> str | None:
+    """More memory for its control group, and a larger limit where that is too small, too."""
+    beside = settled(case._replace(doubt=None))
+    if beside.told.fits is True:
+        return _room_of_unit(case.once)
+    limit = _limit(beside)
+    return limit and f"{_room_of_unit(case.once)}, and {limit}"
 
 
 def _of_its_unit(case: Case, enough: int) -> str:
@@ -153,10 +167,15 @@ def _room(case: Case, row: Mapping[str, Any]) -> str:
     """How its control group gets room, which else ends a VM whose limit on locked memory is raised."""
     kib = kib_with_room(case.once)
     if case.starter != SYSTEM:
-        return f"let its control group use {kib} KiB (MemoryMax= of its unit or of its slices, whichever is less)"
+        return _room_of_unit(case.once)
     size = kib if case.once < UNLIMITED else "KIB"
     how = f"virsh memtune {shlex.quote(str(row['domain']))} --hard-limit {size} --live"
     return f"raise its <hard_limit>{', if it has one' if case.doubt == GROUP else ''} ({how})"
+
+
+def _room_of_unit(once: int) -> str:
+    least = kib_with_room(once)
+    return f"let its control group use {least} KiB (MemoryMax= of its unit or of its slices, whichever is less)"
 
 
 def _as_it_runs(case: Case, row: Mapping[str, Any]) -> str:
@@ -255,9 +274,20 @@ def _how_to_set(case: Case) -> str | None:
         )
     if case.starter == SESSION:
         return "have it charged for itself alone (virt.iommufd.iommufd_domain, which needs libvirt 12.2 or later)"
+    if case.asked.lacks:
+        return f"have it charged for itself alone: {_for_the_launcher(case)}"
     return (
         "have it charged for itself alone, by setting rlimit_mode=process on its iommufd before its first device"
         " (iommufd-exec, or virt.iommufd.iommufd_option if another program than QEMU opens it)"
+    )
+
+
+def _for_the_launcher(case: Case) -> str:
+    """What lets iommufd-exec do what it is asked for."""
+    names = [each.upper() for each in case.asked.lacks]
+    return (
+        f"give iommufd-exec {' and '.join(names)} (AmbientCapabilities={' '.join(names)} in its unit, where that has"
+        " User=, and no CapabilityBoundingSet= or PrivateUsers= in it that takes them away)"
     )
 
 

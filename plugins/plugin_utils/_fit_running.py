@@ -32,6 +32,7 @@ from ._fit_case import (
     FILE_BACKED,
     GROUP,
     ROOM,
+    SHARED,
     SIGHT,
     WHICH,
     Case,
@@ -149,7 +150,7 @@ def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | 
     elif unsure and told.fits is not True:
         told = told._replace(fits=None, question=unsure)
     # Whether it has room does not settle what its limit on locked memory leaves open.
-    told = told if told.fits is None and doubt in (GROUP, ROOM) else doubted(told, doubt)
+    told = told if told.fits is None and doubt in (GROUP, ROOM, SHARED) else doubted(told, doubt)
     accounting = Accounting(None, vm.capable, f"{_name(row)} runs as {owner.name}, as process {row['pid']}.")
     needs = prerequisites(info, grow.devices)
     if asked.live_update:
@@ -358,7 +359,7 @@ def _doubted_group(row: Mapping[str, Any], starter: str, once: int) -> str | Non
         return None if row.get("memory_max_unlimited") or starter != SYSTEM else GROUP
     if once >= UNLIMITED:
         return "memory"
-    return ROOM if most < once + OF_EMULATOR else None
+    return ROOM if most < once + OF_EMULATOR else SHARED if row.get("memory_max_shared") else None
 
 
 def _may_have_more(row: Mapping[str, Any], held: tuple[Device, ...], memory: int, own: int = 0) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..module_utils._accounting import IOMMUFD, MLOCK, MM_LOCKED, MM_PINNED, NOTHING, PROCESS, UNLIMITED, USER, demand
 from ..module_utils._size import human_size
-from ._fit_case import GROUP, PAGE, ROOM, SIGHT, STARTS, WHICH, Case, at_best, judge, kernels, may_charge_user
+from ._fit_case import GROUP, PAGE, ROOM, SHARED, SIGHT, STARTS, WHICH, Case, at_best, judge, kernels, may_charge_user
 from ._fit_host import OTHER, SYSTEM, capability_of, own_charge
 from ._fit_qemu import QEMU
 from ._host_info import kib_with_room
@@ -70,6 +70,10 @@ _QUESTIONS = {
     QEMU: (
         "Which release of QEMU is it? 10.0 and older run such a VM, 11 does not. Run virt.iommufd.iommufd_info with"
         " emulators in gather_subset; releases in between have to be tried."
+    ),
+    SHARED: (
+        "Is there room for it in the slices that it is in, one of which has MemoryMax=? Compare MemoryMax and"
+        " MemoryCurrent there (systemctl show), as others use it, too."
     ),
     GROUP: f"Has its control group a limit, as a domain has one by <hard_limit> (virsh memtune)? {_AS_ROOT}",
     WHICH: (
@@ -139,7 +143,8 @@ def _has_changed_user(row: Mapping[str, Any]) -> bool:
 def _has_room(case: Case) -> str:
     """What is to be asked of its control group."""
     # libvirt sets both limits as the VM starts.
-    least = max(case.once, case.told.enough if case.running is None and case.told.enough < UNLIMITED else 0)
+    both = case.running is None and case.told.enough < UNLIMITED and not _is_a_unit(case)
+    least = max(case.once, case.told.enough if both else 0)
     name = "MemoryMax=" if _is_a_unit(case) else "<hard_limit>"
     return (
         f"Does the emulator's own memory fit into what {name} leaves beside the guest's? Nothing tells that"
@@ -150,7 +155,7 @@ def _has_room(case: Case) -> str:
 
 def _is_a_unit(case: Case) -> bool:
     """Whether it is no domain that libvirt gives its limits."""
-    return case.running is not None and case.starter != SYSTEM
+    return case.asked.starter == OTHER or (case.running is not None and case.starter != SYSTEM)
 
 
 def _of_running(question: str, row: Mapping[str, Any]) -> str:
@@ -267,6 +272,8 @@ def _unsure(case: Case) -> list[str]:
     if told.question == ROOM:
         name = "MemoryMax= is the limit" if _is_a_unit(case) else "Its <hard_limit> is the limit"
         return [f"{name} of its control group, too, in which the emulator's own memory counts."]
+    if told.question == SHARED:
+        return ["It is in a slice with MemoryMax=, and what the others in it use is not looked at."]
     if told.question == case.doubt or told.question in (STARTS, SIGHT, QEMU, WHICH):
         return []
     best = at_best(case)

@@ -16,6 +16,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._accounting import EA
 from ansible_collections.virt.iommufd.plugins.module_utils._defined_rows import (
     Definition,
     domain_row,
+    masked_row,
     may_start_vmm,
     unit_row,
 )
@@ -93,6 +94,8 @@ def test_a_domain_with_everything() -> None:
         "memlock_bytes": None,
         "memlock_unlimited": None,
         "cap_ipc_lock": None,
+        "launcher_lacks": None,
+        "launcher_ends": None,
         "unread": [],
         "unread_at_boot": [],
         "changed": None,
@@ -225,6 +228,9 @@ SETTINGS: dict[str, Any] = {
 IPC_LOCK = 1 << 14
 NOBODY = pwd.getpwnam("nobody")
 BASIC = (QEMU, "-m", "8G")
+ALL_BUT = {name: (2**41 - 1) & ~(1 << bit) for name, bit in (("resource", 24), ("setuid", 7), ("setpcap", 8))}
+RESOURCE, SETIDS = 1 << 24, 1 << 6 | 1 << 7
+AS_NOBODY: dict[str, Any] = {"User": "nobody", "AmbientCapabilities": RESOURCE}
 OWN = ("-object", "iommufd,id=i", "-device", "vfio-pci,host=0000:01:00.0,iommufd=i")
 
 
@@ -268,6 +274,8 @@ def test_a_unit_with_everything() -> None:
         "memlock_bytes": 2**33,
         "memlock_unlimited": False,
         "cap_ipc_lock": None,
+        "launcher_lacks": None,
+        "launcher_ends": None,
         "unread": [],
         "unread_at_boot": [],
         "changed": False,
@@ -286,6 +294,72 @@ def test_files_that_systemd_has_not_read() -> None:
         assert row["unread_at_boot"] == [
             "The files of vm1.service have changed since systemd read them, and count after a reboot: run systemctl"
             " daemon-reload."
+        ]
+
+
+@pytest.mark.parametrize(
+    ("other", "gone"),
+    [
+        ({}, ""),
+        ({"DropInPaths": ["/etc/systemd/system/vm1.service.d/a.conf"]}, ""),
+        ({"DropInPaths": ["/etc/a.conf", "/run/systemd/system/vm1.service.d/b.conf"]}, "vm1.service.d/b.conf says"),
+        ({"DropInPaths": ["/run/systemd/system.control/vm1.service.d/50-a.conf"]}, "system.control/vm1.service.d/50-a"),
+        ({"DropInPaths": ["/run/systemd/generator/vm1.service.d/a.conf"]}, "systemd/generator/vm1.service.d/a.conf"),
+        ({"FragmentPath": "/run/systemd/transient/vm1.service"}, "What /run/systemd/transient/vm1.service says in vm1"),
+    ],
+)
+def test_what_a_reboot_empties(other: dict[str, Any], gone: str) -> None:
+    row = unit((*BASIC, *OWN), **other)
+    assert row["unread"] == []
+    assert (len(row["unread_at_boot"]), row["changed"]) == ((1, True) if gone else (0, False))
+    assert gone in "".join(row["unread_at_boot"])
+
+
+@pytest.mark.parametrize(
+    ("words", "flags", "other", "is_known"),
+    [
+        ("", (), {"User": "nobody"}, False),
+        # Without a user it is root's session.
+        ("", (), {}, False),
+        ("", ("no-setuid",), {"User": "nobody"}, True),
+        ("", ("privileged",), {"User": "nobody"}, True),
+        ("iommufd-exec --memlock 1G --", (), AS_NOBODY, True),
+        ("iommufd-exec --memlock 1G --", (), {"User": "nobody", "LimitMEMLOCK": GIB}, False),
+        ("iommufd-exec --", (), AS_NOBODY, False),
+    ],
+)
+def test_pam_may_set_another_limit(words: str, flags: tuple[str, ...], other: dict[str, Any], is_known: bool) -> None:
+    given = ("-object", "iommufd,id=i,fd={iommufd}", "-device", "vfio-pci,host=01:00.0,iommufd=i")
+    row = unit((*words.split(), *BASIC, *given), flags, PAMName="login", **other)
+    assert (row["unread"] == []) is is_known
+    assert is_known or "vm1.service has a session of PAM (PAMName=)" in row["unread"][0]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_vmm"),
+    [
+        (f"[Service]\nExecStart={QEMU} -m 1G -device vfio-pci,host=01:00.0\n", True),
+        (f"[Service]\nExecStart = -+{QEMU} -m 1G \\\n  -device vfio-pci,host=01:00.0\n", True),
+        (
+            f"ExecStartPre=/bin/true\nExecStart=/usr/bin/iommufd-exec -- {QEMU} -object iommufd,id=i,fd={{iommufd}}\n",
+            True,
+        ),
+        (f"ExecStart={QEMU} $OPTIONS\n", True),
+        (f"ExecStart=/bin/sh -c 'exec {QEMU} -device vfio-pci,host=01:00.0'\n", True),
+        (f"ExecStart={QEMU} -m 1G\n", False),
+        ("ExecStart=/usr/bin/qemu-ga --method=vfio\n", False),
+        (f"#ExecStart={QEMU} -m 1G -device vfio-pci,host=01:00.0\nExecStart=\n", False),
+        ("", False),
+    ],
+)
+def test_a_unit_that_is_masked_until_the_next_reboot(text: str, is_vmm: bool) -> None:
+    row = masked_row("vm1.service", "/usr/lib/systemd/system/vm1.service", text)
+    assert (row is not None) is is_vmm
+    if row is not None:
+        assert (row["name"], row["devices"], row["user"], row["changed"]) == ("vm1.service", None, None, True)
+        assert row["unread"] == [
+            "vm1.service is masked until the next reboot (systemctl mask --runtime), and starts a VMM by"
+            " /usr/lib/systemd/system/vm1.service then: run systemctl unmask --runtime, and look again."
         ]
 
 
@@ -317,6 +391,79 @@ def test_the_launcher_in_front() -> None:
     # From elsewhere, nobody knows which mode it has.
     row = unit((*BASIC, "-object", "iommufd,id=i,fd=9", "-device", "vfio-pci,host=01:00.0,iommufd=i"))
     assert [each["accounting"] for each in row["devices"]] == [None]
+
+
+@pytest.mark.parametrize(
+    ("options", "flags", "other", "expected"),
+    [
+        ("", (), {}, (PROCESS, [], None)),
+        ("", (), {"User": "nobody"}, (USER, ["cap_sys_resource"], None)),
+        ("", (), {"User": "nobody", "NoNewPrivileges": True}, (USER, ["cap_sys_resource"], None)),
+        ("", (), AS_NOBODY, (PROCESS, [], None)),
+        ("", (), {**AS_NOBODY, "NoNewPrivileges": True}, (PROCESS, [], None)),
+        ("", (), {"CapabilityBoundingSet": ALL_BUT["resource"]}, (USER, ["cap_sys_resource"], None)),
+        ("", (), {**AS_NOBODY, "PrivateUsers": True}, (USER, ["cap_sys_resource"], None)),
+        ("", (), {"PrivateUsersEx": "identity"}, (USER, ["cap_sys_resource"], None)),
+        ("", (), {"DynamicUser": True}, (USER, ["cap_sys_resource"], None)),
+        ("", ("no-setuid",), {"User": "nobody"}, (PROCESS, [], None)),
+        ("", ("no-setuid",), {"DynamicUser": True}, (PROCESS, [], None)),
+        ("", ("privileged",), {"PrivateUsers": True, "CapabilityBoundingSet": 0}, (PROCESS, [], None)),
+        ("--rlimit-mode user", (), {"User": "nobody"}, (USER, [], None)),
+        ("--strict", (), {"User": "nobody"}, (USER, ["cap_sys_resource"], "rlimit_mode=process, as --strict demands")),
+        ("--strict --rlimit-mode user", (), {"User": "nobody"}, (USER, [], None)),
+        # A limit that is no more than the hard one takes nothing.
+        ("--memlock 1G", (), {"User": "nobody", "LimitMEMLOCK": GIB}, (USER, ["cap_sys_resource"], None)),
+        ("--memlock 2G", (), {"User": "nobody", "LimitMEMLOCK": GIB}, (USER, ["cap_sys_resource"], "--memlock")),
+        ("--memlock 2G", (), {**AS_NOBODY, "LimitMEMLOCK": GIB}, (PROCESS, [], None)),
+        ("--memlock infinity", (), {"User": "nobody", "LimitMEMLOCK": GIB}, (USER, ["cap_sys_resource"], "--memlock")),
+        ("--memlock infinity", (), {"User": "nobody", "LimitMEMLOCK": 2**64 - 1}, (USER, ["cap_sys_resource"], None)),
+        # To become another user takes something, too, and to become one that it is takes nothing.
+        ("--user nobody", (), AS_NOBODY, (PROCESS, [], None)),
+        ("--user nobody", (), {"CapabilityBoundingSet": ALL_BUT["setuid"]}, (PROCESS, ["cap_setuid"], "user nobody")),
+        (
+            "--user nobody",
+            (),
+            {"User": "daemon", "AmbientCapabilities": RESOURCE},
+            (PROCESS, ["cap_setgid", "cap_setuid"], "user nobody"),
+        ),
+        ("--user nobody", (), {"User": "daemon", "AmbientCapabilities": RESOURCE | SETIDS}, (PROCESS, [], None)),
+        ("--user nobody", (), {**AS_NOBODY, "Group": "kvm"}, (PROCESS, ["cap_setgid", "cap_setuid"], "user nobody")),
+        ("--user root", (), {}, (PROCESS, [], "--user root would give up nothing")),
+        (
+            "--bounding none",
+            (),
+            {"CapabilityBoundingSet": ALL_BUT["setpcap"]},
+            (PROCESS, ["cap_setpcap"], "--bounding"),
+        ),
+        ("--bounding sys_resource", (), {"CapabilityBoundingSet": RESOURCE}, (PROCESS, [], None)),
+    ],
+)
+def test_what_a_unit_keeps_the_launcher_from(
+    options: str, flags: tuple[str, ...], other: dict[str, Any], expected: tuple[str, list[str], str | None]
+) -> None:
+    given = ("-object", "iommufd,id=i,fd={iommufd}", "-device", "vfio-pci,host=01:00.0,iommufd=i")
+    row = unit(("/usr/bin/iommufd-exec", *options.split(), "--", *BASIC, *given), flags, **other)
+    mode, lacks, ends = expected
+    assert ([each["accounting"] for each in row["devices"]], row["launcher_lacks"]) == ([mode], lacks)
+    assert row["launcher_ends"] == ends if ends is None else ends in row["launcher_ends"]
+    assert all("DynamicUser" in each for each in row["unread"])
+
+
+@pytest.mark.parametrize(
+    ("options", "other"),
+    [
+        ("", {"CapabilityBoundingSet": None}),
+        ("", {"SecureBits": 1}),
+        ("--memlock 2G", {"SecureBits": 1}),
+        ("--user nobody", {"PrivateUsers": True}),
+    ],
+)
+def test_it_is_not_known_what_the_launcher_may(options: str, other: dict[str, Any]) -> None:
+    given = ("-object", "iommufd,id=i,fd={iommufd}", "-device", "vfio-pci,host=01:00.0,iommufd=i")
+    row = unit(("/usr/bin/iommufd-exec", *options.split(), "--", *BASIC, *given), **other)
+    assert row["launcher_ends"] is None
+    assert all(each.startswith("Whether iommufd-exec has CAP_") for each in row["unread"])
+    assert row["unread"]
 
 
 @pytest.mark.parametrize(
@@ -478,6 +625,8 @@ def test_who_a_unit_runs_as_and_with_what(flags: tuple[str, ...], other: dict[st
 def test_the_limit_of_a_unit() -> None:
     row = unit((*BASIC, *OWN), LimitMEMLOCKSoft=2**64 - 1)
     assert (row["memlock_bytes"], row["memlock_unlimited"]) == (None, True)
+    for most, expected in ((2**64 - 1, None), (GIB, GIB), (0, 0)):
+        assert unit((*BASIC, *OWN), MemoryMax=most)["hard_limit_bytes"] == expected
     bare = settings((*BASIC, *OWN))
     del bare["LimitMEMLOCKSoft"]
     row = unit_row("vm1.service", bare, ())

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _defined_units
 from ansible_collections.virt.iommufd.plugins.module_utils._defined_units import (
     find_defined_units,
     find_started_at_boot,
@@ -43,6 +45,7 @@ class Systemd:
             unit = words[4].rpartition("/")[2].replace("_2e", ".").replace("_40", "@")
             shown = self.services[unit]
             values = {"Id": unit, "After": shown.get("After", []), "FragmentPath": f"/etc/systemd/system/{unit}"}
+            values.update({key: shown[key] for key in ("FragmentPath", "Slice") if key in shown})
             values["Type"] = shown.get("Type", "simple")
             if "words" in shown:
                 values["ExecStartEx"] = [[shown["words"][0], shown["words"], [], 0]]
@@ -164,6 +167,133 @@ def test_systemd_that_does_not_answer() -> None:
     assert find_defined_units(systemd, {}) == ([], ["systemd tells nothing of its units."])
 
 
+def test_a_slice_whose_memory_is_limited() -> None:
+    """Others in it use it, too."""
+    slices: dict[str, dict[str, str]] = {
+        "a-b.slice": {"MemoryMax": "infinity"},
+        "a.slice": {"MemoryMax": "1073741824"},
+        "system.slice": {"MemoryMax": "infinity"},
+    }
+    systemd = Systemd(
+        inner={"words": WORDS, "Slice": "a-b.slice"},
+        outer={"words": WORDS, "Slice": "a.slice"},
+        other={"words": WORDS, "Slice": "system.slice"},
+        root={"words": WORDS, "Slice": "-.slice"},
+    )
+    systemd.services.update(slices)
+    rows, msgs = find_defined_units(systemd, {})
+    assert msgs == []
+    why = "is in a.slice, which has MemoryMax=, and it is not known how much of that others in it use."
+    assert [row["unread"] for row in rows] == [[f"inner.service {why}"], [], [f"outer.service {why}"], []]
+    systemd.refused = {"a-b.slice": (1, "", "no")}
+    rows, [msg] = find_defined_units(systemd, {})
+    assert [row["autostart"] for row in rows] == [None] * 4
+    assert msg.startswith("Which units start at boot cannot be told: systemd cannot be asked for a-b.slice, a.slice")
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A folder of units that a reboot leaves, and one that it empties."""
+    lasting, run = tmp_path / "etc", tmp_path / "run"
+    lasting.mkdir()
+    run.mkdir()
+    monkeypatch.setattr(_defined_units, "_LASTING", (str(lasting),))
+    monkeypatch.setattr(_defined_units, "_OF_THIS_BOOT", (str(run),))
+    return lasting, run
+
+
+def link(folder: Path, by: str, name: str) -> None:
+    (folder / by).mkdir(exist_ok=True)
+    (folder / by / name).symlink_to("/x")
+
+
+AT_BOOT = {"WantedBy": "multi-user.target"}
+
+
+@pytest.mark.parametrize(
+    ("shown", "lasting", "of_this_boot", "expected"),
+    [
+        (AT_BOOT, [], ["multi-user.target.wants/vm.service"], False),
+        ({"RequiredBy": "multi-user.target"}, [], ["multi-user.target.requires/vm.service"], False),
+        (AT_BOOT, ["multi-user.target.wants/vm.service"], ["multi-user.target.wants/vm.service"], True),
+        # Another one is enough.
+        ({"WantedBy": "multi-user.target other.service"}, [], ["multi-user.target.wants/vm.service"], True),
+        ({"WantedBy": "rescue.target multi-user.target"}, [], ["rescue.target.wants/vm.service"], True),
+        ({"WantedBy": "other.service"}, [], ["multi-user.target.wants/other.service"], False),
+        ({**AT_BOOT, "Names": "vm.service alias.service"}, [], ["multi-user.target.wants/alias.service"], False),
+        (AT_BOOT, [], ["multi-user.target.wants/another.service"], True),
+        # By the name of an alias, it cannot be told which it is.
+        ({"WantedBy": "graphical.target"}, [], ["default.target.wants/vm.service"], None),
+        (AT_BOOT, ["multi-user.target.wants/vm.service"], ["default.target.wants/vm.service"], True),
+        ({**AT_BOOT, "TriggeredBy": "other.service"}, [], ["multi-user.target.wants/vm.service"], None),
+    ],
+)
+def test_what_is_enabled_until_the_next_reboot(
+    places: tuple[Path, Path], shown: dict[str, str], lasting: list[str], of_this_boot: list[str], expected: bool | None
+) -> None:
+    for folder, links in zip(places, (lasting, of_this_boot)):
+        for each in links:
+            link(folder, *each.split("/"))
+    systemd = Systemd(vm=shown, other=AT_BOOT)
+    assert find_started_at_boot(systemd, ["vm.service"]) == {"vm.service": expected}
+
+
+def test_units_that_are_masked_until_the_next_reboot(places: tuple[Path, Path]) -> None:
+    lasting, run = places
+    text = f"[Service]\nExecStart={' '.join(WORDS)}\n"
+    for name in ("a", "b", "known", "vm@"):
+        (lasting / f"{name}.service").write_text(text)
+    (lasting / "other.service").write_text("[Service]\nExecStart=/usr/bin/true\n")
+    (lasting / "gone.service").symlink_to("/dev/null")
+    for name in ("a", "known", "vm@1", "other", "gone", "nothing"):
+        (run / f"{name}.service").symlink_to("/dev/null")
+    # One that is another file is none that is masked.
+    (run / "b.service").write_text(text)
+    masked: dict[str, Any] = {"a": AT_BOOT, "vm@1": {}, "other": {}, "gone": {}, "nothing": {}}
+    rows, msgs = find_defined_units(Systemd(known={"words": WORDS}, **masked), {})
+    assert msgs == []
+    assert [(row["name"], row["autostart"], bool(row["unread"])) for row in rows] == [
+        ("known.service", False, False),
+        ("a.service", True, True),
+        ("vm@1.service", False, True),
+    ]
+    assert rows[1]["path"] == str(lasting / "a.service")
+    # Of a template, nobody knows what is made of it. What is no name is none of a unit.
+    (run / "vm@.service").symlink_to("/dev/null")
+    (run / "a b.service").symlink_to("/dev/null")
+    systemd = Systemd(**masked)
+    rows, msgs = find_defined_units(systemd, {})
+    assert msgs == []
+    assert [(row["name"], row["autostart"]) for row in rows if "@" in row["name"]] == [
+        ("vm@.service", None),
+        ("vm@1.service", False),
+    ]
+    assert not [words for words in systemd.asked if "vm@.service" in words]
+
+
+def test_a_drop_in_that_hides_another_one_until_the_next_reboot(
+    places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = places[1] / "vm.service.d"
+    folder.mkdir()
+    (folder / "limit.conf").symlink_to("/dev/null")
+    (folder / "other.conf").write_text("")
+    assert _defined_units._hiding("vm.service") == [f"{folder}/limit.conf"]
+    hiding = "/run/systemd/system/vm.service.d/limit.conf"
+    monkeypatch.setattr(_defined_units, "_hiding", lambda name: [hiding] if name == "vm.service" else [])
+    [row], msgs = find_defined_units(Systemd(vm={"words": WORDS}), {})
+    assert msgs == []
+    assert row["changed"] is True
+    assert hiding in row["unread_at_boot"][0]
+
+
+def test_a_unit_whose_file_a_reboot_takes_away() -> None:
+    for path, expected in (("/run/systemd/system/vm.service", None), ("/etc/systemd/system/vm.service", True)):
+        systemd = Systemd(vm={"words": WORDS, "FragmentPath": path, **AT_BOOT})
+        [row], msgs = find_defined_units(systemd, {})
+        assert (row["autostart"], bool(row["unread_at_boot"]), msgs) == (expected, expected is None, [])
+
+
 class Manager:
     """A service manager that has read one limit, and its files as they are now."""
 
@@ -184,6 +314,7 @@ class Manager:
 def at_boot(manager: Manager, limit: int | None = 2**23, kind: str = "unit", of: str = "system") -> list[str]:
     """What is not known after a reboot of a VM with this limit."""
     row: dict[str, Any] = {"kind": kind, "name": "vm.service", "manager": of, "user": "vm", "unread_at_boot": []}
+    row.update(uid=1001)
     row.update(memlock_bytes=limit, memlock_unlimited=limit is None)
     note_limits_at_boot(manager, [row])
     found: list[str] = row["unread_at_boot"]
@@ -242,6 +373,26 @@ def test_the_default_limit_of_a_users_libvirt(manager: Manager, why: str) -> Non
     found = at_boot(manager, kind="domain", of="session")
     assert bool(found) == bool(why)
     assert why in "".join(found)
+
+
+@pytest.mark.parametrize("name", ["user@1001.service.d", "user@.service.d", "user@1002.service.d"])
+def test_the_limit_of_a_users_libvirt_that_a_reboot_takes_away(places: tuple[Path, Path], name: str) -> None:
+    (places[1] / name).mkdir()
+    (places[1] / name / "limit.conf").write_text("[Service]\nLimitMEMLOCK=2G\n")
+    found = at_boot(Manager("8388608"), kind="domain", of="session")
+    assert bool(found) == (name != "user@1002.service.d")
+    assert all(f"{name}/limit.conf is gone then." in each for each in found)
+    assert at_boot(Manager("8388608")) == []
+
+
+@pytest.mark.parametrize("name", ["libvirtd.service", "virtqemud.service"])
+def test_what_a_reboot_takes_away_from_libvirts_daemon(places: tuple[Path, Path], name: str) -> None:
+    (places[1] / f"{name}.d").mkdir()
+    (places[1] / f"{name}.d/a.conf").write_text("[Service]\nCapabilityBoundingSet=~CAP_SYS_RESOURCE\n")
+    assert at_boot(Manager("8388608")) == at_boot(Manager("8388608"), kind="domain", of="session") == []
+    [found] = at_boot(Manager("8388608"), kind="domain")
+    assert found.startswith("libvirt's daemon may be given something else after a reboot: /")
+    assert found.endswith(f"{name}.d/a.conf is gone then.")
 
 
 def test_systemd_is_asked_for_its_defaults_only_where_they_may_count() -> None:

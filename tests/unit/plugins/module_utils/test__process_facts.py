@@ -18,6 +18,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import
     read_arguments,
     read_memory_max,
     read_program,
+    shares_memory_max,
 )
 
 
@@ -60,6 +61,47 @@ def test_a_command_line_or_its_beginning(
     monkeypatch.setattr(Process, "read", lambda _self, _name, most: text[:most])
     found = read_arguments(held)
     assert (len(found.words), found.whole) == (count, whole)
+
+
+@pytest.mark.parametrize(
+    ("limited", "others", "shares"),
+    [
+        ({"vms.slice"}, {}, False),
+        ({"vms.slice"}, {"vms.slice/b.service": "populated 1\nfrozen 0\n"}, True),
+        # What has ended uses nothing.
+        ({"vms.slice"}, {"vms.slice/b.service": "populated 0\nfrozen 0\n"}, False),
+        ({"vms.slice"}, {"other.slice": "populated 1\n"}, False),
+        # Of the first version, nothing tells.
+        ({"vms.slice"}, {"vms.slice/b.service": ""}, True),
+        (set(), {"vms.slice/b.service": "populated 1\n"}, False),
+        # What is in its unit is its own.
+        ({"vms.slice/a.service"}, {"vms.slice/b.service": "populated 1\n"}, False),
+        ({"vms.slice/a.service"}, {"vms.slice/a.service/other": "populated 1\n"}, False),
+        ({"vms.slice/a.service", "vms.slice"}, {"vms.slice/b.service": "populated 1\n"}, True),
+    ],
+)
+def test_whether_others_use_the_memory_of_its_slice(
+    held: Process,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    limited: set[str],
+    others: dict[str, str],
+    shares: bool,
+) -> None:
+    own = tmp_path / "vms.slice/a.service/emulator"
+    own.mkdir(parents=True)
+    (own / "cgroup.procs").touch()
+    for group in limited:
+        (tmp_path / group / "memory.max").write_text("4096\n")
+    for group, events in others.items():
+        (tmp_path / group).mkdir(parents=True)
+        if events:
+            (tmp_path / group / "cgroup.events").write_text(events)
+    monkeypatch.setattr(_process_facts, "_CGROUPS", os.fsencode(tmp_path))
+    monkeypatch.setattr(Process, "read", lambda _self, _name: b"0::/vms.slice/a.service/emulator\n")
+    assert shares_memory_max(held) is shares
+    monkeypatch.setattr(Process, "read", lambda _self, _name: b"")
+    assert shares_memory_max(held) is None
 
 
 SCOPE = "machine.slice/machine-qemu\\x2d1\\x2dvm1.scope"

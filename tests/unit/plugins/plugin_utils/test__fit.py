@@ -1509,6 +1509,24 @@ def test_a_vm_that_grows_must_have_room_in_its_control_group(of: Any, fields: Ro
     assert grown(info(processes=rows, users=[user(), of_vm()]), **given)["fits"] is unseen_["fits"]
 
 
+@pytest.mark.parametrize("of", [process, unit])
+def test_a_vm_that_grows_in_a_slice_with_others(of: Any) -> None:
+    """What they use of its memory is not known."""
+
+    def ask(limit: int, **group: Any) -> Row:
+        row = of(memlock_bytes=limit, **{**limited(4 * GIB), **group})
+        return grown(info(processes=[row], users=[user(), of_vm()]), memory="30M")
+
+    assert ask(200 * MIB)["fits"] is True
+    answer = ask(200 * MIB, memory_max_shared=True)
+    assert answer["fits"] is None
+    assert "what the others in it use is not looked at" in answer["reason"]
+    assert answer["question"].startswith("Is there room for it in the slices that it is in")
+    # Where its limit is too small, or its own group, it is that.
+    assert ask(PINNED, memory_max_shared=True)["fits"] is (None if of is process else False)
+    assert "Raise it to" in ask(200 * MIB, **limited(MIB), memory_max_shared=True)["question"]
+
+
 def test_a_device_that_pins_nothing_takes_no_room() -> None:
     its = [{"backend": "iommufd", "as_it_runs": False}] * 2
     assert grown(info(processes=[process(**limited(MIB, vfio_devices=its))]), devices=[BY_IOMMUFD])["fits"] is True

@@ -266,6 +266,49 @@ def test_which_would_start(rows: list[Row], fields: Row, now: list[Any], reboot:
         assert told["reason"] or not rows[0]["devices"]
 
 
+def test_a_unit_whose_memory_is_limited() -> None:
+    """All of a VM counts there, and the emulator's own memory, as in a domain's <hard_limit>."""
+    for most, expected in ((66 * GIB, True), (66 * GIB - 1, None), (40 * MIB, None), (None, True)):
+        for row in (defined_unit(memlock_unlimited=True), defined_unit(), *units(64, devices=EXEC)):
+            data = of(row | {"hard_limit_bytes": most})
+            assert (starts(data, "now"), starts(data)) == ([expected], [expected])
+    [told] = [each["now"] for each in memlock_forecast(of(defined_unit(hard_limit_bytes=GIB)))["vms"]]
+    assert "MemoryMax= is the limit of its control group, too" in told["reason"]
+    assert "into what MemoryMax= leaves beside the guest's?" in told["question"]
+    kib = 66 * MIB
+    how = f"let its control group use {kib} KiB (MemoryMax= of its unit or of its slices, whichever is less)"
+    assert told["question"].endswith(f"Raise it to {kib} KiB.")
+    assert told["remedy"] == f"To make it fit: {how}."
+    # Where its limit on locked memory is too small, too, that is false, and both are to be raised.
+    small = defined_unit(hard_limit_bytes=GIB, memlock_bytes=GIB)
+    [told] = [each["now"] for each in memlock_forecast(of(small))["vms"]]
+    assert told["starts"] is False
+    assert told["remedy"].startswith(f"To make it fit: {how}, and raise its limit (LimitMEMLOCK={65 * GIB} in its unit")
+
+
+def test_a_launcher_that_its_unit_keeps_from_something() -> None:
+    """Without the capability it leaves the mode as it is, which counts beside others, or it ends."""
+    lacks: Row = {"launcher_lacks": ["cap_sys_resource"]}
+    data = of(defined_unit(**lacks), users=[of_vm(charged=10 * GIB)])
+    [told] = [each["now"] for each in memlock_forecast(data)["vms"]]
+    assert (told["starts"], told["counter"]) == (False, "user")
+    assert (
+        "iommufd-exec has no CAP_SYS_RESOURCE from its unit, and leaves its iommufd in the mode user." in told["reason"]
+    )
+    assert "give iommufd-exec CAP_SYS_RESOURCE (AmbientCapabilities=CAP_SYS_RESOURCE in its unit" in told["remedy"]
+    why = "iommufd-exec ends without starting it."
+    for row in (defined_unit(launcher_ends=why, **lacks), defined_unit(launcher_ends=why, unread=SCRIPT, **lacks)):
+        [told] = [each["reboot"] for each in memlock_forecast(of(row))["vms"]]
+        assert told["starts"] is False
+        assert told["reason"].startswith(why)
+        assert told["remedy"].startswith("To have it started: give iommufd-exec CAP_SYS_RESOURCE (Ambient")
+    # Where it is for another reason, no capability helps.
+    [told] = [each["now"] for each in memlock_forecast(of(defined_unit(launcher_lacks=[], launcher_ends=why)))["vms"]]
+    assert (told["starts"], told["remedy"]) == (False, None)
+    # What it does not start charges nobody.
+    assert starts(of(defined_unit(launcher_ends=why, **lacks), *units(60))) == [False, True]
+
+
 def summary(*rows: Row, kind: str = "reboot", **fields: Any) -> Row:
     """What one kind comes to."""
     counts: Row = memlock_forecast(of(*rows, **fields))[kind]
