@@ -87,12 +87,12 @@ _IOMMUFD = -1
 _QUEUE = -2
 
 # How /proc/PID/fd shows a queue of faults or events. See drivers/iommu/iommufd/eventq.c.
+_NAME_OF_QUEUES = "anon_inode:[iommufd-"
 # How a process is confined, as security/apparmor/procattr.c shows it. In the modes that do not end so, a profile denies
 # nothing. Those that libvirt makes for its domains have `capability ipc_lock`.
 _PROFILE = "/proc/{}/attr/apparmor/current"
 _ENFORCED = (b" (enforce)", b" (kill)", b" (mixed)")
 _OF_LIBVIRT = re.compile(rb"libvirt-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12} \(enforce\)")
-_NAME_OF_QUEUES = "anon_inode:[iommufd-"
 
 # An index in a list of processes, which child and parent share.
 _POSITION = struct.Struct("=q")
