@@ -1704,7 +1704,9 @@ def process_row(holder: Holder, accounts: Accounts, host_names: Names) -> Row:
     # Which of the address spaces in what several VMs have are its own is not known.
     fds = (*(each.fd for each in holder.iommufds or ()), *holder.containers())
     others = {pid for fd in fds for pid in sharing.shared_with(holder.pid, fd) or ()}
-    shared = any(accounts.of[pid].holder is not True for pid in others)
+    spaces = host_names.address_spaces(holder, sharing)
+    if spaces and any(accounts.of[pid].holder is not True for pid in others):
+        spaces = None
     domain, uri = host_names.domain(holder)
     status = holder.status
     checked = checks(account, of_user)
@@ -1748,7 +1750,7 @@ def process_row(holder: Holder, accounts: Accounts, host_names: Names) -> Row:
         "legacy_containers": container_rows(holder, sharing),
         "vfio_devices": host_names.vfio_devices(holder),
         "vdpa_devices": host_names.vdpa_devices(holder),
-        "address_spaces": None if shared else host_names.address_spaces(holder, sharing),
+        "address_spaces": spaces,
         "accounting": accounting(account),
         "counters": [counter_row(each) for each in checked],
         "counter": check and check.counter,

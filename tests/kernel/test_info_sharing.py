@@ -289,7 +289,8 @@ def test_containers(start: Start, container_is_iommufd: bool) -> None:
         assert [each["fd"] for each in row] == [fd, copy, other]
         assert [each["same_as"] for each in row] == [None, fd, None]
         assert [each["shared_with"] for each in row] == [[sharer]] * 3
-    assert process(answered, vmm.pid)["address_spaces"] == (0 if container_is_iommufd else 2)
+    # Either may have pinned in the legacy ones, or both. An iommufd that is empty has none.
+    assert process(answered, vmm.pid)["address_spaces"] == (0 if container_is_iommufd else None)
 
 
 def test_many(start: Start) -> None:
