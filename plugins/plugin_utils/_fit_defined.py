@@ -28,8 +28,7 @@ from ..module_utils._accounting import (
 )
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import boolean, member, number, one_of, or_none, text, texts
-from ..module_utils._qemu import RAM_UNIT
-from ..module_utils._size import SIZE_MAX, whole
+from ..module_utils._size import SIZE_MAX
 from ._fit_host import OTHER, SESSION, SYSTEM
 from ._fit_input import AUTO, EVERYTHING, NONE, THE_IOMMUFD, Asked, Info, asked_of, bounded
 from ._fit_xml import CONTAINER, LIBVIRTS, Defined
@@ -211,7 +210,7 @@ def _of_unit(row: _Fields, emulators: Mapping[str, Mapping[str, Any]]) -> Asked:
     # Root may have it without that.
     its_file = emulators.get(row.emulator or "", {}).get("cap_ipc_lock") if row.uid else None
     return Asked(
-        memory=None if row.memory is None else whole(row.memory, RAM_UNIT),
+        memory=row.memory,
         user=row.owner,
         devices=bounded(row.devices),
         viommu=row.viommu,

@@ -240,7 +240,7 @@ def asked_of(
         viommu_ = own_viommu or (None if growth else NO_VIOMMU)
     locks, amount = _locked(locked, domain, memlock if growth is None else None)
     return Asked(
-        memory=whole(_size("memory", memory, 1), RAM_UNIT) if memory is not None else domain and domain.memory,
+        memory=domain and domain.memory if memory is None else _memory(memory, growth is not None),
         user=user if user is not None or domain is None else domain.user,
         devices=bounded(has),
         viommu=viommu_,
@@ -265,6 +265,12 @@ def _size(name: str, value: Any, minimum: int = 0) -> int:
         return parse_size(value, minimum)
     except IommufdError as exc:
         raise IommufdError(f"{name}: {exc}") from exc
+
+
+def _memory(value: Any, runs: bool) -> int:
+    """The guest's memory: what a VM that runs has, or what QEMU makes of what it is given."""
+    size = _size("memory", value, 1)
+    return size if runs else whole(size, RAM_UNIT)
 
 
 def _boolean(name: str, value: Any) -> bool:

@@ -53,6 +53,9 @@ MDEV: Row = {"backend": "mdev"}
 ANOTHER: Row = {"backend": "iommufd", "iommufd": "other"}
 OF_FIRST: Row = {"backend": "iommufd", "iommufd": "first"}
 
+# A memory backend that ends within a page
+ODD = 70000000
+
 # A host of which nothing was looked at
 BARE: Row = {"limits_of_view": []}
 
@@ -1177,9 +1180,9 @@ LOCKS_GROWN: Row = {
 }
 GROWTH = [
     ({}, {"memory": SPARE}, True),
-    ({}, {"memory": SPARE + 1}, False),
+    ({}, {"memory": SPARE + PAGE}, False),
     (PER_PROCESS, {"memory": SPARE}, True),
-    (PER_PROCESS, {"memory": SPARE + 1}, False),
+    (PER_PROCESS, {"memory": SPARE + PAGE}, False),
     (PER_PROCESS, {"memory": "64M", "memlock": "200M"}, True),
     ({**PER_PROCESS, "memlock_unlimited": True, "memlock_bytes": None}, {"memory": "64M"}, True),
     ({"capabilities": {"effective": ["cap_ipc_lock"]}}, {"memory": "64M"}, True),
@@ -1215,8 +1218,8 @@ GROWTH = [
     ({"iommufds": [{**iommufds(1)[0], "truncated": True}]}, {"memory": "1M"}, None),
     # An mdev pins what it gets as it runs, if at all.
     ({"vfio_devices": HAS_MDEV}, {"memory": SPARE}, True),
-    ({"vfio_devices": HAS_MDEV}, {"memory": SPARE + 1}, None),
-    ({"vfio_devices": [{**HAS_MDEV[0], "as_it_runs": None}]}, {"memory": SPARE + 1}, None),
+    ({"vfio_devices": HAS_MDEV}, {"memory": SPARE + PAGE}, None),
+    ({"vfio_devices": [{**HAS_MDEV[0], "as_it_runs": None}]}, {"memory": SPARE + PAGE}, None),
     ({"legacy_containers": None}, {"memory": "1M"}, None),
     # A device that joins an address space pins nothing, and another one all.
     ({"vfio_devices": [{"backend": "iommufd", "as_it_runs": False}] * 2}, {"devices": [BY_IOMMUFD]}, True),
@@ -1395,6 +1398,19 @@ def test_what_is_needed_is_what_the_verdict_reckons_with(
     data = info(processes=[unit(**fields)], users=[of_vm(0 if fields else PINNED)])
     answer = grown(data, **given, memlock=charged + needed - short)
     assert (answer["fits"], answer["charged"], answer["needed"]) == (not short, charged, needed)
+
+
+@pytest.mark.parametrize("given", [{"overhead": "256K"}, {"overhead": "256K", "memory": ODD}, {"overhead": 258688}])
+@pytest.mark.parametrize("gets", [{"devices": [OF_USER]}, {"devices": [LEGACY]}, {"devices": [VDPA]}])
+def test_the_part_of_a_page_at_the_end_of_its_memory_is_not_pinned(given: Row, gets: Row) -> None:
+    """As was tried with a memory backend of 70000000 bytes, beside which it pins 256 KiB."""
+    pinned = ODD // PAGE * PAGE + 256 * KIB
+    has = pinned if gets["devices"] == [VDPA] else 0
+    row = unit(memory_bytes=ODD, pinned_bytes=pinned, iommufds=iommufds(1, mode="process"), locked_bytes=0)
+    data = info(processes=[row], users=[of_vm(0)])
+    answer = memlock_fit(data, grow={"vm": "vm1", **gets}, memlock=has + pinned, **given)
+    assert (answer["fits"], answer["needed"]) == (True, pinned)
+    assert memlock_fit(data, grow={"vm": "vm1", **gets}, memlock=has + pinned - 1, **given)["fits"] is False
 
 
 def test_a_new_vm_that_is_to_be_updated_needs_its_memory_twice() -> None:

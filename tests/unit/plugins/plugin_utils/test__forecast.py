@@ -455,6 +455,14 @@ def test_what_somebody_has_set_of_a_vm_that_runs_does_not_outlast_it() -> None:
     assert starts(data) == [None, None]
 
 
+@pytest.mark.parametrize(("short", "fits"), [(0, True), (1, False)])
+def test_the_memory_of_a_unit_is_what_its_command_line_makes_of_it(short: int, fits: bool) -> None:
+    """A memory backend is not rounded up as -m is, and of it whole pages are pinned."""
+    size = 70000000
+    data = of(defined_unit(memory_bytes=size, memlock_bytes=size // 4096 * 4096 + 2**18 - short))
+    assert starts(data, known={"vm1.service": {"overhead": "256K"}}) == [fits]
+
+
 def test_a_session_is_given_an_iommufd_whose_mode_is_not_known() -> None:
     row = process(uid=1001, user="vm", domain_uri="qemu:///session", accounting="process")
     given = defined(fdgroup="iommu", **OF_USER)
