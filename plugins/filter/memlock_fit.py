@@ -369,6 +369,8 @@ _value:
       description:
         - What is missing on the host, of what such a VM must have before it can start at all, in sentences. Except for
           what makes RV(_value.fits) false, that somebody may still see to.
+        - Also which running VMs of the same user are over limit once it has what it pins, as
+          P(virt.iommufd.audit_report#filter) calls that, and how to avoid that. They end when their guests reboot.
       type: list
       elements: str
       sample: []

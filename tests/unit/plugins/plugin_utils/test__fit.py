@@ -56,6 +56,9 @@ OF_FIRST: Row = {"backend": "iommufd", "iommufd": "first"}
 # A memory backend that ends within a page
 ODD = 70000000
 
+# A VM that nothing puts over its limit
+NO_LIMIT: Row = {"memlock_bytes": None, "memlock_unlimited": True}
+
 # A host of which nothing was looked at
 BARE: Row = {"limits_of_view": []}
 
@@ -117,7 +120,7 @@ def test_the_documented_answer() -> None:
 def test_the_boundary(accounting: str, spare: int, fits: bool) -> None:
     charged = PINNED if accounting == "user" else 0
     limit = charged + PINNED + spare
-    answer = fit(info(), memory=PINNED, memlock=limit, accounting=accounting, **EXACT)
+    answer = fit(info(processes=[process(**NO_LIMIT)]), memory=PINNED, memlock=limit, accounting=accounting, **EXACT)
     assert answer["fits"] is fits
     assert answer["counter"] == {"user": "user", "process": "mm_locked"}[accounting]
     assert answer["accounting"] == accounting
@@ -267,7 +270,8 @@ def left(size: str, who: str = "libvirt-qemu") -> str:
     ],
 )
 def test_per_user(data: Row, memlock: Any, fits: bool | None, reason: str) -> None:
-    answer = fit(data, memlock=memlock, accounting="user", locked=0)
+    rows = [{**each, **NO_LIMIT} for each in data["processes"]]
+    answer = fit({**data, "processes": rows}, memlock=memlock, accounting="user", locked=0)
     assert (answer["fits"], answer["accounting"], answer["counter"]) == (fits, "user", "user")
     assert answer["reason"] == reason
     assert (answer["question"] is None) is (fits is not None)
@@ -1411,6 +1415,83 @@ def test_the_part_of_a_page_at_the_end_of_its_memory_is_not_pinned(given: Row, g
     answer = memlock_fit(data, grow={"vm": "vm1", **gets}, memlock=has + pinned, **given)
     assert (answer["fits"], answer["needed"]) == (True, pinned)
     assert memlock_fit(data, grow={"vm": "vm1", **gets}, memlock=has + pinned - 1, **given)["fits"] is False
+
+
+# What another VM of the user is like that runs beside one that starts, and what is told of it.
+BESIDE: list[tuple[Row, str]] = [
+    ({}, "Over limit then"),
+    ({"memlock_bytes": 2 * PINNED - 1}, "Over limit then"),
+    ({"memlock_bytes": 2 * PINNED}, ""),
+    (NO_LIMIT, ""),
+    # It was so before.
+    ({"memlock_bytes": PINNED - 1}, ""),
+    ({"uid": 1002, "user": "alice"}, ""),
+    ({"accounting": "process"}, ""),
+    ({"accounting": "none", "capabilities": {"effective": ["cap_ipc_lock"], "ambient": []}}, ""),
+    ({"holder": True}, ""),
+    ({"backends": ["legacy"]}, ""),
+    ({"accounting": None, "backends": ["legacy"]}, ""),
+    ({"accounting": None}, "Perhaps over limit then"),
+    ({"accounting": None, "backends": None}, "Perhaps over limit then"),
+    ({"backends": ["iommufd", "vdpa"]}, "Perhaps over limit then"),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), BESIDE)
+def test_what_a_vm_does_to_others_of_its_user(fields: Row, said: str) -> None:
+    row = unit(**fields)
+    data = info(processes=[row], users=[of_vm()])
+    given: Row = {"who": "vm", "memory": PINNED, "memlock": GIB, "cap_ipc_lock": False, **EXACT}
+    how = (
+        ""
+        if not said
+        else (
+            f"{said}, by the sum of the same user: vm1 (4242). Such a VM ends when its guest reboots, as QEMU maps"
+            f" memory anew then: first give it a limit of {2 * PINNED} bytes"
+            f" (prlimit --pid 4242 --memlock={2 * PINNED}:{2 * PINNED})."
+        )
+    )
+    answer = fit(data, accounting="user", **given)
+    assert (answer["fits"], answer["prerequisites"]) == (True, [how] if how else [])
+    assert answer["reason"].endswith(how)
+    # One that is charged to nobody else, or does not start, does nothing to them.
+    for other in ({"accounting": "process"}, {"accounting": "none", "cap_ipc_lock": None}):
+        assert fit(data, **{**given, **other})["prerequisites"] == []
+    assert fit(data, accounting="user", **{**given, "memlock": PINNED})["prerequisites"] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "adds"),
+    [
+        ({"memory": "8M"}, 8 * MIB),
+        ({"memory": "8M", "devices": [OF_USER]}, PINNED + 16 * MIB),
+        # For a moment only
+        ({"live_update": True}, 0),
+        ({"live_update": True, "memory": "8M"}, 8 * MIB),
+    ],
+)
+def test_what_one_that_grows_does_to_others_of_its_user(given: Row, adds: int) -> None:
+    rows = [unit(pid=n, name=f"vm{n}", memlock_bytes=8 * PINNED + max(adds - n, 0)) for n in range(8)]
+    data = info(processes=rows, users=[of_vm(8 * PINNED)])
+    told = [each for each in grown(data, "vm7", memlock="1G", **given)["prerequisites"] if "limit then" in each]
+    names = "vm1 (1), vm2 (2), vm3 (3), vm4 (4), vm5 (5) and 1 more" if adds else ""
+    assert [each.partition(". ")[0] for each in told] == (
+        [f"Over limit then, by the sum of the same user: {names}"] if adds else []
+    )
+    assert not adds or f" {8 * PINNED + adds} bytes (prlimit --pid 1 " in told[0]
+
+
+def test_where_little_is_known_others_are_told_of_if_it_is_certain() -> None:
+    data = info(processes=[unit()], users=[of_vm()], host=host(limits_of_view=unseen("processes")))
+    given: Row = {"accounting": "user", "who": "vm", "memlock": "2G"}
+    assert fit(data, **given)["prerequisites"][0].startswith(
+        "Over limit then, by the sum of the same user: vm1 (4242)."
+    )
+    data["processes"][0]["memlock_bytes"] = 3 * PINNED
+    assert fit(data, **given)["prerequisites"] == []
+    # Without what it pins beside its memory, it may or may not be.
+    told = fit({**data, "host": host()}, **given)["prerequisites"]
+    assert [each.partition(",")[0] for each in told] == ["Perhaps over limit then"]
 
 
 def test_a_new_vm_that_is_to_be_updated_needs_its_memory_twice() -> None:

@@ -399,6 +399,21 @@ def test_what_a_vm_that_runs_has_charged_is_not_in_its_own_way() -> None:
     assert [each["running"] for each in memlock_forecast(data)["vms"]] == [True, False]
 
 
+def test_what_a_start_or_growth_does_to_others_of_the_user() -> None:
+    (one, row), (two, second) = running("a", 7), running("b", 8)
+    third = defined_unit(name="c.service", memory_bytes=GIB, memlock_bytes=200 * GIB)
+    row["memlock_bytes"], second["memlock_bytes"] = 120 * GIB, 150 * GIB
+    data = of(one, two, third, processes=[row, second], users=[of_vm(charged=120 * GIB)])
+    vms = memlock_forecast(data, grow={"memory": "8G"}, move_to="iommufd")["vms"]
+    told = {
+        kind: ["(7)" in " ".join(each[kind]["prerequisites"]) if each[kind] else None for each in vms]
+        for kind in ("now", "grown", "reboot", "moved")
+    }
+    # What runs now is started anew by then.
+    nobody = [False, False, False]
+    assert told == {"now": [False, False, True], "grown": [False, True, None], "reboot": nobody, "moved": nobody}
+
+
 @pytest.mark.parametrize(
     ("fields", "unsure"),
     [
