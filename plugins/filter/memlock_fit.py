@@ -188,7 +188,8 @@ options:
       - Where its control group has a limit (RV(virt.iommufd.iommufd_info#module:processes[].memory_max_bytes)), such as
         C(<hard_limit>), and that leaves less than 1 GiB for the emulator beside all memory, RV(_value.fits) is not
         V(true). Nor is it so for a domain of the system libvirt where that limit was not seen, nor where others are in
-        a slice with such a limit, too (RV(virt.iommufd.iommufd_info#module:processes[].memory_max_shared)).
+        a slice with such a limit, too (RV(virt.iommufd.iommufd_info#module:processes[].memory_max_shared)). Where its
+        domains are in such a slice, it is not so for its next one either.
       - What it pins in one of its address spaces is what it pins at least in one that it gets, whatever O(memory) and
         O(overhead) are. So memory that was plugged before counts, though no command line has it.
       - Where memory can be plugged, and no address space shows how much was, as before the first device, the filter

@@ -36,8 +36,8 @@ __all__ = ("Definition", "domain_row", "masked_row", "may_start_vmm", "unit_row"
 _KEYS = (
     *("kind", "name", "manager", "path", "user", "uid", "autostart", "transient", "pid"),
     *("memory_bytes", "memory_max_bytes", "elastic_bytes", "of_devices_bytes", "hugepages", "devices", "viommu"),
-    *("libvirt_counts", "hard_limit_bytes", "libvirt_locks", "locks_memory", "fdgroup", "emulator"),
-    *("memlock_bytes", "memlock_unlimited", "cap_ipc_lock", "launcher_lacks", "launcher_ends"),
+    *("libvirt_counts", "hard_limit_bytes", "memory_max_shared", "libvirt_locks", "locks_memory", "fdgroup"),
+    *("emulator", "memlock_bytes", "memlock_unlimited", "cap_ipc_lock", "launcher_lacks", "launcher_ends"),
     *("unread", "unread_at_boot", "changed", "order"),
 )
 _DEVICES_MAX = 1024

@@ -129,6 +129,7 @@ class _Fields:
         self.viommu = member(row, "viommu", or_none(one_of(NO_VIOMMU, EACH, NESTED)))
         self.counted = member(row, "libvirt_counts", _size)
         self.hard_limit = member(row, "hard_limit_bytes", _size)
+        self.shared = bool(member(row, "memory_max_shared", _flag))
         self.libvirt_locks = bool(member(row, "libvirt_locks", _flag))
         self.locks_memory = member(row, "locks_memory", _flag)
         self.fdgroup = member(row, "fdgroup", _name)
@@ -229,6 +230,7 @@ def _of_unit(row: _Fields, emulators: Mapping[str, Mapping[str, Any]]) -> Asked:
         emulator=row.emulator,
         of_devices=row.of_devices,
         group=row.hard_limit,
+        shared=row.shared,
         lacks=row.lacks,
         ends=row.ends,
     )

@@ -113,8 +113,8 @@ class Asked(NamedTuple):
     is to be taken over by another process. `capable`: whether the VMM has CAP_IPC_LOCK. Of a VM that is defined on the
     host, which memlock_forecast asks about, `starter` is who starts it, and `emulator` the path of a unit's VMM.
     `of_devices`: what emulated devices have of memory of their own, as in Defined. `group`: the limit of all memory
-    of a unit, None without. `lacks`: the capabilities that an iommufd-exec in front of it takes and has not, and
-    `ends`: why that does not start it, else "".
+    of a unit, None without, and `shared`: whether it is in a slice with such a limit. `lacks`: the capabilities that an
+    iommufd-exec in front of it takes and has not, and `ends`: why that does not start it, else "".
     """
 
     memory: int | None
@@ -136,6 +136,7 @@ class Asked(NamedTuple):
     emulator: str | None = None
     of_devices: int | None = 0
     group: int | None = None
+    shared: bool = False
     lacks: tuple[str, ...] = ()
     ends: str = ""
 

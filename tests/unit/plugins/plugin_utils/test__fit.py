@@ -1624,6 +1624,25 @@ def test_a_vm_that_grows_in_a_slice_with_others(of: Any) -> None:
     assert "Raise it to" in ask(200 * MIB, **limited(MIB), memory_max_shared=True)["question"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "who", "fits"),
+    [
+        ({"memory_max_shared": True}, "libvirt-qemu", None),
+        ({"memory_max_shared": True, "holder": True}, "libvirt-qemu", True),
+        ({"memory_max_shared": True, "domain_uri": "qemu:///session"}, "libvirt-qemu", True),
+        ({"memory_max_shared": None}, "libvirt-qemu", True),
+        # It is started by something else.
+        ({"memory_max_shared": True}, "vm", True),
+    ],
+)
+def test_a_domain_that_starts_is_in_the_slice_of_the_others(fields: Row, who: str, fits: bool | None) -> None:
+    data = info(processes=[process(**{**limited(4 * GIB), **fields})])
+    answer = fit(data, who=who, memlock="3G", accounting="process")
+    assert answer["fits"] is fits
+    assert (answer["question"] or "Is there room for it in the slices").startswith("Is there room for it in the slices")
+    assert fit(data, who=who, memlock="1M", accounting="process")["fits"] is False
+
+
 def test_a_device_that_pins_nothing_takes_no_room() -> None:
     its = [{"backend": "iommufd", "as_it_runs": False}] * 2
     assert grown(info(processes=[process(**limited(MIB, vfio_devices=its))]), devices=[BY_IOMMUFD])["fits"] is True

@@ -286,6 +286,18 @@ def test_a_unit_whose_memory_is_limited() -> None:
     assert told["remedy"].startswith(f"To make it fit: {how}, and raise its limit (LimitMEMLOCK={65 * GIB} in its unit")
 
 
+def test_a_unit_in_a_slice_whose_memory_is_limited() -> None:
+    """Whoever is ended there, nothing that is told of the unit itself settles it, but its limit may be too small."""
+    [told] = [each["now"] for each in memlock_forecast(of(defined_unit(memory_max_shared=True)))["vms"]]
+    assert "It is in a slice with MemoryMax=, and what the others in it use is not looked at." in told["reason"]
+    assert told["question"].startswith("Is there room for it in the slices that it is in")
+    for limit, expected in ({"memlock_unlimited": True}, None), ({"memlock_bytes": GIB}, False), ({}, None):
+        data = of(defined_unit(**{**limit, "memory_max_shared": True}))
+        assert (starts(data, "now"), starts(data)) == ([expected], [expected])
+        assert starts(data, known={"vm1.service": {"overhead": "256K", "locked": 0}}) == [expected]
+        assert starts(of(defined_unit(**limit))) == [expected is None]
+
+
 def test_a_launcher_that_its_unit_keeps_from_something() -> None:
     """Without the capability it leaves the mode as it is, which counts beside others, or it ends."""
     lacks: Row = {"launcher_lacks": ["cap_sys_resource"]}
