@@ -234,6 +234,9 @@ def _name(row: Mapping[str, Any]) -> str:
 def _locks(asked: Asked, row: Mapping[str, Any], size: Span, more: int = MOMENT) -> Span:
     """What a VM that runs locks itself of such an amount of memory, and more for a moment: all or nothing."""
     locks = row.get("locks_memory")
+    if locks is None and row["locked_bytes"] == 0:
+        # mlockall() counts all that a process has mapped, at once.
+        locks = False
     if asked.locked.least or not asked.locked.most:
         locks = asked.locked.least > 0
     most = min(size.most + more, UNLIMITED)

@@ -1209,6 +1209,10 @@ GROWTH = [
     ({**LOCKS, "memlock_bytes": 463 * MIB}, {"devices": [LEGACY], "overhead": 0}, False),
     ({**LOCKS, "memlock_bytes": 400 * MIB}, {"live_update": True}, None),
     ({**PER_PROCESS, "locks_memory": None}, {"memory": "20M"}, None),
+    # Who locks memory has some locked, so that this one need not be asked about.
+    ({"locks_memory": None, "locked_bytes": 0}, {"memory": "20M"}, True),
+    ({"locks_memory": None, "locked_bytes": PAGE}, {"memory": "20M"}, None),
+    ({"locks_memory": None, "locked_bytes": 0}, {"live_update": True, "memlock": 2 * PINNED}, True),
     # Two address spaces, of one iommufd or of two, and one that is held twice
     ({"iommufds": iommufds(2)}, {"memory": "20M"}, False),
     ({"iommufds": iommufds(1, 1)}, {"memory": "20M"}, False),
