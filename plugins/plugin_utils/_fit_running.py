@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
+from os.path import basename
 from typing import Any
 
 from ..module_utils._accounting import (
@@ -54,6 +55,8 @@ from ._host_info import OF_EMULATOR, as_it_runs
 
 __all__ = ("held_to_their_users", "is_short", "over_limit_then", "prlimit", "running_vm")
 
+# Machines that have no IOMMU by themselves, as QEMU has them: those of POWER and s390x have one.
+_WITHOUT_IOMMU = ("x86_64", "i386", "i686", "aarch64", "arm", "armv7l", "riscv64", "loongarch64")
 # How many VMs a sentence names.
 NAMED_MAX = 5
 
@@ -97,6 +100,8 @@ def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | 
     limit = _its_limit(asked, row, starter)
     held = _held(row, {each["pid"] for each in info["processes"] if each.get("holder") is True})
     memory = asked.memory if asked.memory is not None else _memory(row, held or ())
+    if asked.viommu is None and _has_no_iommu(info, row, held or ()):
+        asked = asked._replace(viommu=NO_VIOMMU)
     vm = Vm(
         memory=NOTHING,
         devices=held or (),
@@ -456,6 +461,14 @@ def _so_named(row: Mapping[str, Any], holder: str) -> Sequence[Mapping[str, Any]
         return [*unnamed, *closed] if unnamed else [None]
     # It is none of the command line's, but may have been added since.
     return [*unnamed, None] if len(unnamed) > len(waiting) else [None]
+
+
+def _has_no_iommu(info: Info, row: Mapping[str, Any], held: tuple[Device, ...]) -> bool:
+    """Whether its command line gives it no IOMMU, and its machine has none of its own accord."""
+    program = basename(row.get("emulator") or "")
+    machine = program.rpartition("qemu-system-")[2] if "qemu-system-" in program else info["host"].get("machine")
+    more = sum(each.backend == IOMMUFD for each in held) > len(_distinct(row))
+    return row.get("viommu") == NO_VIOMMU and machine in _WITHOUT_IOMMU and not more
 
 
 def _seen_viommu(row: Mapping[str, Any], held: tuple[Device, ...], iommufds: int) -> str | None:

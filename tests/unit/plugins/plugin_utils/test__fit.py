@@ -1233,8 +1233,15 @@ GROWTH = [
     ({"vfio_devices": [{"backend": "iommufd", "as_it_runs": False}] * 2}, {"devices": [BY_IOMMUFD]}, True),
     ({}, {"devices": [BY_IOMMUFD], "viommu": "none"}, True),
     ({}, {"devices": [BY_IOMMUFD], "viommu": "each"}, False),
-    ({}, {"devices": [BY_IOMMUFD]}, None),
+    ({}, {"devices": [BY_IOMMUFD]}, True),
     ({"iommufds": iommufds(2)}, {"devices": [BY_IOMMUFD]}, False),
+    # Its command line may tell of an IOMMU, and some machines have one without that.
+    ({"viommu": None}, {"devices": [BY_IOMMUFD]}, None),
+    ({"viommu": "each"}, {"devices": [BY_IOMMUFD]}, None),
+    ({"emulator": "/usr/libexec/qemu-kvm"}, {"devices": [BY_IOMMUFD]}, True),
+    ({"emulator": "/usr/bin/qemu-system-aarch64"}, {"devices": [BY_IOMMUFD]}, True),
+    ({"emulator": "/usr/bin/qemu-system-s390x"}, {"devices": [BY_IOMMUFD]}, None),
+    ({"emulator": "/usr/bin/qemu-system-ppc64"}, {"devices": [BY_IOMMUFD]}, None),
     ({"iommufds": iommufds(0), "pinned_bytes": 0, "vfio_devices": []}, {"devices": [BY_IOMMUFD]}, False),
     ({}, {"devices": [{**ANOTHER, "mode": "user"}], "overhead": 0}, False),
     ({}, {"devices": [{**ANOTHER, "mode": "process"}], "overhead": 0}, True),
@@ -1301,6 +1308,14 @@ def test_a_vm_that_runs(fields: Row, given: Row, fits: bool | None) -> None:
     assert (answer["question"] is None) is (fits is not None)
     if answer["remedy"] and not given.get("live_update"):
         assert re.search(r"\(prlimit --pid 4242 --memlock=(\d+):\1\)", answer["remedy"])
+
+
+@pytest.mark.parametrize(("machine", "fits"), [("x86_64", True), ("s390x", None), ("ppc64le", None), (None, None)])
+def test_whether_a_machine_has_an_iommu_of_its_own_accord(machine: str | None, fits: bool | None) -> None:
+    data = info(processes=[unit(emulator="/usr/libexec/qemu-kvm")], users=[of_vm()], host=host(machine=machine))
+    answer = grown(data, devices=[BY_IOMMUFD])
+    assert answer["fits"] is fits
+    assert answer["question"] == (None if fits else _fit_words._QUESTIONS_OF_RUNNING["viommu"])
 
 
 TWO_DEVICES: Row = {"vfio_devices": [{"backend": "iommufd", "as_it_runs": False}] * 2}
