@@ -41,8 +41,9 @@ options:
   memory:
     description:
       - The memory of the VM, as a size. Needed unless O(domain_xml) or O(grow) tells it.
-      - It is rounded up to a multiple of 8 KiB, as QEMU does. libvirt rounds what O(domain_xml) says up to whole MiB or
-        more, which the filter does, too.
+      - It is rounded up to a multiple of 8 KiB, as QEMU does with C(-m). libvirt rounds what O(domain_xml) says up to
+        whole MiB or more, which the filter does, too. QEMU does not round a memory backend up, so for one of another
+        size that is a page or two too much.
       - With O(grow), it is all memory that the VM has now, with what was plugged. What does not explain what it has
         pinned is refused.
     type: raw
@@ -139,8 +140,9 @@ options:
   overhead:
     description:
       - What the VM pins beyond its memory, such as firmware and video memory, in all of its address spaces, as a size.
-      - If given, the filter takes it as exact, and rounds the sum with O(memory) up to whole pages. How large they
-        are is in the input if V(host) was gathered. Without that, pages may have 4 to 64 KiB.
+      - If given, the filter takes it as exact, and rounds it up to whole pages. Of the memory QEMU pins whole pages
+        alone, and not the part of one at its end. How large pages are is in the input if V(host) was gathered. Without
+        that, they may have 4 to 64 KiB.
       - If not given, it may be anything up to 1 GiB, which is what libvirt adds to a domain's memory. Less is not taken
         for certain, since a VM with another display or other emulated devices pins more, some of it only once its guest
         runs.
@@ -186,7 +188,8 @@ options:
       - Where its control group has a limit (RV(virt.iommufd.iommufd_info#module:processes[].memory_max_bytes)), such as
         C(<hard_limit>), and that leaves less than 1 GiB for the emulator beside all memory, RV(_value.fits) is not
         V(true). Nor is it so for a domain of the system libvirt where that limit was not seen, nor where others are in
-        a slice with such a limit, too (RV(virt.iommufd.iommufd_info#module:processes[].memory_max_shared)).
+        a slice with such a limit, too (RV(virt.iommufd.iommufd_info#module:processes[].memory_max_shared)). Where its
+        domains are in such a slice, it is not so for its next one either.
       - What it pins in one of its address spaces is what it pins at least in one that it gets, whatever O(memory) and
         O(overhead) are. So memory that was plugged before counts, though no command line has it.
       - Where memory can be plugged, and no address space shows how much was, as before the first device, the filter
@@ -367,6 +370,8 @@ _value:
       description:
         - What is missing on the host, of what such a VM must have before it can start at all, in sentences. Except for
           what makes RV(_value.fits) false, that somebody may still see to.
+        - Also which running VMs of the same user are over limit once it has what it pins, as
+          P(virt.iommufd.audit_report#filter) calls that, and how to avoid that. They end when their guests reboot.
       type: list
       elements: str
       sample: []

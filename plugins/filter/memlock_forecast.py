@@ -227,7 +227,8 @@ _value:
             prerequisites:
               description:
                 - What else it needs before it can start at all, in sentences. That is what is missing on the host, and
-                  after a reboot what the host may have until then only.
+                  after a reboot what the host may have until then only. It also tells which VMs that run are over
+                  limit once this one has started.
               type: list
               elements: str
               sample: []

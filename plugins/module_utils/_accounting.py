@@ -329,7 +329,7 @@ def _pins(vm: Vm, kernel: Kernel, later: bool) -> Iterator[tuple[str, int]]:
     """What a VM of which all is known pins, in its order: each way by its name, and how much. `later`: when it runs."""
     if vm.locked.most:
         yield MLOCK, _whole_pages(vm.locked.most, kernel)
-    size = _whole_pages(vm.memory.most + vm.beyond.most, kernel)
+    size = _mapped(vm.memory.most, kernel) + _whole_pages(vm.beyond.most, kernel)
     spaces = address_spaces(vm)
     runs = [all(device.as_it_runs for device in devices) for devices in spaces]
     for wanted in (False, True) if later else (False,):
@@ -340,6 +340,14 @@ def _pins(vm: Vm, kernel: Kernel, later: bool) -> Iterator[tuple[str, int]]:
 
 def _whole_pages(size: int, kernel: Kernel) -> int:
     return -(-size // kernel.page) * kernel.page
+
+
+def _mapped(size: int, kernel: Kernel) -> int:
+    """What is pinned of a guest's memory: QEMU leaves out the part of a page that may be at its end.
+
+    Source: vfio_listener_region_add() in its hw/vfio, and vhost_vdpa_listener_region_add() in hw/virtio/vhost-vdpa.c.
+    """
+    return size if size >= UNLIMITED else size // kernel.page * kernel.page
 
 
 def _outcome(vm: Vm, kernel: Kernel, later: bool) -> _Outcome:

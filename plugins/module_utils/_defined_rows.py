@@ -36,12 +36,17 @@ __all__ = ("Definition", "domain_row", "masked_row", "may_start_vmm", "unit_row"
 _KEYS = (
     *("kind", "name", "manager", "path", "user", "uid", "autostart", "transient", "pid"),
     *("memory_bytes", "memory_max_bytes", "elastic_bytes", "of_devices_bytes", "hugepages", "devices", "viommu"),
-    *("libvirt_counts", "hard_limit_bytes", "libvirt_locks", "locks_memory", "fdgroup", "emulator"),
-    *("memlock_bytes", "memlock_unlimited", "cap_ipc_lock", "launcher_lacks", "launcher_ends"),
+    *("libvirt_counts", "hard_limit_bytes", "memory_max_shared", "libvirt_locks", "locks_memory", "fdgroup"),
+    *("emulator", "memlock_bytes", "memlock_unlimited", "cap_ipc_lock", "launcher_lacks", "launcher_ends"),
     *("unread", "unread_at_boot", "changed", "order"),
 )
 _DEVICES_MAX = 1024
 
+# See qemuDomainObjRestore() in libvirt's src/qemu/qemu_driver.c.
+_SAVED = (
+    "{} has a managed save, and is started as it was then, whatever is defined now: virsh managedsave-dumpxml tells"
+    " that, and virsh managedsave-remove has it started as it is defined."
+)
 _LAUNCHER = "iommufd-exec"
 _HYPERVISOR = "cloud-hypervisor"
 _EMULATOR = re.compile(r"qemu|qemu-kvm|kvm|qemu-system-[\w.-]+")
@@ -68,7 +73,7 @@ class Definition(NamedTuple):
     """A domain's definition, or the record of one that runs, as it was read; `problem` is why it could not be.
 
     `name` is that of the file, without its suffix. `owner`: whose libvirt it is, None for the system's. `pid`: the
-    domain's process, None where it has none, or which one is unknown.
+    domain's process, None where it has none, or which one is unknown. `saved`: whether it has a managed save.
     """
 
     name: str
@@ -79,6 +84,7 @@ class Definition(NamedTuple):
     transient: bool = False
     pid: int | None = None
     owner: User | None = None
+    saved: bool = False
 
 
 def _blank(kind: str, name: str, manager: str, path: str | None) -> Row:
@@ -105,6 +111,7 @@ def domain_row(definition: Definition, passing: Collection[str] | None) -> Row:
         *([problem] if problem else []),
         *(f"{path} does not tell {each}." for each in described.unread),
         *(f"Whether the interface in network {each} passes a device through is not known." for each in networks),
+        *([_SAVED.format(row["name"])] if definition.saved else []),
     ]
     row.update(
         user=user.name,

@@ -102,16 +102,13 @@ def _around(name: str) -> Iterator[str]:
 
 
 def _note_slices(run: Run, rows: Iterable[Row], slices: Mapping[str, Sequence[str]]) -> None:
-    """Adds to units that they are in a slice whose memory is limited. Raises IommufdError."""
+    """Adds to units whether they are in a slice whose memory is limited. Raises IommufdError."""
     names = sorted({each for some in slices.values() for each in some})
     shown = zip(names, show_units(run, names, ("Id", "MemoryMax"))) if names else ()
     limited = {name for name, each in shown if each.get("MemoryMax", "infinity") != "infinity"}
     for row in rows:
-        row["unread"] += [
-            f"{row['name']} is in {each}, which has MemoryMax=, and it is not known how much of that others in it use."
-            for each in slices.get(row["name"], ())
-            if each in limited
-        ]
+        if row["name"] in slices:
+            row["memory_max_shared"] = not limited.isdisjoint(slices[row["name"]])
 
 
 def _note_autostart(run: Run, rows: Sequence[Row]) -> None:

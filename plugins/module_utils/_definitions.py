@@ -42,6 +42,9 @@ _RECORDS = "/run/libvirt/qemu"
 _OWN_FOLDER = ".config/libvirt/qemu"
 _OWN_RECORDS = "libvirt/qemu/run"
 _SUFFIX = ".xml"
+# Where libvirt keeps what `virsh managedsave` saves: see qemuDomainManagedSavePath() in src/qemu/qemu_driver.c.
+_SAVES = "/var/lib/libvirt/qemu/save"
+_OWN_SAVES = f"{_OWN_FOLDER}/save"
 
 # A definition has some kilobytes, and what a child says at once has a limit.
 DEFINITION_MAX = 2**19
@@ -59,7 +62,10 @@ _MORE = "more"
 
 
 class _File(NamedTuple):
-    """What a child tells of a file. `problem`: why it could not be read. `written`: in seconds since the epoch."""
+    """What a child tells of a file. `problem`: why it could not be read. `written`: in seconds since the epoch.
+
+    `saved`: whether its domain has a managed save, or may have one.
+    """
 
     kind: str
     name: str
@@ -68,6 +74,7 @@ class _File(NamedTuple):
     problem: str
     autostart: bool
     written: float
+    saved: bool = False
 
 
 def find_domains(users: Collection[User]) -> tuple[list[Row], list[str]]:
@@ -90,7 +97,16 @@ def _rows_of(owner: User | None, work: Callable[[], Iterator[Any]], msgs: list[s
         if pid is not None:
             running[name] = pid
     found = [
-        Definition(each.name, each.path, each.text, each.problem, each.autostart, False, running.get(each.name), owner)
+        Definition(
+            name=each.name,
+            path=each.path,
+            text=each.text,
+            problem=each.problem,
+            autostart=each.autostart,
+            pid=running.get(each.name),
+            owner=owner,
+            saved=each.saved,
+        )
         for each in definitions
     ]
     known = {each.name for each in definitions}
@@ -178,31 +194,38 @@ def _collect(owner: User | None, work: Callable[[], Iterator[Any]], msgs: list[s
 def _from_json(given: Any) -> _File:
     """What `_say` has made, in a child that may have said something else. Raises IommufdError."""
     try:
-        kind, name, path, text, problem, autostart, written = given
-        words = (kind, name, path, text, problem)
-        if not all(isinstance(each, str) for each in words) or not isinstance(autostart, bool):
+        kind, name, path, text, problem, autostart, written, saved = given
+        words, flags = (kind, name, path, text, problem), (autostart, saved)
+        if not all(isinstance(each, str) for each in words) or not all(isinstance(each, bool) for each in flags):
             raise ValueError("of another type")
         content = base64.b64decode(text, validate=True)
-        return _File(kind, name, path, content, shown_text(problem), autostart, float(written))
+        return _File(kind, name, path, content, shown_text(problem), autostart, float(written), saved)
     except (TypeError, ValueError, OverflowError, binascii.Error) as exc:
         raise IommufdError("the child that reads them has said something else.") from exc
 
 
 def _say(
-    kind: str, name: str, path: str, text: bytes = b"", problem: str = "", autostart: bool = False, written: float = 0.0
+    kind: str,
+    name: str,
+    path: str,
+    text: bytes = b"",
+    problem: str = "",
+    autostart: bool = False,
+    written: float = 0.0,
+    saved: bool = False,
 ) -> list[Any]:
-    return [kind, name, path, base64.b64encode(text).decode("ascii"), problem, autostart, written]
+    return [kind, name, path, base64.b64encode(text).decode("ascii"), problem, autostart, written, saved]
 
 
 def _read_system() -> Iterator[list[Any]]:
-    yield from _read_folder(_DEFINITION, _FOLDER)
+    yield from _read_folder(_DEFINITION, _FOLDER, saves=_SAVES)
     # That folder may be the emulators' user's. Each file is judged by itself.
     yield from _read_records()
     yield from _read_folder(_NETWORK, _NETWORKS)
 
 
 def _read_own(user: User) -> Iterator[list[Any]]:
-    yield from _read_folder(_DEFINITION, f"{user.home}/{_OWN_FOLDER}", own=True)
+    yield from _read_folder(_DEFINITION, f"{user.home}/{_OWN_FOLDER}", own=True, saves=f"{user.home}/{_OWN_SAVES}")
     yield from _read_folder(_RECORD, f"{user.runtime_folder}/{_OWN_RECORDS}", own=True)
 
 
@@ -228,8 +251,11 @@ def _read_records() -> Iterator[list[Any]]:
         os.close(folder)
 
 
-def _read_folder(kind: str, path: str, own: bool = False) -> Iterator[list[Any]]:
-    """The files of one folder. `own`: as the user whose they are, who may have anything there."""
+def _read_folder(kind: str, path: str, own: bool = False, saves: str = "") -> Iterator[list[Any]]:
+    """The files of one folder. `own`: as the user whose they are, who may have anything there.
+
+    `saves`: the folder with managed saves of such domains, if they have any.
+    """
     with contextlib.ExitStack() as stack:
         try:
             if own:
@@ -245,7 +271,7 @@ def _read_folder(kind: str, path: str, own: bool = False) -> Iterator[list[Any]]
             raise _unreadable(path, exc) from exc
         stack.callback(os.close, folder)
         for name in (yield from _names_in(folder, path)):
-            yield _read_one(kind, folder, path, name)
+            yield _read_one(kind, folder, path, name, saves)
 
 
 def _unreadable(path: str, exc: OSError) -> IommufdError:
@@ -266,7 +292,7 @@ def _names_in(folder: int, path: str) -> Generator[list[Any], None, list[str]]:
     return names[:DEFINITIONS_MAX]
 
 
-def _read_one(kind: str, folder: int, path: str, name: str) -> list[Any]:
+def _read_one(kind: str, folder: int, path: str, name: str, saves: str) -> list[Any]:
     place = f"{path}/{name}{_SUFFIX}"
     try:
         text, status = _read_file(folder, f"{name}{_SUFFIX}")
@@ -274,7 +300,19 @@ def _read_one(kind: str, folder: int, path: str, name: str) -> list[Any]:
         return _say(kind, name, place, problem=str(exc))
     except OSError as exc:
         return _say(kind, name, place, problem=error_text(exc.errno))
-    return _say(kind, name, place, text, "", _is_linked(folder, name, status), status.st_mtime)
+    saved = bool(saves) and _may_be_saved(saves, name)
+    return _say(kind, name, place, text, "", _is_linked(folder, name, status), status.st_mtime, saved)
+
+
+def _may_be_saved(saves: str, name: str) -> bool:
+    """Whether it has a managed save, or may have one that cannot be seen."""
+    try:
+        os.lstat(f"{saves}/{name}.save")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _read_file(folder: int, name: str) -> tuple[bytes, os.stat_result]:

@@ -1282,6 +1282,12 @@ defined:
       description: The domain's C(<hard_limit>), or C(MemoryMax=) of the unit; V(null) without.
       type: int
       sample: null
+    memory_max_shared:
+      description:
+        - Whether the unit is in a slice with C(MemoryMax=), which is for all that is in there.
+        - V(null) for a domain, and where it was not seen.
+      type: bool
+      sample: null
     libvirt_locks:
       description: Whether the domain has C(<locked/>); V(null) where its definition cannot be read.
       type: bool

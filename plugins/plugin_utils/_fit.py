@@ -11,6 +11,7 @@ _fit_running one that runs already. _fit_words and _fit_remedy tell people of th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..module_utils._accounting import IOMMUFD, MM_LOCKED, MM_PINNED, PROCESS, UNLIMITED, USER, VDPA, Span, demand
@@ -19,10 +20,10 @@ from ..module_utils._foreign import harmless
 from ._fit_case import Case, kernels, may_charge_user, new_vm
 from ._fit_input import NONE, asked_of, checked
 from ._fit_remedy import remedy_of
-from ._fit_running import running_vm
+from ._fit_running import held_to_their_users, over_limit_then, running_vm
 from ._fit_words import question_of, reason_of
 
-__all__ = ("BROKEN", "answer_of", "memlock_fit")
+__all__ = ("BROKEN", "answer_of", "beside", "memlock_fit")
 
 # After the checks, only a return value that was put together by hand, or by another version.
 BROKEN = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
@@ -70,7 +71,14 @@ def _needed(case: Case, counter: str) -> int:
 def answer(info: Any, **parameters: Any) -> dict[str, Any]:
     """What the filter returns."""
     info, asked = checked(info), asked_of(**parameters)
-    return answer_of(new_vm(info, asked) if asked.grow is None else running_vm(info, asked, asked.grow))
+    case = new_vm(info, asked) if asked.grow is None else running_vm(info, asked, asked.grow)
+    return answer_of(beside(case, held_to_their_users(info)))
+
+
+def beside(case: Case, rows: Mapping[int | None, list[Mapping[str, Any]]], pid: int | None = None) -> Case:
+    """The VM with what others need that run beside it. `rows`: of each user; `pid`: of the VM that is started anew."""
+    others = over_limit_then(case, rows.get(case.owner.uid, []), pid)
+    return case._replace(needs=[*case.needs, *others]) if others else case
 
 
 def answer_of(case: Case) -> dict[str, Any]:

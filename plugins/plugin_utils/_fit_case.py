@@ -255,7 +255,8 @@ def new_vm(info: Info, asked: Asked, owner: Owner | None = None) -> Case:
     tight = hard is not None and hard < once + OF_EMULATOR
     # With CAP_IPC_LOCK it locks what it likes, which counts there all the same.
     locks = hard is not None and vm.capable and steps[0].locked.most >= UNLIMITED
-    doubt = STARTS if refused is None else "locked" if locks else ROOM if tight else None
+    of_group = ROOM if tight else SHARED if asked.shared or (starter == SYSTEM and _in_slice(info)) else None
+    doubt = STARTS if refused is None else "locked" if locks else of_group
     told = doubted(judge(info, steps), by_qemu.question or doubt)
     no_iommufd = any(each.backend == IOMMUFD for each in asked.devices) and info["host"].get("module") == "absent"
     refused = refused or limit.refused or asked.ends or ("This host's kernel has no iommufd." if no_iommufd else "")
@@ -279,6 +280,12 @@ def _memory(asked: Asked) -> Span:
         return UNKNOWN
     elastic = asked.domain.elastic if asked.domain is not None and asked.starter is not None else 0
     return Span(asked.memory - elastic, asked.memory)
+
+
+def _in_slice(info: Info) -> bool:
+    """Whether the system libvirt's domains share a slice whose memory is limited, as its next one then does."""
+    rows = (row for row in info["processes"] if row.get("memory_max_shared") and row.get("holder") is not True)
+    return any(row.get("domain_uri") == "qemu:///system" for row in rows)
 
 
 def _is_set(asked: Asked) -> bool:

@@ -28,8 +28,7 @@ from ..module_utils._accounting import (
 )
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import boolean, member, number, one_of, or_none, text, texts
-from ..module_utils._qemu import RAM_UNIT
-from ..module_utils._size import SIZE_MAX, whole
+from ..module_utils._size import SIZE_MAX
 from ._fit_host import OTHER, SESSION, SYSTEM
 from ._fit_input import AUTO, EVERYTHING, NONE, THE_IOMMUFD, Asked, Info, asked_of, bounded
 from ._fit_xml import CONTAINER, LIBVIRTS, Defined
@@ -130,6 +129,7 @@ class _Fields:
         self.viommu = member(row, "viommu", or_none(one_of(NO_VIOMMU, EACH, NESTED)))
         self.counted = member(row, "libvirt_counts", _size)
         self.hard_limit = member(row, "hard_limit_bytes", _size)
+        self.shared = bool(member(row, "memory_max_shared", _flag))
         self.libvirt_locks = bool(member(row, "libvirt_locks", _flag))
         self.locks_memory = member(row, "locks_memory", _flag)
         self.fdgroup = member(row, "fdgroup", _name)
@@ -211,7 +211,7 @@ def _of_unit(row: _Fields, emulators: Mapping[str, Mapping[str, Any]]) -> Asked:
     # Root may have it without that.
     its_file = emulators.get(row.emulator or "", {}).get("cap_ipc_lock") if row.uid else None
     return Asked(
-        memory=None if row.memory is None else whole(row.memory, RAM_UNIT),
+        memory=row.memory,
         user=row.owner,
         devices=bounded(row.devices),
         viommu=row.viommu,
@@ -230,6 +230,7 @@ def _of_unit(row: _Fields, emulators: Mapping[str, Mapping[str, Any]]) -> Asked:
         emulator=row.emulator,
         of_devices=row.of_devices,
         group=row.hard_limit,
+        shared=row.shared,
         lacks=row.lacks,
         ends=row.ends,
     )

@@ -113,8 +113,8 @@ class Asked(NamedTuple):
     is to be taken over by another process. `capable`: whether the VMM has CAP_IPC_LOCK. Of a VM that is defined on the
     host, which memlock_forecast asks about, `starter` is who starts it, and `emulator` the path of a unit's VMM.
     `of_devices`: what emulated devices have of memory of their own, as in Defined. `group`: the limit of all memory
-    of a unit, None without. `lacks`: the capabilities that an iommufd-exec in front of it takes and has not, and
-    `ends`: why that does not start it, else "".
+    of a unit, None without, and `shared`: whether it is in a slice with such a limit. `lacks`: the capabilities that an
+    iommufd-exec in front of it takes and has not, and `ends`: why that does not start it, else "".
     """
 
     memory: int | None
@@ -136,6 +136,7 @@ class Asked(NamedTuple):
     emulator: str | None = None
     of_devices: int | None = 0
     group: int | None = None
+    shared: bool = False
     lacks: tuple[str, ...] = ()
     ends: str = ""
 
@@ -240,7 +241,7 @@ def asked_of(
         viommu_ = own_viommu or (None if growth else NO_VIOMMU)
     locks, amount = _locked(locked, domain, memlock if growth is None else None)
     return Asked(
-        memory=whole(_size("memory", memory, 1), RAM_UNIT) if memory is not None else domain and domain.memory,
+        memory=domain and domain.memory if memory is None else _memory(memory, growth is not None),
         user=user if user is not None or domain is None else domain.user,
         devices=bounded(has),
         viommu=viommu_,
@@ -265,6 +266,12 @@ def _size(name: str, value: Any, minimum: int = 0) -> int:
         return parse_size(value, minimum)
     except IommufdError as exc:
         raise IommufdError(f"{name}: {exc}") from exc
+
+
+def _memory(value: Any, runs: bool) -> int:
+    """The guest's memory: what a VM that runs has, or what QEMU makes of what it is given."""
+    size = _size("memory", value, 1)
+    return size if runs else whole(size, RAM_UNIT)
 
 
 def _boolean(name: str, value: Any) -> bool:

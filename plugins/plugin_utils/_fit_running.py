@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from os.path import basename
 from typing import Any
 
 from ..module_utils._accounting import (
@@ -28,6 +29,7 @@ from ..module_utils._accounting import (
 )
 from ..module_utils._errors import IommufdError
 from ..module_utils._size import human_size
+from ._audit_words import OVER_LIMIT
 from ._fit_case import (
     FILE_BACKED,
     GROUP,
@@ -40,17 +42,23 @@ from ._fit_case import (
     doubted,
     judge,
     kernels,
+    may_charge_user,
     ordered,
     plus,
     spaces,
 )
-from ._fit_host import GIB, OTHER, SYSTEM, Accounting, Limit, capability_of, prerequisites
+from ._fit_host import GIB, OTHER, SYSTEM, Accounting, Limit, capability_of, own_charge, prerequisites
 from ._fit_input import NEW, OF_IOMMUFD, THE_IOMMUFD, Asked, Growth, Info, owner_of
 from ._fit_qemu import MOMENT, QEMU, Clash, clash, moment
 from ._fit_xml import CONTAINER
 from ._host_info import OF_EMULATOR, as_it_runs
 
-__all__ = ("is_short", "prlimit", "running_vm")
+__all__ = ("held_to_their_users", "is_short", "over_limit_then", "prlimit", "running_vm")
+
+# Machines that have no IOMMU by themselves, as QEMU has them: those of POWER and s390x have one.
+_WITHOUT_IOMMU = ("x86_64", "i386", "i686", "aarch64", "arm", "armv7l", "riscv64", "loongarch64")
+# How many VMs a sentence names.
+NAMED_MAX = 5
 
 
 def is_short(row: Mapping[str, Any], enough: int) -> bool:
@@ -92,6 +100,8 @@ def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | 
     limit = _its_limit(asked, row, starter)
     held = _held(row, {each["pid"] for each in info["processes"] if each.get("holder") is True})
     memory = asked.memory if asked.memory is not None else _memory(row, held or ())
+    if asked.viommu is None and _has_no_iommu(info, row, held or ()):
+        asked = asked._replace(viommu=NO_VIOMMU)
     vm = Vm(
         memory=NOTHING,
         devices=held or (),
@@ -229,6 +239,9 @@ def _name(row: Mapping[str, Any]) -> str:
 def _locks(asked: Asked, row: Mapping[str, Any], size: Span, more: int = MOMENT) -> Span:
     """What a VM that runs locks itself of such an amount of memory, and more for a moment: all or nothing."""
     locks = row.get("locks_memory")
+    if locks is None and row["locked_bytes"] == 0:
+        # mlockall() counts all that a process has mapped, at once.
+        locks = False
     if asked.locked.least or not asked.locked.most:
         locks = asked.locked.least > 0
     most = min(size.most + more, UNLIMITED)
@@ -450,6 +463,14 @@ def _so_named(row: Mapping[str, Any], holder: str) -> Sequence[Mapping[str, Any]
     return [*unnamed, None] if len(unnamed) > len(waiting) else [None]
 
 
+def _has_no_iommu(info: Info, row: Mapping[str, Any], held: tuple[Device, ...]) -> bool:
+    """Whether its command line gives it no IOMMU, and its machine has none of its own accord."""
+    program = basename(row.get("emulator") or "")
+    machine = program.rpartition("qemu-system-")[2] if "qemu-system-" in program else info["host"].get("machine")
+    more = sum(each.backend == IOMMUFD for each in held) > len(_distinct(row))
+    return row.get("viommu") == NO_VIOMMU and machine in _WITHOUT_IOMMU and not more
+
+
 def _seen_viommu(row: Mapping[str, Any], held: tuple[Device, ...], iommufds: int) -> str | None:
     """What the address spaces of a VM that runs tell of an IOMMU of its own.
 
@@ -461,3 +482,51 @@ def _seen_viommu(row: Mapping[str, Any], held: tuple[Device, ...], iommufds: int
         return EACH
     devices = sum(each.get("backend") == IOMMUFD for each in row["vfio_devices"])
     return NO_VIOMMU if devices > shared >= 1 and by_command_line == NO_VIOMMU else None
+
+
+def held_to_their_users(info: Info) -> dict[int | None, list[Mapping[str, Any]]]:
+    """By user, the VMs that run, have a limit, and are or may be held against the user's sum as they map memory."""
+    found: dict[int | None, list[Mapping[str, Any]]] = {}
+    for row in info["processes"]:
+        backends = row.get("backends")
+        by_iommufd = row.get("memlock_bytes") is not None and (backends is None or IOMMUFD in backends)
+        if by_iommufd and any(own_charge(row)):
+            found.setdefault(row["uid"], []).append(row)
+    return found
+
+
+def over_limit_then(case: Case, rows: Iterable[Mapping[str, Any]], pid: int | None = None) -> list[str]:
+    """Which other VMs of its user are over their limit by what the VM adds to the user's sum, in sentences.
+
+    QEMU maps some of a guest's memory anew as that reboots, and ends where the kernel refuses that. `rows`: those of
+    its user. `pid`: of the VM that is started anew.
+    """
+    if case.refused or case.told.fits is False or not may_charge_user(case):
+        return []
+    own = pid if case.running is None else case.running["pid"]
+    held = case.owner.held()
+    least, most = held
+    # A new process of a live update is charged for a moment only.
+    new = case.asked.live_update and case.running is not None
+    for vm in case.steps[1 if new else 0 : 1 if case.running is None else None]:
+        adds = [demand(vm, kernel)[USER] for kernel in kernels(case.info)]
+        least, most = least + min(each.least for each in adds), most + max(each.most for each in adds)
+    others = [row for row in rows if row["pid"] != own and held.least <= row["memlock_bytes"] < most]
+    certain = [row["memlock_bytes"] < least and own_charge(row)[0] > 0 for row in others]
+    sure, unsure = ([row for row, is_ in zip(others, certain) if is_ is wanted] for wanted in (True, False))
+    if most >= UNLIMITED:
+        # Where so little is known, that is asked about.
+        most, unsure = least, []
+    said = f"{OVER_LIMIT.capitalize()} then"
+    return [*_over_limit(said, sure, most), *_over_limit(f"Perhaps {said.lower()}", unsure, most)]
+
+
+def _over_limit(said: str, rows: list[Mapping[str, Any]], enough: int) -> list[str]:
+    if not rows:
+        return []
+    names = ", ".join(f"{_name(row)} ({row['pid']})" for row in rows[:NAMED_MAX])
+    names += f" and {len(rows) - NAMED_MAX} more" if rows[NAMED_MAX:] else ""
+    return [
+        f"{said}, by the sum of the same user: {names}. Such a VM ends when its guest reboots, as QEMU maps memory anew"
+        f" then: first give it a limit of {enough} bytes ({prlimit(rows[0], enough)})."
+    ]

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 from ..module_utils._accounting import NOTHING, UNLIMITED, USER, Span, demand
 from ..module_utils._errors import IommufdError
 from ..module_utils._foreign import first_of, harmless
-from ._fit import BROKEN, answer_of
+from ._fit import BROKEN, answer_of, beside
 from ._fit_case import Case, kernels, may_charge_user, new_vm, user_of
 from ._fit_defined import Definition, definitions, moved, told_of
 from ._fit_host import OTHER, SYSTEM, knows_iommufd, own_charge
 from ._fit_input import Asked, Info, Owner, asked_of, checked
-from ._fit_running import running_vm
+from ._fit_running import held_to_their_users, running_vm
 from ._order import at_least_fail, at_most_fail, before_each
 
 __all__ = ("KINDS", "memlock_forecast")
@@ -219,6 +219,7 @@ class _Host:
         unseen = {each["what"] for each in info["host"]["limits_of_view"]}
         # Who holds nothing of what pins is not in there.
         self.all_seen = info["narrowed"]["pids"] is None and not unseen & {"processes", "descriptors"}
+        self.held = held_to_their_users(info)
         self.judge = lru_cache(maxsize=None)(self._judge)
         self._owners: dict[Any, Owner] = {}
 
@@ -341,7 +342,7 @@ def _starts(case: Case | None, its: Definition) -> bool | None:
 def _now(host: _Host, its: list[Definition]) -> list[Row | None]:
     """Whether each would start, beside those that run; of one that runs, whether it would start again."""
     cases = ((each, *host.case(each.asked, partial(host.without, pid=each.pid))) for each in its)
-    return [_told(case, each, reason) for each, case, reason in cases]
+    return [_told(case and beside(case, host.held, each.pid), each, reason) for each, case, reason in cases]
 
 
 def _running(host: _Host, its: list[Definition], asked: Asked) -> list[Row | None]:
@@ -356,7 +357,8 @@ def _running(host: _Host, its: list[Definition], asked: Asked) -> list[Row | Non
             found.append(_unknown(reason, "What has its process pinned? Run virt.iommufd.iommufd_info as root."))
         else:
             try:
-                found.append(_told(running_vm(host.info, asked, asked.grow, row), each))
+                case = running_vm(host.info, asked, asked.grow, row)
+                found.append(_told(beside(case, host.held), each))
             except IommufdError as exc:
                 found.append(_unknown(str(exc), "What would tell? See the reason."))
     return found

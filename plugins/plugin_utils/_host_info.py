@@ -10,10 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from os.path import basename
 from typing import Any
 
+from ..module_utils._errors import IommufdError
 from ..module_utils._size import human_size
 from ..module_utils._unit_files import missing_settings
 
 __all__ = (
+    "NONSENSE",
     "OF_EMULATOR",
     "UNSEEN",
     "as_it_runs",
@@ -27,6 +29,7 @@ __all__ = (
     "is_elsewhere",
     "its_hard_limit",
     "kib_with_room",
+    "nonsense",
     "own_emulators",
     "qemu_for",
 )
@@ -35,11 +38,21 @@ __all__ = (
 # their iommufds.
 UNSEEN = ("processes", "descriptors", "iommufds")
 
+# Whatever a host may have sent raises one of these.
+NONSENSE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
 # What is left to the emulator itself where all memory of a VM is limited.
 OF_EMULATOR = 2**30
 
 # uname -m, where the name of QEMU's emulator is another one.
 _EMULATOR_OF = {"ppc64le": "ppc64", "i686": "i386", "armv7l": "arm"}
+
+
+def nonsense(exc: Exception) -> IommufdError:
+    """What a filter of the role tells of an input that is not what the collection's modules return."""
+    if isinstance(exc, KeyError):
+        return IommufdError(f"There is no {exc} in its input.")
+    return IommufdError(f"Its input is not what this version's modules return ({exc!r:.100}).")
 
 
 def own_emulators(qemu: Sequence[Mapping[str, Any]], architecture: str) -> list[str]:

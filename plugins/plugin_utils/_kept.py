@@ -11,6 +11,7 @@ from typing import Any
 
 from ..module_utils._errors import IommufdError
 from ._host_files import grant_files, unit_with_drop_in
+from ._host_info import NONSENSE, nonsense
 
 __all__ = ("host_kept",)
 
@@ -61,5 +62,5 @@ def host_kept(plan: Any, applied: Any, check: Any) -> Row:
         raise IommufdError("It takes a plan of _host_plan, and what the two modules of its options returned.")
     try:
         return kept(plan, applied, check)
-    except KeyError as exc:
-        raise IommufdError(f"There is no {exc} in its input.") from exc
+    except NONSENSE as exc:
+        raise nonsense(exc) from exc

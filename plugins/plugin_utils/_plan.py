@@ -25,7 +25,16 @@ from ._host_files import (
     policy_file,
     udev_rules,
 )
-from ._host_info import daemon_is_barred, given_back, has_iommufd, has_libvirt, is_elsewhere, own_emulators
+from ._host_info import (
+    NONSENSE,
+    daemon_is_barred,
+    given_back,
+    has_iommufd,
+    has_libvirt,
+    is_elsewhere,
+    nonsense,
+    own_emulators,
+)
 from ._plan_errors import (
     check_errors,
     daemon_errors,
@@ -105,8 +114,8 @@ def host_plan(info: object, config: object, check: object = None) -> Row:
         # The modules give printable texts. A host that is not to be trusted gives what it likes. What is made of that
         # may have lines: files do.
         return _plan(harmless(info["host"]), harmless(info["processes"]), {**_DEFAULTS, **config}, harmless(check))
-    except KeyError as exc:
-        raise IommufdError(f"There is no {exc} in its input.") from exc
+    except NONSENSE as exc:
+        raise nonsense(exc) from exc
 
 
 def _plan(host: Row, processes: list[Row], config: Row, check: Row | None) -> Row:

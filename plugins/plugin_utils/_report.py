@@ -28,7 +28,7 @@ from ._audit_words import (
     counted,
 )
 from ._forecast import memlock_forecast
-from ._host_info import UNSEEN
+from ._host_info import NONSENSE, UNSEEN
 from ._remedy import called, charges_user, pins_as_it_runs, remedy_of, verdict_of
 from ._report_text import show_end, show_forecast, show_forecasts, show_host
 
@@ -38,8 +38,6 @@ Row = dict[str, Any]
 
 # What the report has of memlock_forecast's answer on a VM.
 FORECAST = ("vm", "kind", "manager", "user", "running", "autostart", "now", "reboot")
-# Whatever a host may have sent raises one of these.
-NONSENSE = (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError)
 
 
 def describe_host(result: Any) -> Row:

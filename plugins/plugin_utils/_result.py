@@ -17,7 +17,7 @@ from ..module_utils._iommufd import NONE, USER
 from ..module_utils._policy import POLICY_FILE
 from ..module_utils._programs import LAUNCHER
 from ._host_files import is_of_daemon, type_of, unit_with_drop_in
-from ._host_info import daemon_cure, daemon_is_barred, daemon_takers
+from ._host_info import NONSENSE, daemon_cure, daemon_is_barred, daemon_takers, nonsense
 
 __all__ = ("host_result",)
 
@@ -53,8 +53,8 @@ def host_result(plan: Any, info: Any, applied: Any, check: Any, restarts: bool =
     try:
         # The modules give printable texts. A host that is not to be trusted gives what it likes.
         return dict(harmless(_result(plan, info, applied, check, restarts)))
-    except KeyError as exc:
-        raise IommufdError(f"There is no {exc} in its input.") from exc
+    except NONSENSE as exc:
+        raise nonsense(exc) from exc
 
 
 def _result(plan: Any, info: Any, applied: Any, check: Any, restarts: bool) -> Row:

@@ -181,6 +181,7 @@ def defined(**fields: Any) -> Row:
         "viommu": "none",
         "libvirt_counts": 1,
         "hard_limit_bytes": None,
+        "memory_max_shared": None,
         "libvirt_locks": False,
         "locks_memory": False,
         "fdgroup": None,

@@ -49,7 +49,8 @@ class Vm:
     one, and runs, as is needed for its guest to turn that on. `grows`: whether `vmm plug` may give it something, and
     `plugged`: how many MiB it gets so at once. `kept`: whether what starts it keeps a copy of its iommufd, with a limit
     of 8 MiB. `bounded`: whether its unit takes CAP_IPC_LOCK away from all that it runs. `hard`: its hard limit, if that
-    is another one. `waits`: whether it has an iommufd already where it has no device.
+    is another one. `waits`: whether it has an iommufd already where it has no device. `memory_bytes`: the size of a
+    backend that its memory has in the place of `memory_mib`.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Vm:
     bounded: bool = False
     hard: int = 0
     waits: bool = False
+    memory_bytes: int = 0
 
     @property
     def pidfile(self) -> Path:
@@ -118,10 +120,14 @@ class Vm:
             more += ["-d", "unimp", "-D", str(self.said)]
         if self.mlock:
             more += ["-overcommit", "mem-lock=on"]
+        memory = ["-m", f"{self.memory_mib},slots=1,maxmem=1G" if self.grows else str(self.memory_mib)]
+        if self.memory_bytes:
+            backend = f"memory-backend-ram,id=ram,size={self.memory_bytes}"
+            memory = ["-object", backend, "-machine", "memory-backend=ram"]
         return [
             # What it keeps translated code in is locked, too.
             *("qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,tb-size=16" if self.mlock else "tcg"),
-            *("-m", f"{self.memory_mib},slots=1,maxmem=1G" if self.grows else str(self.memory_mib)),
+            *memory,
             *("-name", f"guest={self.name}", "-display", "none", "-nodefaults"),
             *(("-vga", "std") if self.display else ("-S",)),
             *("-daemonize", "-pidfile", str(self.pidfile)),

@@ -211,12 +211,17 @@ def test_the_closest_is_told_where_all_fits() -> None:
 
 @pytest.mark.parametrize("page", [4096, 16384, 65536])
 def test_pages(page: int) -> None:
-    """What is pinned is rounded up to whole pages, and the limit down."""
+    """Of the guest's memory whole pages are pinned. What is beyond that, or locked, is rounded up, the limit down."""
     kernel = KERNEL._replace(page=page)
-    asked = vm(BY_USER, memory=exactly(10 * page + 1), limit=exactly(11 * page + 1))
+    part = exactly(10 * page + 1)
+    asked = vm(BY_USER, memory=part, beyond=exactly(1), limit=exactly(11 * page + 1))
     told = verdict(asked, kernel)
     assert (told.fits, told.size, told.limit, told.enough) == (True, 11 * page, 11 * page, 11 * page)
     assert verdict(asked._replace(limit=exactly(11 * page - 1)), kernel).fits is False
+    for device in (BY_USER, BY_PROCESS, CONTAINER, DPA):
+        told = verdict(vm(device, memory=part), kernel)
+        assert (told.size, told.enough) == (10 * page, 10 * page)
+    assert verdict(vm(memory=part, locked=part), kernel).enough == 11 * page
 
 
 def test_a_container_that_iommufd_provides() -> None:

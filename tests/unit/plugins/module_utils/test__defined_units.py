@@ -183,11 +183,15 @@ def test_a_slice_whose_memory_is_limited() -> None:
     systemd.services.update(slices)
     rows, msgs = find_defined_units(systemd, {})
     assert msgs == []
-    why = "is in a.slice, which has MemoryMax=, and it is not known how much of that others in it use."
-    assert [row["unread"] for row in rows] == [[f"inner.service {why}"], [], [f"outer.service {why}"], []]
+    assert {row["name"]: row["memory_max_shared"] for row in rows} == {
+        "inner.service": True,
+        "other.service": False,
+        "outer.service": True,
+        "root.service": False,
+    }
     systemd.refused = {"a-b.slice": (1, "", "no")}
     rows, [msg] = find_defined_units(systemd, {})
-    assert [row["autostart"] for row in rows] == [None] * 4
+    assert [(row["autostart"], row["memory_max_shared"]) for row in rows] == [(None, None)] * 4
     assert msg.startswith("Which units start at boot cannot be told: systemd cannot be asked for a-b.slice, a.slice")
 
 

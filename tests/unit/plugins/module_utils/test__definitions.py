@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.virt.iommufd.plugins.module_utils import _definitions, _paths, _running
+from ansible_collections.virt.iommufd.plugins.module_utils import _defined_rows, _definitions, _paths, _running
 from ansible_collections.virt.iommufd.plugins.module_utils._definitions import find_domains
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.module_utils._user import User
@@ -27,7 +27,7 @@ XML = "<domain type='kvm'{}><name>{}</name><memory unit='GiB'>1</memory><devices
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stands in for the root of a file system with a libvirt's folders."""
-    for name in ("_FOLDER", "_NETWORKS", "_RECORDS"):
+    for name in ("_FOLDER", "_NETWORKS", "_RECORDS", "_SAVES"):
         monkeypatch.setattr(_definitions, name, f"{tmp_path}{getattr(_definitions, name)}")
         Path(getattr(_definitions, name)).mkdir(parents=True)
     monkeypatch.setattr(_running, "_FOLDER", _definitions._RECORDS)
@@ -74,6 +74,25 @@ def test_domains_that_are_defined(host: Path) -> None:
     assert [each["autostart"] for each in rows.values()] == [True, False, False]
     assert {each["path"] for each in rows.values()} == {f"{host}/etc/libvirt/qemu/{name}.xml" for name in "abc"}
     assert [each["unread"] for each in rows.values()] == [[], [], []]
+
+
+def test_domains_with_a_managed_save(host: Path) -> None:
+    """What counts then is in the save, of another time."""
+    for name in ("a", "b"):
+        define(host, name)
+    (host / "var/lib/libvirt/qemu/save/b.save").write_bytes(b"LibvirtQemudSave")
+    (host / "var/lib/libvirt/qemu/save/c.save").write_bytes(b"LibvirtQemudSave")
+    rows = found()
+    assert [each["unread"] for each in rows.values()] == [[], [_defined_rows._SAVED.format("b")]]
+    assert rows["b"]["memory_bytes"] == 2**30
+
+
+def test_domains_whose_managed_saves_cannot_be_seen(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    define(host, "a")
+    (host / "loop").symlink_to("loop")
+    for folder, unread in (("loop", [_defined_rows._SAVED.format("a")]), ("none", []), ("etc/libvirt/qemu/a.xml", [])):
+        monkeypatch.setattr(_definitions, "_SAVES", f"{host}/{folder}")
+        assert found()["a"]["unread"] == unread
 
 
 def test_domains_that_run(host: Path, child: subprocess.Popen[bytes]) -> None:
@@ -246,6 +265,12 @@ def test_domains_of_a_users_own(host: Path, user: User, child: subprocess.Popen[
     mine = own_rows["mine"]
     assert (mine["user"], mine["uid"], mine["pid"], mine["autostart"]) == (user.name, user.uid, child.pid, True)
     assert "is not followed" in own_rows["link"]["unread"][0]
+    assert mine["unread"] == []
+    (own / "save").mkdir()
+    (own / "save/mine.save").symlink_to("/nowhere")
+    assert [row["unread"] for row in find_domains([user])[0] if row["name"] == "mine"] == [
+        [_defined_rows._SAVED.format("mine")]
+    ]
 
 
 def test_a_users_record_names_none_but_the_users_processes(
@@ -280,10 +305,11 @@ def test_a_user_that_one_cannot_become(host: Path, user: User, monkeypatch: pyte
         [],
         {"a": 1},
         ["definition"],
-        ["definition", 1, "", "", "", False, 0],
-        ["definition", "a", "", "!", "", False, 0],
-        ["definition", "a", "", "", "", 0, 0],
-        ["definition", "a", "", "", "", False, "x"],
+        ["definition", 1, "", "", "", False, 0, False],
+        ["definition", "a", "", "!", "", False, 0, False],
+        ["definition", "a", "", "", "", 0, 0, False],
+        ["definition", "a", "", "", "", False, 0, 0],
+        ["definition", "a", "", "", "", False, "x", False],
     ],
 )
 def test_a_child_that_says_something_else(monkeypatch: pytest.MonkeyPatch, user: User, said: object) -> None:

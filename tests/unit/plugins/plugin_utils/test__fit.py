@@ -53,6 +53,12 @@ MDEV: Row = {"backend": "mdev"}
 ANOTHER: Row = {"backend": "iommufd", "iommufd": "other"}
 OF_FIRST: Row = {"backend": "iommufd", "iommufd": "first"}
 
+# A memory backend that ends within a page
+ODD = 70000000
+
+# A VM that nothing puts over its limit
+NO_LIMIT: Row = {"memlock_bytes": None, "memlock_unlimited": True}
+
 # A host of which nothing was looked at
 BARE: Row = {"limits_of_view": []}
 
@@ -114,7 +120,7 @@ def test_the_documented_answer() -> None:
 def test_the_boundary(accounting: str, spare: int, fits: bool) -> None:
     charged = PINNED if accounting == "user" else 0
     limit = charged + PINNED + spare
-    answer = fit(info(), memory=PINNED, memlock=limit, accounting=accounting, **EXACT)
+    answer = fit(info(processes=[process(**NO_LIMIT)]), memory=PINNED, memlock=limit, accounting=accounting, **EXACT)
     assert answer["fits"] is fits
     assert answer["counter"] == {"user": "user", "process": "mm_locked"}[accounting]
     assert answer["accounting"] == accounting
@@ -264,7 +270,8 @@ def left(size: str, who: str = "libvirt-qemu") -> str:
     ],
 )
 def test_per_user(data: Row, memlock: Any, fits: bool | None, reason: str) -> None:
-    answer = fit(data, memlock=memlock, accounting="user", locked=0)
+    rows = [{**each, **NO_LIMIT} for each in data["processes"]]
+    answer = fit({**data, "processes": rows}, memlock=memlock, accounting="user", locked=0)
     assert (answer["fits"], answer["accounting"], answer["counter"]) == (fits, "user", "user")
     assert answer["reason"] == reason
     assert (answer["question"] is None) is (fits is not None)
@@ -1177,9 +1184,9 @@ LOCKS_GROWN: Row = {
 }
 GROWTH = [
     ({}, {"memory": SPARE}, True),
-    ({}, {"memory": SPARE + 1}, False),
+    ({}, {"memory": SPARE + PAGE}, False),
     (PER_PROCESS, {"memory": SPARE}, True),
-    (PER_PROCESS, {"memory": SPARE + 1}, False),
+    (PER_PROCESS, {"memory": SPARE + PAGE}, False),
     (PER_PROCESS, {"memory": "64M", "memlock": "200M"}, True),
     ({**PER_PROCESS, "memlock_unlimited": True, "memlock_bytes": None}, {"memory": "64M"}, True),
     ({"capabilities": {"effective": ["cap_ipc_lock"]}}, {"memory": "64M"}, True),
@@ -1202,6 +1209,10 @@ GROWTH = [
     ({**LOCKS, "memlock_bytes": 463 * MIB}, {"devices": [LEGACY], "overhead": 0}, False),
     ({**LOCKS, "memlock_bytes": 400 * MIB}, {"live_update": True}, None),
     ({**PER_PROCESS, "locks_memory": None}, {"memory": "20M"}, None),
+    # Who locks memory has some locked, so that this one need not be asked about.
+    ({"locks_memory": None, "locked_bytes": 0}, {"memory": "20M"}, True),
+    ({"locks_memory": None, "locked_bytes": PAGE}, {"memory": "20M"}, None),
+    ({"locks_memory": None, "locked_bytes": 0}, {"live_update": True, "memlock": 2 * PINNED}, True),
     # Two address spaces, of one iommufd or of two, and one that is held twice
     ({"iommufds": iommufds(2)}, {"memory": "20M"}, False),
     ({"iommufds": iommufds(1, 1)}, {"memory": "20M"}, False),
@@ -1215,15 +1226,22 @@ GROWTH = [
     ({"iommufds": [{**iommufds(1)[0], "truncated": True}]}, {"memory": "1M"}, None),
     # An mdev pins what it gets as it runs, if at all.
     ({"vfio_devices": HAS_MDEV}, {"memory": SPARE}, True),
-    ({"vfio_devices": HAS_MDEV}, {"memory": SPARE + 1}, None),
-    ({"vfio_devices": [{**HAS_MDEV[0], "as_it_runs": None}]}, {"memory": SPARE + 1}, None),
+    ({"vfio_devices": HAS_MDEV}, {"memory": SPARE + PAGE}, None),
+    ({"vfio_devices": [{**HAS_MDEV[0], "as_it_runs": None}]}, {"memory": SPARE + PAGE}, None),
     ({"legacy_containers": None}, {"memory": "1M"}, None),
     # A device that joins an address space pins nothing, and another one all.
     ({"vfio_devices": [{"backend": "iommufd", "as_it_runs": False}] * 2}, {"devices": [BY_IOMMUFD]}, True),
     ({}, {"devices": [BY_IOMMUFD], "viommu": "none"}, True),
     ({}, {"devices": [BY_IOMMUFD], "viommu": "each"}, False),
-    ({}, {"devices": [BY_IOMMUFD]}, None),
+    ({}, {"devices": [BY_IOMMUFD]}, True),
     ({"iommufds": iommufds(2)}, {"devices": [BY_IOMMUFD]}, False),
+    # Its command line may tell of an IOMMU, and some machines have one without that.
+    ({"viommu": None}, {"devices": [BY_IOMMUFD]}, None),
+    ({"viommu": "each"}, {"devices": [BY_IOMMUFD]}, None),
+    ({"emulator": "/usr/libexec/qemu-kvm"}, {"devices": [BY_IOMMUFD]}, True),
+    ({"emulator": "/usr/bin/qemu-system-aarch64"}, {"devices": [BY_IOMMUFD]}, True),
+    ({"emulator": "/usr/bin/qemu-system-s390x"}, {"devices": [BY_IOMMUFD]}, None),
+    ({"emulator": "/usr/bin/qemu-system-ppc64"}, {"devices": [BY_IOMMUFD]}, None),
     ({"iommufds": iommufds(0), "pinned_bytes": 0, "vfio_devices": []}, {"devices": [BY_IOMMUFD]}, False),
     ({}, {"devices": [{**ANOTHER, "mode": "user"}], "overhead": 0}, False),
     ({}, {"devices": [{**ANOTHER, "mode": "process"}], "overhead": 0}, True),
@@ -1290,6 +1308,14 @@ def test_a_vm_that_runs(fields: Row, given: Row, fits: bool | None) -> None:
     assert (answer["question"] is None) is (fits is not None)
     if answer["remedy"] and not given.get("live_update"):
         assert re.search(r"\(prlimit --pid 4242 --memlock=(\d+):\1\)", answer["remedy"])
+
+
+@pytest.mark.parametrize(("machine", "fits"), [("x86_64", True), ("s390x", None), ("ppc64le", None), (None, None)])
+def test_whether_a_machine_has_an_iommu_of_its_own_accord(machine: str | None, fits: bool | None) -> None:
+    data = info(processes=[unit(emulator="/usr/libexec/qemu-kvm")], users=[of_vm()], host=host(machine=machine))
+    answer = grown(data, devices=[BY_IOMMUFD])
+    assert answer["fits"] is fits
+    assert answer["question"] == (None if fits else _fit_words._QUESTIONS_OF_RUNNING["viommu"])
 
 
 TWO_DEVICES: Row = {"vfio_devices": [{"backend": "iommufd", "as_it_runs": False}] * 2}
@@ -1395,6 +1421,96 @@ def test_what_is_needed_is_what_the_verdict_reckons_with(
     data = info(processes=[unit(**fields)], users=[of_vm(0 if fields else PINNED)])
     answer = grown(data, **given, memlock=charged + needed - short)
     assert (answer["fits"], answer["charged"], answer["needed"]) == (not short, charged, needed)
+
+
+@pytest.mark.parametrize("given", [{"overhead": "256K"}, {"overhead": "256K", "memory": ODD}, {"overhead": 258688}])
+@pytest.mark.parametrize("gets", [{"devices": [OF_USER]}, {"devices": [LEGACY]}, {"devices": [VDPA]}])
+def test_the_part_of_a_page_at_the_end_of_its_memory_is_not_pinned(given: Row, gets: Row) -> None:
+    """As was tried with a memory backend of 70000000 bytes, beside which it pins 256 KiB."""
+    pinned = ODD // PAGE * PAGE + 256 * KIB
+    has = pinned if gets["devices"] == [VDPA] else 0
+    row = unit(memory_bytes=ODD, pinned_bytes=pinned, iommufds=iommufds(1, mode="process"), locked_bytes=0)
+    data = info(processes=[row], users=[of_vm(0)])
+    answer = memlock_fit(data, grow={"vm": "vm1", **gets}, memlock=has + pinned, **given)
+    assert (answer["fits"], answer["needed"]) == (True, pinned)
+    assert memlock_fit(data, grow={"vm": "vm1", **gets}, memlock=has + pinned - 1, **given)["fits"] is False
+
+
+# What another VM of the user is like that runs beside one that starts, and what is told of it.
+BESIDE: list[tuple[Row, str]] = [
+    ({}, "Over limit then"),
+    ({"memlock_bytes": 2 * PINNED - 1}, "Over limit then"),
+    ({"memlock_bytes": 2 * PINNED}, ""),
+    (NO_LIMIT, ""),
+    # It was so before.
+    ({"memlock_bytes": PINNED - 1}, ""),
+    ({"uid": 1002, "user": "alice"}, ""),
+    ({"accounting": "process"}, ""),
+    ({"accounting": "none", "capabilities": {"effective": ["cap_ipc_lock"], "ambient": []}}, ""),
+    ({"holder": True}, ""),
+    ({"backends": ["legacy"]}, ""),
+    ({"accounting": None, "backends": ["legacy"]}, ""),
+    ({"accounting": None}, "Perhaps over limit then"),
+    ({"accounting": None, "backends": None}, "Perhaps over limit then"),
+    ({"backends": ["iommufd", "vdpa"]}, "Perhaps over limit then"),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), BESIDE)
+def test_what_a_vm_does_to_others_of_its_user(fields: Row, said: str) -> None:
+    row = unit(**fields)
+    data = info(processes=[row], users=[of_vm()])
+    given: Row = {"who": "vm", "memory": PINNED, "memlock": GIB, "cap_ipc_lock": False, **EXACT}
+    how = (
+        ""
+        if not said
+        else (
+            f"{said}, by the sum of the same user: vm1 (4242). Such a VM ends when its guest reboots, as QEMU maps"
+            f" memory anew then: first give it a limit of {2 * PINNED} bytes"
+            f" (prlimit --pid 4242 --memlock={2 * PINNED}:{2 * PINNED})."
+        )
+    )
+    answer = fit(data, accounting="user", **given)
+    assert (answer["fits"], answer["prerequisites"]) == (True, [how] if how else [])
+    assert answer["reason"].endswith(how)
+    # One that is charged to nobody else, or does not start, does nothing to them.
+    for other in ({"accounting": "process"}, {"accounting": "none", "cap_ipc_lock": None}):
+        assert fit(data, **{**given, **other})["prerequisites"] == []
+    assert fit(data, accounting="user", **{**given, "memlock": PINNED})["prerequisites"] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "adds"),
+    [
+        ({"memory": "8M"}, 8 * MIB),
+        ({"memory": "8M", "devices": [OF_USER]}, PINNED + 16 * MIB),
+        # For a moment only
+        ({"live_update": True}, 0),
+        ({"live_update": True, "memory": "8M"}, 8 * MIB),
+    ],
+)
+def test_what_one_that_grows_does_to_others_of_its_user(given: Row, adds: int) -> None:
+    rows = [unit(pid=n, name=f"vm{n}", memlock_bytes=8 * PINNED + max(adds - n, 0)) for n in range(8)]
+    data = info(processes=rows, users=[of_vm(8 * PINNED)])
+    told = [each for each in grown(data, "vm7", memlock="1G", **given)["prerequisites"] if "limit then" in each]
+    names = "vm1 (1), vm2 (2), vm3 (3), vm4 (4), vm5 (5) and 1 more" if adds else ""
+    assert [each.partition(". ")[0] for each in told] == (
+        [f"Over limit then, by the sum of the same user: {names}"] if adds else []
+    )
+    assert not adds or f" {8 * PINNED + adds} bytes (prlimit --pid 1 " in told[0]
+
+
+def test_where_little_is_known_others_are_told_of_if_it_is_certain() -> None:
+    data = info(processes=[unit()], users=[of_vm()], host=host(limits_of_view=unseen("processes")))
+    given: Row = {"accounting": "user", "who": "vm", "memlock": "2G"}
+    assert fit(data, **given)["prerequisites"][0].startswith(
+        "Over limit then, by the sum of the same user: vm1 (4242)."
+    )
+    data["processes"][0]["memlock_bytes"] = 3 * PINNED
+    assert fit(data, **given)["prerequisites"] == []
+    # Without what it pins beside its memory, it may or may not be.
+    told = fit({**data, "host": host()}, **given)["prerequisites"]
+    assert [each.partition(",")[0] for each in told] == ["Perhaps over limit then"]
 
 
 def test_a_new_vm_that_is_to_be_updated_needs_its_memory_twice() -> None:
@@ -1525,6 +1641,25 @@ def test_a_vm_that_grows_in_a_slice_with_others(of: Any) -> None:
     # Where its limit is too small, or its own group, it is that.
     assert ask(PINNED, memory_max_shared=True)["fits"] is (None if of is process else False)
     assert "Raise it to" in ask(200 * MIB, **limited(MIB), memory_max_shared=True)["question"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "who", "fits"),
+    [
+        ({"memory_max_shared": True}, "libvirt-qemu", None),
+        ({"memory_max_shared": True, "holder": True}, "libvirt-qemu", True),
+        ({"memory_max_shared": True, "domain_uri": "qemu:///session"}, "libvirt-qemu", True),
+        ({"memory_max_shared": None}, "libvirt-qemu", True),
+        # It is started by something else.
+        ({"memory_max_shared": True}, "vm", True),
+    ],
+)
+def test_a_domain_that_starts_is_in_the_slice_of_the_others(fields: Row, who: str, fits: bool | None) -> None:
+    data = info(processes=[process(**{**limited(4 * GIB), **fields})])
+    answer = fit(data, who=who, memlock="3G", accounting="process")
+    assert answer["fits"] is fits
+    assert (answer["question"] or "Is there room for it in the slices").startswith("Is there room for it in the slices")
+    assert fit(data, who=who, memlock="1M", accounting="process")["fits"] is False
 
 
 def test_a_device_that_pins_nothing_takes_no_room() -> None:

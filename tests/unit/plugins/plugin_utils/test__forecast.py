@@ -286,6 +286,18 @@ def test_a_unit_whose_memory_is_limited() -> None:
     assert told["remedy"].startswith(f"To make it fit: {how}, and raise its limit (LimitMEMLOCK={65 * GIB} in its unit")
 
 
+def test_a_unit_in_a_slice_whose_memory_is_limited() -> None:
+    """Whoever is ended there, nothing that is told of the unit itself settles it, but its limit may be too small."""
+    [told] = [each["now"] for each in memlock_forecast(of(defined_unit(memory_max_shared=True)))["vms"]]
+    assert "It is in a slice with MemoryMax=, and what the others in it use is not looked at." in told["reason"]
+    assert told["question"].startswith("Is there room for it in the slices that it is in")
+    for limit, expected in ({"memlock_unlimited": True}, None), ({"memlock_bytes": GIB}, False), ({}, None):
+        data = of(defined_unit(**{**limit, "memory_max_shared": True}))
+        assert (starts(data, "now"), starts(data)) == ([expected], [expected])
+        assert starts(data, known={"vm1.service": {"overhead": "256K", "locked": 0}}) == [expected]
+        assert starts(of(defined_unit(**limit))) == [expected is None]
+
+
 def test_a_launcher_that_its_unit_keeps_from_something() -> None:
     """Without the capability it leaves the mode as it is, which counts beside others, or it ends."""
     lacks: Row = {"launcher_lacks": ["cap_sys_resource"]}
@@ -399,6 +411,21 @@ def test_what_a_vm_that_runs_has_charged_is_not_in_its_own_way() -> None:
     assert [each["running"] for each in memlock_forecast(data)["vms"]] == [True, False]
 
 
+def test_what_a_start_or_growth_does_to_others_of_the_user() -> None:
+    (one, row), (two, second) = running("a", 7), running("b", 8)
+    third = defined_unit(name="c.service", memory_bytes=GIB, memlock_bytes=200 * GIB)
+    row["memlock_bytes"], second["memlock_bytes"] = 120 * GIB, 150 * GIB
+    data = of(one, two, third, processes=[row, second], users=[of_vm(charged=120 * GIB)])
+    vms = memlock_forecast(data, grow={"memory": "8G"}, move_to="iommufd")["vms"]
+    told = {
+        kind: ["(7)" in " ".join(each[kind]["prerequisites"]) if each[kind] else None for each in vms]
+        for kind in ("now", "grown", "reboot", "moved")
+    }
+    # What runs now is started anew by then.
+    nobody = [False, False, False]
+    assert told == {"now": [False, False, True], "grown": [False, True, None], "reboot": nobody, "moved": nobody}
+
+
 @pytest.mark.parametrize(
     ("fields", "unsure"),
     [
@@ -453,6 +480,14 @@ def test_what_somebody_has_set_of_a_vm_that_runs_does_not_outlast_it() -> None:
     data["defined"] = of_others
     assert {each["reboot"]["accounting"] for each in memlock_forecast(data)["vms"]} == {None}
     assert starts(data) == [None, None]
+
+
+@pytest.mark.parametrize(("short", "fits"), [(0, True), (1, False)])
+def test_the_memory_of_a_unit_is_what_its_command_line_makes_of_it(short: int, fits: bool) -> None:
+    """A memory backend is not rounded up as -m is, and of it whole pages are pinned."""
+    size = 70000000
+    data = of(defined_unit(memory_bytes=size, memlock_bytes=size // 4096 * 4096 + 2**18 - short))
+    assert starts(data, known={"vm1.service": {"overhead": "256K"}}) == [fits]
 
 
 def test_a_session_is_given_an_iommufd_whose_mode_is_not_known() -> None:

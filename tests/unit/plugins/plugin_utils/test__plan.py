@@ -14,6 +14,7 @@ from ansible_collections.virt.iommufd.plugins.modules import iommufd_host_apply
 from ansible_collections.virt.iommufd.plugins.plugin_utils import _plan
 from ansible_collections.virt.iommufd.plugins.plugin_utils._plan import host_plan
 from ansible_collections.virt.iommufd.tests.unit.filter_docs import documented_fields
+from ansible_collections.virt.iommufd.tests.unit.wrong import with_another_type
 
 APPLY = Path(__file__).resolve().parents[4] / "roles" / "iommufd_host" / "tasks" / "apply.yml"
 
@@ -916,3 +917,20 @@ def test_a_user_that_a_host_names_is_no_input() -> None:
     """What is wrong with it is not told as if somebody had asked for it."""
     made = plan(NO_LIBVIRT, unit("a.service", user="a b"), units=["a"], user="")
     assert (made["user"], made["errors"]) == ("a b", [])
+
+
+def test_what_is_of_another_type_is_taken_or_refused() -> None:
+    """In no other way, whatever it is."""
+    refused = 0
+    inputs: list[Any] = [
+        info(OLD, processes=[]),
+        {"architecture": "x86_64", "units": ["a"]},
+        check(emulator(), unit("a.service")),
+    ]
+    for position, its in enumerate(inputs):
+        for other in with_another_type(its):
+            try:
+                host_plan(*inputs[:position], other, *inputs[position + 1 :])
+            except IommufdError:
+                refused += 1
+    assert refused > 50

@@ -10,6 +10,7 @@ import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.plugin_utils._result import host_result
 from ansible_collections.virt.iommufd.tests.unit.filter_docs import documented_fields
+from ansible_collections.virt.iommufd.tests.unit.wrong import with_another_type
 
 Row = dict[str, Any]
 
@@ -567,3 +568,16 @@ def test_nothing_is_verified_where_the_host_is_put_back() -> None:
     found = host_result({**plan("observe"), "state": "absent"}, info(), applied(TAKEN), check(try_iommufd=None))
     assert (found["state"], found["verified"], found["failed"], found["unproven"]) == ("absent", [], [], [])
     assert found["put_back"] == [TAKEN["text"]]
+
+
+def test_what_is_of_another_type_is_taken_or_refused() -> None:
+    """In no other way, whatever it is."""
+    refused = 0
+    inputs: list[Any] = [plan("cap_ipc_lock", FILE, RAISED), info(process()), applied(DROPPED), check(started(True))]
+    for position, its in enumerate(inputs):
+        for other in with_another_type(its):
+            try:
+                host_result(*inputs[:position], other, *inputs[position + 1 :])
+            except IommufdError:
+                refused += 1
+    assert refused > 50
