@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ("with_another_type",)
+__all__ = ("one_of_another_type", "with_another_type")
 
-OTHERS = (None, True, -1, 2**70, 1.5, float("nan"), "x", "\udcff", [], [None], [[]], {}, {"a": 1})
+OTHERS: tuple[Any, ...] = (None, True, -1, 2**70, 1.5, float("nan"), "x", "\udcff", [], [None], [[]], {}, {"a": 1})
 
 
 def with_another_type(given: Any) -> Iterator[Any]:
@@ -21,5 +21,10 @@ def with_another_type(given: Any) -> Iterator[Any]:
         for name, value in given.items():
             yield from ({**given, name: other} for other in with_another_type(value))
     elif isinstance(given, list):
-        for index, value in enumerate(given):
-            yield from ([*given[:index], other, *given[index + 1 :]] for other in with_another_type(value))
+        yield from one_of_another_type(given)
+
+
+def one_of_another_type(given: list[Any]) -> Iterator[list[Any]]:
+    """The same list with something else in one of its items."""
+    for index, value in enumerate(given):
+        yield from ([*given[:index], other, *given[index + 1 :]] for other in with_another_type(value))

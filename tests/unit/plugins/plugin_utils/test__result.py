@@ -10,7 +10,7 @@ import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._errors import IommufdError
 from ansible_collections.virt.iommufd.plugins.plugin_utils._result import host_result
 from ansible_collections.virt.iommufd.tests.unit.filter_docs import documented_fields
-from ansible_collections.virt.iommufd.tests.unit.wrong import with_another_type
+from ansible_collections.virt.iommufd.tests.unit.wrong import one_of_another_type
 
 Row = dict[str, Any]
 
@@ -574,10 +574,9 @@ def test_what_is_of_another_type_is_taken_or_refused() -> None:
     """In no other way, whatever it is."""
     refused = 0
     inputs: list[Any] = [plan("cap_ipc_lock", FILE, RAISED), info(process()), applied(DROPPED), check(started(True))]
-    for position, its in enumerate(inputs):
-        for other in with_another_type(its):
-            try:
-                host_result(*inputs[:position], other, *inputs[position + 1 :])
-            except IommufdError:
-                refused += 1
+    for arguments in one_of_another_type(inputs):
+        try:
+            host_result(*arguments)
+        except IommufdError:
+            refused += 1
     assert refused > 50
