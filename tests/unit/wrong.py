@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ("with_another_type",)
 
-OTHERS = (None, True, -1, 2**70, 1.5, float("nan"), "x", "\udcff", [], [None], [[]], {}, {"a": 1})
+OTHERS: tuple[Any, ...] = (None, True, -1, 2**70, 1.5, float("nan"), "x", "\udcff", [], [None], [[]], {}, {"a": 1})
 
 
 def with_another_type(given: Any) -> Iterator[Any]:

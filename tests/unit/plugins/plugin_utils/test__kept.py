@@ -183,8 +183,9 @@ def test_what_is_of_another_type_is_taken_or_refused() -> None:
     inputs: list[Any] = [plan(DROP_IN, LIMITS, emulators=(QEMU,)), applied(), {"emulators": [], "units": []}]
     for position, its in enumerate(inputs):
         for other in with_another_type(its):
+            with_other: Any = [*inputs[:position], other, *inputs[position + 1 :]]
             try:
-                host_kept(*inputs[:position], other, *inputs[position + 1 :])
+                host_kept(*with_other)
             except IommufdError:
                 refused += 1
     assert refused > 50

@@ -929,8 +929,9 @@ def test_what_is_of_another_type_is_taken_or_refused() -> None:
     ]
     for position, its in enumerate(inputs):
         for other in with_another_type(its):
+            with_other: Any = [*inputs[:position], other, *inputs[position + 1 :]]
             try:
-                host_plan(*inputs[:position], other, *inputs[position + 1 :])
+                host_plan(*with_other)
             except IommufdError:
                 refused += 1
     assert refused > 50
