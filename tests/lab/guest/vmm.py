@@ -301,10 +301,15 @@ def end(pattern: str) -> None:
     subprocess.run(["systemctl", "stop", UNIT.format(pattern)], check=True)
 
 
-def run(command: str, descriptions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Does `only`, `more` or `try`."""
+def make_folder() -> None:
+    """Makes the folder that VMs of any user write to."""
     FOLDER.mkdir(exist_ok=True)
     FOLDER.chmod(0o1777)
+
+
+def run(command: str, descriptions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Does `only`, `more` or `try`."""
+    make_folder()
     if command == "only":
         end("*")
     answers = []
@@ -322,6 +327,7 @@ def main() -> None:
         become(words[0], int(words[1]), words[2:])
     if command == "keep":
         keep(words)
+    make_folder()
     answers: Any
     if command == "plug":
         answers = plug(*words)
