@@ -66,20 +66,21 @@ def descriptors() -> set[int]:
     return {int(name) for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")}
 
 
+def in_this_process(_user: object, work: Callable[[], Any], _seconds: float) -> Any:
+    """Does here what the module does in a child."""
+    before = descriptors()
+    try:
+        return work()
+    finally:
+        # A child ends with what it leaves open.
+        for fd in descriptors() - before:
+            os.close(fd)
+
+
 @pytest.fixture
 def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the module do here what it does in a child, so that a test can come in between its steps."""
-
-    def do(_user: object, work: Callable[[], Any], _seconds: float) -> Any:
-        before = descriptors()
-        try:
-            return work()
-        finally:
-            # A child ends with what it leaves open.
-            for fd in descriptors() - before:
-                os.close(fd)
-
-    monkeypatch.setattr(_task_target, "in_child", do)
+    monkeypatch.setattr(_task_target, "in_child", in_this_process)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import io
 import json
 import mmap
 import os
@@ -19,16 +20,20 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
+from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
+from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 from ansible_collections.virt.iommufd.tests.lab.guest.pinner import (
     IOMMU_IOAS_MAP,
     IOMMU_IOAS_MAP_FIXED_READABLE_WRITEABLE,
     Pinner,
     answer,
 )
+from ansible_collections.virt.iommufd.tests.lab.guest.pinner import main as run_pinner
 
 TREE = Path(__file__).resolve().parents[5]
 RUN_MODULE = Path(__file__).resolve().with_name("run_module.py")
@@ -45,6 +50,7 @@ _libc_alone = ctypes.PyDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_KEEPCAPS = 8
+_PR_CAPBSET_DROP = 24
 # x86-64 has numbers of its own for the older calls; the others have those of asm-generic/unistd.h.
 _SYS_EXIT, _SYS_CAPSET = (60, 126) if os.uname().machine == "x86_64" else (93, 91)
 _SYS_CLONE3 = 435
@@ -72,6 +78,7 @@ MIB = 2**20
 DEVICES = [f"/dev/vfio/devices/vfio{number}" for number in range(3)]
 # linux/capability.h
 CAPABILITIES = {"ipc_lock": 14, "sys_resource": 24}
+SYS_PTRACE = 19
 
 Answer = dict[str, Any]
 
@@ -94,11 +101,22 @@ def _capset(permitted: int, effective: int) -> None:
     _checked(_libc.syscall(_SYS_CAPSET, struct.pack("=Ii", 0x20080522, 0), low + high))
 
 
-def make_effective(*names: str) -> None:
-    """Makes these of this thread's permitted capabilities effective, and no others."""
+def _permitted() -> int:
     found = re.search("^CapPrm:\t([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found
-    _capset(int(found.group(1), 16), _mask(names))
+    return int(found.group(1), 16)
+
+
+def make_effective(*names: str) -> None:
+    """Makes these of this thread's permitted capabilities effective, and no others."""
+    _capset(_permitted(), _mask(names))
+
+
+def drop_capability(number: int) -> None:
+    """Takes a capability from this process and what it executes, as setpriv(1) does by the bounding set."""
+    _checked(_libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0))
+    left = _permitted() & ~(1 << number)
+    _capset(left, left)
 
 
 def _mask(names: tuple[str, ...]) -> int:
@@ -476,6 +494,41 @@ def run_apart(prefix: list[str], module: str = "iommufd_option", /, **options: A
     assert done.returncode == 0, done.stderr
     answered: Answer = json.loads(done.stdout.splitlines()[-1])
     return answered
+
+
+def run_within(prepare: Callable[[], object], module: ModuleType = iommufd_option, /, **options: Any) -> Answer:
+    """A module's answer in a child of this process that has prepared itself, which is sooner there than a new program.
+
+    Ansible's own modules take ten times as long to be imported as Python takes to start.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(reading)
+            prepare()
+            answered = run(module, **options)
+        except BaseException as exc:
+            answered = {"failed": True, "msg": repr(exc)}
+        with os.fdopen(writing, "w") as stream:
+            json.dump(answered, stream)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as stream:
+        told: Answer = json.load(stream)
+    os.waitpid(child, 0)
+    return told
+
+
+def pinner(*words: str) -> Any:
+    """What the lab's program answers to its last step. Only to start something it has to be a program."""
+    if words[0] == "start":
+        text = subprocess.run(["pinner", *words], check=True, capture_output=True, timeout=PATIENCE, text=True).stdout
+    else:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            run_pinner(list(words))
+        text = printed.getvalue()
+    return json.loads(text or "[null]")[-1]
 
 
 def execute(*words: str) -> None:

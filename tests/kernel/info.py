@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import resource
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
-from ansible_collections.virt.iommufd.tests.kernel.harness import CAPABILITIES, Answer, Vmm, run_apart
+from ansible_collections.virt.iommufd.tests.kernel.harness import CAPABILITIES, Answer, Vmm, run_apart, run_within
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 TYPES = {"str": str, "int": int, "bool": bool, "list": list, "dict": dict}
@@ -105,25 +103,9 @@ def look_apart(prefix: list[str], subset: str = "processes users", **options: An
 
 
 def look_within(prepare: Callable[[], object], subset: str = "processes users", **options: Any) -> Answer:
-    """The same from a child of this process that has prepared itself, which is sooner there than a new program."""
+    """The same from a child of this process that has prepared itself."""
     subsets = subset.split()
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.close(reading)
-            prepare()
-            answered = run(iommufd_info, gather_subset=subsets, **options)
-        except BaseException as exc:
-            answered = {"failed": True, "msg": repr(exc)}
-        with os.fdopen(writing, "w") as stream:
-            json.dump(answered, stream)
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as stream:
-        answered = json.load(stream)
-    os.waitpid(child, 0)
-    return check_answer(answered, subsets)
+    return check_answer(run_within(prepare, iommufd_info, gather_subset=subsets, **options), subsets)
 
 
 def process(answered: Answer, pid: int) -> Answer:

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from ansible_collections.virt.iommufd.plugins.module_utils import _child, _wanted
 from ansible_collections.virt.iommufd.plugins.module_utils._capabilities import with_ipc_lock
 from ansible_collections.virt.iommufd.plugins.module_utils._record import lock_record
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_host_apply
+from ansible_collections.virt.iommufd.tests.kernel.conftest import in_this_process
 from ansible_collections.virt.iommufd.tests.kernel.harness import CAPABILITIES, VM, Answer, as_user, change_user
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
@@ -470,8 +472,11 @@ def test_another_device_gets_the_name() -> None:
             os.chmod(each, mode)
 
 
-def test_cut_off_anywhere() -> None:
+def test_cut_off_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed before each of its calls, the record names all that is not back, and the next run makes it good."""
+    # Its children only look, and are not there when it is killed. There would be four in each of hundreds of runs.
+    for place in (_child, _wanted):
+        monkeypatch.setattr(place, "in_child", in_this_process)
     write(PLACE / "old", "old")
     write(PLACE / "conf", "a = 1\nb = 2")
     os.setxattr(PLACE / "old", "user.of.the.file", b"value")

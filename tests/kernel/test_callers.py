@@ -2,16 +2,29 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Callers who may not do everything. Each runs the module as a program of its own."""
+"""Callers who may not do everything. Each runs the module in a process of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
-from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, VM, Vmm, as_user, run_apart
+from ansible_collections.virt.iommufd.tests.kernel.harness import (
+    ALICE,
+    CAPABILITIES,
+    SYS_PTRACE,
+    VM,
+    Vmm,
+    change_user,
+    drop_capability,
+    enter_user_namespace,
+    mount_privately,
+    run_apart,
+    run_within,
+)
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
@@ -34,7 +47,7 @@ def test_root_under_yama(vmm: Vmm, yama: Path, scope: int) -> None:
 
 def test_a_user_under_yama(vmm: Vmm, yama: Path, told: Told) -> None:
     yama.write_text("1")
-    answered = run_apart(as_user(VM), pid=vmm.pid, value="process")
+    answered = run_within(partial(change_user, VM), pid=vmm.pid, value="process")
     message = told(answered)
     assert "does not let this caller (uid 1001) share its descriptor" in message
     assert "kernel.yama.ptrace_scope is 1" in message
@@ -43,7 +56,7 @@ def test_a_user_under_yama(vmm: Vmm, yama: Path, told: Told) -> None:
 
 def test_a_user_on_the_own_process(vmm: Vmm, yama: Path, told: Told) -> None:
     yama.write_text("0")
-    answered = run_apart(as_user(VM), pid=vmm.pid, value="process")
+    answered = run_within(partial(change_user, VM), pid=vmm.pid, value="process")
     assert "takes CAP_SYS_RESOURCE in the initial user namespace" in told(answered)
     assert "failed" not in answered
     assert not answered["changed"]
@@ -58,14 +71,13 @@ def refused(answered: dict[str, object], message: str, uid: int) -> None:
 
 
 def test_a_user_on_another_users_process(vmm: Vmm, told: Told) -> None:
-    answered = run_apart(as_user(ALICE), pid=vmm.pid, value="process")
+    answered = run_within(partial(change_user, ALICE), pid=vmm.pid, value="process")
     refused(answered, told(answered), ALICE)
     assert vmm.mode == "user"
 
 
 def test_root_without_cap_sys_ptrace(vmm: Vmm, told: Told) -> None:
-    without = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"]
-    answered = run_apart(without, pid=vmm.pid, value="process")
+    answered = run_within(partial(drop_capability, SYS_PTRACE), pid=vmm.pid, value="process")
     refused(answered, told(answered), 0)
     assert vmm.mode == "user"
 
@@ -73,9 +85,9 @@ def test_root_without_cap_sys_ptrace(vmm: Vmm, told: Told) -> None:
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("tolerate", [["denied"], []])
 def test_root_without_cap_sys_resource(vmm: Vmm, told: Told, tolerate: list[str], check: bool) -> None:
-    without = ["setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource"]
-    assert run_apart(without, pid=vmm.pid)["value"] == "user"
-    answered = run_apart(without, pid=vmm.pid, value="process", tolerate=tolerate, _ansible_check_mode=check)
+    without = partial(drop_capability, CAPABILITIES["sys_resource"])
+    assert run_within(without, pid=vmm.pid)["value"] == "user"
+    answered = run_within(without, pid=vmm.pid, value="process", tolerate=tolerate, _ansible_check_mode=check)
     message = told(answered)
     assert "takes CAP_SYS_RESOURCE in the initial user namespace" in message
     assert "CAP_IPC_LOCK" in message
@@ -86,7 +98,7 @@ def test_root_without_cap_sys_resource(vmm: Vmm, told: Told, tolerate: list[str]
 
 
 def test_root_of_a_user_namespace(vmm: Vmm, told: Told) -> None:
-    answered = run_apart(["unshare", "--user", "--map-root-user"], pid=vmm.pid, value="process")
+    answered = run_within(enter_user_namespace, pid=vmm.pid, value="process")
     refused(answered, told(answered), 0)
     assert vmm.mode == "user"
 
@@ -105,6 +117,7 @@ def test_root_of_the_user_namespace_that_the_process_is_in(start: Start, told: T
     assert vmm.mode == "process"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -125,9 +138,11 @@ def test_a_seccomp_filter(vmm: Vmm, told: Told, call: str, error: str, words: st
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_hidepid(vmm: Vmm, told: Told, level: int) -> None:
-    script = f'mount -t proc -o hidepid={level} proc /proc && exec "$@"'
-    hidden = ["unshare", "--mount", "sh", "-c", script, "sh", *as_user(ALICE)]
-    answered = run_apart(hidden, pid=vmm.pid, value="process")
+    def prepare() -> None:
+        mount_privately("proc", "/proc", "proc", f"hidepid={level}")
+        change_user(ALICE)
+
+    answered = run_within(prepare, pid=vmm.pid, value="process")
     assert f"/proc hides process {vmm.pid} from this caller (uid 1002): it is mounted with hidepid" in told(answered)
     assert vmm.mode == "user"
 

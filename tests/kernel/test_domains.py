@@ -157,6 +157,7 @@ def swap(user: int, first: str, second: str, *suffixes: str) -> None:
     subprocess.run(command, check=True, timeout=PATIENCE)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("suffixes", [["pid"], ["xml"], ["pid", "xml"]])
 def test_the_emulators_user_renames_what_is_recorded(domain: str, other: str, told: Told, suffixes: list[str]) -> None:
     """Neither domain is ever taken for the other."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start
-from ansible_collections.virt.iommufd.tests.kernel.harness import CONTAINER, DEVICES, MIB, PAGE, VM, Vmm, as_user
-from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, look_apart, look_at, process, user
+from ansible_collections.virt.iommufd.tests.kernel.harness import CONTAINER, DEVICES, MIB, PAGE, VM, Vmm, change_user
+from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, look_at, look_within, process, user
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 # Small, since every page takes its time under emulation.
@@ -315,7 +316,7 @@ def test_a_capability_lost_after_it_pinned_under_user(start: Start) -> None:
 def test_an_unprivileged_look_at_the_own_process(start: Start) -> None:
     first, second = ready(start()), start()
     second.open()
-    answered = look_apart(as_user(VM))
+    answered = look_within(partial(change_user, VM))
     rows = [process(answered, each.pid) for each in (first, second)]
     assert [each["iommufds"][0]["settable"] for each in rows] == [None, None]
     assert [each["accounting"] for each in rows] == ["user", "user"]

@@ -7,13 +7,23 @@
 from __future__ import annotations
 
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start
-from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, CONTAINER, DEVICES, MIB, PAGE, VM, Vmm, as_user
-from ansible_collections.virt.iommufd.tests.kernel.info import look, look_apart, look_at, process, user
+from ansible_collections.virt.iommufd.tests.kernel.harness import (
+    ALICE,
+    CONTAINER,
+    DEVICES,
+    MIB,
+    PAGE,
+    VM,
+    Vmm,
+    change_user,
+)
+from ansible_collections.virt.iommufd.tests.kernel.info import look, look_at, look_within, process, user
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 # Small, since every page takes its time under emulation.
@@ -183,7 +193,7 @@ def test_what_another_user_may_not_look_at(start: Start, vdpa: str) -> None:
     """A vDPA device shows in VmPin. What it is, is not to be seen."""
     vmm = prepared(start(0), ("vdpa", vdpa))
     vmm.do("vdpa_map", str(SIZE))
-    row = process(look_apart(as_user(ALICE)), vmm.pid)
+    row = process(look_within(partial(change_user, ALICE)), vmm.pid)
     fields = ("backends", "iommufds", "legacy_containers", "vfio_devices", "vdpa_devices", "accounting", "counter")
     assert [row[each] for each in fields] == [None] * len(fields)
     assert row["counters"] == []

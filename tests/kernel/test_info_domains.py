@@ -13,12 +13,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from xml.sax.saxutils import escape
 
 import pytest
-from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, MIB, VM, Answer, as_user
-from ansible_collections.virt.iommufd.tests.kernel.info import check_process, limits, look, look_apart, process, user
+from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, MIB, VM, Answer, as_user, change_user
+from ansible_collections.virt.iommufd.tests.kernel.info import check_process, limits, look, look_within, process, user
 from ansible_collections.virt.iommufd.tests.kernel.test_domains import STATE, hostdev, knows_iommufd, virsh
 
 __all__ = ("knows_iommufd",)
@@ -170,7 +171,7 @@ def test_the_limit_of_a_users_own_libvirt(session_domain: int) -> None:
         assert own_libvirt(look("host")) == row
         # Its own, whatever its emulators have.
         resource.prlimit(daemon, resource.RLIMIT_MEMLOCK, (MIB, 50 * MIB))
-        for answered in (look("host"), look_apart(as_user(ALICE), "host")):
+        for answered in (look("host"), look_within(partial(change_user, ALICE), "host")):
             assert own_libvirt(answered) == {**row, "memlock_hard_bytes": 50 * MIB}
     finally:
         resource.prlimit(daemon, resource.RLIMIT_MEMLOCK, (100 * MIB, 100 * MIB))
@@ -178,7 +179,7 @@ def test_the_limit_of_a_users_own_libvirt(session_domain: int) -> None:
 
 
 def test_what_an_ordinary_user_sees_of_domains(session_domain: int, system_domain: int | None) -> None:
-    answered = look_apart(as_user(ALICE))
+    answered = look_within(partial(change_user, ALICE))
     row = process(answered, session_domain)
     assert (row["domain"], row["domain_uri"]) == (SHOWN + MORE, "qemu:///session")
     if system_domain is not None:
@@ -223,6 +224,7 @@ RECORD = """<domstatus pid='{pid}'><domain id='1000000'><name>{name}</name>
 <seclabel model='dac'><label>+{uid}:+{uid}</label></seclabel></domain></domstatus>"""
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("owner", "change", "named"),
     [
@@ -251,6 +253,7 @@ def test_a_process_that_poses_as_a_domain(state: Path, owner: int, change: dict[
             record.unlink()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "name", "memory"),
     [
@@ -288,6 +291,7 @@ def test_the_program_of_a_process(poser: str) -> None:
         assert (row["memory_bytes"], row["locks_memory"]) == (None, None)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("path", ["/etc/kernel-test.cfg", "/tmp/kernel-test.cfg", "/run/kernel-test-fifo", "/dev/zero"])
 def test_a_file_of_settings(poser: str, path: str) -> None:
     """It is read where root alone decides what it is. What is something else ends no look."""

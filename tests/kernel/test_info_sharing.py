@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import resource
+from functools import partial
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_option
@@ -20,9 +21,9 @@ from ansible_collections.virt.iommufd.tests.kernel.harness import (
     VM,
     Answer,
     Vmm,
-    as_user,
+    change_user,
 )
-from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, look_apart, look_at, process, user
+from ansible_collections.virt.iommufd.tests.kernel.info import limits, look, look_at, look_within, process, user
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 LIMIT = 10 * MIB
@@ -329,6 +330,6 @@ def test_what_an_ordinary_user_can_tell(start: Start) -> None:
     vmm = launched(start, launcher, fd)
     vmm.do("attach", DEVICES[0])
     # Its own, as far as they let their user look.
-    answered = look_apart(as_user(VM))
+    answered = look_within(partial(change_user, VM))
     assert process(answered, launcher.pid)["holder"] is None
     assert [each["pid"] for each in answered["processes"]] == [launcher.pid]

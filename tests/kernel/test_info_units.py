@@ -6,28 +6,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start
-from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, DEVICES, MIB, PATIENCE, Answer, as_user
+from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, DEVICES, MIB, PATIENCE, Answer, as_user, pinner
 from ansible_collections.virt.iommufd.tests.kernel.info import check_process, look, look_at
 
 NAME = "kernel-test-info"
 HOLD = ["python3", "-I", "-S", "-c", "import os, time; os.open('/dev/iommu', os.O_RDWR); time.sleep(600)"]
 USER = [*as_user(ALICE), "env", f"XDG_RUNTIME_DIR=/run/user/{ALICE}"]
-
-
-def pinner(*words: str) -> Any:
-    """What the lab's program answers to its last step."""
-    done = subprocess.run(["pinner", *words], check=True, capture_output=True, timeout=PATIENCE)
-    return json.loads(done.stdout or b"[null]")[-1]
 
 
 def shown(columns: str, pid: int) -> str:

@@ -7,18 +7,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_info
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
-from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, DEVICES, MIB, PAGE, VM, Answer, Vmm, as_user
+from ansible_collections.virt.iommufd.tests.kernel.harness import (
+    ALICE,
+    DEVICES,
+    MIB,
+    PAGE,
+    VM,
+    Answer,
+    Vmm,
+    change_user,
+)
 from ansible_collections.virt.iommufd.tests.kernel.info import (
     limits,
     look,
-    look_apart,
     look_at,
+    look_within,
     process,
     status_of,
     user,
@@ -147,7 +157,7 @@ def test_what_it_has_pinned_by_io_uring_is_not_charged_to_the_process(start: Sta
 def test_what_another_user_may_not_look_at_is_uncertain(start: Start) -> None:
     vmm, idle = pinning(start(), 0, 2 * MIB), start()
     idle.open()
-    answered = look_apart(as_user(ALICE))
+    answered = look_within(partial(change_user, ALICE))
     row = process(answered, vmm.pid)
     assert (row["iommufds"], row["accounting"], row["charged_bytes"], row["headroom_bytes"]) == (None,) * 4
     assert (row["pinned_bytes"], row["memlock_bytes"], row["uid"]) == (2 * MIB, 10 * MIB, VM)
@@ -165,7 +175,7 @@ def test_a_sum_of_what_is_seen_and_what_is_not(start: Start) -> None:
     seen = pinning(start(), 0, 2 * MIB)
     unseen = pinning(start(), 1, 3 * MIB)
     unseen.do("undumpable")
-    answered = look_apart(as_user(VM))
+    answered = look_within(partial(change_user, VM))
     assert process(answered, seen.pid)["accounting"] == "user"
     assert process(answered, unseen.pid)["accounting"] is None
     row = user(answered, VM)

@@ -12,6 +12,7 @@ import resource
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,20 @@ from ansible_collections.virt.iommufd.plugins.modules import memlock_limit
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start
 from ansible_collections.virt.iommufd.tests.kernel.harness import (
     ALICE,
+    CAPABILITIES,
     DEVICES,
     MIB,
     PATIENCE,
     VM,
     Vmm,
-    as_user,
-    run_apart,
+    change_user,
+    drop_capability,
+    enter_user_namespace,
+    pinner,
+    run_within,
 )
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 from ansible_collections.virt.iommufd.tests.kernel.test_qemu import MEMORY, Vm, address
-from ansible_collections.virt.iommufd.tests.kernel.test_units import pinner
 
 SMALL, LARGE = 8 * MIB, 64 * MIB
 INFINITY = resource.RLIM_INFINITY
@@ -174,27 +178,27 @@ def test_bad_input(attached: Vmm, asked: dict[str, Any], words: str) -> None:
 
 def test_callers_who_may_not(attached: Vmm) -> None:
     """A user may do what setrlimit(2) lets the process itself do, and root without the capability no more."""
-    root = ["setpriv", "--bounding-set=-sys_resource"]
-    contained = ["unshare", "--user", "--map-root-user"]
-    for prefix, value, check in (
-        (as_user(ALICE), "4M", False),
-        (as_user(VM), "16M", False),
-        (as_user(VM), "16M", True),
+    alice, vm = partial(change_user, ALICE), partial(change_user, VM)
+    root = partial(drop_capability, CAPABILITIES["sys_resource"])
+    for prepare, value, check in (
+        (alice, "4M", False),
+        (vm, "16M", False),
+        (vm, "16M", True),
         (root, "16M", False),
         (root, "16M", True),
-        (contained, "16M", False),
-        (contained, "16M", True),
+        (enter_user_namespace, "16M", False),
+        (enter_user_namespace, "16M", True),
     ):
         asked = {"pid": attached.pid, "value": value, "force": True, "_ansible_check_mode": check}
-        answered = run_apart(prefix, "memlock_limit", **asked)
-        assert answered["failed"], (prefix, answered)
+        answered = run_within(prepare, memlock_limit, **asked)
+        assert answered["failed"], (prepare, answered)
         assert "may not set the limit" in answered["msg"], answered["msg"]
         assert "CAP_SYS_RESOURCE" in answered["msg"]
     assert limits(attached.pid) == (SMALL, SMALL)
-    assert run_apart(as_user(VM), "memlock_limit", pid=attached.pid, value="4M", force=True)["changed"]
+    assert run_within(vm, memlock_limit, pid=attached.pid, value="4M", force=True)["changed"]
     assert limits(attached.pid) == (4 * MIB, SMALL)
     # Whoever may not set it may look.
-    assert run_apart(as_user(ALICE), "memlock_limit", pid=attached.pid)["memlock_bytes"] == 4 * MIB
+    assert run_within(alice, memlock_limit, pid=attached.pid)["memlock_bytes"] == 4 * MIB
 
 
 def test_one_that_has_ended_meanwhile(attached: Vmm, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,7 @@ def open_descriptors() -> dict[str, str]:
     return {name: os.readlink(f"/proc/self/fd/{name}") for name in names if os.path.lexists(f"/proc/self/fd/{name}")}
 
 
+@pytest.mark.once
 def test_a_thousand_runs_leave_no_descriptor_behind(vmm: Vmm, start: Start) -> None:
     iommufd = vmm.open()
     other = vmm.do("open", os.devnull, "r")["fd"]

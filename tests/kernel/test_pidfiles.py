@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.module_utils._pidfile import PidfileTarget
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
-from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, VM, Vmm, as_user, run_apart
+from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, VM, Vmm, change_user, run_within
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 pytestmark = pytest.mark.once
@@ -106,7 +107,7 @@ def test_a_pidfile_that_the_caller_may_not_read(vmm: Vmm, place: Callable[..., P
     path = place(Path("/run/kernel-test"))
     try:
         path.chmod(0o600)
-        answered = run_apart(as_user(ALICE), pidfile=str(path), value="process")
+        answered = run_within(partial(change_user, ALICE), pidfile=str(path), value="process")
         assert "cannot be opened (EACCES: Permission denied)" in told(answered)
     finally:
         path.unlink()

@@ -30,6 +30,7 @@ def test_no_such_process(told: Told) -> None:
     assert "There is no process with the id 2147483647" in told(run(pid=2**31 - 1))
 
 
+@pytest.mark.once
 def test_a_process_of_4000_threads(start: Start, told: Told) -> None:
     vmm = start(0)
     vmm.open()
@@ -49,6 +50,7 @@ def test_a_process_whose_first_thread_has_ended(vmm: Vmm, told: Told) -> None:
     assert vmm.mode == "user"
 
 
+@pytest.mark.once
 def test_a_process_with_20000_descriptors(start: Start) -> None:
     vmm = start(0)
     fd = vmm.open()

@@ -2,20 +2,29 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The option set, queried and set back, by the module as a program; the kernel is asked inside the target."""
+"""The option set, queried and set back; the kernel is asked inside the target."""
 
 from __future__ import annotations
 
 import os
 import stat
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
-from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, CONTAINER, Vmm, as_user, run_apart
-from ansible_collections.virt.iommufd.tests.kernel.test_units import pinner
+from ansible_collections.virt.iommufd.tests.kernel.harness import (
+    ALICE,
+    CONTAINER,
+    Vmm,
+    change_user,
+    pinner,
+    run_apart,
+    run_within,
+)
+from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 APART = "kernel-test-apart"
 # What is asked for, whether in check mode, and the mode before and after it; in check mode `after` is foretold.
@@ -35,7 +44,7 @@ def test_set_query_and_set_back(vmm: Vmm) -> None:
     [fd] = [int(number) for number, path in vmm.do("look")["fds"].items() if path == "/dev/iommu"]
     for value, check, before, after in STEPS:
         asked = {"value": value} if value else {}
-        answered = run_apart([], pid=vmm.pid, _ansible_check_mode=check, _ansible_diff=True, **asked)
+        answered = run(pid=vmm.pid, _ansible_check_mode=check, _ansible_diff=True, **asked)
         assert (answered["changed"], answered["value"]) == (before != after, after)
         assert (answered["process"]["pid"], answered["process"]["user"]) == (vmm.pid, "vm")
         [row] = answered["iommufds"]
@@ -56,7 +65,7 @@ def test_a_busy_iommufd(start: Start, told: Told, check: bool, tolerated: bool) 
     # The kernel refuses even the value in force.
     assert [vmm.ask("set", "rlimit_mode", value)["errno"] for value in "01"] == ["EBUSY", "EBUSY"]
     tolerate = {"tolerate": ["busy"]} if tolerated else {}
-    answered = run_apart([], pid=vmm.pid, value="process", _ansible_check_mode=check, **tolerate)
+    answered = run(pid=vmm.pid, value="process", _ansible_check_mode=check, **tolerate)
     assert (answered["changed"], answered.get("failed", False)) == (False, not tolerated)
     assert [row["outcome"] for row in answered["iommufds"]] == ["busy"]
     message = told(answered)
@@ -91,7 +100,7 @@ def apart() -> Iterator[int]:
 
 
 def test_a_process_in_other_namespaces(apart: int) -> None:
-    answered = run_apart([], pid=apart, value="process")
+    answered = run(pid=apart, value="process")
     assert (answered["changed"], answered["process"]["user"]) == (True, "alice")
     assert pinner("ask", APART, "get")["value"] == 1
 
@@ -103,7 +112,7 @@ def test_an_iommufd_by_another_name_which_is_gone(start: Start) -> None:
     vmm = start(0)
     fd = vmm.open(str(node))
     node.unlink()
-    answered = run_apart([], pid=vmm.pid, value="process")
+    answered = run(pid=vmm.pid, value="process")
     assert (answered["changed"], [row["fd"] for row in answered["iommufds"]]) == (True, [fd])
     assert vmm.do("look")["fds"][str(fd)] == f"{node} (deleted)"
     assert vmm.mode == "process"
@@ -138,11 +147,11 @@ def test_bad_input(vmm: Vmm, start: Start, told: Told, container_is_iommufd: boo
         asked = {"pid": vmm.pid, "value": "process", **options}
         if "fd" in asked:
             asked["fd"] = fds.get(asked["fd"], asked["fd"])
-        answered = run_apart([], **asked)
+        answered = run(**asked)
         assert answered["failed"], asked
         assert not answered.get("changed"), asked
         assert words in told(answered)
-    answered = run_apart(as_user(ALICE), pid=vmm.pid, value="process")
+    answered = run_within(partial(change_user, ALICE), pid=vmm.pid, value="process")
     for words in ("CAP_SYS_PTRACE", "ptrace_scope", "seccomp"):
         assert words in told(answered)
     assert vmm.mode == "user"

@@ -6,30 +6,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import pytest
 from ansible_collections.virt.iommufd.plugins.modules import memlock_limit
 from ansible_collections.virt.iommufd.tests.kernel.conftest import Start, Told
-from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, DEVICES, MIB, PATIENCE, as_user
+from ansible_collections.virt.iommufd.tests.kernel.harness import ALICE, DEVICES, MIB, PATIENCE, as_user, pinner
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 NAME = "kernel-test"
 EXITED = "kernel-test-exited.service"
 UNIT, SCOPE = f"{NAME}.service", f"{NAME}.scope"
 AS_ALICE = [*as_user(ALICE), "env", f"XDG_RUNTIME_DIR=/run/user/{ALICE}"]
-
-
-def pinner(*words: str) -> Any:
-    """What the lab's program answers to its last step."""
-    done = subprocess.run(["pinner", *words], check=True, capture_output=True, timeout=PATIENCE)
-    return json.loads(done.stdout or b"[null]")[-1]
 
 
 @pytest.fixture
@@ -154,6 +147,7 @@ def test_a_vm_as_proxmox_starts_it(start_unit: Run) -> None:
         folder.rmdir()
 
 
+@pytest.mark.once
 def test_two_processes_that_may_be_meant(start_unit: Run, told: Told) -> None:
     names = [f"{NAME}-{each}" for each in "ab"]
     start_unit(UNIT, "sh", "-c", " ".join(f"pinner serve {each} &" for each in names) + " wait")
@@ -182,6 +176,7 @@ def put_into(group: Path, pid: int, prefix: list[str]) -> bool:
     return subprocess.run(words, check=False, capture_output=True, timeout=PATIENCE).returncode == 0
 
 
+@pytest.mark.once
 def test_a_copy_does_not_count_once_memory_is_pinned(start: Start, start_unit: Run, told: Told) -> None:
     start_unit(SCOPE, "pinner", "serve", NAME)
     group = group_of(pinner("ask", NAME, "look")["pid"])
@@ -198,6 +193,7 @@ def test_a_copy_does_not_count_once_memory_is_pinned(start: Start, start_unit: R
     assert run(unit=SCOPE)["process"]["pid"] == vmm.pid
 
 
+@pytest.mark.once
 def test_processes_that_come_and_go(start_unit: Run) -> None:
     start_unit(UNIT, "sh", "-c", f"pinner serve {NAME} & while :; do /bin/true; done")
     pid = pinner("ask", NAME, "open")["pid"]
@@ -225,6 +221,7 @@ def test_a_unit_of_a_user(start_unit: Run, told: Told, unit: str) -> None:
     assert "service manager runs no units" in told(run(user_unit=unit, user="vm"))
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("lingering")
 def test_a_unit_of_a_user_with_the_name_of_one_of_the_systems(start_unit: Run) -> None:
     names = {None: f"{NAME}-system", ALICE: f"{NAME}-alice"}
@@ -237,6 +234,7 @@ def test_a_unit_of_a_user_with_the_name_of_one_of_the_systems(start_unit: Run) -
     assert run(user_unit=UNIT, user="alice")["process"]["pid"] == hers
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("lingering")
 def test_a_process_of_roots_that_a_user_has_put_into_a_unit(start: Start, start_unit: Run, told: Told) -> None:
     """What sudo(8) starts for a user is in a control group that the user may take it from."""

@@ -24,7 +24,7 @@ from ansible_collections.virt.iommufd.plugins.module_utils import _vmm_domain, _
 from ansible_collections.virt.iommufd.plugins.module_utils._command import run_command
 from ansible_collections.virt.iommufd.plugins.module_utils._user import find_user
 from ansible_collections.virt.iommufd.plugins.modules import iommufd_vmm_check
-from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, Answer, as_user, run_apart
+from ansible_collections.virt.iommufd.tests.kernel.harness import PATIENCE, Answer, change_user, run_apart, run_within
 from ansible_collections.virt.iommufd.tests.kernel.run_module import run
 
 QEMU = "/usr/bin/qemu-system-x86_64"
@@ -320,11 +320,11 @@ def test_a_caller_who_is_worse_off_than_libvirt(qemu: Path, how: list[str], word
 @pytest.mark.once
 def test_an_ordinary_user_may_look_but_starts_nothing(qemu: Path) -> None:
     options: dict[str, Any] = {"emulators": [str(qemu)], "units": [LIBVIRT]}
-    answered = run_apart(as_user(1002), "iommufd_vmm_check", **options)
+    answered = run_within(partial(change_user, 1002), iommufd_vmm_check, **options)
     assert answered["emulators"][0]["is_emulator"]
     assert answered["emulators"][0]["conditions_of"].startswith(LIBVIRT)
     assert [(each["present"], each["user"]) for each in answered["units"]] == [(True, "root")]
-    refused = run_apart(as_user(1002), "iommufd_vmm_check", **options, trial=True, user=USER)
+    refused = run_within(partial(change_user, 1002), iommufd_vmm_check, **options, trial=True, user=USER)
     assert refused["failed"]
     assert "uid 1002 cannot be asked for trial, which takes root: run the task with become: true" in refused["msg"]
 

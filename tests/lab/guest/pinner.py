@@ -211,7 +211,7 @@ def ask(name: str, steps: list[list[str]]) -> None:
     print(json.dumps(answers))
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in ("start", "ask", "stop", "serve"):
@@ -223,7 +223,7 @@ def main() -> None:
             subparser.add_argument("--apart", action="store_true")
         if command in ("start", "ask"):
             subparser.add_argument("steps", nargs="*")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.command == "serve":
         serve(arguments.name)
     if arguments.command == "stop":
@@ -236,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -16,7 +16,8 @@ of the list, `defined` for all that is. In a text, <address vfio='vfio0'/> stand
 does host=vfio0. `undo` are commands again.
 
 Printed is a JSON list with `info`, `running` and `tried` of each, or `error`, where one could not be brought about. The
-module is read from /opt/tree. It is all in one program since each task of Ansible's takes seconds here.
+module is read from /opt/tree. It is all in one program since each task of Ansible's takes seconds here, and so
+does each start of what imports Ansible's own modules.
 """
 
 from __future__ import annotations
@@ -25,12 +26,19 @@ import json
 import os
 import pwd
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from functools import cache
+from importlib import import_module
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from itertools import groupby
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 TREE = "/opt/tree"
@@ -43,12 +51,40 @@ def shell(commands: list[str]) -> None:
         subprocess.run(["sh", "-e", "-c", each], check=True, stdout=sys.stderr)
 
 
-def told(*words: str, given: Any = None, **options: Any) -> Any:
-    """What a program answers in JSON."""
-    text = None if given is None else json.dumps(given)
-    return json.loads(
-        subprocess.run(words, input=text, text=True, stdout=subprocess.PIPE, check=True, **options).stdout
-    )
+@cache
+def vmm() -> ModuleType:
+    """The program vmm, whose name has no suffix."""
+    loader = SourceFileLoader("vmm", shutil.which("vmm") or "vmm")
+    spec = spec_from_loader("vmm", loader)
+    assert spec
+    module = module_from_spec(spec)
+    # Its data classes look for it.
+    sys.modules["vmm"] = module
+    loader.exec_module(module)
+    return module
+
+
+def told_by_module(options: dict[str, Any]) -> Any:
+    """What iommufd_info tells. It is run in a child each time, and so keeps nothing of the last one."""
+    if TREE not in sys.path:
+        sys.path.insert(0, TREE)
+    collection = "ansible_collections.virt.iommufd"
+    module = import_module(f"{collection}.plugins.modules.iommufd_info")
+    run_module = import_module(f"{collection}.tests.kernel.run_module")
+    with tempfile.TemporaryFile("w+") as file:
+        child = os.fork()
+        if not child:
+            try:
+                json.dump(run_module.run(module, **options), file)
+                file.flush()
+                os._exit(0)
+            finally:
+                traceback.print_exc()
+                os._exit(1)
+        if os.waitpid(child, 0)[1]:
+            raise ValueError("iommufd_info has failed")
+        file.seek(0)
+        return json.load(file)
 
 
 def look(pid: int) -> dict[str, Any]:
@@ -198,18 +234,18 @@ def look_at(each: dict[str, Any]) -> dict[str, Any]:
 
 
 def attempts(tries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Starts what is to be tried, one after the other. Each start of Python takes a second or more."""
+    """Starts what is to be tried, one after the other."""
     found: list[dict[str, Any]] = []
     for is_vm, some in groupby(tries, lambda each: "vm" in each):
         each_try = list(some)
-        found += told("vmm", "try", given=[each["vm"] for each in each_try]) if is_vm else map(attempt, each_try)
+        found += vmm().run("try", [each["vm"] for each in each_try]) if is_vm else map(attempt, each_try)
     return found
 
 
 def attempt(each: dict[str, Any]) -> dict[str, Any]:
     """Starts a domain or a unit, or gives a VM memory."""
     if "plug" in each:
-        plugged: dict[str, Any] = told("vmm", "plug", *map(str, each["plug"]))
+        plugged: dict[str, Any] = vmm().plug(*map(str, each["plug"]))
         return plugged
     if "unit" in each:
         return try_unit(each["unit"])
@@ -234,14 +270,8 @@ def in_order(situation: dict[str, Any]) -> dict[str, Any]:
     defined = situation.get("define", [])
     for each in defined:
         define(each, situation["templates"])
-    running = told("vmm", "only", given=situation.get("running", []))
-    module = [
-        sys.executable,
-        f"{TREE}/ansible_collections/virt/iommufd/tests/kernel/run_module.py",
-        json.dumps(situation.get("options", {})),
-        "iommufd_info",
-    ]
-    info = told(*module, env={**os.environ, "PYTHONPATH": TREE})
+    running = vmm().run("only", situation.get("running", []))
+    info = told_by_module(situation.get("options", {}))
     tries = situation.get("tries", [])
     tried = attempts(defined if tries == "defined" else tries)
     shell(situation.get("undo", []))

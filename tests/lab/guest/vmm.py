@@ -143,9 +143,9 @@ class Vm:
         given = sum(",fd=" in iommufd for iommufd, _devices in self.iommufds())
         if self.accounting in ("process", "mixed"):
             # Only root may set the mode.
-            words = [sys.argv[0], "become", self.user, str(given), *words]
+            words = [__file__, "become", self.user, str(given), *words]
         else:
-            words = [sys.argv[0], "keep", *words] if self.kept else words
+            words = [__file__, "keep", *words] if self.kept else words
             settings["User"] = self.user
         if self.accounting == "none" and self.ambient:
             settings["AmbientCapabilities"] = "CAP_IPC_LOCK"
@@ -307,31 +307,42 @@ def end(pattern: str) -> None:
     subprocess.run(["systemctl", "stop", UNIT.format(pattern)], check=True)
 
 
-def main() -> None:
-    command = sys.argv[1]
-    if command == "become":
-        become(sys.argv[2], int(sys.argv[3]), sys.argv[4:])
-    if command == "keep":
-        keep(sys.argv[2:])
+def make_folder() -> None:
+    """Makes the folder that VMs of any user write to."""
     FOLDER.mkdir(exist_ok=True)
     FOLDER.chmod(0o1777)
-    answers = []
-    if command == "units":
-        print(json.dumps([ask(sys.argv[2], unit) for unit in sys.argv[3:]]))
-        return
-    if command == "contain":
-        print(json.dumps([contain(unit) for unit in sys.argv[2:]]))
-        return
-    if command == "plug":
-        print(json.dumps(plug(*sys.argv[2:])))
-        return
+
+
+def run(command: str, descriptions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Does `only`, `more` or `try`."""
+    make_folder()
     if command == "only":
         end("*")
-    for description in json.load(sys.stdin):
+    answers = []
+    for description in descriptions:
         vm = Vm(**description)
         answers.append(start(vm))
         if command == "try" and answers[-1]["started"]:
             end(vm.name)
+    return answers
+
+
+def main() -> None:
+    command, *words = sys.argv[1:]
+    if command == "become":
+        become(words[0], int(words[1]), words[2:])
+    if command == "keep":
+        keep(words)
+    make_folder()
+    answers: Any
+    if command == "plug":
+        answers = plug(*words)
+    elif command == "units":
+        answers = [ask(words[0], unit) for unit in words[1:]]
+    elif command == "contain":
+        answers = [contain(unit) for unit in words]
+    else:
+        answers = run(command, json.load(sys.stdin))
     print(json.dumps(answers))
 
 
