@@ -485,6 +485,16 @@ def as_user(user: int) -> list[str]:
     return ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
 
 
+def without_call(call: str, error: str, output: Path) -> list[str]:
+    """What starts a program to which a seccomp filter refuses a system call, and prints what it has written to output.
+
+    Not by `systemd-run --pipe`: SELinux keeps the bus from passing a pipe on.
+    """
+    script = 'systemd-run --quiet --wait --collect --property=StandardOutput=truncate:"$@"; cat "$1"'
+    filtered = [f"--property=SystemCallFilter=~{call}", f"--property=SystemCallErrorNumber={error}"]
+    return ["sh", "-ec", script, "sh", str(output), *filtered]
+
+
 def run_apart(prefix: list[str], module: str = "iommufd_option", /, **options: Any) -> Answer:
     """A module's answer when a program of its own runs it, started by the commands in prefix."""
     python = ["env", f"PYTHONPATH={TREE}", "PYTHONDONTWRITEBYTECODE=1", "python3"]
