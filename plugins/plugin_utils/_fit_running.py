@@ -16,6 +16,7 @@ from ..module_utils._accounting import (
     LEGACY,
     NO_VIOMMU,
     NOTHING,
+    PROCESS,
     UNKNOWN,
     UNLIMITED,
     USER,
@@ -485,11 +486,11 @@ def _seen_viommu(row: Mapping[str, Any], held: tuple[Device, ...], iommufds: int
 
 
 def held_to_their_users(info: Info) -> dict[int | None, list[Mapping[str, Any]]]:
-    """By user, the VMs that run, have a limit, and are or may be held against the user's sum as they map memory."""
+    """By user, the VMs that run, and are or may be charged to the user's sum as they map memory."""
     found: dict[int | None, list[Mapping[str, Any]]] = {}
     for row in info["processes"]:
         backends = row.get("backends")
-        by_iommufd = row.get("memlock_bytes") is not None and (backends is None or IOMMUFD in backends)
+        by_iommufd = "memlock_bytes" in row and (backends is None or IOMMUFD in backends)
         if by_iommufd and any(own_charge(row)):
             found.setdefault(row["uid"], []).append(row)
     return found
@@ -511,14 +512,29 @@ def over_limit_then(case: Case, rows: Iterable[Mapping[str, Any]], pid: int | No
     for vm in case.steps[1 if new else 0 : 1 if case.running is None else None]:
         adds = [demand(vm, kernel)[USER] for kernel in kernels(case.info)]
         least, most = least + min(each.least for each in adds), most + max(each.most for each in adds)
-    others = [row for row in rows if row["pid"] != own and held.least <= row["memlock_bytes"] < most]
+    rows = [row for row in rows if row["pid"] != own]
+    holders = {each["pid"] for each in case.info["processes"] if each.get("holder") is True}
+    # Any of them may turn on more, which counts for all.
+    later = most + sum(_yet_to_charge(case.asked, row, _held(row, holders) or ()) for row in rows)
+    limited = [row for row in rows if row["memlock_bytes"] is not None]
+    others = [row for row in limited if held.least <= row["memlock_bytes"] < later]
     certain = [row["memlock_bytes"] < least and own_charge(row)[0] > 0 for row in others]
     sure, unsure = ([row for row, is_ in zip(others, certain) if is_ is wanted] for wanted in (True, False))
     if most >= UNLIMITED:
         # Where so little is known, that is asked about.
-        most, unsure = least, []
+        later, unsure = later - most + least, []
     said = f"{OVER_LIMIT.capitalize()} then"
-    return [*_over_limit(said, sure, most), *_over_limit(f"Perhaps {said.lower()}", unsure, most)]
+    return [*_over_limit(said, sure, later), *_over_limit(f"Perhaps {said.lower()}", unsure, later)]
+
+
+def _yet_to_charge(asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...]) -> int:
+    """What a VM that runs may add to its user's sum yet, by turning on devices with memory of their own."""
+    if not row.get("of_devices_bytes"):
+        return 0
+    spaces = sum(each.backend == IOMMUFD and each.mode != PROCESS for each in held)
+    # What is told is told of another VM.
+    its = asked._replace(memory=None, overhead=None)
+    return max(spaces, 1) * _to_come(its, row, held, row["memory_bytes"]).most
 
 
 def _over_limit(said: str, rows: list[Mapping[str, Any]], enough: int) -> list[str]:
@@ -527,6 +543,7 @@ def _over_limit(said: str, rows: list[Mapping[str, Any]], enough: int) -> list[s
     names = ", ".join(f"{_name(row)} ({row['pid']})" for row in rows[:NAMED_MAX])
     names += f" and {len(rows) - NAMED_MAX} more" if rows[NAMED_MAX:] else ""
     return [
-        f"{said}, by the sum of the same user: {names}. Such a VM ends when its guest reboots, as QEMU maps memory anew"
-        f" then: first give it a limit of {enough} bytes ({prlimit(rows[0], enough)})."
+        f"{said}, by the sum of the same user: {names}. Such a VM ends when its guest reboots, or turns on a device"
+        f" with memory of its own, as QEMU maps memory then: first give it a limit of {enough} bytes"
+        f" ({prlimit(rows[0], enough)})."
     ]

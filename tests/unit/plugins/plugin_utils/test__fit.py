@@ -1465,9 +1465,9 @@ def test_what_a_vm_does_to_others_of_its_user(fields: Row, said: str) -> None:
         ""
         if not said
         else (
-            f"{said}, by the sum of the same user: vm1 (4242). Such a VM ends when its guest reboots, as QEMU maps"
-            f" memory anew then: first give it a limit of {2 * PINNED} bytes"
-            f" (prlimit --pid 4242 --memlock={2 * PINNED}:{2 * PINNED})."
+            f"{said}, by the sum of the same user: vm1 (4242). Such a VM ends when its guest reboots, or turns"
+            " on a device with memory of its own, as QEMU maps memory then: first give it a limit of"
+            f" {2 * PINNED} bytes (prlimit --pid 4242 --memlock={2 * PINNED}:{2 * PINNED})."
         )
     )
     answer = fit(data, accounting="user", **given)
@@ -1498,6 +1498,37 @@ def test_what_one_that_grows_does_to_others_of_its_user(given: Row, adds: int) -
         [f"Over limit then, by the sum of the same user: {names}"] if adds else []
     )
     assert not adds or f" {8 * PINNED + adds} bytes (prlimit --pid 1 " in told[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "others", "enough"),
+    [
+        pytest.param({"memlock_bytes": 100 * MIB}, [], 151388160, id="over limit as soon as the other starts"),
+        pytest.param({"memlock_bytes": 134610944 + 8 * MIB}, [], 151388160, id="once it is continued"),
+        pytest.param({"memlock_bytes": 151388159}, [], 151388160, id="a byte short"),
+        pytest.param({"memlock_bytes": 151388160}, [], None, id="enough"),
+        pytest.param({"pinned_bytes": 82048 * KIB, "memory_pluggable": False}, [], None, id="it has turned all on"),
+        pytest.param({"memlock_bytes": 151388160}, [{}], 151388160 + 82048 * KIB, id="another has some to turn on"),
+        pytest.param({"memlock_bytes": 151388160}, [NO_LIMIT], 151388160 + 82048 * KIB, id="which has no limit"),
+    ],
+)
+def test_what_others_of_its_user_turn_on_later_counts_for_them(
+    fields: Row, others: list[Row], enough: int | None
+) -> None:
+    """As QEMU 10 did: f, paused with -vga std, ended with any less once the guest had turned the display on."""
+    pinned = 65664 * KIB
+    paused: Row = {"memory_bytes": 64 * MIB, "memory_pluggable": True, "of_devices_bytes": 16 * MIB}
+    paused.update(pinned_bytes=pinned, memlock_bytes=GIB)
+    f = unit(**{**paused, "memlock_bytes": 134610944 + 32 * MIB, "name": "f", **fields})
+    rest = [unit(**{**paused, "pid": 7, "name": "h", **each}) for each in others]
+    data = info(processes=[f, *rest], users=[of_vm(pinned * (1 + len(rest)))])
+    given: Row = {"who": "vm", "memlock": GIB, "accounting": "user", "cap_ipc_lock": False, "overhead": "256K"}
+    told = fit(data, **given)["prerequisites"]
+    assert len(told) == (enough is not None)
+    for each in told:
+        how = f"first give it a limit of {enough} bytes (prlimit --pid 4242 --memlock={enough}:{enough})."
+        assert "ver limit then, by the sum of the same user: f (4242)." in each
+        assert each.endswith(how)
 
 
 def test_where_little_is_known_others_are_told_of_if_it_is_certain() -> None:
