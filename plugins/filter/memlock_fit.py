@@ -88,6 +88,7 @@ options:
             for a mediated device. That pins nothing at first, and up to all memory as it runs.
           - A vDPA device is taken for one that pins. One that works with virtual addresses, as those of VDUSE do, does
             not; leave it out.
+          - Where the limit is too small for one, the VM does not end. It runs on without that device.
         type: str
         required: true
         choices:
@@ -197,6 +198,9 @@ options:
       - What its emulated devices have of memory of their own
         (RV(virt.iommufd.iommufd_info#module:processes[].of_devices_bytes)), and is not pinned yet, may come as its
         guest runs. RV(_value.fits) is V(true) only where the limit holds that, too.
+      - QEMU 10 pins for a vDPA device once the guest's driver turns it on, and unpins when that turns it off. Where
+        C(VmPin) does not show that it has pinned, RV(_value.fits) is V(true) only where the limit holds that, too, and
+        otherwise V(null).
     type: dict
     suboptions:
       vm:

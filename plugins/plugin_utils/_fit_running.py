@@ -100,6 +100,7 @@ def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | 
     starter = SYSTEM if row.get("domain_uri") == "qemu:///system" else OTHER
     limit = _its_limit(asked, row, starter)
     held = _held(row, {each["pid"] for each in info["processes"] if each.get("holder") is True})
+    held, off = (None, ()) if held is None else _turned_off(asked, row, held)
     memory = asked.memory if asked.memory is not None else _memory(row, held or ())
     if asked.viommu is None and _has_no_iommu(info, row, held or ()):
         asked = asked._replace(viommu=NO_VIOMMU)
@@ -136,6 +137,10 @@ def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | 
         by_qemu = _clash(info, asked, grow, row, vm.devices)
         what = f"{len(grow.devices)} devices" if len(grow.devices) > 1 else "a device"
         pins.append(f"{_name(row)} gets {what}, for which it pins its memory {_times(spaces(gets))}.")
+    takes = bool(grow.memory or asked.live_update or (steps and steps[-1].devices))
+    if takes and off:
+        steps.append(_once_turned_on(asked, grow, row, _after(steps[-1], steps[-1], info), held or (), off))
+        pins.append("Its vDPA device may have pinned nothing so far, and pins all memory once its guest turns it on.")
     if not steps:
         raise IommufdError("grow: what is it to get? Give memory or devices, or live_update.")
     told = judge(info, tuple(steps))
@@ -152,7 +157,6 @@ def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | 
         )
     once = plus(_next_space(asked, row, vm.devices, memory), exactly(grow.memory)).most
     # What is pinned already is in its control group.
-    takes = grow.memory or asked.live_update or steps[-1].devices
     doubt = SIGHT if held is None else "memory" if hidden and not _is_free(told, limit) else by_qemu.question
     doubt = doubt or (_doubted_group(row, starter, once) if takes else None)
     doubt = "beyond" if doubt == "memory" and beyond else doubt
@@ -211,6 +215,18 @@ def _with_devices(
         total, beyond = exactly(known), Span(total.least - known, total.most - known)
     gets = vm._replace(devices=new, memory=total, beyond=beyond, viommu=viommu, ordered=ordered(asked, new))
     return gets._replace(locked=_locks(asked, row, NOTHING)), unsure
+
+
+def _once_turned_on(
+    asked: Asked, grow: Growth, row: Mapping[str, Any], vm: Vm, held: tuple[Device, ...], off: tuple[Device, ...]
+) -> Vm:
+    """The VM whose guest turns on vDPA devices. `held`: what has pinned before it got anything."""
+    memory = asked.memory if asked.memory is not None else _memory(row, held)
+    total, beyond = plus(_next_space(asked, row, held, memory), exactly(grow.memory)), NOTHING
+    if asked.overhead is None and memory is not None:
+        known = memory + grow.memory
+        total, beyond = exactly(known), Span(total.least - known, total.most - known)
+    return vm._replace(devices=off, memory=total, beyond=beyond, locked=NOTHING, ordered=True)
 
 
 def _clash(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any], held: tuple[Device, ...]) -> Clash:
@@ -292,13 +308,52 @@ def _held(row: Mapping[str, Any], holders: Container[int]) -> tuple[Device, ...]
     return (*found, *(Device(VDPA) for _each in vdpa))
 
 
+def _turned_off(
+    asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...]
+) -> tuple[tuple[Device, ...], tuple[Device, ...]]:
+    """The devices that have pinned, and those of vDPA that may not have, as many as VmPin allows for.
+
+    QEMU 10 pins for one when the guest's driver turns it on, and unpins when that resets it.
+    """
+    rest = tuple(each for each in held if each.backend != VDPA)
+    vdpa, spaces = len(held) - len(rest), sum(each.backend == IOMMUFD for each in rest)
+    on = 0
+    # An mdev may have pinned anything.
+    if vdpa and not any(each.as_it_runs for each in rest):
+        size = _size_of_one(asked, row, rest)
+        pinned = row["pinned_bytes"]
+        may_be = (each for each in range(vdpa + 1) if _is_within(pinned, size, spaces + each))
+        on = next(may_be, 0)
+    return rest + (Device(VDPA),) * on, (Device(VDPA, as_it_runs=True),) * (vdpa - on)
+
+
+def _is_within(pinned: int, size: Span, spaces: int) -> bool:
+    """Whether so much may be what is pinned in so many address spaces."""
+    return size.least * spaces <= pinned <= size.most * spaces
+
+
+def _size_of_one(asked: Asked, row: Mapping[str, Any], rest: tuple[Device, ...]) -> Span:
+    """What a process has pinned in one address space, by VmLck or by its memory."""
+    locked = sum(each.backend == LEGACY or each.mode == PROCESS for each in rest)
+    # With CAP_IPC_LOCK, an iommufd leaves that alone.
+    if locked and row["locked_bytes"] and row.get("locks_memory") is False:
+        size = row["locked_bytes"] // locked
+        # They may differ in what lies between devices.
+        return Span(size - size // 8, size + size // 8)
+    memory, own = asked.memory or row["memory_bytes"] or 0, row.get("of_devices_bytes")
+    if not memory or (asked.memory is None and row["memory_pluggable"] is not False):
+        return Span(memory, UNLIMITED)
+    beyond = asked.overhead if asked.overhead is not None else GIB if own is None else own + FIRMWARE_MAX
+    return Span(memory, memory + beyond)
+
+
 def _memory(row: Mapping[str, Any], held: tuple[Device, ...]) -> int | None:
     """Its memory by its command line; None where it may have another one by now, and no address space shows that."""
     memory: int | None = row["memory_bytes"]
     if memory is None or row["memory_pluggable"] is False:
         return memory
-    # An mdev has not pinned all, and vDPA may have pinned nothing.
-    shows = bool(held) and not any(each.as_it_runs or each.backend == VDPA for each in held)
+    # An mdev has not pinned all.
+    shows = bool(held) and not any(each.as_it_runs for each in held)
     return memory if shows and any(pinned >= memory * spaces for pinned, spaces in _counted(row, held)) else None
 
 

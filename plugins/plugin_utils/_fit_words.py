@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..module_utils._accounting import IOMMUFD, MLOCK, MM_LOCKED, MM_PINNED, NOTHING, PROCESS, UNLIMITED, USER, demand
+from ..module_utils._accounting import (
+    IOMMUFD,
+    MLOCK,
+    MM_LOCKED,
+    MM_PINNED,
+    NOTHING,
+    PROCESS,
+    UNLIMITED,
+    USER,
+    VDPA,
+    demand,
+)
 from ..module_utils._size import human_size
 from ._fit_case import GROUP, PAGE, ROOM, SHARED, SIGHT, STARTS, WHICH, Case, at_best, judge, kernels, may_charge_user
 from ._fit_host import OTHER, SYSTEM, capability_of, own_charge
@@ -20,7 +31,9 @@ __all__ = ("question_of", "reason_of")
 
 _AS_ROOT = "Run virt.iommufd.iommufd_info as root (become: true) on the host itself, with host in gather_subset."
 
-_ERRORS = {"ENOMEM": "-12 (Cannot allocate memory)", "EFAULT": "-14 (Bad address)"}
+_ENDS = "ends with -12 (Cannot allocate memory)"
+# What QEMU says of a vDPA device, for which the kernel refuses to pin (EFAULT), and goes on.
+_FAIL = "(vhost vdpa map fail!)"
 # QEMU tells neither error nor memory then.
 _NOT_TAKEN_OVER = (
     "cannot be taken over: the new process ends (QEMU 11: Unknown section or instance 'iommufd'), and the VM may be"
@@ -94,6 +107,8 @@ def question_of(case: Case) -> str | None:
         return _of_user(case, enough)
     if told.question == ROOM:
         return _has_room(case)
+    if told.question == "later" and told.way == VDPA:
+        return f"Will its guest turn on its vDPA device? Nothing tells that beforehand.{enough}"
     if told.question == "later":
         return f"How much will its mdev pin as it runs? Nothing tells that beforehand.{enough}"
     if told.question == "locked" and _is_known_to_lock(case):
@@ -198,7 +213,7 @@ def reason_of(case: Case) -> str:
     may_end = "It may be ended, whatever its limit, for having both an iommufd and a legacy container."
     clash = may_end if case.clash.question else ""
     words = [case.refused, clash, case.accounting.why, case.pins, *([] if case.refused else _outcome(case))]
-    runs = any(each.as_it_runs for vm in case.steps for each in vm.devices)
+    runs = any(each.as_it_runs and each.backend != VDPA for vm in case.steps for each in vm.devices)
     if runs and case.told.fits is None and case.told.question != "later":
         words.append("Its mdev pins as it runs, so what fits now may fail later.")
     if case.told.question == "held_user" and case.owner.left_behind:
@@ -224,14 +239,16 @@ def _outcome(case: Case) -> list[str]:
     if told.fits is False:
         best = at_best(case)
         least = "" if best.enough == told.enough and best.limit == told.limit else "at least "
-        ends = _ERRORS.get(told.error or "", "-12 or -14")
         over = human_size(best.enough - (best.limit or 0))
         comma = "," if "," in limit else ""
-        outcome = _NOT_TAKEN_OVER if _fails_in_live_update(case) else f"ends with {ends}"
+        outcome = _NOT_TAKEN_OVER if _fails_in_live_update(case) else _ENDS
+        if told.error != "ENOMEM":
+            without = f"runs on without its vDPA device {_FAIL}"
+            outcome = without if told.error else f"{_ENDS} or {without}"
         if told.counter == MM_LOCKED and any(vm.locked.least for vm in case.steps):
             # At its start it locks more once it has pinned.
-            either = "" if told.way == MLOCK else f" with {ends}, or"
-            outcome = f"ends{either} since it cannot lock its memory"
+            either = "ends" if told.way == MLOCK else f"{_ENDS}, or"
+            outcome = f"{either} since it cannot lock its memory"
         if told.way == MLOCK and case.asked.grow and not case.asked.live_update:
             outcome = "runs on without that (cannot set up guest memory: Resource temporarily unavailable)"
         return [f"{_charged(case)}, it is {least}{over} over {limit}{comma} and {outcome}."]
@@ -264,6 +281,10 @@ def _margin(case: Case, limit: int) -> str:
 
 def _unsure(case: Case) -> list[str]:
     told = case.told
+    if told.question == "later" and told.way == VDPA:
+        return [
+            f"It fits now. For its vDPA device {case.limit.words} is too small, and it runs on without that {_FAIL}."
+        ]
     if told.question == "later":
         return [
             f"It fits now, and may fail later: its mdev pins as it runs, up to all memory, for which {case.limit.words}"

@@ -378,7 +378,9 @@ def test_address_spaces(given: Row, accounting: str, fits: bool | None, counter:
 
 def test_what_vdpa_says() -> None:
     answer = fit(idle(), who="vm", memlock="100M", accounting="none", devices=[BY_IOMMUFD, VDPA], **EXACT)
-    assert answer["reason"].endswith("it is 28 MiB over its limit of 100 MiB and ends with -14 (Bad address).")
+    assert answer["reason"].endswith(
+        "it is 28 MiB over its limit of 100 MiB and runs on without its vDPA device (vhost vdpa map fail!)."
+    )
     # Neither the mode nor the capability would help.
     assert answer["remedy"] == f"To make it fit: {in_unit(128 * MIB)}."
 
@@ -1529,6 +1531,78 @@ def test_what_others_of_its_user_turn_on_later_counts_for_them(
         how = f"first give it a limit of {enough} bytes (prlimit --pid 4242 --memlock={enough}:{enough})."
         assert "ver limit then, by the sum of the same user: f (4242)." in each
         assert each.endswith(how)
+
+
+# A VM with an iommufd and a vDPA device, which its guest may have turned on or not.
+WITH_VDPA: Row = {
+    "backends": ["iommufd", "vdpa"],
+    "vdpa_devices": [{"fd": 9, "node": "/dev/vhost-vdpa-0"}],
+    "accounting": "process",
+    "iommufds": iommufds(1, mode="process"),
+    "locks_memory": False,
+    "locked_bytes": PINNED,
+    "memory_pluggable": True,
+    "of_devices_bytes": 0,
+}
+TURNED_ON: Row = {"pinned_bytes": 2 * PINNED}
+OF_MODE_USER: Row = {"iommufds": iommufds(1), "accounting": "user", "locked_bytes": 0}
+FIXED: Row = {"memory_pluggable": False}
+CAP: Row = {"capabilities": {"effective": ["cap_ipc_lock"], "ambient": []}, "locked_bytes": 0}
+VDPA_ALONE: Row = {"backends": ["vdpa"], "iommufds": [], "locked_bytes": 0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "given", "limit", "fits", "short"),
+    [
+        # As QEMU 10 did: the DIMM is plugged, and vhost vdpa map fail! comes once the guest turns the device on.
+        pytest.param({}, {}, 2 * PINNED + 16 * MIB, True, None, id="it pins nothing so far"),
+        pytest.param(TURNED_ON, {}, 2 * PINNED + 16 * MIB, True, False, id="it has pinned"),
+        pytest.param(FIXED, {}, 2 * PINNED + 16 * MIB, True, None, id="no memory was plugged"),
+        pytest.param({**FIXED, **CAP}, {}, 2 * PINNED + 16 * MIB, True, None, id="with CAP_IPC_LOCK"),
+        pytest.param({**FIXED, **CAP, **TURNED_ON}, {}, 2 * PINNED + 16 * MIB, True, False, id="with that, it has"),
+        pytest.param({**FIXED, **OF_MODE_USER}, {}, 2 * PINNED + 16 * MIB, True, None, id="mode user"),
+        pytest.param(
+            {**FIXED, **OF_MODE_USER, **TURNED_ON}, {}, 2 * PINNED + 16 * MIB, True, False, id="mode user, on"
+        ),
+        pytest.param(
+            {**FIXED, **VDPA_ALONE, "pinned_bytes": 0}, {"overhead": "256K"}, PINNED + 8 * MIB, True, None, id="alone"
+        ),
+        pytest.param({**FIXED, **VDPA_ALONE}, {"overhead": "256K"}, PINNED + 8 * MIB, True, False, id="alone, on"),
+        pytest.param(
+            {"vdpa_devices": [{"fd": 9}, {"fd": 10}], **TURNED_ON},
+            {"overhead": "256K"},
+            3 * PINNED + 24 * MIB,
+            True,
+            None,
+            id="one of two",
+        ),
+        # Whether memory was plugged or the device is on, nothing tells.
+        pytest.param({**OF_MODE_USER, **TURNED_ON}, {}, 4 * PINNED + 16 * MIB, None, None, id="memory, or on"),
+        pytest.param(
+            {**OF_MODE_USER, **TURNED_ON}, {"memory": "64M"}, 2 * PINNED + 16 * MIB, True, False, id="memory is told"
+        ),
+    ],
+)
+def test_a_vdpa_device_pins_once_its_guest_turns_it_on(
+    fields: Row, given: Row, limit: int, fits: bool | None, short: bool | None
+) -> None:
+    data = info(processes=[process(**{**WITH_VDPA, "pinned_bytes": PINNED, **fields})], users=[])
+    ask: Row = {"vm": "vm1", "memory": "8M"}
+    held, under = (memlock_fit(data, grow=ask, memlock=each, **given) for each in (limit, limit - 1))
+    assert (held["fits"], under["fits"]) == (fits, short)
+    assert short is None or "runs on without its vDPA device (vhost vdpa map fail!)" in under["reason"]
+    if fits and short is None:
+        assert under["question"] == (
+            "Will its guest turn on its vDPA device? Nothing tells that beforehand."
+            f" A limit of {limit} bytes suffices whatever it is."
+        )
+    if fits:
+        assert f" --memlock={limit}:" in under["remedy"]
+
+
+def test_a_device_that_pins_nothing_does_not_depend_on_vdpa() -> None:
+    data = info(processes=[process(**WITH_VDPA, pinned_bytes=PINNED)], users=[])
+    assert grown(data, devices=[BY_IOMMUFD], memlock=PINNED)["fits"] is True
 
 
 def test_where_little_is_known_others_are_told_of_if_it_is_certain() -> None:
