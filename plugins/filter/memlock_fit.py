@@ -129,6 +129,8 @@ options:
         iommufd has CAP_IPC_LOCK if all these have it. An ambient capability that a unit gives to its VMM is not seen,
         unless such a VM runs. Nor is it seen whether a unit withholds what the emulator's file gives, as
         C(NoNewPrivileges=) does. So with such a file it is unknown, unless such a VM runs.
+      - That a running VM of root has no CAP_IPC_LOCK, as in a container, says nothing of the next one. Then it is
+        unknown, unless libvirt starts that. Give O(cap_ipc_lock).
       - Where the host has no emulator for its own architecture, or the input does not tell that, all of its emulators
         count.
     type: str
@@ -230,8 +232,8 @@ options:
   cap_ipc_lock:
     description:
       - Whether the VMM has CAP_IPC_LOCK in the initial user namespace, where O(accounting) does not tell that.
-      - If not given, a VM with V(user) or V(process) as O(accounting) has it not. One of root may have it, unless the
-        running VMs of root show that they have not. A unit can take it away by C(CapabilityBoundingSet=), for one.
+      - If not given, a VM with V(user) or V(process) as O(accounting) has it not. One of root may have it,
+        whatever the running VMs of root have. A unit can take it away by C(CapabilityBoundingSet=), for one.
     type: bool
 notes:
   - The kernel does not publish what it has charged to a user. For per-user accounting, the filter relies on the

@@ -344,8 +344,7 @@ def accounting_of(info: Info, asked: Asked, owner: Owner, starter: str | None) -
     if asked.accounting != AUTO:
         # libvirt takes it away.
         by_root = asked.capable is None and is_root(owner) and starter != SYSTEM
-        may = by_root and not _lacks_capability(info, owner)
-        return Accounting(asked.accounting, None if may else bool(asked.capable), BY_ROOT if may else "")
+        return Accounting(asked.accounting, None if by_root else bool(asked.capable), BY_ROOT if by_root else "")
     found = _found(info, asked, owner, starter)
     if asked.capable is None:
         return found
@@ -367,12 +366,6 @@ def by_definition(asked: Asked, capable: bool | None) -> Accounting:
 def is_root(owner: Owner) -> bool:
     """Whether it is root, whose programs have all capabilities that are not taken away."""
     return owner.uid == 0 or owner.name == "root"
-
-
-def _lacks_capability(info: Info, owner: Owner) -> bool:
-    """Whether the running VMs of a user show that what it starts has not CAP_IPC_LOCK."""
-    rows = (row for row in info["processes"] if row["uid"] == owner.uid and row.get("holder") is not True)
-    return {capability_of(row) for row in rows} == {False} and not owner.partly
 
 
 def _found(info: Info, asked: Asked, owner: Owner, starter: str | None) -> Accounting:
@@ -481,7 +474,7 @@ def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> 
     if starter == SESSION:
         rows = [row for row in rows if row.get("domain_uri") == "qemu:///session"]
     if not any(each.backend == IOMMUFD for each in asked.devices):
-        return _capability_by_running(rows, owner, name)
+        return _capability_by_running(rows, owner, name, starter)
     if _is_set_by_session(asked, starter, info):
         return Accounting(USER, False, "A user's own libvirt does not set the accounting, which then is per user.")
     rows = [row for row in rows if "iommufd" in (row.get("backends") or ("iommufd",))]
@@ -492,9 +485,11 @@ def _by_running(info: Info, asked: Asked, owner: Owner, starter: str | None) -> 
     if len(shown) == 1 and (not partly or shown == {USER}):
         (accounting,) = shown
         how = {USER: "are accounted per user", PROCESS: "are accounted per process", NONE: "have CAP_IPC_LOCK"}
-        mode = USER if accounting == NONE else accounting
-        return Accounting(mode, accounting == NONE, f"The running VMs of {name} {how[accounting]}.")
-    capable = None if NONE in shown else False
+        mode, why = USER if accounting == NONE else accounting, f"The running VMs of {name} {how[accounting]}."
+        if accounting != NONE and _may_have_all(owner, starter):
+            return Accounting(mode, None, f"{why} {BY_ROOT}")
+        return Accounting(mode, accounting == NONE, why)
+    capable = None if NONE in shown or _may_have_all(owner, starter) else False
     if shown:
         differ = "may have other VMs than were seen whole" if partly else "has VMs that differ in accounting"
         return Accounting(None, capable, f"{name} {differ}.")
@@ -511,14 +506,19 @@ def _is_set_by_session(asked: Asked, starter: str | None, info: Info) -> bool:
     return domain is not None and not domain.fdgroup and bool(by_hostdev(info, asked))
 
 
-def _capability_by_running(rows: list[Mapping[str, Any]], owner: Owner, name: str) -> Accounting:
+def _may_have_all(owner: Owner, starter: str | None) -> bool:
+    """Whether the next VM of root may have CAP_IPC_LOCK, whatever container or unit took it from those that run."""
+    return is_root(owner) and starter not in (SYSTEM, SESSION)
+
+
+def _capability_by_running(rows: list[Mapping[str, Any]], owner: Owner, name: str, starter: str | None) -> Accounting:
     """Whether a VM without an iommufd has CAP_IPC_LOCK, as the user's running VMs have it or not."""
     shown = {capability_of(row) for row in rows}
-    root = is_root(owner)
-    if not shown:
-        return Accounting(None, None, BY_ROOT) if root else Accounting(None, False, "")
-    if shown == {False}:
-        return Accounting(None, None if root and owner.partly else False, "")
+    if not shown and is_root(owner):
+        return Accounting(None, None, BY_ROOT)
+    if shown <= {False}:
+        may = _may_have_all(owner, starter)
+        return Accounting(None, None, BY_ROOT) if may else Accounting(None, False, "")
     if shown == {True} and not owner.partly:
         return Accounting(None, True, f"The running VMs of {name} have CAP_IPC_LOCK.")
     return Accounting(None, None, f"Some running VMs of {name} have CAP_IPC_LOCK, or may have it, and not all.")

@@ -666,18 +666,26 @@ def test_nor_does_the_mode_tell_whether_root_has_the_capability(who: Any, accoun
     assert fit(idle(), **given, devices=[VDPA])["fits"] is False
 
 
-@pytest.mark.parametrize(
-    ("running", "view", "fits"),
-    [
-        (["cap_ipc_lock"], [], None),
-        ([], [], False),
-        ([], unseen("processes"), None),
-    ],
-)
-def test_the_running_vms_of_root_show_whether_it_has(running: list[str], view: list[Row], fits: bool | None) -> None:
-    row = unit(uid=0, user="root", capabilities={"effective": running}, accounting="process")
-    data = info(processes=[row], users=[], host=host(limits_of_view=view))
-    assert fit(data, who="root", memlock="1M", accounting="process", **EXACT)["fits"] is fits
+@pytest.mark.parametrize("running", [["cap_ipc_lock"], []])
+@pytest.mark.parametrize("fields", [{}, {"initial_user_namespace": False}, {"iommufds": iommufds(1, mode="process")}])
+@pytest.mark.parametrize("accounting", ["process", "auto"])
+def test_running_vms_of_root_do_not_show_what_the_next_one_lacks(
+    running: list[str], fields: Row, accounting: str
+) -> None:
+    """As with podman: a VM of root in a container had no CAP_IPC_LOCK, and the next one in a unit had it."""
+    has = bool(running) and fields.get("initial_user_namespace") is not False
+    row = unit(uid=0, user="root", capabilities={"effective": running}, accounting="none" if has else "process")
+    answer = fit(
+        info(processes=[{**row, **fields}], users=[]), who="root", memlock="1M", accounting=accounting, **EXACT
+    )
+    if has and accounting == "auto":
+        assert (answer["fits"], answer["accounting"]) == (True, "none")
+    else:
+        assert (answer["fits"], answer["accounting"]) == (None, None)
+        assert answer["question"].startswith("Has the VMM CAP_IPC_LOCK? Give accounting")
+    data = info(processes=[{**row, **fields}], users=[])
+    told = fit(data, who="root", memlock="1M", accounting=accounting, cap_ipc_lock=False, **EXACT)
+    assert told["fits"] is False
 
 
 def test_what_libvirt_runs_as_root_has_no_capability() -> None:
@@ -728,7 +736,7 @@ OF_LEGACY: Row = {
         pytest.param(
             [unit(uid=0, user="root", **OF_LEGACY, **CAPABLE)], "root", [LEGACY], True, "none", id="root has it"
         ),
-        pytest.param([unit(uid=0, user="root", **OF_LEGACY)], "root", [LEGACY], False, "process", id="root has not"),
+        pytest.param([unit(uid=0, user="root", **OF_LEGACY)], "root", [LEGACY], None, None, id="root has not"),
         # With a vDPA device, one that has the capability is accounted per process.
         pytest.param(
             [unit(**CAPABLE, vdpa_devices=[{"fd": 50}], backends=["iommufd", "vdpa"], accounting="process")],
