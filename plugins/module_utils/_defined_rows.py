@@ -123,7 +123,7 @@ def domain_row(definition: Definition, passing: Collection[str] | None) -> Row:
         memory_max_bytes=described.memory_max,
         elastic_bytes=defined.elastic,
         of_devices_bytes=defined.of_devices,
-        hugepages=described.hugepages,
+        hugepages=defined.hugepages,
         # An argument that was not understood may add a device, or have one by another way.
         devices=None if networks or not described.whole else device_rows(defined.devices, described.places),
         viommu=defined.viommu,

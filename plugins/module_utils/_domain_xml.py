@@ -78,7 +78,7 @@ class Defined(NamedTuple):
     which libvirt expects the iommufd, None where it is given none. `emulator`: the path of its program, None where
     libvirt chooses. `addresses`: those of the PCI devices that are had by iommufd. `vdpa_nodes`: the paths of the
     vDPA devices, "" where libvirt chooses. `of_devices`: what emulated devices have of memory of their own, which the
-    guest may turn on, at most; None where that is not known.
+    guest may turn on, at most; None where that is not known. `hugepages`: whether the memory is in huge pages.
     """
 
     name: str
@@ -96,21 +96,20 @@ class Defined(NamedTuple):
     addresses: tuple[str, ...] = ()
     vdpa_nodes: tuple[str, ...] = ()
     of_devices: int | None = 0
+    hugepages: bool | None = False
 
 
 class Described(NamedTuple):
     """What else a domain's XML says.
 
     `places`: the PCI address of each of its devices, None where it has none. `memory_max`: <maxMemory> in bytes, None
-    without. `hugepages`: whether the memory is in huge pages. `networks`: those that it has an interface in, which may
-    pass a device through. `unread`: what of it was not understood, as nouns. `whole`: whether all that may add to its
-    devices was.
+    without. `networks`: those that it has an interface in, which may pass a device through. `unread`: what of it was
+    not understood, as nouns. `whole`: whether all that may add to its devices was.
     """
 
     defined: Defined
     places: tuple[str | None, ...]
     memory_max: int | None
-    hugepages: bool | None
     networks: tuple[str, ...]
     unread: tuple[str, ...]
     whole: bool
@@ -162,12 +161,12 @@ def read_domain(root: Element) -> Described:
         addresses=tuple(filter(None, (_address(each) for each, _mdev, by in passed if by == "yes"))),
         vdpa_nodes=tuple(source.get("dev", "") for each in vdpa for source in each.iterfind("source")),
         of_devices=_of_devices(root),
+        hugepages=root.find("memoryBacking/hugepages") is not None or commandline.hugepages,
     )
     return Described(
         defined,
         places=(*places, *commandline.places),
         memory_max=_memory_max(root),
-        hugepages=root.find("memoryBacking/hugepages") is not None or commandline.hugepages,
         networks=tuple(each.get("network", "") for each in root.iterfind("devices/interface[@type='network']/source")),
         unread=(*commandline.unread, *_not_told(viommu, counted, commandline)),
         whole=not commandline.unread,

@@ -125,6 +125,7 @@ class _Fields:
         self.memory = member(row, "memory_bytes", _size)
         self.elastic = member(row, "elastic_bytes", _size) or 0
         self.of_devices = member(row, "of_devices_bytes", _size)
+        self.hugepages = member(row, "hugepages", _flag)
         self.devices: tuple[Device, ...] = member(row, "devices", _devices)
         self.viommu = member(row, "viommu", or_none(one_of(NO_VIOMMU, EACH, NESTED)))
         self.counted = member(row, "libvirt_counts", _size)
@@ -194,6 +195,7 @@ def _of_domain(row: _Fields) -> Asked:
         emulator=row.emulator,
         elastic=min(row.elastic, row.memory or 0),
         of_devices=row.of_devices,
+        hugepages=row.hugepages,
     )
     asked = asked_of(
         **dict.fromkeys(("memory", "viommu", "overhead", "locked", "devices", "grow", "cap_ipc_lock")),

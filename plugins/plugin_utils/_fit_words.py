@@ -31,6 +31,8 @@ __all__ = ("question_of", "reason_of")
 
 _AS_ROOT = "Run virt.iommufd.iommufd_info as root (become: true) on the host itself, with host in gather_subset."
 
+# Linux 6.6 and later have that option, which systemd 259 gives.
+_HUGE = " Its huge pages count there only where cgroup2 is mounted with memory_hugetlb_accounting (see /proc/mounts)."
 _ENDS = "ends with -12 (Cannot allocate memory)"
 # What QEMU says of a vDPA device, for which the kernel refuses to pin (EFAULT), and goes on.
 _FAIL = "(vhost vdpa map fail!)"
@@ -161,10 +163,11 @@ def _has_room(case: Case) -> str:
     both = case.running is None and case.told.enough < UNLIMITED and not _is_a_unit(case)
     least = max(case.once, case.told.enough if both else 0)
     name = "MemoryMax=" if _is_a_unit(case) else "<hard_limit>"
+    huge = _HUGE if case.asked.domain is not None and case.asked.domain.hugepages else ""
     return (
         f"Does the emulator's own memory fit into what {name} leaves beside the guest's? Nothing tells that"
         " beforehand, and if not, its control group, which has that limit, too, ends the VM. Raise it to"
-        f" {kib_with_room(least)} KiB."
+        f" {kib_with_room(least)} KiB.{huge}"
     )
 
 

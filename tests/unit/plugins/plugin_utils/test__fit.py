@@ -1035,6 +1035,15 @@ def test_a_hard_limit_leaves_room_for_the_emulator(hard: int, given: Row, fits: 
         assert (ask(enough * KIB)["fits"], ask(enough * KIB - KIB)["fits"]) == (True, None)
 
 
+@pytest.mark.parametrize(("top", "said"), [("<memoryBacking><hugepages/></memoryBacking>", True), ("", False)])
+def test_huge_pages_may_not_count_in_the_control_group(top: str, said: bool) -> None:
+    """They did not on Debian 13. systemd 259 mounts cgroup2 so that they do."""
+    xml = domain(HOSTDEV, f"{top}<memtune><hard_limit unit='KiB'>{(ROOMY - KIB) // KIB}</hard_limit></memtune>")
+    answer = memlock_fit(idle(host=native()), domain_xml=xml, overhead="256K")
+    assert answer["fits"] is None
+    assert ("cgroup2 is mounted with memory_hugetlb_accounting" in answer["question"]) is said
+
+
 def test_a_hard_limit_needs_room_whoever_libvirt_runs_its_vms_as() -> None:
     data = idle(host=native(user=None, uid=None))
     xml = domain(HOSTDEV, "<memtune><hard_limit unit='MiB'>1100</hard_limit></memtune>")
