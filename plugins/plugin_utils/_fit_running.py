@@ -58,6 +58,10 @@ __all__ = ("held_to_their_users", "is_short", "over_limit_then", "prlimit", "run
 
 # Machines that have no IOMMU by themselves, as QEMU has them: those of POWER and s390x have one.
 _WITHOUT_IOMMU = ("x86_64", "i386", "i686", "aarch64", "arm", "armv7l", "riscv64", "loongarch64")
+_ITSELF = (
+    "Others of the same user may turn on devices with memory of their own. This VM then ends when its guest reboots,"
+    " unless it has a limit of {} bytes."
+)
 # How many VMs a sentence names.
 NAMED_MAX = 5
 
@@ -579,7 +583,8 @@ def over_limit_then(case: Case, rows: Iterable[Mapping[str, Any]], pid: int | No
         # Where so little is known, that is asked about.
         later, unsure = later - most + least, []
     said = f"{OVER_LIMIT.capitalize()} then"
-    return [*_over_limit(said, sure, later), *_over_limit(f"Perhaps {said.lower()}", unsure, later)]
+    told = [*_over_limit(said, sure, later), *_over_limit(f"Perhaps {said.lower()}", unsure, later)]
+    return [*told, _ITSELF.format(later)] if most < later and case.limit.span.least < later else told
 
 
 def _yet_to_charge(asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...]) -> int:

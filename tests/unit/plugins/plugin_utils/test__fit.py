@@ -1622,6 +1622,23 @@ def test_a_device_that_pins_nothing_does_not_depend_on_vdpa() -> None:
     assert grown(data, devices=[BY_IOMMUFD], memlock=PINNED)["fits"] is True
 
 
+@pytest.mark.parametrize(("own", "spare", "told"), [(MIB, 0, False), (MIB, -1, True), (0, -MIB, False)])
+def test_what_others_turn_on_later_may_end_the_vm_itself(own: int, spare: int, told: bool) -> None:
+    row = unit(of_devices_bytes=own, memlock_bytes=GIB)
+    limit = 2 * PINNED + MIB + spare
+    answer = fit(
+        info(processes=[row], users=[of_vm()]),
+        who="vm",
+        memlock=limit,
+        accounting="user",
+        overhead="256K",
+        cap_ipc_lock=False,
+    )
+    ends = f"ends when its guest reboots, unless it has a limit of {2 * PINNED + MIB} bytes."
+    assert answer["fits"] is True
+    assert [each.endswith(ends) for each in answer["prerequisites"]] == ([True] if told else [])
+
+
 def test_where_little_is_known_others_are_told_of_if_it_is_certain() -> None:
     data = info(processes=[unit()], users=[of_vm()], host=host(limits_of_view=unseen("processes")))
     given: Row = {"accounting": "user", "who": "vm", "memlock": "2G"}
