@@ -157,7 +157,7 @@ _value:
                   fit.
                 - V(may fail later) where all fits now, but it, or another VM that is charged to the same user, has a
                   device that pins memory as it runs, such as an mdev, or may have one, and its limit does not, or may
-                  not, hold all that may be pinned then.
+                  not, hold all that may be pinned then. So does a vDPA device that its guest has not turned on.
                 - V(unknown) where its accounting is unknown, or whether another VM would fit.
                 - V(not limited) where nothing limits it, because it has CAP_IPC_LOCK or its limit is unlimited.
                 - V(ok) otherwise. What is charged is within its limit.

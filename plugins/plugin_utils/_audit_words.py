@@ -57,6 +57,7 @@ __all__ = (
     "holder",
     "later",
     "of_user",
+    "once_turned_on",
     "raise_first",
     "raise_limit",
     "readiness",
@@ -193,6 +194,12 @@ def later(what: str, of_user: bool) -> str:
     """What to do where what is charged fits now, and need not later."""
     who = "a VM of its user" if of_user else "it"
     return f"It fits now, and may fail later, since {who} may pin more as it runs, as with an mdev: {within(what)}"
+
+
+def once_turned_on(what: str) -> str:
+    """What to do where a vDPA device has not pinned so far."""
+    may = "its vDPA device may fail once its guest turns that on, unless that works with virtual addresses"
+    return f"It fits now, and {may}: {within(what)}{VDPA_ALONE}"
 
 
 def within(sentence: str) -> str:

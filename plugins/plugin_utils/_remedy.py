@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..module_utils._accounting import IOMMUFD, LEGACY, MM_PINNED
+from ..module_utils._accounting import IOMMUFD, LEGACY, MM_PINNED, VDPA
 from ..module_utils._iommufd import NONE, PROCESS, USER
 from ..module_utils._size import human_size
 from . import _audit_words as words
@@ -65,7 +65,21 @@ def verdict_of(process: Row, user: Row | None, one_grows: bool = False) -> str:
         return OVER_LIMIT
     if process["accounting"] is None:
         return UNKNOWN
-    return verdict_by_user(user, one_grows) if charges_user(process) else verdict_by_itself(process)
+    verdict = verdict_by_user(user, one_grows) if charges_user(process) else verdict_by_itself(process)
+    return LATER if verdict == OK and vdpa_lacks(process) is not None else verdict
+
+
+def vdpa_lacks(process: Row) -> int | None:
+    """The limit that it needs once its guest turns a vDPA device on, where that has not pinned and it has less.
+
+    QEMU pins for one by then, and VmPin holds that and what each iommufd pins.
+    """
+    memory, spaces, limit = process["memory_bytes"], process["address_spaces"], process["memlock_bytes"]
+    if VDPA not in (process["backends"] or ()) or memory is None or spaces is None or limit is None:
+        return None
+    # A legacy container counts elsewhere.
+    most = int(memory) * max(int(spaces) - len(process.get("legacy_containers") or ()), 1)
+    return most if max(process["pinned_bytes"], limit) < most else None
 
 
 def verdict_by_user(user: Row | None, one_grows: bool) -> str:
@@ -87,6 +101,9 @@ def remedy_of(verdict: str, process: Row, user: Row | None, libvirt: Row) -> str
     """What to do about a verdict, or what would settle it, in one sentence; "" where there is nothing to do."""
     if verdict == UNKNOWN:
         return what_settles(process, user)
+    most = vdpa_lacks(process) if verdict == LATER else None
+    if most is not None:
+        return f"{words.once_turned_on(raise_to(most, process, libvirt))}."
     if verdict == LATER:
         return f"{words.later(what_holds_all(process, libvirt), charges_user(process))}."
     if verdict == AT_RISK or (verdict == OVER_LIMIT and process["counter"] == USER):

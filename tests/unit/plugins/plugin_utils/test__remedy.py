@@ -104,6 +104,29 @@ def test_the_verdict(process: Row, of_user: Row | None, verdict: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "needs"),
+    [
+        pytest.param({}, 128 * MIB, id="it pins nothing so far"),
+        pytest.param({"pinned_bytes": 128 * MIB, "memlock_bytes": 130 * MIB}, None, id="it has pinned"),
+        pytest.param({"memlock_bytes": 128 * MIB}, None, id="there is room for it"),
+        pytest.param({"memlock_bytes": 128 * MIB - 1}, 128 * MIB, id="a byte short"),
+        pytest.param({"backends": ["iommufd"]}, None, id="no vDPA"),
+        pytest.param({"backends": ["legacy", "vdpa"], "legacy_containers": [{}], "pinned_bytes": 0}, None, id="VmLck"),
+        pytest.param({"memory_bytes": None}, None, id="memory that is not known"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["user", "process"])
+def test_a_vdpa_device_that_its_guest_has_not_turned_on(mode: str, fields: Row, needs: int | None) -> None:
+    """As with QEMU 10, which says vhost vdpa map fail! by then, and goes on."""
+    row = vm(mode, **{"accounting": mode, "backends": ["iommufd", "vdpa"], "address_spaces": 2, **fields})
+    row["counters"] = [{"counter": "user" if mode == "user" else "mm_locked"}, {"counter": "mm_pinned"}]
+    assert verdict_of(row, user(False)) == ("may fail later" if needs else "ok")
+    told = remedy(row, user(False))
+    assert told.startswith("It fits now, and its vDPA device may fail once its guest turns" if needs else "")
+    assert (f": raise its RLIMIT_MEMLOCK to {needs} bytes" in told) == bool(told) == bool(needs)
+
+
+@pytest.mark.parametrize(
     ("process", "libvirt", "expected"),
     [
         pytest.param(vm(), {}, "At its next start put iommufd-exec in front of its VMM, which must", id="unit"),
