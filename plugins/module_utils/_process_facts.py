@@ -20,6 +20,7 @@ from ._process import Process, Status, parse_status, read_file
 __all__ = (
     "Arguments",
     "Limit",
+    "MemoryMax",
     "in_initial_namespace",
     "in_initial_user_namespace",
     "number_in",
@@ -31,7 +32,6 @@ __all__ = (
     "read_memory_max",
     "read_program",
     "read_units",
-    "shares_memory_max",
     "started_at",
 )
 
@@ -137,24 +137,28 @@ def read_memlock(process: Process) -> Limit:
     return Limit(*(None if each == resource.RLIM_INFINITY else each for each in limits))
 
 
-def read_memory_max(process: Process) -> Limit | None:
-    """How much memory the control groups that a process is in may use, the least of them; None where it was not seen.
+class MemoryMax(NamedTuple):
+    """How much memory the control groups that a process is in may use.
 
-    It is the limit of a group, and so of all processes in that. Raises ProcessGone or AccessRefused.
+    `limit` is the least of theirs, and so that of all processes in that group. `shared`: whether it is in a slice with
+    such a limit that has others in it, too.
     """
-    found = _limited_groups(process)
-    least = None if found is None else min((each.limit for each in found), default=None)
-    return None if found is None else Limit(least, least)
+
+    limit: Limit
+    shared: bool
 
 
-def shares_memory_max(process: Process) -> bool | None:
-    """Whether a process is in a slice with such a limit that has others in it, too; None where it was not seen.
+def read_memory_max(process: Process) -> MemoryMax | None:
+    """What the control groups of a process leave it; None where that was not seen.
 
     Raises ProcessGone or AccessRefused.
     """
     found = _limited_groups(process)
-    slices = [each for each in found or () if each.path.endswith(b".slice")]
-    return None if found is None else any(map(_has_others, slices))
+    if found is None:
+        return None
+    least = min((each.limit for each in found), default=None)
+    slices = [each for each in found if each.path.endswith(b".slice")]
+    return MemoryMax(Limit(least, least), any(map(_has_others, slices)))
 
 
 class _Group(NamedTuple):

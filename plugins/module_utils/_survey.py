@@ -40,6 +40,7 @@ from ._iommufd import (
 from ._process import Descriptors, Process, Status, parse_stat, parse_status, read_file
 from ._process_facts import (
     Limit,
+    MemoryMax,
     in_initial_user_namespace,
     number_in,
     read_arguments,
@@ -47,7 +48,6 @@ from ._process_facts import (
     read_memory_max,
     read_program,
     read_units,
-    shares_memory_max,
     started_at,
 )
 from ._qemu import Guest, guest_name, is_session_domain, look_at_guest
@@ -151,8 +151,7 @@ class Holder(NamedTuple):
     `viommu` and `iommufd_objects` are what its command line says, as Guest has it, and `program` the path of its
     program, None where that is unknown. Paths and names are decoded as file names are. `devices` are the device nodes
     that it has open, by descriptor: those that were asked for, and legacy containers. `more`: it has iommufds, or
-    descriptors, that were not looked at. `memory_max` and `memory_shared`: as read_memory_max and
-    shares_memory_max have it.
+    descriptors, that were not looked at. `memory_max`: as read_memory_max has it.
     """
 
     pid: int
@@ -174,11 +173,10 @@ class Holder(NamedTuple):
     devices: dict[int, int]
     iommufds: list[HeldIommufd] | None
     more: bool
-    memory_max: Limit | None = None
+    memory_max: MemoryMax | None = None
     updatable: bool = False
     viommu: str | None = None
     iommufd_objects: list[tuple[str, int | None]] | None = None
-    memory_shared: bool | None = None
 
     @property
     def started(self) -> float:
@@ -279,7 +277,7 @@ class Holder(NamedTuple):
             iommufd_objects=None if objects is None else [(each[0], each[1]) for each in objects],
             memlock=Limit(*row.memlock),
             units=(row.units[0], row.units[1]),
-            memory_max=None if row.memory_max is None else Limit(*row.memory_max),
+            memory_max=row.memory_max and MemoryMax(Limit(*row.memory_max[0]), row.memory_max[1]),
             devices=dict(devices),
             iommufds=iommufds,
         )
@@ -752,7 +750,6 @@ def _holder(process: Process, devices: dict[int, int], iommufds: list[HeldIommuf
         iommufds=iommufds,
         more=more,
         memory_max=read_memory_max(process),
-        memory_shared=shares_memory_max(process),
         updatable=guest.updatable,
         viommu=guest.viommu,
         iommufd_objects=None if guest.iommufds is None else [(os.fsdecode(name), fd) for name, fd in guest.iommufds],

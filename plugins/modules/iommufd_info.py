@@ -1741,8 +1741,8 @@ def process_row(holder: Holder, accounts: Accounts, host_names: Names) -> Row:
         "locked_bytes": status.locked_bytes,
         **memlock_row(holder.memlock.soft),
         **memlock_row(holder.memlock.hard, "memlock_hard"),
-        **limit_row("memory_max", holder.memory_max),
-        "memory_max_shared": holder.memory_shared,
+        **limit_row("memory_max", holder.memory_max and holder.memory_max.limit),
+        "memory_max_shared": holder.memory_max and holder.memory_max.shared,
         "capabilities": {
             "effective": those_that_matter(status.effective),
             "permitted": those_that_matter(status.permitted),

@@ -18,7 +18,6 @@ from ansible_collections.virt.iommufd.plugins.module_utils._process_facts import
     read_arguments,
     read_memory_max,
     read_program,
-    shares_memory_max,
 )
 
 
@@ -99,9 +98,11 @@ def test_whether_others_use_the_memory_of_its_slice(
             (tmp_path / group / "cgroup.events").write_text(events)
     monkeypatch.setattr(_process_facts, "_CGROUPS", os.fsencode(tmp_path))
     monkeypatch.setattr(Process, "read", lambda _self, _name: b"0::/vms.slice/a.service/emulator\n")
-    assert shares_memory_max(held) is shares
+    found = read_memory_max(held)
+    assert found is not None
+    assert found.shared is shares
     monkeypatch.setattr(Process, "read", lambda _self, _name: b"")
-    assert shares_memory_max(held) is None
+    assert read_memory_max(held) is None
 
 
 SCOPE = "machine.slice/machine-qemu\\x2d1\\x2dvm1.scope"
@@ -140,4 +141,5 @@ def test_how_much_its_control_groups_may_use(
         (tmp_path / group / name).write_text(f"{limit}\n")
     monkeypatch.setattr(_process_facts, "_CGROUPS", os.fsencode(tmp_path))
     monkeypatch.setattr(Process, "read", lambda _self, _name: text.encode())
-    assert read_memory_max(held) == (None if least is False else Limit(least, least))
+    found = read_memory_max(held)
+    assert (found and found.limit) == (None if least is False else Limit(least, least))
