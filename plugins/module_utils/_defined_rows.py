@@ -197,14 +197,18 @@ class _Command(NamedTuple):
     @property
     def starts_vmm(self) -> bool:
         """Whether it is a VMM or a launcher, or has words that name one and may have to do with devices."""
-        words = " ".join([self.program, *self.arguments])
-        return self.is_vmm or self.name == _LAUNCHER or (self.is_about_devices and _NAMED.search(words) is not None)
+        named = self.is_about_devices and _NAMED.search(self.words) is not None
+        return self.is_vmm or self.name == _LAUNCHER or named
 
     @property
     def is_about_devices(self) -> bool:
         """Whether it has words that may have to do with devices."""
-        words = " ".join([self.program, *self.arguments])
-        return "$" in words or "-readconfig" in words or _PASSED.search(words) is not None
+        return "$" in self.words or "-readconfig" in self.words or _PASSED.search(self.words) is not None
+
+    @property
+    def words(self) -> str:
+        """All of it in one line."""
+        return " ".join([self.program, *self.arguments])
 
     @property
     def is_vmm(self) -> bool:
