@@ -20,7 +20,7 @@ from ..module_utils._foreign import harmless
 from ._fit_case import Case, kernels, may_charge_user, new_vm
 from ._fit_input import NONE, asked_of, checked
 from ._fit_remedy import remedy_of
-from ._fit_running import held_to_their_users, over_limit_then, running_vm
+from ._fit_running import Beside, held_to_their_users, over_limit_then, running_vm
 from ._fit_words import question_of, reason_of
 
 __all__ = ("BROKEN", "answer_of", "beside", "memlock_fit")
@@ -75,9 +75,9 @@ def answer(info: Any, **parameters: Any) -> dict[str, Any]:
     return answer_of(beside(case, held_to_their_users(info)))
 
 
-def beside(case: Case, rows: Mapping[int | None, list[Mapping[str, Any]]], pid: int | None = None) -> Case:
-    """The VM with what others need that run beside it. `rows`: of each user; `pid`: of the VM that is started anew."""
-    others = over_limit_then(case, rows.get(case.owner.uid, []), pid)
+def beside(case: Case, running: Mapping[int | None, list[Beside]], pid: int | None = None) -> Case:
+    """The VM with what others need that run beside it, by their user. `pid`: of the VM that is started anew."""
+    others = over_limit_then(case, running.get(case.owner.uid, []), pid)
     return case._replace(needs=[*case.needs, *others]) if others else case
 
 

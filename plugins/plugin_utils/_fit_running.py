@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from os.path import basename
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..module_utils._accounting import (
     EACH,
@@ -54,7 +54,7 @@ from ._fit_qemu import MOMENT, QEMU, Clash, clash, moment
 from ._fit_xml import CONTAINER
 from ._host_info import OF_EMULATOR, as_it_runs
 
-__all__ = ("held_to_their_users", "is_short", "over_limit_then", "prlimit", "running_vm")
+__all__ = ("Beside", "held_to_their_users", "is_short", "over_limit_then", "prlimit", "running_vm")
 
 # Machines that have no IOMMU by themselves, as QEMU has them: those of POWER and s390x have one.
 _WITHOUT_IOMMU = ("x86_64", "i386", "i686", "aarch64", "arm", "armv7l", "riscv64", "loongarch64")
@@ -103,7 +103,7 @@ def running_vm(info: Info, asked: Asked, grow: Growth, row: Mapping[str, Any] | 
     owner = owner_of(info, row["uid"])
     starter = SYSTEM if row.get("domain_uri") == "qemu:///system" else OTHER
     limit = _its_limit(asked, row, starter)
-    held = _held(row, {each["pid"] for each in info["processes"] if each.get("holder") is True})
+    held = _held(row, _holders(info))
     held, off = (None, ()) if held is None else _turned_off(asked, row, held)
     memory = asked.memory if asked.memory is not None else _memory(row, held or ())
     if asked.viommu is None and _has_no_iommu(info, row, held or ()):
@@ -283,11 +283,13 @@ def _its_limit(asked: Asked, row: Mapping[str, Any], starter: str) -> Limit:
     return Limit(exactly(now), f"its limit of {human_size(now)}")
 
 
-def _held(row: Mapping[str, Any], holders: Container[int]) -> tuple[Device, ...] | None:
-    """A device for each address space of a process, None where they were not seen.
+def _holders(info: Info) -> set[int]:
+    """The processes that have what VMs have, and are none."""
+    return {each["pid"] for each in info["processes"] if each.get("holder") is True}
 
-    `holders` have what VMs have, and are none.
-    """
+
+def _held(row: Mapping[str, Any], holders: Container[int]) -> tuple[Device, ...] | None:
+    """A device for each address space of a process, None where they were not seen."""
     iommufds, legacy, vdpa = (row.get(name) for name in ("iommufds", "legacy_containers", "vdpa_devices"))
     if iommufds is None or legacy is None or vdpa is None:
         return None
@@ -387,11 +389,14 @@ def _next_space(asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...], 
     return Span(seen if less else max(told.least, seen), max(told.most, later.most))
 
 
-def _to_come(asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...], memory: int | None) -> Span:
-    """What the guest may have pinned in each address space yet, by turning on devices with memory of their own."""
-    own, told = row.get("of_devices_bytes"), asked.overhead
+def _to_come(asked: Asked | None, row: Mapping[str, Any], held: tuple[Device, ...], memory: int | None) -> Span:
+    """What the guest may have pinned in each address space yet, by turning on devices with memory of their own.
+
+    `asked`: what is told of this VM, None for another one.
+    """
+    own, told = row.get("of_devices_bytes"), asked and asked.overhead
     most: int = min((each for each in (own, told) if each is not None), default=UNLIMITED)
-    if memory is None or (asked.memory is None and row["memory_pluggable"] is not False):
+    if memory is None or ((asked is None or asked.memory is None) and row["memory_pluggable"] is not False):
         # What is pinned may be what was plugged.
         return Span(0, most)
     beyond = _seen(row, held) - memory
@@ -544,22 +549,30 @@ def _seen_viommu(row: Mapping[str, Any], held: tuple[Device, ...], iommufds: int
     return NO_VIOMMU if devices > shared >= 1 and by_command_line == NO_VIOMMU else None
 
 
-def held_to_their_users(info: Info) -> dict[int | None, list[Mapping[str, Any]]]:
-    """By user, the VMs that run, and are or may be charged to the user's sum as they map memory."""
-    found: dict[int | None, list[Mapping[str, Any]]] = {}
+class Beside(NamedTuple):
+    """A VM that runs, and is or may be charged to its user's sum as it maps memory. `yet`: what it may add to that."""
+
+    row: Mapping[str, Any]
+    yet: int
+
+
+def held_to_their_users(info: Info) -> dict[int | None, list[Beside]]:
+    """The VMs that are so charged, by their user."""
+    holders = _holders(info)
+    found: dict[int | None, list[Beside]] = {}
     for row in info["processes"]:
         backends = row.get("backends")
         by_iommufd = "memlock_bytes" in row and (backends is None or IOMMUFD in backends)
         if by_iommufd and any(own_charge(row)):
-            found.setdefault(row["uid"], []).append(row)
+            found.setdefault(row["uid"], []).append(Beside(row, _yet_to_charge(row, holders)))
     return found
 
 
-def over_limit_then(case: Case, rows: Iterable[Mapping[str, Any]], pid: int | None = None) -> list[str]:
+def over_limit_then(case: Case, running: Iterable[Beside], pid: int | None = None) -> list[str]:
     """Which other VMs of its user are over their limit by what the VM adds to the user's sum, in sentences.
 
-    QEMU maps some of a guest's memory anew as that reboots, and ends where the kernel refuses that. `rows`: those of
-    its user. `pid`: of the VM that is started anew.
+    QEMU maps some of a guest's memory anew as that reboots, and ends where the kernel refuses that. `running`: those
+    of its user. `pid`: of the VM that is started anew.
     """
     if case.refused or case.told.fits is False or not may_charge_user(case):
         return []
@@ -571,11 +584,10 @@ def over_limit_then(case: Case, rows: Iterable[Mapping[str, Any]], pid: int | No
     for vm in case.steps[1 if new else 0 : 1 if case.running is None else None]:
         adds = [demand(vm, kernel)[USER] for kernel in kernels(case.info)]
         least, most = least + min(each.least for each in adds), most + max(each.most for each in adds)
-    rows = [row for row in rows if row["pid"] != own]
-    holders = {each["pid"] for each in case.info["processes"] if each.get("holder") is True}
+    running = [each for each in running if each.row["pid"] != own]
     # Any of them may turn on more, which counts for all.
-    later = most + sum(_yet_to_charge(case.asked, row, _held(row, holders) or ()) for row in rows)
-    limited = [row for row in rows if row["memlock_bytes"] is not None]
+    later = most + sum(each.yet for each in running)
+    limited = [each.row for each in running if each.row["memlock_bytes"] is not None]
     others = [row for row in limited if held.least <= row["memlock_bytes"] < later]
     certain = [row["memlock_bytes"] < least and own_charge(row)[0] > 0 for row in others]
     sure, unsure = ([row for row, is_ in zip(others, certain) if is_ is wanted] for wanted in (True, False))
@@ -587,14 +599,13 @@ def over_limit_then(case: Case, rows: Iterable[Mapping[str, Any]], pid: int | No
     return [*told, _ITSELF.format(later)] if most < later and case.limit.span.least < later else told
 
 
-def _yet_to_charge(asked: Asked, row: Mapping[str, Any], held: tuple[Device, ...]) -> int:
+def _yet_to_charge(row: Mapping[str, Any], holders: Container[int]) -> int:
     """What a VM that runs may add to its user's sum yet, by turning on devices with memory of their own."""
     if not row.get("of_devices_bytes"):
         return 0
+    held = _held(row, holders) or ()
     spaces = sum(each.backend == IOMMUFD and each.mode != PROCESS for each in held)
-    # What is told is told of another VM.
-    its = asked._replace(memory=None, overhead=None)
-    return max(spaces, 1) * _to_come(its, row, held, row["memory_bytes"]).most
+    return max(spaces, 1) * _to_come(None, row, held, row["memory_bytes"]).most
 
 
 def _over_limit(said: str, rows: list[Mapping[str, Any]], enough: int) -> list[str]:
