@@ -240,9 +240,10 @@ def note_limits_at_boot(run: Run, rows: Sequence[Row]) -> None:
     why = why or (sessions and _set_for_users(run)) or ""
     for row in sessions:
         its = why or _of_this_boot(f"user@{row['uid']}.service", "user@.service")
-        row["unread_at_boot"] += [
-            f"The limit on locked memory of user {row['user']}'s libvirt may be another one after a reboot: {its}."
-        ] * bool(its)
+        if its:
+            row["unread_at_boot"].append(
+                f"The limit on locked memory of user {row['user']}'s libvirt may be another one after a reboot: {its}."
+            )
 
 
 def _of_this_boot(*names: str) -> str:
